@@ -1,0 +1,27 @@
+"""Places where a fault test may end or stop the process; nothing happens unless PERENNIAL_FAILPOINT names one.
+
+`PERENNIAL_FAILPOINT=learner.manifest:3` kills the process (SIGKILL) the third time it comes past `learner.manifest`;
+`learner.manifest:3:stop` sends SIGSTOP instead, so that a test can resume it later.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections import Counter
+
+_passed: Counter[str] = Counter()
+
+
+def failpoint(name: str) -> None:
+    """Come past the named place."""
+    wanted = os.environ.get("PERENNIAL_FAILPOINT")
+    if not wanted:
+        return
+    place, _, rest = wanted.partition(":")
+    if place != name:
+        return
+    count, _, action = rest.partition(":")
+    _passed[name] += 1
+    if _passed[name] == int(count or 1):
+        os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
