@@ -1,0 +1,110 @@
+"""Owns the life of one child process: ends it when its owner dies. A script of the standard library alone.
+
+Run as `python -I -S broker_supervisor.py OWNER_PID GRACE_S LOCK_FD REMOVE COMMAND...`: starts COMMAND, writes its pid
+as one line to standard output, and then ends it (SIGTERM, after GRACE_S seconds SIGKILL) on SIGTERM, SIGINT or SIGHUP
+or once OWNER_PID is gone; in that last case the folder REMOVE is deleted too, unless REMOVE is empty.
+
+Why a process of its own: on Linux PR_SET_PDEATHSIG fires when the *thread* that forked ends, so a broker started from
+a short-lived thread would be killed while its owner lives. Here the only thread that forks is the one that waits; the
+owner itself is watched by pid, which also works where there is no such signal. The command gets PR_SET_PDEATHSIG all
+the same, so that it does not outlive a supervisor that was itself killed. LOCK_FD is handed to the command: the lock
+on its data folder is free exactly when the command is gone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+POLL_S = 0.5
+PR_SET_PDEATHSIG = 1
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command to its end and return its exit status (128 + n where signal n ended it)."""
+    owner, grace_s, lock_fd, remove = int(arguments[0]), float(arguments[1]), int(arguments[2]), arguments[3]
+    born = start_time(owner)
+    wake = _wake_on_signals()
+    child = subprocess.Popen(
+        arguments[4:],
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        pass_fds=(lock_fd,),
+        preexec_fn=_die_with(os.getpid()),  # noqa: PLW1509  # safe: this process has one thread
+    )
+    os.write(1, b"%d\n" % child.pid)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader sees the end of the pipe
+    asked: set[int] = set()
+    deadline: float | None = None
+    orphaned = False
+    while child.poll() is None:
+        readable, _, _ = select.select([wake], [], [], POLL_S)
+        if readable:
+            asked |= set(os.read(wake, 64)) - {signal.SIGCHLD}
+        orphaned = orphaned or not alive(owner, born)
+        if deadline is None and (asked or orphaned):
+            child.terminate()
+            deadline = time.monotonic() + grace_s
+        elif deadline is not None and time.monotonic() > deadline:
+            child.kill()
+    if remove and (orphaned or not alive(owner, born)):
+        shutil.rmtree(remove, ignore_errors=True)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+def alive(pid: int, born: str | None) -> bool:
+    """Whether that very process still runs: neither gone, nor a zombie, nor its pid given to another."""
+    if os.getppid() == pid:
+        return True
+    if born is not None or Path("/proc/self/stat").exists():
+        return born is not None and start_time(pid) == born
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def start_time(pid: int) -> str | None:
+    """A live process's start time in clock ticks since boot (proc(5), field 22), or None: none such, or no /proc."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _wake_on_signals() -> int:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, lambda *_: None)
+    return reader
+
+
+def _die_with(supervisor: int) -> Callable[[], None] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)
+
+    def ask() -> None:
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != supervisor:  # it died before the request
+            os._exit(1)
+
+    return ask
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,104 @@
+"""Fixtures for tests that need a real broker: one per test run, shared by all xdist workers."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from streams.broker import BrokerError, EmbeddedBroker, fetch_jars
+from streams.broker_jars import java_path
+
+_started: list[EmbeddedBroker] = []  # kept to the end of the process: a worker may leave its broker to the others
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let kafka-python be imported where warnings are errors: it reads its schemas through a deprecated call."""
+    config.addinivalue_line("filterwarnings", "ignore:(read_text|open_text) is deprecated:DeprecationWarning")
+
+
+@dataclass(frozen=True)
+class TestBroker:
+    """Where the tests' broker listens (host:port)."""
+
+    __test__ = False
+
+    bootstrap: str
+
+
+@pytest.fixture(scope="session")
+def broker_jars() -> None:
+    """Skip where the jars cannot be had; PERENNIAL_REQUIRE_SERVICES=1 makes that a failure."""
+    try:
+        java_path()
+        fetch_jars()
+    except BrokerError as error:
+        if os.environ.get("PERENNIAL_REQUIRE_SERVICES") == "1":
+            pytest.fail(str(error), pytrace=False)
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestBroker]:
+    """The broker that PERENNIAL_KAFKA names, else an embedded one; topics are kept apart by `topic_prefix`."""
+    outside = os.environ.get("PERENNIAL_KAFKA")
+    if outside:
+        yield TestBroker(outside)
+        return
+    request.getfixturevalue("broker_jars")
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    root = tmp_path_factory.getbasetemp()
+    shared = (root.parent if parallel else root) / "shared-broker"
+    shared.mkdir(exist_ok=True)
+    with _users(shared) as state:
+        if not state.get("users"):
+            # Owned by the controller: the worker that comes first may be the first to finish.
+            embedded = EmbeddedBroker(shared / "data", owner_pid=os.getppid() if parallel else None).start()
+            _started.append(embedded)
+            state.update(bootstrap=embedded.bootstrap, supervisor_pid=embedded.supervisor_pid)
+        state["users"] = int(state.get("users", 0)) + 1
+        bootstrap = str(state["bootstrap"])
+    yield TestBroker(bootstrap)
+    with _users(shared) as state:
+        state["users"] = int(state["users"]) - 1
+        if not state["users"]:
+            _stop(int(state["supervisor_pid"]))
+
+
+@pytest.fixture
+def topic_prefix() -> str:
+    """A prefix for topics and groups that no other test has."""
+    return f"t{uuid.uuid4().hex[:10]}-"
+
+
+@contextmanager
+def _users(folder: Path) -> Iterator[dict[str, object]]:
+    """The state that the workers share, read and written under a lock."""
+    with (folder / "users.json").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        state = json.loads(file.read() or "{}")
+        yield state
+        file.truncate(0)
+        file.write(json.dumps(state))
+
+
+def _stop(supervisor_pid: int) -> None:
+    for embedded in _started:
+        if embedded.running and embedded.supervisor_pid == supervisor_pid:
+            embedded.stop()
+            return
+    with suppress(ProcessLookupError):  # another worker's child
+        os.kill(supervisor_pid, signal.SIGTERM)
+        for _ in range(200):
+            os.kill(supervisor_pid, 0)
+            time.sleep(0.1)

@@ -1,0 +1,187 @@
+"""The embedded broker's pure parts, and what it says where it cannot run; no Java, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streams import broker_jars, broker_supervisor
+from streams.broker import (
+    BrokerError,
+    EmbeddedBroker,
+    fetch_jars,
+    log_tail,
+    new_cluster_id,
+    render_properties,
+    server_properties,
+)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return broker_jars.kafka_home()
+
+
+def fill(home: Path) -> list[Path]:
+    jars = home / "jars"
+    jars.mkdir(parents=True)
+    (jars / "a.jar").write_bytes(b"12345")
+    (jars / "b.jar").write_bytes(b"123")
+    listed = {"schema": 1, "artifact": broker_jars.KAFKA_ARTIFACT, "jars": {"a.jar": 5, "b.jar": 3}}
+    (home / "classpath.json").write_text(json.dumps(listed))
+    return [jars / "a.jar", jars / "b.jar"]
+
+
+def test_listens_on_loopback_only_and_creates_no_topic_by_itself(tmp_path: Path):
+    properties = server_properties(tmp_path, 9092, 9093, {})
+    assert properties["listeners"] == "PLAINTEXT://127.0.0.1:9092,CONTROLLER://127.0.0.1:9093"
+    assert properties["advertised.listeners"] == "PLAINTEXT://127.0.0.1:9092"
+    assert properties["auto.create.topics.enable"] == "false"
+    assert {v for k, v in properties.items() if k.endswith("replication.factor")} == {"1"}
+
+
+def test_settings_win_over_defaults(tmp_path: Path):
+    assert server_properties(tmp_path, 1, 2, {"num.io.threads": "7"})["num.io.threads"] == "7"
+
+
+@pytest.mark.parametrize("key", ["listeners", "log.dirs", "node.id", "process.roles"])
+def test_a_setting_that_the_broker_owns_is_refused_by_name(key: str):
+    with pytest.raises(BrokerError, match=key):
+        EmbeddedBroker(settings={key: "x"})
+
+
+@pytest.mark.parametrize("arguments", [{"port": 0}, {"port": 65536}, {"heap_mb": 16}])
+def test_unusable_arguments_are_refused(arguments: dict[str, int]):
+    with pytest.raises(BrokerError, match="got: "):
+        EmbeddedBroker(**arguments)  # type: ignore[arg-type]
+
+
+def test_not_started_is_said():
+    with pytest.raises(BrokerError, match="not started"):
+        _ = EmbeddedBroker().bootstrap
+    EmbeddedBroker().stop()
+
+
+def test_properties_are_escaped_as_java_reads_them():
+    written = render_properties({"log.dirs": "C:\\data dir/é\U0001f600"})
+    assert written == "log.dirs=C\\:\\\\data\\ dir/\\u00e9\\ud83d\\ude00\n"
+    assert written.isascii()
+
+
+def test_cluster_id_is_22_characters_and_never_reads_as_an_option():
+    assert new_cluster_id(bytes(16)) == "A" * 22
+    assert new_cluster_id(b"\xf8" + bytes(15)) == "A" * 22
+    assert new_cluster_id(b"\xff" * 16) == "_" * 21 + "w"
+
+
+def test_log_tail_prefers_what_tells(tmp_path: Path):
+    log = tmp_path / "broker.log"
+    log.write_text("INFO a\nERROR it broke\n" + "INFO b\n" * 50)
+    assert log_tail(log) == "ERROR it broke"
+    log.write_text("INFO a\nINFO b\n")
+    assert log_tail(log, lines=1) == "INFO b"
+    assert "No such file" in log_tail(tmp_path / "none")
+
+
+def test_a_filled_cache_needs_no_network_and_says_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    jars = fill(cache)
+    monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the warm path used the network"))
+    assert fetch_jars(lambda line: pytest.fail(line)) == jars
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "version", "junk"])
+def test_a_damaged_cache_is_not_used(cache: Path, damage: str):
+    fill(cache)
+    match damage:
+        case "missing":
+            (cache / "jars" / "a.jar").unlink()
+        case "short":
+            (cache / "jars" / "b.jar").write_bytes(b"1")
+        case "version":
+            listed = (cache / "classpath.json").read_text()
+            (cache / "classpath.json").write_text(listed.replace(broker_jars.KAFKA_VERSION, "3.9.0"))
+        case _:
+            (cache / "classpath.json").write_text('{"schema":1}')
+    assert broker_jars.read_classpath(cache) is None
+
+
+def test_no_jars_and_no_network_is_an_error_with_remedies(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("PERENNIAL_MAVEN_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/maven2")
+        said: list[str] = []
+        with pytest.raises(BrokerError) as caught:
+            fetch_jars(said.append)
+    assert "PERENNIAL_KAFKA=host:port" in caught.value.remedy
+    assert "docker compose" in caught.value.remedy
+    assert said, "progress was not shown"
+    assert not cache.exists()
+    assert list(cache.parent.glob("*.partial")) == []
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_with_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "perennial").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(BrokerError, match="PERENNIAL_KAFKA"):
+        fetch_jars()
+
+
+def test_the_lock_names_the_process_that_holds_the_folder(tmp_path: Path):
+    from streams.broker import _take_lock
+
+    held = _take_lock(tmp_path)
+    os.pwrite(held, b"4711", 0)
+    with pytest.raises(BrokerError, match="process 4711"):
+        _take_lock(tmp_path)
+    os.close(held)
+    os.close(_take_lock(tmp_path))  # what the file still says does not hold the folder
+
+
+def supervise(owner: int, remove: Path | str, *command: str) -> subprocess.Popen[bytes]:
+    lock = os.open(os.devnull, os.O_RDONLY)
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", broker_supervisor.__file__, str(owner), "5", str(lock), str(remove), *command],
+            stdout=subprocess.PIPE,
+            pass_fds=(lock,),
+        )
+    finally:
+        os.close(lock)
+
+
+def test_the_supervisor_reports_the_pid_and_passes_the_exit_status_on():
+    with supervise(os.getpid(), "", sys.executable, "-c", "raise SystemExit(7)") as supervisor:
+        assert supervisor.stdout is not None
+        assert int(supervisor.stdout.readline()) > 0
+        assert supervisor.wait(20) == 7
+
+
+def test_the_supervisor_ends_its_child_on_sigterm_and_keeps_the_folder(tmp_path: Path):
+    with supervise(os.getpid(), tmp_path, "sleep", "60") as supervisor:
+        assert supervisor.stdout is not None
+        child = int(supervisor.stdout.readline())
+        supervisor.terminate()
+        assert supervisor.wait(20) == 128 + 15
+    assert not broker_supervisor.alive(child, None)
+    assert tmp_path.exists()
+
+
+def test_the_supervisor_ends_its_child_and_drops_the_folder_when_the_owner_is_gone(tmp_path: Path):
+    owner = subprocess.Popen(["sleep", "60"])
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with supervise(owner.pid, folder, "sleep", "60") as supervisor:
+        assert supervisor.stdout is not None
+        child = int(supervisor.stdout.readline())
+        owner.kill()  # it stays a zombie until the wait below: dead all the same
+        assert supervisor.wait(20) == 128 + 15
+        owner.wait()
+    assert not broker_supervisor.alive(child, None)
+    assert not folder.exists()
