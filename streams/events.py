@@ -90,10 +90,10 @@ class DocumentObserved(_Outside):
     text: Text
     source: Name | None = None
     domain: Name | None = None
-    subjects: Subjects = []
+    subjects: Subjects = Field(default_factory=list)
     retention_class: RetentionClass = PERMANENT
     expires_at: AwareDatetime | None = None
-    supersedes: Ids = []
+    supersedes: Ids = Field(default_factory=list)
     observed_at: AwareDatetime | None = None
 
     def key(self) -> str:
@@ -111,7 +111,7 @@ class InteractionObserved(_Outside):
     response: Text
     correction: Text | None = None
     rating: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)] | None = None
-    subjects: Subjects = []
+    subjects: Subjects = Field(default_factory=list)
     retention_class: RetentionClass = PERMANENT
     expires_at: AwareDatetime | None = None
     observed_at: AwareDatetime | None = None
@@ -155,10 +155,10 @@ class ExampleAccepted(Event):
     rating: float | None = None
     source: str | None = None
     domain: str | None = None
-    subjects: list[str] = []
+    subjects: list[str] = Field(default_factory=list)
     retention_class: str = PERMANENT
     expires_at: AwareDatetime | None = None
-    supersedes: list[str] = []
+    supersedes: list[str] = Field(default_factory=list)
     observed_at: AwareDatetime | None = None
     revises: str | None = None
     origin: Origin
