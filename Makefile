@@ -1,0 +1,57 @@
+# `make demo` shows the whole loop, `make test` proves it; both set up everything they need.
+PYTHON ?= $(firstword $(foreach p,python3.13 python3.12 python3.11 python3,$(if $(shell $(p) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo ok),$(p))))
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+MINUTES ?= 10
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint unit bench-loop bench-intake lock schema clean
+
+help:
+	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
+	@echo 'make test          linters, types, import law, all tests (starts a real Apache Kafka)'
+	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
+	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
+	@echo 'make lock          requirements.lock again from pyproject.toml'
+	@echo 'make schema        docs/schema and docs/asyncapi.json again from streams/events.py'
+
+setup: $(READY)
+
+$(READY): requirements.lock requirements-uv.lock pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'no Python >= 3.11 with venv found; name one: make PYTHON=/path/to/python3' >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo 'installing the pinned packages (a few minutes the first time, torch is large)'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
+	@$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: $(READY)
+	$(BIN)/perennial demo
+
+test: lint unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+unit: $(READY)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+bench-loop: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_loop
+
+bench-intake: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_intake
+
+lock: $(READY)
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --group dev pyproject.toml -o requirements.lock --upgrade
+	echo 'uv' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url - -o requirements-uv.lock --upgrade
+
+schema: $(READY)
+	$(BIN)/python -m streams.schema
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis out

@@ -1,0 +1,34 @@
+"""Measures stored versions on given texts: what the demo and the benchmarks judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from learner.adapter import Lora, LoraConfig, from_safetensors
+from learner.base import load_base
+from learner.examples import Codec, text_rows
+from learner.score import mean_nats, row_losses
+from storage.blobs import ObjectStore, get_blob
+from storage.manifest import Manifest
+from streams.settings import Settings
+
+_MAX_ROWS_PER_TEXT = 3
+
+
+class Probe:
+    """A base of its own with one LoRA slot, into which a version is put to be measured."""
+
+    def __init__(self, settings: Settings, store: ObjectStore) -> None:
+        base = load_base(settings.base, settings.device, settings.threads)
+        self._store = store
+        self._row_tokens = settings.row_tokens
+        self._codec = Codec(base.tokenizer)
+        self._lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="probe")
+
+    def loss(self, manifest: Manifest | None, texts: Sequence[str]) -> float:
+        """Mean loss in nats per token on the beginnings of the texts, under a version; None: the frozen base."""
+        if manifest is not None:
+            data = get_blob(self._store, manifest.weights.digest)
+            self._lora.load(from_safetensors(data, self._lora.shapes))
+        rows = [row for text in texts for row in text_rows(text, self._codec, self._row_tokens)[:_MAX_ROWS_PER_TEXT]]
+        return mean_nats(row_losses(self._lora, rows, pad=self._codec.pad, adapted=manifest is not None))

@@ -1,0 +1,217 @@
+"""The commands of `perennial`, each a thin reader of arguments over a module of its own.
+
+Exit codes: 0 done; 1 something is wrong with what was looked at or sent; 2 the command or a setting is not usable;
+3 a service (broker, store) cannot be reached; 4 what was asked for does not exist; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from storage.errors import NotFoundError, PerennialError, StoreUnavailableError
+
+app = typer.Typer(
+    help="Keeps language models learning from Kafka, and makes them forget on purpose.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+topics_app = typer.Typer(help="The topics on the broker.", no_args_is_help=True)
+publish_app = typer.Typer(help="Publish JSON lines, each confirmed by the broker.", no_args_is_help=True)
+adapters_app = typer.Typer(help="Adapters and their versions.", no_args_is_help=True)
+app.add_typer(topics_app, name="topics")
+app.add_typer(publish_app, name="publish")
+app.add_typer(adapters_app, name="adapters")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]
+errors = Console(stderr=True)
+
+
+def print_error(error: PerennialError) -> None:
+    """What went wrong, what came in, what is allowed and what to do, a line each."""
+    errors.print(f"[bold red]error:[/] {_escape(error.message)}", soft_wrap=True)
+    for label, value in (("got", error.got), ("allowed", error.allowed), ("remedy", error.remedy)):
+        if value not in {None, ""}:
+            errors.print(f"  [bold]{label}:[/] {_escape(str(value))}", soft_wrap=True)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    try:
+        app()
+    except PerennialError as error:
+        print_error(error)
+        if isinstance(error, StoreUnavailableError):
+            sys.exit(3)
+        sys.exit(4 if isinstance(error, NotFoundError) else error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(0)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option(help="Fewer documents, for a first look; the bounds are not judged.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("out"),
+    keep: Annotated[bool, typer.Option(help="Keep the topics and objects afterwards, and say where.")] = False,
+    json_: Json = False,
+) -> None:
+    """Show the whole loop on real text: a broker, every role, an adapter that lives through a change of domain."""
+    from streams.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(quick=quick, out=out, keep=keep, as_json=json_))
+
+
+@app.command()
+def up(
+    data_dir: Annotated[Path | None, typer.Option(help="Folder for topics, objects and logs.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the embedded broker.")] = None,
+    shared_model: Annotated[bool, typer.Option(help="Scorer and learner in one process, sharing the base.")] = False,
+) -> None:
+    """Run an embedded broker and all roles until Ctrl-C; what was learned is kept."""
+    from streams.cli.up import run_up
+
+    raise typer.Exit(run_up(data_dir=data_dir, port=port, shared_model=shared_model))
+
+
+@app.command()
+def worker(
+    roles: Annotated[list[str], typer.Argument(help="intake, streams, scorer, learner; several share one process.")],
+    parent: Annotated[int, typer.Option(hidden=True)] = 0,
+) -> None:
+    """Run one role (or several in one process) until SIGTERM."""
+    from streams.cli.worker import run_worker
+
+    raise typer.Exit(run_worker(roles, parent_pid=parent))
+
+
+@topics_app.command("create")
+def topics_create(
+    dry_run: Annotated[bool, typer.Option(help="Only say what would be made and what differs.")] = False,
+    json_: Json = False,
+) -> None:
+    """Make the topics that are missing, and say which existing ones differ from what the project needs."""
+    from streams.cli.topics import create_topics
+
+    raise typer.Exit(create_topics(dry_run=dry_run, as_json=json_))
+
+
+@publish_app.command("documents")
+def publish_documents(
+    file: Annotated[str, typer.Argument(help="JSON lines, - for standard input.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter of lines that name none.")] = None,
+    json_: Json = False,
+) -> None:
+    """Publish documents: a JSON object a line with adapter, document_id and text."""
+    from streams.cli.publish import publish_file
+
+    raise typer.Exit(publish_file("documents", file, adapter=adapter, as_json=json_))
+
+
+@publish_app.command("interactions")
+def publish_interactions(
+    file: Annotated[str, typer.Argument(help="JSON lines, - for standard input.")],
+    adapter: Annotated[str | None, typer.Option(help="Adapter of lines that name none.")] = None,
+    json_: Json = False,
+) -> None:
+    """Publish interactions: a JSON object a line with adapter, interaction_id, prompt, response and correction."""
+    from streams.cli.publish import publish_file
+
+    raise typer.Exit(publish_file("interactions", file, adapter=adapter, as_json=json_))
+
+
+@adapters_app.command("ls")
+def adapters_ls(json_: Json = False) -> None:
+    """All adapters with their live version."""
+    from streams.cli.adapters import list_adapters
+
+    raise typer.Exit(list_adapters(as_json=json_))
+
+
+@adapters_app.command("show")
+def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
+    """One adapter: what is live, what it learned, through which gate."""
+    from streams.cli.adapters import show_adapter
+
+    raise typer.Exit(show_adapter(adapter, as_json=json_))
+
+
+@adapters_app.command("history")
+def adapters_history(
+    adapter: AdapterName,
+    limit: Annotated[int, typer.Option(help="Versions to show, newest first.")] = 20,
+    json_: Json = False,
+) -> None:
+    """The line of versions, refused ones and their reasons included."""
+    from streams.cli.adapters import show_history
+
+    raise typer.Exit(show_history(adapter, limit=limit, as_json=json_))
+
+
+@adapters_app.command("rollback")
+def adapters_rollback(
+    adapter: AdapterName,
+    to: Annotated[str | None, typer.Option(help="Version to go back to; without it the one live before.")] = None,
+    reason: Annotated[str, typer.Option(help="Recorded with the rollback.")] = "asked for on the command line",
+    wait_s: Annotated[float, typer.Option(help="How long to wait until it is live; 0: do not wait.")] = 60,
+    json_: Json = False,
+) -> None:
+    """Make an earlier version live again."""
+    from streams.cli.adapters import roll_back
+
+    raise typer.Exit(roll_back(adapter, to=to, reason=reason, wait_s=wait_s, as_json=json_))
+
+
+@app.command()
+def ask(
+    adapter: AdapterName,
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 48,
+    json_: Json = False,
+) -> None:
+    """Ask the frozen base and the live adapter the same, side by side."""
+    from streams.cli.ask import ask_both
+
+    raise typer.Exit(ask_both(adapter, prompt, max_new_tokens=max_new_tokens, as_json=json_))
+
+
+@app.command()
+def status(json_: Json = False) -> None:
+    """The flow at a glance: topics, lag, adapters, who serves them."""
+    from streams.cli.status import show_status
+
+    raise typer.Exit(show_status(as_json=json_))
+
+
+@app.command()
+def watch(
+    every_s: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
+    times: Annotated[int, typer.Option(help="Looks before it ends; 0: until Ctrl-C.")] = 0,
+) -> None:
+    """Live view of the flow."""
+    from streams.cli.status import watch_status
+
+    raise typer.Exit(watch_status(every_s=every_s, times=times))
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Check broker, topics, store, conditional writes, base and device, and say the remedy."""
+    from streams.cli.doctor import examine
+
+    raise typer.Exit(examine(as_json=json_))

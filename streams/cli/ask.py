@@ -1,0 +1,52 @@
+"""`perennial ask`: the frozen base and the live adapter answer the same prompt, side by side."""
+
+from __future__ import annotations
+
+import json
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+
+from storage.blobs import get_blob, open_store
+from storage.errors import NotFoundError
+from streams.cli.adapters import open_registry, short
+from streams.cli.running import connected_settings
+
+
+def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -> int:
+    """Print both answers."""
+    settings = connected_settings()
+    registry = open_registry(settings)
+    alias = registry.alias(adapter, settings.alias)
+    if alias is None:
+        raise NotFoundError(
+            "this adapter has no live version",
+            got=adapter,
+            remedy="see `perennial adapters ls`; publish and wait for the gate",
+        )
+    with Console(stderr=True).status("loading the base and the adapter"):
+        from learner.backends import PeftBackend
+
+        from learner.base import load_base
+
+        manifest = registry.manifest(adapter, alias.version)
+        weights = get_blob(open_store(settings.require_store()), manifest.weights.digest)
+        backend = PeftBackend(load_base(settings.base, settings.device, settings.threads), rank=manifest.rank)
+        plain = backend.generate(prompt, max_new_tokens=max_new_tokens)
+        backend.load(alias.version, weights, manifest)
+        backend.activate(alias.version)
+        learned = backend.generate(prompt, max_new_tokens=max_new_tokens)
+    if as_json:
+        print(json.dumps({"prompt": prompt, "base": plain, "adapter": learned, "version": alias.version}))
+        return 0
+    Console().print(
+        Columns(
+            [
+                Panel(escape(plain), title="frozen base", width=56),
+                Panel(escape(learned), title=f"{adapter} @ {short(alias.version)}", width=56, border_style="green"),
+            ]
+        )
+    )
+    return 0

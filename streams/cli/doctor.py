@@ -1,0 +1,140 @@
+"""`perennial doctor`: checks what the roles need, one line each, with the remedy where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from rich.console import Console
+from rich.markup import escape
+
+from storage.blobs import open_store
+from storage.errors import PerennialError
+from streams.cli.running import connected_settings
+from streams.settings import Settings
+
+_MIN_FREE_BYTES = 2 * 1024**3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: `ok`, what was found, and what to do where it is not ok."""
+
+    check: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+def _python(_: Settings) -> Finding:
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Finding("python", sys.version_info >= (3, 11), found, "install Python 3.11 or newer")
+
+
+def _disk(settings: Settings) -> Finding:
+    folder = settings.data_dir
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    return Finding("disk", free >= _MIN_FREE_BYTES, f"{free / 1024**3:.1f} GiB free at {folder}", "free at least 2 GiB")
+
+
+def _jars(_: Settings) -> Finding:
+    from streams.broker import fetch_jars
+
+    jars = fetch_jars()
+    return Finding("embedded broker", True, f"{len(jars)} jars cached")
+
+
+def _broker(settings: Settings) -> Finding:
+    from kafka import KafkaAdminClient
+
+    bootstrap = settings.require_kafka()
+    admin = KafkaAdminClient(bootstrap_servers=bootstrap.split(","), bootstrap_timeout_ms=5000)
+    try:
+        cluster = admin.describe_cluster()
+    finally:
+        admin.close()
+    return Finding("broker", True, f"{bootstrap}, cluster {cluster.get('cluster_id')}")
+
+
+def _topics(settings: Settings) -> Finding:
+    from streams.topics import provision
+
+    reports = provision(settings, dry_run=True)
+    missing = [report.name for report in reports if report.created]
+    differing = [f"{report.name}: {'; '.join(report.differences)}" for report in reports if report.differences]
+    if missing:
+        return Finding("topics", False, f"missing: {', '.join(missing)}", "perennial topics create")
+    return Finding(
+        "topics",
+        not differing,
+        "; ".join(differing) or f"all {len(reports)} as needed",
+        "change them with kafka-configs",
+    )
+
+
+def _store(settings: Settings) -> Finding:
+    store = open_store(settings.require_store())
+    store.probe()
+    return Finding("store", True, f"{store.uri}: create-if-absent and compare-and-swap hold")
+
+
+def _base(settings: Settings) -> Finding:
+    from learner.base import load_base
+
+    base = load_base(settings.base, settings.device, settings.threads)
+    size = sum(p.numel() for p in base.model.parameters()) / 1e6
+    return Finding("base", True, f"{base.name}, {size:.1f} M parameters, {base.dtype}, {base.digest[:19]}…")
+
+
+def _device(settings: Settings) -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("device", True, f"cuda: {torch.cuda.get_device_name()}")
+    wanted_cuda = settings.device == "cuda"
+    return Finding(
+        "device",
+        not wanted_cuda,
+        f"cpu, {settings.threads} threads (no CUDA device)",
+        "set PERENNIAL_DEVICE=auto or mend the driver",
+    )
+
+
+CHECKS: dict[str, Callable[[Settings], Finding]] = {
+    "python": _python, "disk": _disk, "embedded broker": _jars, "broker": _broker, "topics": _topics,
+    "store": _store, "device": _device, "base": _base,
+}  # fmt: skip
+
+
+def examine(*, as_json: bool) -> int:
+    """Run every check; exit code 1 where one failed."""
+    settings = connected_settings()
+    findings: list[Finding] = []
+    console = Console()
+    for name, check in CHECKS.items():
+        with Console(stderr=True).status(f"checking {name}"):
+            finding = _guarded(name, check, settings)
+        findings.append(finding)
+        if not as_json:
+            mark = "[green]ok  [/]" if finding.ok else "[red]FAIL[/]"
+            console.print(f"{mark} [bold]{name}[/]: {escape(finding.found)}", highlight=False, soft_wrap=True)
+            if not finding.ok and finding.remedy:
+                console.print(f"     remedy: {escape(finding.remedy)}", highlight=False, soft_wrap=True)
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    return 0 if all(finding.ok for finding in findings) else 1
+
+
+def _guarded(name: str, check: Callable[[Settings], Finding], settings: Settings) -> Finding:
+    try:
+        return check(settings)
+    except PerennialError as error:
+        found = error.message + (f" ({error.got})" if error.got else "")
+        return Finding(name, False, found, error.remedy)
+    except Exception as error:  # noqa: BLE001  # a check that breaks is a finding, and the next check must still run
+        return Finding(name, False, f"{type(error).__name__}: {error}", "is the address right, and does it run?")

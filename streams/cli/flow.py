@@ -1,0 +1,168 @@
+"""Reads the flow from outside: topic ends, lag per role, adapters and who serves them. Reads only, joins no group."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Self
+
+from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
+from kafka.errors import GroupIdNotFoundError, KafkaError
+
+from storage.errors import PerennialError
+from storage.registry import Registry
+from streams import wire
+from streams.cli.adapters import open_registry
+from streams.events import AdapterActivated, AdapterFailed
+from streams.settings import Settings
+from streams.topics import TOPICS
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "intake": ("documents", "interactions"),
+    "scorer": ("examples",),
+    "curate": ("scored-examples",),
+    "learner": ("adapter-jobs",),
+}
+"""Consumer group of each role and the topics that it reads."""
+
+_MAX_ADAPTERS = 20
+
+
+class BrokerUnreachableError(PerennialError):
+    """The broker does not answer."""
+
+    exit_code = 3
+
+
+@dataclass(frozen=True)
+class AdapterLine:
+    """One adapter as `status` shows it."""
+
+    adapter: str
+    generation: int
+    version: str | None
+    seq: int
+    outcome: str
+    held_out_before_nats: float | None
+    held_out_after_nats: float | None
+    served_by: int
+    failing: int
+
+
+@dataclass
+class Flow:
+    """One look at everything."""
+
+    taken_at: float
+    written: dict[str, int] = field(default_factory=dict)
+    lag: dict[str, int] = field(default_factory=dict)
+    adapters: list[AdapterLine] = field(default_factory=list)
+    more_adapters: bool = False
+    missing_topics: list[str] = field(default_factory=list)
+
+
+class FlowReader:
+    """Keeps the connections that one look after another needs."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        bootstrap = settings.require_kafka().split(",")
+        try:
+            self.consumer = KafkaConsumer(
+                bootstrap_servers=bootstrap,
+                enable_auto_commit=False,
+                bootstrap_timeout_ms=5000,
+                request_timeout_ms=15000,
+            )
+            self.admin = KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=5000)
+        except KafkaError as error:
+            raise BrokerUnreachableError(
+                got=f"{settings.kafka}: {error}",
+                remedy="is it running? `perennial doctor` checks it; PERENNIAL_KAFKA says where it is",
+            ) from error
+        self.registry: Registry = open_registry(settings)
+        self._acks: dict[bytes, AdapterActivated | AdapterFailed] = {}
+        self._ack_partitions: list[TopicPartition] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self.consumer.close()
+        self.admin.close()
+
+    def look(self) -> Flow:
+        """Read everything once. Raises BrokerUnreachableError."""
+        try:
+            return self._look()
+        except KafkaError as error:
+            raise BrokerUnreachableError(
+                got=f"{self.settings.kafka}: {error}", remedy="`perennial doctor` checks it"
+            ) from error
+
+    def _look(self) -> Flow:
+        flow = Flow(time.time())
+        known = self.consumer.topics()
+        partitions: list[TopicPartition] = []
+        for name in TOPICS:
+            topic = self.settings.topic(name)
+            if topic in known:
+                partitions += [TopicPartition(topic, p) for p in self.consumer.partitions_for_topic(topic) or ()]
+            else:
+                flow.missing_topics.append(topic)
+        ends: dict[TopicPartition, int] = self.consumer.end_offsets(partitions)
+        for name in TOPICS:
+            flow.written[name] = sum(end for tp, end in ends.items() if tp.topic == self.settings.topic(name))
+        flow.lag = {role: self._lag(role, names, ends) for role, names in GROUPS.items()}
+        self._read_acks(partitions)
+        adapters = list(islice(self.registry.adapters(), _MAX_ADAPTERS + 1))
+        flow.more_adapters = len(adapters) > _MAX_ADAPTERS
+        flow.adapters = [self._adapter(name) for name in adapters[:_MAX_ADAPTERS]]
+        return flow
+
+    def _lag(self, role: str, names: tuple[str, ...], ends: dict[TopicPartition, int]) -> int:
+        group = self.settings.topic(role)
+        try:
+            offsets: dict[TopicPartition, Any] = self.admin.list_group_offsets(group).get(group, {})
+        except GroupIdNotFoundError:
+            offsets = {}
+        topics = {self.settings.topic(name) for name in names}
+        return sum(
+            max(0, end - (offsets[tp].offset if tp in offsets and offsets[tp].offset >= 0 else 0))
+            for tp, end in ends.items()
+            if tp.topic in topics
+        )
+
+    def _read_acks(self, partitions: list[TopicPartition]) -> None:
+        topic = self.settings.topic("adapter-acks")
+        wanted = [tp for tp in partitions if tp.topic == topic]
+        if wanted and wanted != self._ack_partitions:
+            self.consumer.assign(wanted)
+            self.consumer.seek_to_beginning(*wanted)
+            self._ack_partitions = wanted
+        while wanted and (records := self.consumer.poll(timeout_ms=150, max_records=1000)):
+            for record in (record for batch in records.values() for record in batch):
+                try:
+                    event = wire.decode(record.value, record.headers, "adapter-acks").event
+                except wire.WireError:
+                    continue
+                if isinstance(event, AdapterActivated | AdapterFailed):
+                    self._acks[record.key] = event
+
+    def _adapter(self, name: str) -> AdapterLine:
+        alias, head = self.registry.alias(name, self.settings.alias), self.registry.head(name)
+        gate = head.manifest.gate if head else {}
+        acks = [ack for ack in self._acks.values() if ack.adapter == name]
+        before, after = gate.get("held_out_before"), gate.get("held_out_after")
+        return AdapterLine(
+            name, alias.generation if alias else 0, alias.version if alias else None, head.seq if head else 0,
+            f"{head.manifest.outcome}" if head else "-",
+            before if isinstance(before, float) else None, after if isinstance(after, float) else None,
+            sum(1 for ack in acks if isinstance(ack, AdapterActivated) and alias and ack.version == alias.version),
+            sum(1 for ack in acks if isinstance(ack, AdapterFailed)),
+        )  # fmt: skip

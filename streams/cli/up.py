@@ -1,0 +1,130 @@
+"""`perennial up`: an embedded broker, a store and all roles, kept over restarts, until Ctrl-C."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.panel import Panel
+
+from streams.broker import EmbeddedBroker
+from streams.cli.running import announce, running, withdraw
+from streams.cli.supervise import ROLES, Supervisor
+from streams.settings import Settings, SettingsError, load_settings
+from streams.topics import provision
+
+
+@dataclass
+class Stack:
+    """A broker and a store of our own where settings name none, the topics, and all roles as processes."""
+
+    settings: Settings
+    data_dir: Path
+    port: int | None = None
+    roles: tuple[str, ...] = ROLES
+    environment: dict[str, str] | None = None
+    say: Callable[[str], None] = lambda _line: None
+    broker: EmbeddedBroker | None = None
+    supervisor: Supervisor | None = None
+
+    def start(self) -> None:
+        """Start everything and wait until every role is healthy."""
+        found: dict[str, object] = {}
+        if not self.settings.kafka:
+            self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.say).start()
+            found["kafka"] = self.broker.bootstrap
+            self.say(f"Apache Kafka runs at {self.broker.bootstrap}")
+        if not self.settings.store:
+            found["store"] = str(self.data_dir / "store")
+        self.settings = self.settings.model_copy(update=found)
+        made = [report.name for report in provision(self.settings) if report.created]
+        self.say(f"{len(made)} topics made" if made else "all topics were there")
+        self.supervisor = Supervisor(
+            self.settings, self.data_dir / "logs", self.roles, self.environment or {}, on_event=self.say
+        )
+        self.supervisor.start()
+        self.supervisor.wait_healthy(on_ready=lambda name: self.say(f"{name} is ready"))
+
+    def stop(self) -> None:
+        """Stop the roles in the order of the flow, then the broker; safe to call at any point."""
+        if self.supervisor:
+            self.supervisor.stop()
+        if self.broker:
+            self.broker.stop()
+
+
+def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool) -> int:
+    """Run until SIGINT or SIGTERM. Raises SettingsError where it already runs in this data folder."""
+    settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
+    other = running(settings.data_dir)
+    if other:
+        raise SettingsError(
+            "perennial already runs in this data folder",
+            got=f"pid {other['pid']}, Kafka at {other.get('kafka')}",
+            remedy="use that one, stop it, or name another --data-dir",
+        )
+    console = Console(stderr=True)
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    roles = ("intake", "streams", "scorer+learner") if shared_model else ROLES
+    stack = Stack(settings, settings.data_dir, port, roles)
+    with console.status("starting") as spinner:
+
+        def say(line: str) -> None:
+            console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
+            spinner.update(line)
+
+        stack.say = say
+        try:
+            stack.start()
+            # From here Ctrl-C is a request to stop; before, it is an interrupt that the clean-up below answers.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, on_signal)
+        except BaseException:
+            stack.stop()
+            raise
+    try:
+        _announce(stack, console)
+        while not stop.wait(0.5):
+            if stack.supervisor:
+                stack.supervisor.tend()
+    finally:
+        console.print("stopping: intake, streams, scorer, learner, broker")
+        withdraw(settings.data_dir)
+        stack.stop()
+        console.print("stopped; everything learned is kept in " + str(settings.data_dir))
+    return 0
+
+
+def _announce(stack: Stack, console: Console) -> None:
+    settings, supervisor = stack.settings, stack.supervisor
+    if supervisor is None:
+        return
+    ports = {name: role.port for name, role in supervisor.children.items()}
+    announce(
+        settings.data_dir, kafka=settings.kafka, store=settings.store, topic_prefix=settings.topic_prefix, metrics=ports
+    )
+    lines = [
+        f"Kafka     {settings.kafka}",
+        f"store     {settings.store}",
+        f"logs      {settings.data_dir / 'logs'}",
+        *(f"metrics   http://127.0.0.1:{port}/metrics  ({name})" for name, port in ports.items()),
+        "",
+        "publish   perennial publish documents FILE.jsonl",
+        f'          echo \'{{"adapter":"acme/support","document_id":"1","text":"…"}}\' | '
+        f"kcat -b {settings.kafka} -t {settings.topic('documents')} -P",
+        "look      perennial watch     perennial status     perennial adapters ls",
+        "stop      Ctrl-C",
+    ]
+    console.print(Panel("\n".join(lines), title="perennial is up", expand=False), highlight=False, soft_wrap=True)

@@ -1,0 +1,111 @@
+"""Runs roles in this process until a signal: settings, metrics server, stop event, exit code."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from storage.errors import PerennialError
+from streams.cli.supervise import ROLES, die_with_parent
+from streams.metrics import Metrics, serve
+from streams.settings import Settings, SettingsError, load_settings
+
+if TYPE_CHECKING:
+    from learner.base import Base
+
+log = logging.getLogger("perennial")
+
+
+def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
+    """Run the roles; returns the exit code: 0 after a signal, 1 where a role failed."""
+    unknown = [role for role in roles if role not in ROLES]
+    if unknown:
+        raise SettingsError(
+            "no such role", got=", ".join(unknown), allowed=", ".join(ROLES), remedy="name one of these"
+        )
+    settings = load_settings()
+    settings.require_kafka()
+    if set(roles) - {"intake"}:
+        settings.require_store()
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=settings.log_level.upper(),
+        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
+    )
+    for noisy in ("kafka", "aiokafka", "faust", "mode", "urllib3", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if parent_pid:
+        die_with_parent(parent_pid)
+
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    metrics = Metrics("+".join(roles), settings)
+    server = serve(metrics, settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
+    try:
+        return _run_all(_bodies(roles, settings, stop, metrics), stop)
+    finally:
+        if server:
+            server.close()
+
+
+def _bodies(
+    roles: list[str], settings: Settings, stop: threading.Event, metrics: Metrics
+) -> dict[str, Callable[[], None]]:
+    bodies: dict[str, Callable[[], None]] = {}
+    base: Base | None = None
+    lock = threading.RLock()
+    if {"scorer", "learner"} <= set(roles):
+        from learner.base import load_base
+
+        base = load_base(settings.base, settings.device, settings.threads)
+    for role in dict.fromkeys(roles):
+        if role == "intake":
+            from streams.intake import run_intake
+
+            bodies[role] = lambda: run_intake(settings, stop, metrics)
+        elif role == "streams":
+            from streams.agents import run_streams
+
+            bodies[role] = lambda: run_streams(settings, stop, metrics)
+        elif role == "scorer":
+            from learner.scorer import run_scorer
+
+            bodies[role] = lambda: run_scorer(settings, stop, metrics, base=base, lock=lock)
+        else:
+            from learner.worker import run_learner
+
+            bodies[role] = lambda: run_learner(settings, stop, metrics, base=base, lock=lock)
+    return bodies
+
+
+def _run_all(bodies: dict[str, Callable[[], None]], stop: threading.Event) -> int:
+    failures: list[str] = []
+
+    def guarded(name: str, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except PerennialError as error:
+            log.error("%s stopped: %s", name, error)  # noqa: TRY400  # the error says what to do; a trace would hide it
+            failures.append(name)
+        except Exception:
+            log.exception("%s stopped", name)
+            failures.append(name)
+        finally:
+            stop.set()
+
+    if len(bodies) == 1:
+        ((name, body),) = bodies.items()
+        guarded(name, body)
+    else:
+        threads = [threading.Thread(target=guarded, args=item, name=item[0]) for item in bodies.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                thread.join(0.5)
+    return 1 if failures else 0
