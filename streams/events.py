@@ -58,7 +58,8 @@ Subjects = Annotated[list[Name], Field(max_length=MAX_LIST_ITEMS)]
 Ids = Annotated[list[Id], Field(max_length=MAX_LIST_ITEMS)]
 RetentionClass = Annotated[str, Field(max_length=32), AfterValidator(_check_retention)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Loss = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Loss = Finite
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -152,7 +153,7 @@ class ExampleAccepted(Event):
     text: str | None = None
     prompt: str | None = None
     answer: str | None = None
-    rating: float | None = None
+    rating: Finite | None = None
     source: str | None = None
     domain: str | None = None
     subjects: list[str] = Field(default_factory=list)
@@ -191,8 +192,8 @@ class DriftDetected(Event):
     adapter: Adapter
     signal: Name
     detector: Name
-    before: float
-    after: float
+    before: Finite
+    after: Finite
     examples_seen: Count
     origin: Origin
 
@@ -363,7 +364,7 @@ class _AdapterState(Event):
     base: BaseRef
     previous_version: Digest | None = None
     learned: Learned
-    gate: dict[str, float | int | str | bool | None] = {}
+    gate: dict[str, Finite | int | str | bool | None] = {}
     reason: str
     stage_at: dict[str, AwareDatetime] = {}
     published_at: AwareDatetime
@@ -406,7 +407,7 @@ class _Ack(Event):
     replica: Name
     generation: Count
     version: Digest
-    stage_s: dict[str, float] = {}
+    stage_s: dict[str, Finite] = {}
     published_at: AwareDatetime
     at: AwareDatetime
 

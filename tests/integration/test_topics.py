@@ -1,0 +1,80 @@
+"""Topics on a real broker: made once, never altered, and what differs is said."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import uuid
+
+import pytest
+from kafka.admin import KafkaAdminClient
+
+from streams.settings import Settings
+from streams.topics import TOPICS, TopicError, identify, provision
+
+
+@pytest.fixture
+def settings(broker, topic_prefix):
+    return Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=3, _env_file=None)
+
+
+def test_missing_topics_are_made_with_their_configs(settings):
+    dry = provision(settings, dry_run=True)
+    assert [report.created for report in dry] == [True] * len(TOPICS)
+
+    first = provision(settings)
+    assert {report.name for report in first} == {settings.topic(name) for name in TOPICS}
+    assert all(report.created for report in first)
+
+    second = provision(settings)
+    assert [(report.created, report.differences) for report in second] == [(False, ())] * len(TOPICS)
+
+
+def test_what_differs_is_reported_and_left_alone(settings):
+    admin = KafkaAdminClient(bootstrap_servers=settings.kafka)
+    name = settings.topic("adapter-updates")
+    admin.create_topics({name: {"num_partitions": 2, "replication_factor": 1, "configs": {"cleanup.policy": "delete"}}})
+    admin.close()
+
+    for _ in range(2):
+        reports = {report.name: report for report in provision(settings)}
+        assert not reports[name].created
+        assert "partitions is 2, should be 3" in reports[name].differences
+        assert "cleanup.policy is delete, should be compact" in reports[name].differences
+
+
+def test_ids_tell_a_topic_made_again_from_the_one_before(settings):
+    provision(settings)
+    before = identify(settings, ["documents"])
+    assert before == identify(settings, ["documents"])
+    assert set(identify(settings).topic_ids) == {settings.topic(name) for name in TOPICS}
+
+    name = settings.topic("documents")
+    admin = KafkaAdminClient(bootstrap_servers=settings.kafka)
+    admin.delete_topics([name])
+    while name in admin.list_topics():
+        time.sleep(0.05)
+    admin.create_topics({name: {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
+    admin.close()
+    after = identify(settings, ["documents"])
+    assert after.cluster_id == before.cluster_id
+    assert after.topic_ids[name] != before.topic_ids[name]
+    assert uuid.UUID(after.topic_ids[name])
+
+
+def test_a_missing_topic_is_named(settings):
+    with pytest.raises(TopicError, match="documents") as error:
+        identify(settings, ["documents"])
+    assert "perennial topics create" in error.value.remedy
+
+
+def test_no_broker_is_our_error():
+    program = (
+        "import streams.topics as topics; from streams.settings import Settings; topics.BOOTSTRAP_TIMEOUT_MS = 500\n"
+        "try: topics.provision(Settings(kafka='127.0.0.1:9'))\n"
+        "except topics.KafkaUnavailableError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert "127.0.0.1:9" in done.stdout
+    assert "remedy: " in done.stdout

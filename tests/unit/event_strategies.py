@@ -1,0 +1,93 @@
+"""Hypothesis strategies for every event, derived from the models' own annotations so that no field is forgotten."""
+
+from __future__ import annotations
+
+import types
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from hypothesis import strategies as st
+from pydantic import AwareDatetime, BaseModel
+from pydantic.fields import FieldInfo
+
+from streams import events
+from streams.events import ADAPTER_PATTERN, EVENTS, Event, Selector
+
+_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+_ADAPTER = st.from_regex(ADAPTER_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 200 and name.isascii())
+_TIME = st.integers(0, 250_000_000_000_000_000).map(lambda n: datetime(1971, 1, 1, tzinfo=UTC) + timedelta(microseconds=n))
+_PATTERNS: dict[str, st.SearchStrategy[str]] = {
+    ADAPTER_PATTERN: _ADAPTER,
+    rf"{ADAPTER_PATTERN}|^\*$": _ADAPTER | st.just("*"),
+    r"^sha256:[0-9a-f]{64}$": st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}"),
+    r"^[0-9a-f]{32}$": st.binary(min_size=16, max_size=16).map(bytes.hex),
+}
+_RETENTION = st.sampled_from([events.PERMANENT, "P30D", "PT12H", "P1Y2M"])
+
+
+def event_of(model: type[Event]) -> st.SearchStrategy[Event]:
+    """Valid events of a type."""
+    return _model(model)
+
+
+
+
+def _model(model: type[BaseModel]) -> st.SearchStrategy[Any]:
+    if model is Selector:
+        return st.builds(
+            Selector, subjects=st.lists(_TEXT.filter(bool), min_size=1, max_size=3), before=st.none() | _TIME
+        )
+    required, optional = {}, {}
+    for name, field in model.model_fields.items():
+        kind = required if field.is_required() else optional
+        kind[field.alias or name] = _field(field)
+    return st.fixed_dictionaries(required, optional=optional).map(lambda values: model(**values))
+
+
+def _field(field: FieldInfo) -> st.SearchStrategy[Any]:
+    return _of(field.annotation, list(field.metadata))
+
+
+def _of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if any(getattr(item, "func", None) is events._check_retention for item in metadata):
+        return _RETENTION
+    if annotation is AwareDatetime:
+        return _TIME
+    if origin is Annotated:
+        inner = [part for item in arguments[1:] for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        return _of(arguments[0], inner)
+    if origin in {Union, types.UnionType}:
+        return st.one_of(*(_of(each, []) for each in arguments))
+    if origin is Literal:
+        return st.sampled_from(arguments)
+    if origin is list:
+        return st.lists(_of(arguments[0], []), max_size=3)
+    if origin is dict:
+        return st.dictionaries(_of(arguments[0], []), _of(arguments[1], []), max_size=3)
+    return _scalar(annotation, metadata)
+
+
+def _scalar(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
+    limits = {name: getattr(item, name) for item in metadata for name in ("ge", "le", "min_length", "max_length", "pattern")
+              if getattr(item, name, None) is not None}  # fmt: skip
+    if annotation is type(None):
+        return st.none()
+    if annotation is bool:
+        return st.booleans()
+    if annotation is int:
+        return st.integers(limits.get("ge", -(2**62)), 2**62)
+    if annotation is float:
+        return st.floats(limits.get("ge"), limits.get("le"), allow_nan=False, allow_infinity=False)
+    if annotation is str:
+        if "pattern" in limits:
+            return _PATTERNS[limits["pattern"]]
+        return _TEXT.filter(lambda text: len(text) >= limits.get("min_length", 0))
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return _model(annotation)
+    raise TypeError(f"no strategy for {annotation!r} {metadata!r}")
+
+
+
+
+any_event: st.SearchStrategy[Event] = st.one_of(*(event_of(model) for model in EVENTS.values()))
