@@ -1,8 +1,9 @@
 """Owns where the embedded broker's Java runtime and jars come from, and their cache.
 
-The jars are resolved once from a Maven repository by jgo's resolver (pure Python, no mvn) and kept with a list of
-their sizes under the user's cache folder; after that nothing here touches the network. jgo's EnvironmentBuilder is
-not used: it downloads a second Java only to sort jars into folders, and writes a lock file.
+The jars are resolved once from a Maven repository by jgo's resolver (pure Python, no mvn) and kept with a
+list of their sizes under the user's cache folder; after that nothing here touches the network. jgo's
+EnvironmentBuilder is not used: it downloads a second Java only to sort jars into folders, and writes a lock
+file.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ KAFKA_VERSION = "4.4.0"
 KAFKA_ARTIFACT = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}"
 MAVEN_URL_VARIABLE = "PERENNIAL_MAVEN_URL"
 OWN_BROKER = (
-    "point PERENNIAL_KAFKA=host:port at a broker of your own, or start one with `docker compose up -d kafka` in deploy/"
+    "point PERENNIAL_KAFKA=host:port at a broker of your own, "
+    "or start one with `docker compose up -d kafka` in deploy/"
 )
 
 Progress = Callable[[str], None]
@@ -62,8 +64,9 @@ def kafka_home() -> Path:
 def fetch_jars(progress: Progress | None = None) -> list[Path]:
     """Get the broker's class path, downloading it the first time (about 45 MB).
 
-    progress is called with one line of text at each step of a download, never on the warm path. The repository is
-    Maven Central, or what PERENNIAL_MAVEN_URL names. Raises BrokerError where the jars cannot be had.
+    progress is called with one line of text at each step of a download, never on the warm path. The
+    repository is Maven Central, or what PERENNIAL_MAVEN_URL names. Raises BrokerError where the jars cannot
+    be had.
     """
     home = kafka_home()
     kept = read_classpath(home)
@@ -84,7 +87,7 @@ def fetch_jars(progress: Progress | None = None) -> list[Path]:
 
 
 def read_classpath(home: Path) -> list[Path] | None:
-    """The jars listed in a cache folder, or None where the list or any jar is missing, cut short or foreign."""
+    """The jars listed in a cache folder, or None where the list or a jar is missing, cut short or foreign."""
     try:
         listed = json.loads((home / _LIST).read_bytes())
         if listed["schema"] != _LIST_SCHEMA or listed["artifact"] != KAFKA_ARTIFACT or not listed["jars"]:
@@ -119,7 +122,9 @@ def _fetch(home: Path, progress: Progress) -> None:
         staging.replace(home)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    progress(f"Apache Kafka {KAFKA_VERSION} is ready: {len(sizes)} jars, {sum(sizes.values()) / 1e6:.0f} MB, kept")
+    progress(
+        f"Apache Kafka {KAFKA_VERSION} is ready: {len(sizes)} jars, {sum(sizes.values()) / 1e6:.0f} MB, kept"
+    )
 
 
 def _download(repository: Path, progress: Progress) -> Iterator[Path]:
@@ -175,7 +180,7 @@ def _unavailable(reason: object, *, remedy: str = "") -> BrokerError:
     return BrokerError(
         f"the jars of Apache Kafka {KAFKA_VERSION} cannot be had from {where}",
         got=str(reason) or type(reason).__name__,
-        allowed=f"a reachable Maven repository (proxies through HTTPS_PROXY, a mirror through {MAVEN_URL_VARIABLE}), "
+        allowed=f"a reachable Maven repository (a proxy: HTTPS_PROXY, a mirror: {MAVEN_URL_VARIABLE}), "
         f"or a filled cache in {kafka_home()}",
         remedy=remedy or f"try again with a network, or {OWN_BROKER}",
     )

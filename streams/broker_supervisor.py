@@ -1,14 +1,15 @@
 """Owns the life of one child process: ends it when its owner dies. A script of the standard library alone.
 
-Run as `python -I -S broker_supervisor.py OWNER_PID GRACE_S LOCK_FD REMOVE COMMAND...`: starts COMMAND, writes its pid
-as one line to standard output, and then ends it (SIGTERM, after GRACE_S seconds SIGKILL) on SIGTERM, SIGINT or SIGHUP
-or once OWNER_PID is gone; in that last case the folder REMOVE is deleted too, unless REMOVE is empty.
+Run as `python -I -S broker_supervisor.py OWNER_PID GRACE_S LOCK_FD REMOVE COMMAND...`: starts COMMAND, writes
+its pid as one line to standard output, and then ends it (SIGTERM, after GRACE_S seconds SIGKILL) on SIGTERM,
+SIGINT or SIGHUP or once OWNER_PID is gone; in that last case the folder REMOVE is deleted too, unless REMOVE
+is empty.
 
-Why a process of its own: on Linux PR_SET_PDEATHSIG fires when the *thread* that forked ends, so a broker started from
-a short-lived thread would be killed while its owner lives. Here the only thread that forks is the one that waits; the
-owner itself is watched by pid, which also works where there is no such signal. The command gets PR_SET_PDEATHSIG all
-the same, so that it does not outlive a supervisor that was itself killed. LOCK_FD is handed to the command: the lock
-on its data folder is free exactly when the command is gone.
+Why a process of its own: on Linux PR_SET_PDEATHSIG fires when the *thread* that forked ends, so a broker
+started from a short-lived thread would be killed while its owner lives. Here the only thread that forks is
+the one that waits; the owner itself is watched by pid, which also works where there is no such signal. The
+command gets PR_SET_PDEATHSIG all the same, so that it does not outlive a supervisor that was itself killed.
+LOCK_FD is handed to the command: the lock on its data folder is free exactly when the command is gone.
 """
 
 from __future__ import annotations
@@ -61,11 +62,15 @@ def main(arguments: list[str]) -> int:
 
 
 def alive(pid: int, born: str | None) -> bool:
-    """Whether that very process still runs: neither gone, nor a zombie, nor its pid given to another."""
+    """Whether that very process still runs: neither gone, nor a zombie, nor its pid given to another.
+
+    born: its start_time() where that was known.
+    """
     if os.getppid() == pid:
         return True
-    if born is not None or Path("/proc/self/stat").exists():
-        return born is not None and start_time(pid) == born
+    if Path("/proc/self/stat").exists():
+        now = start_time(pid)
+        return now is not None and born in {None, now}
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -76,7 +81,7 @@ def alive(pid: int, born: str | None) -> bool:
 
 
 def start_time(pid: int) -> str | None:
-    """A live process's start time in clock ticks since boot (proc(5), field 22), or None: none such, or no /proc."""
+    """A live process's start time in ticks since boot (proc(5), field 22); None: no process, or no /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
     except OSError:

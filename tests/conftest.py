@@ -18,11 +18,13 @@ import pytest
 from streams.broker import BrokerError, EmbeddedBroker, fetch_jars
 from streams.broker_jars import java_path
 
-_started: list[EmbeddedBroker] = []  # kept to the end of the process: a worker may leave its broker to the others
+_started: list[
+    EmbeddedBroker
+] = []  # kept to the end of the process: a worker may leave its broker to the others
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let kafka-python be imported where warnings are errors: it reads its schemas through a deprecated call."""
+    """Let kafka-python be imported where warnings are errors: it reads schemas through a deprecated call."""
     config.addinivalue_line("filterwarnings", "ignore:(read_text|open_text) is deprecated:DeprecationWarning")
 
 
@@ -49,7 +51,7 @@ def broker_jars() -> None:
 
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestBroker]:
-    """The broker that PERENNIAL_KAFKA names, else an embedded one; topics are kept apart by `topic_prefix`."""
+    """The broker that PERENNIAL_KAFKA names, else an embedded one; `topic_prefix` keeps topics apart."""
     outside = os.environ.get("PERENNIAL_KAFKA")
     if outside:
         yield TestBroker(outside)

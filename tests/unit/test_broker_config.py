@@ -12,15 +12,8 @@ from pathlib import Path
 import pytest
 
 from streams import broker_jars, broker_supervisor
-from streams.broker import (
-    BrokerError,
-    EmbeddedBroker,
-    fetch_jars,
-    log_tail,
-    new_cluster_id,
-    render_properties,
-    server_properties,
-)
+from streams.broker import BrokerError, EmbeddedBroker, fetch_jars
+from streams.broker_config import log_tail, new_cluster_id, render_properties, server_properties
 
 
 @pytest.fixture
@@ -71,7 +64,7 @@ def test_not_started_is_said():
 
 def test_properties_are_escaped_as_java_reads_them():
     written = render_properties({"log.dirs": "C:\\data dir/é\U0001f600"})
-    assert written == "log.dirs=C\\:\\\\data\\ dir/\\u00e9\\ud83d\\ude00\n"
+    assert written == "log.dirs=C\\:\\\\data\\u0020dir/\\u00e9\\ud83d\\ude00\n"
     assert written.isascii()
 
 
@@ -87,13 +80,15 @@ def test_log_tail_prefers_what_tells(tmp_path: Path):
     assert log_tail(log) == "ERROR it broke"
     log.write_text("INFO a\nINFO b\n")
     assert log_tail(log, lines=1) == "INFO b"
+    log.write_text("ERROR of an earlier start\nINFO b\n")
+    assert log_tail(log, start=26) == "INFO b"
     assert "No such file" in log_tail(tmp_path / "none")
 
 
 def test_a_filled_cache_needs_no_network_and_says_nothing(cache: Path, monkeypatch: pytest.MonkeyPatch):
     jars = fill(cache)
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the warm path used the network"))
-    assert fetch_jars(lambda line: pytest.fail(line)) == jars
+    assert fetch_jars(pytest.fail) == jars
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "version", "junk"])
@@ -126,7 +121,9 @@ def test_no_jars_and_no_network_is_an_error_with_remedies(cache: Path, monkeypat
     assert list(cache.parent.glob("*.partial")) == []
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_with_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_cache_that_cannot_be_written_is_an_error_with_remedies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     (tmp_path / "perennial").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BrokerError, match="PERENNIAL_KAFKA"):
@@ -148,7 +145,17 @@ def supervise(owner: int, remove: Path | str, *command: str) -> subprocess.Popen
     lock = os.open(os.devnull, os.O_RDONLY)
     try:
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", broker_supervisor.__file__, str(owner), "5", str(lock), str(remove), *command],
+            [
+                sys.executable,
+                "-I",
+                "-S",
+                broker_supervisor.__file__,
+                str(owner),
+                "5",
+                str(lock),
+                str(remove),
+                *command,
+            ],
             stdout=subprocess.PIPE,
             pass_fds=(lock,),
         )
