@@ -1,4 +1,4 @@
-"""Owns the embedded broker's configuration: what a one-node development Kafka is told, and what its log tells."""
+"""Owns the embedded broker's configuration: what a development Kafka is told, and what its log tells."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def new_cluster_id(random_bytes: bytes) -> str:
 
 
 def log_tail(path: Path, start: int = 0, lines: int = 12, limit_bytes: int = 64 * 1024) -> str:
-    """The last lines after byte `start` that have ERROR, FATAL or an exception in them, else the last ones."""
+    """The last lines after byte `start` with ERROR, FATAL or an exception, else the last ones."""
     try:
         with path.open("rb") as file:
             file.seek(max(start, path.stat().st_size - limit_bytes))
