@@ -1,0 +1,391 @@
+"""Objects: the store protocol, its directory implementation, content-addressed blobs, and how a store is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import unquote, urlsplit
+
+from storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError, StoreUnavailableError
+from storage.keys import blob_key, check_prefix, digest_of, is_segment, key_of, stored_name
+
+__all__ = [
+    "MAX_OBJECT_BYTES", "DirectoryStore", "ObjectStore", "Stored", "blob_key", "digest_of", "get_blob",
+    "get_verified", "open_store", "probe_conditional_writes", "put_blob", "too_large",
+]  # fmt: skip
+
+MAX_OBJECT_BYTES = 1 << 30
+
+_LINK_ATTEMPTS = 100
+_LOCKS, _TEMPORARY, _STRIPES = ".locks", ".tmp", 4096
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An object's bytes, and the etag that a compare-and-swap expects."""
+
+    data: bytes
+    etag: str
+
+
+class ObjectStore(Protocol):
+    """Named immutable or atomically replaced objects; every call may raise StoreError or StoreUnavailableError."""
+
+    uri: str
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Create the object: True where this call created it, False where it existed and is untouched.
+
+        After an answer that was lost on the way, False may also mean that this call's own bytes are stored.
+        """
+        ...
+
+    def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
+        """Replace the object whose etag is `expected` (None: it must not exist); the new etag, or ConflictError.
+
+        Equal bytes have equal etags, so data that may come back to an earlier value needs a nonce in it.
+        """
+        ...
+
+    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> Stored:
+        """The object. Raises NotFoundError; StoreError where it has more than `max_bytes`."""
+        ...
+
+    def exists(self, key: str) -> bool:
+        """Whether the object is there."""
+        ...
+
+    def delete(self, key: str) -> bool:
+        """Remove the object and every stored version of it; False where it was not there."""
+        ...
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[str]:
+        """The full keys that begin with `prefix` and sort after `start_after`, sorted."""
+        ...
+
+    def probe(self) -> None:
+        """Check with real writes that conditions hold; StoreError with a remedy where they do not."""
+        ...
+
+
+def too_large(key: str, size_bytes: int, max_bytes: int) -> StoreError:
+    """The error of a `get` whose object is over the bound."""
+    return StoreError(
+        f"object {key} is larger than its reader accepts",
+        got=f"{size_bytes} bytes",
+        allowed=f"{max_bytes} bytes",
+        remedy="find out who wrote it; nothing of this project writes objects of this size",
+    )
+
+
+class DirectoryStore:
+    """A folder as an object store: safe among threads and processes of one machine.
+
+    Objects appear by link and change by rename, both after fsync, so a reader sees a whole object or none, also
+    after a power cut. Compare-and-swap holds an flock, striped over 4,096 lock files. `fsync=False` is for tests.
+    """
+
+    def __init__(self, root: Path, *, fsync: bool = True) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.uri = self.root.as_uri()
+        self._fsync = fsync
+        self._anonymous = hasattr(os, "O_TMPFILE")
+        with self._mapped_errors("open"):
+            for folder in (_LOCKS, _TEMPORARY):
+                (self.root / folder).mkdir(parents=True, exist_ok=True)
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """See ObjectStore."""
+        path = self._path(key)
+        with self._mapped_errors(key):
+            created = not path.exists() and self._create(path, data)
+            if not created and self._fsync:
+                # what a caller builds upon must outlive a power cut even where another writer is not done syncing it
+                self._sync_entry(path)
+            return created
+
+    def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
+        """See ObjectStore; the etag is the SHA-256 of the bytes."""
+        path = self._path(key)
+        with self._mapped_errors(key), self._locked(key) as stripe:
+            found = self._etag(path)
+            won = found == expected and (self._create(path, data) if found is None else True)
+            if not won:
+                raise ConflictError(
+                    f"object {key} was changed by another writer",
+                    got=found or "no object",
+                    allowed=expected or "no object",
+                    remedy="read it again and decide anew",
+                )
+            if found is not None:
+                self._replace(path, data, self.root / _TEMPORARY / stripe)
+        return hashlib.sha256(data).hexdigest()
+
+    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> Stored:
+        """See ObjectStore."""
+        path = self._path(key)
+        with self._mapped_errors(key):
+            try:
+                with path.open("rb") as file:
+                    size_bytes = os.fstat(file.fileno()).st_size
+                    if size_bytes > max_bytes:
+                        raise too_large(key, size_bytes, max_bytes)
+                    data = file.read()
+            except FileNotFoundError:
+                raise NotFoundError(f"no object {key} in {self.uri}", remedy="check the store's address") from None
+        return Stored(data, hashlib.sha256(data).hexdigest())
+
+    def exists(self, key: str) -> bool:
+        """See ObjectStore."""
+        path = self._path(key)
+        with self._mapped_errors(key):
+            return path.is_file()
+
+    def delete(self, key: str) -> bool:
+        """See ObjectStore; folders that become empty go too."""
+        path = self._path(key)
+        with self._mapped_errors(key), self._locked(key):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            self._sync_folder(path.parent)
+            for folder in path.parents:
+                if folder == self.root:
+                    break
+                try:
+                    folder.rmdir()
+                except OSError:  # not empty, or already gone
+                    break
+            return True
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[str]:
+        """See ObjectStore."""
+        above = check_prefix(prefix).rpartition("/")[0]
+        yield from self._walk(self.root / above, f"{above}/" if above else "", prefix, start_after)
+
+    def probe(self) -> None:
+        """See ObjectStore."""
+        probe_conditional_writes(self, "this file system ignores links or locks: put the store on a local disk")
+
+    def _path(self, key: str) -> Path:
+        return self.root / stored_name(key)
+
+    def _walk(self, folder: Path, above: str, prefix: str, start_after: str) -> Iterator[str]:
+        with self._mapped_errors(prefix):
+            try:
+                with os.scandir(folder) as entries:
+                    found = sorted((above + e.name + ("/" if e.is_dir() else "")) for e in entries)
+            except (FileNotFoundError, NotADirectoryError):
+                return
+        for name in found:
+            if not name.endswith("/"):
+                key = key_of(name)
+                if key is not None and key.startswith(prefix) and key > start_after:
+                    yield key
+            elif is_segment(name[len(above) : -1]) and (  # not the locks and temporaries
+                (name.startswith(prefix) or prefix.startswith(name))
+                and (name > start_after or start_after.startswith(name))
+            ):
+                yield from self._walk(self.root / name, name, prefix, start_after)
+
+    def _create(self, path: Path, data: bytes) -> bool:
+        """Write all bytes under no name, then link them to `path`; False where it is taken."""
+        with self._unnamed() as (fd, source):
+            self._write(fd, data)
+            for attempt in range(_LINK_ATTEMPTS):
+                self._make_folder(path.parent)
+                try:
+                    # a directory fd makes this linkat(2), which alone follows /proc/self/fd to the unnamed file
+                    os.link(source, path, src_dir_fd=fd, follow_symlinks=True)
+                    break
+                except FileExistsError:
+                    return False
+                except FileNotFoundError:  # a delete took the emptied folder away in between
+                    if attempt == _LINK_ATTEMPTS - 1:
+                        raise
+        self._sync_folder(path.parent)
+        return True
+
+    def _replace(self, path: Path, data: bytes, temporary: Path) -> None:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            self._write(fd, data)
+            temporary.rename(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(fd)
+        self._sync_folder(path.parent)
+
+    @contextlib.contextmanager
+    def _unnamed(self) -> Iterator[tuple[int, str]]:
+        """A file that vanishes with the process where the system can do that, else one in the folder of temporaries."""
+        folder = self.root / _TEMPORARY
+        named: Path | None = None
+        fd = -1
+        if self._anonymous:
+            try:
+                fd = os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}:
+                    raise
+                self._anonymous = False
+        if fd < 0:
+            named = folder / secrets.token_hex(16)
+            fd = os.open(named, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            yield fd, str(named) if named else f"/proc/self/fd/{fd}"
+        finally:
+            os.close(fd)
+            if named:
+                named.unlink(missing_ok=True)
+
+    def _write(self, fd: int, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+        if self._fsync:
+            os.fsync(fd)
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True, parents=True)
+            self._sync_folder(path.parent)
+
+    def _sync_folder(self, folder: Path) -> None:
+        if self._fsync:
+            with contextlib.suppress(FileNotFoundError):
+                fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    os.fsync(fd)
+                finally:
+                    os.close(fd)
+
+    def _sync_entry(self, path: Path) -> None:
+        self._sync_folder(path)
+        self._sync_folder(path.parent)
+
+    def _etag(self, path: Path) -> str | None:
+        try:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        except FileNotFoundError:
+            return None
+
+    @contextlib.contextmanager
+    def _locked(self, key: str) -> Iterator[str]:
+        stripe = f"{int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) % _STRIPES:04d}"
+        fd = os.open(self.root / _LOCKS / stripe, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield stripe
+        finally:
+            os.close(fd)
+
+    @contextlib.contextmanager
+    def _mapped_errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            where = f"{key} in {self.uri}"
+            if error.errno in _FULL:
+                raise StoreUnavailableError(
+                    f"no room to write {where}", got=error.strerror, remedy=f"free or add space at {self.root}"
+                ) from error
+            if error.errno in _DENIED:
+                raise StoreError(
+                    f"not allowed: {where}", got=error.strerror, remedy=f"let this user read and write {self.root}"
+                ) from error
+            raise StoreUnavailableError(
+                f"the folder failed: {where}", got=str(error), remedy="check the disk, then do it again"
+            ) from error
+
+
+def put_blob(store: ObjectStore, data: bytes) -> str:
+    """Store bytes under their own digest, which is returned; storing them again changes nothing."""
+    digest = digest_of(data)
+    store.put_if_absent(blob_key(digest), data)
+    return digest
+
+
+def get_blob(store: ObjectStore, digest: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
+    """The bytes of that digest. Raises NotFoundError, and IntegrityError where the stored bytes are others."""
+    return get_verified(store, blob_key(digest), digest, max_bytes)
+
+
+def get_verified(store: ObjectStore, key: str, digest: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
+    """The object's bytes if they have that digest. Raises NotFoundError, IntegrityError."""
+    data = store.get(key, max_bytes).data
+    found = digest_of(data)
+    if found != digest:
+        raise IntegrityError(
+            f"object {key} does not hold the bytes that it is named after",
+            got=f"{found} ({len(data)} bytes)",
+            allowed=digest,
+            remedy="restore the object from a copy, or delete it and publish again",
+        )
+    return data
+
+
+def probe_conditional_writes(store: ObjectStore, remedy: str) -> None:
+    """Write, and try to overwrite, a probe object; StoreError with `remedy` where a condition was ignored."""
+    key = f"probe/{secrets.token_hex(16)}"
+
+    def refuse(what: str) -> StoreError:
+        return StoreError(f"{store.uri}: {what}", allowed="a store that honours conditional writes", remedy=remedy)
+
+    try:
+        if not store.put_if_absent(key, b"1"):
+            raise refuse("an object that nobody wrote is said to exist")
+        if store.put_if_absent(key, b"2") or store.get(key).data != b"1":
+            raise refuse("create-if-absent overwrote an object")
+        first = store.get(key).etag
+        second = store.compare_and_swap(key, b"3", first)
+        for stale in (first, None):
+            try:
+                store.compare_and_swap(key, b"4", stale)
+            except ConflictError:
+                continue
+            raise refuse("compare-and-swap replaced an object that had changed")
+        found = store.get(key)
+        if (found.data, found.etag) != (b"3", second):
+            raise refuse("compare-and-swap lost what it wrote")
+    finally:
+        with contextlib.suppress(StoreUnavailableError):
+            store.delete(key)
+    if store.exists(key):
+        raise refuse("a deleted object is still there")
+
+
+def open_store(uri: str, env: Mapping[str, str] = os.environ) -> ObjectStore:
+    """The store at an address: a folder, `file:///folder`, or `s3://bucket/prefix` (see storage.minio)."""
+    parts = urlsplit(uri)
+    if parts.scheme == "s3":
+        from storage.minio import open_minio
+
+        return open_minio(uri, env)
+    if parts.scheme == "file" and parts.netloc in {"", "localhost"} and parts.path:
+        return DirectoryStore(Path(unquote(parts.path)))
+    if uri and "://" not in uri:
+        return DirectoryStore(Path(uri))
+    raise StoreError(
+        "not an object store's address",
+        got=uri or "nothing",
+        allowed="a folder, file:///folder, or s3://bucket/prefix",
+        remedy="set PERENNIAL_STORE",
+    )

@@ -1,0 +1,55 @@
+"""The stores that the contract suites run on: a folder, and MinIO with a plain and with a versioned bucket."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from storage.blobs import DirectoryStore, ObjectStore, open_store
+from tests.services import start_minio
+
+StoreFactory = Callable[[], ObjectStore]
+
+
+@pytest.fixture(scope="session")
+def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """How to reach the S3 server that PERENNIAL_TEST_S3_ENDPOINT names, else a MinIO child process."""
+    outside = os.environ.get("PERENNIAL_TEST_S3_ENDPOINT")
+    if outside:
+        yield {**os.environ, "PERENNIAL_S3_ENDPOINT": outside}
+        return
+    server = start_minio(tmp_path_factory.mktemp("minio"))
+    try:
+        yield server.environment()
+    finally:
+        server.stop()
+
+
+@pytest.fixture(params=["directory", "minio", "minio-versioned"])
+def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> StoreFactory:
+    """Opens the same empty store again and again, as several processes would."""
+    if request.param == "directory":
+        return lambda: DirectoryStore(tmp_path / "store", fsync=False)
+    environment = request.getfixturevalue("s3_environment")
+    uri = f"s3://perennial-{uuid.uuid4().hex[:12]}/some/prefix"
+
+    def opened() -> ObjectStore:
+        return open_store(uri, environment)
+
+    first = opened()
+    first.probe()
+    if request.param == "minio-versioned":
+        from minio.versioningconfig import ENABLED, VersioningConfig
+
+        first._client.set_bucket_versioning(first._bucket, VersioningConfig(ENABLED))
+    return opened
+
+
+@pytest.fixture
+def store(make_store: StoreFactory) -> ObjectStore:
+    """An empty store."""
+    return make_store()
