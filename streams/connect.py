@@ -1,0 +1,53 @@
+"""Makes kafka-python clients that fail fast and leave nothing behind where no broker answers."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any
+
+from kafka.errors import KafkaConnectionError
+from kafka.net.compat import KafkaNetClient
+
+
+def connect(make: Callable[..., Any], bootstrap: str, timeout_s: float, **config: Any) -> Any:
+    """`make` (KafkaProducer, KafkaConsumer) with this configuration, connected. bootstrap: host:port[,host:port].
+
+    Raises KafkaError or ValueError where no broker answers within the time.
+    """
+    servers = [part.strip() for part in bootstrap.split(",") if part.strip()]
+    _require_listener(servers, timeout_s)
+    clients: list[Any] = []
+
+    def network(**options: Any) -> Any:
+        clients.append(KafkaNetClient(**options))
+        return clients[-1]
+
+    try:
+        return make(
+            bootstrap_servers=servers,
+            bootstrap_timeout_ms=max(1, int(timeout_s * 1000)),
+            allow_auto_create_topics=False,  # a made-up topic would have the wrong partitions and retention
+            kafka_client=network,
+            **config,
+        )
+    except BaseException:
+        for client in clients:  # a constructor that fails leaves its thread and sockets running
+            client.close()
+        raise
+
+
+def _require_listener(servers: list[str], timeout_s: float) -> None:
+    # kafka-python leaks a socket for every attempt that is refused.
+    said: list[str] = []
+    for server in servers:
+        host, _, port = server.rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"not host:port: {server!r}")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s / len(servers)).close()
+        except (OSError, OverflowError) as error:
+            said.append(f"{server}: {error}")
+        else:
+            return
+    raise KafkaConnectionError("; ".join(said) or "no address is given")
