@@ -142,10 +142,11 @@ def encode(
     """Write an event in binary mode.
 
     id, source: CloudEvents attributes, no control characters. time: aware. traceparent: W3C, left out if None.
-    Raises WireError where an attribute would not be read back.
+    Raises WireError where the record would not be read back.
     """
     headers = binary_headers(event.type, id=id, source=source, time=time, traceparent=traceparent)
-    return Encoded(event.key().encode(), event.model_dump_json(by_alias=True).encode(), headers)
+    value = check_size(event.model_dump_json(by_alias=True).encode(), event.topic)
+    return Encoded(event.key().encode(), value, headers)
 
 
 def binary_headers(
