@@ -17,6 +17,7 @@ MAX_LIST_ITEMS = 64
 PERMANENT = "permanent"
 
 ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$"
+ADAPTERS_PATTERN = rf"{ADAPTER_PATTERN[:-1]}(/\*)?$|^\*$"
 _DURATION = re.compile(
     r"^P(?!$)(?:(\d{1,4})Y)?(?:(\d{1,4})M)?(?:(\d{1,4})W)?(?:(\d{1,6})D)?"
     r"(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?$"
@@ -50,7 +51,8 @@ def _check_retention(value: str) -> str:
 
 
 Adapter = Annotated[str, Field(pattern=ADAPTER_PATTERN, max_length=200)]
-AdapterOrAll = Annotated[str, Field(pattern=rf"{ADAPTER_PATTERN}|^\*$", max_length=200)]
+AdapterPattern = Annotated[str, Field(pattern=ADAPTERS_PATTERN, max_length=202)]
+"""One adapter, all below a prefix (`acme/*`), or all (`*`)."""
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_BYTES), AfterValidator(_check_text)]
@@ -271,6 +273,16 @@ class Selector(BaseModel):
             raise ValueError("a selector needs at least one of document_ids, subjects, sources, retention_class, before")
         return self
 
+    def matches(self, example: ExampleAccepted) -> bool:
+        """Whether the example is meant: every field that is given must fit. `before` counts from its publication."""
+        return (
+            (self.document_ids is None or example.document_id in self.document_ids)
+            and (self.subjects is None or not set(self.subjects).isdisjoint(example.subjects))
+            and (self.sources is None or example.source in self.sources)
+            and (self.retention_class is None or example.retention_class == self.retention_class)
+            and (self.before is None or example.origin.timestamp_ms < self.before.timestamp() * 1000)
+        )
+
 
 class RetentionRequested(_Outside):
     """What must be forgotten or held, when, and how provably."""
@@ -279,10 +291,11 @@ class RetentionRequested(_Outside):
     topic: ClassVar[str] = "retention"
     request_id: Id
     kind: RetentionKind
-    adapter: AdapterOrAll
+    adapter: AdapterPattern
     selector: Selector | None = None
     superseded_by: Id | None = None
     half_life: RetentionClass | None = None
+    time_to_live: RetentionClass | None = None
     assurance: Assurance = "exact"
     requested_by: Name
     reason: Annotated[str, Field(max_length=1024)] = ""
@@ -301,7 +314,7 @@ class RetentionProgressed(Event):
     type: ClassVar[str] = "retention.progressed"
     topic: ClassVar[str] = "retention-status"
     request_id: Id
-    adapter: AdapterOrAll
+    adapter: AdapterPattern
     kind: RetentionKind
     state: RetentionState
     examples: Count = 0
@@ -314,19 +327,33 @@ class RetentionProgressed(Event):
 
 
 class ForgetRequested(Event):
-    """Rebuild an adapter as if it had never seen these examples."""
+    """Rebuild an adapter as if it had never seen these examples: those named, and those that the selector matches.
+
+    until_ms: only examples published up to then are meant; what is published later is new.
+    """
 
     type: ClassVar[str] = "forget.requested"
     topic: ClassVar[str] = "adapter-jobs"
     job_id: Id
     request_id: Id
+    kind: RetentionKind
     adapter: Adapter
-    selector: Selector
+    selector: Selector | None = None
+    example_ids: Annotated[list[str], Field(max_length=10_000)] = []
+    until_ms: int
+    suppress: bool = True
     assurance: Assurance = "exact"
     due_at: AwareDatetime | None = None
+    reason: str = ""
 
     def key(self) -> str:
         return self.adapter
+
+    def means(self, example: ExampleAccepted) -> bool:
+        """Whether the example is to be forgotten."""
+        if example.origin.timestamp_ms > self.until_ms:
+            return False
+        return example.example_id in self.example_ids or (self.selector is not None and self.selector.matches(example))
 
 
 class BaseRef(BaseModel):

@@ -7,6 +7,7 @@ import time
 import uuid
 from datetime import UTC, datetime
 from itertools import islice
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -116,7 +117,7 @@ def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
     registry = open_registry(settings)
     _existing(registry, adapter)
     alias = registry.alias(adapter, settings.alias)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for seq, version in registry.versions(adapter, newest_first=True, limit=limit):
         manifest = registry.manifest(adapter, version)
         rows.append({

@@ -27,13 +27,14 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
             remedy="see `perennial adapters ls`; publish and wait for the gate",
         )
     with Console(stderr=True).status("loading the base and the adapter"):
+        from learner.adapter import LoraConfig
         from learner.backends import PeftBackend
 
         from learner.base import load_base
 
         manifest = registry.manifest(adapter, alias.version)
         weights = get_blob(open_store(settings.require_store()), manifest.weights.digest)
-        backend = PeftBackend(load_base(settings.base, settings.device, settings.threads), rank=manifest.rank)
+        backend = PeftBackend(load_base(settings.base, settings.device, settings.threads), LoraConfig(manifest.rank, int(manifest.config["alpha"] or 0)))
         plain = backend.generate(prompt, max_new_tokens=max_new_tokens)
         backend.load(alias.version, weights, manifest)
         backend.activate(alias.version)

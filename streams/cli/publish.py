@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from storage.errors import NotFoundError, PerennialError
+from streams import wire
 from streams.cli.running import connected_settings
 from streams.client import Publisher, Receipt
 
@@ -24,7 +25,8 @@ _IN_FLIGHT = 2_000
 def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) -> int:
     """Publish every line; exit code 1 where a line was refused or not delivered."""
     settings = connected_settings()
-    delivered, refused = 0, []
+    delivered = 0
+    refused: list[tuple[int, str]] = []
     pending: list[tuple[int, Receipt]] = []
     console = Console(stderr=True)
 
@@ -48,12 +50,11 @@ def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) ->
         ) as progress,
     ):  # fmt: skip
         task = progress.add_task(f"publishing {kind}", total=total)
-        send = publisher.document if kind == "documents" else publisher.interaction
         for number, line in enumerate(lines, 1):
             try:
-                fields = _fields(line, adapter)
-                if fields is not None:
-                    pending.append((number, send(**fields)))
+                value = _value(line, adapter)
+                if value is not None:
+                    pending.append((number, publisher.publish(wire.decode(value, (), kind).event)))
             except PerennialError as error:
                 refused.append((number, str(error)))
             if len(pending) >= _IN_FLIGHT:
@@ -62,32 +63,30 @@ def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) ->
         publisher.flush(60)
         delivered += settle(0)
     if as_json:
-        print(json.dumps({"delivered": delivered, "refused": [{"line": n, "error": e} for n, e in refused]}))
+        print(json.dumps({"delivered": delivered, "refused": [{"line": line_number, "error": said} for line_number, said in refused]}))
     else:
         console.print(f"{delivered} {kind} delivered and confirmed, {len(refused)} lines refused")
-        for number, error in refused[:20]:
-            console.print(f"  line {number}: {error}", markup=False, soft_wrap=True)
+        for number, said in refused[:20]:
+            console.print(f"  line {number}: {said}", markup=False, soft_wrap=True)
         if len(refused) > 20:
             console.print(f"  … and {len(refused) - 20} more (--json lists all)")
     return 1 if refused else 0
 
 
-def _fields(line: bytes, adapter: str | None) -> dict[str, object] | None:
+def _value(line: bytes, adapter: str | None) -> bytes | None:
+    """The line as the topic's plain JSON, with the adapter put in where it names none; None for an empty line."""
     if not line.strip():
         return None
-    if len(line) > _MAX_LINE_BYTES:
-        raise PerennialError("line too long", got=f"{len(line)} bytes", allowed=f"{_MAX_LINE_BYTES} bytes")
+    if len(line) > _MAX_LINE_BYTES or adapter is None:
+        return line  # what is too long is refused with its reason by whoever reads it next
     try:
         fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise PerennialError(
-            "not a JSON object", got=line[:80].decode("utf-8", "replace"), allowed=str(error)
-        ) from error
-    if not isinstance(fields, dict):
-        raise PerennialError("not a JSON object", got=type(fields).__name__, allowed="an object with named fields")
-    if adapter:
+    except (ValueError, RecursionError):
+        return line
+    if isinstance(fields, dict):
         fields.setdefault("adapter", adapter)
-    return fields
+        return json.dumps(fields).encode()
+    return line
 
 
 @contextlib.contextmanager

@@ -122,8 +122,8 @@ def _announce(stack: Stack, console: Console) -> None:
         *(f"metrics   http://127.0.0.1:{port}/metrics  ({name})" for name, port in ports.items()),
         "",
         "publish   perennial publish documents FILE.jsonl",
-        f'          echo \'{{"adapter":"acme/support","document_id":"1","text":"…"}}\' | '
-        f"kcat -b {settings.kafka} -t {settings.topic('documents')} -P",
+        """          echo '{"adapter":"acme/support","document_id":"1","text":"…"}' \\""",
+        f"            | kcat -b {settings.kafka} -t {settings.topic('documents')} -P",
         "look      perennial watch     perennial status     perennial adapters ls",
         "stop      Ctrl-C",
     ]

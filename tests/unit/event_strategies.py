@@ -11,14 +11,14 @@ from pydantic import AwareDatetime, BaseModel
 from pydantic.fields import FieldInfo
 
 from streams import events
-from streams.events import ADAPTER_PATTERN, EVENTS, Event, Selector
+from streams.events import ADAPTER_PATTERN, ADAPTERS_PATTERN, EVENTS, Event, Selector
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 _ADAPTER = st.from_regex(ADAPTER_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 200 and name.isascii())
 _TIME = st.integers(0, 250_000_000_000_000_000).map(lambda n: datetime(1971, 1, 1, tzinfo=UTC) + timedelta(microseconds=n))
 _PATTERNS: dict[str, st.SearchStrategy[str]] = {
     ADAPTER_PATTERN: _ADAPTER,
-    rf"{ADAPTER_PATTERN}|^\*$": _ADAPTER | st.just("*"),
+    ADAPTERS_PATTERN: _ADAPTER | st.just("*") | _ADAPTER.map("{}/*".format),
     r"^sha256:[0-9a-f]{64}$": st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}"),
     r"^[0-9a-f]{32}$": st.binary(min_size=16, max_size=16).map(bytes.hex),
 }
