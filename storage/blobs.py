@@ -1,4 +1,4 @@
-"""Objects: the store protocol, its directory implementation, content-addressed blobs, and how a store is opened."""
+"""Objects: the store protocol, the directory store, content-addressed blobs, and how a store is opened."""
 
 from __future__ import annotations
 
@@ -32,14 +32,18 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 @dataclass(frozen=True)
 class Stored:
-    """An object's bytes, and the etag that a compare-and-swap expects."""
+    """An object's bytes, and the etag that a compare-and-swap expects.
+
+    digest: of these very bytes, where the store had to compute it anyway; never what a server claims.
+    """
 
     data: bytes
     etag: str
+    digest: str | None = None
 
 
 class ObjectStore(Protocol):
-    """Named immutable or atomically replaced objects; every call may raise StoreError or StoreUnavailableError."""
+    """Named objects, immutable or atomically replaced; calls may raise StoreError, StoreUnavailableError."""
 
     uri: str
 
@@ -51,7 +55,7 @@ class ObjectStore(Protocol):
         ...
 
     def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
-        """Replace the object whose etag is `expected` (None: it must not exist); the new etag, or ConflictError.
+        """Replace the object of etag `expected` (None: it must not exist); the new etag, or ConflictError.
 
         Equal bytes have equal etags, so data that may come back to an earlier value needs a nonce in it.
         """
@@ -91,8 +95,9 @@ def too_large(key: str, size_bytes: int, max_bytes: int) -> StoreError:
 class DirectoryStore:
     """A folder as an object store: safe among threads and processes of one machine.
 
-    Objects appear by link and change by rename, both after fsync, so a reader sees a whole object or none, also
-    after a power cut. Compare-and-swap holds an flock, striped over 4,096 lock files. `fsync=False` is for tests.
+    Objects appear by link and change by rename, both after fsync, so a reader sees a whole object or none,
+    also after a power cut. Compare-and-swap holds an flock, striped over 4,096 lock files. `fsync=False` is
+    for tests.
     """
 
     def __init__(self, root: Path, *, fsync: bool = True) -> None:
@@ -110,7 +115,7 @@ class DirectoryStore:
         with self._mapped_errors(key):
             created = not path.exists() and self._create(path, data)
             if not created and self._fsync:
-                # what a caller builds upon must outlive a power cut even where another writer is not done syncing it
+                # what a caller builds upon must outlive a power cut, also while its writer still syncs it
                 self._sync_entry(path)
             return created
 
@@ -142,8 +147,11 @@ class DirectoryStore:
                         raise too_large(key, size_bytes, max_bytes)
                     data = file.read()
             except FileNotFoundError:
-                raise NotFoundError(f"no object {key} in {self.uri}", remedy="check the store's address") from None
-        return Stored(data, hashlib.sha256(data).hexdigest())
+                raise NotFoundError(
+                    f"no object {key} in {self.uri}", remedy="check the store's address"
+                ) from None
+        etag = hashlib.sha256(data).hexdigest()
+        return Stored(data, etag, f"sha256:{etag}")
 
     def exists(self, key: str) -> bool:
         """See ObjectStore."""
@@ -176,7 +184,9 @@ class DirectoryStore:
 
     def probe(self) -> None:
         """See ObjectStore."""
-        probe_conditional_writes(self, "this file system ignores links or locks: put the store on a local disk")
+        probe_conditional_writes(
+            self, "this file system ignores links or locks: put the store on a local disk"
+        )
 
     def _path(self, key: str) -> Path:
         return self.root / stored_name(key)
@@ -206,7 +216,7 @@ class DirectoryStore:
             for attempt in range(_LINK_ATTEMPTS):
                 self._make_folder(path.parent)
                 try:
-                    # a directory fd makes this linkat(2), which alone follows /proc/self/fd to the unnamed file
+                    # any src_dir_fd makes this linkat(2), which alone follows /proc to the unnamed file
                     os.link(source, path, src_dir_fd=fd, follow_symlinks=True)
                     break
                 except FileExistsError:
@@ -231,7 +241,7 @@ class DirectoryStore:
 
     @contextlib.contextmanager
     def _unnamed(self) -> Iterator[tuple[int, str]]:
-        """A file that vanishes with the process where the system can do that, else one in the folder of temporaries."""
+        """A file that vanishes with the process, or where there is no such thing a named temporary one."""
         folder = self.root / _TEMPORARY
         named: Path | None = None
         fd = -1
@@ -305,11 +315,15 @@ class DirectoryStore:
             where = f"{key} in {self.uri}"
             if error.errno in _FULL:
                 raise StoreUnavailableError(
-                    f"no room to write {where}", got=error.strerror, remedy=f"free or add space at {self.root}"
+                    f"no room to write {where}",
+                    got=error.strerror,
+                    remedy=f"free or add space at {self.root}",
                 ) from error
             if error.errno in _DENIED:
                 raise StoreError(
-                    f"not allowed: {where}", got=error.strerror, remedy=f"let this user read and write {self.root}"
+                    f"not allowed: {where}",
+                    got=error.strerror,
+                    remedy=f"let this user read and write {self.root}",
                 ) from error
             raise StoreUnavailableError(
                 f"the folder failed: {where}", got=str(error), remedy="check the disk, then do it again"
@@ -324,14 +338,14 @@ def put_blob(store: ObjectStore, data: bytes) -> str:
 
 
 def get_blob(store: ObjectStore, digest: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
-    """The bytes of that digest. Raises NotFoundError, and IntegrityError where the stored bytes are others."""
+    """The bytes of that digest. Raises NotFoundError; IntegrityError where the stored bytes are others."""
     return get_verified(store, blob_key(digest), digest, max_bytes)
 
 
 def get_verified(store: ObjectStore, key: str, digest: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
     """The object's bytes if they have that digest. Raises NotFoundError, IntegrityError."""
-    data = store.get(key, max_bytes).data
-    found = digest_of(data)
+    stored = store.get(key, max_bytes)
+    data, found = stored.data, stored.digest or digest_of(stored.data)
     if found != digest:
         raise IntegrityError(
             f"object {key} does not hold the bytes that it is named after",
@@ -347,7 +361,9 @@ def probe_conditional_writes(store: ObjectStore, remedy: str) -> None:
     key = f"probe/{secrets.token_hex(16)}"
 
     def refuse(what: str) -> StoreError:
-        return StoreError(f"{store.uri}: {what}", allowed="a store that honours conditional writes", remedy=remedy)
+        return StoreError(
+            f"{store.uri}: {what}", allowed="a store that honours conditional writes", remedy=remedy
+        )
 
     try:
         if not store.put_if_absent(key, b"1"):

@@ -1,4 +1,4 @@
-"""The root of the project's one exception tree: every error says what came in, what is allowed and what to do."""
+"""The root of the one exception tree: every error says what came in, what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ class PerennialError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str = "", *, got: object = None, allowed: object = None, remedy: str = "") -> None:
+    def __init__(
+        self, message: str = "", *, got: object = None, allowed: object = None, remedy: str = ""
+    ) -> None:
         self.message = message or (type(self).__doc__ or "error").strip().splitlines()[0].rstrip(".")
         self.got = got
         self.allowed = allowed

@@ -1,7 +1,7 @@
-"""Places where a fault test may end or stop the process; nothing happens unless PERENNIAL_FAILPOINT names one.
+"""Places where a fault test may end or stop the process, if PERENNIAL_FAILPOINT names one.
 
-`PERENNIAL_FAILPOINT=learner.manifest:3` kills the process (SIGKILL) the third time it comes past `learner.manifest`;
-`learner.manifest:3:stop` sends SIGSTOP instead, so that a test can resume it later.
+`PERENNIAL_FAILPOINT=learner.manifest:3` kills the process (SIGKILL) the third time it comes past
+`learner.manifest`; `learner.manifest:3:stop` sends SIGSTOP instead, so that a test can resume it later.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Names: object keys, the names that stores keep them under, and digests.
 
 A key is one or more segments of letters, digits and `._@=:-` joined by `/`; no segment begins with a dot.
-A key may be an object and the folder of others at once (`state/acme` and `state/acme/support`). A file system cannot
-hold both, and MinIO leaves the second out of its lists, so every store keeps an object under its key and a `+`, which
-no key may hold. Blobs keep their plain names, since other programs open weights by address.
+A key may be an object and the folder of others at once (`state/acme` and `state/acme/support`). A file
+system cannot hold both, and MinIO leaves the second out of its lists, so every store keeps an object under
+its key and a `+`, which no key may hold. Blobs keep plain names: other programs open weights by address.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def check_key(key: str) -> str:
         raise StoreError(
             "not a usable object key",
             got=key,
-            allowed=f"segments of 1-{MAX_SEGMENT_CHARS} letters, digits and ._@=:- joined by /, none beginning with "
-            f"a dot, at most {MAX_KEY_CHARS} characters; under {_BLOBS} only digests",
+            allowed=f"segments of 1-{MAX_SEGMENT_CHARS} letters, digits and ._@=:- joined by /, none "
+            f"beginning with a dot, at most {MAX_KEY_CHARS} characters; under {_BLOBS} only digests",
             remedy="mend the name that the key is made of",
         )
     return key

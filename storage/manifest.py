@@ -1,7 +1,7 @@
 """Manifests: what a version is made of, and all that is needed to make it again.
 
-A version's id is the digest of its manifest's bytes, so the bytes hold no wall-clock time and are canonical: UTF-8
-JSON, keys sorted, no white space.
+A version's id is the digest of its manifest's bytes, so the bytes hold no wall-clock time and are canonical:
+UTF-8 JSON, keys sorted, no white space.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ SCHEMA_VERSION = 1
 
 Kind = Literal["update", "rollback", "forget", "replayed"]
 Outcome = Literal["promoted", "refused", "unchanged"]
-AdapterName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)]
+AdapterName = Annotated[
+    str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)
+]
 AliasName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Seq = Annotated[int, Field(ge=1, le=10**12 - 1)]
@@ -74,9 +76,10 @@ class SkippedExample(_Part):
 class Manifest(_Part):
     """One version of an adapter.
 
-    parent: the state trained from. head: the version at seq - 1. marks: highest offset per origin partition that
-    this version and its forerunners have seen. dropped: examples sent again, at or below the marks. A refused or
-    unchanged version carries its parent's blobs on, so the newest manifest is always the state to train from.
+    parent: the state trained from. head: the version at seq - 1. marks: highest offset per origin partition
+    that this version and its forerunners have seen. dropped: examples sent again, at or below the marks. A
+    refused or unchanged version carries its parent's blobs on, so the newest manifest is always the state to
+    train from.
     """
 
     schema_version: Literal[1] = 1
@@ -134,7 +137,9 @@ class Manifest(_Part):
     def from_bytes(cls, data: bytes) -> Self:
         """Read a manifest. Raises IntegrityError where the bytes are none, or of a newer schema."""
         if len(data) > MAX_MANIFEST_BYTES:
-            raise IntegrityError("manifest too large", got=f"{len(data)} bytes", allowed=f"{MAX_MANIFEST_BYTES} bytes")
+            raise IntegrityError(
+                "manifest too large", got=f"{len(data)} bytes", allowed=f"{MAX_MANIFEST_BYTES} bytes"
+            )
         try:
             return cls.model_validate(orjson.loads(data))
         except ValidationError as error:
@@ -147,7 +152,9 @@ class Manifest(_Part):
                 remedy="read it with the release that wrote it, or a newer one",
             ) from error
         except orjson.JSONDecodeError as error:
-            raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
+            raise IntegrityError(
+                f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON"
+            ) from error
 
 
 def update_id(adapter: str, parent: str | None, marks: dict[str, int], config: dict[str, Scalar]) -> str:

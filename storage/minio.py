@@ -1,11 +1,12 @@
 """The object store over S3: MinIO, or any server that honours If-None-Match and If-Match on PUT.
 
-minio-py has no parameter for conditions and sends unknown metadata as `x-amz-meta-*`, which overwrites; so writes go
-to a presigned PUT address with the condition as a header. The only file that imports minio and urllib3.
+minio-py has no parameter for conditions and sends unknown metadata as `x-amz-meta-*`, which overwrites; so
+writes go to a presigned PUT address with the condition as a header. The only file that imports minio and
+urllib3.
 
-Settings: PERENNIAL_S3_ENDPOINT (host:port or URL), _REGION, _SECURE, _ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN (each
-of the last three also as _FILE), _CA_FILE; where one is empty, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL, AWS_REGION,
-AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_CA_BUNDLE.
+Settings: PERENNIAL_S3_ENDPOINT (host:port or URL), _REGION, _SECURE, _ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN
+(each of the last three also as _FILE), _CA_FILE; where one is empty, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL,
+AWS_REGION, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_CA_BUNDLE.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -40,8 +42,8 @@ _ABSENT = {"NoSuchKey", "NoSuchObject", "NoSuchVersion"}
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
 _SERVERS = (
-    "MinIO from RELEASE.2025-09-07T16-13-09Z on, AWS S3, and servers that reject If-None-Match and If-Match on PUT "
-    "with 412"
+    "MinIO from RELEASE.2025-09-07T16-13-09Z on, AWS S3, and servers that reject If-None-Match and "
+    "If-Match on PUT with 412"
 )
 _T = TypeVar("_T")
 
@@ -74,7 +76,7 @@ class MinioStore:
         raise self._unavailable(key, detail)
 
     def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
-        """See ObjectStore. Sent once: after a lost answer the object itself says whether the swap took place."""
+        """See ObjectStore. Sent once: after a lost answer the object itself says whether it was swapped."""
         condition = {"If-None-Match": "*"} if expected is None else {"If-Match": f'"{expected}"'}
         status, detail = self._put(key, data, condition)
         if status == 200:
@@ -136,9 +138,12 @@ class MinioStore:
             if not versions:
                 return existed
             for version in versions:
-                self._retried(key, lambda v=version: self._client.remove_object(self._bucket, name, version_id=v))  # type: ignore[misc]
+                self._retried(
+                    key, partial(self._client.remove_object, self._bucket, name, version_id=version)
+                )
         raise StoreUnavailableError(
-            f"versions of {key} keep appearing in {self.uri}", remedy="stop who writes it, then delete it again"
+            f"versions of {key} keep appearing in {self.uri}",
+            remedy="stop who writes it, then delete it again",
         )
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[str]:
@@ -171,9 +176,9 @@ class MinioStore:
                 self._retried("", lambda: self._client.make_bucket(self._bucket))
         probe_conditional_writes(
             self,
-            f"this server (or a proxy before it) ignores conditional writes, without which two writers overwrite "
-            f"each other. Those that honour them: {_SERVERS}. MinIO before that release loses updates "
-            "(minio/minio#21526): upgrade it, or use a folder as PERENNIAL_STORE",
+            f"this server (or a proxy before it) ignores conditional writes, without which two writers "
+            f"overwrite each other. Those that honour them: {_SERVERS}. MinIO before that release loses "
+            "updates (minio/minio#21526): upgrade it, or use a folder as PERENNIAL_STORE",
         )
 
     def _name(self, key: str) -> str:
@@ -195,7 +200,9 @@ class MinioStore:
 
     def _versions(self, name: str) -> tuple[str | None, ...]:
         found = []
-        for entry in self._client.list_objects(self._bucket, prefix=name, recursive=True, include_version=True):
+        for entry in self._client.list_objects(
+            self._bucket, prefix=name, recursive=True, include_version=True
+        ):
             if entry.object_name != name:  # the name itself sorts before whatever it is a prefix of
                 break
             found.append(entry.version_id)
@@ -217,7 +224,9 @@ class MinioStore:
             return
         code = str(error.code)
         if code in _ABSENT:
-            raise NotFoundError(f"no object {key} in {self.uri}", remedy="check the store's address") from None
+            raise NotFoundError(
+                f"no object {key} in {self.uri}", remedy="check the store's address"
+            ) from None
         if code in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
             raise ConflictError(f"bucket {self._bucket} exists") from None
         if not _again(error.response.status):
@@ -241,7 +250,7 @@ class MinioStore:
 
 
 def open_minio(uri: str, env: Mapping[str, str], http: urllib3.PoolManager | None = None) -> MinioStore:
-    """The store at `s3://bucket/prefix`, reached as the environment says; StoreError where a setting is not usable."""
+    """The store at `s3://bucket/prefix`, reached as `env` says; StoreError where a setting is not usable."""
     address = urlsplit(uri)
     prefix = check_prefix(address.path.strip("/") + "/")[:-1] if address.path.strip("/") else ""
     endpoint, secure = _endpoint(env)
@@ -251,13 +260,17 @@ def open_minio(uri: str, env: Mapping[str, str], http: urllib3.PoolManager | Non
         raise StoreError(
             f"no credentials for {uri}",
             got=f"{'an' if access else 'no'} access key, {'a' if secret else 'no'} secret key",
-            allowed="PERENNIAL_S3_ACCESS_KEY and PERENNIAL_S3_SECRET_KEY, each also as _FILE; or AWS_ACCESS_KEY_ID "
-            "and AWS_SECRET_ACCESS_KEY",
+            allowed="PERENNIAL_S3_ACCESS_KEY and PERENNIAL_S3_SECRET_KEY, each also as _FILE; or "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
             remedy="set both",
         )
     ca_file = env.get("PERENNIAL_S3_CA_FILE") or env.get("AWS_CA_BUNDLE") or env.get("SSL_CERT_FILE")
     http = http or urllib3.PoolManager(
-        timeout=_TIMEOUT, retries=False, maxsize=32, cert_reqs="CERT_REQUIRED", ca_certs=ca_file or certifi.where()
+        timeout=_TIMEOUT,
+        retries=False,
+        maxsize=32,
+        cert_reqs="CERT_REQUIRED",
+        ca_certs=ca_file or certifi.where(),
     )
     try:
         client = Minio(
@@ -280,12 +293,21 @@ def open_minio(uri: str, env: Mapping[str, str], http: urllib3.PoolManager | Non
 
 
 def _endpoint(env: Mapping[str, str]) -> tuple[str, bool]:
-    given = _first(env, "PERENNIAL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or "s3.amazonaws.com"
+    given = (
+        _first(env, "PERENNIAL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or "s3.amazonaws.com"
+    )
     wish = env.get("PERENNIAL_S3_SECURE", "").strip().lower()
     if wish not in {"", "1", "0", "true", "false", "yes", "no"}:
-        raise StoreError("PERENNIAL_S3_SECURE is not usable", got=wish, allowed="true or false", remedy="mend it")
+        raise StoreError(
+            "PERENNIAL_S3_SECURE is not usable", got=wish, allowed="true or false", remedy="mend it"
+        )
     parts = urlsplit(given if "://" in given else f"//{given}")
-    if parts.scheme not in {"", "http", "https"} or not parts.netloc or parts.path.strip("/") or "@" in parts.netloc:
+    if (
+        parts.scheme not in {"", "http", "https"}
+        or not parts.netloc
+        or parts.path.strip("/")
+        or "@" in parts.netloc
+    ):
         raise StoreError(
             "PERENNIAL_S3_ENDPOINT is not usable",
             got=parts.netloc.rpartition("@")[2],
@@ -307,7 +329,9 @@ def _secret(env: Mapping[str, str], name: str, fallback: str) -> str:
         return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(
-            f"{variable}_FILE cannot be read", got=f"{path}: {error}", remedy="mount the file where it is expected"
+            f"{variable}_FILE cannot be read",
+            got=f"{path}: {error}",
+            remedy="mount the file where it is expected",
         ) from error
 
 

@@ -91,7 +91,7 @@ def check_name(kind: TypeAdapter[str], name: str) -> str:
         raise StoreError(
             "not a usable name",
             got=name,
-            allowed="lower-case letters, digits and ._-, in 1 to 4 segments joined by / for an adapter, 1 for an alias",
+            allowed="lower-case letters, digits and ._-; 1 to 4 segments joined by / (an alias: 1)",
         ) from error
 
 

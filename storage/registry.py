@@ -1,7 +1,7 @@
 """The registry: lines of versions, aliases, revocations, and the publish steps that may be cut off anywhere.
 
-A version exists from the moment its seq is claimed; the alias is moved after that, by compare-and-swap. Sequence
-numbers have no gaps, so the head is found by probing, never by listing.
+A version exists from the moment its seq is claimed; the alias is moved after that, by compare-and-swap.
+Sequence numbers have no gaps, so the head is found by probing, never by listing.
 """
 
 from __future__ import annotations
@@ -79,7 +79,8 @@ class Head:
 class Publication:
     """What became of a publish: the version that stands for the update, maybe another publisher's.
 
-    alias_state: the alias as it now is, None where the gate stopped this version. was_new: this call claimed the seq.
+    alias_state: the alias as it now is, None where the gate stopped this version. was_new: this call claimed
+    the seq.
     """
 
     version: str
@@ -109,7 +110,7 @@ class Registry:
     # ---- reading
 
     def head(self, adapter: str) -> Head | None:
-        """The newest version, None where the adapter has none. Two probes where nothing is new since the last call."""
+        """The newest version, None where there is none. Two requests if nothing is new since the last."""
         check_adapter(adapter)
         claim = None
         known = self._hints.get(adapter)
@@ -124,7 +125,9 @@ class Registry:
         if claim is None or newest != known:
             claim = self._claim(version_key(adapter, newest))
         if claim is None:
-            raise NotFoundError(f"version {newest} of {adapter} went away while it was read", remedy="do it again")
+            raise NotFoundError(
+                f"version {newest} of {adapter} went away while it was read", remedy="do it again"
+            )
         self._hints.put(adapter, newest)
         return Head(newest, claim.version, self.manifest(adapter, claim.version))
 
@@ -136,7 +139,9 @@ class Registry:
         key = manifest_key(adapter, version)
         manifest = Manifest.from_bytes(get_verified(self.store, key, version, MAX_MANIFEST_BYTES))
         if manifest.adapter != adapter:
-            raise IntegrityError(f"{key} is another adapter's manifest", got=manifest.adapter, allowed=adapter)
+            raise IntegrityError(
+                f"{key} is another adapter's manifest", got=manifest.adapter, allowed=adapter
+            )
         self._manifests.put((adapter, version), manifest)
         return manifest
 
@@ -186,12 +191,13 @@ class Registry:
         verify: Callable[[Manifest], None],
         alias: str = LIVE,
     ) -> Publication:
-        """Make the manifest a version and, if its outcome is `promoted`, point the alias at it: publish steps 1 to 7.
+        """Make the manifest a version and, if its outcome is `promoted`, point the alias at it: steps 1 to 7.
 
-        May be cut off anywhere and called again. `verify` (the trial load) sees the manifest once all its blobs were
-        read back; what it raises stops the publish before anything names the version. Where another publisher claimed
-        the same update first, its version is the one that is finished and returned. Raises ConflictError where the
-        line went on elsewhere since the manifest's `head`: load the head again and decide anew.
+        May be cut off anywhere and called again. `verify` (the trial load) sees the manifest once all its
+        blobs were read back; what it raises stops the publish before anything names the version. Where
+        another publisher claimed the same update first, its version is the one that is finished and returned.
+        Raises ConflictError where the line went on elsewhere since the manifest's `head`: load the head again
+        and decide anew.
         """
         alias_key(manifest.adapter, alias)
         for blob in blobs:
@@ -249,7 +255,7 @@ class Registry:
         raise _contended(manifest.adapter, alias)
 
     def retire(self, adapter: str, alias: str, reason: str) -> AliasState | None:
-        """Tell subscribers to serve the adapter no more; a later version brings it back. None where it is not set."""
+        """Have the adapter served no more, until a later version brings it back. None where it is not set."""
         for _ in range(_SWAP_ATTEMPTS):
             state = self.alias(adapter, alias)
             if state is None or state.kind == "retired":
@@ -273,7 +279,7 @@ class Registry:
         return state
 
     def revoke(self, adapter: str, version: str, reason: str) -> Revocation:
-        """Record that a version must not be served; the first reason stands. Raises NotFoundError if it is none."""
+        """Record that a version must not be served; the first reason stands. Raises NotFoundError."""
         manifest = self.manifest(adapter, version)
         if not self._is_version(manifest, version):
             raise NotFoundError(f"{version} is not a version of {adapter}", remedy="see `perennial versions`")
@@ -316,7 +322,7 @@ class Registry:
             winner = parse(Claim, key, stored.data).version
             if winner == version or not self._is_dead(self.manifest(manifest.adapter, winner), winner):
                 return winner
-            # Its seq went to another version before it was published, so it never can be: the update is free again.
+            # Its seq went to another version, so it never can be published: the update is free again.
             try:
                 self.store.compare_and_swap(key, ours, stored.etag)
             except ConflictError:
@@ -368,7 +374,14 @@ class Registry:
         return known
 
     def _following(
-        self, adapter: str, alias: str, state: AliasState | None, version: str, seq: int, kind: AliasKind, reason: str
+        self,
+        adapter: str,
+        alias: str,
+        state: AliasState | None,
+        version: str,
+        seq: int,
+        kind: AliasKind,
+        reason: str,
     ) -> AliasState:
         return AliasState(
             adapter=adapter,
@@ -394,7 +407,7 @@ class Registry:
 
 def _stale(manifest: Manifest, standing: str) -> ConflictError:
     return ConflictError(
-        f"version {manifest.seq} of {manifest.adapter} cannot follow {manifest.head or 'nothing'}: the line went on",
+        f"version {manifest.seq} of {manifest.adapter} cannot follow {manifest.head or 'nothing'}",
         got=standing,
         allowed=manifest.head or "no version before it",
         remedy="load the head again and train from there",

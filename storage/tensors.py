@@ -16,9 +16,9 @@ _ITEM_BITS = {
 
 
 def check_safetensors(data: bytes) -> None:
-    """Raises IntegrityError unless the bytes are safetensors whose tensors fill the file without gap or overlap.
+    """Raises IntegrityError unless these are safetensors that fill the file without gap or overlap.
 
-    Format: 8 bytes little-endian header length, JSON header, data (github.com/huggingface/safetensors, "Format").
+    Format: 8 bytes little-endian header length, JSON header, data (the safetensors README, "Format").
     """
     if len(data) < 8:
         raise _refused("shorter than its own length field")

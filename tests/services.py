@@ -19,7 +19,7 @@ START_TIMEOUT_S = 60.0
 
 
 def missing_service(reason: str) -> None:
-    """Skip the test with the reason; fail it where PERENNIAL_REQUIRE_SERVICES=1 says that services must be there."""
+    """Skip the test with the reason; fail it where PERENNIAL_REQUIRE_SERVICES=1."""
     if os.environ.get("PERENNIAL_REQUIRE_SERVICES") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
@@ -72,12 +72,13 @@ class MinioServer:
 
 
 def start_minio(tmp: Path) -> MinioServer:
-    """Start MinIO on a free loopback port with its data in `tmp`; skips or fails the test where no binary is found."""
+    """Start MinIO on a free loopback port with its data in `tmp`; skips (or fails) without a binary."""
     binary = minio_binary()
     if binary is None:
         missing_service(
             "no minio binary on PATH or in the cache folder: "
-            "GOBIN=~/.cache/perennial/bin go install github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
+            "GOBIN=~/.cache/perennial/bin go install "
+            "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
         )
         raise AssertionError
     data = tmp / "minio-data"
@@ -87,8 +88,16 @@ def start_minio(tmp: Path) -> MinioServer:
     log = tmp / "minio.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [str(binary), "server", "--quiet", "--address", f"127.0.0.1:{port}",
-             "--console-address", "127.0.0.1:0", str(data)],
+            [
+                str(binary),
+                "server",
+                "--quiet",
+                "--address",
+                f"127.0.0.1:{port}",
+                "--console-address",
+                "127.0.0.1:0",
+                str(data),
+            ],
             stdout=output,
             stderr=subprocess.STDOUT,
             env={

@@ -1,4 +1,4 @@
-"""The stores that the contract suites run on: a folder, and MinIO with a plain and with a versioned bucket."""
+"""The stores that the contract suites run on: a folder, and MinIO with a plain and a versioned bucket."""
 
 from __future__ import annotations
 

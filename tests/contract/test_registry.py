@@ -1,4 +1,4 @@
-"""Publishing, aliases and revocations on every store: cut off anywhere, raced by anyone, one line of versions comes out."""
+"""Publishing, aliases and revocations on every store: cut off or raced anywhere, one line comes out."""
 
 from __future__ import annotations
 
@@ -77,7 +77,9 @@ def make(
         "config": {"rank": 8},
         "seed": seed or 0,
         "threads": 2,
-        "learned": [LearnedExample(example_id="e", partition="cluster/topic/documents/0", offset=offset, tokens=3)],
+        "learned": [
+            LearnedExample(example_id="e", partition="cluster/topic/documents/0", offset=offset, tokens=3)
+        ],
         "marks": marks,
         "weights": ref(weights),
         "optimizer": ref(optimizer),

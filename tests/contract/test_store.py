@@ -133,8 +133,9 @@ def test_a_reader_bounds_what_it_takes(store):
 
 @pytest.mark.parametrize(
     "key",
-    ["", "/a", "a/", "a//b", ".", "..", "a/../b", "a/..", ".locks/0001", "a/.b", "a\x00b", "a b", "é", "a+", "a\n",
-     "a\\b", "x" * 201, "/".join(["x" * 100] * 11), "blobs/sha256/x", "blobs/sha256/" + "0" * 64 + "/x"],
+    ["", "/a", "a/", "a//b", ".", "..", "a/../b", "a/..", ".locks/0001", "a/.b", "a\x00b", "a b", "é", "a+",
+     "a\n", "a\\b", "x" * 201, "/".join(["x" * 100] * 11), "blobs/sha256/x",
+      "blobs/sha256/" + "0" * 64 + "/x"],
 )  # fmt: skip
 def test_keys_that_could_leave_the_store_are_refused(store, key):
     for call in (
@@ -159,7 +160,10 @@ def test_stored_names_are_unique_sort_like_keys_and_lead_back(found):
     names = [stored_name(key) for key in sorted(found)]
     assert names == sorted(names)
     assert [key_of(name) for name in names] == sorted(found)
-    files, folders = set(names), {name.rsplit("/", n)[0] for name in names for n in range(1, name.count("/") + 1)}
+    files, folders = (
+        set(names),
+        {name.rsplit("/", n)[0] for name in names for n in range(1, name.count("/") + 1)},
+    )
     assert not files & folders
     assert all(check_key(key) == key for key in found)
 
@@ -274,7 +278,9 @@ def test_one_of_four_processes_wins(tmp_path):
     start = str(time.time() + 1.5)
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(tmp_path), str(i), "200", start], stdout=subprocess.PIPE, cwd=root
+            [sys.executable, "-c", CHILD, str(tmp_path), str(i), "200", start],
+            stdout=subprocess.PIPE,
+            cwd=root,
         )
         for i in range(4)
     ]
@@ -316,7 +322,8 @@ from storage.errors import StoreUnavailableError
 store = DirectoryStore(Path(sys.argv[1]))
 etag = store.compare_and_swap("old", b"as it was", None)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-for write in (lambda: store.put_if_absent("new", b"x" * 9999), lambda: store.compare_and_swap("old", b"x" * 9999, etag)):
+big = b"x" * 9999
+for write in (lambda: store.put_if_absent("new", big), lambda: store.compare_and_swap("old", big, etag)):
     try:
         write()
     except StoreUnavailableError as error:
@@ -424,7 +431,9 @@ def test_no_server_is_said_so_without_leaking_a_signature():
 
 
 def test_wrong_credentials_are_said_so(s3_environment):
-    store = open_store("s3://perennial-denied/x", {**s3_environment, "PERENNIAL_S3_SECRET_KEY": "wrong-secret"})
+    store = open_store(
+        "s3://perennial-denied/x", {**s3_environment, "PERENNIAL_S3_SECRET_KEY": "wrong-secret"}
+    )
     for call in (lambda: store.put_if_absent("a", b""), lambda: store.get("a"), store.probe):
         with pytest.raises(StoreError) as refused:
             call()
@@ -460,7 +469,9 @@ def test_settings_come_from_files_and_from_the_usual_names(tmp_path):
     assert "eu-north-1" in opened({**usual, "PERENNIAL_S3_REGION": "eu-north-1"})
     assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "host:9000"}).startswith("https://host:9000/")
     assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "http://host:9000"}).startswith("http://host:9000/")
-    assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "host:9000", "PERENNIAL_S3_SECURE": "0"}).startswith("http:")
+    assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "host:9000", "PERENNIAL_S3_SECURE": "0"}).startswith(
+        "http:"
+    )
 
 
 @pytest.mark.parametrize(

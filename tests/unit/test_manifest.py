@@ -28,7 +28,7 @@ def make(**changes: object) -> Manifest:
     values: dict[str, object] = {
         "adapter": "acme/support", "seq": 2, "kind": "update", "outcome": "promoted", "reason": "gain",
         "parent": DIGEST, "head": DIGEST, "update_id": DIGEST, "job_id": "job-1", "base_model": "shipped",
-        "base_sha256": "b" * 64, "code": "0.1.0", "config": {"rank": 8, "learning_rate": 1e-3, "all": True, "x": None},
+        "base_sha256": "b" * 64, "code": "0.1.0", "config": {"rank": 8, "rate": 1e-3, "all": True, "x": None},
         "seed": 3, "threads": 2, "batch": BLOB, "cut": 7,
         "learned": [LearnedExample(example_id="e1", partition="c/t/documents/0", offset=4, tokens=9)],
         "skipped": [SkippedExample(example_id="e2", partition="c/t/documents/0", offset=5, reason="empty")],
@@ -77,7 +77,9 @@ def test_any_scalars_read_back_to_the_byte(config):
     manifest = make(config=config, gate=config)
     again = Manifest.from_bytes(manifest.to_bytes())
     assert again.to_bytes() == manifest.to_bytes()
-    assert {name: type(value) for name, value in again.config.items()} == {k: type(v) for k, v in config.items()}
+    assert {name: type(value) for name, value in again.config.items()} == {
+        k: type(v) for k, v in config.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -85,8 +87,9 @@ def test_any_scalars_read_back_to_the_byte(config):
     [
         {"adapter": "../etc"}, {"adapter": "A"}, {"adapter": "a\n"}, {"seq": 0}, {"seq": 10**12}, {"seq": 1},
         {"head": None}, {"kind": "other"}, {"outcome": "maybe"}, {"weights": None}, {"update_id": "sha256:x"},
-        {"parent": "x"}, {"config": {"a": float("nan")}}, {"config": {"a": float("inf")}}, {"config": {"a": 2**63}},
-        {"config": {"a": [1]}}, {"marks": {"p": -1}}, {"rank": 0}, {"threads": 0}, {"dropped": -1},
+        {"parent": "x"}, {"config": {"a": float("nan")}}, {"config": {"a": float("inf")}},
+        {"config": {"a": 2**63}}, {"config": {"a": [1]}}, {"marks": {"p": -1}}, {"rank": 0}, {"threads": 0},
+        {"dropped": -1},
         {"published_at": "2026-01-01"}, {"schema_version": 2},
     ],
 )  # fmt: skip
