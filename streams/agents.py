@@ -62,23 +62,35 @@ def state_key(adapter: str) -> str:
     return f"state/curate/{adapter}"
 
 
+class InterruptedStepError(StreamsError):
+    """A step was cancelled half-way, so the state in memory may not be what is in the store."""
+
+
 class Guard:
-    """One at a time into the shared state, and a clear end on what cannot be handled: parked, never raised."""
+    """One step at a time on the shared state, and a clear end on what cannot be handled: parked, never raised.
+
+    Hazard: a step that did not come to its end (an error, or a cancellation on stopping) leaves the state in memory
+    behind what it may have written; another step on it would count examples twice. So none runs after it.
+    """
 
     def __init__(self) -> None:
-        self.failed: asyncio.Future[Exception] | None = None
+        self.failure: Exception | None = None
         self._lock = asyncio.Lock()
+        self._in_step = False
 
     async def __call__(self, step: Callable[[], Awaitable[None]]) -> None:
         """Run a step; where it fails, remember why and never return, so that Faust acknowledges nothing."""
-        try:
-            async with self._lock:
+        async with self._lock:
+            try:
+                if self._in_step:
+                    raise InterruptedStepError  # noqa: TRY301 - parked below like any other failure
+                self._in_step = True
                 await step()
-        except Exception as error:  # noqa: BLE001 - the agent's boundary: nothing may reach Faust
-            if self.failed is None:
-                self.failed = asyncio.get_running_loop().create_future()
-                self.failed.set_result(error)
-            await asyncio.Event().wait()
+                self._in_step = False
+                return  # noqa: TRY300 - nothing here may be left undone
+            except Exception as error:  # noqa: BLE001 - the agent's boundary: nothing may reach Faust
+                self.failure = self.failure or error
+        await asyncio.Event().wait()
 
 
 class Curation:
@@ -360,7 +372,7 @@ async def _run(
     app.finalize()
     starting = asyncio.ensure_future(app.start())
     try:
-        while not stop.is_set() and guard.failed is None and not app.should_stop:
+        while not stop.is_set() and guard.failure is None and not app.should_stop:
             if starting.done():
                 starting.result()
             await asyncio.sleep(_UNTIL_STOPPED)
@@ -368,13 +380,13 @@ async def _run(
         with suppress(TimeoutError, asyncio.CancelledError):
             await asyncio.wait_for(app.stop(), STOP_S)
         starting.cancel()
-    if guard.failed is not None:
-        error = guard.failed.result()
-        if isinstance(error, PerennialError):
-            raise error
+    if guard.failure is not None and not (stop.is_set() and isinstance(guard.failure, InterruptedStepError)):
+        if isinstance(guard.failure, PerennialError):
+            raise guard.failure
         raise StreamsError(
-            f"curate failed: {type(error).__name__}: {error}", remedy="see the traceback above; restarting loses nothing"
-        ) from error
+            f"curate failed: {type(guard.failure).__name__}: {guard.failure}",
+            remedy="the traceback says where; a restart loses nothing",
+        ) from guard.failure
     if not stop.is_set():
         raise StreamsError(
             "the Faust application ended by itself", got=repr(getattr(app, "_crash_reason", None)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -12,12 +13,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
 
 from storage.blobs import DirectoryStore, get_blob
+from streams.agents import Guard, InterruptedStepError
 from streams.events import Batch, ExampleAccepted, ExampleScored, Origin, UpdateRequested
 from streams.settings import Settings
 from streams.topics import provision
@@ -144,3 +147,165 @@ def test_size_cuts_cover_every_example_once_and_in_order(bench):
     assert [job.reason for job in bench.jobs()] == ["size"] * 3
     child.send_signal(signal.SIGTERM)
     assert child.wait(20) == 0, bench.log.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", ["receive:13", "blob:2", "state:1", "state:2", "produce:2", "ack:1"])
+def test_a_kill_at_any_step_loses_and_doubles_nothing(bench, step):
+    bench.publish(scored(n) for n in range(60))
+    dead = bench.start(failpoint=f"curate.{step}")
+    assert dead.wait(PATIENCE_S) == -signal.SIGKILL, bench.log.read_text()
+    bench.start()
+    bench.wait(lambda: sum(bench.learned().values()) >= 60)
+    batches = bench.batches()
+    assert [[e.document_id for e in batch.examples] for batch in batches] == [
+        [f"d{n}" for n in range(start, start + 20)] for start in (0, 20, 40)
+    ], bench.log.read_text()
+
+
+@pytest.mark.slow
+def test_kills_in_mid_flow_lose_and_double_nothing(bench):
+    rng = random.Random(5)
+    numbers = iter(range(10_000))
+    published = 0
+    for _ in range(3):
+        child = bench.start()
+        for _ in range(4):
+            count = rng.randint(20, 60)
+            bench.publish(
+                scored(n, adapter=rng.choice(["acme/a", "acme/b", "other"])) for n in islice(numbers, count)
+            )
+            published += count
+            time.sleep(rng.uniform(0.1, 1.0))
+        child.kill()
+        child.wait(10)
+    bench.start()
+    bench.wait(lambda: sum(bench.learned().values()) >= published)
+    learned = bench.learned()
+    assert max(learned.values()) == 1
+    assert len(learned) == published, bench.log.read_text()
+    for adapter in ("acme/a", "acme/b", "other"):
+        assert [job.cut for job in bench.jobs() if job.adapter == adapter] == list(
+            range(sum(job.adapter == adapter for job in bench.jobs()))
+        )
+
+
+@pytest.mark.slow
+def test_a_process_that_joins_and_one_that_leaves_lose_and_double_nothing(bench):
+    adapters = [f"acme/{name}" for name in "abcdef"]
+    rng = random.Random(6)
+    total = 600
+    events = [scored(n, adapter=rng.choice(adapters)) for n in range(total)]
+    first = bench.start()
+    bench.publish(events[:200])
+    bench.wait(lambda: bench.learned().total() > 20)
+    second = bench.start()
+    for start in range(200, 400, 25):
+        bench.publish(events[start : start + 25])
+        time.sleep(0.5)
+    first.send_signal(signal.SIGTERM)
+    for start in range(400, total, 25):
+        bench.publish(events[start : start + 25])
+        time.sleep(0.3)
+    bench.wait(lambda: bench.learned().total() >= total)
+    learned = bench.learned()
+    assert first.wait(20) == 0, bench.log.read_text()
+    assert second.poll() is None, bench.log.read_text()
+    assert max(learned.values()) == 1
+    assert len(learned) == total, bench.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_process_stopped_beyond_its_session_does_not_cut_again_what_another_cut(bench):
+    bench.publish(scored(n) for n in range(30))
+    zombie = bench.start(failpoint="curate.blob:1:stop")
+    bench.wait(lambda: Path(f"/proc/{zombie.pid}/stat").read_text().split()[2] == "T")
+    bench.start()
+    bench.wait(lambda: bench.learned().total() >= 30)
+    zombie.send_signal(signal.SIGCONT)
+    bench.publish(scored(n) for n in range(30, 60))
+    bench.wait(lambda: bench.learned().total() >= 60)
+    learned = bench.learned()
+    assert max(learned.values()) == 1
+    assert len(learned) == 60, bench.log.read_text()
+
+
+def test_poison_goes_to_dead_letters_and_what_is_behind_goes_through(bench):
+    bench.start()
+    bench.publish([scored(0), b"{not json", scored(1), b"\xff", scored(2)])
+    bench.wait(lambda: bench.learned().total() >= 3)
+    assert set(bench.learned()) == {"d0", "d1", "d2"}, bench.log.read_text()
+    letters = [parse_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    assert [letter.value for letter in letters] == [b"{not json", b"\xff"]
+    assert {(letter.stage, letter.topic) for letter in letters} == {("curate", "scored-examples")}
+    assert [job.reason for job in bench.jobs()] == ["age"]
+
+
+def test_signals_alone_make_no_job_and_are_recorded_by_the_next(bench):
+    child = bench.start()
+    bench.publish(scored(n, learn=False) for n in range(5))
+    store = DirectoryStore(Path(bench.settings.store))
+    bench.wait(lambda: store.exists("state/curate/acme/a"))
+    assert len(json.loads(store.get("state/curate/acme/a").data)["carried"]) == 5
+    assert bench.jobs() == []
+    child.kill()
+    child.wait(10)
+    bench.start()
+    bench.publish(scored(n) for n in range(5, 25))
+    bench.wait(lambda: bench.learned().total() >= 20)
+    (batch,) = bench.batches()
+    assert [skip.reason for skip in batch.skipped] == ["signal"] * 5
+    assert [job.marks for job in bench.jobs()] == [{"c/t/documents/0": 24}]
+
+
+def test_a_change_of_domain_is_reported_and_cuts(bench):
+    rng = random.Random(7)
+    domains = [[f"{kind}{n}" for n in range(300)] for kind in ("law", "sea")]
+    events = [
+        scored(n, loss=rng.gauss(3.0, 0.3) + 2.0 * (n >= 600), text=" ".join(rng.choices(domains[n >= 600], k=40)))
+        for n in range(750)
+    ]
+    bench.start()
+    bench.publish(events)
+    bench.wait(lambda: bench.learned().total() >= 750)
+    jobs = bench.jobs()
+    drifts = [decode(record.value, record.headers, "drift").event for record in bench.read("drift")]
+    assert {"base_loss", "live_loss", "vocabulary"} <= {drift.signal for drift in drifts}
+    assert all(drift.origin.offset >= 600 for drift in drifts)
+    (cut, *_) = [job for job in jobs if job.reason == "drift"]
+    assert cut.drift is not None
+    assert 600 <= cut.drift.origin.offset <= 680
+
+
+def test_nothing_runs_on_state_that_a_cancelled_step_left_half_way():
+    async def scenario() -> tuple[list[str], Exception | None]:
+        guard, ran = Guard(), []
+
+        async def half() -> None:
+            ran.append("half")
+            await asyncio.sleep(60)
+
+        async def other() -> None:
+            ran.append("other")
+
+        async def bad() -> None:
+            raise KeyError("bad")
+
+        cancelled = asyncio.create_task(guard(half))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        parked = asyncio.create_task(guard(other))
+        await asyncio.wait([parked], timeout=0.1)
+        parked.cancel()
+        failing = Guard()
+        parked = asyncio.create_task(failing(bad))
+        await asyncio.wait([parked], timeout=0.1)
+        assert not parked.done()
+        parked.cancel()
+        assert isinstance(failing.failure, KeyError)
+        return ran, guard.failure
+
+    ran, failure = asyncio.run(scenario())
+    assert ran == ["half"]
+    assert isinstance(failure, InterruptedStepError)
