@@ -15,15 +15,15 @@ from hashlib import sha256
 from typing import Any, Self
 
 from kafka import KafkaProducer
-from kafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError
+from kafka.errors import KafkaError, KafkaTimeoutError
 from pydantic import ValidationError
 
 from storage.errors import PerennialError
-from streams.connect import connect
+from streams.connect import connect, require_listener
 from streams.events import DocumentObserved, Event, InteractionObserved, RetentionRequested
 from streams.settings import Settings, load_settings
 from streams.subscriber import Backend, Current, Subscriber, SubscriberError
-from streams.wire import MAX_VALUE_BYTES, encode
+from streams.wire import MAX_VALUE_BYTES, WireError, encode
 
 __all__ = [
     "Backend", "Current", "Delivery", "PublishError", "Publisher", "Receipt", "Subscriber", "SubscriberError",
@@ -159,14 +159,15 @@ class Publisher:
         """Publish an event of any type to the topic of its type. Raises PublishError."""
         value = event.model_dump_json(by_alias=True).encode()
         event_id = sha256(f"{event.type}\n".encode() + value).hexdigest()[:32]
-        encoded = encode(event, id=event_id, source=self._source, time=self._now())
-        if len(encoded.value) > MAX_VALUE_BYTES:
+        try:
+            encoded = encode(event, id=event_id, source=self._source, time=self._now())
+        except WireError as error:
             raise PublishError(
-                f"{event.type} is too large",
-                got=f"{len(encoded.value)} bytes of JSON",
-                allowed=f"at most {MAX_VALUE_BYTES} bytes",
-                remedy="split the text into several documents; nothing was sent",
-            )
+                f"{event.type}: {error.message}",
+                got=error.got,
+                allowed=error.allowed,
+                remedy=f"{error.remedy}; nothing was sent",
+            ) from error
         topic = self._settings.topic(event.topic)
         with self._lock:
             if self._closed:
@@ -183,8 +184,10 @@ class Publisher:
         return Receipt(future, event_id)
 
     def _not_taken(self, topic: str, error: BaseException) -> PublishError:
-        if isinstance(error, KafkaConnectionError) or not self._producer.bootstrap_connected():
-            return self._unreachable(error)
+        try:
+            require_listener(self._bootstrap, self._timeout_s)
+        except (KafkaError, ValueError) as unreachable:
+            return self._unreachable(unreachable)
         missing = isinstance(error, KafkaTimeoutError)  # the only sign of a topic that is not there
         remedy = "make the topics with `perennial topics create`" if missing else "mend the topic, publish again"
         return PublishError(

@@ -15,8 +15,7 @@ def connect(make: Callable[..., Any], bootstrap: str, timeout_s: float, **config
 
     Raises KafkaError or ValueError where no broker answers within the time.
     """
-    servers = [part.strip() for part in bootstrap.split(",") if part.strip()]
-    _require_listener(servers, timeout_s)
+    servers = require_listener(bootstrap, timeout_s)
     clients: list[Any] = []
 
     def network(**options: Any) -> Any:
@@ -37,8 +36,12 @@ def connect(make: Callable[..., Any], bootstrap: str, timeout_s: float, **config
         raise
 
 
-def _require_listener(servers: list[str], timeout_s: float) -> None:
-    # kafka-python leaks a socket for every attempt that is refused.
+def require_listener(bootstrap: str, timeout_s: float) -> list[str]:
+    """The servers named, once one of them took a TCP connection. Raises KafkaConnectionError, ValueError.
+
+    Comes before any client, for kafka-python leaks a socket with every attempt that is refused.
+    """
+    servers = [part.strip() for part in bootstrap.split(",") if part.strip()]
     said: list[str] = []
     for server in servers:
         host, _, port = server.rpartition(":")
@@ -49,5 +52,5 @@ def _require_listener(servers: list[str], timeout_s: float) -> None:
         except (OSError, OverflowError) as error:
             said.append(f"{server}: {error}")
         else:
-            return
+            return servers
     raise KafkaConnectionError("; ".join(said) or "no address is given")
