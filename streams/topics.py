@@ -16,7 +16,7 @@ from typing import Any, Literal
 from storage.errors import PerennialError
 from streams.events import EVENTS
 from streams.settings import Settings
-from streams.wire import MAX_HEADER_BYTES, MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES
+from streams.wire import MAX_DEAD_LETTER_BYTES, MAX_HEADER_BYTES, MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES
 
 _MINUTE_MS = 60_000
 _DAY_MS = 24 * 60 * _MINUTE_MS
@@ -25,8 +25,6 @@ _BATCH_OVERHEAD_BYTES = 4 * 1024
 WEEK_MS = 7 * _DAY_MS
 MAX_OUTSIDE_MESSAGE_BYTES = MAX_VALUE_BYTES + MAX_HEADER_BYTES + _BATCH_OVERHEAD_BYTES
 MAX_INSIDE_MESSAGE_BYTES = MAX_INSIDE_VALUE_BYTES + MAX_HEADER_BYTES + _BATCH_OVERHEAD_BYTES
-MAX_DEAD_LETTER_BYTES = 2 * 1024 * 1024
-"""More than any topic that letters come from takes: an oversized record still fits, with what we say of it."""
 
 BOOTSTRAP_TIMEOUT_MS = 10_000
 

@@ -24,6 +24,8 @@ MAX_VALUE_BYTES = 1024 * 1024
 """Of a value that outside producers write."""
 MAX_INSIDE_VALUE_BYTES = MAX_VALUE_BYTES + 64 * 1024
 """Of a value that Perennial writes: an outside value in its envelope (JSON escapes never grow on the way)."""
+MAX_DEAD_LETTER_BYTES = 2 * 1024 * 1024
+"""Of a dead letter with its headers and key: an oversized record still fits, with what we say of it."""
 MAX_DEPTH = 32
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16 * 1024
@@ -214,10 +216,27 @@ def dead_letter(
     """A refused record as a dead letter: its bytes and headers untouched, ours after them.
 
     reason: slug. stage: role that refused it. detail: at most 2,000 characters are kept. at: aware.
+    What no dead letter can hold is cut, and the detail says so: a record must not stop the flow by its size.
     """
+    value, headers, cut = _fitted(value, list(headers or ()))
+    detail = cut + detail
     ours = (reason, stage, _shorten(detail, 2000), topic, str(partition), str(offset), at.astimezone(UTC).isoformat())
     extra = [(f"perennial-{name}", text.encode("utf-8", "replace")) for name, text in zip(_OURS, ours, strict=True)]
-    return value, [*(headers or ()), *extra]
+    return value, [*headers, *extra]
+
+
+def _fitted(
+    value: bytes | None, headers: list[tuple[str, bytes | None]]
+) -> tuple[bytes | None, list[tuple[str, bytes | None]], str]:
+    """Value and headers within the size of a dead letter, and what was cut."""
+    room = MAX_DEAD_LETTER_BYTES - 2 * MAX_HEADER_BYTES
+    size = sum(4 * len(name) + len(raw or b"") + 10 for name, raw in headers)
+    cut = ""
+    if size > room // 4:
+        headers, size, cut = [], 0, f"{len(headers)} headers of {size} bytes were cut; "
+    if value is not None and len(value) > room - size:
+        value, cut = value[: room - size], f"{cut}the value of {len(value)} bytes was cut; "
+    return value, headers, cut
 
 
 _OURS = ("reason", "stage", "detail", "topic", "partition", "offset", "at")

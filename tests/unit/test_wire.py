@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from streams.events import DEFAULT_TYPES, DocumentObserved, InteractionObserved
 from streams.topics import TOPICS
 from streams.wire import (
+    MAX_DEAD_LETTER_BYTES,
     MAX_DEPTH,
     MAX_HEADER_BYTES,
     MAX_HEADERS,
@@ -316,3 +317,17 @@ def test_a_broken_dead_letter_is_said():
         broken = [(key, raw if key == name else old) for key, old in headers]
         with pytest.raises(WireError):
             parse_dead_letter(b"", broken)
+
+
+@pytest.mark.parametrize(
+    ("value", "headers"),
+    [(b"x" * 5_000_000, []), (b"x", [("h", b"y" * 3_000_000)]), (b"x" * 3_000_000, [("h" * 300, b"y")] * 100)],
+)
+def test_a_dead_letter_fits_its_topic_whatever_came(value, headers):
+    letter = dead_letter(
+        value, headers, reason="oversize", stage="intake", detail="d", topic="documents", partition=0, offset=0, at=NOW
+    )
+    assert len(letter[0]) + sum(len(name) + len(raw) for name, raw in letter[1]) < MAX_DEAD_LETTER_BYTES - 8192
+    read = parse_dead_letter(*letter)
+    assert "cut" in read.detail
+    assert read.detail.endswith("d")
