@@ -238,7 +238,11 @@ class UpdateRequested(Event):
 
 
 class RollbackRequested(Event):
-    """Make an earlier version live again; what was learned since stays marked as seen."""
+    """Make an earlier version live again; what was learned since stays marked as seen.
+
+    version: the one to go back to. With `revoke` it is the one that must never be served again, and the newest
+    promoted version that is not revoked becomes live: named, so that a second delivery revokes nothing more.
+    """
 
     type: ClassVar[str] = "rollback.requested"
     topic: ClassVar[str] = "adapter-jobs"
@@ -248,6 +252,7 @@ class RollbackRequested(Event):
     version: Digest | None = None
     requested_by: Name
     reason: Annotated[str, Field(max_length=1024)] = ""
+    revoke: bool = False
 
     def key(self) -> str:
         return self.adapter

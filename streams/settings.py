@@ -60,6 +60,9 @@ class Settings(BaseSettings):
         32, description="curate: examples after a swap in which drift does not cut"
     )
     detector_window: Positive = Field(512, description="curate: last values per signal kept to rebuild detectors from")
+    clock_settle_s: Seconds = Field(
+        600.0, description="retain: how long a clock must have stayed set forward before anything expires by it"
+    )
     max_adapters: Positive = Field(10_000, description="curate: adapters with state in memory")
     learn_turns: bool = Field(False, description="learn bare turns too, not only corrections")
 
@@ -140,3 +143,12 @@ def code_version() -> str:
         return version("perennial-lm")
     except PackageNotFoundError:
         return "0+unknown"
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table: what the README shows."""
+    lines = ["| variable | default | what it is for |", "|---|---|---|"]
+    for name, field in Settings.model_fields.items():
+        default = "`~/.local/share/perennial`" if name == "data_dir" else f"`{field.default!r}`" if field.default != "" else ""
+        lines.append(f"| `PERENNIAL_{name.upper()}` | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
