@@ -117,6 +117,8 @@ class Subscriber:
         self.adapter = adapter
         self.alias = alias or self.settings.alias
         self.replica = replica or f"{socket.gethostname()}-{os.getpid()}"[:256]
+        if not 0 < len(self.replica) <= 256 or not self.replica.isprintable():
+            raise SubscriberError("not a replica's name", got=self.replica, allowed="1 to 256 printable characters")
         self._backend = backend
         self._metrics = metrics or Metrics("subscriber", self.settings)
         self._on_activate = on_activate

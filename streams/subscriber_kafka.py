@@ -146,10 +146,15 @@ class Acks:
         except (KafkaError, OSError, ValueError) as error:
             _log.warning("acknowledgements wait for the broker: %s", error)
             self._retry_at_s = now_s + _RECONNECT_S
+            self._leave(0)  # an idempotent producer that lost a record may never take another
+
+    def _leave(self, timeout_s: float) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            with suppress(KafkaError, OSError):
+                producer.close(timeout=timeout_s)
 
     def close(self) -> None:
         """Send what waits, once, and leave the broker."""
         self.tick(float("inf"))
-        if self._producer is not None:
-            with suppress(KafkaError, OSError):
-                self._producer.close(timeout=1)
+        self._leave(1)

@@ -273,6 +273,29 @@ def test_a_folder_takes_no_name_that_leads_out_of_it(tmp_path: Path, name: str):
             call()
 
 
+def test_a_folder_whose_deletion_was_cut_off_is_still_listed_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (one,) = versions_of(tmp_path, [safetensors_of(1)], "sha256:" + "b" * 64, 2)
+    backend = DirectoryBackend(tmp_path / "served")
+    backend.load(*one)
+    backend.activate(one[0])
+
+    def cut_off(*_: object, **__: object) -> None:
+        raise OSError("killed here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("learner.directory.shutil.rmtree", cut_off)
+        with pytest.raises(OSError, match="killed"):
+            backend.unload(one[0])
+    again = DirectoryBackend(tmp_path / "served")
+    assert again.current(ADAPTER) is None
+    assert again.list() == [one[0]]
+    again.unload(one[0])
+    assert again.list() == []
+    assert not list((tmp_path / "served").rglob("*.safetensors"))
+
+
 def test_a_folder_keeps_a_version_for_its_grace_time(tmp_path: Path):
     one, two = versions_of(tmp_path, [safetensors_of(1), safetensors_of(2)], "sha256:" + "b" * 64, 2)
     now = [100.0]
