@@ -27,6 +27,7 @@ OTHER = "other"
 DEFAULT_STALL_S = 120.0
 _MAX_CONNECTIONS = 16
 _REQUEST_TIMEOUT_S = 5.0
+_FORGET_BUCKETS_S = (0.1, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86_400, 3 * 86_400, 7 * 86_400, 30 * 86_400)
 _STAGE_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
@@ -58,6 +59,7 @@ class Metrics:
         self._started = False
         self._still_since: float | None = None
         self._oldest: tuple[float, float] | None = None
+        self._refused_runs: dict[str, int] = {}
         self._define()
 
     def _define(self) -> None:
@@ -67,10 +69,12 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"perennial_{name}", text, ("role", *labels), registry=self.registry)
 
-        def seconds(name: str, text: str, *labels: str) -> Histogram:
+        def seconds(
+            name: str, text: str, *labels: str, buckets: tuple[float, ...] = _STAGE_BUCKETS_S
+        ) -> Histogram:
             names = ("role", *labels)
             return Histogram(
-                f"perennial_{name}_seconds", text, names, registry=self.registry, buckets=_STAGE_BUCKETS_S
+                f"perennial_{name}_seconds", text, names, registry=self.registry, buckets=buckets
             )
 
         self._events_in = counter("events_in", "Events read.", "topic")
@@ -82,11 +86,14 @@ class Metrics:
             "Age of the oldest event not yet learned; grows until it is learned; 0: none.",
         )
         oldest.labels(self.role).set_function(self._oldest_now_s)
-        self._drift = counter("drift", "Drift detections.", "signal", "detector")
+        self._drift = counter("drift", "Drift detections.", "signal", "detector", "adapter")
         self._cuts = counter("cuts", "Micro-batches cut.", "reason")
         self._cut_examples = counter("cut_examples", "Examples in micro-batches.", "reason")
         self._cut_tokens = counter("cut_tokens", "Tokens in micro-batches.", "reason")
         self._updates = counter("updates", "Updates done.", "outcome", "adapter")
+        self._refused_run = gauge(
+            "refused_updates_in_a_row", "Updates refused since the last that was promoted.", "adapter"
+        )
         self._stages = seconds("stage", "Time per stage.", "stage")
         self._loss = gauge("loss_nats", "Mean loss per token, before or after.", "adapter", "which")
         self._trained_tokens = counter("trained_tokens", "Tokens trained on.")
@@ -95,6 +102,13 @@ class Metrics:
         self._store_errors = counter("store_errors", "Calls to the object store that failed.", "op")
         self._acks = counter("acks", "Versions that subscribers activated.", "adapter")
         self._ack_stages = seconds("ack_stage", "Time per stage in subscribers.", "stage")
+        self._forget_requests = gauge("forget_requests", "Retention requests in each state.", "state")
+        self._forget_overdue = gauge("forget_overdue_requests", "Open retention requests that are past due.")
+        self._forgotten = counter("forgotten_examples", "Examples made forgotten.")
+        self._forget_time = seconds(
+            "forget", "Time from a retention request to its end.", buckets=_FORGET_BUCKETS_S
+        )
+        self._quarantined = gauge("quarantined_examples", "Examples held back from learning.")
         self._trained_tokens.labels(self.role)
         self._trained_seconds.labels(self.role)
 
@@ -140,10 +154,10 @@ class Metrics:
             age_s, at_s = self._oldest
             return age_s + max(0.0, self._clock() - at_s)
 
-    def drift(self, signal: str, detector: str) -> None:
-        """A detector fired."""
+    def drift(self, signal: str, detector: str, adapter: str = OTHER) -> None:
+        """A detector fired, on what came for the adapter."""
         labels = self._bounded("signal", signal), self._bounded("detector", detector)
-        self._drift.labels(self.role, *labels).inc()
+        self._drift.labels(self.role, *labels, self._bounded("adapter", adapter)).inc()
 
     def cut(self, reason: str, examples: int, tokens: int) -> None:
         """A micro-batch was cut."""
@@ -153,9 +167,16 @@ class Metrics:
         self._cut_tokens.labels(self.role, reason).inc(tokens)
 
     def update(self, outcome: str, adapter: str) -> None:
-        """An update ended (promoted, refused, ...)."""
-        labels = self._bounded("outcome", outcome), self._bounded("adapter", adapter)
-        self._updates.labels(self.role, *labels).inc()
+        """An update ended (promoted, refused, ...); counts the refusals in a row of each adapter too."""
+        adapter = self._bounded("adapter", adapter)
+        self._updates.labels(self.role, self._bounded("outcome", outcome), adapter).inc()
+        if adapter == OTHER:
+            return  # of many adapters there is no row
+        with self._lock:
+            run = self._refused_runs.get(adapter, 0)
+            run = run + 1 if outcome == "refused" else 0 if outcome == "promoted" else run
+            self._refused_runs[adapter] = run
+            self._refused_run.labels(self.role, adapter).set(run)
 
     def stage_s(self, stage: str, seconds: float) -> None:
         """A stage took so long."""
@@ -184,6 +205,23 @@ class Metrics:
         self._acks.labels(self.role, self._bounded("adapter", adapter)).inc()
         for stage, seconds in stage_s.items():
             self._ack_stages.labels(self.role, self._bounded("ack_stage", stage)).observe(max(0.0, seconds))
+
+    def forget_requests(self, state: str, n: int) -> None:
+        """So many retention requests are in the state now."""
+        self._forget_requests.labels(self.role, self._bounded("forget_state", state)).set(n)
+
+    def forget_overdue(self, n: int) -> None:
+        """So many open retention requests are past due now."""
+        self._forget_overdue.labels(self.role).set(n)
+
+    def forgot(self, examples: int, seconds: float) -> None:
+        """A retention request came to its end: so many examples forgotten, so long after it was made."""
+        self._forgotten.labels(self.role).inc(examples)
+        self._forget_time.labels(self.role).observe(max(0.0, seconds))
+
+    def quarantined(self, n: int) -> None:
+        """So many examples are held back from learning now."""
+        self._quarantined.labels(self.role).set(n)
 
     def progress(self) -> None:
         """Work moved: an event was handled to its end."""

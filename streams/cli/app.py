@@ -100,6 +100,17 @@ def worker(
     raise typer.Exit(run_worker(roles, parent_pid=parent))
 
 
+@app.command("init")
+def initialise(
+    wait_s: Annotated[float, typer.Option(help="How long to wait for broker and store to answer.")] = 0,
+    json_: Json = False,
+) -> None:
+    """Make topics and bucket where they are missing, and prove the store's conditional writes; safe to repeat."""
+    from streams.cli.init import initialise
+
+    raise typer.Exit(initialise(wait_s=wait_s, as_json=json_))
+
+
 @topics_app.command("create")
 def topics_create(
     dry_run: Annotated[bool, typer.Option(help="Only say what would be made and what differs.")] = False,

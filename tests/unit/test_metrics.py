@@ -42,7 +42,7 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.events_out("adapter-updates")
     metrics.refused("not-json", 2)
     metrics.lag("adapter-jobs", 7)
-    metrics.drift("base_loss", "adwin")
+    metrics.drift("base_loss", "adwin", "acme/support")
     metrics.cut("size", 8, 512)
     metrics.update("promoted", "acme/support")
     metrics.stage_s("train", 0.3)
@@ -51,12 +51,21 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.generation("acme/support", 4)
     metrics.store_error("get")
     metrics.ack("acme/support", {"fetch": 0.1, "publish_to_served": 0.4})
+    metrics.forget_requests("accepted", 3)
+    metrics.forget_overdue(2)
+    metrics.forgot(7, 40.0)
+    metrics.quarantined(5)
     expected = {
+        ("perennial_forget_requests", ("state", "accepted")): 3,
+        ("perennial_forget_overdue_requests",): 2,
+        ("perennial_forgotten_examples_total",): 7,
+        ("perennial_forget_seconds_sum",): 40,
+        ("perennial_quarantined_examples",): 5,
         ("perennial_events_in_total", ("topic", "adapter-jobs")): 3,
         ("perennial_events_out_total", ("topic", "adapter-updates")): 1,
         ("perennial_refused_total", ("reason", "not-json")): 2,
         ("perennial_lag_events", ("topic", "adapter-jobs")): 7,
-        ("perennial_drift_total", ("signal", "base_loss"), ("detector", "adwin")): 1,
+        ("perennial_drift_total", ("signal", "base_loss"), ("detector", "adwin"), ("adapter", "acme/support")): 1,
         ("perennial_cuts_total", ("reason", "size")): 1,
         ("perennial_cut_examples_total", ("reason", "size")): 8,
         ("perennial_cut_tokens_total", ("reason", "size")): 512,
@@ -72,6 +81,17 @@ def test_every_method_moves_the_series_that_dashboards_name():
     }
     found = {key: value(metrics, key[0], **dict(key[1:])) for key in expected}
     assert found == expected
+
+
+def test_refusals_in_a_row_are_counted_per_adapter_and_end_with_a_promotion():
+    metrics = Metrics("learner")
+    rows = []
+    for outcome in ("refused", "refused", "unchanged", "refused", "promoted", "refused"):
+        metrics.update(outcome, "acme/a")
+        rows.append(value(metrics, "perennial_refused_updates_in_a_row", adapter="acme/a"))
+    metrics.update("refused", "acme/b")
+    assert rows == [1, 2, 2, 3, 0, 1]
+    assert value(metrics, "perennial_refused_updates_in_a_row", adapter="acme/b") == 1
 
 
 def test_a_label_takes_a_hundred_values_and_then_other():
