@@ -1,0 +1,382 @@
+"""Everything that docker-compose.yml, the Dockerfile and the service configuration name exists in the project."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from storage.minio import open_minio
+from streams.broker_config import DEVELOPMENT
+from streams.broker_jars import KAFKA_VERSION
+from streams.cli.app import app
+from streams.cli.supervise import ROLES
+from streams.metrics import Metrics, serve
+from streams.settings import Settings
+from tests import compose
+from tests.services import missing_service
+
+DEPLOY = compose.ROOT / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text("utf-8")
+FILE = compose.load()
+SERVICES = FILE["services"]
+OURS = sorted(name for name, service in SERVICES.items() if compose.is_ours(service))
+LONG_RUNNING = sorted(set(SERVICES) - {"init"})
+NAMES = {"kafka", "minio", "init", "prometheus", "grafana", *ROLES}
+UID = "perennial-prometheus"
+
+
+def dashboards() -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text("utf-8")) for path in (DEPLOY / "grafana/dashboards").glob("*.json")}
+
+
+def panels(dashboard: dict) -> list[dict]:
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def rules() -> list[dict]:
+    text = (DEPLOY / "prometheus/rules/perennial.yml").read_text("utf-8")
+    return [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
+
+
+def test_the_services_are_all_there_and_only_the_gpu_ones_need_a_profile():
+    assert {name for name, service in SERVICES.items() if "profiles" not in service} == NAMES
+    assert {name for name, service in SERVICES.items() if service.get("profiles") == ["gpu"]} == {
+        "scorer-gpu", "learner-gpu",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_commands_of_our_services_exist(name):
+    words = [str(word) for word in SERVICES[name]["command"]]
+    command = typer.main.get_command(app)
+    context = command.make_context("perennial", list(words), resilient_parsing=False)
+    found, _, rest = command.resolve_command(context, words)
+    arguments = command.commands[found].make_context(found, rest).params
+    assert set(arguments.get("roles", ())) <= set(ROLES)
+    if name != "init":
+        assert tuple(arguments["roles"]) == (name.removesuffix("-gpu"),)
+    assert f"ENTRYPOINT {json.dumps(list(compose.ENTRYPOINT))}" in DOCKERFILE
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_variables_of_our_services_are_settings_or_the_stores(name):
+    fields = {f"PERENNIAL_{field.upper()}" for field in Settings.model_fields}
+    environment = compose.environment(SERVICES[name])
+    of_store = {key: value for key, value in environment.items() if key.startswith("PERENNIAL_S3_")}
+    assert set(environment) - set(of_store) <= fields
+    values = {key.removeprefix("PERENNIAL_").lower(): value for key, value in environment.items() if key in fields}
+    settings = Settings(_env_file=None, **values)
+    assert settings.require_kafka() in advertised()
+    read: set[str] = set()
+
+    class Recorder(dict):
+        def get(self, key: str, default: str | None = None) -> str | None:
+            read.add(key)
+            return super().get(key, default)
+
+        def __getitem__(self, key: str) -> str:
+            read.add(key)
+            return super().__getitem__(key)
+
+    open_minio(settings.require_store(), Recorder(of_store))
+    assert set(of_store) <= read
+
+
+def advertised() -> list[str]:
+    listeners = compose.environment(SERVICES["kafka"])["KAFKA_ADVERTISED_LISTENERS"]
+    return [entry.split("://")[1] for entry in listeners.split(",")]
+
+
+def test_no_secret_stands_in_the_file_but_as_a_default_that_a_variable_replaces():
+    assert set(compose.variables(compose.COMPOSE.read_text("utf-8"))) == {
+        "PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY", "GRAFANA_ADMIN_PASSWORD",
+    }  # fmt: skip
+    mine = {"PERENNIAL_S3_ACCESS_KEY": "me", "PERENNIAL_S3_SECRET_KEY": "mine", "GRAFANA_ADMIN_PASSWORD": "also"}
+    filled = compose.load(mine)["services"]
+    for name in OURS:
+        assert compose.environment(filled[name])["PERENNIAL_S3_SECRET_KEY"] == "mine"
+    assert compose.environment(filled["minio"])["MINIO_ROOT_PASSWORD"] == "mine"
+    assert compose.environment(filled["minio"])["MINIO_ROOT_USER"] == "me"
+    assert compose.environment(filled["grafana"])["GF_SECURITY_ADMIN_PASSWORD"] == "also"
+    assert "perennial-dev" not in json.dumps(filled)
+
+
+def test_images_are_pinned_and_kafka_is_the_tested_one():
+    for service in SERVICES.values():
+        image, _, tag = service["image"].rpartition(":")
+        assert image, service["image"]
+        assert re.fullmatch(r"v?\d+\.\d+\.\d+|RELEASE\.[0-9TZ-]+", tag), service["image"]
+    assert SERVICES["kafka"]["image"] == f"apache/kafka:{KAFKA_VERSION}"
+    version = re.search(r'^version = "(.+)"$', (compose.ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    assert {SERVICES[name]["image"] for name in OURS} == {f"perennial-lm:{version[1]}"}
+
+
+def test_kafka_is_set_as_the_embedded_broker_where_both_set_something():
+    environment = compose.environment(SERVICES["kafka"])
+    sizes = ("num.", "log.", ".num.partitions", "session", "heartbeat")
+    for key, value in DEVELOPMENT.items():
+        if any(part in key for part in sizes):
+            continue  # for a small machine, not for meaning
+        assert environment[f"KAFKA_{key.upper().replace('.', '_')}"] == value
+
+
+@pytest.mark.parametrize("name", LONG_RUNNING)
+def test_up_wait_means_ready(name):
+    service = SERVICES[name]
+    check = service["healthcheck"]
+    assert check["test"][0] in {"CMD", "CMD-SHELL"}
+    assert compose.seconds(check["timeout"]) <= compose.seconds(check["interval"])
+    assert compose.seconds(check["start_interval"]) < compose.seconds(check["interval"])
+    assert check["retries"] >= 1
+    if compose.is_ours(service):
+        path = check["test"][-1]
+        assert f"COPY deploy/healthcheck.py {path}" in DOCKERFILE
+        assert service["depends_on"]["init"]["condition"] == "service_completed_successfully"
+
+
+def test_init_comes_after_healthy_servers_and_is_waited_for_to_its_end():
+    # A one-shot service makes `up --wait` fail unless another service waits for its success.
+    assert {name: on["condition"] for name, on in SERVICES["init"]["depends_on"].items()} == {
+        "kafka": "service_healthy", "minio": "service_healthy",
+    }  # fmt: skip
+    assert SERVICES["init"]["healthcheck"] == {"disable": True}
+    assert SERVICES["init"]["restart"] == "no"
+    for service in SERVICES.values():
+        assert set(service.get("depends_on", {})) <= set(SERVICES)
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_every_service_is_limited_and_least_privileged(name):
+    service = SERVICES[name]
+    limits = service["deploy"]["resources"]["limits"]
+    assert set(limits) == {"cpus", "memory", "pids"}
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service.get("read_only", False) == (name != "kafka")
+    for port in service.get("ports", []):
+        assert port.startswith("127.0.0.1:"), "a published port is for this machine"
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_mounts_exist_and_hold_what_the_service_is_told_to_read(name):
+    service = SERVICES[name]
+    where = compose.mounts(service)
+    for source, _, read_only in where:
+        if source.startswith("./"):
+            assert (compose.ROOT / source).exists()
+            assert read_only
+        else:
+            assert source in FILE["volumes"]
+    bound = {target: compose.ROOT / source for source, target, _ in where if source.startswith("./")}
+    told = [word.partition("=")[2] for word in map(str, service.get("command", [])) if word.startswith("--config")]
+    told += [
+        value for key, value in compose.environment(service).items() if key.startswith("GF_") and value.startswith("/")
+    ]
+    for path in told:
+        inside = next(target for target in bound if path.startswith(target))
+        assert (bound[inside] / path[len(inside) :].lstrip("/")).exists()
+
+
+def test_ports_agree():
+    for name in OURS:
+        port = compose.environment(SERVICES[name])["PERENNIAL_METRICS_PORT"]
+        assert SERVICES[name]["expose"] in ([port], [])
+    scraped = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))["scrape_configs"][0]
+    (discovery,) = scraped["dns_sd_configs"]
+    assert set(discovery["names"]) == set(OURS) - {"init"}
+    assert {str(discovery["port"])} == {compose.environment(SERVICES[name])["PERENNIAL_METRICS_PORT"] for name in OURS}
+    inside = {port for entry in advertised() for port in [entry.split(":")[1]]}
+    assert SERVICES["kafka"]["ports"][0].split(":")[2] in inside
+    source = yaml.safe_load((DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text("utf-8"))
+    host, _, port = source["datasources"][0]["url"].removeprefix("http://").partition(":")
+    assert host in SERVICES
+    assert f"--web.listen-address=0.0.0.0:{port}" in SERVICES[host]["command"]
+    assert compose.environment(SERVICES["intake"])["PERENNIAL_S3_ENDPOINT"] == "http://minio:9000"
+    assert ":9000" in SERVICES["minio"]["command"]
+
+
+def test_the_gpu_profile_reserves_a_device_and_uses_it():
+    for name in ("scorer-gpu", "learner-gpu"):
+        (device,) = SERVICES[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+        on_cpu = compose.environment(SERVICES[name.removesuffix("-gpu")])
+        assert compose.environment(SERVICES[name]) == {**on_cpu, "PERENNIAL_DEVICE": "cuda"}
+
+
+def _ignored(path: str) -> bool:
+    """As .dockerignore says: the last line that matches the path or a folder above it wins."""
+    verdict = False
+    above = [path, *map(str, Path(path).parents)]
+    for line in (compose.ROOT / ".dockerignore").read_text("utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pattern = line.removeprefix("!")
+            if any(fnmatch.fnmatch(part, pattern) for part in above if part != "."):
+                verdict = not line.startswith("!")
+    return verdict
+
+
+def test_the_dockerfile_copies_what_exists_and_the_build_gets_nothing_else():
+    copied = [
+        word
+        for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE)
+        if "--from" not in line
+        for word in line.split()[:-1]
+    ]
+    bound = re.findall(r"type=bind,source=([^,]+)", DOCKERFILE)
+    for path in {*copied, *bound}:
+        assert (compose.ROOT / path).exists(), path
+        assert not _ignored(path), path
+    for path in (".git/config", ".env", ".venv/bin/python", "tests/oracle.py", "docs/decisions.md", "deploy/Dockerfile",
+                 "streams/__pycache__/wire.pyc"):  # fmt: skip
+        assert _ignored(path), path
+
+
+def test_the_image_runs_as_a_user_of_its_own():
+    user = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
+    assert len(user) == 1
+    assert int(user[0][0]) > 0
+    assert DOCKERFILE.index("USER ") > DOCKERFILE.rindex("RUN ")
+    home = re.search(r"HOME=(\S+)", DOCKERFILE)[1]
+    for name in OURS:
+        assert home in compose.writable(SERVICES[name])
+        assert "/tmp" in compose.writable(SERVICES[name])
+        assert compose.environment(SERVICES[name])["PERENNIAL_DATA_DIR"].startswith(home)
+
+
+@pytest.mark.timeout(120)
+def test_the_wheel_of_the_image_holds_every_module_and_the_shipped_base(tmp_path):
+    for folder in ("storage", "streams", "learner"):
+        shutil.copytree(compose.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(compose.ROOT / name, tmp_path / name)
+    words = re.search(r"^RUN (python -m hatchling build .+)$", DOCKERFILE, re.MULTILINE)[1].split()
+    words[0] = sys.executable
+    words[words.index("/wheel")] = str(tmp_path / "wheel")
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        held = set(archive.namelist())
+        entry = next(name for name in held if name.endswith("entry_points.txt"))
+        assert "perennial = streams.cli:main" in archive.read(entry).decode()
+    wanted = {
+        str(path.relative_to(tmp_path))
+        for folder in ("storage", "streams", "learner")
+        for path in (tmp_path / folder).rglob("*")
+        if path.is_file()
+    }
+    assert wanted - held == set()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [("ok", None, 0), ("starting", None, 1), ("stalled", None, 1), ("nobody", None, 2)],
+)
+def test_the_health_check_is_green_only_for_a_role_that_works(status, body, code):
+    clock = [0.0]
+    metrics = Metrics("intake", clock=lambda: clock[0])
+    if status in {"ok", "stalled"}:
+        metrics.waiting(status == "stalled")
+    clock[0] = 1000.0
+    with serve(metrics) as server:
+        port = server.port
+        if status == "nobody":
+            server._httpd.server_close()
+        answer = subprocess.run(
+            [sys.executable, "-I", "-S", str(DEPLOY / "healthcheck.py")],
+            env={"PERENNIAL_METRICS_PORT": str(port)}, capture_output=True, text=True, timeout=20, check=False,
+        )  # fmt: skip
+    assert answer.returncode == code, answer.stdout
+
+
+def test_rules_pass_promtools_check_and_their_unit_tests():
+    promtool = shutil.which("promtool")
+    if promtool is None:
+        missing_service("no promtool on PATH: install the package prometheus")
+    for words in (["check", "config", str(DEPLOY / "prometheus/prometheus.yml")],
+                  ["test", "rules", str(compose.ROOT / "tests/prometheus/rules_test.yml")]):  # fmt: skip
+        answer = subprocess.run([promtool, *words], capture_output=True, text=True, check=False)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+    tested = yaml.safe_load((compose.ROOT / "tests/prometheus/rules_test.yml").read_text("utf-8"))["tests"]
+    fired = {case["alertname"] for test in tested for case in test["alert_rule_test"] if case["exp_alerts"]}
+    quiet = {case["alertname"] for test in tested for case in test["alert_rule_test"] if not case["exp_alerts"]}
+    names = {rule["alert"] for rule in rules()}
+    assert fired == names, "every alert is seen firing"
+    assert quiet == names, "and seen not firing"
+
+
+def metric_names() -> set[str]:
+    """What a role can expose, counted from a Metrics of which every method was used."""
+    names = set()
+    for family in Metrics("any").registry.collect():
+        suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
+        names |= {family.name + suffix for suffix in suffixes}
+    return names
+
+
+def test_every_metric_of_dashboards_and_alerts_exists():
+    known = metric_names() | {"up", "ALERTS"}
+    expressions = [target["expr"] for board in dashboards().values() for panel in panels(board) for target in panel["targets"]]
+    expressions += [rule["expr"] for rule in rules()]
+    for expression in expressions:
+        named = set(re.findall(r"\b(?:perennial_\w+|up\b|ALERTS\b)", expression))
+        assert named, expression
+        assert named <= known, expression
+
+
+def test_dashboards_are_what_their_script_makes():
+    spec = importlib.util.spec_from_file_location("generate", DEPLOY / "grafana/generate.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["generate"] = script  # dataclasses look their module up
+    try:
+        spec.loader.exec_module(script)
+    finally:
+        del sys.modules["generate"]
+    assert dashboards() == {name: script.render(board) for name, board in script.DASHBOARDS.items()}
+
+
+@pytest.mark.parametrize("name", sorted(dashboards()))
+def test_a_dashboard_is_complete(name):
+    board = dashboards()[name]
+    assert board["uid"] == f"perennial-{name}"
+    assert board["refresh"]
+    assert [variable["name"] for variable in board["templating"]["list"]] == (["adapter"] if name == "adapter" else [])
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        assert not cells & taken, panel["title"]
+        assert place["x"] + place["w"] <= 24
+        taken |= cells
+    for panel in panels(board):
+        assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert panel["datasource"]["uid"] == UID
+        assert panel["targets"]
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == UID
+            assert panel["type"] != "timeseries" or target["legendFormat"] != "__auto"
+            assert set(re.findall(r"\$(\w+)", target["expr"])) <= {"adapter", "__rate_interval", "__range"}
+
+
+def test_the_datasource_is_provisioned_with_the_uid_that_panels_name():
+    text = (DEPLOY / "grafana/provisioning/datasources/prometheus.yml").read_text("utf-8")
+    (source,) = yaml.safe_load(text)["datasources"]
+    assert source["uid"] == UID
+    assert source["type"] == "prometheus"
+    provider = yaml.safe_load((DEPLOY / "grafana/provisioning/dashboards/perennial.yml").read_text("utf-8"))
+    path = provider["providers"][0]["options"]["path"]
+    assert path in {target for _, target, _ in compose.mounts(SERVICES["grafana"])}
+    raw = "".join(file.read_text("utf-8") for file in (DEPLOY / "grafana/dashboards").glob("*.json"))
+    assert "${DS_" not in raw
