@@ -1,0 +1,145 @@
+"""Micro-batches as jobs name them: read and checked, sorted by what is new, and kept as rows for replay."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Literal
+
+from pydantic import ValidationError
+
+from learner.examples import ExampleError, Row
+from learner.replay import Kept
+from storage.blobs import ObjectStore, get_blob
+from storage.errors import NotFoundError, PerennialError
+from storage.manifest import SkippedExample
+from streams.events import Batch, ExampleAccepted, Origin, UpdateRequested
+
+MAX_BATCH_BYTES = 256 * 1024**2
+BATCH_CACHE_TOKENS = 8_000_000
+
+Reason = Literal[
+    "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
+    "revoked-version", "not-promoted", "nothing-to-roll-back-to", "unsupported",
+]  # fmt: skip
+
+
+class JobError(PerennialError):
+    """A job cannot be done and never will be; it goes to the dead letters and the next one is taken."""
+
+    def __init__(self, reason: Reason, message: str, *, got: object = None, allowed: object = None) -> None:
+        self.reason: Reason = reason
+        super().__init__(message, got=got, allowed=allowed, remedy="mend what the job names and request it again")
+
+
+def read_batch(store: ObjectStore, job: UpdateRequested) -> Batch:
+    """The job's micro-batch, checked against the job. Raises JobError."""
+    try:
+        batch = Batch.model_validate_json(get_blob(store, job.batch.digest, MAX_BATCH_BYTES))
+    except NotFoundError as error:
+        raise JobError("missing-batch", "the job's micro-batch is not stored", got=job.batch.digest) from error
+    except ValidationError as error:
+        raise JobError("bad-batch", "the micro-batch does not parse", got=str(error)[:200]) from error
+    if (batch.adapter, batch.cut) != (job.adapter, job.cut):
+        raise JobError(
+            "wrong-adapter",
+            "the micro-batch belongs to another job",
+            got=f"{batch.adapter} cut {batch.cut}",
+            allowed=f"{job.adapter} cut {job.cut}",
+        )
+    strange = next((example for example in batch.examples if example.adapter != job.adapter), None)
+    if strange is not None:
+        raise JobError(
+            "wrong-adapter", "the micro-batch holds another adapter's example",
+            got=strange.adapter, allowed=job.adapter,
+        )  # fmt: skip
+    return batch
+
+
+
+def sort_out(
+    batch: Batch, marks: Mapping[str, int], rows_of: Callable[[ExampleAccepted], list[Row]]
+) -> tuple[list[ExampleAccepted], list[SkippedExample], int]:
+    """Split a micro-batch into what is to be learned, what is recorded as skipped, and what came again."""
+    fresh: dict[str, ExampleAccepted] = {}
+    skipped = [
+        SkippedExample(
+            example_id=skip.example_id, partition=skip.origin.partition_key(),
+            offset=skip.origin.offset, reason=skip.reason,
+        )
+        for skip in batch.skipped
+    ]  # fmt: skip
+    dropped = 0
+    for example in batch.examples:
+        if example.origin.offset <= marks.get(example.origin.partition_key(), -1):
+            dropped += 1
+        elif not example.learn:
+            skipped.append(skip(example, "signal"))
+        elif example.example_id in fresh:
+            skipped.append(skip(example, "duplicate"))
+        else:
+            try:
+                rows_of(example)
+            except ExampleError:
+                skipped.append(skip(example, "no-text"))
+            else:
+                fresh[example.example_id] = example
+    return list(fresh.values()), skipped, dropped
+
+
+
+def skip(example: ExampleAccepted, reason: str) -> SkippedExample:
+    """The record of an example that is not learned."""
+    return SkippedExample(
+        example_id=example.example_id,
+        partition=example.origin.partition_key(),
+        offset=example.origin.offset,
+        reason=reason,
+    )
+
+
+def origins(batch: Batch) -> list[Origin]:
+    """Where everything that a micro-batch covers came from."""
+    return [example.origin for example in batch.examples] + [skip.origin for skip in batch.skipped]
+
+
+class BatchRows:
+    """Training rows of earlier micro-batches, read from their blobs; the last used ones stay, bounded by tokens."""
+
+    def __init__(self, store: ObjectStore, rows_of: Callable[[ExampleAccepted], list[Row]]) -> None:
+        self._store = store
+        self._rows_of = rows_of
+        self._cache: OrderedDict[str, dict[str, list[Row]]] = OrderedDict()
+        self._tokens = 0
+
+    def __call__(self, kept: Kept) -> Sequence[Row] | None:
+        """Rows of the example; None where its micro-batch was erased or no longer holds it."""
+        rows = self._cache.get(kept.batch)
+        if rows is None:
+            try:
+                batch = Batch.model_validate_json(get_blob(self._store, kept.batch, MAX_BATCH_BYTES))
+            except NotFoundError:
+                return None
+            self.put(kept.batch, batch.examples)
+            rows = self._cache[kept.batch]
+        self._cache.move_to_end(kept.batch)
+        return rows.get(kept.example_id)
+
+    def put(self, digest: str, examples: Iterable[ExampleAccepted]) -> None:
+        """Remember a micro-batch that is in hand."""
+        if digest in self._cache:
+            return
+        rows: dict[str, list[Row]] = {}
+        for example in examples:
+            try:
+                rows[example.example_id] = self._rows_of(example)
+            except ExampleError:
+                continue  # it was skipped when the batch was learned, too
+        self._cache[digest] = rows
+        self._tokens += _tokens(rows)
+        while self._tokens > BATCH_CACHE_TOKENS and len(self._cache) > 1:
+            self._tokens -= _tokens(self._cache.popitem(last=False)[1])
+
+
+def _tokens(rows: Mapping[str, Sequence[Row]]) -> int:
+    return sum(len(row.ids) for group in rows.values() for row in group)

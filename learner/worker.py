@@ -1,0 +1,221 @@
+"""The learner: takes jobs one at a time, trains beside the poll loop, announces, then commits. The only job consumer.
+
+Per job: version and alias in the store, then the event, then the offset; each may be cut off and done again.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from learner.adapter import AdapterError, Lora, LoraConfig
+from learner.announce import event_id
+from learner.base import Base, general_texts, load_base
+from learner.batches import JobError
+from learner.examples import Codec
+from learner.lineage import Done, Lineage
+from learner.train import OutOfMemoryError, prepare
+from learner.transport import Inbox, Outbox, Record
+from learner.update import General, Recipe, Updater
+from storage.blobs import ObjectStore, open_store
+from storage.errors import IntegrityError, NotFoundError, StoreUnavailableError
+from storage.failpoints import failpoint
+from storage.registry import Registry
+from streams.events import RollbackRequested, UpdateRequested
+from streams.metrics import Metrics
+from streams.settings import Settings
+from streams.topics import identify
+from streams.wire import Envelope, WireError, decode
+
+_log = logging.getLogger("perennial.learner")
+
+TOPIC = "adapter-jobs"
+IDLE_POLL_S = 0.5
+TRAINING_POLL_S = 0.02
+RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
+"""Waits between tries on a store that does not answer, half a minute in all; then the role ends and health is red."""
+
+
+def run_learner(
+    settings: Settings,
+    stop: threading.Event,
+    metrics: Metrics,
+    base: Base | None = None,
+    lock: AbstractContextManager[Any] | None = None,
+) -> None:
+    """Learn what the topic adapter-jobs asks for, until stop is set; the job in hand is brought to its end.
+
+    base, lock: shared with other roles of this process; the lock is held for one training step at a time.
+    Raises PerennialError where the store or Kafka stay away; then nothing of the job in hand was committed.
+    """
+    identify(settings, [TOPIC, "adapter-updates", "dead-letters"])
+    store = open_store(settings.require_store())
+    store.probe()
+    lineage = make_lineage(settings, store, base or load_base(settings.base, settings.device, settings.threads), lock)
+    with (
+        Outbox(settings, "learner", metrics, _now) as outbox,
+        Inbox(settings, TOPIC, "learner", max_records=1) as inbox,
+        # A fresh thread has torch's own idea of how many threads to use.
+        ThreadPoolExecutor(1, "training", initializer=prepare, initargs=(settings.threads,)) as pool,
+    ):
+        Learner(settings, lineage, inbox, outbox, metrics, stop).run(pool)
+
+
+def make_lineage(
+    settings: Settings, store: ObjectStore, base: Base, lock: AbstractContextManager[Any] | None = None
+) -> Lineage:
+    """Put the learner's parts together over a store and a base."""
+    prepare(settings.threads)
+    registry = Registry(store, nonce=lambda: uuid4().hex, now=_now, failpoint=failpoint)
+    codec = Codec(base.tokenizer)
+    general = General(general_texts("train"), general_texts("anchor"), codec, settings.row_tokens)
+    lora = Lora(base, LoraConfig(settings.rank, settings.alpha))
+    updater = Updater(lora, codec, general, Recipe.of(settings), lock)
+    return Lineage(registry, updater, base, threads=settings.threads, now=_now, failpoint=failpoint)
+
+
+class Learner:
+    """The job loop: one thread polls, announces and commits, another trains."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        lineage: Lineage,
+        inbox: Inbox,
+        outbox: Outbox,
+        metrics: Metrics,
+        stop: threading.Event,
+    ) -> None:
+        self._settings = settings
+        self._lineage = lineage
+        self._inbox = inbox
+        self._outbox = outbox
+        self._metrics = metrics
+        self._stop = stop
+        self._seen: set[str] = set()
+        self._waiting: deque[Record] = deque()
+        self._job: tuple[Record, Envelope, Future[Done]] | None = None
+
+    def run(self, pool: ThreadPoolExecutor) -> None:
+        """Handle jobs until stop is set and none is in hand.
+
+        While one trains, polling goes on with all partitions paused: the group sees a live member however long
+        the training takes, and no second job is fetched.
+        """
+        while self._job is not None or not self._stop.is_set():
+            if self._job is not None:
+                wait([self._job[2]], timeout=TRAINING_POLL_S)
+            self._waiting.extend(self._inbox.poll(TRAINING_POLL_S if self._job else IDLE_POLL_S))
+            if self._job is not None and self._job[2].done():
+                self._finish(*self._job)
+                self._job = None
+            while self._job is None and self._waiting and not self._stop.is_set():
+                self._take(self._waiting.popleft(), pool)
+            if self._job is not None:
+                self._inbox.pause()  # also what a rebalance has just brought
+            else:
+                self._inbox.resume()
+            self._metrics.lag(TOPIC, self._inbox.lag() + len(self._waiting) + (self._job is not None))
+
+    def _take(self, record: Record, pool: ThreadPoolExecutor) -> None:
+        if not self._inbox.owns(record):
+            return
+        self._metrics.events_in(TOPIC)
+        try:
+            envelope = decode(record.value, record.headers, TOPIC)
+        except WireError as error:
+            self._refuse(record, error.reason, error.detail)
+            return
+        failpoint("learner.receive")
+        if isinstance(envelope.event, UpdateRequested):
+            self._metrics.oldest_age_s(max(0.0, time.time() - envelope.event.oldest_ms / 1000))
+        self._job = record, envelope, pool.submit(self._do, envelope)
+
+    def _do(self, envelope: Envelope) -> Done:
+        """On the training thread: the job, tried again while the store does not answer."""
+        for delay_s in RETRY_S:
+            try:
+                return self._job_of(envelope)
+            except StoreUnavailableError as error:
+                self._metrics.store_error("job")
+                _log.warning("the store does not answer, trying again in %.1f s: %s", delay_s, error)
+                if self._stop.wait(delay_s):
+                    raise
+        return self._job_of(envelope)
+
+    def _job_of(self, envelope: Envelope) -> Done:
+        job = envelope.event
+        if isinstance(job, UpdateRequested):
+            return self._first_sight(self._lineage.update(job, self._settings.alias), job.adapter, self._settings.alias)
+        if isinstance(job, RollbackRequested):
+            return self._first_sight(self._lineage.rollback(job), job.adapter, job.alias)
+        raise JobError("unsupported", f"{envelope.type} is not supported by this learner", got=envelope.type)
+
+    def _first_sight(self, done: Done, adapter: str, alias: str) -> Done:
+        """Say once per process where an alias stands: whoever was here before may have died before it could."""
+        if done.event is None and adapter not in self._seen:
+            done = Done(done.outcome, done.manifest, self._lineage.standing(adapter, alias), done.stage_s)
+        self._seen.add(adapter)
+        return done
+
+    def _finish(self, record: Record, envelope: Envelope, job: Future[Done]) -> None:
+        """Announce, then commit. A job that can never be done goes to the dead letters, and the next one is taken."""
+        self._metrics.oldest_age_s(0)
+        try:
+            done = job.result()
+        except JobError as error:
+            self._refuse(record, error.reason, str(error))
+            return
+        except (IntegrityError, NotFoundError, AdapterError) as error:
+            self._refuse(record, "broken-state", str(error))
+            return
+        except OutOfMemoryError as error:
+            self._refuse(record, "out-of-memory", str(error))
+            return
+        if done.event is not None:
+            event = done.event
+            self._outbox.send(
+                event, id=event_id(event), time=event.published_at, traceparent=envelope.traceparent
+            )  # fmt: skip
+            self._outbox.flush()
+            self._metrics.generation(event.adapter, event.generation)
+        failpoint("learner.event")
+        self._inbox.commit([record])
+        failpoint("learner.commit")
+        self._count(envelope, done)
+
+    def _refuse(self, record: Record, reason: str, detail: str) -> None:
+        _log.warning("job at %s/%d refused: %s: %s", record.partition, record.offset, reason, detail)
+        self._outbox.refuse(record, reason, detail)
+        self._outbox.flush()
+        self._inbox.commit([record])
+        self._metrics.progress()
+
+    def _count(self, envelope: Envelope, done: Done) -> None:
+        adapter = getattr(envelope.event, "adapter", "")
+        self._metrics.update(done.outcome, adapter)
+        for stage, seconds in done.stage_s.items():
+            self._metrics.stage_s(stage, seconds)
+        if done.manifest is not None:
+            self._metrics.trained(done.manifest.tokens, done.stage_s.get("train", 0.0))
+            figures = done.manifest.gate
+            basis = "held_out" if figures.get("basis") == "held-out" else "new"
+            for which, name in (
+                ("before", f"{basis}_before"), ("after", f"{basis}_after"), ("general", "anchor_after"),
+            ):  # fmt: skip
+                nats = figures.get(name)
+                if isinstance(nats, float):
+                    self._metrics.loss(adapter, which, nats)
+        self._metrics.progress()
+        _log.info("%s %s: %s %s", envelope.type, adapter, done.outcome, done.manifest.gate if done.manifest else "")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
