@@ -26,9 +26,10 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 import faust
+from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
 
 from storage.blobs import ObjectStore, open_store, put_blob
 from storage.errors import ConflictError, NotFoundError, PerennialError
@@ -110,21 +111,27 @@ class Curation:
         self._waiting: dict[str, None] = {}  # adapters with something pending, oldest first
         self._lines: dict[Any, OffsetLine[Any]] = {}
         self._ticks = 0
+        self._assigned = False
+
+    def assign(self) -> None:
+        """Partitions were given: from now on it can be told how many events wait."""
+        self._assigned = True
+        self._metrics.waiting(False)
 
     def revoke(self) -> None:
         """All partitions were taken: what is in memory belongs to a generation that is over."""
+        self._assigned = False
         self._revoked = self._app.consumer_generation_id
 
     def _is_current(self, generation: int | None) -> bool:
         return generation == self._app.consumer_generation_id and generation != self._revoked
 
-    def _drop_stale(self) -> bool:
-        """Drop what an ended generation left; True where nothing is left."""
+    def _drop_stale(self) -> None:
+        """Drop what an ended generation left."""
         if self._generation is not None and not self._is_current(self._generation):
             self._generation = None
             for kept in (self._curators, self._etags, self._unconfirmed, self._waiting, self._lines):
                 kept.clear()
-        return self._generation is None
 
     async def receive(self, event: Any) -> None:
         """Take one delivery."""
@@ -191,7 +198,7 @@ class Curation:
         while len(self._curators) >= self._settings.max_adapters:
             adapter, curator = next(iter(self._curators.items()))
             if not curator.idle:
-                await self._save(curator, curator.cut(_now(), "age"))
+                await self._save_due(curator, curator.due(_now_ms() + self._policy.max_age_ms))
             curator = self._curators[adapter]
             if curator.idle:
                 del self._curators[adapter], self._etags[adapter]
@@ -199,6 +206,9 @@ class Curation:
 
     async def _cut(self, curator: Curator[Delivery], reason: CutReason) -> None:
         await self._save(curator, curator.cut(_now(), reason))
+
+    async def _save_due(self, curator: Curator[Delivery], due: Literal["age", "flush"] | None) -> None:
+        await self._save(curator, curator.flush() if due == "flush" else curator.cut(_now(), "age"))
 
     async def _save(self, curator: Curator[Delivery], cut: Cut) -> None:
         """Body, state, job, acknowledgements: in this order a crash at any point loses and doubles nothing."""
@@ -241,18 +251,18 @@ class Curation:
 
     async def tick(self) -> None:
         """Cut what has waited long enough; every fourth time, report."""
-        if self._drop_stale():
-            return
+        self._drop_stale()
         now_ms = _now_ms()
         while self._waiting:
             curator = self._curators[next(iter(self._waiting))]
             due = curator.due(now_ms)
             if due is None:
                 break
-            await self._save(curator, curator.flush() if due == "flush" else curator.cut(_now(), "age"))
+            await self._save_due(curator, due)
         self._ticks += 1
-        if self._ticks % 4 == 0:
-            await self._report(now_ms)
+        if self._ticks % 4 == 0 and self._assigned:
+            with suppress(KafkaError):  # a rebalance that began meanwhile
+                await self._report(now_ms)
 
     async def _report(self, now_ms: int) -> None:
         lag = 0
@@ -349,7 +359,7 @@ def _add_curate(app: Any, settings: Settings, metrics: Metrics, store: ObjectSto
         curation.revoke()
 
     async def assigned(*_: Any, **__: Any) -> None:
-        metrics.waiting(False)
+        curation.assign()
 
     app.on_partitions_revoked.connect(revoked, weak=False)
     app.on_partitions_assigned.connect(assigned, weak=False)

@@ -241,6 +241,18 @@ def test_poison_goes_to_dead_letters_and_what_is_behind_goes_through(bench):
     assert [job.reason for job in bench.jobs()] == ["age"]
 
 
+def test_more_adapters_than_fit_in_memory_are_all_cut(bench):
+    bench.settings = bench.settings.model_copy(update={"max_adapters": 2})
+    bench.settings.model_fields_set.add("max_adapters")
+    child = bench.start()
+    bench.publish(scored(n, adapter=f"acme/{'abcde'[n % 5]}") for n in range(50))
+    bench.wait(lambda: bench.learned().total() >= 50)
+    learned = bench.learned()
+    assert child.poll() is None, bench.log.read_text()
+    assert max(learned.values()) == 1
+    assert len(learned) == 50
+
+
 def test_signals_alone_make_no_job_and_are_recorded_by_the_next(bench):
     child = bench.start()
     bench.publish(scored(n, learn=False) for n in range(5))
