@@ -9,16 +9,15 @@ to the same state, by passing the last `window` offsets through `accept` again.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import orjson
 
 from storage.errors import PerennialError
-from streams.events import PERMANENT, DocumentObserved, ExampleAccepted, ExampleKind, InteractionObserved
-from streams.wire import Envelope, Headers, Reason, WireError, decode
+from streams.events import PERMANENT, DocumentObserved, Event, ExampleAccepted, ExampleKind, InteractionObserved
+from streams.wire import Envelope, Headers, Reason, WireError, read
 
 SOURCE = "/perennial/intake"
 MAX_TIMESTAMP_MS = 253_402_300_799_999
@@ -72,12 +71,6 @@ class Refused(NamedTuple):
 Decision: TypeAlias = Accepted | Duplicate | Refused
 
 
-class _Seen(NamedTuple):
-    offset: int
-    example_id: str
-    document: tuple[str, str]
-
-
 class Acceptor:
     """Decides about the records of one origin partition, in offset order.
 
@@ -85,13 +78,20 @@ class Acceptor:
     """
 
     def __init__(self, origin: OriginPartition, window: int, learn_turns: bool) -> None:
-        self._origin = origin
+        self._topic = origin.topic
+        self._origin = {
+            "cluster_id": origin.cluster_id,
+            "topic": origin.full_topic,
+            "topic_id": origin.topic_id,
+            "partition": origin.partition,
+        }
         self._window = window
         self._learn_turns = learn_turns
         self._last_offset = -1
         self._occurrences: deque[_Seen] = deque()
         self._seen: dict[str, _Seen] = {}
         self._latest: dict[tuple[str, str], _Seen] = {}
+        self._time = (-1, b"")
 
     def __len__(self) -> int:
         """Examples in the window."""
@@ -108,95 +108,86 @@ class Acceptor:
         self._last_offset = offset
         at_ms = min(max(timestamp_ms, 0), MAX_TIMESTAMP_MS)
         try:
-            envelope = decode(value, headers, self._origin.topic)
-            example = _example_of(envelope, self._learn_turns)
-            _refuse_expired(example.event.expires_at, at_ms)
+            envelope = read(value, headers, self._topic)
+            fields, text = _example_of(envelope, self._learn_turns)
+            _refuse_expired(envelope.event, at_ms)
         except WireError as error:
             return Refused(error.reason, error.detail)
-        return self._remember(example, offset, at_ms, envelope.traceparent)
-
-    def _remember(self, example: _Example, offset: int, at_ms: int, traceparent: str | None) -> Decision:
-        self._forget_before(offset - self._window)
-        event = example.event
-        identity = [event.adapter, example.kind, example.document_id, sha256(example.text).hexdigest()]
-        example_id = sha256(orjson.dumps(identity)).hexdigest()[:32]
-        before = self._seen.get(example_id)
-        seen = _Seen(offset, example_id, (event.adapter, example.document_id))
-        self._occurrences.append(seen)
-        self._seen[example_id] = seen
-        revised = None
-        if example.learn:
-            revised = self._latest.get(seen.document)
-            self._latest[seen.document] = seen
+        adapter, kind, document_id = fields["adapter"], fields["kind"], fields["document_id"]
+        identity = orjson.dumps([adapter, kind, document_id, sha256(text).hexdigest()])
+        example_id = sha256(identity).hexdigest()[:32]
+        before, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"])
         if before is not None:
-            return Duplicate(example_id, before.offset)
-        fields: dict[str, object] = {
-            "adapter": event.adapter,
-            "example_id": example_id,
-            "kind": example.kind,
-            "document_id": example.document_id,
-            "learn": example.learn,
-            **example.body,
-            "origin": {
-                "cluster_id": self._origin.cluster_id,
-                "topic": self._origin.full_topic,
-                "topic_id": self._origin.topic_id,
-                "partition": self._origin.partition,
-                "offset": offset,
-                "timestamp_ms": at_ms,
-            },
-        }
-        _add_common(fields, event)
+            return Duplicate(example_id, before[0])
+        fields["example_id"] = example_id
         if revised is not None:
-            fields["revises"] = revised.example_id
-        headers = [
-            *_FIXED_HEADERS,
-            ("ce_id", example_id.encode()),
-            ("ce_time", datetime.fromtimestamp(at_ms / 1000, UTC).isoformat().encode()),
-        ]
-        if traceparent is not None:
-            headers.append(("ce_traceparent", traceparent.encode()))
-        return Accepted(example_id, event.adapter.encode(), orjson.dumps(fields), headers)
+            fields["revises"] = revised[1]
+        fields["origin"] = {**self._origin, "offset": offset, "timestamp_ms": at_ms}
+        if at_ms != self._time[0]:  # records of one batch share their time
+            self._time = (at_ms, datetime.fromtimestamp(at_ms / 1000, UTC).isoformat().encode())
+        out = [*_FIXED_HEADERS, ("ce_id", example_id.encode()), ("ce_time", self._time[1])]
+        if envelope.traceparent is not None:
+            out.append(("ce_traceparent", envelope.traceparent.encode()))
+        return Accepted(example_id, adapter.encode(), orjson.dumps(fields), out)
 
-    def _forget_before(self, first: int) -> None:
-        occurrences = self._occurrences
-        while occurrences and occurrences[0].offset < first:
-            seen = occurrences.popleft()
-            if self._seen.get(seen.example_id) is seen:
-                del self._seen[seen.example_id]
-            if self._latest.get(seen.document) is seen:
-                del self._latest[seen.document]
+    def _remember(
+        self, offset: int, example_id: str, document: tuple[str, str], learn: bool
+    ) -> tuple[_Seen | None, _Seen | None]:
+        """Put an occurrence into the window. Returns the one before of the example, and of what it revises."""
+        first, occurrences = offset - self._window, self._occurrences
+        while occurrences and occurrences[0][0] < first:
+            gone = occurrences.popleft()
+            if self._seen.get(gone[1]) is gone:
+                del self._seen[gone[1]]
+            if self._latest.get(gone[2]) is gone:
+                del self._latest[gone[2]]
+        seen = (offset, example_id, document)
+        occurrences.append(seen)
+        before = self._seen.get(example_id)
+        self._seen[example_id] = seen
+        if not learn:
+            return before, None
+        revised = self._latest.get(document)
+        self._latest[document] = seen
+        return before, revised
 
 
-class _Example(NamedTuple):
-    """An example before its origin. text: the bytes that make two examples the same."""
-
-    event: DocumentObserved | InteractionObserved
-    kind: ExampleKind
-    document_id: str
-    learn: bool
-    text: bytes
-    body: Mapping[str, object]
+_Seen: TypeAlias = tuple[int, str, tuple[str, str]]
+"""An occurrence: offset, example id, (adapter, document id)."""
 
 
-def _example_of(envelope: Envelope, learn_turns: bool) -> _Example:
+def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], bytes]:
+    """Fields of the example, without id and origin, and the bytes that make two examples the same."""
     event = envelope.event
     if isinstance(event, DocumentObserved):
-        _refuse_blank("text", event.text)
-        body: dict[str, object] = {"text": event.text}
+        text = event.text
+        _refuse_blank("text", text)
+        fields = {
+            "adapter": event.adapter, "kind": "document", "document_id": event.document_id, "learn": True, "text": text,
+        }  # fmt: skip
         if event.source is not None:
-            body["source"] = event.source
+            fields["source"] = event.source
         if event.domain is not None:
-            body["domain"] = event.domain
+            fields["domain"] = event.domain
         if event.supersedes:
-            body["supersedes"] = event.supersedes
-        return _Example(event, "document", event.document_id, True, event.text.encode(), body)
-    if isinstance(event, InteractionObserved):
-        return _interaction(event, learn_turns)
-    raise WireError("wrong-topic", "type", got=envelope.type, allowed="document.observed, interaction.observed")
+            fields["supersedes"] = event.supersedes
+        same = text.encode()
+    elif isinstance(event, InteractionObserved):
+        fields, same = _interaction(event, learn_turns)
+    else:
+        raise WireError("wrong-topic", "type", got=envelope.type, allowed="document.observed, interaction.observed")
+    if event.subjects:
+        fields["subjects"] = event.subjects
+    if event.retention_class != PERMANENT:
+        fields["retention_class"] = event.retention_class
+    if event.expires_at is not None:
+        fields["expires_at"] = event.expires_at.isoformat()
+    if event.observed_at is not None:
+        fields["observed_at"] = event.observed_at.isoformat()
+    return fields, same
 
 
-def _interaction(event: InteractionObserved, learn_turns: bool) -> _Example:
+def _interaction(event: InteractionObserved, learn_turns: bool) -> tuple[dict[str, Any], bytes]:
     """A correction is learned; a bare turn by policy alone; a rating is a signal, and a changed rating a new one."""
     _refuse_blank("prompt", event.prompt)
     kind: ExampleKind
@@ -213,24 +204,17 @@ def _interaction(event: InteractionObserved, learn_turns: bool) -> _Example:
         same = [event.prompt, answer, event.rating]
     else:
         kind, learn = "turn", False
-    body: dict[str, object] = {"prompt": event.prompt, "answer": answer}
+    fields: dict[str, Any] = {
+        "adapter": event.adapter, "kind": kind, "document_id": event.interaction_id, "learn": learn,
+        "prompt": event.prompt, "answer": answer,
+    }  # fmt: skip
     if event.rating is not None:
-        body["rating"] = event.rating
-    return _Example(event, kind, event.interaction_id, learn, orjson.dumps(same), body)
+        fields["rating"] = event.rating
+    return fields, orjson.dumps(same)
 
 
-def _add_common(fields: dict[str, object], event: DocumentObserved | InteractionObserved) -> None:
-    if event.subjects:
-        fields["subjects"] = event.subjects
-    if event.retention_class != PERMANENT:
-        fields["retention_class"] = event.retention_class
-    if event.expires_at is not None:
-        fields["expires_at"] = event.expires_at.isoformat()
-    if event.observed_at is not None:
-        fields["observed_at"] = event.observed_at.isoformat()
-
-
-def _refuse_expired(expires_at: datetime | None, at_ms: int) -> None:
+def _refuse_expired(event: Event, at_ms: int) -> None:
+    expires_at: datetime | None = getattr(event, "expires_at", None)
     if expires_at is not None and expires_at.timestamp() * 1000 <= at_ms:
         raise WireError("expired", "expires_at", got=expires_at.isoformat(), allowed="a time after its publication")
 

@@ -17,17 +17,18 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from storage.errors import PerennialError
 from storage.failpoints import failpoint
-from streams.accept import Accepted, Acceptor, Duplicate, OriginPartition, Refused
+from streams.accept import Accepted, Acceptor, OriginPartition, Refused
 from streams.settings import Settings
 from streams.topics import ClusterIds, KafkaUnavailableError, missing_topics, topic_id
 from streams.wire import MAX_DEAD_LETTER_BYTES, MAX_HEADER_BYTES, Headers, dead_letter
@@ -44,6 +45,7 @@ _IDLE_S = 0.25
 _GATHER_S = 0.005
 _CALL_S = 10.0
 _OBSERVE_S = 1.0
+_PATIENCE_S = 30.0
 _LOST_GROUP = frozenset({
     KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS,
     KafkaError._ASSIGNMENT_LOST, KafkaError._STATE,  # noqa: SLF001  # librdkafka's own codes have no other name
@@ -52,6 +54,12 @@ _TRANSIENT = frozenset({
     KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT,  # noqa: SLF001
     KafkaError._MAX_POLL_EXCEEDED,  # noqa: SLF001  # the rebalance that follows puts everything right
 })  # fmt: skip
+_PASSING = frozenset({
+    KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.REQUEST_TIMED_OUT,
+    KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._WAIT_COORD,  # noqa: SLF001
+})  # fmt: skip
+Answer = TypeVar("Answer")
 
 
 class IntakeMetrics(Protocol):
@@ -113,14 +121,18 @@ class _Partition:
 
 
 class Intake:
-    """One member of the intake group. Not thread-safe."""
+    """One member of the intake group. Not thread-safe.
 
-    def __init__(self, settings: Settings, metrics: IntakeMetrics) -> None:
+    group: another consumer group than the settings' own. Raises TopicError, KafkaUnavailableError, SettingsError.
+    """
+
+    def __init__(self, settings: Settings, metrics: IntakeMetrics, group: str | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
         self._partitions: dict[tuple[str, int], _Partition] = {}
         self._failure: KafkaError | None = None
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._decided: Counter[str] = Counter()
+        self._refused: Counter[str] = Counter()
         self._observed_s = 0.0
         self._batch_was_full = False
         self._examples = settings.topic(EXAMPLES)
@@ -133,7 +145,7 @@ class Intake:
         except KafkaException as error:
             raise _unavailable(settings, error) from error
         self._producer = Producer({**common, **PRODUCER, "on_delivery": self._on_delivery}, logger=_client_log)
-        self._consumer = Consumer({**common, **CONSUMER, "group.id": settings.topic("intake")}, logger=_client_log)
+        self._consumer = Consumer({**common, **CONSUMER, "group.id": group or settings.topic("intake")}, logger=_client_log)
         self._consumer.subscribe(list(self._topics), on_assign=self._on_assign, on_revoke=self._on_revoke)
 
     def step(self, stop: threading.Event) -> int:
@@ -173,7 +185,8 @@ class Intake:
 
     def _produce(self, messages: Sequence[Message]) -> None:
         """Decide about every record and hand what follows from it to the producer, in order."""
-        partitions, counts, examples = self._partitions, self._counts, self._examples
+        partitions, examples, produce = self._partitions, self._examples, self._producer.produce
+        decided: Counter[str] = Counter()
         for message in messages:
             error = message.error()
             if error is not None:
@@ -182,22 +195,27 @@ class Intake:
             state = partitions.get((message.topic(), message.partition()))
             if state is None:  # of a partition that was revoked since it was fetched
                 continue
-            offset, value = message.offset(), message.value()
-            headers, broken = _headers_of(message)
-            state.last_ms = message.timestamp()[1]
-            decision = broken or state.acceptor.accept(value, headers, offset, state.last_ms)
-            state.next_offset = offset + 1
+            offset, timestamp_ms = message.offset(), message.timestamp()[1]
+            headers, broken = None, None
+            try:
+                headers = _call_headers(message)
+            except (UnicodeDecodeError, SystemError):
+                broken = _BROKEN_HEADERS
+            decision = broken or state.acceptor.accept(message.value(), headers, offset, timestamp_ms)
+            state.next_offset, state.last_ms = offset + 1, timestamp_ms
             if offset < state.resume_at:
                 continue
+            decided[state.topic] += 1
             if type(decision) is Accepted:
-                self._send(examples, decision.value, decision.key, decision.headers)
-                counts["out", EXAMPLES] += 1
+                try:
+                    produce(examples, decision.value, decision.key, headers=decision.headers)
+                except (BufferError, KafkaException):
+                    self._send(examples, decision.value, decision.key, decision.headers)
+                decided[EXAMPLES] += 1
             elif type(decision) is Refused:
                 self._send_dead_letter(message, headers, decision)
-                counts["refused", decision.reason] += 1
-            elif type(decision) is Duplicate:
-                counts["duplicate", state.topic] += 1
-            counts["in", state.topic] += 1
+                self._refused[decision.reason] += 1
+        self._decided += decided
 
     def _note(self, error: KafkaError, message: Message) -> None:
         if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
@@ -221,7 +239,6 @@ class Intake:
         )
         key = message.key()
         self._send(self._dead_letters, value, key if key and len(key) <= MAX_HEADER_BYTES else None, all_headers)
-        self._counts["out", DEAD_LETTERS] += 1
 
     def _send(self, topic: str, value: bytes | None, key: bytes | None, headers: Headers) -> None:
         while True:
@@ -259,7 +276,7 @@ class Intake:
         ]
         if offsets:
             try:
-                self._consumer.commit(offsets=offsets, asynchronous=False)
+                _patiently(lambda: self._consumer.commit(offsets=offsets, asynchronous=False))
             except KafkaException as error:
                 if error.args[0].code() not in _LOST_GROUP:
                     raise
@@ -269,14 +286,16 @@ class Intake:
                 state = self._partitions.get((topic_partition.topic, topic_partition.partition))
                 if state is not None:
                     state.resume_at = topic_partition.offset
-        for (kind, name), n in self._counts.items():
-            if kind == "in":
-                self._metrics.events_in(name, n)
-            elif kind == "out":
+        for name in SOURCES:
+            if self._decided[name]:
+                self._metrics.events_in(name, self._decided[name])
+        for name, n in ((EXAMPLES, self._decided[EXAMPLES]), (DEAD_LETTERS, self._refused.total())):
+            if n:
                 self._metrics.events_out(name, n)
-            elif kind == "refused":
-                self._metrics.refused(name, n)
-        self._counts.clear()
+        for reason, n in self._refused.items():
+            self._metrics.refused(reason, n)
+        self._decided.clear()
+        self._refused.clear()
         self._metrics.progress()
 
     def _observe(self) -> None:
@@ -304,12 +323,12 @@ class Intake:
     def _on_assign(self, consumer: Consumer, assigned: list[TopicPartition]) -> None:
         """Start each partition one window before its commit, so that the window is rebuilt from the log."""
         ids = _identify(self._admin, sorted({each.topic for each in assigned})) if assigned else None
-        committed = consumer.committed(assigned, timeout=_CALL_S) if assigned else []
+        committed = _patiently(lambda: consumer.committed(assigned, timeout=_CALL_S)) if assigned else []
         self._partitions = {}
         for each in committed:
             if each.error is not None:
                 raise KafkaException(each.error)
-            low, high = consumer.get_watermark_offsets(each, timeout=_CALL_S)
+            low, high = _patiently(partial(consumer.get_watermark_offsets, each, timeout=_CALL_S))
             resume_at = each.offset if low <= each.offset <= high else low
             each.offset = max(low, resume_at - self._settings.dedupe_window)
             self._partitions[each.topic, each.partition] = self._partition(each, ids, resume_at)
@@ -357,19 +376,25 @@ CONSUMER: Mapping[str, Any] = {
 
 
 _call_headers = operator.methodcaller("headers")
+"""A record's headers.
+
+Hazard: where a name is not UTF-8, confluent-kafka 2.12 returns tuples with a null pointer and leaves its exception
+pending. CPython's specialised method call does not check for that: `message.headers()` would crash the process, or
+raise at some later line. methodcaller goes through the checked call, which raises SystemError at once.
+"""
+_BROKEN_HEADERS = Refused("bad-header", "a header's name is not UTF-8; the headers were dropped")
 
 
-def _headers_of(message: Message) -> tuple[Headers | None, Refused | None]:
-    """A record's headers, or why they cannot be had.
-
-    Hazard: where a name is not UTF-8, confluent-kafka 2.12 returns tuples with a null pointer and leaves its exception
-    pending. CPython's specialised method call does not check for that: `message.headers()` would crash the process
-    here, or raise at some later line. methodcaller goes through the checked call, which raises SystemError at once.
-    """
-    try:
-        return _call_headers(message), None
-    except (UnicodeDecodeError, SystemError):
-        return None, Refused("bad-header", "a header's name is not UTF-8; the headers were dropped")
+def _patiently(call: Callable[[], Answer]) -> Answer:
+    """What the call returns, once leaders and coordinators are there. Raises KafkaException after a while."""
+    deadline_s = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return call()
+        except KafkaException as error:
+            if error.args[0].code() not in _PASSING or time.monotonic() > deadline_s:
+                raise
+            time.sleep(0.2)
 
 
 def _check(error: KafkaError) -> None:

@@ -89,7 +89,7 @@ def running(settings, figures=None):
         stop.set()
         thread.join(WAIT_S)
     assert not thread.is_alive()
-    assert errors == []
+    assert [str(error) for error in errors] == []
 
 
 def wait_for(condition):
