@@ -40,9 +40,14 @@ class Screen:
         return next((hold.request_id for hold, means in self._holds if means(example)), None)
 
     def entry_of(self, example: ExampleAccepted) -> Entry | None:
-        """The first entry that means the example; None where there is none or a hold exempts it."""
-        found = next((entry for entry, means in self._entries if means(example)), None)
-        return None if found is None or self.held_by(example) is not None else found
+        """The first entry that means the example; None where there is none or a hold exempts it.
+
+        A hold does not undo what was carried out before it: an entry that is done goes on blocking what comes late.
+        """
+        found = [entry for entry, means in self._entries if means(example)]
+        if found and self.held_by(example) is not None:
+            found = [entry for entry in found if entry.done is not None]
+        return found[0] if found else None
 
     def suppresses(self, example: ExampleAccepted) -> bool:
         """Whether the same text was erased before."""
