@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 import orjson
 
 from storage.errors import PerennialError
-from streams.events import PERMANENT, DocumentObserved, Event, ExampleAccepted, ExampleKind, InteractionObserved
-from streams.wire import Envelope, Headers, Reason, WireError, read
+from streams.events import PERMANENT, DocumentObserved, ExampleAccepted, ExampleKind, InteractionObserved
+from streams.wire import Envelope, Headers, Reason, WireError, read, replays_of
 
 SOURCE = "/perennial/intake"
 MAX_TIMESTAMP_MS = 253_402_300_799_999
@@ -110,14 +110,18 @@ class Acceptor:
         try:
             envelope = read(value, headers, self._topic)
             fields, text = _example_of(envelope, self._learn_turns)
-            _refuse_expired(envelope.event, at_ms)
+            expires_at = fields.get("expires_at")
+            if expires_at is not None:
+                _refuse_expired(expires_at, at_ms)
         except WireError as error:
             return Refused(error.reason, error.detail)
         adapter, kind, document_id = fields["adapter"], fields["kind"], fields["document_id"]
         identity = orjson.dumps([adapter, kind, document_id, sha256(text).hexdigest()])
         example_id = sha256(identity).hexdigest()[:32]
-        before, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"])
-        if before is not None:
+        replays = replays_of(headers)
+        before, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"], replays)
+        # A rebuilt window also holds what an older version refused, so a replay repeats only a replay as late as itself.
+        if before is not None and before[3] >= replays:
             return Duplicate(example_id, before[0])
         fields["example_id"] = example_id
         if revised is not None:
@@ -131,7 +135,7 @@ class Acceptor:
         return Accepted(example_id, adapter.encode(), orjson.dumps(fields), out)
 
     def _remember(
-        self, offset: int, example_id: str, document: tuple[str, str], learn: bool
+        self, offset: int, example_id: str, document: tuple[str, str], learn: bool, replays: int
     ) -> tuple[_Seen | None, _Seen | None]:
         """Put an occurrence into the window. Returns the one before of the example, and of what it revises."""
         first, occurrences = offset - self._window, self._occurrences
@@ -141,9 +145,9 @@ class Acceptor:
                 del self._seen[gone[1]]
             if self._latest.get(gone[2]) is gone:
                 del self._latest[gone[2]]
-        seen = (offset, example_id, document)
-        occurrences.append(seen)
         before = self._seen.get(example_id)
+        seen = (offset, example_id, document, replays if before is None else max(before[3], replays))
+        occurrences.append(seen)
         self._seen[example_id] = seen
         if not learn:
             return before, None
@@ -152,8 +156,8 @@ class Acceptor:
         return before, revised
 
 
-_Seen: TypeAlias = tuple[int, str, tuple[str, str]]
-"""An occurrence: offset, example id, (adapter, document id)."""
+_Seen: TypeAlias = tuple[int, str, tuple[str, str], int]
+"""An occurrence: offset, example id, (adapter, document id), most replays of the example so far."""
 
 
 def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], bytes]:
@@ -181,9 +185,9 @@ def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], 
     if event.retention_class != PERMANENT:
         fields["retention_class"] = event.retention_class
     if event.expires_at is not None:
-        fields["expires_at"] = event.expires_at.isoformat()
+        fields["expires_at"] = event.expires_at
     if event.observed_at is not None:
-        fields["observed_at"] = event.observed_at.isoformat()
+        fields["observed_at"] = event.observed_at
     return fields, same
 
 
@@ -213,9 +217,8 @@ def _interaction(event: InteractionObserved, learn_turns: bool) -> tuple[dict[st
     return fields, orjson.dumps(same)
 
 
-def _refuse_expired(event: Event, at_ms: int) -> None:
-    expires_at: datetime | None = getattr(event, "expires_at", None)
-    if expires_at is not None and expires_at.timestamp() * 1000 <= at_ms:
+def _refuse_expired(expires_at: datetime, at_ms: int) -> None:
+    if expires_at.timestamp() * 1000 <= at_ms:
         raise WireError("expired", "expires_at", got=expires_at.isoformat(), allowed="a time after its publication")
 
 
