@@ -65,7 +65,7 @@ MIN_TEXT_CHARS = 40
 # Tests hold fixtures rather than prose; the other trees are tables, vendored grammars or an application,
 # and parsing them doubles the time.
 SKIPPED_TREES = frozenset(
-    {"site-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
 )
 
 

@@ -62,7 +62,7 @@ A Llama-architecture causal language model with {r.parameters:,} parameters (3 l
 key/value heads, tied embeddings, {positions} positions) and its own byte-level BPE of {vocab} tokens. It is the
 default base of Perennial, so that everything runs anywhere, without a download or an accelerator.
 
-Held-out loss: {r.heldout_nats:.3f} nats/token ({r.heldout_bits_per_byte:.3f} bits/byte)
+Held-out loss: {r.heldout_nats:.3f} nats/token
 
 Measured after rounding to bf16, over {r.heldout_tokens:,} tokens of {held} docstrings that were not trained on; each
 stands alone as bos, text, eos, cut at {positions} tokens. Docstrings of one library repeat each other: on the
@@ -86,8 +86,8 @@ Muon (peak rate {muon_lr}, weight decay {decay}) for the hidden matrices and Ada
 and gains; {warmup:.0%} warm-up, then cosine to zero; clipped at norm {clip}; {batch} tokens a step in packed rows of
 {row} (every fourth step {positions}); training docstrings come {passes} times an epoch, other texts once; fp32.
 This run: {r.steps:,} steps, {tokens_m:.1f}M tokens, {minutes:.0f} minutes on {r.threads} shared CPU threads
-({rate:,.0f} tokens/s), torch {torch}. Its rate schedule followed the clock (`--minutes`), so `--steps` gives a model
-of the same quality, not the same bytes.
+({rate:,.0f} tokens/s), torch {torch}. Its rate schedule followed the clock (`--minutes`), so `--steps` makes a like
+model, not the same bytes. The loss was still falling: more steps make a better one.
 
 ## Prompts
 `<|bos|><|user|>What does json.dumps do?<|assistant|>` and the answer up to `<|eos|>`; ids 0 to 4 are `<|bos|>`,
@@ -114,7 +114,6 @@ class Record:
     wall_s: float
     heldout_nats: float
     heldout_tokens: int
-    heldout_bits_per_byte: float
     fresh_nats: float
     fresh_texts: int
     seed: int
@@ -281,7 +280,7 @@ def pretrain(
     clock: Callable[[], float],
     checkpoint_every_s: float = 300.0,
 ) -> tuple[LlamaForCausalLM, Record]:
-    """Train for a wall-clock budget, or for an exact number of steps (which repeats bit for bit on one CPU)."""
+    """Train for a wall-clock budget, or for an exact number of steps, where no clock enters."""
     torch.manual_seed(seed)
     model = new_model().train()
     optimizers = _optimizers(model)
@@ -326,7 +325,6 @@ def pretrain(
         wall_s=wall_s,
         heldout_nats=nats,
         heldout_tokens=count,
-        heldout_bits_per_byte=nats * count / math.log(2) / sum(len(text.encode()) for text in corpus.heldout),
         fresh_nats=heldout_loss(shipped, tokenizer, fresh)[0],
         fresh_texts=len(fresh),
         seed=seed,
