@@ -87,7 +87,7 @@ and gains; {warmup:.0%} warm-up, then cosine to zero; clipped at norm {clip}; {b
 {row} (every fourth step {positions}); training docstrings come {passes} times an epoch, other texts once; fp32.
 This run: {r.steps:,} steps, {tokens_m:.1f}M tokens, {minutes:.0f} minutes on {r.threads} shared CPU threads
 ({rate:,.0f} tokens/s), torch {torch}. Its rate schedule followed the clock (`--minutes`), so `--steps` makes a like
-model, not the same bytes. The loss was still falling: more steps make a better one.
+model, not the same bytes. A longer schedule was not tried.
 
 ## Prompts
 `<|bos|><|user|>What does json.dumps do?<|assistant|>` and the answer up to `<|eos|>`; ids 0 to 4 are `<|bos|>`,
