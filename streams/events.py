@@ -20,7 +20,8 @@ ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$"
 ADAPTERS_PATTERN = rf"{ADAPTER_PATTERN[:-1]}(/\*)?$|^\*$"
 _DURATION = re.compile(
     r"^P(?!$)(?:(\d{1,4})Y)?(?:(\d{1,4})M)?(?:(\d{1,4})W)?(?:(\d{1,6})D)?"
-    r"(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?$"
+    r"(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?$",
+    re.ASCII,
 )
 _DURATION_UNITS_S = (365 * 86400, 30 * 86400, 7 * 86400, 86400, 3600, 60, 1)
 
@@ -30,7 +31,7 @@ def duration_s(value: str) -> int:
 
     Raises ValueError where the text is not a duration above zero.
     """
-    match = _DURATION.match(value)
+    match = _DURATION.fullmatch(value)
     total = sum(int(n) * unit for n, unit in zip(match.groups(), _DURATION_UNITS_S, strict=True) if n) if match else 0
     if total <= 0:
         raise ValueError(f"not an ISO 8601 duration above zero: {value!r} (for example P30D or PT12H)")

@@ -6,12 +6,19 @@ import types
 from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from pydantic import AwareDatetime, BaseModel
 from pydantic.fields import FieldInfo
 
 from streams import events
 from streams.events import ADAPTER_PATTERN, ADAPTERS_PATTERN, EVENTS, Event, Selector
+
+# Seeded, and without time limits: a busy machine must not fail a property.
+settings.register_profile(
+    "perennial", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("perennial")
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 _ADAPTER = st.from_regex(ADAPTER_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 200 and name.isascii())
