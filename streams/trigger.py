@@ -15,7 +15,7 @@ import base64
 import binascii
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final, Generic, Literal, TypeVar
@@ -163,6 +163,11 @@ class Curator(Generic[T]):
         return not self._pending.tail
 
     @property
+    def pending(self) -> list[ExampleAccepted]:
+        """The examples that the next cut would learn."""
+        return list(self._pending.examples)
+
+    @property
     def since_ms(self) -> int | None:
         """When the oldest pending delivery was offered."""
         return self._pending.since_ms
@@ -251,13 +256,17 @@ class Curator(Generic[T]):
             return None
         return "age" if pending.examples else "flush"
 
-    def cut(self, now: datetime, reason: CutReason) -> Cut:
-        """The micro-batch of all that is pending; examples that expired by `now` are skipped."""
+    def cut(self, now: datetime, reason: CutReason, blocked: Collection[str] = ()) -> Cut:
+        """The micro-batch of all that is pending; without what expired by `now`, or is named in `blocked`."""
         pending = self._pending
-        kept = [(e, n) for e, n in zip(pending.examples, pending.sizes, strict=True) if not _expired(e, now)]
+        left_out: dict[str, Literal["quarantined", "expired"]]
+        left_out = {example.example_id: "quarantined" for example in pending.examples if example.example_id in blocked}
+        left_out |= {example.example_id: "expired" for example in pending.examples if _expired(example, now)}
+        sized = zip(pending.examples, pending.sizes, strict=True)
+        kept = [(example, size) for example, size in sized if example.example_id not in left_out]
         examples = [example for example, _ in kept]
-        expired = [_skip(example, "expired") for example in pending.examples if _expired(example, now)]
-        skipped = self._carried + pending.skipped + expired
+        leaving = [example for example in pending.examples if example.example_id in left_out]
+        skipped = self._carried + pending.skipped + [_skip(e, left_out[e.example_id]) for e in leaving]
         batch = Batch(adapter=self.adapter, cut=self.cuts, examples=examples, skipped=skipped)
         body = batch.model_dump_json(by_alias=True).encode()
         digest = digest_of(body)
@@ -382,7 +391,7 @@ class OffsetLine(Generic[T]):
             yield item
 
 
-def _skip(example: ExampleAccepted, reason: Literal["signal", "duplicate", "expired"]) -> BatchSkip:
+def _skip(example: ExampleAccepted, reason: Literal["signal", "duplicate", "expired", "quarantined"]) -> BatchSkip:
     return BatchSkip(example_id=example.example_id, origin=example.origin, reason=reason)
 
 
