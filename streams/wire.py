@@ -287,6 +287,14 @@ def _checked_headers(headers: Headers) -> dict[str, bytes]:
     return found
 
 
+def replays_of(headers: Headers | None) -> int:
+    """How often a record was sent again; 0 where nothing or nonsense says so. Only a last header counts, as we write it."""
+    if not headers or headers[-1][0] != REPLAYS_HEADER:
+        return 0
+    raw = headers[-1][1] or b""
+    return int(raw) if len(raw) <= 9 and raw.isdigit() else 0
+
+
 def _decode_plain(value: bytes, topic: str, trace: bytes | None = None) -> Envelope:
     event_type = DEFAULT_TYPES.get(topic)
     if event_type is None:

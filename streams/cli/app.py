@@ -25,12 +25,20 @@ app = typer.Typer(
 topics_app = typer.Typer(help="The topics on the broker.", no_args_is_help=True)
 publish_app = typer.Typer(help="Publish JSON lines, each confirmed by the broker.", no_args_is_help=True)
 adapters_app = typer.Typer(help="Adapters and their versions.", no_args_is_help=True)
+dlq_app = typer.Typer(help="Dead letters: what was refused, and its way back.", no_args_is_help=True)
 app.add_typer(topics_app, name="topics")
 app.add_typer(publish_app, name="publish")
 app.add_typer(adapters_app, name="adapters")
+app.add_typer(dlq_app, name="dlq")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]
+Reason = Annotated[str, typer.Option(help="Only letters refused for this reason.")]
+Stage = Annotated[str, typer.Option(help="Only letters refused by this role.")]
+Source = Annotated[str, typer.Option("--topic", help="Only letters from this topic.")]
+AdapterPattern = Annotated[str, typer.Option("--adapter", help="Only letters of this adapter; * stands for anything.")]
+Since = Annotated[str, typer.Option(help="Only letters refused since: 30m, 12h, 7d, or an ISO 8601 time.")]
+MaxReplays = Annotated[int, typer.Option(min=1, help="Replays after which a letter stays, in quarantine.")]
 errors = Console(stderr=True)
 
 
@@ -186,6 +194,47 @@ def adapters_rollback(
     from streams.cli.adapters import roll_back
 
     raise typer.Exit(roll_back(adapter, to=to, reason=reason, wait_s=wait_s, as_json=json_))
+
+
+@dlq_app.command("ls")
+def dlq_ls(
+    reason: Reason = "", stage: Stage = "", topic: Source = "", adapter: AdapterPattern = "", since: Since = "",
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Letters to show, the newest.")] = 50,
+    max_replays: MaxReplays = 3, json_: Json = False,
+) -> None:  # fmt: skip
+    """What was refused: why, by whom, from where, and whether a replay would send it back."""
+    from streams.cli.dlq import list_letters, selection
+
+    chosen = selection(reason=reason, stage=stage, topic=topic, adapter=adapter, since=since)
+    raise typer.Exit(list_letters(chosen, limit=limit, max_replays=max_replays, as_json=json_))
+
+
+@dlq_app.command("show")
+def dlq_show(
+    place: Annotated[str, typer.Argument(metavar="PARTITION:OFFSET", help="Place of the letter, as `dlq ls` shows it.")],
+    max_replays: MaxReplays = 3, json_: Json = False,
+) -> None:  # fmt: skip
+    """One letter with its headers and value."""
+    from streams.cli.dlq import show_letter
+
+    raise typer.Exit(show_letter(place, max_replays=max_replays, as_json=json_))
+
+
+@dlq_app.command("replay")
+def dlq_replay(
+    reason: Reason = "", stage: Stage = "", topic: Source = "", adapter: AdapterPattern = "", since: Since = "",
+    dry_run: Annotated[bool, typer.Option(help="Only count what would be sent, by reason.")] = False,
+    rate: Annotated[float, typer.Option(min=0, help="Letters per second; 0: as fast as it goes.")] = 50,
+    limit: Annotated[int, typer.Option(min=0, help="Letters at most; 0: all.")] = 0,
+    max_replays: MaxReplays = 3, json_: Json = False,
+) -> None:  # fmt: skip
+    """Send letters back to their topics, counted and at a steady rate; goes on where an earlier replay ended."""
+    from streams.cli.dlq import replay_letters, selection
+
+    chosen = selection(reason=reason, stage=stage, topic=topic, adapter=adapter, since=since)
+    raise typer.Exit(
+        replay_letters(chosen, dry_run=dry_run, rate=rate, max_replays=max_replays, limit=limit, as_json=json_)
+    )
 
 
 @app.command()
