@@ -63,7 +63,8 @@ def list_adapters(*, as_json: bool) -> int:
     return 0
 
 
-def _existing(registry: Registry, adapter: str) -> None:
+def require_adapter(registry: Registry, adapter: str) -> None:
+    """Raises NotFoundError where the adapter has no version."""
     if registry.head(adapter) is None:
         known = ", ".join(islice(registry.adapters(), 10)) or "none yet"
         raise NotFoundError(
@@ -75,7 +76,7 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
     """Everything about the live version and the head of the line."""
     settings = connected_settings()
     registry = open_registry(settings)
-    _existing(registry, adapter)
+    require_adapter(registry, adapter)
     alias, head = registry.alias(adapter, settings.alias), registry.head(adapter)
     manifest = registry.manifest(adapter, alias.version) if alias else (head.manifest if head else None)
     if manifest is None:
@@ -115,7 +116,7 @@ def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
     """The line of versions, newest first."""
     settings = connected_settings()
     registry = open_registry(settings)
-    _existing(registry, adapter)
+    require_adapter(registry, adapter)
     alias = registry.alias(adapter, settings.alias)
     rows: list[dict[str, Any]] = []
     for seq, version in registry.versions(adapter, newest_first=True, limit=limit):
@@ -151,7 +152,7 @@ def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_js
     """Ask for a rollback and wait until the alias moved; exit code 1 where it did not in time."""
     settings = connected_settings()
     registry = open_registry(settings)
-    _existing(registry, adapter)
+    require_adapter(registry, adapter)
     before = registry.alias(adapter, settings.alias)
     target = _resolve(registry, adapter, to) if to else None
     job = RollbackRequested(

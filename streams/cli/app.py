@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 something is wrong with what was looked at or sent; 2 the 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 
 from storage.errors import NotFoundError, PerennialError, StoreUnavailableError
+from streams.cli.forget_app import forget_app
 
 app = typer.Typer(
     help="Keeps language models learning from Kafka, and makes them forget on purpose.",
@@ -30,6 +32,7 @@ app.add_typer(topics_app, name="topics")
 app.add_typer(publish_app, name="publish")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(dlq_app, name="dlq")
+app.add_typer(forget_app, name="forget")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]
@@ -46,7 +49,7 @@ def print_error(error: PerennialError) -> None:
     """What went wrong, what came in, what is allowed and what to do, a line each."""
     errors.print(f"[bold red]error:[/] {_escape(error.message)}", soft_wrap=True)
     for label, value in (("got", error.got), ("allowed", error.allowed), ("remedy", error.remedy)):
-        if value not in {None, ""}:
+        if value is not None and value != "":  # a value may be unhashable
             errors.print(f"  [bold]{label}:[/] {_escape(str(value))}", soft_wrap=True)
 
 
@@ -58,6 +61,8 @@ def _escape(text: str) -> str:
 
 def main() -> None:
     """Entry point of the installed command."""
+    # Before torch loads: OpenMP threads that spin while they wait triple a step's time where processes share cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except PerennialError as error:
@@ -90,11 +95,12 @@ def up(
     data_dir: Annotated[Path | None, typer.Option(help="Folder for topics, objects and logs.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the embedded broker.")] = None,
     shared_model: Annotated[bool, typer.Option(help="Scorer and learner in one process, sharing the base.")] = False,
+    store: Annotated[str | None, typer.Option(help="`minio`: a MinIO server of its own; or as PERENNIAL_STORE.")] = None,
 ) -> None:
     """Run an embedded broker and all roles until Ctrl-C; what was learned is kept."""
     from streams.cli.up import run_up
 
-    raise typer.Exit(run_up(data_dir=data_dir, port=port, shared_model=shared_model))
+    raise typer.Exit(run_up(data_dir=data_dir, port=port, shared_model=shared_model, store=store))
 
 
 @app.command()
@@ -235,6 +241,19 @@ def dlq_replay(
     raise typer.Exit(
         replay_letters(chosen, dry_run=dry_run, rate=rate, max_replays=max_replays, limit=limit, as_json=json_)
     )
+
+
+@app.command()
+def explain(
+    adapter: AdapterName,
+    document: Annotated[str | None, typer.Option(help="Only this document or interaction.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Examples to show, those of the newest versions.")] = 50,
+    json_: Json = False,
+) -> None:
+    """What it learned: which events, from where, in which version, through which gate, and until when."""
+    from streams.cli.explain import explain as explain_adapter
+
+    raise typer.Exit(explain_adapter(adapter, document=document, limit=limit, as_json=json_))
 
 
 @app.command()

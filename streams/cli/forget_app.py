@@ -1,0 +1,49 @@
+"""The commands `perennial forget` and `perennial forget status`: readers of arguments over streams/cli/forget.py."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+forget_app = typer.Typer(help="Make adapters forget, exactly.", invoke_without_command=True)
+
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@forget_app.callback()
+def forget(
+    context: typer.Context,
+    adapter: Annotated[str, typer.Option(help="Adapter, or a pattern: acme/*, or * for all.")] = "",
+    document: Annotated[list[str] | None, typer.Option(help="Id of a document or interaction; may be repeated.")] = None,
+    subject: Annotated[list[str] | None, typer.Option(help="Id of a person it is about; may be repeated.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="Source that it came from; may be repeated.")] = None,
+    reason: Annotated[str, typer.Option(help="Recorded with the request.")] = "",
+    wait_s: Annotated[float, typer.Option(help="How long to wait until it is closed; 0: do not wait.")] = 300,
+    dry_run: Annotated[bool, typer.Option(help="Only show what would be forgotten; sends nothing.")] = False,
+    json_: _Json = False,
+) -> None:
+    """Erase what was learned from documents, persons or sources; kinds given together must all fit.
+
+    From its acceptance on nothing of it is learned; then the adapter is rebuilt as if it had never seen it.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from streams.cli.forget import ask_to_forget, selector_of, show_plan
+
+    selector = selector_of(adapter, document or [], subject or [], source or [])
+    if dry_run:
+        raise typer.Exit(show_plan(adapter, selector, as_json=json_))
+    raise typer.Exit(ask_to_forget(adapter, selector, reason=reason, wait_s=wait_s, as_json=json_))
+
+
+@forget_app.command()
+def status(
+    request: Annotated[str, typer.Argument(help="Request id; without it, all requests.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="Requests to show, those that changed last.")] = 50,
+    json_: _Json = False,
+) -> None:
+    """How far requests to forget, hold or expire have come."""
+    from streams.cli.forget import show_requests
+
+    raise typer.Exit(show_requests(request, limit=limit, as_json=json_))
