@@ -1,0 +1,352 @@
+"""Every expression of every panel and alert, asked of a real Prometheus that scrapes the running loop.
+
+The loop is led through what the dashboards are for: documents, events that nobody can read, ratings that turn, a
+subscriber, an adapter that nobody follows, updates that the gate refuses, a store that does not answer, an event
+from hours ago, a process that is not there. What nobody asks this loop for (forgetting) comes from a Metrics object
+that the test serves; the printed table says which.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kafka import KafkaProducer
+from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
+
+from storage.manifest import Manifest
+from storage.minio import open_minio
+from streams.cli.supervise import ROLES, Supervisor
+from streams.client import Publisher, Subscriber
+from streams.events import DocumentObserved
+from streams.metrics import Metrics, serve
+from streams.settings import Settings
+from streams.topics import provision
+from streams.wire import encode
+from tests import compose
+from tests.services import free_port, missing_service
+
+DEPLOY = compose.ROOT / "deploy"
+WINDOW, RANGE = "1m", "15m"
+SERVED, ALONE, REFUSED, LATE = "acme/served", "acme/alone", "acme/refused", "acme/late"
+DOCUMENTS, RATINGS, UNREADABLE, BACK_FILL = 48, 96, 6, 60
+HOURS_AGO_MS = 3 * 3600 * 1000
+TIMEOUT_S = 150.0
+OF_FORGETTING = re.compile("perennial_(forget|forgotten|quarantined)_")
+"""Metrics of forgetting: nobody asks for it in this run."""
+OF_REFUSALS = {"Refused", "Updates refused", "UpdatesRefusedInARow"}
+WORDS = [
+    "the", "broker", "keeps", "each", "record", "until", "a", "reader", "saw", "it", "then", "adapter", "learns",
+    "what", "says", "while", "graphs", "and", "matrices", "wait", "for", "their", "turn", "to", "be", "multiplied",
+]  # fmt: skip
+
+
+@dataclass
+class Ask:
+    """An expression of a panel or an alert, and the data that Prometheus had for it in the run."""
+
+    where: str
+    title: str
+    expr: str
+    series: int = 0
+    value: str = ""
+    source: str = ""
+
+    @property
+    def of_forgetting(self) -> bool:
+        """Whether it asks about forgetting."""
+        return bool(OF_FORGETTING.search(self.expr))
+
+    @property
+    def query(self) -> str:
+        """The expression as Grafana would send it with All adapters."""
+        expr = self.expr.replace("$__rate_interval", WINDOW).replace("$__range", RANGE).replace("$adapter", ".*")
+        assert "$" not in expr, expr
+        return expr
+
+
+def asked() -> list[Ask]:
+    """All expressions there are."""
+    found = []
+    for path in sorted((DEPLOY / "grafana/dashboards").glob("*.json")):
+        for panel in json.loads(path.read_text("utf-8"))["panels"]:
+            found += [Ask(path.stem, panel["title"], target["expr"]) for target in panel.get("targets", [])]
+    for group in yaml.safe_load((DEPLOY / "prometheus/rules/perennial.yml").read_text("utf-8"))["groups"]:
+        found += [Ask("alert", rule["alert"], rule["expr"]) for rule in group["rules"]]
+    return found
+
+
+@dataclass
+class Prometheus:
+    """The server under the project's own configuration, its targets being this test's."""
+
+    port: int
+    since_s: float
+
+    def get(self, path: str, **query: str) -> Any:
+        url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
+        try:
+            with urllib.request.urlopen(url, timeout=10) as answer:
+                return json.load(answer)["data"]
+        except urllib.error.HTTPError as error:
+            pytest.fail(f"{query}: {error.read().decode()}")
+
+    def look(self, ask: Ask, source: str) -> bool:
+        """Ask as a panel does, over the time of the run; True where there is data that is a number."""
+        found = self.get("query_range", query=ask.query, start=str(self.since_s), end=str(time.time()), step="1")
+        series = [[float(value) for _, value in one["values"]] for one in found["result"]]
+        series = [numbers for values in series if (numbers := [value for value in values if not math.isnan(value)])]
+        if series:
+            ask.series, ask.source = len(series), ask.source or source
+            ask.value = f"{max(map(max, series)):.4g}"
+        return bool(series)
+
+
+def configuration(tmp_path: Path, loop: list[int], subscribers: list[int], served: int) -> Path:
+    """The project's prometheus.yml; only where the targets are, and how often they are asked, is of this test."""
+    config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))
+    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    config["rule_files"] = [str(DEPLOY / "prometheus" / pattern) for pattern in config["rule_files"]]
+    by_job = {"perennial": loop, "subscribers": subscribers}
+    assert {scrape["job_name"] for scrape in config["scrape_configs"]} == set(by_job)
+    for scrape in config["scrape_configs"]:
+        for discovery in ("dns_sd_configs", "file_sd_configs"):
+            scrape.pop(discovery, None)
+        scrape["static_configs"] = [{"targets": [f"127.0.0.1:{port}" for port in by_job[scrape["job_name"]]]}]
+    config["scrape_configs"].append(
+        {"job_name": "served-by-the-test", "static_configs": [{"targets": [f"127.0.0.1:{served}"]}]}
+    )
+    path = tmp_path / "prometheus.yml"
+    path.write_text(yaml.safe_dump(config), "utf-8")
+    return path
+
+
+@pytest.fixture
+def prometheus(tmp_path) -> Iterator[Any]:
+    """A function that starts the server with a configuration file."""
+    binary = shutil.which("prometheus")
+    if binary is None:
+        missing_service("no prometheus on PATH: install the package")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(config: Path) -> Prometheus:
+        port = free_port()
+        with (tmp_path / "prometheus.log").open("wb") as log:
+            process = subprocess.Popen(
+                [binary, f"--config.file={config}", f"--storage.tsdb.path={tmp_path / 'prometheus'}",
+                 f"--web.listen-address=127.0.0.1:{port}"],
+                stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        started.append(process)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=1):
+                    return Prometheus(port, time.time())
+            except OSError:
+                time.sleep(0.2)
+        pytest.fail((tmp_path / "prometheus.log").read_text()[-2000:])
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait(20)
+
+
+@dataclass
+class Shelf:
+    """A subscriber's backend that only keeps names."""
+
+    base_sha256: str | None = None
+    held: set[str] = field(default_factory=set)
+
+    def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
+        self.held.add(name)
+
+    def warm(self, name: str) -> None: ...
+
+    def activate(self, name: str) -> None: ...
+
+    def drain(self, name: str, timeout_s: float) -> bool:
+        return True
+
+    def unload(self, name: str) -> None:
+        self.held.discard(name)
+
+    def list(self) -> list[str]:
+        return sorted(self.held)
+
+
+def small_settings(kafka: str, prefix: str, store: Path) -> Settings:
+    """Updates that take a fraction of a second: what is judged is whether they are seen."""
+    return Settings(
+        _env_file=None, kafka=kafka, topic_prefix=prefix, store=str(store), partitions=2, threads=1,
+        max_batch_examples=12, max_batch_tokens=600, max_age_s=3, steps=1, rows=4, row_tokens=48, max_tokens=48,
+        anchor_rows=2, max_general_rise_nats=50, min_gain_nats=-50, learning_rate=1e-4, poll_s=1,
+    )  # fmt: skip
+
+
+class Life:
+    """What happens to the loop, in the order of its method `chapters`."""
+
+    def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
+        self.settings = settings
+        self.supervisor = supervisor
+        self.rng = random.Random("dashboards")
+        self.published = 0
+
+    def documents(self, publisher: Publisher, adapter: str, count: int) -> None:
+        for _ in range(count):
+            self.published += 1
+            text = f"note {self.published}: " + " ".join(self.rng.choices(WORDS, k=24))
+            publisher.document(adapter=adapter, document_id=f"doc-{self.published}", text=text)
+        publisher.flush(30)
+
+    def begin(self, publisher: Publisher) -> None:
+        """Documents for two adapters, of which one has a subscriber; ratings that turn; what nobody can read."""
+        for adapter in (SERVED, ALONE):
+            self.documents(publisher, adapter, DOCUMENTS // 2)
+        for number in range(RATINGS):
+            publisher.interaction(
+                adapter=SERVED, interaction_id=f"turn-{number}", prompt="What waits?", response=f"Matrices, {number}.",
+                rating=1.0 if number < RATINGS // 2 else -1.0,
+            )  # fmt: skip
+        publisher.flush(30)
+
+    def unreadable(self, producer: KafkaProducer) -> None:
+        for number in range(UNREADABLE):
+            producer.send(self.settings.topic("documents"), b"{not json %d" % number)
+        producer.flush(30)
+
+    def from_hours_ago(self, producer: KafkaProducer) -> None:
+        """What waited in the broker for hours; the topic must take our word for the time, and otherwise never does."""
+        admin = KafkaAdminClient(bootstrap_servers=self.settings.kafka)
+        documents, told = self.settings.topic("documents"), {"message.timestamp.type": "CreateTime"}
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, documents, told)])
+        admin.close()
+        for number in range(BACK_FILL):
+            text = f"hours ago {number}: " + " ".join(self.rng.choices(WORDS, k=24))
+            event = DocumentObserved(adapter=LATE, document_id=f"late-{number}", text=text)
+            record = encode(event, id=f"late-{number}", source="/tests", time=datetime.now(UTC))
+            producer.send(
+                documents, key=record.key, value=record.value, headers=record.headers,
+                timestamp_ms=int(time.time() * 1000) - HOURS_AGO_MS,
+            )  # fmt: skip
+        producer.flush(30)
+
+    def refuse(self) -> None:
+        """The learner again, with a gate that nothing passes."""
+        learner = self.supervisor.children["learner"]
+        learner.signal(signal.SIGTERM)
+        assert learner.process is not None
+        learner.process.wait(30)
+        learner.environment["PERENNIAL_MIN_GAIN_NATS"] = "50"
+        self.supervisor.restart("learner")
+
+
+def table(asks: list[Ask]) -> str:
+    """Panel and value, in Markdown."""
+    lines = ["| dashboard | panel or alert | series | largest value | from |", "|---|---|---|---|---|"]
+    lines += [f"| {ask.where} | {ask.title} | {ask.series} | {ask.value or 'none'} | {ask.source} |" for ask in asks]
+    return "\n".join(lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_prefix, tmp_path, prometheus):
+    settings = small_settings(broker.bootstrap, topic_prefix, tmp_path / "store")
+    provision(settings)
+    supervisor = Supervisor(settings, tmp_path / "logs")
+    asks = asked()
+    following, lost, served = Metrics("subscriber", settings), Metrics("subscriber", settings), Metrics("retain")
+    with serve(following) as one, serve(lost) as two:
+        served_port = free_port()
+        ports = [supervisor.children[role].port for role in ROLES]
+        server = prometheus(configuration(tmp_path, ports, [one.port, two.port], served_port))
+
+        def look(source: str) -> list[Ask]:
+            """Those without data still."""
+            return [ask for ask in asks if not ask.value and not server.look(ask, source)]
+
+        def look_until(done: Callable[[list[Ask]], bool], source: str, timeout_s: float) -> list[Ask]:
+            deadline = time.monotonic() + timeout_s
+            while not done(left := look(source)) and time.monotonic() < deadline:
+                time.sleep(1)
+            return left
+
+        # Before any role runs: who is missing is the first thing to be seen.
+        first = [ask for ask in asks if ask.title in {"RoleMissing", "TargetDown"}]
+        deadline = time.monotonic() + 30
+        while not all(server.look(ask, "the loop, before its start") for ask in first):
+            assert time.monotonic() < deadline, table(first)
+            time.sleep(0.5)
+
+        nowhere = {
+            "PERENNIAL_S3_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+            "PERENNIAL_S3_ACCESS_KEY": "nobody", "PERENNIAL_S3_SECRET_KEY": "nothing",
+        }  # fmt: skip
+        producer = KafkaProducer(bootstrap_servers=broker.bootstrap)
+        supervisor.start()
+        try:
+            supervisor.wait_healthy(180)
+            life = Life(settings, supervisor)
+            with (
+                Publisher(settings.kafka, settings=settings) as publisher,
+                Subscriber(SERVED, Shelf(), settings=settings, metrics=following),
+                Subscriber(SERVED, Shelf(), store=open_minio("s3://nowhere", nowhere), settings=settings, metrics=lost),
+            ):
+                life.begin(publisher)
+                life.unreadable(producer)
+                life.from_hours_ago(producer)
+                look_until(
+                    lambda left: all(ask.of_forgetting or ask.title in OF_REFUSALS for ask in left), "the loop", TIMEOUT_S
+                )
+                life.refuse()
+                for _ in range(3):  # an update each
+                    life.documents(publisher, REFUSED, settings.max_batch_examples)
+                left = look_until(lambda left: all(ask.of_forgetting for ask in left), "the loop", TIMEOUT_S)
+                unexpected = [ask for ask in left if not ask.of_forgetting]
+                assert not unexpected, "without data:\n" + table(unexpected)
+
+                for ask in asks:
+                    server.look(ask, ask.source)  # the largest values of the whole run
+                    if ask.of_forgetting:
+                        ask.series, ask.value, ask.source = 0, "", ""  # a zero says nothing: they are asked again
+
+                with serve(served, port=served_port):
+                    served.forget_overdue(1)
+                    served.quarantined(3)
+                    for state, count in (("accepted", 2), ("executed", 1), ("closed", 4)):
+                        served.forget_requests(state, count)
+                    for number in range(60):
+                        served.forgot(2, 5.0 * number)
+                        time.sleep(0.5)
+                        left = look("served by the test")
+                        if number > 4 and not left:
+                            break
+                assert not left, "without data:\n" + table(left)
+            rules = [rule for group in server.get("rules")["groups"] for rule in group["rules"]]
+            assert {rule["health"] for rule in rules} == {"ok"}, [rule.get("lastError") for rule in rules]
+            adapters = server.get("label/adapter/values", **{"match[]": "perennial_updates_total"})
+            assert {SERVED, ALONE, REFUSED} <= set(adapters), "the variable `adapter` offers them"
+        finally:
+            producer.close()
+            supervisor.stop()
+            (tmp_path / "panels.md").write_text(table(asks) + "\n", "utf-8")
+            print("\n" + table(asks))
