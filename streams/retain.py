@@ -189,7 +189,7 @@ class Retention:
             await asyncio.to_thread(self._store.compare_and_swap, BOOK_KEY, data, etag)
             failpoint("retain.state")
             self._count(before, book)
-        self._metrics.progress()
+            self._metrics.progress()
 
     def _apply(self, change: Change) -> None:
         update_quarantine(self._store, change.adapter, change.apply)

@@ -42,6 +42,8 @@ from streams.wire import WireError
 
 KEEP_MS: Final = 30 * 86_400_000
 """How long an ended request stays: longer than an example of before can be under way, at a week per topic."""
+RESEND_MS: Final = 86_400_000
+"""After so long without an end a job is sent again: it may have left its topic while no learner ran."""
 _FORGETS: Final = frozenset({"erase", "expire", "supersede"})
 
 
@@ -219,6 +221,10 @@ class Turn:
         holds = meanings_of_holds(self.book, adapter)
         held = any(means(item.example) for item in meant for means in holds)
         phase: Phase = "held" if held else "sent"
+        sent_ms = found.sent_ms
+        if not held and (found.phase != "sent" or sent_ms + RESEND_MS <= self.now_ms):
+            self.events.append(job)
+            sent_ms = self.now_ms
         if phase != found.phase:
             entry = Entry(
                 request_id=request.request_id, job_id=job.job_id, kind=request.kind, selector=plain(job.selector),
@@ -226,12 +232,9 @@ class Turn:
             )  # fmt: skip
             hashes = {item.text_hash for item in meant if item.text_hash} if job.suppress and not held else set()
             self.changes.append(self._change(adapter, entry, frozenset(hashes)))
-            if not held:
-                self.events.append(job)
-        return Progress(phase=phase, until_ms=until_ms, examples=len(meant))
+        return Progress(phase=phase, until_ms=until_ms, sent_ms=sent_ms, examples=len(meant))
 
     def _revoke(self, record: Record, facts: Facts) -> None:
-        request = record.request
         adapters = dict(record.adapters)
         for adapter in _targets(record, facts):
             found, live = adapters.get(adapter), facts.live(adapter)
@@ -240,13 +243,9 @@ class Turn:
                 if not record.is_pattern:
                     adapters[adapter] = Progress(phase="failed", detail=nothing)
             elif found is None:
-                adapters[adapter] = Progress(phase="sent", version=live.version, generation=live.generation)
-                self.events.append(
-                    RollbackRequested(
-                        job_id=job_id_of(request.request_id, adapter), adapter=adapter, version=live.version,
-                        requested_by=request.requested_by, reason=request.reason, revoke=True,
-                    )
-                )  # fmt: skip
+                adapters[adapter] = self._send_revocation(
+                    record, adapter, Progress(phase="sent", version=live.version, generation=live.generation)
+                )
             elif (
                 found.phase == "sent"
                 and facts.is_revoked(adapter, found.version or "")
@@ -254,7 +253,19 @@ class Turn:
                 and live.generation > (found.generation or 0)
             ):
                 adapters[adapter] = Progress(phase="done", version=live.version, generation=live.generation)
+            elif found.phase == "sent" and found.sent_ms + RESEND_MS <= self.now_ms:
+                adapters[adapter] = self._send_revocation(record, adapter, found)
         self._settle(record, adapters, facts)
+
+    def _send_revocation(self, record: Record, adapter: str, progress: Progress) -> Progress:
+        request = record.request
+        self.events.append(
+            RollbackRequested(
+                job_id=job_id_of(request.request_id, adapter), adapter=adapter, version=progress.version,
+                requested_by=request.requested_by, reason=request.reason, revoke=True,
+            )
+        )  # fmt: skip
+        return progress.model_copy(update={"sent_ms": self.now_ms})
 
     def _settle(self, record: Record, adapters: dict[str, Progress], facts: Facts) -> None:
         """Put the adapters' progress together: the request is as far as the adapter that is furthest behind."""

@@ -38,10 +38,12 @@ class Progress(_Part):
     """How far one adapter of a request has come.
 
     version, generation: of a forgetting, what went live; of a revocation, while it is sent, what was live.
+    sent_ms: when its job was sent last.
     """
 
     phase: Phase
     until_ms: int = 0
+    sent_ms: int = 0
     examples: int = 0
     version: str | None = None
     generation: int | None = None

@@ -26,7 +26,7 @@ _WRITES: Mapping[str, tuple[str, ...]] = {
     "scorer": ("scored-examples",),
     "curate": ("drift", "adapter-jobs"),
     "learner": ("adapter-updates",),
-    "retain": ("adapter-jobs", "retention-status"),
+    "retain": ("adapter-jobs", "retention-status", "dead-letters"),
     "subscriber": ("adapter-acks",),
 }
 _READS: Mapping[str, tuple[str, ...]] = {
@@ -34,7 +34,7 @@ _READS: Mapping[str, tuple[str, ...]] = {
     "scorer": ("examples",),
     "curate": ("scored-examples",),
     "learner": ("adapter-jobs",),
-    "retain": ("retention",),
+    "retain": ("retention", "adapter-acks"),
     "subscriber": ("adapter-updates",),
 }
 

@@ -21,7 +21,7 @@ from streams.topics import TOPICS
 GROUPS: dict[str, tuple[str, ...]] = {
     "intake": ("documents", "interactions"),
     "scorer": ("examples",),
-    "curate": ("scored-examples",),
+    "curate": ("scored-examples", "retention"),
     "learner": ("adapter-jobs",),
 }
 """Consumer group of each role and the topics that it reads."""

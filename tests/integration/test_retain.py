@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -297,3 +298,26 @@ def test_bad_requests_are_told_apart_from_broken_ones(bench):
     assert [job.request_id for job in jobs if isinstance(job, ForgetRequested)] == ["r3"]
     (revoke,) = [job for job in jobs if isinstance(job, RollbackRequested)]
     assert (revoke.revoke, revoke.version) == (True, Line(bench.store, ADAPTER).registry.alias(ADAPTER).version)
+
+
+def test_the_command_line_asks_and_follows_until_it_is_closed(bench):
+    bench.learn(example(1))
+    bench.start()
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PERENNIAL_")}
+    env |= {f"PERENNIAL_{n.upper()}": str(getattr(bench.settings, n)) for n in bench.settings.model_fields_set}
+    command = [sys.executable, "-m", "streams.cli", "forget"]
+    asked = subprocess.Popen(
+        [*command, "--adapter", ADAPTER, "--document", "d1", "--wait-s", str(PATIENCE_S), "--json"],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + PATIENCE_S
+    while not (entries := load_quarantine(bench.store, ADAPTER).entries) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    finish_entry(bench.store, ADAPTER, entries[0].request_id, Done(at_ms=1, examples=1))
+    out, said = asked.communicate(timeout=PATIENCE_S)
+    assert asked.returncode == 0, said
+    assert json.loads(out)["status"]["state"] == "closed"
+    shown = subprocess.run(
+        [*command, "status", entries[0].request_id, "--json"], env=env, capture_output=True, text=True, check=True
+    )
+    assert [(event["state"], event["examples"]) for event in json.loads(shown.stdout)] == [("closed", 1)]

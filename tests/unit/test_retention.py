@@ -21,7 +21,7 @@ from streams.events import (
     Selector,
 )
 from streams.quarantine import Screen, text_hash
-from streams.retention import KEEP_MS, Live, Turn, covers, job_id_of
+from streams.retention import KEEP_MS, RESEND_MS, Live, Turn, covers, job_id_of
 from streams.retention_book import Book, Known, calendar, overdue
 from streams.wire import WireError
 
@@ -444,6 +444,18 @@ def test_revoking_where_nothing_is_live_fails(world):
 
 
 # ---- the book
+
+
+@pytest.mark.parametrize("asked", [request("erase", selector=doc(1)), request("revoke")])
+def test_a_job_that_never_came_to_its_end_is_sent_again(world, asked):
+    world.turn(asked)
+    world.now_ms += RESEND_MS - 1
+    world.turn()
+    assert len(world.jobs) == 1
+    world.now_ms += 1
+    world.turn()
+    world.turn()
+    assert [job.job_id for job in world.jobs] == [job_id_of(asked.request_id, A)] * 2
 
 
 def test_ended_requests_go_after_a_while_and_their_entries_with_them(world):
