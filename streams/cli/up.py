@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 import time
@@ -13,7 +14,9 @@ from types import FrameType
 from rich.console import Console
 from rich.panel import Panel
 
+from storage.blobs import open_store
 from streams.broker import EmbeddedBroker
+from streams.cli.minio_server import STORE_URI, MinioServer
 from streams.cli.running import announce, running, withdraw
 from streams.cli.supervise import ROLES, Supervisor
 from streams.settings import Settings, SettingsError, load_settings
@@ -32,6 +35,13 @@ class Stack:
     say: Callable[[str], None] = lambda _line: None
     broker: EmbeddedBroker | None = None
     supervisor: Supervisor | None = None
+    minio: bool = False
+    server: MinioServer | None = None
+
+    @property
+    def s3_environment(self) -> dict[str, str]:
+        """What reaches the store of our own; empty where that is a folder."""
+        return self.server.environment() if self.server else {}
 
     def start(self) -> None:
         """Start everything and wait until every role is healthy."""
@@ -40,26 +50,41 @@ class Stack:
             self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.say).start()
             found["kafka"] = self.broker.bootstrap
             self.say(f"Apache Kafka runs at {self.broker.bootstrap}")
-        if not self.settings.store:
+        if not self.settings.store and self.minio:
+            self.server = MinioServer(self.data_dir / "minio", self.say)
+            self.server.start()
+            found["store"] = STORE_URI
+        elif not self.settings.store:
             found["store"] = str(self.data_dir / "store")
         self.settings = self.settings.model_copy(update=found)
+        environment = {**(self.environment or {}), **self.s3_environment}
+        open_store(self.settings.store, {**os.environ, **environment}).probe()
         made = [report.name for report in provision(self.settings) if report.created]
         self.say(f"{len(made)} topics made" if made else "all topics were there")
         self.supervisor = Supervisor(
-            self.settings, self.data_dir / "logs", self.roles, self.environment or {}, on_event=self.say
+            self.settings, self.data_dir / "logs", self.roles, environment, on_event=self.say
         )
         self.supervisor.start()
         self.supervisor.wait_healthy(on_ready=lambda name: self.say(f"{name} is ready"))
 
+    def tend(self) -> None:
+        """Start again what ended by itself."""
+        if self.server:
+            self.server.tend()
+        if self.supervisor:
+            self.supervisor.tend()
+
     def stop(self) -> None:
-        """Stop the roles in the order of the flow, then the broker; safe to call at any point."""
+        """Stop the roles in the order of the flow, then store and broker; safe to call at any point."""
         if self.supervisor:
             self.supervisor.stop()
+        if self.server:
+            self.server.stop()
         if self.broker:
             self.broker.stop()
 
 
-def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool) -> int:
+def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store: str | None = None) -> int:
     """Run until SIGINT or SIGTERM. Raises SettingsError where it already runs in this data folder."""
     settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
     other = running(settings.data_dir)
@@ -69,6 +94,7 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool) -> in
             got=f"pid {other['pid']}, Kafka at {other.get('kafka')}",
             remedy="use that one, stop it, or name another --data-dir",
         )
+    settings, minio = _choose_store(settings, store)
     console = Console(stderr=True)
     stop = threading.Event()
 
@@ -78,7 +104,7 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool) -> in
         stop.set()
 
     roles = ("intake", "streams", "scorer+learner") if shared_model else ROLES
-    stack = Stack(settings, settings.data_dir, port, roles)
+    stack = Stack(settings, settings.data_dir, port, roles, minio=minio)
     with console.status("starting") as spinner:
 
         def say(line: str) -> None:
@@ -97,8 +123,7 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool) -> in
     try:
         _announce(stack, console)
         while not stop.wait(0.5):
-            if stack.supervisor:
-                stack.supervisor.tend()
+            stack.tend()
     finally:
         console.print("stopping: intake, streams, scorer, learner, broker")
         withdraw(settings.data_dir)
@@ -107,17 +132,38 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool) -> in
     return 0
 
 
+def _choose_store(settings: Settings, store: str | None) -> tuple[Settings, bool]:
+    """Settings with the store asked for, and whether to start a MinIO.
+
+    A data folder stays with the kind of store that it began with: offsets and objects belong together.
+    Raises SettingsError where another kind is asked for.
+    """
+    in_folder, in_minio = settings.data_dir / "store", settings.data_dir / "minio"
+    if store == "minio":
+        if in_folder.exists():
+            raise SettingsError(
+                "this data folder keeps its objects in a folder", got="--store minio", allowed=str(in_folder),
+                remedy="leave out --store, or name another --data-dir",
+            )  # fmt: skip
+        return settings.model_copy(update={"store": ""}), True
+    if store:
+        return settings.model_copy(update={"store": store}), False
+    return settings, not settings.store and in_minio.exists() and not in_folder.exists()
+
+
 def _announce(stack: Stack, console: Console) -> None:
     settings, supervisor = stack.settings, stack.supervisor
     if supervisor is None:
         return
     ports = {name: role.port for name, role in supervisor.children.items()}
     announce(
-        settings.data_dir, kafka=settings.kafka, store=settings.store, topic_prefix=settings.topic_prefix, metrics=ports
-    )
+        settings.data_dir, kafka=settings.kafka, store=settings.store, topic_prefix=settings.topic_prefix, metrics=ports,
+        s3=stack.s3_environment,
+    )  # fmt: skip
     lines = [
         f"Kafka     {settings.kafka}",
         f"store     {settings.store}",
+        *(f"          {name}={value}" for name, value in stack.s3_environment.items() if value),
         f"logs      {settings.data_dir / 'logs'}",
         *(f"metrics   http://127.0.0.1:{port}/metrics  ({name})" for name, port in ports.items()),
         "",
