@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import Any, Self
 
 from kafka import ConsumerRebalanceListener, KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.coordinator.assignors.range import RangePartitionAssignor
 from kafka.errors import CommitFailedError, KafkaError, RebalanceInProgressError
 from kafka.structs import OffsetAndMetadata
 
@@ -25,6 +26,8 @@ _log = logging.getLogger("perennial.learner")
 CONNECT_S = 15.0
 DELIVERY_TIMEOUT_MS = 30_000
 MAX_FETCH_BYTES = 8 * 1024**2
+SESSION_TIMEOUT_MS = 30_000
+MAX_POLL_INTERVAL_MS = 300_000
 
 
 class KafkaLinkError(PerennialError):
@@ -33,7 +36,7 @@ class KafkaLinkError(PerennialError):
 
 @dataclass(frozen=True)
 class Record:
-    """One Kafka record. epoch: how often its partition had changed hands here when it was read."""
+    """One Kafka record. epoch: how often its partition had left this member when it was read."""
 
     topic: str
     partition: int
@@ -51,6 +54,7 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         self._topic = topic
         self._name = settings.topic(topic)
         self._epochs: Counter[TopicPartition] = Counter()
+        self._held: set[TopicPartition] = set()
         try:
             self._consumer: Any = connect(
                 KafkaConsumer,
@@ -60,7 +64,11 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
                 group_id=settings.topic(group),
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
+                # Eager: on_partitions_assigned then names all that is held, by which what left is told.
+                partition_assignment_strategy=[RangePartitionAssignor],
                 max_poll_records=max_records,
+                session_timeout_ms=SESSION_TIMEOUT_MS,
+                max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
                 max_partition_fetch_bytes=MAX_FETCH_BYTES,
             )
         except (KafkaError, ValueError, OSError) as error:
@@ -70,11 +78,21 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
     # kafka-python calls these on its own thread: they only count.
 
     def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Records of these partitions that were read before are no longer ours to commit."""
-        self._epochs.update(revoked)
+        """Nothing yet: a partition that comes back in the same rebalance keeps its position here, unlike in Java.
+
+        Were its records dropped now, nobody would read them again.
+        """
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Nothing to do: positions come from the last commit."""
+        """Records of partitions that did not come back are no longer ours: another member begins at the last commit."""
+        now_held = set(assigned)
+        self._epochs.update(self._held - now_held)
+        self._held = now_held
+
+    def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
+        """The group went on without this member; what it had read is another's now."""
+        self._epochs.update(lost)
+        self._held -= set(lost)
 
     def poll(self, timeout_s: float) -> list[Record]:
         """What came within the time, in the order of its partition; also keeps the group membership."""

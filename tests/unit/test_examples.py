@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -24,7 +24,7 @@ def test_a_document_is_trained_token_by_token_once(words: str, row_tokens: int) 
     trained = list(chain.from_iterable(row.ids[row.train_from :] for row in rows))
     assert trained == [*CODEC.encode(words), CODEC.eos]
     assert rows[0].ids[0] == CODEC.bos
-    assert all(row.ids[0] == before.ids[-1] for before, row in zip(rows, rows[1:], strict=False))
+    assert all(row.ids[0] == before.ids[-1] for before, row in pairwise(rows))
 
 
 @settings(max_examples=60, deadline=None)

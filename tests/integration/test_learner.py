@@ -1,0 +1,288 @@
+"""The learner on a real broker: announces and commits, survives its own death, keeps its membership, refuses junk."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from learner import base as base_module
+from learner import transport, worker
+from learner.base import load_base
+from learner.lineage import Lineage
+from learner.scorer import run_scorer
+from learner.worker import run_learner
+from storage.blobs import DirectoryStore, blob_key
+from storage.errors import StoreUnavailableError
+from storage.registry import Registry
+from streams.events import (
+    AdapterPromoted,
+    AdapterRolledBack,
+    ExampleScored,
+    ForgetRequested,
+    RollbackRequested,
+    Selector,
+)
+from streams.metrics import Metrics
+from streams.settings import Settings
+from streams.topics import provision
+from tests import jobs, tiny
+from tests.integration import learner_kit as kit
+
+ADAPTER = "acme/support"
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture(autouse=True)
+def _few_general_texts(monkeypatch):
+    """Reading the standard library's texts takes seconds; the processes of the crash test do it for real."""
+    monkeypatch.setattr(worker, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
+    assert base_module.general_texts
+
+
+@pytest.fixture
+def given(broker, topic_prefix, tmp_path):
+    settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
+    provision(settings)
+    return settings
+
+
+def registry(settings: Settings) -> Registry:
+    return Registry(DirectoryStore(Path(settings.store)), nonce=lambda: "n", now=worker._now)
+
+
+def documents(*numbers: int):
+    return [tiny.document(n, f"the blue parrot {n} sings at noon") for n in numbers]
+
+
+def job(settings: Settings, cut: int, *numbers: int, **more):
+    return jobs.update(DirectoryStore(Path(settings.store)), cut, documents(*numbers), **more)
+
+
+def learned(settings: Settings) -> list[int]:
+    line = registry(settings)
+    return sorted(
+        example.offset for _, version in line.versions(ADAPTER) for example in line.manifest(ADAPTER, version).learned
+    )
+
+
+def test_a_job_is_learned_announced_and_committed(given):
+    metrics = Metrics("learner")
+    with kit.running(lambda stop: run_learner(given, stop, metrics)):
+        kit.send(given, job(given, 1, 0, 1, 2, 3), job(given, 2, 4, 5), traceparent=TRACE)
+        first, second = kit.envelopes(given, "adapter-updates", 2)
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 2, "both jobs are committed")
+    assert isinstance(first.event, AdapterPromoted)
+    assert isinstance(second.event, AdapterPromoted)
+    assert (first.event.generation, second.event.generation) == (1, 2)
+    assert second.event.previous_version == first.event.version
+    assert first.traceparent == TRACE
+    assert registry(given).alias(ADAPTER).version == second.event.version
+    assert learned(given) == [0, 1, 2, 3, 4, 5]
+    text = metrics.exposition().decode()
+    assert 'outcome="promoted"' in text
+    assert metrics.health()[0]
+
+
+def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(given):
+    missing = job(given, 1, 8, 9)
+    DirectoryStore(Path(given.store)).delete(blob_key(missing.batch.digest))
+    strange = job(given, 1, 0, 1).model_copy(update={"cut": 7, "batch": job(given, 2, 2, 3).batch})
+    forget = ForgetRequested(
+        job_id="f", request_id="f", adapter=ADAPTER, kind="erase", until_ms=1,
+        selector=Selector(document_ids=["doc-1"]),
+    )  # fmt: skip
+    back = RollbackRequested(job_id="r", adapter="nobody/here", requested_by="ann")
+    bad = (missing, ("adapter-jobs", b"{not json"), ("adapter-jobs", b'{"a":1}'), strange, forget, back)
+    kit.send(given, *bad, job(given, 3, 4, 5))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        (event,) = kit.envelopes(given, "adapter-updates", 1)
+        reasons = [reason for reason, _ in kit.letters(given, len(bad))]
+    assert reasons[0] == "missing-batch"
+    assert reasons[3:] == ["wrong-adapter", "unsupported", "nothing-to-roll-back-to"]
+    assert isinstance(event.event, AdapterPromoted)
+    assert learned(given) == [4, 5]
+
+
+def test_a_refused_version_is_not_announced(given):
+    strict = given.model_copy(update={"min_gain_nats": 50.0})
+    kit.send(given, job(given, 1, 0, 1, 2, 3))
+    with kit.running(lambda stop: run_learner(strict, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is committed")
+    head = registry(given).head(ADAPTER)
+    assert (head.manifest.outcome, head.manifest.reason) == ("refused", "no-gain")
+    assert registry(given).alias(ADAPTER) is None
+    assert kit.read(given, "adapter-updates", 1, timeout_s=2) == []
+
+
+def test_a_rollback_is_announced_as_one(given):
+    kit.send(given, job(given, 1, 0, 1), job(given, 2, 2, 3))
+    kit.send(given, RollbackRequested(job_id="r", adapter=ADAPTER, requested_by="ann", reason="worse"))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        events = [envelope.event for envelope in kit.envelopes(given, "adapter-updates", 3)]
+    assert isinstance(events[2], AdapterRolledBack)
+    assert events[2].weights_sha256 == events[0].weights_sha256
+    assert events[2].reason == "worse"
+
+
+def test_membership_is_kept_while_training_takes_longer_than_the_poll_interval(given, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_POLL_INTERVAL_MS", 3_000)
+    monkeypatch.setattr(transport, "SESSION_TIMEOUT_MS", 6_000)
+    trained, revoked = [], []
+    update, taken_away = Lineage.update, transport.Inbox.on_partitions_revoked
+
+    def slow(self, request, alias):
+        trained.append(request.cut)
+        time.sleep(8)
+        return update(self, request, alias)
+
+    def watched(self, partitions):
+        revoked.extend(partitions)
+        taken_away(self, partitions)
+
+    monkeypatch.setattr(Lineage, "update", slow)
+    monkeypatch.setattr(transport.Inbox, "on_partitions_revoked", watched)
+    kit.send(given, job(given, 1, 0, 1))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: trained, "training began")
+        lost_before = list(revoked)
+        kit.wait_until(lambda: kit.read(given, "adapter-updates", 1, 1), "the version is announced")
+        assert revoked == lost_before
+        kit.send(given, job(given, 2, 2, 3))
+        kit.wait_until(lambda: kit.read(given, "adapter-updates", 2, 1), "the next one, too")
+        assert revoked == lost_before
+    assert trained == [1, 2]
+    assert learned(given) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(("name", "taken"), [("0", True), ("zz", False)])
+def test_a_rebalance_while_training(given, monkeypatch, name, taken):
+    """A job whose partition went away is not committed here; one whose partition stayed is, for it will not come again.
+
+    The range assignor gives the only partition to the member whose name sorts first.
+    """
+    started, go_on = threading.Event(), threading.Event()
+    update, commit, connect = Lineage.update, transport.Inbox.commit, transport.connect
+    assigned = transport.Inbox.on_partitions_assigned
+    assignments, commits = [], []
+
+    def held(self, request, alias):
+        done = update(self, request, alias)
+        if not started.is_set():
+            started.set()
+            go_on.wait(60)
+        return done
+
+    def committing(self, records):
+        commits.append([self.owns(record) for record in records])
+        commit(self, records)
+
+    def noting(self, partitions):
+        assigned(self, partitions)
+        assignments.append(list(partitions))
+
+    class Intruder(transport.Inbox):
+        def on_partitions_assigned(self, partitions):
+            """Only the learner's are noted."""
+
+    monkeypatch.setattr(transport.Inbox, "on_partitions_assigned", noting)
+    monkeypatch.setattr(Lineage, "update", held)
+    monkeypatch.setattr(transport.Inbox, "commit", committing)
+    kit.send(given, job(given, 1, 0, 1))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        assert started.wait(60)
+        monkeypatch.setattr(transport, "connect", lambda *args, **more: connect(*args, **{**more, "client_id": name}))
+        with Intruder(given, "adapter-jobs", "learner", max_records=1) as intruder:
+            kit.wait_until(lambda: (intruder.poll(0.1), len(assignments))[1] > 1, "the group is rebalanced")
+            assert bool(assignments[1]) is not taken
+        go_on.set()
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is committed in the end")
+    assert commits == ([[False], [True]] if taken else [[True]])
+    assert learned(given) == [0, 1]
+    assert len(list(registry(given).versions(ADAPTER))) == 1
+
+
+def test_a_store_that_stays_away_ends_the_role_and_nothing_is_lost(given, monkeypatch):
+    monkeypatch.setattr(worker, "RETRY_S", (0.01, 0.01))
+    tries = []
+
+    def away(self, request, alias):
+        tries.append(request.cut)
+        raise StoreUnavailableError("the store does not answer")
+
+    kit.send(given, job(given, 1, 0, 1))
+    with monkeypatch.context() as broken:
+        broken.setattr(Lineage, "update", away)
+        with pytest.raises(StoreUnavailableError):
+            run_learner(given, threading.Event(), Metrics("learner"))
+    assert tries == [1, 1, 1]
+    assert kit.committed(given, "adapter-jobs", "learner") == 0
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is done after all")
+    assert learned(given) == [0, 1]
+
+
+def test_both_roles_share_one_base_in_one_process(given):
+    shared, lock = load_base(given.base, "cpu", 1), threading.RLock()
+    examples = documents(*range(8))
+    kit.send(given, *examples)
+    learner = partial(run_learner, given, metrics=Metrics("learner"), base=shared, lock=lock)
+    scorer = partial(run_scorer, given, metrics=Metrics("scorer"), base=shared, lock=lock)
+    with kit.running(lambda stop: learner(stop=stop)), kit.running(lambda stop: scorer(stop=stop)):
+        kit.send(given, job(given, 1, 0, 1, 2, 3), job(given, 2, 4, 5, 6, 7))
+        updates = kit.envelopes(given, "adapter-updates", 2)
+        kit.send(given, *documents(*range(8, 12)))
+        kit.wait_until(lambda: kit.read(given, "scored-examples", 12, 5), "all are scored")
+        scored = [envelope.event for envelope in kit.envelopes(given, "scored-examples", 12)]
+    assert [event.example.origin.offset for event in scored] == list(range(12))
+    assert all(isinstance(event, ExampleScored) and event.base_loss_nats for event in scored)
+    alone = registry(given)
+    assert len(updates) == 2
+    # What a shared base computes is what a base of its own would have computed.
+    other = given.model_copy(update={"store": given.store + "-alone", "topic_prefix": given.topic_prefix + "x"})
+    provision(other)
+    kit.send(other, job(other, 1, 0, 1, 2, 3), job(other, 2, 4, 5, 6, 7))
+    with kit.running(lambda stop: run_learner(other, stop, Metrics("learner"))):
+        kit.envelopes(other, "adapter-updates", 2)
+    assert alone.head(ADAPTER).version == registry(other).head(ADAPTER).version
+
+
+PLACES = [
+    "learner.receive", "learner.load", "learner.train", "publish.blobs", "publish.verify", "publish.manifest",
+    "publish.claim_update", "publish.claim_seq", "publish.gate", "publish.alias", "learner.publish", "learner.event",
+    "learner.commit",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_learner_killed_at_any_place_learns_every_example_once(given):
+    cuts = len(PLACES) + 1
+    kit.send(given, *(job(given, cut, 2 * cut, 2 * cut + 1) for cut in range(cuts)))
+    for place in PLACES:
+        child = kit.process("learner", given, f"{place}:1")
+        try:
+            assert child.wait(120) == -signal.SIGKILL, place
+        finally:
+            child.kill()
+            child.wait()
+    child = kit.process("learner", given)
+    try:
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == cuts, "all jobs are committed", 120)
+    finally:
+        child.kill()
+        child.wait()
+    assert learned(given) == list(range(2 * cuts))
+    line = registry(given)
+    state = line.alias(ADAPTER)
+    assert state.version == line.head(ADAPTER).version
+    generations = {}
+    for envelope in kit.envelopes(given, "adapter-updates", 10**6, timeout_s=5):
+        event = envelope.event
+        known = generations.setdefault(event.generation, (envelope.id, event.version))
+        assert known == (envelope.id, event.version), "one generation, one id, one version"
+    assert generations[state.generation][1] == state.version

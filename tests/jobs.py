@@ -1,0 +1,43 @@
+"""Update jobs as curate makes them: the micro-batch in the store, and the request that names it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from storage.blobs import ObjectStore, put_blob
+from streams.events import Batch, BatchSkip, BlobRef, ExampleAccepted, UpdateRequested
+from tests import tiny
+
+
+def update(
+    store: ObjectStore,
+    cut: int,
+    examples: Sequence[ExampleAccepted],
+    *,
+    adapter: str = "acme/support",
+    skipped: Sequence[int] = (),
+    marks: int | None = None,
+) -> UpdateRequested:
+    """Put the micro-batch and give the job. skipped: offsets that the cut covers too; marks: of partition 0."""
+    batch = Batch(
+        adapter=adapter,
+        cut=cut,
+        examples=list(examples),
+        skipped=[BatchSkip(example_id=f"{n:032x}", origin=tiny.origin(n), reason="duplicate") for n in skipped],
+    )
+    offsets = [example.origin.offset for example in examples] + list(skipped)
+    high = max(offsets) if marks is None else marks
+    times = [example.origin.timestamp_ms for example in examples]
+    request = UpdateRequested(
+        job_id=f"{adapter}-{cut}", adapter=adapter, cut=cut, batch=BlobRef(digest="sha256:" + "0" * 64, size_bytes=0),
+        examples=len(examples), skipped=len(skipped), tokens=1, reason="size",
+        marks={tiny.origin(0).partition_key(): high}, oldest_ms=min(times), newest_ms=max(times),
+        cut_at=datetime(2026, 1, 1, tzinfo=UTC),
+    )  # fmt: skip
+    return with_batch(store, request, batch.model_dump_json().encode())
+
+
+def with_batch(store: ObjectStore, request: UpdateRequested, body: bytes) -> UpdateRequested:
+    """The same job over another micro-batch blob."""
+    return request.model_copy(update={"batch": BlobRef(digest=put_blob(store, body), size_bytes=len(body))})
