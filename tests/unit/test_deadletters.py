@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from streams.accept import Accepted, Acceptor, Duplicate, OriginPartition
 from streams.deadletters import (
     DeadLetterError,
     Progress,
@@ -195,3 +196,15 @@ def test_forged_reasons_do_not_fill_the_histogram():
         report.count(letter(reason=f"r{number}" * 100))
     assert len(report.sent) <= 201
     assert report.sent.total() == 1000
+
+
+def test_a_window_rebuilt_by_a_newer_version_lets_a_replay_through_once():
+    """The older version refused offset 0; the newer one, rebuilding, takes it for accepted."""
+    rebuilt = Acceptor(OriginPartition("c", "documents", "t", 0, "documents"), window=100, learn_turns=False)
+    decided = [
+        type(rebuilt.accept(DOCUMENT, headers, offset, 1))
+        for offset, headers in enumerate([
+            None, [(REPLAYS_HEADER, b"1")], [(REPLAYS_HEADER, b"1")], [(REPLAYS_HEADER, b"2")], None, [(REPLAYS_HEADER, b"2")],
+        ])
+    ]  # fmt: skip
+    assert decided == [Accepted, Accepted, Duplicate, Accepted, Duplicate, Duplicate]
