@@ -35,8 +35,9 @@ class _Part(BaseModel):
 class Done(_Part):
     """How an entry came to its end.
 
-    examples: how many the line had. version, generation: of the alias after the swap; None where nothing was
-    published, for the line had none of them. failure: why it could not be done, empty where it was.
+    examples: how many the line had. version: what is live since, None where nothing is or nothing changed.
+    generation: of the alias after the swap; None where it was not moved, for the line had none of them. failure:
+    why it could not be done, empty where it was.
     """
 
     at_ms: int

@@ -292,7 +292,7 @@ class Turn:
         behind = [
             replica
             for name, progress in adapters.items()
-            if progress.version is not None and progress.generation is not None
+            if progress.generation is not None
             for replica in facts.lagging(name, progress.generation)
         ]
         if not behind:

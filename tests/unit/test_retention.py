@@ -438,6 +438,17 @@ def test_a_revocation_names_the_live_version_and_ends_when_another_is_live(world
     assert len(world.jobs) == 1
 
 
+def test_a_retired_adapter_is_closed_only_when_replicas_have_dropped_it(world):
+    world.turn(request("revoke"))
+    world.alive[A], world.behind = Live(None, 2), ["host-1"]
+    world.revoked.add(V1)
+    world.turn()
+    assert world.states("revoke")[-1] == "published"
+    world.behind = []
+    world.turn()
+    assert world.states("revoke")[-1] == "closed"
+
+
 def test_revoking_where_nothing_is_live_fails(world):
     world.turn(request("revoke", adapter="nobody"))
     assert world.states("revoke")[-1] == "failed"
