@@ -287,6 +287,8 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
         def look_until(done: Callable[[list[Ask]], bool], source: str, timeout_s: float) -> list[Ask]:
             deadline = time.monotonic() + timeout_s
             while not done(left := look(source)) and time.monotonic() < deadline:
+                for role in supervisor.children.values():
+                    assert role.running, f"{role.name} ended: {role.log_tail()}"
                 time.sleep(1)
             return left
 
