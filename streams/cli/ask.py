@@ -29,7 +29,6 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
     with Console(stderr=True).status("loading the base and the adapter"):
         from learner.adapter import LoraConfig
         from learner.backends import PeftBackend
-
         from learner.base import load_base
 
         manifest = registry.manifest(adapter, alias.version)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -36,7 +37,6 @@ from streams.settings import load_settings
 
 if TYPE_CHECKING:
     from learner.backends import PeftBackend
-
     from learner.probe import Probe
 
 LIBRARY, SUPPORT = "acme/library", "acme/support"
@@ -119,10 +119,11 @@ def run_demo(*, quick: bool, out: Path, keep: bool, as_json: bool) -> int:
     )
 
     def say(line: str) -> None:
-        console.print(f"[dim]{time.monotonic() - started:6.1f} s[/] {line}", highlight=False)
+        console.print(f"[dim]{time.monotonic() - started:6.1f} s[/] {line}", highlight=False, soft_wrap=True)
 
     stack = Stack(settings, folder, say=say)
     demo = Demo(stack, Watcher(say, started=started), console, quick=quick)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that what was started is stopped on SIGTERM too
     try:
         with console.status("starting a real Apache Kafka and four roles, each a process of its own"):
             texts = threading.Thread(target=demo.collect, name="texts")
@@ -216,9 +217,8 @@ class Demo:
             return self._judge(library, ends, answers_before, answers)
 
     def _subscribe(self, adapter: str) -> PeftBackend:
-        from learner.backends import PeftBackend
-
         from learner.adapter import LoraConfig
+        from learner.backends import PeftBackend
         from learner.base import load_base
 
         settings = self.stack.settings

@@ -18,9 +18,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from learner.backends import PeftBackend
-
 from learner.adapter import LoraConfig
+from learner.backends import PeftBackend
 from learner.base import load_base
 from storage.registry import AliasState
 from streams.cli.adapters import open_registry

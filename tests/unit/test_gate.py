@@ -96,9 +96,22 @@ def test_a_fall_that_few_tokens_cannot_tell_from_noise_passes_but_a_clear_rise_d
 
 
 def test_general_loss_may_rise_up_to_its_bound() -> None:
-    assert gate.judge_general(3.0, 3.149, LIMITS).promote
-    assert gate.judge_general(3.0, 3.151, LIMITS).reason == "general-rise"
-    assert gate.judge_general(3.0, math.nan, LIMITS).reason == "not-finite"
+    assert gate.judge_general(3.0, gate.Gain(3.1, 3.149, 0.0), LIMITS).promote
+    assert gate.judge_general(3.0, gate.Gain(3.1, 3.151, 0.0), LIMITS).reason == "general-rise"
+    assert gate.judge_general(3.0, gate.Gain(3.1, math.nan, 0.0), LIMITS).reason == "not-finite"
+
+
+def test_an_update_that_brings_general_loss_down_passes_though_it_is_still_past_the_bound():
+    assert gate.judge_general(3.0, gate.Gain(3.3, 3.2, 0.0), LIMITS).promote
+    assert gate.judge_general(3.0, gate.Gain(3.2, 3.3, 0.0), LIMITS).reason == "general-rise"
+
+
+def test_strain_is_the_used_up_room_for_a_rise():
+    bound = LIMITS.max_general_rise_nats
+    assert gate.strain(3.0, 2.9, LIMITS) == 0
+    assert gate.strain(3.0, 3.0 + gate.ROOM * bound / 2, LIMITS) == pytest.approx(0.5)
+    assert gate.strain(3.0, 3.0 + bound, LIMITS) == 1
+    assert gate.strain(3.0, math.nan, LIMITS) == 1
 
 
 @pytest.mark.parametrize(
