@@ -16,6 +16,7 @@ from streams.events import (
     AdapterUpdate,
     BaseRef,
     Learned,
+    RetentionProgressed,
 )
 
 _EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired]] = {
@@ -60,6 +61,12 @@ def event_of(
 def event_id(event: AdapterUpdate) -> str:
     """The CloudEvents id of an alias state: sent again it is the same."""
     return str(uuid5(NAMESPACE_URL, f"{event.key()}/{event.generation}"))
+
+
+def status_id(status: RetentionProgressed) -> str:
+    """The CloudEvents id of what is said of a retention request: said again it is the same."""
+    said = (status.request_id, status.adapter, status.state, str(status.examples), str(status.version), status.detail)
+    return str(uuid5(NAMESPACE_URL, "\n".join(said)))
 
 
 def _time(timestamp_ms: int | None) -> datetime | None:

@@ -20,7 +20,7 @@ BATCH_CACHE_TOKENS = 8_000_000
 
 Reason = Literal[
     "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
-    "revoked-version", "not-promoted", "nothing-to-roll-back-to", "unsupported",
+    "revoked-version", "not-promoted", "nothing-to-roll-back-to", "recipe-mismatch", "unsupported",
 ]  # fmt: skip
 
 
@@ -124,6 +124,11 @@ class BatchRows:
             rows = self._cache[kept.batch]
         self._cache.move_to_end(kept.batch)
         return rows.get(kept.example_id)
+
+    def drop(self, digests: Iterable[str]) -> None:
+        """Forget these micro-batches."""
+        for digest in digests:
+            self._tokens -= _tokens(self._cache.pop(digest, {}))
 
     def put(self, digest: str, examples: Iterable[ExampleAccepted]) -> None:
         """Remember a micro-batch that is in hand."""

@@ -4,33 +4,36 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from hashlib import sha256
-from pathlib import Path
 from typing import Literal
 
-import torch
-
-from learner.adapter import State, from_safetensors, to_safetensors
+from learner.adapter import State, from_safetensors
 from learner.announce import event_of
 from learner.base import Base
 from learner.batches import BatchRows, JobError, origins, read_batch, skip, sort_out
-from learner.replay import index_from_bytes, index_to_bytes
+from learner.forget import body_of, place_of, without
+from learner.leftovers import sweep
+from learner.replay import index_from_bytes
+from learner.states import code_digest, state_key, stored
 from learner.train import optimizer_from_bytes
 from learner.update import Candidate, Parent, Updater
 from storage.blobs import digest_of, get_blob
 from storage.errors import ConflictError, NotFoundError
-from storage.manifest import BlobRef, LearnedExample, Manifest, Scalar, update_id
+from storage.manifest import BlobRef, Kind, LearnedExample, Manifest, Scalar, update_id
+from storage.quarantine import load_quarantine
 from storage.registry import Head, Registry
+from storage.tombstones import extend_tombstone, lift_tombstone, load_tombstone
 from streams.events import (
     AdapterUpdate,
     Batch,
+    ExampleAccepted,
+    RetentionProgressed,
     RollbackRequested,
     UpdateRequested,
 )
-from streams.settings import code_version
+from streams.quarantine import Screen
 
 MAX_CONFLICTS = 8
 MAX_LOOK_BACK = 256
@@ -39,12 +42,17 @@ STATES_KEPT = 16
 
 @dataclass(frozen=True)
 class Done:
-    """What a job came to. event: to be sent, again where an earlier run may have been cut off before it."""
+    """What a job came to. event: to be sent, again where an earlier run may have been cut off before it.
 
-    outcome: Literal["promoted", "refused", "unchanged", "repeated"]
+    statuses: of retention requests, to be sent after the event. close: to be called when all that was sent arrived.
+    """
+
+    outcome: Literal["promoted", "refused", "unchanged", "repeated", "held"]
     manifest: Manifest | None
     event: AdapterUpdate | None
     stage_s: dict[str, float] = field(default_factory=dict)
+    statuses: tuple[RetentionProgressed, ...] = ()
+    close: Callable[[], None] | None = None
 
 
 class Lineage:
@@ -64,11 +72,11 @@ class Lineage:
         self.updater = updater
         self.base = base
         self._store = registry.store
-        self._threads = threads
+        self.threads = threads
         self._now = now
         self._failpoint = failpoint
-        self._code = code_digest()
-        self._rows = BatchRows(self._store, updater.rows)
+        self.code = code_digest()
+        self.rows = BatchRows(self._store, updater.rows)
         self._states: OrderedDict[str, Parent] = OrderedDict()
 
     # ---- jobs
@@ -82,22 +90,26 @@ class Lineage:
         received = self._now()
         began = time.perf_counter()
         for _ in range(MAX_CONFLICTS):
-            head = self._head(job.adapter)
+            head = self.head(job.adapter)
             marks = dict(head.manifest.marks) if head else {}
             if all(offset <= marks.get(partition, -1) for partition, offset in job.marks.items()):
+                self._clean_up(job)
                 return Done("repeated", None, self.standing(job.adapter, alias))
             batch = read_batch(self._store, job)
-            parent, parent_version = self._parent(head, job.adapter)
+            learnable, body = self._screened(job, batch)
+            parent, parent_version = self.state_at(head, job.adapter)
             self._failpoint("learner.load")
             loaded = time.perf_counter()
-            manifest, blobs = self._next(job, batch, head, parent, parent_version)
+            manifest, blobs = self._next(job, (batch, learnable, body), head, parent, parent_version)
             self._failpoint("learner.train")
             trained_at, trained = self._now(), time.perf_counter()
             try:
-                publication = self.registry.publish(manifest, blobs.values(), self._verifier(blobs), alias)
+                publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), alias)
             except ConflictError:
                 continue
             self._failpoint("learner.publish")
+            if body is not None:
+                self._clean_up(job)
             stage_s = {
                 "load": loaded - began, "train": trained - loaded, "publish": time.perf_counter() - trained,
             }  # fmt: skip
@@ -109,38 +121,93 @@ class Lineage:
                 }  # fmt: skip
                 event = event_of(self.registry, publication.alias_state, stage_at)
             return Done(publication.manifest.outcome, publication.manifest, event, stage_s)
-        raise _contended(job.adapter)
+        raise contended(job.adapter)
 
     def rollback(self, job: RollbackRequested) -> Done:
         """Publish a version with an earlier version's state: the one named, or the one live before this one.
 
-        Marks stay: what was learned since is not learned again. Raises as `update` does.
+        Marks stay: what was learned since is not learned again. With `revoke` the version named is never served
+        again; where it was live, the newest promoted one before it that stands takes its place, or the adapter is
+        retired. Raises as `update` does.
         """
         for _ in range(MAX_CONFLICTS):
-            head = self._head(job.adapter)
+            head = self.head(job.adapter)
             if head is None:
                 raise JobError("nothing-to-roll-back-to", "the adapter has no version", got=job.adapter)
             if self._is_done(job.adapter, job.job_id):
+                self._retire_revoked(job)
                 return Done("repeated", None, self.standing(job.adapter, job.alias))
-            target, version = self._target(job)
-            config = {**target.config, "job_id": job.job_id}
-            manifest = target.model_copy(
-                update={
-                    "seq": head.seq + 1, "kind": "rollback", "outcome": "promoted", "reason": job.reason or "rollback",
-                    "parent": version, "head": head.version, "job_id": job.job_id, "code": self._code,
-                    "update_id": update_id(job.adapter, version, head.manifest.marks, config),
-                    "batch": None, "cut": None, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
-                    "marks": head.manifest.marks, "threads": self._threads,
-                    "published_from_ms": None, "published_to_ms": None,
-                }
-            )  # fmt: skip
             try:
-                publication = self.registry.publish(manifest, (), self._verifier({}), job.alias)
+                if job.revoke:
+                    return self._revoke(job, head)
+                target, version = self._target(job)
+                config = {**target.config, "job_id": job.job_id}
+                manifest = self.passing(
+                    head, target, version, "rollback", job.job_id, job.reason or "rollback"
+                ).model_copy(update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)})
+                publication = self.registry.publish(manifest, (), self.verifier({}), job.alias)
             except ConflictError:
                 continue
             event = event_of(self.registry, publication.alias_state) if publication.alias_state else None
             return Done("promoted", publication.manifest, event)
-        raise _contended(job.adapter)
+        raise contended(job.adapter)
+
+    def _revoke(self, job: RollbackRequested, head: Head) -> Done:
+        if job.version is None:
+            raise JobError("unknown-version", "a revocation names its version", got=None)
+        try:
+            self.registry.revoke(job.adapter, job.version, job.reason or "revoked")
+        except NotFoundError as error:
+            raise JobError("unknown-version", "the version does not exist", got=job.version) from error
+        state = self.registry.alias(job.adapter, job.alias)
+        if state is None or state.version != job.version:
+            return Done("unchanged", None, self.standing(job.adapter, job.alias))
+        target: Manifest | None = None
+        version: str | None = None
+        blobs: dict[str, bytes] = {}
+        try:
+            version = self._before(job)
+            target = self.registry.manifest(job.adapter, version)
+        except JobError:
+            blobs = stored(self.initial(job.adapter, head.manifest.seed))[1]
+        manifest = self.passing(head, target, version, "revoke", job.job_id, job.reason or "revoked")
+        publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), job.alias)
+        self._retire_revoked(job)
+        return Done(publication.manifest.outcome, publication.manifest, self.standing(job.adapter, job.alias))
+
+    def _retire_revoked(self, job: RollbackRequested) -> None:
+        """Serve nothing where what is live was revoked and nothing took its place."""
+        state = self.registry.alias(job.adapter, job.alias) if job.revoke else None
+        if state is not None and state.version == job.version:
+            self.registry.retire(job.adapter, job.alias, job.reason or "revoked")
+
+    def passing(
+        self, head: Head, target: Manifest | None, parent: str | None, kind: Kind, job_id: str, reason: str
+    ) -> Manifest:
+        """The manifest of a version that follows the head, trains nothing and takes up the target's state.
+
+        No target: the state before anything was learned, which nothing is served of. parent: what it names.
+        """
+        like, weights = target or head.manifest, None
+        if target is None:
+            (weights, _, _), _ = stored(self.initial(like.adapter, like.seed))
+        config = {**like.config, "job_id": job_id, "kind": kind}
+        return like.model_copy(
+            update={
+                "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if target and target.optimizer else "unchanged",
+                "reason": reason, "parent": parent, "head": head.version, "job_id": job_id, "code": self.code,
+                "update_id": update_id(like.adapter, parent, head.manifest.marks, config),
+                "batch": None, "cut": None, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
+                "gate": target.gate if target else {}, "marks": head.manifest.marks, "threads": self.threads,
+                "weights": weights or like.weights, "optimizer": like.optimizer if target else None,
+                "replay": like.replay if target else None,
+                "published_from_ms": None, "published_to_ms": None,
+            }
+        )  # fmt: skip
+
+    def initial(self, adapter: str, seed: int) -> Parent:
+        """The state before anything was learned."""
+        return Parent(self.updater.lora.init_state(adapter, seed), None, ())
 
     def standing(self, adapter: str, alias: str) -> AdapterUpdate | None:
         """Finish a publish that was cut off, and give the event of where the alias stands; None without a version."""
@@ -149,7 +216,8 @@ class Lineage:
 
     # ---- parts
 
-    def _head(self, adapter: str) -> Head | None:
+    def head(self, adapter: str) -> Head | None:
+        """The newest version, checked to be of this worker's base and rank. Raises JobError."""
         head = self.registry.head(adapter)
         if head is not None:
             self._check_base(head.manifest)
@@ -172,13 +240,13 @@ class Lineage:
                 allowed=manifest.rank,
             )
 
-    def _parent(self, head: Head | None, adapter: str) -> tuple[Parent, str | None]:
+    def state_at(self, head: Head | None, adapter: str) -> tuple[Parent, str | None]:
         """The state to train from, and the version that it is of. A refused head carries its parent's state."""
         if head is None:
-            return Parent(self.updater.lora.init_state(adapter, self.updater.recipe.seed), None, ()), None
+            return self.initial(adapter, self.updater.recipe.seed), None
         manifest = head.manifest
         version = head.version if manifest.outcome == "promoted" else manifest.parent
-        key = _state_key(manifest.weights, manifest.optimizer, manifest.replay)
+        key = state_key(manifest.weights, manifest.optimizer, manifest.replay)
         parent = self._states.get(key)
         if parent is None:
             shapes = self.updater.lora.shapes
@@ -198,28 +266,41 @@ class Lineage:
             self._states.popitem(last=False)
 
     def _next(
-        self, job: UpdateRequested, batch: Batch, head: Head | None, parent: Parent, parent_version: str | None
+        self,
+        job: UpdateRequested,
+        cut: tuple[Batch, Batch, bytes | None],
+        head: Head | None,
+        parent: Parent,
+        parent_version: str | None,
     ) -> tuple[Manifest, dict[str, bytes]]:
+        batch, learnable, body = cut
         marks = dict(head.manifest.marks) if head else {}
-        fresh, skipped, dropped = sort_out(batch, marks, self.updater.rows)
+        fresh, skipped, dropped = sort_out(learnable, marks, self.updater.rows)
+        stay = {place_of(example) for example in learnable.examples}
+        skipped += [skip(example, "quarantined") for example in batch.examples if place_of(example) not in stay]
+        ref = BlobRef(digest=job.batch.digest, size_bytes=job.batch.size_bytes)
+        blobs: dict[str, bytes] = {}
+        if body is not None:
+            ref = BlobRef(digest=digest_of(body), size_bytes=len(body))
+            blobs[ref.digest] = body
         after = dict(marks)
         places = [(origin.partition_key(), origin.offset) for origin in origins(batch)]
         for partition, offset in (*job.marks.items(), *places):
             after[partition] = max(offset, after.get(partition, offset))
         candidate: Candidate | None = None
         if fresh:
-            self._rows.put(job.batch.digest, batch.examples)
+            self.rows.put(ref.digest, learnable.examples)
             candidate = self.updater.update(
-                parent, fresh, adapter=job.adapter, cut=job.cut, batch=job.batch.digest, replayed=self._rows
+                parent, fresh, adapter=job.adapter, cut=job.cut, batch=ref.digest, replayed=self.rows
             )
         promoted = candidate is not None and candidate.outcome == "promoted"
         state = parent
         if candidate is not None and promoted:
             state = Parent(candidate.state, candidate.optimizer, candidate.replay)
-        blobs: dict[str, bytes] = {}
         if promoted or head is None:
-            weights, optimizer, replay = _stored(state, blobs)
-            self._remember(_state_key(weights, optimizer, replay), state)
+            (weights, optimizer, replay), made = stored(state)
+            blobs |= made
+            self._remember(state_key(weights, optimizer, replay), state)
         else:
             weights, optimizer, replay = head.manifest.weights, head.manifest.optimizer, head.manifest.replay
         recipe = self.updater.recipe
@@ -239,21 +320,13 @@ class Lineage:
             job_id=job.job_id,
             base_model=self.base.name,
             base_sha256=self.base.digest,
-            code=self._code,
+            code=self.code,
             config=config,
             seed=recipe.seed,
-            threads=self._threads,
-            batch=BlobRef(digest=job.batch.digest, size_bytes=job.batch.size_bytes),
+            threads=self.threads,
+            batch=ref,
             cut=job.cut,
-            learned=[
-                LearnedExample(
-                    example_id=example.example_id,
-                    partition=example.origin.partition_key(),
-                    offset=example.origin.offset,
-                    tokens=sum(row.tokens for row in self.updater.rows(example)),
-                )
-                for example in learned
-            ],
+            learned=[self.learned(example) for example in learned],
             skipped=[*skipped, *refused],
             dropped=dropped,
             marks=after,
@@ -268,7 +341,38 @@ class Lineage:
         )
         return manifest, blobs
 
-    def _verifier(self, blobs: Mapping[str, bytes]) -> Callable[[Manifest], None]:
+    def learned(self, example: ExampleAccepted, updater: Updater | None = None) -> LearnedExample:
+        """The record of an example that is learned, by this learner's updater or another."""
+        partition, offset = place_of(example)
+        tokens = sum(row.tokens for row in (updater or self.updater).rows(example))
+        return LearnedExample(example_id=example.example_id, partition=partition, offset=offset, tokens=tokens)
+
+    def _screened(self, job: UpdateRequested, batch: Batch) -> tuple[Batch, bytes | None]:
+        """The micro-batch without what must not be learned, and its new body; None where nothing is left out.
+
+        The old body still has the text, so it is put down to be deleted before anything names the new one.
+        """
+        screen = Screen(load_quarantine(self._store, job.adapter))
+        blocked = {place_of(example) for example in batch.examples if screen.blocks(example)}
+        if not blocked:
+            return batch, None
+        learnable = without(batch, blocked)
+        extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest])
+        return learnable, body_of(learnable)
+
+    def _clean_up(self, job: UpdateRequested) -> None:
+        """Delete what an update put down to be deleted, once its version is on the line."""
+        if load_tombstone(self._store, job.adapter, job.job_id) is not None:
+            self.drop(sweep(self.registry, job.adapter))
+            lift_tombstone(self._store, job.adapter, job.job_id)
+
+    def drop(self, digests: Collection[str]) -> None:
+        """Let go of what this process still has in memory of blobs that were deleted."""
+        self.rows.drop(digests)
+        for key in [key for key in self._states if not set(key.split()).isdisjoint(digests)]:
+            del self._states[key]
+
+    def verifier(self, blobs: Mapping[str, bytes]) -> Callable[[Manifest], None]:
         """The trial load. Bytes in hand need no second read: the registry compared the stored ones by digest."""
 
         def verify(manifest: Manifest) -> None:
@@ -295,7 +399,9 @@ class Lineage:
             target = self.registry.manifest(job.adapter, version)
         except NotFoundError as error:
             raise JobError("unknown-version", "the version does not exist", got=version) from error
-        if target.outcome != "promoted":
+        if target.kind == "quarantine" and target.parent:
+            version, target = target.parent, self.registry.manifest(job.adapter, target.parent)
+        if target.outcome != "promoted" or target.kind == "replayed":
             raise JobError("not-promoted", "the version was never live", got=f"{version} {target.outcome}")
         if self.registry.is_revoked(job.adapter, target.seq):
             raise JobError("revoked-version", "the version was revoked", got=version)
@@ -311,37 +417,15 @@ class Lineage:
         version = live.head if live else None
         while version is not None:
             manifest = self.registry.manifest(job.adapter, version)
-            if manifest.outcome == "promoted" and not self.registry.is_revoked(job.adapter, manifest.seq):
+            stands = not self.registry.is_revoked(job.adapter, manifest.seq)
+            if manifest.outcome == "promoted" and manifest.kind != "quarantine" and stands:
                 return version
             version = manifest.head
         raise JobError("nothing-to-roll-back-to", "no version was live before", got=f"{job.adapter}#{job.alias}")
 
 
-def code_digest() -> str:
-    """What computed a version: release, torch, and a digest of the files that decide its bytes."""
-    folder = Path(__file__).parent
-    total = sha256()
-    for name in ("adapter", "examples", "gate", "replay", "score", "train", "update"):
-        total.update((folder / f"{name}.py").read_bytes())
-    return f"perennial {code_version()} {total.hexdigest()[:16]} torch {torch.__version__}"
-
-
-def _stored(state: Parent, blobs: dict[str, bytes]) -> tuple[BlobRef, BlobRef | None, BlobRef | None]:
-    def ref(data: bytes) -> BlobRef:
-        digest = digest_of(data)
-        blobs[digest] = data
-        return BlobRef(digest=digest, size_bytes=len(data))
-
-    optimizer = ref(to_safetensors(state.optimizer)) if state.optimizer else None
-    replay = ref(index_to_bytes(state.replay)) if state.replay else None
-    return ref(to_safetensors(state.state)), optimizer, replay
-
-
-def _state_key(*refs: BlobRef | None) -> str:
-    return " ".join(ref.digest if ref else "-" for ref in refs)
-
-
-def _contended(adapter: str) -> ConflictError:
+def contended(adapter: str) -> ConflictError:
+    """The error of a job that lost every race."""
     return ConflictError(
         f"other learners were faster {MAX_CONFLICTS} times in a row on {adapter}",
         remedy="let one consumer group own the topic adapter-jobs",

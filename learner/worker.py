@@ -1,6 +1,7 @@
 """The learner: takes jobs one at a time, trains beside the poll loop, announces, then commits. The only job consumer.
 
 Per job: version and alias in the store, then the event, then the offset; each may be cut off and done again.
+What a forgetting has to say before it is through is sent while it goes on.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
+from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
 from learner.adapter import AdapterError, Lora, LoraConfig
-from learner.announce import event_id
+from learner.announce import event_id, status_id
 from learner.base import Base, general_texts, load_base
 from learner.batches import JobError
 from learner.examples import Codec
+from learner.forgetter import Forgetter
 from learner.lineage import Done, Lineage
 from learner.train import OutOfMemoryError, prepare
 from learner.transport import Inbox, Outbox, Record
@@ -27,8 +30,10 @@ from learner.update import General, Recipe, Updater
 from storage.blobs import ObjectStore, open_store
 from storage.errors import IntegrityError, NotFoundError, StoreUnavailableError
 from storage.failpoints import failpoint
+from storage.quarantine import Done as Mark
+from storage.quarantine import finish_entry
 from storage.registry import Registry
-from streams.events import RollbackRequested, UpdateRequested
+from streams.events import AdapterUpdate, ForgetRequested, RetentionProgressed, RollbackRequested, UpdateRequested
 from streams.metrics import Metrics
 from streams.settings import Settings
 from streams.topics import identify
@@ -55,7 +60,7 @@ def run_learner(
     base, lock: shared with other roles of this process; the lock is held for one training step at a time.
     Raises PerennialError where the store or Kafka stay away; then nothing of the job in hand was committed.
     """
-    identify(settings, [TOPIC, "adapter-updates", "dead-letters"])
+    identify(settings, [TOPIC, "adapter-updates", "retention-status", "dead-letters"])
     store = open_store(settings.require_store())
     store.probe()
     lineage = make_lineage(settings, store, base or load_base(settings.base, settings.device, settings.threads), lock)
@@ -99,6 +104,8 @@ class Learner:
         self._outbox = outbox
         self._metrics = metrics
         self._stop = stop
+        self._told: SimpleQueue[AdapterUpdate] = SimpleQueue()
+        self._forgetter = Forgetter(lineage, _now, failpoint, self._told.put)
         self._seen: set[str] = set()
         self._waiting: deque[Record] = deque()
         self._job: tuple[Record, Envelope, Future[Done]] | None = None
@@ -113,6 +120,7 @@ class Learner:
             if self._job is not None:
                 wait([self._job[2]], timeout=TRAINING_POLL_S)
             self._waiting.extend(self._inbox.poll(TRAINING_POLL_S if self._job else IDLE_POLL_S))
+            self._pass_on()
             if self._job is not None and self._job[2].done():
                 self._finish(*self._job)
                 self._job = None
@@ -156,6 +164,8 @@ class Learner:
             return self._first_sight(self._lineage.update(job, self._settings.alias), job.adapter, self._settings.alias)
         if isinstance(job, RollbackRequested):
             return self._first_sight(self._lineage.rollback(job), job.adapter, job.alias)
+        if isinstance(job, ForgetRequested):
+            return self._forgetter.forget(job, self._settings.alias)
         raise JobError("unsupported", f"{envelope.type} is not supported by this learner", got=envelope.type)
 
     def _first_sight(self, done: Done, adapter: str, alias: str) -> Done:
@@ -168,42 +178,67 @@ class Learner:
     def _finish(self, record: Record, envelope: Envelope, job: Future[Done]) -> None:
         """Announce, then commit. A job that can never be done goes to the dead letters, and the next one is taken."""
         self._metrics.oldest_age_s(0)
+        self._pass_on(envelope.traceparent)
         try:
             done = job.result()
         except JobError as error:
-            self._refuse(record, error.reason, str(error))
+            self._refuse(record, error.reason, str(error), envelope)
             return
         except (IntegrityError, NotFoundError, AdapterError) as error:
-            self._refuse(record, "broken-state", str(error))
+            self._refuse(record, "broken-state", str(error), envelope)
             return
         except OutOfMemoryError as error:
-            self._refuse(record, "out-of-memory", str(error))
+            self._refuse(record, "out-of-memory", str(error), envelope)
             return
         if done.event is not None:
-            event = done.event
-            self._outbox.send(
-                event, id=event_id(event), time=event.published_at, traceparent=envelope.traceparent
-            )  # fmt: skip
-            self._outbox.flush()
-            self._metrics.generation(event.adapter, event.generation)
+            self._announce(done.event, envelope.traceparent)
+        for status in done.statuses:
+            self._outbox.send(status, id=status_id(status), time=status.at, traceparent=envelope.traceparent)
+        self._outbox.flush()
+        if done.close is not None:
+            done.close()
         failpoint("learner.event")
         self._inbox.commit([record])
         failpoint("learner.commit")
         self._count(envelope, done)
 
-    def _refuse(self, record: Record, reason: str, detail: str) -> None:
+    def _announce(self, event: AdapterUpdate, traceparent: str | None) -> None:
+        self._outbox.send(event, id=event_id(event), time=event.published_at, traceparent=traceparent)
+        self._metrics.generation(event.adapter, event.generation)
+
+    def _pass_on(self, traceparent: str | None = None) -> None:
+        """Send what the job in hand has to say before it is through."""
+        try:
+            while True:
+                self._announce(self._told.get_nowait(), traceparent)
+        except Empty:
+            self._outbox.flush()
+
+    def _refuse(self, record: Record, reason: str, detail: str, envelope: Envelope | None = None) -> None:
         _log.warning("job at %s/%d refused: %s: %s", record.partition, record.offset, reason, detail)
         self._outbox.refuse(record, reason, detail)
+        job = envelope.event if envelope else None
+        if isinstance(job, ForgetRequested):
+            said = f"{reason}: {detail}"[:1024]
+            status = RetentionProgressed(
+                request_id=job.request_id, adapter=job.adapter, kind=job.kind, state="failed", detail=said, at=_now()
+            )
+            self._outbox.send(status, id=status_id(status), time=status.at)
+            self._outbox.flush()
+            mark = Mark(at_ms=int(status.at.timestamp() * 1000), failure=said)
+            finish_entry(self._lineage.registry.store, job.adapter, job.request_id, mark)
         self._outbox.flush()
         self._inbox.commit([record])
         self._metrics.progress()
 
     def _count(self, envelope: Envelope, done: Done) -> None:
         adapter = getattr(envelope.event, "adapter", "")
-        self._metrics.update(done.outcome, adapter)
         for stage, seconds in done.stage_s.items():
             self._metrics.stage_s(stage, seconds)
-        if done.manifest is not None:
+        forgot = isinstance(envelope.event, ForgetRequested)
+        if not forgot:
+            self._metrics.update(done.outcome, adapter)
+        if done.manifest is not None and not forgot:
             self._metrics.trained(done.manifest.tokens, done.stage_s.get("train", 0.0))
             figures = done.manifest.gate
             basis = "held_out" if figures.get("basis") == "held-out" else "new"

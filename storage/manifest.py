@@ -17,7 +17,13 @@ from storage.keys import digest_of
 MAX_MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
 
-Kind = Literal["update", "rollback", "forget", "replayed"]
+Kind = Literal["update", "rollback", "revoke", "quarantine", "forget", "replayed"]
+"""What made a version. All but `update` and `replayed` train nothing: they take up an earlier state.
+
+revoke: instead of a version that must not be served. quarantine: what is served while a forgetting is under way,
+the state from before the first use. forget: what a forgetting came to; its parent is the last of the versions
+made anew. replayed: one of those; it has no place on the line, and its head is the one made anew before it.
+"""
 Outcome = Literal["promoted", "refused", "unchanged"]
 AdapterName = Annotated[
     str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)
@@ -119,6 +125,19 @@ class Manifest(_Part):
         if (self.seq == 1) != (self.head is None):
             raise ValueError("head must be the version at seq - 1, and none at seq 1")
         return self
+
+    @property
+    def state_parent(self) -> str | None:
+        """The version whose state this one began with; a refused one counts, for it carries its state on."""
+        return self.head if self.kind in {"update", "replayed"} else self.parent
+
+    @property
+    def schedule_parent(self) -> str | None:
+        """The version before this one in the schedule of updates that a forgetting replays.
+
+        What a rollback left behind is not in it; what a quarantine put aside for a while is.
+        """
+        return self.head if self.kind == "quarantine" else self.state_parent
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""

@@ -37,7 +37,9 @@ from storage.tensors import check_safetensors
 __all__ = ["AliasState", "Head", "Publication", "Registry", "Revocation", "manifest_key", "update_id"]
 
 LIVE = "live"
-_KINDS: dict[str, AliasKind] = {"rollback": "rolled_back", "forget": "revoked"}
+_KINDS: dict[str, AliasKind] = {
+    "rollback": "rolled_back", "revoke": "revoked", "quarantine": "revoked", "forget": "revoked",
+}  # fmt: skip
 _SWAP_ATTEMPTS = 64
 K = TypeVar("K")
 V = TypeVar("V")
@@ -229,6 +231,21 @@ class Registry:
         if promoted:
             self._failpoint("publish.alias")
         return Publication(version, manifest, state, was_new)
+
+    def record(self, manifest: Manifest) -> str:
+        """Store a manifest that takes no place on the line and is never served; its version id."""
+        version = manifest.digest()
+        self.store.put_if_absent(manifest_key(manifest.adapter, version), manifest.to_bytes())
+        return version
+
+    def aliases(self, adapter: str) -> Iterator[AliasState]:
+        """Every alias of the adapter."""
+        above = f"aliases/{check_adapter(adapter)}/"
+        for key in self.store.list(above):
+            name = key[len(above) :]
+            state = None if "/" in name else self.alias(adapter, name)
+            if state is not None:
+                yield state
 
     def swap_alias(self, manifest: Manifest, version: str, alias: str = LIVE) -> AliasState | None:
         """Point the alias at a promoted version of the line, unless it is at that seq or a later one already.

@@ -79,12 +79,12 @@ class Index:
         for _, name in self._registry.versions(adapter, newest_first=False):
             seen.add(name)
             yield name, self._registry.manifest(adapter, name)
-        parent = self._registry.manifest(adapter, head).parent
-        while parent is not None:
-            manifest = self._registry.manifest(adapter, parent)
-            if parent not in seen:
-                yield parent, manifest
-            parent = manifest.parent
+        before = self._registry.manifest(adapter, head).schedule_parent
+        while before is not None:
+            manifest = self._registry.manifest(adapter, before)
+            if before not in seen:
+                yield before, manifest
+            before = manifest.schedule_parent
 
     def _add(self, line: _Line, version: str, manifest: Manifest, *, stands: bool) -> None:
         if manifest.batch is None:

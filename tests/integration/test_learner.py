@@ -23,9 +23,7 @@ from streams.events import (
     AdapterPromoted,
     AdapterRolledBack,
     ExampleScored,
-    ForgetRequested,
     RollbackRequested,
-    Selector,
 )
 from streams.metrics import Metrics
 from streams.settings import Settings
@@ -92,18 +90,14 @@ def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(gi
     missing = job(given, 1, 8, 9)
     DirectoryStore(Path(given.store)).delete(blob_key(missing.batch.digest))
     strange = job(given, 1, 0, 1).model_copy(update={"cut": 7, "batch": job(given, 2, 2, 3).batch})
-    forget = ForgetRequested(
-        job_id="f", request_id="f", adapter=ADAPTER, kind="erase", until_ms=1,
-        selector=Selector(document_ids=["doc-1"]),
-    )  # fmt: skip
     back = RollbackRequested(job_id="r", adapter="nobody/here", requested_by="ann")
-    bad = (missing, ("adapter-jobs", b"{not json"), ("adapter-jobs", b'{"a":1}'), strange, forget, back)
+    bad = (missing, ("adapter-jobs", b"{not json"), ("adapter-jobs", b'{"a":1}'), strange, back)
     kit.send(given, *bad, job(given, 3, 4, 5))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
         (event,) = kit.envelopes(given, "adapter-updates", 1)
         reasons = [reason for reason, _ in kit.letters(given, len(bad))]
     assert reasons[0] == "missing-batch"
-    assert reasons[3:] == ["wrong-adapter", "unsupported", "nothing-to-roll-back-to"]
+    assert reasons[3:] == ["wrong-adapter", "nothing-to-roll-back-to"]
     assert isinstance(event.event, AdapterPromoted)
     assert learned(given) == [4, 5]
 

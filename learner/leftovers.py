@@ -1,0 +1,41 @@
+"""Deleting what nothing needs any more: an adapter's whole history from the store, and the sweep of its tombstones."""
+
+from __future__ import annotations
+
+from learner.forget import History
+from storage.blobs import blob_key
+from storage.manifest import Manifest
+from storage.registry import Registry
+from storage.tombstones import tombstones
+
+
+def load_history(registry: Registry, adapter: str) -> History | None:
+    """All manifests that can be reached from the adapter's line; None where it has no version. Raises StoreError."""
+    line = [version for _, version in registry.versions(adapter)]
+    if not line:
+        return None
+    manifests: dict[str, Manifest] = {}
+    waiting = list(line)
+    while waiting:
+        version = waiting.pop()
+        if version not in manifests:
+            manifest = manifests[version] = registry.manifest(adapter, version)
+            waiting += [name for name in (manifest.parent, manifest.head) if name is not None]
+    return History(manifests, line, line[0])
+
+
+def sweep(registry: Registry, adapter: str) -> set[str]:
+    """Delete the blobs that the adapter's tombstones name, with all object versions; the digests that are gone.
+
+    What a version that stands needs is kept, so nothing is lost where a job was cut off before its end. The
+    tombstones stay: who wrote them removes them.
+    """
+    named = {digest for tombstone in tombstones(registry.store, adapter) for digest in tombstone.digests}
+    if not named:
+        return set()
+    history = load_history(registry, adapter)
+    if history is not None:
+        named -= history.standing({revocation.version for revocation in registry.revocations(adapter)})
+    for digest in sorted(named):
+        registry.store.delete(blob_key(digest))
+    return named

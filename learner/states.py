@@ -1,0 +1,46 @@
+"""An adapter's state as blobs, and what computed it."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from learner.adapter import to_safetensors
+from learner.replay import index_to_bytes
+from learner.update import Parent
+from storage.blobs import digest_of
+from storage.manifest import BlobRef
+from streams.settings import code_version
+
+Refs = tuple[BlobRef, BlobRef | None, BlobRef | None]
+"""Weights, optimizer, replay index."""
+
+
+def code_digest() -> str:
+    """What computed a version: release, torch, and a digest of the files that decide its bytes."""
+    folder = Path(__file__).parent
+    total = sha256()
+    for name in ("adapter", "examples", "gate", "replay", "score", "train", "update"):
+        total.update((folder / f"{name}.py").read_bytes())
+    return f"perennial {code_version()} {total.hexdigest()[:16]} torch {torch.__version__}"
+
+
+def stored(state: Parent) -> tuple[Refs, dict[str, bytes]]:
+    """A state as blobs by digest, with the references to its weights, optimizer and replay index."""
+    blobs: dict[str, bytes] = {}
+
+    def ref(data: bytes) -> BlobRef:
+        digest = digest_of(data)
+        blobs[digest] = data
+        return BlobRef(digest=digest, size_bytes=len(data))
+
+    optimizer = ref(to_safetensors(state.optimizer)) if state.optimizer else None
+    replay = ref(index_to_bytes(state.replay)) if state.replay else None
+    return (ref(to_safetensors(state.state)), optimizer, replay), blobs
+
+
+def state_key(*refs: BlobRef | None) -> str:
+    """What tells a state apart from all others, by its references."""
+    return " ".join(ref.digest if ref else "-" for ref in refs)

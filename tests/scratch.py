@@ -1,0 +1,64 @@
+"""Training from scratch, for comparison with what forgetting comes to: no lineage, no registry, no forgetting code.
+
+Cuts are given as lists of examples; each is filtered by the caller, stored as curate would store it, and learned by
+`Updater.update` from the state before. What the gate refuses leaves the state as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from learner.adapter import to_safetensors
+from learner.batches import BatchRows
+from learner.replay import index_to_bytes
+from learner.update import Parent, Updater
+from storage.blobs import ObjectStore, put_blob
+from storage.manifest import Manifest
+from streams.events import Batch, ExampleAccepted
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Digests of the final state, None where the state has no such part."""
+
+    weights: str
+    optimizer: str | None
+    replay: str | None
+    outcomes: tuple[str, ...]
+    state: Parent
+
+    def equals(self, manifest: Manifest) -> bool:
+        """Whether a version has this very state."""
+        refs = (manifest.weights, manifest.optimizer, manifest.replay)
+        return tuple(ref.digest if ref else None for ref in refs) == (self.weights, self.optimizer, self.replay)
+
+
+def train(
+    updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int, Sequence[ExampleAccepted]]
+) -> Scratch:
+    """Learn the cuts by number, in order; an empty one is left out."""
+    state = Parent(updater.lora.init_state(adapter, updater.recipe.seed), None, ())
+    rows = BatchRows(store, updater.rows)
+    outcomes = []
+    for cut, examples in cuts.items():
+        if not examples:
+            continue
+        batch = Batch(adapter=adapter, cut=cut, examples=list(examples), skipped=[])
+        digest = put_blob(store, batch.model_dump_json(by_alias=True).encode())
+        found = updater.update(state, examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
+        outcomes.append(found.outcome)
+        if found.outcome == "promoted":
+            state = Parent(found.state, found.optimizer, found.replay)
+    return Scratch(
+        weights=_digest(to_safetensors(state.state)),
+        optimizer=_digest(to_safetensors(state.optimizer)) if state.optimizer else None,
+        replay=_digest(index_to_bytes(state.replay)) if state.replay else None,
+        outcomes=tuple(outcomes),
+        state=state,
+    )
+
+
+def _digest(data: bytes) -> str:
+    return "sha256:" + sha256(data).hexdigest()
