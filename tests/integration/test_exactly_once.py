@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from storage.blobs import open_store
 from streams.cli.adapters import open_registry
 from streams.cli.supervise import ROLES, Supervisor
 from streams.client import Publisher
 from streams.settings import Settings
 from streams.topics import provision
 from tests.oracle import account, wait_until
+from tests.services import start_minio
 
 ADAPTERS = ("acme/a", "acme/b", "other")
 EVENTS = 150
@@ -42,7 +44,7 @@ WORDS = [
 ]
 
 
-def small_settings(kafka: str, prefix: str, store: Path) -> Settings:
+def small_settings(kafka: str, prefix: str, store: str | Path) -> Settings:
     """Updates that take a fraction of a second: the guarantee does not depend on how much is learned."""
     return Settings(
         kafka=kafka, topic_prefix=prefix, store=str(store), partitions=2, threads=1, max_batch_examples=12,
@@ -51,15 +53,29 @@ def small_settings(kafka: str, prefix: str, store: Path) -> Settings:
     )  # fmt: skip
 
 
+@pytest.fixture
+def minio_store(tmp_path, monkeypatch):
+    """A MinIO server for this test, that its processes find by their environment; the address of an empty bucket."""
+    server = start_minio(tmp_path / "minio")
+    try:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        open_store("s3://perennial/loop").probe()
+        yield "s3://perennial/loop"
+    finally:
+        server.stop()
+
+
 def text(rng: random.Random, number: int) -> str:
     return f"note {number}: " + " ".join(rng.choices(WORDS, k=24))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("victim", ROLES)
-def test_every_example_is_learned_once_though_a_role_is_killed(victim, broker, topic_prefix, tmp_path):
-    settings = small_settings(broker.bootstrap, topic_prefix, tmp_path / "store")
+@pytest.mark.parametrize(("victim", "store"), [*((role, "folder") for role in ROLES), ("learner", "minio")])
+def test_every_example_is_learned_once_though_a_role_is_killed(victim, store, broker, topic_prefix, request, tmp_path):
+    where = str(tmp_path / "store") if store == "folder" else request.getfixturevalue("minio_store")
+    settings = small_settings(broker.bootstrap, topic_prefix, where)
     provision(settings)
     rng = random.Random(f"kill {victim}")
     supervisor = Supervisor(settings, tmp_path / "logs")
