@@ -29,6 +29,7 @@ WARMUP_STEPS = 10
 MEASURED_ROWS = 8
 """Of the rows that are trained, so many are measured before and after, for the record."""
 ANCHOR_POOL = 256
+STRAINED_GENERAL_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -167,12 +168,12 @@ class Updater:
         rng = random_from("update", adapter, cut, recipe.seed)
         new = rng.sample(train_rows, min(MEASURED_ROWS, len(train_rows)))
         anchors = self.general.anchors(rng, recipe.anchor_rows)
-        main = self._schedule(train_rows, parent, replayed, recipe.steps, rng)
-        closing = self._schedule(held_rows, parent, replayed, CLOSING_STEPS, rng)
         base = mean_nats(self.general.base_losses(self.lora, anchors, self.lock))
-
         self.lora.load(parent.state)
         held_was, new_was, anchor_was = self._measure(held_rows, new, anchors)
+        strain = gate.strain(base, _mean(anchor_was), self._limits) if anchors else 0.0
+        main = self._schedule(train_rows, parent, replayed, recipe.steps, rng, strain)
+        closing = self._schedule(held_rows, parent, replayed, CLOSING_STEPS, rng, strain)
         figures: dict[str, float | int | str | None] = {
             "basis": "held-out" if held else "seen",
             "held_out_examples": len(held),
@@ -181,6 +182,7 @@ class Updater:
             "anchor_before": _mean(anchor_was),
             "replayed_rows": main.replayed + closing.replayed,
             "replay_missing": main.missing + closing.missing,
+            "strain": strain,
             "steps": len(main.steps) + len(closing.steps),
         }
         result = self._train(parent.state, parent.optimizer, main)
@@ -201,7 +203,7 @@ class Updater:
             if not held:
                 verdict = gate.judge_gain(measured, self._limits)
             if verdict.promote and anchors:
-                verdict = gate.judge_general(base, _mean(anchor_is), self._limits)
+                verdict = gate.judge_general(base, gate.gain(anchor_was, anchor_is), self._limits)
         figures["reason"] = verdict.reason
         record = gate.rounded(figures)
         if not verdict.promote:
@@ -221,8 +223,17 @@ class Updater:
         replayed: Callable[[Kept], Sequence[Row] | None],
         steps: int,
         rng: Random,
+        strain: float,
     ) -> Schedule:
-        mix = Mix(steps, self.recipe.rows, self.recipe.replay_share, self.recipe.general_share)
+        general = self.recipe.general_share
+        # What general text costs already decides how much of it is trained on: a stream that pulls the adapter away
+        # meets a growing counterweight before the gate has to refuse.
+        mix = Mix(
+            steps,
+            self.recipe.rows,
+            self.recipe.replay_share * (1 - strain / 2),
+            general + strain * max(0.0, STRAINED_GENERAL_SHARE - general),
+        )
         return schedule(new, parent.replay, replayed, self.general.draw, mix, rng)
 
     def _train(self, state: State, optimizer: State | None, rows: Schedule) -> TrainResult:

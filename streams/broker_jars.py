@@ -27,7 +27,7 @@ KAFKA_ARTIFACT = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}"
 MAVEN_URL_VARIABLE = "PERENNIAL_MAVEN_URL"
 OWN_BROKER = (
     "point PERENNIAL_KAFKA=host:port at a broker of your own, "
-    "or start one with `docker compose up -d kafka` in deploy/"
+    "or start one with `docker compose up -d kafka`"
 )
 
 Progress = Callable[[str], None]

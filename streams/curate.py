@@ -281,7 +281,7 @@ class Curation:
 
     async def _send_drift(self, drift: DriftDetected) -> None:
         log.info("drift of %s in %s: %.3f to %.3f", drift.signal, drift.adapter, drift.before, drift.after)
-        self._metrics.drift(drift.signal, drift.detector)
+        self._metrics.drift(drift.signal, drift.detector, drift.adapter)
         event_id = f"{drift.adapter}:{drift.signal}:{drift.examples_seen}"
         await self._send(drift, encode(drift, id=event_id, source=SOURCE, time=_now()))
 

@@ -227,7 +227,7 @@ def _quix(settings: Settings, events: int, group: str, watch: Stopwatch) -> None
     app = Application(
         settings.kafka, consumer_group=group, auto_offset_reset="earliest", commit_every=BATCH, commit_interval=5.0,
         producer_extra_config={"acks": "all", "enable.idempotence": True, "partitioner": "murmur2_random"},
-        loglevel="WARNING", auto_create_topics=False,
+        loglevel="WARNING", auto_create_topics=False, state_dir=tempfile.mkdtemp(prefix="bench-quix-"),
     )  # fmt: skip
     documents = app.topic(settings.topic("documents"), value_deserializer="bytes", key_deserializer="bytes")
     examples = app.topic(settings.topic("examples"), value_serializer=Value(), key_serializer="bytes")
