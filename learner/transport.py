@@ -202,7 +202,8 @@ class Outbox:
             at=self._now(),
         )
         self._metrics.refused(reason)
-        self._send("dead-letters", record.key, value, headers)
+        # kafka-python cannot write a header without a value; a record must not stop the flow by having one.
+        self._send("dead-letters", record.key, value, [(name, raw or b"") for name, raw in headers])
 
     def _send(self, topic: str, key: bytes | None, value: bytes | None, headers: list[Any]) -> None:
         try:
