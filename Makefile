@@ -8,15 +8,16 @@ MINUTES ?= 10
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit bench-loop bench-intake lock schema clean
+.PHONY: help setup demo test lint unit bench-loop bench-intake bench-forgetting lock schema clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
 	@echo 'make test          linters, types, import law, all tests (starts a real Apache Kafka)'
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
+	@echo 'make bench-forgetting  erasures against training from scratch'
 	@echo 'make lock          requirements.lock again from pyproject.toml'
-	@echo 'make schema        docs/schema and docs/asyncapi.json again from streams/events.py'
+	@echo 'make schema        docs/schema, docs/asyncapi.json and the README table again from the code'
 
 setup: $(READY)
 
@@ -45,6 +46,9 @@ unit: $(READY)
 bench-loop: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_loop
 
+bench-forgetting: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_forgetting
+
 bench-intake: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_intake
 
@@ -54,6 +58,7 @@ lock: $(READY)
 
 schema: $(READY)
 	$(BIN)/python -m streams.schema
+	$(BIN)/python -m streams.settings
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis out

@@ -75,7 +75,7 @@ class Settings(BaseSettings):
     rank: Positive = Field(8, description="LoRA rank")
     alpha: Positive = Field(16, description="LoRA alpha")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate")
-    steps: Positive = Field(6, description="optimizer steps per update")
+    steps: Positive = Field(4, description="optimizer steps per update, at least; every new row is trained once")
     rows: Positive = Field(16, description="rows per optimizer step")
     row_tokens: Positive = Field(128, description="tokens per row")
     replay_share: Share = Field(0.4, description="share of rows replayed from earlier examples")
@@ -83,8 +83,8 @@ class Settings(BaseSettings):
     replay_size: Positive = Field(1_024, description="examples kept for replay per adapter")
     clip_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradient norm above which it is clipped")
     seed: int = Field(0, description="seed of everything random in training")
-    held_out_share: Share = Field(0.15, description="share of a micro-batch that the gate measures before it is learned")
-    anchor_rows: Positive = Field(24, description="general rows that the gate measures per update, rotating")
+    held_out_share: Share = Field(0.2, description="share of a micro-batch that the gate measures before it is learned")
+    anchor_rows: Positive = Field(12, description="general rows that the gate measures per update, rotating")
     max_general_rise_nats: Seconds = Field(0.15, description="rise of general loss over the base's that the gate refuses")
     min_gain_nats: float = Field(0.0, description="fall of held-out loss below which the gate refuses")
 
@@ -152,3 +152,18 @@ def settings_table() -> str:
         default = "`~/.local/share/perennial`" if name == "data_dir" else f"`{field.default!r}`" if field.default != "" else ""
         lines.append(f"| `PERENNIAL_{name.upper()}` | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
+
+
+def write_settings_table(readme: Path) -> bool:
+    """Put the table into the README between its marks; True where it differed."""
+    text = readme.read_text("utf-8")
+    before, _, rest = text.partition("<!-- settings -->\n")
+    _, mark, after = rest.partition("<!-- /settings -->")
+    fresh = f"{before}<!-- settings -->\n{settings_table()}{mark}{after}"
+    if fresh != text:
+        readme.write_text(fresh, "utf-8")
+    return fresh != text
+
+
+if __name__ == "__main__":
+    write_settings_table(Path("README.md"))

@@ -161,7 +161,7 @@ class Demo:
         self.stack = stack
         self.watcher = watcher
         self.console = console
-        self.documents = 60 if quick else 240
+        self.documents = 60 if quick else 160
         self.waves = 3 if quick else 8
         self.train: dict[str, Sequence[tuple[str, str]]] = {}
         self.held_out: dict[str, list[str]] = {}

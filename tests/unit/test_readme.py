@@ -1,0 +1,31 @@
+"""The README says what the code says: its settings table is the generated one, its commands and names exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from streams.settings import settings_table
+
+README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+
+
+def test_the_settings_table_is_that_of_the_settings():
+    shown = README.split("<!-- settings -->\n")[1].split("<!-- /settings -->")[0]
+    assert shown == settings_table(), "run `make schema`"
+
+
+def test_every_command_that_is_named_exists():
+    from typer.main import get_command
+
+    from streams.cli.app import app
+
+    commands = get_command(app).commands
+    named = set(re.findall(r"`?perennial ([a-z]+)", README)) - {"is", "keeps", "makes", "perennial"}
+    assert named <= set(commands), named - set(commands)
+
+
+def test_every_make_target_that_is_named_exists():
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text("utf-8")
+    for target in set(re.findall(r"`?make ([a-z-]+)", README)) - {"are"}:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
