@@ -17,6 +17,7 @@ from learner.examples import Row
 from storage.errors import IntegrityError
 
 MAX_INDEX_BYTES = 64 * 1024**2
+MORE_STEPS = 3
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -93,18 +94,19 @@ def schedule(
     """Draw the rows of each step: new ones in shuffled passes, each at least once, with replayed and general beside.
 
     `rows_of` gives an earlier example's rows, None where its text was erased. A small batch shrinks the step
-    instead of repeating a row within it, and the shares with it. Where nothing was learned before, new rows take
-    the place of replay.
+    instead of repeating a row within it, and the shares with it, and takes up to three times the steps: a single
+    correction must show after an update or a few. Where nothing was learned before, new rows take the place of replay.
     """
     if not new:
         return Schedule((), 0, 0)
     want_general = mix.rows * mix.general_share
     want_replay = min(mix.rows * mix.replay_share, float(len(index)))
-    per_step = max(1, min(len(new), round(mix.rows - want_general - want_replay)))
+    full = max(1, round(mix.rows - want_general - want_replay))
+    per_step = min(len(new), full)
     scale = per_step / max(1.0, mix.rows - want_general - want_replay)
     replay_rows = _at_least_one(want_replay, scale)
     general_rows = _at_least_one(want_general, scale)
-    count = max(mix.steps, -(-len(new) // per_step))
+    count = max(mix.steps * min(MORE_STEPS, full // per_step), -(-len(new) // per_step))
     draws = _draws(index, rows_of, replay_rows * count, rng)
     replayed = [row for row in draws if row is not None]
     passes = _passes(new, per_step * count, rng)

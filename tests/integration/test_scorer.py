@@ -116,7 +116,7 @@ def test_what_is_not_acknowledged_is_not_committed(given, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_scorer_killed_at_any_place_scores_every_example_and_keeps_the_order(given):
-    kit.send(given, *documents(*range(60)))
+    kit.send(given, *documents(*range(120)))
     for place in ("scorer.receive", "scorer.score", "scorer.produce", "scorer.commit"):
         child = kit.process("scorer", given, f"{place}:2")
         try:
@@ -126,11 +126,11 @@ def test_a_scorer_killed_at_any_place_scores_every_example_and_keeps_the_order(g
             child.wait()
     child = kit.process("scorer", given)
     try:
-        kit.wait_until(lambda: kit.committed(given, "examples", "scorer") == 60, "all are committed", 120)
+        kit.wait_until(lambda: kit.committed(given, "examples", "scorer") == 120, "all are committed", 120)
     finally:
         child.kill()
         child.wait()
     offsets = [event.example.origin.offset for event in scored(given, 10**6, timeout_s=5)]
     firsts = list(dict.fromkeys(offsets))
-    assert firsts == list(range(60)), "first sightings are in order"
-    assert len({(e.example.origin.offset, e.base_loss_nats) for e in scored(given, 10**6, 5)}) == 60
+    assert firsts == list(range(120)), "first sightings are in order"
+    assert len({(e.example.origin.offset, e.base_loss_nats) for e in scored(given, 10**6, 5)}) == 120

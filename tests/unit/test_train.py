@@ -241,7 +241,7 @@ def test_without_a_past_new_rows_take_the_place_of_replay() -> None:
 
 
 def test_a_small_batch_is_not_drowned_by_replay() -> None:
-    assert shares(mixed(new=1, index=50)) == [(1, 1, 1)] * 3
+    assert shares(mixed(new=1, index=50)) == [(1, 1, 1)] * 9
 
 
 def test_the_schedule_follows_from_its_seed() -> None:
