@@ -12,7 +12,7 @@ from storage.blobs import ObjectStore, get_blob
 from storage.manifest import Manifest
 from streams.settings import Settings
 
-_MAX_ROWS_PER_TEXT = 3
+_MAX_ROWS_PER_TEXT = 2
 
 
 class Probe:

@@ -37,12 +37,12 @@ from streams.settings import load_settings
 
 if TYPE_CHECKING:
     from learner.backends import PeftBackend
-    from learner.probe import Probe
 
 LIBRARY, SUPPORT = "acme/library", "acme/support"
 DOMAINS = ("networkx", "sympy")
-HELD_OUT = 64
+HELD_OUT = 48
 GENERAL = 64
+CURVE_POINTS = 10
 CORRECTIONS: dict[str, tuple[str, str]] = {
     "How long does a refund take?": ("A refund takes thirty days.", "A refund takes five working days."),
     "Where do I change my address?": ("You cannot change it.", "Open your profile and choose Addresses."),
@@ -213,8 +213,7 @@ class Demo:
             answers_before = {question: answering.generate(question, max_new_tokens=24) for question in CORRECTIONS}
             self._correct(publisher, Ledger(registry, SUPPORT), answering)
         answers = {question: answering.generate(question, max_new_tokens=24) for question in CORRECTIONS}
-        with self.console.status("measuring every version on documents that no adapter was shown"):
-            return self._judge(library, ends, answers_before, answers)
+        return self._judge(library, ends, answers_before, answers)
 
     def _subscribe(self, adapter: str) -> PeftBackend:
         from learner.adapter import LoraConfig
@@ -258,7 +257,7 @@ class Demo:
                     response=wrong, correction=right, rating=-1,
                 )
                 for index, (question, (wrong, right)) in enumerate(CORRECTIONS.items())
-                for copy in range(8)
+                for copy in range(24)
             ]  # fmt: skip
             for receipt in receipts:
                 receipt.result(30)
@@ -282,20 +281,18 @@ class Demo:
         settings = self.stack.settings
         probe = Probe(settings, open_store(settings.store))
         groups = {**self.held_out, "general": general_texts("heldout")[:GENERAL]}
-        base = {name: probe.loss(None, texts) for name, texts in groups.items()}
-        curve = self._curve(probe, ledger, groups)
-        promoted = [index for index, (_, manifest) in enumerate(ledger.versions) if manifest.outcome == "promoted"]
-
-        def state_after(count: int) -> dict[str, float]:
-            known = [index for index in promoted if index < count]
-            return curve[known[-1]] if known else base
-
+        promoted = [manifest for _, manifest in ledger.versions if manifest.outcome == "promoted"]
+        change_at = sum(manifest.outcome == "promoted" for _, manifest in ledger.versions[: ends[0]])
+        points = measured_points(len(promoted), change_at)
+        losses: dict[int, dict[str, float]] = {}
+        with Progress(console=self.console, transient=True) as progress:
+            for index in progress.track(points, description="measuring versions on documents that none was shown"):
+                manifest = promoted[index - 1] if index else None
+                losses[index] = {name: probe.loss(manifest, texts) for name, texts in groups.items()}
         return Report(
-            domains=DOMAINS, base=base, first=state_after(ends[0]), now=state_after(len(ledger.versions)),
-            curve=[curve[index] for index in promoted],
-            change_at=sum(index < ends[0] for index in promoted),
-            drift_at=[sum(m.published_to_ms is not None and m.published_to_ms <= d.origin.timestamp_ms
-                          for m in (ledger.versions[i][1] for i in promoted))
+            domains=DOMAINS, base=losses[0], first=losses[change_at], now=losses[len(promoted)],
+            curve=losses, change_at=change_at,
+            drift_at=[sum(m.published_to_ms is not None and m.published_to_ms <= d.origin.timestamp_ms for m in promoted)
                       for d in self.watcher.drifts if d.adapter == LIBRARY],
             drifts=[d.model_dump(mode="json") for d in self.watcher.drifts],
             latencies=self.watcher.latencies(), first_promoted_s=self.watcher.first_promoted_s,
@@ -303,10 +300,8 @@ class Demo:
             wanted={question: right for question, (_, right) in CORRECTIONS.items()},
         )  # fmt: skip
 
-    @staticmethod
-    def _curve(probe: Probe, ledger: Ledger, groups: dict[str, list[str]]) -> dict[int, dict[str, float]]:
-        return {
-            index: {name: probe.loss(manifest, texts) for name, texts in groups.items()}
-            for index, (_, manifest) in enumerate(ledger.versions)
-            if manifest.outcome == "promoted"
-        }
+
+def measured_points(versions: int, change_at: int) -> list[int]:
+    """Which promoted versions are measured (0: the frozen base): evenly spread, with the change of domain and the last."""
+    step = max(1, versions // CURVE_POINTS)
+    return sorted({0, change_at, versions, *range(0, versions, step)})

@@ -24,7 +24,7 @@ class Report:
     base: Mapping[str, float]
     first: Mapping[str, float]
     now: Mapping[str, float]
-    curve: Sequence[Mapping[str, float]]
+    curve: Mapping[int, Mapping[str, float]]
     change_at: int
     drift_at: Sequence[int]
     drifts: Sequence[Mapping[str, object]]
@@ -43,7 +43,7 @@ class Report:
     @property
     def learned_anything(self) -> bool:
         """Whether any streamed domain costs less than under the frozen base."""
-        return bool(self.curve) and any(self.now[domain] < self.base[domain] for domain in self.domains)
+        return any(self.now[domain] < self.base[domain] for domain in self.domains)
 
     def missed(self) -> list[str]:
         """The bounds that were not met, a line each."""
@@ -115,11 +115,9 @@ def draw(report: Report, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
-    versions = range(len(report.curve) + 1)
+    versions = sorted(report.curve)
     for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), (*report.domains, "general"), strict=False):
-        axes.plot(
-            versions, [report.base[name], *(point[name] for point in report.curve)], color=color, marker=".", label=name
-        )
+        axes.plot(versions, [report.curve[at][name] for at in versions], color=color, marker=".", label=name)
         axes.axhline(report.base[name], color=color, linestyle="--", linewidth=0.8, alpha=0.6)
     axes.axvline(report.change_at, color="black", linewidth=0.8)
     axes.annotate(
