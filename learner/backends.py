@@ -125,12 +125,14 @@ class PeftBackend:
             selected.close()
 
     def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
-        """Continue a prompt greedily. Inside a lease the version is the lease's."""
+        """Answer a prompt greedily, asked in the form that corrections are trained in. Inside a lease: its version."""
         import torch
 
+        from learner.examples import Codec
+
         tokenizer = self.base.tokenizer
-        ids = tokenizer(prompt, return_tensors="pt").input_ids.to(self.base.device)  # (1, T)
-        ids = ids[:, -max(1, self.base.max_positions - max_new_tokens) :]
+        room = max(1, self.base.max_positions - max_new_tokens)
+        ids = torch.tensor([Codec(tokenizer).prompt_ids(prompt, room)], device=self.base.device)  # (1, T)
         with self.lease(), torch.no_grad():
             out = self.base.model.generate(
                 input_ids=ids,

@@ -439,3 +439,23 @@ def test_a_forward_pass_that_fails_does_not_hold_the_model(tmp_path: Path, base:
         assert backend.loss(TEXTS[0]) > 0
     finally:
         backend.close()
+
+
+def test_a_prompt_is_asked_in_the_form_that_corrections_are_trained_in(monkeypatch):
+    from learner.adapter import LoraConfig
+    from learner.base import load_base
+    from learner.examples import Codec, turn_rows
+
+    base = load_base("shipped", "cpu", 1)
+    backend = PeftBackend(base, LoraConfig(8, 16))
+    asked = []
+    whole = base.model.generate
+
+    def generate(**inputs):
+        asked.append(inputs["input_ids"][0].tolist())
+        return whole(**inputs)
+
+    monkeypatch.setattr(base.model, "generate", generate)
+    backend.generate("How long does a refund take?", max_new_tokens=4)
+    (row,) = turn_rows("How long does a refund take?", "Five days.", Codec(base.tokenizer), 64)
+    assert asked == [list(row.ids[: row.train_from])]
