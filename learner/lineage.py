@@ -191,7 +191,8 @@ class Lineage:
         like, weights = target or head.manifest, None
         if target is None:
             (weights, _, _), _ = stored(self.initial(like.adapter, like.seed))
-        config = {**like.config, "job_id": job_id, "kind": kind}
+        # The head too: a job that is done again over a line that went on makes another version, not its first one.
+        config = {**like.config, "job_id": job_id, "kind": kind, "head": head.version}
         return like.model_copy(
             update={
                 "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if target and target.optimizer else "unchanged",

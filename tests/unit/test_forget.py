@@ -271,6 +271,25 @@ def test_a_forgetting_cut_off_anywhere_comes_to_the_same_end(learned_store: Path
     assert (again.outcome, again.event) == ("repeated", done.event)
 
 
+def test_a_request_accepted_while_another_is_done_again_goes_with_it(learned_store: Path, tmp_path: Path) -> None:
+    store = copy_of(learned_store, tmp_path / "store")
+    first = quarantined(store, erase("r1", 5))
+
+    def dies(name: str) -> None:
+        if name == "learner.forget_published":
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        forget(lineage(store), first, dies)
+    quarantined(store, erase("r2", 6))
+    line = lineage(store)
+    done, told = forget(line, first)
+    assert never_saw(line, tmp_path, documents(6, 12), {5, 6}).equals(done.manifest)
+    assert [event.generation for event in told] == [6, 7]
+    assert [(s.request_id, s.examples) for s in done.statuses[::2]] == [("r1", 1), ("r2", 1)]
+    assert readable(store.root, ["secret005", "secret006"]) == []
+
+
 def test_an_accepted_request_is_in_no_update_that_is_behind_it(store: DirectoryStore, tmp_path: Path) -> None:
     line, cuts = lineage(store), documents(7, 8)
     learn(line, {0: cuts[0]})
