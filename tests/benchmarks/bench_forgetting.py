@@ -50,8 +50,8 @@ from tests import scratch
 
 ADAPTER = "bench/forgetting"
 PACKAGE = "sympy"
-HELD_OUT = 48
-TEXT_CHARS = 100
+HELD_OUT = 32
+TEXT_CHARS = 80
 """Of each docstring so much is learned, about one row: what is measured is updates, not long documents."""
 BORN_MS = 1_700_000_000_000
 KINDS = ("document", "subject", "source", "expiry")
@@ -81,7 +81,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of what is asked for")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
-    settings = load_settings(steps=2, rows=24, row_tokens=32, anchor_rows=8, device="cpu", threads=arguments.threads)
+    settings = load_settings(
+        steps=2, rows=32, row_tokens=24, anchor_rows=4, replay_share=0.3, general_share=0.1, device="cpu",
+        threads=arguments.threads,
+    )  # fmt: skip
     try:
         bench = Bench(settings, folder, arguments.examples, arguments.per_cut, arguments.seed)
         outcomes = bench.run(arguments.requests)
@@ -151,7 +154,8 @@ class Bench:
 
     def job(self, cut: int, examples: Sequence[ExampleAccepted]) -> UpdateRequested:
         """The update as curate asks for it."""
-        body = Batch(adapter=ADAPTER, cut=cut, examples=list(examples), skipped=[]).model_dump_json(by_alias=True).encode()
+        batch = Batch(adapter=ADAPTER, cut=cut, examples=list(examples), skipped=[])
+        body = batch.model_dump_json(by_alias=True).encode()
         return UpdateRequested(
             job_id=f"cut-{cut}", adapter=ADAPTER, cut=cut, examples=len(examples), skipped=0, tokens=0, reason="size",
             batch=BlobRef(digest=put_blob(self.store, body), size_bytes=len(body)),

@@ -518,3 +518,40 @@ def test_a_killed_process_leaves_what_its_successor_finishes(tmp_path, step):
     assert registry.alias(ADAPTER).generation == 2
     assert registry.alias(ADAPTER).version == registry.head(ADAPTER).version
     assert not list((tmp_path / ".tmp").iterdir())
+
+
+def test_a_recorded_manifest_takes_no_place_on_the_line(store):
+    registry = make_registry(store)
+    manifest, blobs = make(None, 1)
+    published = registry.publish(manifest, blobs, lambda _: None)
+    beside, _ = make(None, 2, kind="replayed")
+    version = registry.record(beside)
+    assert registry.record(beside) == version == beside.digest()
+    assert registry.manifest(ADAPTER, version) == beside
+    assert [found for _, found in registry.versions(ADAPTER)] == [published.version]
+    with pytest.raises(ConflictError):
+        registry.swap_alias(beside, version)
+
+
+def test_every_alias_of_an_adapter_is_listed_and_no_other_adapters(store):
+    registry = make_registry(store)
+    for adapter, alias in ((ADAPTER, "live"), (ADAPTER, "canary"), ("acme", "live"), (f"{ADAPTER}/deep", "live")):
+        manifest, blobs = make(None, 1, adapter=adapter) if registry.head(adapter) is None else (None, [])
+        if manifest is not None:
+            registry.publish(manifest, blobs, lambda _: None, alias)
+        else:
+            head = registry.head(adapter)
+            registry.swap_alias(head.manifest, head.version, alias)
+    assert [(state.adapter, state.alias) for state in registry.aliases(ADAPTER)] == [
+        (ADAPTER, "canary"), (ADAPTER, "live"),
+    ]  # fmt: skip
+    assert list(registry.aliases("nobody")) == []
+
+
+@pytest.mark.parametrize("kind", ["revoke", "quarantine", "forget"])
+def test_a_version_that_replaces_a_revoked_one_says_so(store, kind):
+    registry = make_registry(store)
+    manifest, blobs = make(None, 1)
+    registry.publish(manifest, blobs, lambda _: None)
+    after, blobs = make(registry.head(ADAPTER), 2, kind=kind)
+    assert registry.publish(after, blobs, lambda _: None).alias_state.kind == "revoked"

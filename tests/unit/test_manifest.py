@@ -177,3 +177,16 @@ def test_cut_off_safetensors_are_refused():
     for length in range(len(whole)):
         with pytest.raises(IntegrityError):
             check_safetensors(whole[:length])
+
+
+@pytest.mark.parametrize(
+    ("kind", "state", "schedule"),
+    [
+        ("update", "head", "head"), ("replayed", "head", "head"), ("rollback", "parent", "parent"),
+        ("revoke", "parent", "parent"), ("forget", "parent", "parent"), ("quarantine", "parent", "head"),
+    ],
+)  # fmt: skip
+def test_each_kind_says_what_it_goes_back_to(kind, state, schedule):
+    names = {"parent": DIGEST, "head": "sha256:" + "c" * 64}
+    manifest = make(kind=kind, **names)
+    assert (manifest.state_parent, manifest.schedule_parent) == (names[state], names[schedule])
