@@ -88,11 +88,12 @@ class Scorer:
     """Losses of examples under the base and under given versions; pure given those."""
 
     def __init__(self, base: Base, settings: Settings, lock: AbstractContextManager[Any] | None = None) -> None:
-        self.lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="scorer")
         self._codec = Codec(base.tokenizer)
         self._row_tokens = min(settings.max_tokens, base.max_positions)
         self._max_rows = settings.score_batch
         self._lock = lock or threading.RLock()
+        with self._lock:  # another role may be putting its own slot into the shared base
+            self.lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="scorer")
 
     def score(self, examples: Sequence[ExampleAccepted], live: Mapping[str, Live]) -> list[ExampleScored]:
         """One scored event per example, in order.

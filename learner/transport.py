@@ -55,6 +55,7 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         self._name = settings.topic(topic)
         self._epochs: Counter[TopicPartition] = Counter()
         self._held: set[TopicPartition] = set()
+        self._owed: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the record before it
         try:
             self._consumer: Any = connect(
                 KafkaConsumer,
@@ -100,6 +101,8 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
             batches = self._consumer.poll(timeout_ms=max(1, int(timeout_s * 1000)))
         except KafkaError as error:
             raise KafkaLinkError(f"{self._name} cannot be read", got=str(error), remedy="see that the broker runs") from error
+        if self._owed:
+            self._settle()
         return [
             Record(
                 self._topic, record.partition, record.offset, record.key, record.value,
@@ -114,22 +117,30 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         return self._epochs[TopicPartition(self._name, record.partition)] == record.epoch
 
     def commit(self, records: Iterable[Record]) -> None:
-        """Commit past these records, except on partitions that were taken away meanwhile."""
-        offsets: dict[TopicPartition, OffsetAndMetadata] = {}
+        """Commit past these records, except on partitions that were taken away meanwhile.
+
+        While the group rebalances nothing can be committed: it is done in a later poll then, if the partition stays.
+        """
         for record in records:
             if self.owns(record):
-                offsets[TopicPartition(self._name, record.partition)] = OffsetAndMetadata(record.offset + 1, "", -1)
-        if not offsets:
+                self._owed[TopicPartition(self._name, record.partition)] = (record.offset + 1, record.epoch)
+        self._settle()
+
+    def _settle(self) -> None:
+        self._owed = {at: owed for at, owed in self._owed.items() if self._epochs[at] == owed[1]}
+        if not self._owed:
             return
         try:
-            self._consumer.commit(offsets)
+            self._consumer.commit({at: OffsetAndMetadata(offset, "", -1) for at, (offset, _) in self._owed.items()})
         except (CommitFailedError, RebalanceInProgressError) as error:
-            # The records come again, here or at the next owner, and are recognised by their marks.
-            _log.warning("offsets were not committed, the group is rebalancing: %s", error)
+            # Should the partitions go, the records come again at the next owner and are recognised by their marks.
+            _log.debug("offsets wait, the group is rebalancing: %s", error)
         except KafkaError as error:
             raise KafkaLinkError(
                 "offsets cannot be committed", got=str(error), remedy="see that the broker runs; nothing is lost"
             ) from error
+        else:
+            self._owed = {}
 
     def pause(self) -> None:
         """Fetch nothing from any partition held now; polling then only keeps the membership."""

@@ -11,7 +11,7 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -81,7 +81,8 @@ def make_lineage(
     registry = Registry(store, nonce=lambda: uuid4().hex, now=_now, failpoint=failpoint)
     codec = Codec(base.tokenizer)
     general = General(general_texts("train"), general_texts("anchor"), codec, settings.row_tokens)
-    lora = Lora(base, LoraConfig(settings.rank, settings.alpha))
+    with lock or nullcontext():  # another role may be putting its own slot into the shared base
+        lora = Lora(base, LoraConfig(settings.rank, settings.alpha))
     updater = Updater(lora, codec, general, Recipe.of(settings), lock)
     return Lineage(registry, updater, base, threads=settings.threads, now=_now, failpoint=failpoint)
 

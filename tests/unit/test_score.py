@@ -93,8 +93,10 @@ def test_the_lock_is_given_back_between_forward_passes() -> None:
         def __exit__(self, *_: object) -> None:
             held.append(-1)
 
-    made(Lock()).score(examples(), {})
-    assert held == [1, -1] * 2
+    scorer = made(Lock())
+    assert held == [1, -1], "a slot is put into a shared base under the lock"
+    scorer.score(examples(), {})
+    assert held == [1, -1] * 3
 
 
 # ---- live versions
