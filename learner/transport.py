@@ -25,6 +25,7 @@ _log = logging.getLogger("perennial.learner")
 
 CONNECT_S = 15.0
 DELIVERY_TIMEOUT_MS = 30_000
+METADATA_AGE_MS = 30_000
 MAX_FETCH_BYTES = 8 * 1024**2
 SESSION_TIMEOUT_MS = 30_000
 MAX_POLL_INTERVAL_MS = 300_000
@@ -71,7 +72,10 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
                 session_timeout_ms=SESSION_TIMEOUT_MS,
                 max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
                 max_partition_fetch_bytes=MAX_FETCH_BYTES,
+                metadata_max_age_ms=METADATA_AGE_MS,
             )
+            # Without the topic's metadata the first assignment would be empty until the next refresh.
+            self._consumer.partitions_for_topic(self._name)
         except (KafkaError, ValueError, OSError) as error:
             raise _unreachable(settings, error) from error
         self._consumer.subscribe([self._name], listener=self)

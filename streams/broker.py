@@ -55,6 +55,8 @@ _JVM = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-XX:
         "--sun-misc-unsafe-memory-access=allow", "--enable-native-access=ALL-UNNAMED")  # fmt: skip
 _LOG_KEPT_BYTES = 8 * 1024 * 1024
 _POLL_S = 0.05
+LOCK_WAIT_S = 5.0
+"""A broker that was just killed holds its folder until the kernel has ended it."""
 _GRACE_S = 30.0
 _PORT_ATTEMPTS = 3
 _PORT_PROBES = 200
@@ -368,11 +370,23 @@ def _run_format(made: Path, tool: list[str]) -> None:
         )
 
 
+def _locked(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _take_lock(folder: Path) -> int:
     """A file descriptor that holds the folder's lock. Raises BrokerError that names the holding process."""
     lock = os.open(folder / "broker.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + LOCK_WAIT_S
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while not _locked(lock):
+            if time.monotonic() > deadline:
+                raise BlockingIOError(errno.EWOULDBLOCK, "locked")
+            time.sleep(0.1)
     except OSError as error:
         holder = os.pread(lock, 20, 0).decode("ascii", "replace").strip()
         os.close(lock)

@@ -32,8 +32,8 @@ class Ledger:
         for version, manifest in reversed(fresh):
             self._seq = manifest.seq
             self.versions.append((version, manifest))
-            self.counts[manifest.outcome] += len(manifest.learned)
-            self.counts["skipped"] += len(manifest.skipped)
+            self.counts["learned"] += len(manifest.learned)
+            self.counts.update(skipped.reason for skipped in manifest.skipped)
 
     @property
     def accounted(self) -> int:
