@@ -181,7 +181,7 @@ class Bench:
             fields = {"kind": "expire", "example_ids": ids, "suppress": False}
         job = ForgetRequested(
             job_id=f"job-{number}", request_id=f"request-{number}", adapter=ADAPTER,
-            until_ms=BORN_MS + 10**12, **fields,
+            until_ms=self.known[-1].origin.timestamp_ms, **fields,
         )  # fmt: skip
         return kind, job, {example.document_id for example in left if job.means(example)}
 
