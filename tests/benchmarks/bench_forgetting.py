@@ -76,13 +76,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--examples", type=int, default=500, help="documents in the stream")
     parser.add_argument("--requests", type=int, default=20, help="erasures and expiries")
-    parser.add_argument("--per-cut", type=int, default=25, help="documents per micro-batch")
+    parser.add_argument("--per-cut", type=int, default=32, help="documents per micro-batch")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
     parser.add_argument("--seed", type=int, default=0, help="of what is asked for")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
     settings = load_settings(
-        steps=2, rows=32, row_tokens=24, anchor_rows=4, replay_share=0.3, general_share=0.1, device="cpu",
+        steps=2, rows=64, row_tokens=24, anchor_rows=4, replay_share=0.3, general_share=0.1, device="cpu",
         threads=arguments.threads,
     )  # fmt: skip
     try:
