@@ -29,6 +29,7 @@ METADATA_AGE_MS = 30_000
 MAX_FETCH_BYTES = 8 * 1024**2
 SESSION_TIMEOUT_MS = 30_000
 MAX_POLL_INTERVAL_MS = 300_000
+REBALANCE_POLL_S = 1.0
 
 
 class KafkaLinkError(PerennialError):
@@ -56,6 +57,7 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         self._name = settings.topic(topic)
         self._epochs: Counter[TopicPartition] = Counter()
         self._held: set[TopicPartition] = set()
+        self._rebalancing = True  # until the first assignment
         self._owed: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the record before it
         try:
             self._consumer: Any = connect(
@@ -82,17 +84,19 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
 
     # kafka-python calls these on its own thread: they only count.
 
-    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
-        """Nothing yet: a partition that comes back in the same rebalance keeps its position here, unlike in Java.
+    def on_partitions_revoked(self, _revoked: Iterable[TopicPartition]) -> None:
+        """Nothing goes yet: a partition that comes back in the same rebalance keeps its position here, unlike in Java.
 
         Were its records dropped now, nobody would read them again.
         """
+        self._rebalancing = True
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """Records of partitions that did not come back are no longer ours: another member begins at the last commit."""
         now_held = set(assigned)
         self._epochs.update(self._held - now_held)
         self._held = now_held
+        self._rebalancing = False
 
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
         """The group went on without this member; what it had read is another's now."""
@@ -100,12 +104,20 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         self._held -= set(lost)
 
     def poll(self, timeout_s: float) -> list[Record]:
-        """What came within the time, in the order of its partition; also keeps the group membership."""
+        """What came within the time, in the order of its partition; also keeps the group membership.
+
+        It may take a second longer while the group rebalances.
+        """
+        if self._rebalancing:
+            # kafka-python 3.0.12 drops a join that ends between two polls. Unless it is asked to join again it may
+            # take itself for a member with its heartbeat off: it would be put out of the group and never know.
+            self._consumer._coordinator.request_rejoin()  # noqa: SLF001 - there is no public way
+            timeout_s = max(timeout_s, REBALANCE_POLL_S)
         try:
             batches = self._consumer.poll(timeout_ms=max(1, int(timeout_s * 1000)))
         except KafkaError as error:
             raise KafkaLinkError(f"{self._name} cannot be read", got=str(error), remedy="see that the broker runs") from error
-        if self._owed:
+        if self._owed and not self._rebalancing:
             self._settle()
         return [
             Record(
