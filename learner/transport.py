@@ -57,7 +57,7 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         self._name = settings.topic(topic)
         self._epochs: Counter[TopicPartition] = Counter()
         self._held: set[TopicPartition] = set()
-        self._rebalancing = True  # until the first assignment
+        self._rebalancing = False
         self._owed: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the record before it
         try:
             self._consumer: Any = connect(

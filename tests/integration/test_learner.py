@@ -192,7 +192,7 @@ def test_a_rebalance_while_training(given, monkeypatch, name, taken):
         monkeypatch.setattr(transport, "connect", lambda *args, **more: connect(*args, **{**more, "client_id": name}))
         with Intruder(given, "adapter-jobs", "learner", max_records=1) as intruder:
             kit.wait_until(
-                lambda: (intruder.poll(0.1), let_in and bool(let_in[-1]) is taken is not bool(assignments[-1]))[1],
+                lambda: (intruder.poll(1.0), let_in and bool(let_in[-1]) is taken is not bool(assignments[-1]))[1],
                 "the group is rebalanced",
             )
         go_on.set()
