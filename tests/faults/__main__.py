@@ -1,0 +1,46 @@
+"""`python -m tests.faults [--runs 2] [pytest arguments]`: every fault on real services, then a table; the last line is JSON."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.report import PROPERTY, Row, merged, summary, table
+
+
+class Collector:
+    """Takes the rows out of the reports, also of tests that ran in other processes."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "teardown":
+            return
+        properties: list[tuple[str, Any]] = report.user_properties
+        self.rows += [Row(**fields) for name, fields in properties if name == PROPERTY]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=2, help="kills at each failpoint")
+    arguments, more = parser.parse_known_args()
+    os.environ["PERENNIAL_FAULT_RUNS"] = str(arguments.runs)
+    collector = Collector()
+    code = pytest.main(
+        ["-n", "2", "--dist", "loadgroup", "--timeout", "3600", str(Path(__file__).parent), *more],
+        plugins=[collector],
+    )
+    rows = merged(collector.rows)
+    print(f"\n{table(rows)}\n{summary(rows)}")
+    bad = any(row.lost or row.learned_twice or row.stale_publishes for row in rows)
+    return int(code) or int(bad or not rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
