@@ -27,7 +27,7 @@ from streams.settings import Settings
 CLOSING_STEPS = 1
 WARMUP_STEPS = 10
 MEASURED_ROWS = 8
-"""Of the rows that are trained, so many are measured before and after, for the record."""
+"""Where nothing is held out, so many of the rows that are trained are measured before and after."""
 ANCHOR_POOL = 256
 STRAINED_GENERAL_SHARE = 0.5
 
@@ -166,7 +166,8 @@ class Updater:
         train_rows = [row for index, group in enumerate(rows) if index not in held for row in group]
         held_rows = [row for index, group in enumerate(rows) if index in held for row in group]
         rng = random_from("update", adapter, cut, recipe.seed)
-        new = rng.sample(train_rows, min(MEASURED_ROWS, len(train_rows)))
+        # A batch too small to hold anything out is judged on rows that it trains.
+        new = [] if held else rng.sample(train_rows, min(MEASURED_ROWS, len(train_rows)))
         anchors = self.general.anchors(rng, recipe.anchor_rows)
         base = mean_nats(self.general.base_losses(self.lora, anchors, self.lock))
         self.lora.load(parent.state)
@@ -177,7 +178,6 @@ class Updater:
         figures: dict[str, float | int | str | None] = {
             "basis": "held-out" if held else "seen",
             "held_out_examples": len(held),
-            "new_before": _mean(new_was),
             "anchor_base": base,
             "anchor_before": _mean(anchor_was),
             "replayed_rows": main.replayed + closing.replayed,
@@ -198,9 +198,10 @@ class Updater:
             verdict = self._judge_training(result, parent.state)
         if verdict.promote:
             new_is, anchor_is = self._measure(new, anchors)
-            measured = gate.gain(new_was, new_is)
-            figures |= _figures_of("new", measured) | {"anchor_after": _mean(anchor_is)}
+            figures["anchor_after"] = _mean(anchor_is)
             if not held:
+                measured = gate.gain(new_was, new_is)
+                figures |= _figures_of("new", measured)
                 verdict = gate.judge_gain(measured, self._limits)
             if verdict.promote and anchors:
                 verdict = gate.judge_general(base, gate.gain(anchor_was, anchor_is), self._limits)

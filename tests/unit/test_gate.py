@@ -145,7 +145,6 @@ def test_an_update_learns_and_says_by_how_much() -> None:
     figures = done.gate
     assert (done.outcome, done.reason, figures["basis"]) == ("promoted", "ok", "held-out")
     assert figures["held_out_after"] < figures["held_out_before"]
-    assert figures["new_after"] < figures["new_before"]
     assert 1 <= figures["held_out_examples"] <= 4
     assert figures["anchor_base"] == pytest.approx(figures["anchor_before"], abs=1e-5)
     assert {kept.example_id for kept in done.replay} == {f"{n:032x}" for n in range(8)}
@@ -170,6 +169,7 @@ def test_few_examples_are_judged_by_their_own_fall() -> None:
     updater = make()
     done = run(updater, first(updater), documents(2))
     assert (done.outcome, done.gate["basis"], done.gate["held_out_examples"]) == ("promoted", "seen", 0)
+    assert done.gate["new_after"] < done.gate["new_before"]
     assert "held_out_before" not in done.gate
 
 
@@ -204,7 +204,7 @@ def test_an_update_that_gains_too_little_is_refused() -> None:
     updater = make(replace(RECIPE, min_gain_nats=50.0))
     done = run(updater, first(updater), documents(8))
     assert (done.outcome, done.reason) == ("refused", "no-gain")
-    assert "new_after" not in done.gate
+    assert "anchor_after" not in done.gate
 
 
 def test_an_update_that_changes_nothing_is_refused() -> None:
@@ -227,7 +227,8 @@ def test_anchors_rotate_and_the_bases_loss_is_measured_once(monkeypatch: pytest.
     parent = first(updater)
     done = [run(updater, parent, documents(4), cut=cut) for cut in (1, 2, 3)]
     assert len(set(sets)) == 3
-    assert done[0].gate["anchor_base"] != done[1].gate["anchor_base"]
+    # Two draws from so small a pool may be the same rows in another order.
+    assert len({update.gate["anchor_base"] for update in done}) > 1
 
 
 def test_the_shipped_base_answers_as_corrected_after_a_few_updates() -> None:
