@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from learner.adapter import AdapterError, Lora, LoraConfig
-from learner.announce import event_id, status_id
+from learner.announce import event_id, event_of, status_id
 from learner.base import Base, general_texts, load_base
 from learner.batches import JobError
 from learner.examples import Codec
@@ -192,7 +192,7 @@ class Learner:
             self._refuse(record, "out-of-memory", str(error), envelope)
             return
         if done.event is not None:
-            self._announce(done.event, envelope.traceparent)
+            self._announce_latest(done.event, envelope.traceparent)
         for status in done.statuses:
             self._outbox.send(status, id=status_id(status), time=status.at, traceparent=envelope.traceparent)
         self._outbox.flush()
@@ -206,6 +206,23 @@ class Learner:
     def _announce(self, event: AdapterUpdate, traceparent: str | None) -> None:
         self._outbox.send(event, id=event_id(event), time=event.published_at, traceparent=traceparent)
         self._metrics.generation(event.adapter, event.generation)
+
+    def _announce_latest(self, event: AdapterUpdate, traceparent: str | None) -> None:
+        """Say where the alias stands now, so that the last word on the topic is the alias's.
+
+        A process that was stopped for so long that another has its jobs would else publish what is no longer true:
+        the alias is read again before the event is sent, and after that, for it may have been stopped in between.
+        """
+        told = 0
+        while True:
+            state = self._lineage.registry.alias(event.adapter, event.alias)
+            if state is not None and state.generation > event.generation:
+                event = event_of(self._lineage.registry, state)
+            if event.generation == told:
+                return
+            self._announce(event, traceparent)
+            self._outbox.flush()
+            told = event.generation
 
     def _pass_on(self, traceparent: str | None = None) -> None:
         """Send what the job in hand has to say before it is through."""
