@@ -12,8 +12,14 @@ from torch.nn.functional import cross_entropy
 
 from learner.adapter import Lora
 from learner.examples import Row
+from storage.errors import PerennialError
 
 EMPTY = 0.0
+_CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
+
+
+class OutOfMemoryError(PerennialError):
+    """A single row does not fit the memory."""
 
 
 @dataclass(frozen=True)
@@ -83,24 +89,57 @@ def row_token_losses(
     """Loss of every trainable token of each row, in the order given: fp64 tensors (tokens,) on the CPU.
 
     adapted: with the slot's weights, else under the frozen base. Rows of like length are computed together, at most
-    max_rows at a time; the lock is held per batch, so that others can use the base in between.
+    max_rows at a time and fewer where memory runs out; the lock is held per batch, so that others can use the base in
+    between. Raises OutOfMemoryError.
     """
     order = sorted(range(len(rows)), key=lambda index: (len(rows[index].ids), index))
     result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
     device = torch.device(lora.base.device)
-    for start in range(0, len(order), max_rows):
+    start = 0
+    while start < len(order):
         part = order[start : start + max_rows]
         batch = [rows[index] for index in part]
-        with (
-            lock or nullcontext(),
-            torch.no_grad(),
-            lora.enabled() if adapted else lora.disabled(),
-            autocast(device),
-        ):
-            losses = token_losses(lora.model, batch, device, pad).double().cpu()  # (N,)
-        for index, piece in zip(part, torch.split(losses, [row.tokens for row in batch]), strict=True):
-            result[index] = piece
+        try:
+            with (
+                lock or nullcontext(),
+                torch.no_grad(),
+                lora.enabled() if adapted else lora.disabled(),
+                autocast(device),
+            ):
+                losses = token_losses(lora.model, batch, device, pad).double().cpu()  # (N,)
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            too_many = error
+        else:
+            for index, piece in zip(part, torch.split(losses, [row.tokens for row in batch]), strict=True):
+                result[index] = piece
+            start += len(part)
+            continue
+        max_rows = fewer_rows(batch, too_many)
     return result
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether the error says that memory ran out. On a CPU torch has no type of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
+
+
+def fewer_rows(batch: Sequence[Row], error: BaseException) -> int:
+    """How many rows to try after these did not fit. Raises OutOfMemoryError where it was one.
+
+    Hazard: the error's traceback keeps the failed pass's tensors alive, so it is dropped here.
+    """
+    if len(batch) == 1:
+        raise OutOfMemoryError(
+            got=f"{len(batch[0].ids)} tokens in a row",
+            allowed="what fits beside the base",
+            remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
+        ) from error
+    error.__traceback__ = None
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return (len(batch) + 1) // 2
 
 
 def row_losses(

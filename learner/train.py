@@ -16,16 +16,16 @@ import torch
 
 from learner.adapter import Lora, State, load_tensors
 from learner.examples import Row
-from learner.score import autocast, token_losses
-from storage.errors import IntegrityError, PerennialError
+from learner.score import OutOfMemoryError, autocast, fewer_rows, ran_out, token_losses
+from storage.errors import IntegrityError
+
+__all__ = [
+    "OutOfMemoryError", "Plan", "TrainResult", "optimizer_from_bytes", "prepare", "steps_taken", "train",
+]  # fmt: skip
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = "step"
 _YIELD_S = 0.001
-
-
-class OutOfMemoryError(PerennialError):
-    """A single row does not fit the memory."""
 
 
 @dataclass(frozen=True)
@@ -128,17 +128,11 @@ def _gradients(
     while True:
         try:
             return _accumulate(lora, optimizer, rows, plan, micro_rows), micro_rows
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            if micro_rows == 1:
-                raise OutOfMemoryError(
-                    got=f"{max(len(row.ids) for row in rows)} tokens in a row",
-                    allowed="what fits beside the base",
-                    remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
-                ) from error
-        # Outside of the handler: the exception's traceback keeps the failed pass's tensors alive.
-        micro_rows = (micro_rows + 1) // 2
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        except (RuntimeError, MemoryError) as error:
+            if not ran_out(error):
+                raise
+            too_many = error
+        micro_rows = fewer_rows(rows[:micro_rows], too_many)
 
 
 def _accumulate(

@@ -1,0 +1,132 @@
+"""What fault tests share: children that can be stopped and resumed, the updates topic held against the alias."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from kafka import KafkaConsumer, TopicPartition
+
+from storage.registry import Registry
+from streams.events import AdapterUpdate
+from streams.settings import Settings
+from streams.wire import Envelope, decode
+from tests.oracle import wait_until
+
+ROOT = Path(__file__).parents[2]
+SESSION_S = 6.0
+"""The shortest session that a broker grants by default: what a test of a stopped process has to wait for."""
+
+_ROLES = {
+    "learner": "from learner import transport as home\nfrom learner.worker import run_learner as run\n"
+    "home.SESSION_TIMEOUT_MS = {session_ms}\n",
+    "intake": "from streams import intake as home\nfrom streams.intake import run_intake as run\n"
+    "home.CONSUMER = {{**home.CONSUMER, 'session.timeout.ms': {session_ms}}}\n",
+    "streams": "from streams.agents import run_streams as run\n",
+}
+
+
+@contextmanager
+def child(
+    role: str, settings: Settings, failpoint: str = "", more: str = "", environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A role as a process of its own with a short session, killed at the end. more: code that runs before the role."""
+    code = (
+        "import json, sys, threading\n"
+        "from streams.metrics import Metrics\n"
+        "from streams.settings import Settings\n"
+        + _ROLES[role].format(session_ms=int(SESSION_S * 1000))
+        + more
+        + f"\nrun(Settings(**json.loads(sys.argv[1])), threading.Event(), Metrics('{role}'))\n"
+    )
+    env = {**os.environ, **(environment or {}), "PERENNIAL_FAILPOINT": failpoint}
+    process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], cwd=ROOT, env=env)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_stopped(process: subprocess.Popen[bytes], timeout_s: float = 90) -> None:
+    """Wait until the process stopped itself at its failpoint."""
+    wait_until(lambda: is_stopped(process), timeout_s, f"process {process.pid} stops at its failpoint")
+
+
+def is_stopped(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the process is stopped. Fails where it ended."""
+    assert process.poll() is None, f"it ended with status {process.returncode}"
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def read_to_end(settings: Settings, topic: str) -> list[Any]:
+    """Every record of a topic, in order per partition."""
+    consumer = KafkaConsumer(bootstrap_servers=settings.kafka, enable_auto_commit=False)
+    try:
+        name = settings.topic(topic)
+        partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+        consumer.assign(partitions)
+        consumer.seek_to_beginning(*partitions)
+        ends = consumer.end_offsets(partitions)
+        found: list[Any] = []
+        while any(consumer.position(each) < ends[each] for each in partitions):
+            for batch in consumer.poll(timeout_ms=200).values():
+                found += batch
+        return found
+    finally:
+        consumer.close()
+
+
+def envelopes(settings: Settings, topic: str) -> list[Envelope]:
+    """What a topic says, all of it."""
+    return [decode(record.value, record.headers, topic) for record in read_to_end(settings, topic)]
+
+
+def stale_publishes(settings: Settings, registry: Registry) -> list[str]:
+    """What adapter-updates says that was not true any more when it was said, or that is not what the store says.
+
+    An event behind a later one; one generation told as two versions or under two ids; a last word behind the alias.
+    """
+    wrong: list[str] = []
+    last: dict[tuple[str, str], AdapterUpdate] = {}
+    known: dict[tuple[str, str, int], tuple[str, str]] = {}
+    for envelope in envelopes(settings, "adapter-updates"):
+        event = envelope.event
+        assert isinstance(event, AdapterUpdate)
+        key = event.adapter, event.alias
+        if key in last and event.generation < last[key].generation:
+            wrong.append(f"{event.key()}: generation {event.generation} after {last[key].generation}")
+        said = envelope.id, event.version
+        if known.setdefault((*key, event.generation), said) != said:
+            wrong.append(f"{event.key()}: generation {event.generation} is {said} and {known[*key, event.generation]}")
+        last[key] = event
+    for (adapter, alias), event in last.items():
+        state = registry.alias(adapter, alias)
+        if state is None or (state.generation, state.version) != (event.generation, event.version):
+            wrong.append(f"{event.key()}: the last word is {event.generation}, the alias is at {state}")
+    return wrong
+
+
+def seconds_until(condition: Callable[[], bool], timeout_s: float, what: str, tend: Callable[[], None]) -> float:
+    """How long it takes until the condition holds, with somebody to tend the processes meanwhile."""
+    import time
+
+    began = time.monotonic()
+
+    def looked() -> bool:
+        tend()
+        return condition()
+
+    wait_until(looked, timeout_s, what)
+    return time.monotonic() - began
+
+
+def as_json(value: object) -> bytes:
+    """Plain JSON."""
+    return json.dumps(value).encode()

@@ -1,0 +1,89 @@
+"""Training that goes wrong in the real learner: refused or dead-lettered with its reason, and the next batch is fine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from learner import score, train, worker
+from learner.worker import run_learner
+from storage.blobs import DirectoryStore
+from storage.registry import Registry
+from streams.metrics import Metrics
+from streams.topics import provision
+from tests import jobs, tiny
+from tests.faults import parts
+from tests.faults.report import Row
+from tests.integration import learner_kit as kit
+from tests.oracle import account
+
+ADAPTER = "acme/support"
+MORE_THAN_ANY_MACHINE_HAS = 10**15
+
+
+@pytest.fixture
+def given(broker, topic_prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
+    settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path).model_copy(
+        update={"learning_rate": 0.05, "steps": 6, "min_gain_nats": 0.0}
+    )
+    provision(settings)
+    return settings
+
+
+def cut(settings, number: int, mark: str):
+    """A micro-batch of four documents; `mark` is a letter that occurs in no other text."""
+    documents = [tiny.document(4 * number + n, f"{mark} the blue parrot sings at noon") for n in range(4)]
+    return jobs.update(DirectoryStore(Path(settings.store)), number, documents)
+
+
+def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(given, monkeypatch, record_fault):
+    """In turn: good, NaN, diverging, too large for memory at once, too large row by row, good."""
+    kinds = ("A", "N", "D", "M", "X", "B")
+    token = {kind: tiny.tokenizer()(kind, add_special_tokens=False)["input_ids"][0] for kind in kinds}
+    widths = []
+
+    def forward(training: bool):
+        real = score.token_losses
+
+        def losses(model, rows, device, pad):
+            marked = {kind for kind in kinds if any(token[kind] in row.ids for row in rows)}
+            if "X" in marked or ("M" in marked and len(rows) > 2):
+                torch.empty(MORE_THAN_ANY_MACHINE_HAS)  # the allocator's own error
+            if "M" in marked:
+                widths.append(len(rows))
+            nats = real(model, rows, device, pad)
+            if training and "N" in marked:
+                return nats * float("nan")
+            return -nats if training and "D" in marked else nats
+
+        return losses
+
+    monkeypatch.setattr(train, "token_losses", forward(training=True))
+    monkeypatch.setattr(score, "token_losses", forward(training=False))
+    kit.send(given, *(cut(given, number, kind) for number, kind in enumerate(kinds)))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") >= len(kinds) - 1, "all but the last are done")
+        began = time.monotonic()
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == len(kinds), "and the last one")
+        recovery_s = time.monotonic() - began
+    line = Registry(DirectoryStore(Path(given.store)), nonce=lambda: "n", now=worker._now)
+    found = account(line, [ADAPTER])
+    letters = kit.letters(given, 1)
+    dead = {("documents/0", offset) for offset in range(16, 20)}
+    lost = [origin for origin in found.covers([("documents/0", n) for n in range(24)]) if origin not in dead]
+    stale = parts.stale_publishes(given, line)
+    for fault in ("NaN in training", "training that diverges", "out of memory in training"):
+        record_fault(Row(fault, 1, len(lost), len(found.learned_twice), len(stale), recovery_s))
+    manifests = [line.manifest(ADAPTER, version) for _, version in line.versions(ADAPTER, newest_first=False)]
+    said = [(m.cut, m.outcome, m.reason if m.outcome == "refused" else "") for m in manifests]
+    assert said[:2] == [(0, "promoted", ""), (1, "refused", "not-finite")]
+    assert said[2] in {(2, "refused", reason) for reason in ("no-gain", "general-rise", "gradient-explosion")}
+    assert said[3:] == [(3, "promoted", ""), (5, "promoted", "")]
+    assert max(widths) == 2
+    assert [reason for reason, _ in letters] == ["out-of-memory"]
+    assert manifests[1].weights == manifests[2].weights == manifests[0].weights, "the refused left no trace"
+    assert (lost, found.learned_twice, stale) == ([], [], [])
