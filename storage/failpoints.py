@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections import Counter
 
 _passed: Counter[str] = Counter()
@@ -24,4 +25,5 @@ def failpoint(name: str) -> None:
     count, _, action = rest.partition(":")
     _passed[name] += 1
     if _passed[name] == int(count or 1):
-        os.kill(os.getpid(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
+        # Not os.kill: another thread may take a SIGSTOP, and this one runs on for a while, into the next lock perhaps.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)
