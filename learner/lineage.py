@@ -13,7 +13,7 @@ from learner.adapter import State, from_safetensors
 from learner.announce import event_of
 from learner.base import Base
 from learner.batches import BatchRows, JobError, origins, read_batch, skip, sort_out
-from learner.forget import body_of, place_of, without
+from learner.forget import Place, body_of, place_of, without
 from learner.leftovers import sweep
 from learner.replay import index_from_bytes
 from learner.states import code_digest, state_key, stored
@@ -103,6 +103,8 @@ class Lineage:
             manifest, blobs = self._next(job, (batch, learnable, body), head, parent, parent_version)
             self._failpoint("learner.train")
             trained_at, trained = self._now(), time.perf_counter()
+            if self._blocked(job.adapter, learnable):
+                continue  # accepted while it was learned: it goes into no version that comes after that
             try:
                 publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), alias)
             except ConflictError:
@@ -353,13 +355,17 @@ class Lineage:
 
         The old body still has the text, so it is put down to be deleted before anything names the new one.
         """
-        screen = Screen(load_quarantine(self._store, job.adapter))
-        blocked = {place_of(example) for example in batch.examples if screen.blocks(example)}
+        blocked = self._blocked(job.adapter, batch)
         if not blocked:
             return batch, None
         learnable = without(batch, blocked)
         extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest])
         return learnable, body_of(learnable)
+
+    def _blocked(self, adapter: str, batch: Batch) -> set[Place]:
+        """Where what the quarantine says must not be learned was published."""
+        screen = Screen(load_quarantine(self._store, adapter))
+        return {place_of(example) for example in batch.examples if screen.blocks(example)}
 
     def _clean_up(self, job: UpdateRequested) -> None:
         """Delete what an update put down to be deleted, once its version is on the line."""
