@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 
 from learner.announce import event_of
 from learner.batches import MAX_BATCH_BYTES, BatchRows, JobError, skip
@@ -23,7 +24,7 @@ from storage.blobs import digest_of, get_blob, put_blob
 from storage.errors import ConflictError, NotFoundError
 from storage.manifest import BlobRef, LearnedExample, Manifest
 from storage.quarantine import Done as Mark
-from storage.quarantine import finish_entry, load_quarantine, update_quarantine
+from storage.quarantine import Hold, finish_entry, load_quarantine, update_quarantine
 from storage.registry import AliasState, Head
 from storage.tombstones import extend_tombstone, lift_tombstone, load_tombstone
 from streams.events import AdapterUpdate, Batch, ExampleAccepted, ForgetRequested, RetentionProgressed, RetentionState
@@ -87,7 +88,13 @@ class Forgetter:
         everything = [trace for group in traces.values() for trace in group]
         if aim.is_held(everything):
             count = len({trace.example_id for trace in everything if trace.request_id == job.request_id})
-            return Done("held", None, None, statuses=(self._status(job, "held", count, None, "a hold stands on it"),))
+            status = self._status(job, "held", count, None, "a hold stands on it")
+            if load_tombstone(self._store, adapter, job.job_id) is None:
+                return Done("held", None, None, statuses=(status,))
+            # The hold came in mid-way: what was moved is told, and no other job's sweep may delete for this one.
+            event = self._lineage.standing(adapter, alias)
+            lift = partial(lift_tombstone, self._store, adapter, job.job_id)
+            return Done("held", None, event, statuses=(status,), close=lift)
         hashes = aim.hashes(everything)
         gone = {digest: places for digest, group in traces.items() if (places := aim.gone(group, hashes))}
         plan = history.plan(gone)
@@ -101,6 +108,7 @@ class Forgetter:
                 self._make_anew(job, alias, head, plan, everything)
             self._failpoint("learner.forget_published")
             self._revoke(job, history, plan.touched)
+            self._heed_holds(job, quarantine.holds, history, gone)
         self._lineage.drop(sweep(self._registry, adapter))
         self._failpoint("learner.forget_deleted")
         return self._ended(job, alias, began)
@@ -122,6 +130,23 @@ class Forgetter:
             return Batch.model_validate_json(get_blob(self._store, digest, MAX_BATCH_BYTES))
         except NotFoundError:
             return None
+
+    def _heed_holds(
+        self, job: ForgetRequested, known: Sequence[Hold], history: History, gone: Mapping[str, Collection[Place]]
+    ) -> None:
+        """Look once more before anything is deleted: a replay takes its time, and a hold may have come meanwhile.
+
+        Raises ConflictError where it has, so that all is decided anew; what was published stays, the text too.
+        """
+        quarantine = load_quarantine(self._store, job.adapter)
+        if quarantine.holds == known:
+            return
+        aim = Aim(job, quarantine)
+        traces = self._traces(history, aim)
+        if any(trace.held and trace.place in places for digest, places in gone.items() for trace in traces.get(digest, ())):
+            if not aim.is_held(trace for group in traces.values() for trace in group):
+                lift_tombstone(self._store, job.adapter, job.job_id)
+            raise ConflictError(f"a hold came while {job.request_id} was carried out", remedy="release it first")
 
     # ---- changing
 
