@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 SESSION_S = 6.0
 """The shortest session that a broker grants by default: what a test of a stopped process has to wait for."""
 
+FEW_TEXTS = "from learner import worker\nfrom tests.faults.parts import few_texts\nworker.general_texts = few_texts"
+"""For `child`: reading the standard library's texts takes seconds, and what is learned is not the point here."""
+
 _ROLES = {
     "learner": "from learner import transport as home\nfrom learner.worker import run_learner as run\n"
     "home.SESSION_TIMEOUT_MS = {session_ms}\n",
@@ -30,6 +33,11 @@ _ROLES = {
     "home.CONSUMER = {{**home.CONSUMER, 'session.timeout.ms': {session_ms}}}\n",
     "streams": "from streams.agents import run_streams as run\n",
 }
+
+
+def few_texts(split: str) -> list[str]:
+    """General texts that cost nothing."""
+    return [f"plain {split} words {number}" for number in range(8)]
 
 
 @contextmanager
@@ -115,8 +123,6 @@ def stale_publishes(settings: Settings, registry: Registry) -> list[str]:
 
 def seconds_until(condition: Callable[[], bool], timeout_s: float, what: str, tend: Callable[[], None]) -> float:
     """How long it takes until the condition holds, with somebody to tend the processes meanwhile."""
-    import time
-
     began = time.monotonic()
 
     def looked() -> bool:
@@ -125,8 +131,3 @@ def seconds_until(condition: Callable[[], bool], timeout_s: float, what: str, te
 
     wait_until(looked, timeout_s, what)
     return time.monotonic() - began
-
-
-def as_json(value: object) -> bytes:
-    """Plain JSON."""
-    return json.dumps(value).encode()

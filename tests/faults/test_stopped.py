@@ -1,0 +1,123 @@
+"""Processes stopped past their session and resumed, rebalances, rivals: nothing stale, nothing twice, no other order."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from learner import transport, worker
+from learner.base import load_base
+from learner.worker import run_learner
+from storage.blobs import DirectoryStore
+from storage.registry import Registry
+from streams.metrics import Metrics
+from streams.settings import Settings
+from streams.topics import provision
+from tests import jobs, tiny
+from tests.faults import parts
+from tests.faults.report import Row
+from tests.integration import learner_kit as kit
+from tests.oracle import account
+
+ADAPTER = "acme/support"
+
+
+@pytest.fixture(autouse=True)
+def _few_texts_and_short_sessions(monkeypatch):
+    monkeypatch.setattr(worker, "general_texts", parts.few_texts)
+    monkeypatch.setattr(transport, "SESSION_TIMEOUT_MS", int(parts.SESSION_S * 1000))
+
+
+def registry(settings: Settings) -> Registry:
+    return Registry(DirectoryStore(Path(settings.store)), nonce=lambda: "n", now=worker._now)
+
+
+def job(settings: Settings, cut: int):
+    """Cut n has documents 4n to 4n + 3."""
+    examples = [tiny.document(n, f"the blue parrot {n} sings at noon") for n in range(4 * cut, 4 * cut + 4)]
+    return jobs.update(DirectoryStore(Path(settings.store)), cut, examples)
+
+
+def row(fault: str, cases: list[Settings], cuts: int, recovery_s: float) -> tuple[Row, list[str]]:
+    """What became of the cuts' documents, and what was said that is not true."""
+    lost = twice = 0
+    stale: list[str] = []
+    for given in cases:
+        found = account(registry(given), [ADAPTER])
+        lost += len(found.covers([("documents/0", n) for n in range(4 * cuts)]))
+        twice += len(found.learned_twice)
+        stale += parts.stale_publishes(given, registry(given))
+    return Row(fault, len(cases), lost, twice, len(stale), recovery_s), stale
+
+
+@pytest.mark.slow
+def test_a_learner_stopped_past_its_session_publishes_nothing_stale(broker, topic_prefix, tmp_path, record_fault):
+    """Another learns its jobs meanwhile; resumed at any place, it finds out. Several at once, for each has to be waited for."""
+    places = ("learner.train", "publish.gate", "learner.publish")
+    cases = {}
+    for place in places:
+        (tmp_path / place).mkdir()
+        cases[place] = kit.settings(broker.bootstrap, f"{topic_prefix}{place}-", tmp_path / place)
+        provision(cases[place])
+        kit.send(cases[place], job(cases[place], 0), job(cases[place], 1))
+    with ExitStack() as zombies:
+        stopped = [zombies.enter_context(parts.child("learner", given, f"{place}:1:stop", parts.FEW_TEXTS)) for place, given in cases.items()]
+        for process in stopped:
+            parts.wait_stopped(process)
+        with ExitStack() as others:
+            for given in cases.values():
+                own = load_base(given.base, "cpu", 1)  # not in the threads: transformers loads one model at a time
+                others.enter_context(
+                    kit.running(lambda stop, given=given, own=own: run_learner(given, stop, Metrics("learner"), own))
+                )
+            for given in cases.values():
+                kit.wait_until(lambda given=given: kit.committed(given, "adapter-jobs", "learner") == 2, "another learner does the jobs")
+            resumed = time.monotonic()
+            for process in stopped:
+                process.send_signal(signal.SIGCONT)
+        # Only who was stopped is left, and takes the next job when it is through with the one in its hands.
+        for given in cases.values():
+            kit.send(given, job(given, 2))
+        for given in cases.values():
+            kit.wait_until(lambda given=given: kit.committed(given, "adapter-jobs", "learner") == 3, "it goes on with the next job")
+        recovery_s = time.monotonic() - resumed
+        assert [process.poll() for process in stopped] == [None] * len(places)
+    found, stale = row("learner stopped past its session, resumed", list(cases.values()), 3, recovery_s)
+    record_fault(found)
+    assert stale == []
+    assert (found.lost, found.learned_twice) == (0, 0)
+    for given in cases.values():
+        assert [seq for seq, _ in registry(given).versions(ADAPTER)] == [3, 2, 1]
+        assert registry(given).alias(ADAPTER).version == registry(given).head(ADAPTER).version
+
+
+@pytest.mark.slow
+def test_two_learners_at_every_job_make_one_line(broker, topic_prefix, tmp_path, record_fault):
+    """Two groups, so that each gets all jobs: the store alone decides, as it must where a zombie and its heir race."""
+    given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
+    provision(given)
+    cuts = 6
+    rival = (
+        f"{parts.FEW_TEXTS}\nmake = home.connect\ndef rival(kind, *args, **more):\n"
+        "    return make(kind, *args, **({**more, 'group_id': more['group_id'] + '-rival'} if 'group_id' in more else more))\n"
+        "home.connect = rival"
+    )
+    with (
+        parts.child("learner", given, more=parts.FEW_TEXTS),
+        parts.child("learner", given, more=rival),
+    ):
+        began = time.monotonic()
+        for cut in range(cuts):
+            kit.send(given, job(given, cut))
+        for group in ("learner", "learner-rival"):
+            kit.wait_until(lambda group=group: kit.committed(given, "adapter-jobs", group) == cuts, f"{group} is through")
+        recovery_s = time.monotonic() - began
+    found, stale = row("two learners at one job", [given], cuts, recovery_s)
+    record_fault(found)
+    assert stale == []
+    assert (found.lost, found.learned_twice) == (0, 0)
+    assert [seq for seq, _ in registry(given).versions(ADAPTER)] == list(range(cuts, 0, -1))
