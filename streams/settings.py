@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     dedupe_window: Positive = Field(20_000, description="intake: events per origin partition in which a repeat is dropped")
     intake_batch: Positive = Field(5_000, description="intake: events per fetch, flush and commit")
 
-    max_batch_tokens: Positive = Field(1_024, description="curate: tokens that cut a micro-batch")
+    max_batch_tokens: Positive = Field(768, description="curate: tokens that cut a micro-batch")
     max_batch_examples: Positive = Field(256, description="curate: examples that cut a micro-batch")
     min_batch_examples: Positive = Field(8, description="curate: examples below which drift does not cut")
     max_age_s: Seconds = Field(30.0, description="curate: age of the oldest pending example that cuts a micro-batch")
@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     alpha: Positive = Field(16, description="LoRA alpha")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate")
     steps: Positive = Field(3, description="optimizer steps per update, at least; every new row is trained once")
-    rows: Positive = Field(16, description="rows per optimizer step")
+    rows: Positive = Field(12, description="rows per optimizer step")
     row_tokens: Positive = Field(128, description="tokens per row")
     replay_share: Share = Field(0.4, description="share of rows replayed from earlier examples")
     general_share: Share = Field(0.2, description="share of rows from the base's own kind of text")

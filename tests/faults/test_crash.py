@@ -1,0 +1,229 @@
+"""kill -9 at every failpoint, on a real Apache Kafka and a real MinIO: nothing lost, nothing learned twice.
+
+All roles run; in each round every role that has a place left is armed with it and documents are published. Each
+armed role must die there. It is started again at once, and the round ends when all that was acknowledged is in a
+manifest and the alias is at the head. Rounds with an erasure kill retain and the learner while they forget. At the end
+the weights must be those that training from scratch comes to, without kills, cut as the publisher's own log says.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from learner.base import load_base
+from learner.worker import make_lineage
+from storage.blobs import DirectoryStore, get_blob, open_store
+from storage.quarantine import load_quarantine
+from storage.registry import Registry
+from streams.cli.adapters import open_registry
+from streams.client import Publisher
+from streams.events import Batch, ExampleAccepted
+from streams.settings import Settings
+from streams.topics import provision
+from tests import scratch
+from tests.faults.kit import Crew, places
+from tests.faults.parts import stale_publishes
+from tests.faults.report import Row
+from tests.oracle import Account, account
+from tests.services import start_minio
+
+ELSEWHERE = {"dlq.send", "dlq.save"}
+"""The command `perennial dlq replay` is killed in tests/integration/test_dlq.py."""
+PER_CUT = 6
+PER_ROUND = 2 * PER_CUT
+CONVERGED_S = 30.0
+"""From the last kill of a round until all that was acknowledged is accounted for."""
+GIVE_UP_S = 120.0
+ADAPTER = "acme/crash"
+OFTEN = {"curate.receive": PER_ROUND, "learner.load": 2, "learner.train": 2, "publish.manifest": 2}
+"""Places that a round passes more than once: the kill is at any of the passes."""
+
+
+def role_of(place: str) -> str:
+    """The process that comes past a place."""
+    part = place.partition(".")[0]
+    return {"curate": "streams", "retain": "streams", "publish": "learner"}.get(part, part)
+
+
+def forgets(place: str) -> bool:
+    """Whether only a forgetting comes past the place."""
+    return place.startswith(("retain.", "learner.forget_"))
+
+
+def plan(names: Sequence[str], runs: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The rounds with documents and those with an erasure: role to place, each place `runs` times."""
+
+    def rounds(chosen: list[str]) -> list[dict[str, str]]:
+        queues = [[place for place in chosen if role_of(place) == role] for role in dict.fromkeys(map(role_of, chosen))]
+        return [{role_of(place): place for place in row if place} for row in zip_longest(*queues)]
+
+    wanted = [name for name in names if name not in ELSEWHERE]
+    learning, forgetting = [n for n in wanted if not forgets(n)], [n for n in wanted if forgets(n)]
+    return rounds(learning) * runs, rounds(forgetting) * runs
+
+
+def test_every_failpoint_of_the_source_is_in_the_matrix() -> None:
+    names = places()
+    learning, forgetting = plan(names, 3)
+    times = Counter(place for row in [*learning, *forgetting] for place in row.values())
+    assert set(times) == set(names) - ELSEWHERE
+    assert set(times.values()) == {3}
+    for part in ("intake.", "scorer.", "curate.", "retain.", "learner.", "publish."):
+        assert any(name.startswith(part) for name in times), part
+
+
+@dataclass
+class Bench:
+    """The stack, and what the publisher was told."""
+
+    settings: Settings
+    registry: Registry
+    crew: Crew
+    publisher: Publisher
+    rng: random.Random
+    acked: dict[str, list[tuple[str, int]]]
+
+    def publish(self, adapter: str, count: int) -> None:
+        """Documents that cannot be taken for each other; in the log once they are acknowledged."""
+        log = self.acked.setdefault(adapter, [])
+        receipts = [
+            self.publisher.document(
+                adapter=adapter, document_id=f"doc-{len(log) + number}",
+                text=" ".join(f"{self.rng.choice(('red', 'blue', 'green'))} {self.rng.randrange(1000)}" for _ in range(8)),
+            )
+            for number in range(count)
+        ]  # fmt: skip
+        log += [(f"{d.topic}/{d.partition}", d.offset) for d in (receipt.result(60) for receipt in receipts)]
+
+    def settled(self, adapter: str) -> bool:
+        """Whether the head accounts for the last acknowledged document and is what is served."""
+        head = self.registry.head(adapter)
+        state = self.registry.alias(adapter, self.settings.alias)
+        if head is None or state is None or state.version != head.version:
+            return False
+        return max(head.manifest.marks.values(), default=-1) >= self.acked[adapter][-1][1]
+
+    def account(self) -> Account:
+        """What the manifests say of all adapters."""
+        return account(self.registry, self.acked)
+
+    def lost(self, found: Account) -> list[tuple[str, int]]:
+        """Acknowledged, and in no manifest."""
+        return [origin for log in self.acked.values() for origin in found.covers(log)]
+
+    def run(self, armed: Mapping[str, str], act: Callable[[], None], settled: Callable[[], bool]) -> dict[str, float]:
+        """Arm, act, start again whoever died; seconds from each role's death until all had settled."""
+        for role, place in armed.items():
+            self.crew.arm(role, f"{place}:{self.rng.randint(1, OFTEN.get(place, 1))}")
+        died: dict[str, float] = {}
+        act()
+        deadline = time.monotonic() + GIVE_UP_S
+        while len(died) < len(armed) or not settled():
+            for role, place in armed.items():
+                code = self.crew.died(role)
+                if role not in died and code is not None:
+                    assert code == -signal.SIGKILL, f"{role} ended with {code} on its way to {place}:\n{self.crew.tail(role)}"
+                    died[role] = time.monotonic()
+                    self.crew.arm(role, "")
+                    self.crew.start(role)
+            if time.monotonic() > deadline:
+                late = set(armed) - set(died)
+                tails = "\n".join(f"--- {role}\n{self.crew.tail(role)}" for role in armed)
+                pytest.fail(f"not settled in {GIVE_UP_S:.0f} s, never reached: {[armed[r] for r in late]}\n{tails}")
+            time.sleep(0.05)
+        now = time.monotonic()
+        return {armed[role]: now - at for role, at in died.items()}
+
+
+@pytest.fixture
+def bench(broker, topic_prefix, tmp_path, monkeypatch):
+    server = start_minio(tmp_path / "minio")
+    try:
+        environment = server.environment()
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        settings = Settings(
+            kafka=broker.bootstrap, topic_prefix=topic_prefix, store="s3://perennial/crash", partitions=1, threads=1,
+            max_batch_examples=PER_CUT, min_batch_examples=PER_CUT + 1, max_batch_tokens=100_000, max_age_s=3600,
+            steps=1, rows=4, row_tokens=48, max_tokens=48, anchor_rows=1, max_general_rise_nats=50, min_gain_nats=-50,
+            learning_rate=1e-3, poll_s=1,
+        )  # fmt: skip
+        open_store(settings.store).probe()
+        provision(settings)
+        crew = Crew(settings, tmp_path / "roles", environment)
+        crew.start()
+        with Publisher(settings.kafka, settings=settings) as publisher:
+            yield Bench(settings, open_registry(settings), crew, publisher, random.Random("crash"), {})
+    finally:
+        crew.stop()
+        server.stop()
+
+
+def from_scratch(bench: Bench, adapter: str, folder: Path, gone: str | None = None) -> scratch.Scratch:
+    """Train what the publisher's log says, cut by cut, without kills; examples as intake accepted them."""
+    line = make_lineage(bench.settings, DirectoryStore(folder), load_base("shipped", "cpu", bench.settings.threads))
+    known: dict[int, ExampleAccepted] = {}
+    for _, version in bench.registry.versions(adapter):
+        manifest = bench.registry.manifest(adapter, version)
+        if manifest.batch is not None and manifest.kind in {"update", "replayed"}:
+            body = Batch.model_validate_json(get_blob(bench.registry.store, manifest.batch.digest))
+            known.update({example.origin.offset: example for example in body.examples})
+    log = [offset for _, offset in bench.acked[adapter]]
+    cuts = {
+        cut: [known[offset] for offset in log[start : start + PER_CUT] if offset in known]
+        for cut, start in enumerate(range(0, len(log), PER_CUT))
+    }
+    assert all(example.document_id != gone for cut in cuts.values() for example in cut)
+    return scratch.train(line.updater, DirectoryStore(folder), adapter, cuts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_a_kill_at_every_failpoint_loses_nothing_and_learns_nothing_twice(bench, fault_runs, record_fault, tmp_path):
+    learning, forgetting = plan(places(), fault_runs)
+    wrong: list[str] = []
+
+    def judge(recovered: Mapping[str, float]) -> None:
+        found = bench.account()
+        lost, twice, stale = bench.lost(found), found.learned_twice, stale_publishes(bench.settings, bench.registry)
+        for place, seconds in recovered.items():
+            record_fault(Row(f"kill -9 at {place}", 1, len(lost), len(twice), len(stale), round(seconds, 1)))
+            if lost or twice or stale or seconds > CONVERGED_S:
+                wrong.append(f"{place}: lost {lost}, twice {twice}, stale {stale}, {seconds:.1f} s")
+
+    for armed in learning:
+        judge(bench.run(armed, lambda: bench.publish(ADAPTER, PER_ROUND), lambda: bench.settled(ADAPTER)))
+    for number, armed in enumerate(forgetting):
+        adapter, request = f"acme/forget-{number}", f"request-{number}"
+        bench.publish(adapter, PER_ROUND)
+        bench.run({}, lambda: None, lambda adapter=adapter: bench.settled(adapter))
+        judge(bench.run(armed, lambda a=adapter, r=request: erase(bench, a, r), lambda a=adapter, r=request: gone(bench, a, r)))
+    assert not wrong, "\n".join(wrong)
+    assert bench.registry.head(ADAPTER).manifest.weights.digest == from_scratch(bench, ADAPTER, tmp_path / "oracle").weights
+    for number in range(len(forgetting)):
+        adapter = f"acme/forget-{number}"
+        made = from_scratch(bench, adapter, tmp_path / f"oracle-{number}", gone="doc-3")
+        assert bench.registry.head(adapter).manifest.weights.digest == made.weights, adapter
+
+
+def erase(bench: Bench, adapter: str, request: str) -> None:
+    """Ask to forget the fourth document."""
+    bench.publisher.retention(
+        request_id=request, kind="erase", adapter=adapter, requested_by="test", selector={"document_ids": ["doc-3"]}
+    ).result(60)
+
+
+def gone(bench: Bench, adapter: str, request: str) -> bool:
+    """Whether the request was carried out and nothing is left to delete."""
+    entry = load_quarantine(bench.registry.store, adapter).entry(request)
+    left = list(bench.registry.store.list(f"forgotten/{adapter}"))
+    return entry is not None and entry.done is not None and not entry.done.failure and not left
