@@ -7,10 +7,12 @@ what is followed lives in streams/subscriber.py and is part of this module's nam
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import sha256
 from typing import Any, Self
 
@@ -29,6 +31,7 @@ __all__ = [
     "Backend", "Current", "Delivery", "PublishError", "Publisher", "Receipt", "Subscriber", "SubscriberError",
 ]  # fmt: skip
 
+_SLICE_S = 0.1
 _RECORD_ROOM_BYTES = 64 * 1024
 """Key, headers and framing, above the largest value: the producer's own limit counts them too."""
 
@@ -49,8 +52,9 @@ class Delivery:
 class Receipt:
     """The promise of a delivery: the event is on its way, and `result` waits until the broker has it."""
 
-    def __init__(self, future: Any, event_id: str) -> None:
+    def __init__(self, future: Any, event_id: str, retired: threading.Event) -> None:
         self._future = future
+        self._retired = retired
         self.event_id = event_id
 
     @property
@@ -60,8 +64,13 @@ class Receipt:
 
     def result(self, timeout_s: float = 30.0) -> Delivery:
         """Wait until all in-sync replicas have the event. Raises PublishError where they do not in time."""
+        deadline_s = time.monotonic() + timeout_s
+        # A producer that was retired may never end its promises.
+        while not self.done and not self._retired.is_set() and time.monotonic() < deadline_s:
+            with suppress(KafkaError):
+                self._future.get(timeout=min(_SLICE_S, max(0.0, deadline_s - time.monotonic())))
         try:
-            record = self._future.get(timeout=timeout_s)
+            record = self._future.get(timeout=0)
         except KafkaError as error:
             raise PublishError(
                 "the event was not acknowledged",
@@ -99,12 +108,16 @@ class Publisher:
         self._accepted = self._delivered = 0
         self._first_error: BaseException | None = None
         self._closed = False
-        timeout_ms = max(1, int(timeout_s * 1000))
+        self._producer: Any = self._connect()
+        self._retired = threading.Event()
+
+    def _connect(self) -> Any:
+        timeout_ms = max(1, int(self._timeout_s * 1000))
         try:
-            self._producer: Any = connect(
+            return connect(
                 KafkaProducer,
                 self._bootstrap,
-                timeout_s,
+                self._timeout_s,
                 client_id="perennial-sdk",
                 acks="all",
                 enable_idempotence=True,
@@ -172,16 +185,19 @@ class Publisher:
         with self._lock:
             if self._closed:
                 raise PublishError("the publisher is closed", remedy="publish before close() or the end of `with`")
+            if self._producer is None:
+                self._producer, self._retired = self._connect(), threading.Event()
+            producer, retired = self._producer, self._retired
             self._accepted += 1
         try:
-            future = self._producer.send(topic, key=encoded.key, value=encoded.value, headers=encoded.headers)
+            future = producer.send(topic, key=encoded.key, value=encoded.value, headers=encoded.headers)
         except (KafkaError, ValueError) as error:
             with self._lock:
                 self._accepted -= 1
             raise self._not_taken(topic, error) from error
         future.add_callback(self._arrived)
-        future.add_errback(self._failed)
-        return Receipt(future, event_id)
+        future.add_errback(partial(self._failed, producer))
+        return Receipt(future, event_id, retired)
 
     def _not_taken(self, topic: str, error: BaseException) -> PublishError:
         try:
@@ -201,15 +217,29 @@ class Publisher:
         with self._lock:
             self._delivered += 1
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, producer: Any, error: BaseException) -> None:
+        """Retire a producer that lost an event; the next event makes a new one.
+
+        Hazard: once a batch in flight has expired, kafka-python 3.0.12 sends nothing more and ends no receipt either.
+        It is closed elsewhere, for this is its own thread.
+        """
         with self._lock:
             self._first_error = self._first_error or error
+            if self._producer is not producer:
+                return
+            self._producer = None
+            self._retired.set()
+        threading.Thread(target=_drop, args=(producer,), name="retired producer", daemon=True).start()
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything sent so far is delivered or has failed. Raises PublishError where the time ends."""
         limit_s = self._timeout_s if timeout_s is None else timeout_s
+        with self._lock:
+            producer = self._producer
+        if producer is None:
+            return
         try:
-            self._producer.flush(timeout=limit_s)
+            producer.flush(timeout=limit_s)
         except KafkaTimeoutError as error:
             with self._lock:
                 missing = self._accepted - self._delivered
@@ -229,7 +259,10 @@ class Publisher:
             with suppress(PublishError):
                 self.flush()
         finally:
-            self._producer.close(timeout=1)
+            with self._lock:
+                producer, self._producer = self._producer, None
+            if producer is not None:
+                _drop(producer, 1)
         with self._lock:
             missing, error = self._accepted - self._delivered, self._first_error
         if missing:
@@ -248,6 +281,12 @@ class Publisher:
         else:
             with suppress(PublishError):  # the error that ended the block is the one to hear of
                 self.close()
+
+
+def _drop(producer: Any, timeout_s: float = 0) -> None:
+    """Close a producer and end what it did not deliver."""
+    with suppress(KafkaError, OSError):
+        producer.close(timeout=timeout_s)
 
 
 def _said(error: BaseException) -> str:
