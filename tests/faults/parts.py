@@ -18,6 +18,7 @@ from streams.events import AdapterUpdate
 from streams.settings import Settings
 from streams.wire import Envelope, decode
 from tests.oracle import wait_until
+from tests.services import missing_service
 
 ROOT = Path(__file__).parents[2]
 SESSION_S = 6.0
@@ -131,3 +132,26 @@ def seconds_until(condition: Callable[[], bool], timeout_s: float, what: str, te
 
     wait_until(looked, timeout_s, what)
     return time.monotonic() - began
+
+
+@contextmanager
+def small_disk(folder: Path, size_mib: int) -> Iterator[Path]:
+    """A file system of its own, in memory. Skips where this user may mount none."""
+    folder.mkdir(parents=True)
+    options = f"size={size_mib}m"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False)
+    if made.returncode:
+        missing_service(f"a small disk cannot be mounted: {made.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(disk: Path, left_bytes: int) -> Path:
+    """Fill the disk up, but for so many bytes; the file that fills it."""
+    ballast = disk / "ballast"
+    found = os.statvfs(disk)
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(1, found.f_bavail * found.f_frsize - left_bytes))
+    return ballast
