@@ -1,0 +1,128 @@
+"""1,000 flipped bytes in blobs and manifests, and an event that was lost after the alias had been swapped."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+from learner.replay import index_from_bytes
+from storage.blobs import DirectoryStore, blob_key, get_blob, open_store
+from storage.errors import IntegrityError
+from storage.manifest import Manifest
+from storage.registry import Registry, manifest_key
+from streams.client import Subscriber
+from streams.metrics import Metrics
+from streams.settings import Settings
+from streams.topics import provision
+from tests import jobs
+from tests.faults import parts
+from tests.faults.report import Row
+from tests.integration import learner_kit as kit
+from tests.services import start_minio
+from tests.unit.test_lineage import ADAPTER, documents, lineage, now
+from tests.versions import MemoryBackend
+
+FLIPS = 1000
+
+
+@pytest.fixture(params=["directory", "minio"])
+def store(request, tmp_path):
+    if request.param == "directory":
+        yield DirectoryStore(tmp_path / "store", fsync=False)
+        return
+    server = start_minio(tmp_path / "minio")
+    try:
+        made = open_store(f"s3://perennial-{uuid.uuid4().hex[:12]}", server.environment())
+        made.probe()
+        yield made
+    finally:
+        server.stop()
+
+
+@pytest.mark.slow
+def test_flipped_bytes_are_refused_by_learner_and_subscriber(store, record_fault):
+    """In turn in the manifest, the weights, the optimizer's moments, the replay index, an old and the new micro-batch."""
+    line = lineage(store)
+    for cut in range(2):
+        line.update(jobs.update(store, cut, documents(*range(4 * cut, 4 * cut + 4))), "live")
+    following = jobs.update(store, 2, documents(*range(8, 12)))
+    head = line.registry.head(ADAPTER)
+    first = line.registry.manifest(ADAPTER, head.manifest.parent)
+    state, settings, metrics = line.registry.alias(ADAPTER), Settings(_env_file=None), Metrics("subscriber")
+    assert all((head.manifest.optimizer, head.manifest.replay, first.batch))
+    served = (manifest_key(ADAPTER, head.version), blob_key(head.manifest.weights.digest))
+    keys = [
+        *served, blob_key(head.manifest.optimizer.digest), blob_key(head.manifest.replay.digest),
+        blob_key(first.batch.digest), blob_key(following.batch.digest),
+    ]  # fmt: skip
+    rng, accepted = random.Random(6), []
+    for number in range(FLIPS):
+        key = keys[number % len(keys)]
+        good = store.get(key)
+        broken = bytearray(good.data)
+        at = rng.randrange(len(broken))
+        broken[at] ^= 1 << rng.randrange(8)
+        etag = store.compare_and_swap(key, bytes(broken), good.etag)
+        fresh = Registry(store, nonce=lambda: "n", now=now)
+        line.registry, line.rows = fresh, type(line.rows)(store, line.updater.rows)  # nothing that was read before
+        line._states.clear()
+        try:
+            if key == blob_key(first.batch.digest):  # what training would replay
+                line.rows(line_kept(line, head.manifest, first.batch.digest))
+            else:
+                line.update(following, "live")
+            accepted.append((key, at, "learner"))
+        except IntegrityError:
+            pass
+        if key in served:
+            backend = MemoryBackend(None)
+            subscriber = Subscriber(ADAPTER, backend, settings=settings, store=store, metrics=metrics, replica="r")
+            subscriber._look()
+            if subscriber.current is not None or backend.held:
+                accepted.append((key, at, "subscriber"))
+        store.compare_and_swap(key, good.data, etag)
+    record_fault(Row("flipped bytes in blobs and manifests", FLIPS, stale_publishes=len(accepted)))
+    assert accepted == []
+    assert line.registry.alias(ADAPTER) == state
+    assert line.update(following, "live").outcome == "promoted", "mended, all of it is used"
+
+
+def line_kept(line, manifest: Manifest, batch: str):
+    index = index_from_bytes(get_blob(line.registry.store, manifest.replay.digest))
+    return next(kept for kept in index if kept.batch == batch)
+
+
+def test_a_flipped_byte_ends_in_dead_letters_and_the_learner_goes_on(broker, topic_prefix, tmp_path, record_fault):
+    given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
+    provision(given)
+    files = DirectoryStore(Path(given.store))
+    cuts = [jobs.update(files, cut, documents(4 * cut, 4 * cut + 1)) for cut in range(3)]
+    registry = Registry(files, nonce=lambda: "n", now=now)
+    with parts.child("learner", given, "learner.publish:1", parts.FEW_TEXTS) as learner:
+        # Killed between the alias and its event: the next learner has to say it.
+        kit.send(given, cuts[0])
+        assert learner.wait(90) == -signal.SIGKILL
+    assert registry.alias(ADAPTER).generation == 1
+    assert parts.envelopes(given, "adapter-updates") == []
+    polling = given.model_copy(update={"poll_s": 0.2})
+    began = time.monotonic()
+    with Subscriber(ADAPTER, MemoryBackend(None), settings=polling, store=files) as subscriber:
+        assert subscriber.wait_for(1, 30), "the alias is the truth, the event a hint"
+    recovery_s = time.monotonic() - began
+    key = blob_key(cuts[1].batch.digest)
+    good = files.get(key)
+    files.compare_and_swap(key, bytes([good.data[0] ^ 1]) + good.data[1:], good.etag)
+    with parts.child("learner", given, more=parts.FEW_TEXTS):
+        kit.send(given, *cuts[1:])
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 3, "all jobs are done")
+    stale = parts.stale_publishes(given, registry)
+    record_fault(Row("event lost after the alias was swapped", 1, stale_publishes=len(stale), recovery_s=recovery_s))
+    assert [reason for reason, _ in kit.letters(given, 1)] == ["broken-state"]
+    assert stale == []
+    generations = [envelope.event.generation for envelope in parts.envelopes(given, "adapter-updates")]
+    assert sorted(set(generations)) == [1, 2], "said by whoever came next"
