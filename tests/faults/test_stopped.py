@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from kafka import KafkaProducer
 
 from learner import transport, worker
 from learner.base import load_base
@@ -21,6 +22,7 @@ from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row
 from tests.integration import learner_kit as kit
+from tests.integration import test_intake as intaking
 from tests.oracle import account
 
 ADAPTER = "acme/support"
@@ -121,3 +123,36 @@ def test_two_learners_at_every_job_make_one_line(broker, topic_prefix, tmp_path,
     assert stale == []
     assert (found.lost, found.learned_twice) == (0, 0)
     assert [seq for seq, _ in registry(given).versions(ADAPTER)] == list(range(cuts, 0, -1))
+
+
+@pytest.mark.slow
+def test_an_intake_stopped_past_its_session_reorders_nothing(broker, topic_prefix, record_fault):
+    """Stopped with a batch half sent; another intake takes its partitions over, and then it sends the rest."""
+    given = Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, intake_batch=40, _env_file=None)
+    provision(given)
+    client = KafkaProducer(bootstrap_servers=given.kafka)
+
+    def publish(first: int, last: int) -> None:
+        for number in range(first, last):
+            client.send(given.topic("documents"), intaking.document(number), partition=number % 2)
+        client.flush()
+
+    publish(0, 200)
+    with ExitStack() as stack:
+        zombie = stack.enter_context(parts.child("intake", given, "intake.produce:2:stop"))
+        parts.wait_stopped(zombie)
+        publish(200, 260)
+        with intaking.running(given):
+            intaking.wait_for(lambda: sum(intaking.committed(given).values()) == 260)
+            resumed = time.monotonic()
+            zombie.send_signal(signal.SIGCONT)
+            publish(260, 320)
+            intaking.wait_for(lambda: sum(intaking.committed(given).values()) == 320)
+        publish(320, 360)  # for the one that was stopped alone
+        intaking.wait_for(lambda: sum(intaking.committed(given).values()) == 360)
+        recovery_s = time.monotonic() - resumed
+        assert zombie.poll() is None
+    client.close()
+    seen = {(event.origin.partition, event.origin.offset) for event in intaking.examples(given)}
+    record_fault(Row("intake stopped past its session, resumed", 1, lost=360 - len(seen), recovery_s=recovery_s))
+    intaking.assert_in_order_without_gaps(given, {0: 180, 1: 180})
