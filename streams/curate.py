@@ -116,7 +116,7 @@ class Curation:
     async def _offer(self, scored: ExampleScored, delivery: Delivery) -> None:
         adapter = scored.example.adapter
         curator = await self._curator(adapter)
-        offer = curator.offer(scored, delivery, _now_ms())
+        offer = curator.offer(scored, delivery, _steady_ms())
         if offer.covered:
             if adapter in self._unconfirmed and curator.last_job is not None:
                 await self._send_job(curator.last_job)
@@ -153,7 +153,7 @@ class Curation:
         while len(self._curators) >= self._settings.max_adapters:
             adapter, curator = next(iter(self._curators.items()))
             if not curator.idle:
-                await self._save_due(curator, curator.due(_now_ms() + self._policy.max_age_ms))
+                await self._save_due(curator, curator.due(_steady_ms() + self._policy.max_age_ms))
             curator = self._curators[adapter]
             if curator.idle:
                 del self._curators[adapter], self._etags[adapter]
@@ -230,7 +230,7 @@ class Curation:
     async def tick(self) -> None:
         """Cut what has waited long enough; every fourth time, report."""
         self._drop_stale()
-        now_ms = _now_ms()
+        now_ms = _steady_ms()
         while self._waiting:
             curator = self._curators[next(iter(self._waiting))]
             due = curator.due(now_ms)
@@ -240,7 +240,7 @@ class Curation:
         self._ticks += 1
         if self._ticks % 4 == 0 and self._assigned:
             with suppress(KafkaError):  # a rebalance that began meanwhile
-                await self._report(now_ms)
+                await self._report(_now_ms())
 
     async def _report(self, now_ms: int) -> None:
         lag = 0
@@ -296,6 +296,11 @@ class Curation:
 
 def _now() -> datetime:
     return datetime.now(UTC)
+
+
+def _steady_ms() -> int:
+    """What ages are counted by: a wall clock set back would keep what waits for as long."""
+    return time.monotonic_ns() // 1_000_000
 
 
 def _now_ms() -> int:

@@ -1,0 +1,39 @@
+"""A clock that is set back: what waits is cut at its age all the same. That nothing expires early, test_retention says."""
+
+from __future__ import annotations
+
+import time
+
+from tests.faults import parts
+from tests.faults.report import Row
+from tests.integration import test_curate as curating
+
+bench = curating.bench
+
+SET_BACK = """
+import time, types
+from pathlib import Path
+from streams import curate
+def time_ns():
+    return time.time_ns() - 3600 * 10**9 * Path({flag!r}).exists()
+curate.time = types.SimpleNamespace(time_ns=time_ns, monotonic_ns=time.monotonic_ns)
+"""
+
+
+def test_a_clock_set_back_an_hour_keeps_nothing_waiting(bench, tmp_path, record_fault):
+    flag = tmp_path / "back"
+    with parts.child("streams", bench.settings, more=SET_BACK.format(flag=str(flag))):
+        bench.publish(curating.scored(n) for n in range(5))
+        bench.wait(lambda: bench.learned().total() >= 5)
+        bench.publish(curating.scored(n) for n in range(5, 10))
+        time.sleep(1)  # it has arrived, its age not yet
+        flag.touch()
+        began = time.monotonic()
+        deadline = began + 30
+        while bench.learned().total() < 10 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        recovery_s = time.monotonic() - began
+    learned = bench.learned()
+    twice = sum(count > 1 for count in learned.values())
+    record_fault(Row("clock set back an hour", 1, lost=10 - len(learned), learned_twice=twice, recovery_s=recovery_s))
+    assert (len(learned), twice) == (10, 0)
