@@ -22,10 +22,12 @@ from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row
 from tests.integration import learner_kit as kit
+from tests.integration import test_curate as curating
 from tests.integration import test_intake as intaking
 from tests.oracle import account
 
 ADAPTER = "acme/support"
+bench = curating.bench
 
 
 @pytest.fixture(autouse=True)
@@ -156,3 +158,21 @@ def test_an_intake_stopped_past_its_session_reorders_nothing(broker, topic_prefi
     seen = {(event.origin.partition, event.origin.offset) for event in intaking.examples(given)}
     record_fault(Row("intake stopped past its session, resumed", 1, lost=360 - len(seen), recovery_s=recovery_s))
     intaking.assert_in_order_without_gaps(given, {0: 180, 1: 180})
+
+
+@pytest.mark.slow
+def test_a_curate_stopped_past_its_session_does_not_cut_again_what_another_cut(bench, record_fault):
+    bench.publish(curating.scored(n) for n in range(30))
+    zombie = bench.start(failpoint="curate.blob:1:stop")
+    parts.wait_stopped(zombie)
+    bench.start()
+    bench.wait(lambda: bench.learned().total() >= 30)
+    resumed = time.monotonic()
+    zombie.send_signal(signal.SIGCONT)
+    bench.publish(curating.scored(n) for n in range(30, 60))
+    bench.wait(lambda: bench.learned().total() >= 60)
+    recovery_s = time.monotonic() - resumed
+    learned = bench.learned()
+    twice = sum(count > 1 for count in learned.values())
+    record_fault(Row("curate stopped past its session, resumed", 1, 60 - len(learned), twice, recovery_s=recovery_s))
+    assert (len(learned), twice) == (60, 0), bench.log.read_text()

@@ -215,21 +215,6 @@ def test_a_process_that_joins_and_one_that_leaves_lose_and_double_nothing(bench)
     assert len(learned) == total, bench.log.read_text()
 
 
-@pytest.mark.slow
-def test_a_process_stopped_beyond_its_session_does_not_cut_again_what_another_cut(bench):
-    bench.publish(scored(n) for n in range(30))
-    zombie = bench.start(failpoint="curate.blob:1:stop")
-    bench.wait(lambda: Path(f"/proc/{zombie.pid}/stat").read_text().split()[2] == "T")
-    bench.start()
-    bench.wait(lambda: bench.learned().total() >= 30)
-    zombie.send_signal(signal.SIGCONT)
-    bench.publish(scored(n) for n in range(30, 60))
-    bench.wait(lambda: bench.learned().total() >= 60)
-    learned = bench.learned()
-    assert max(learned.values()) == 1
-    assert len(learned) == 60, bench.log.read_text()
-
-
 def test_poison_goes_to_dead_letters_and_what_is_behind_goes_through(bench):
     bench.start()
     bench.publish([scored(0), b"{not json", scored(1), b"\xff", scored(2)])
