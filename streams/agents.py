@@ -29,6 +29,7 @@ from streams import curate as curate_agent
 from streams import retain_agent
 from streams.curate import Curation
 from streams.metrics import Metrics
+from streams.records import read_any_header_name
 from streams.retain_agent import RetainAgent
 from streams.settings import Settings
 
@@ -160,6 +161,7 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
     """Run the agents until `stop` is set. Raises PerennialError where they cannot go on."""
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    read_any_header_name()
     store = open_store(settings.require_store())
     with tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder:
         asyncio.run(_run(settings, stop, metrics, store, Path(folder)))

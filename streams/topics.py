@@ -18,6 +18,9 @@ from streams.events import EVENTS
 from streams.settings import Settings
 from streams.wire import MAX_DEAD_LETTER_BYTES, MAX_HEADER_BYTES, MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES
 
+_UNCOMPRESSED = {"compression.type": "uncompressed"}
+"""The broker unpacks what it is sent: kafka-python and aiokafka cannot read lz4, snappy or zstd without further packages,
+so that one compressed record by another's producer would end whoever reads the topic, for good."""
 _MINUTE_MS = 60_000
 _DAY_MS = 24 * 60 * _MINUTE_MS
 _BATCH_OVERHEAD_BYTES = 4 * 1024
@@ -61,9 +64,10 @@ class TopicSpec:
 
 def _deleted(
     name: str, key: str, *, retention_ms: int = WEEK_MS, max_message_bytes: int = MAX_INSIDE_MESSAGE_BYTES,
-    broker_time: bool = False,
+    broker_time: bool = False, any_codec: bool = False,
 ) -> TopicSpec:  # fmt: skip
     configs = {
+        **({} if any_codec else _UNCOMPRESSED),
         "cleanup.policy": "delete",
         "retention.ms": str(retention_ms),
         "max.message.bytes": str(max_message_bytes),
@@ -76,6 +80,7 @@ def _deleted(
 
 def _compacted(name: str, key: str) -> TopicSpec:
     configs = {
+        **_UNCOMPRESSED,
         "cleanup.policy": "compact",
         "max.message.bytes": str(MAX_INSIDE_MESSAGE_BYTES),
         # The active segment is never compacted, so it is kept small and short; a reader at the start reads little.
@@ -92,8 +97,12 @@ def _compacted(name: str, key: str) -> TopicSpec:
 TOPICS: Mapping[str, TopicSpec] = MappingProxyType({
     spec.name: spec
     for spec in (
-        _deleted("documents", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True),
-        _deleted("interactions", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True),
+        _deleted(
+            "documents", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True, any_codec=True
+        ),
+        _deleted(
+            "interactions", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True, any_codec=True
+        ),
         _deleted("examples", "adapter"),
         _deleted("scored-examples", "adapter"),
         _deleted("drift", "adapter", retention_ms=30 * _DAY_MS),

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from confluent_kafka import Producer as LibrdkafkaProducer
 from kafka import KafkaConsumer, KafkaProducer
 
 from storage.blobs import DirectoryStore, digest_of, get_blob
@@ -207,6 +208,32 @@ def test_an_erase_is_quarantined_handed_over_and_closed_when_no_replica_serves_w
     assert (last.examples, last.version) == (1, alias.version)
     child.send_signal(signal.SIGTERM)
     assert child.wait(20) == 0, bench.log.read_text()
+
+
+def test_no_bytes_in_the_topic_end_the_role(bench):
+    class Evil(str):
+        __slots__ = ()
+
+        def encode(self, *_: object) -> bytes:
+            return b"\xff\xfe"
+
+    bench.learn(example(1))
+    child = bench.start()
+    topic = bench.settings.topic("retention")
+    for codec in ("none", "gzip", "snappy", "lz4", "zstd"):
+        producer = LibrdkafkaProducer({"bootstrap.servers": bench.settings.kafka, "compression.type": codec})
+        producer.produce(topic, b"x" * 2000, ADAPTER.encode(), headers=[("none", None)])
+        producer.flush(30)
+    evil = KafkaProducer(bootstrap_servers=bench.settings.kafka, acks="all")
+    for value in (b"{}", erase(1).model_dump_json().encode()):
+        evil.send(topic, key=ADAPTER.encode(), value=value, headers=[(Evil("x"), b"1")])
+    evil.flush(30)
+    evil.close()
+    bench.wait_for("quarantined")
+    letters = [parse_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    assert [letter.reason for letter in letters] == ["not-json"] * 5 + ["missing-field"]
+    assert letters[-1].headers == [("\\xff\\xfe", b"1")]
+    assert child.poll() is None
 
 
 @pytest.mark.slow
