@@ -80,6 +80,9 @@ class IntakeMetrics(Protocol):
     def oldest_age_s(self, seconds: float) -> None:
         """The oldest record that waits is so old."""
 
+    def waiting(self, waits: bool) -> None:
+        """Whether a batch was read and is not committed yet."""
+
     def progress(self) -> None:
         """A batch was committed."""
 
@@ -156,6 +159,8 @@ class Intake:
         messages = self._consume()
         if messages:
             failpoint("intake.consume")
+            # While the broker takes nothing, nothing is observed either: what is in hand has to be known as waiting.
+            self._metrics.waiting(True)
             self._produce(messages)
             failpoint("intake.produce")
             if not self._flush(stop):
@@ -297,6 +302,7 @@ class Intake:
         self._decided.clear()
         self._refused.clear()
         self._metrics.progress()
+        self._metrics.waiting(False)
 
     def _observe(self) -> None:
         """Say how much waits, at most once a second."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,8 +23,10 @@ from kafka.partitioner import murmur2
 
 from storage.errors import PerennialError
 from streams import intake
+from streams.broker import EmbeddedBroker
 from streams.events import InteractionObserved
 from streams.intake import DeliveryError, run_intake
+from streams.metrics import Metrics
 from streams.settings import Settings
 from streams.topics import KafkaUnavailableError, TopicError, identify, provision
 from streams.wire import decode, encode, parse_dead_letter
@@ -52,6 +55,9 @@ class Figures:
 
     def oldest_age_s(self, seconds):
         self.counts["aged"] = seconds
+
+    def waiting(self, waits):
+        self.counts["waiting"] = waits
 
     def progress(self):
         self.counts["progress"] += 1
@@ -236,6 +242,25 @@ def test_duplicates_are_dropped_across_a_restart_and_changed_texts_are_not(setti
     with running(settings) as figures:
         wait_for(lambda: figures.counts["in", "documents"] == 201)
     assert figures.counts["out", "examples"] == 201
+
+
+def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_path, monkeypatch):
+    with EmbeddedBroker(tmp_path / "broker") as own:
+        settings = Settings(kafka=own.bootstrap, partitions=1, stall_s=1.0, _env_file=None)
+        provision(settings)
+        metrics = Metrics("intake", settings)
+        with running(settings, metrics):
+            wait_for(lambda: metrics.health()[1]["status"] == "ok")  # it has looked, and nothing waits
+            # The broker hangs once the document was read: nothing more can be observed.
+            hang = {"intake.consume": lambda: os.kill(own.pid, signal.SIGSTOP)}
+            monkeypatch.setattr(intake, "failpoint", lambda name: hang.pop(name, int)())
+            client = KafkaProducer(bootstrap_servers=settings.kafka)
+            publish(client, settings, [document(1)], partition=0)
+            wait_for(lambda: not metrics.health()[0])
+            os.kill(own.pid, signal.SIGCONT)
+            wait_for(lambda: metrics.health()[0])
+            client.close()
+        assert [event.document_id for event in examples(settings)] == ["d1"]
 
 
 def child(settings, **environment: str):
