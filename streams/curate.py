@@ -1,8 +1,10 @@
 """The curate agent's hold on Faust: scored examples in; micro-batches to the store, jobs and drift out.
 
-Order per cut: the batch's body, the state object `state/curate/<adapter>` by compare-and-swap (the commit point, which
-also fences a process that lost its partitions unawares), the job, then the acknowledgements. On restore the job in the
-state is sent again as soon as a delivery that it covers comes back, for only then may it never have been sent.
+Order per cut: the name of the batch's body in `state/cutting/<adapter>`, the body, the state object
+`state/curate/<adapter>` by compare-and-swap (the commit point, which also fences a process that lost its partitions
+unawares), the job, then the acknowledgements. On restore the job in the state is sent again as soon as a delivery that
+it covers comes back, for only then may it never have been sent; and a body that was named but never committed is
+deleted, for its text would be where no forgetting looks.
 Needs faust only as an argument; its hazards are told in streams/agents.py.
 """
 
@@ -18,12 +20,13 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeAlias
 
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from storage.blobs import ObjectStore, put_blob
-from storage.errors import ConflictError, NotFoundError, PerennialError
+from storage.blobs import ObjectStore, blob_key, put_blob
+from storage.errors import ConflictError, IntegrityError, NotFoundError, PerennialError
 from storage.failpoints import failpoint
 from storage.quarantine import load_quarantine, update_quarantine
-from streams.events import CutReason, DriftDetected, Event, ExampleScored, UpdateRequested
+from streams.events import BlobRef, CutReason, DriftDetected, Event, ExampleScored, UpdateRequested
 from streams.metrics import Metrics
 from streams.quarantine import Screen, text_hash
 from streams.settings import Settings
@@ -35,6 +38,7 @@ log = logging.getLogger("perennial.curate")
 SOURCE: Final = "perennial/curate"
 TOPIC: Final = ExampleScored.topic
 TICK_S: Final = 0.25
+MAX_CUTTING_BYTES: Final = 4096
 
 Delivery: TypeAlias = tuple[Any, int]
 """Input partition (Faust's TP) and offset."""
@@ -44,9 +48,22 @@ class CurateError(PerennialError):
     """The curate agent got what it cannot handle."""
 
 
+class _Cutting(BaseModel):
+    """The body that is being written, and of which cut."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    cut: int
+    batch: BlobRef
+
+
 def state_key(adapter: str) -> str:
     """Where curate keeps what it knows of an adapter."""
     return f"state/curate/{adapter}"
+
+
+def cutting_key(adapter: str) -> str:
+    """Where curate names a body before it writes it."""
+    return f"state/cutting/{adapter}"
 
 
 class Curation:
@@ -62,6 +79,7 @@ class Curation:
         self._revoked: int | None = None
         self._curators: OrderedDict[str, Curator[Delivery]] = OrderedDict()
         self._etags: dict[str, str | None] = {}
+        self._cutting: dict[str, str | None] = {}  # etags of what is under cutting_key
         self._unconfirmed: set[str] = set()  # restored: whether the last job went out is not known
         self._waiting: dict[str, None] = {}  # adapters with something pending, oldest first
         self._lines: dict[Any, OffsetLine[Any]] = {}
@@ -85,7 +103,7 @@ class Curation:
         """Drop what an ended generation left."""
         if self._generation is not None and not self._is_current(self._generation):
             self._generation = None
-            for kept in (self._curators, self._etags, self._unconfirmed, self._waiting, self._lines):
+            for kept in (self._curators, self._etags, self._cutting, self._unconfirmed, self._waiting, self._lines):
                 kept.clear()
 
     async def receive(self, event: Any) -> None:
@@ -139,14 +157,56 @@ class Curation:
         return curator
 
     async def _load(self, adapter: str) -> Curator[Delivery]:
+        while True:
+            curator = await asyncio.to_thread(self._restore, adapter)
+            try:
+                await asyncio.to_thread(self._clear, curator)
+            except ConflictError:
+                continue  # whoever was here before goes on still
+            if self._etags[adapter] is not None:
+                self._unconfirmed.add(adapter)
+            return curator
+
+    def _restore(self, adapter: str) -> Curator[Delivery]:
         try:
-            stored = await asyncio.to_thread(self._store.get, state_key(adapter), MAX_STATE_BYTES)
+            stored = self._store.get(state_key(adapter), MAX_STATE_BYTES)
         except NotFoundError:
             self._etags[adapter] = None
             return Curator(adapter, self._policy)
         self._etags[adapter] = stored.etag
-        self._unconfirmed.add(adapter)
         return Curator.restore(adapter, self._policy, stored.data)
+
+    def _clear(self, curator: Curator[Delivery]) -> None:
+        """Delete the body that a process before this one wrote, or was about to write, and did not commit.
+
+        Hazard: that process may go on. So the state is replaced first: it can then never commit a cut with that body.
+        """
+        adapter = curator.adapter
+        key = cutting_key(adapter)
+        try:
+            stored = self._store.get(key, MAX_CUTTING_BYTES)
+        except NotFoundError:
+            self._cutting[adapter] = None
+            return
+        self._cutting[adapter] = stored.etag
+        try:
+            left = _Cutting.model_validate_json(stored.data)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{key} is not readable", got=stored.data[:100], allowed="a cut and its body",
+                remedy="delete the object once the blob that it names is deleted",
+            ) from error  # fmt: skip
+        if left.cut < curator.cuts:
+            return
+        self._etags[adapter] = self._store.compare_and_swap(state_key(adapter), curator.fence(), self._etags[adapter])
+        self._store.delete(blob_key(left.batch.digest))
+
+    def _write_body(self, body: bytes, job: UpdateRequested) -> None:
+        """The body, once its name is known to whoever comes after a crash. Raises ConflictError."""
+        name = _Cutting(cut=job.cut, batch=job.batch).model_dump_json().encode()
+        held = self._cutting[job.adapter]
+        self._cutting[job.adapter] = self._store.compare_and_swap(cutting_key(job.adapter), name, held)
+        put_blob(self._store, body)
 
     async def _make_room(self) -> None:
         """Let go of the adapter unused for longest; what is pending there is cut before its time."""
@@ -156,7 +216,7 @@ class Curation:
                 await self._save_due(curator, curator.due(_steady_ms() + self._policy.max_age_ms))
             curator = self._curators[adapter]
             if curator.idle:
-                del self._curators[adapter], self._etags[adapter]
+                del self._curators[adapter], self._etags[adapter], self._cutting[adapter]
                 self._unconfirmed.discard(adapter)
 
     async def _cut(self, curator: Curator[Delivery], reason: CutReason) -> None:
@@ -191,10 +251,10 @@ class Curation:
     async def _save(self, curator: Curator[Delivery], cut: Cut) -> None:
         """Body, state, job, acknowledgements: in this order a crash at any point loses and doubles nothing."""
         adapter = curator.adapter
-        if cut.body is not None:
-            await asyncio.to_thread(put_blob, self._store, cut.body)
-            failpoint("curate.blob")
         try:
+            if cut.body is not None and cut.job is not None:
+                await asyncio.to_thread(self._write_body, cut.body, cut.job)
+                failpoint("curate.blob")
             self._etags[adapter] = await asyncio.to_thread(
                 self._store.compare_and_swap, state_key(adapter), cut.state, self._etags[adapter]
             )

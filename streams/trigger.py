@@ -146,6 +146,7 @@ class Curator(Generic[T]):
         self.adapter = adapter
         self.policy = policy
         self.cuts = 0
+        self._fences = 0
         self.marks: dict[str, int] = {}
         self.last_job: UpdateRequested | None = None
         self._seen: dict[str, int] = {}
@@ -297,6 +298,11 @@ class Curator(Generic[T]):
         self._carried = self._carried + self._pending.skipped
         return Cut(None, self._snapshot(), None)
 
+    def fence(self) -> bytes:
+        """The saved state in other bytes, so that who still holds the one before cannot replace it."""
+        self._fences += 1
+        return self._snapshot()
+
     def saved(self) -> list[T]:
         """The state of the last cut or flush is in the store: tokens that may be acknowledged; nothing is pending."""
         tokens = [token for _, token in self._pending.tail] + self._pending.again
@@ -313,6 +319,7 @@ class Curator(Generic[T]):
                 "version": STATE_VERSION,
                 "adapter": self.adapter,
                 "cuts": self.cuts,
+                "fences": self._fences,
                 "marks": self.marks,
                 "recent": base64.b64encode(self._recent.to_bytes()).decode(),
                 "carried": [skip.model_dump(mode="json") for skip in self._carried],
@@ -333,7 +340,7 @@ class Curator(Generic[T]):
             if data["version"] != STATE_VERSION or data["adapter"] != adapter:
                 raise ValueError(f"version {data['version']} of adapter {data['adapter']}")  # noqa: TRY301 - told below
             curator: Curator[T] = cls(adapter, policy)
-            curator.cuts = int(data["cuts"])
+            curator.cuts, curator._fences = int(data["cuts"]), int(data.get("fences", 0))
             curator.marks = {str(partition): int(offset) for partition, offset in data["marks"].items()}
             curator._recent = RecentIds(base64.b64decode(data["recent"], validate=True))
             curator._carried = [BatchSkip.model_validate(skip) for skip in data["carried"]]

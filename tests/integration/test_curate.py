@@ -20,6 +20,7 @@ import pytest
 from kafka import KafkaConsumer, KafkaProducer
 
 from storage.blobs import DirectoryStore, get_blob
+from storage.quarantine import Entry, update_quarantine
 from streams.agents import Guard, InterruptedStepError
 from streams.events import Batch, ExampleAccepted, ExampleScored, Origin, UpdateRequested
 from streams.settings import Settings
@@ -161,6 +162,22 @@ def test_a_kill_at_any_step_loses_and_doubles_nothing(bench, step):
     assert [[e.document_id for e in batch.examples] for batch in batches] == [
         [f"d{n}" for n in range(start, start + 20)] for start in (0, 20, 40)
     ], bench.log.read_text()
+
+
+def test_a_body_that_a_kill_left_behind_holds_no_text_that_is_erased_before_the_next_start(bench):
+    bench.publish(scored(n) for n in range(20))
+    dead = bench.start(failpoint="curate.blob")
+    assert dead.wait(PATIENCE_S) == -signal.SIGKILL, bench.log.read_text()
+    store = DirectoryStore(Path(bench.settings.store))
+    erase = Entry(
+        request_id="r1", job_id="j1", kind="erase", selector={"document_ids": ["d3"]}, until_ms=1_000_000
+    )
+    update_quarantine(store, "acme/a", lambda quarantine: quarantine.with_entry(erase))
+    bench.start()
+    bench.wait(lambda: bench.learned().total() >= 19)
+    assert bench.learned() == {f"d{n}": 1 for n in range(20) if n != 3}, bench.log.read_text()
+    holding = [path for path in store.root.rglob("*") if path.is_file() and b'"text 3"' in path.read_bytes()]
+    assert holding == []
 
 
 @pytest.mark.slow
