@@ -32,7 +32,8 @@ class Step:
 class Trace:
     """What is noted of a stored example; no text.
 
-    request_id: of what ends it now, None where nothing does. wanted_by: the same as if nothing were held.
+    request_id: of what ends it now, None where nothing does. wanted_by: the same as if nothing were held. erased: its
+    text is to be kept out for good.
     """
 
     place: Place
@@ -41,6 +42,7 @@ class Trace:
     request_id: str | None
     wanted_by: str | None
     held: bool
+    erased: bool = False
 
 
 class Aim:
@@ -53,9 +55,6 @@ class Aim:
         self._job = job
         self._screen = Screen(quarantine)
         self._without_holds = Screen(quarantine.with_holds([]))
-        self._suppressing = {e.request_id for e in quarantine.entries if e.suppress}
-        if job.suppress:
-            self._suppressing.add(job.request_id)
         self._suppressed = frozenset(quarantine.suppressed)
 
     def look(self, examples: Iterable[ExampleAccepted]) -> list[Trace]:
@@ -64,12 +63,14 @@ class Aim:
 
     def _trace(self, example: ExampleAccepted) -> Trace:
         held = self._screen.held_by(example) is not None
+        erased = self._screen.erases(example)
         if self._job.means(example):
+            erased = erased or self._job.suppress
             ends: str | None = self._job.request_id
             wants = ends
         else:
             ends, wants = (_request_of(screen.entry_of(example)) for screen in (self._screen, self._without_holds))
-        return Trace(place_of(example), example.example_id, text_hash(example), ends, wants, held)
+        return Trace(place_of(example), example.example_id, text_hash(example), ends, wants, held, erased)
 
     def is_held(self, traces: Iterable[Trace]) -> bool:
         """Whether a hold stands on anything that the job itself means."""
@@ -77,9 +78,7 @@ class Aim:
 
     def hashes(self, traces: Iterable[Trace]) -> frozenset[str]:
         """By what the texts are suppressed from now on."""
-        return frozenset(
-            trace.text_hash for trace in traces if trace.text_hash and trace.request_id in self._suppressing
-        )
+        return frozenset(trace.text_hash for trace in traces if trace.text_hash and trace.erased)
 
     def gone(self, traces: Iterable[Trace], hashes: Collection[str]) -> set[Place]:
         """Where the examples to forget were published, with those of the same text under other names."""

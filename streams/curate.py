@@ -239,11 +239,7 @@ class Curation:
             return ()
         screen = Screen(quarantine)
         blocked = {example.example_id: example for example in curator.pending if screen.blocks(example)}
-        erased = [
-            text
-            for example in blocked.values()
-            if (entry := screen.entry_of(example)) and entry.suppress and (text := text_hash(example))
-        ]
+        erased = [text for example in blocked.values() if screen.erases(example) and (text := text_hash(example))]
         if erased:
             update_quarantine(self._store, curator.adapter, lambda found: found.suppressing(erased))
         return blocked.keys()

@@ -44,10 +44,18 @@ class Screen:
 
         A hold does not undo what was carried out before it: an entry that is done goes on blocking what comes late.
         """
+        found = self._entries_of(example)
+        return found[0] if found else None
+
+    def erases(self, example: ExampleAccepted) -> bool:
+        """Whether its text is to be kept out for good: by any entry that means it, be another one the first."""
+        return any(entry.suppress for entry in self._entries_of(example))
+
+    def _entries_of(self, example: ExampleAccepted) -> list[Entry]:
         found = [entry for entry, means in self._entries if means(example)]
         if found and self.held_by(example) is not None:
             found = [entry for entry in found if entry.done is not None]
-        return found[0] if found else None
+        return found
 
     def suppresses(self, example: ExampleAccepted) -> bool:
         """Whether the same text was erased before."""
