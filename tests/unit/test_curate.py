@@ -18,6 +18,7 @@ from streams.settings import Settings
 from streams.wire import encode
 
 ADAPTER = "acme/a"
+DAY_S = 86_400
 
 
 class App:
@@ -55,6 +56,20 @@ def given(tmp_path):
     settings = Settings(max_age_s=0.05, _env_file=None)
     store, app = DirectoryStore(tmp_path, fsync=False), App()
     return Curation(app, settings, Metrics("curate"), store), app, store
+
+
+def test_a_clock_that_is_set_back_keeps_no_example_waiting(given, monkeypatch):
+    curation, app, _ = given
+    real_ns = curate.time.time_ns
+
+    async def scenario() -> None:
+        await curation.receive(delivery(1))
+        monkeypatch.setattr(curate.time, "time_ns", lambda: real_ns() - DAY_S * 1_000_000_000)
+        await asyncio.sleep(0.1)
+        await curation.tick()
+
+    asyncio.run(scenario())
+    assert app.sent == ["adapter-jobs"]
 
 
 def test_a_text_is_kept_out_for_good_by_an_erasure_behind_an_expiry(given):
