@@ -1,10 +1,12 @@
 """Which examples the store has of an adapter: read from the micro-batches of its line, their texts let go at once.
 
-Also examples of refused updates count: their text is in the store. Batches that were erased are simply not there.
+Also examples of refused updates count: their text is in the store. Batches that were erased are simply not there;
+one that is damaged is left out and told, for one bad object must not stop the calendar of every other adapter.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,8 @@ from storage.registry import Registry
 from streams.events import Batch
 from streams.quarantine import text_hash
 from streams.retention_book import Known
+
+log = logging.getLogger("perennial.retain")
 
 MAX_BATCH_BYTES: Final = 512 * 1024 * 1024
 DEFAULT_MAX_EXAMPLES: Final = 200_000
@@ -91,15 +95,15 @@ class Index:
             return
         try:
             data = get_blob(self._registry.store, manifest.batch.digest, MAX_BATCH_BYTES)
+            batch = Batch.model_validate_json(data)
         except NotFoundError:  # erased
             return
-        try:
-            batch = Batch.model_validate_json(data)
-        except ValidationError as error:
-            raise IntegrityError(
-                f"blob {manifest.batch.digest} is not a micro-batch", got=data[:100], allowed="a Batch",
-                remedy="restore the object from a copy",
-            ) from error  # fmt: skip
+        except (IntegrityError, ValidationError):
+            log.error(  # noqa: TRY400 - what is wrong is where, not what was found there: that may be a text
+                "%s: micro-batch %s of version %s is damaged: restore it from a copy, or nothing in it can expire",
+                manifest.adapter, manifest.batch.digest, version,
+            )  # fmt: skip
+            return
         learned = {item.example_id for item in manifest.learned} if stands and _was_promoted(manifest) else set()
         for example in batch.examples:
             name = example.example_id
