@@ -31,6 +31,7 @@ from streams.retention import Change, Live, Turn
 from streams.retention_book import Book, Known, calendar, count_states, overdue
 from streams.settings import Settings
 from streams.topics import KafkaUnavailableError
+from streams.wire import WireError
 
 log = logging.getLogger("perennial.retain")
 
@@ -38,6 +39,10 @@ BOOK_KEY: Final = "retention/state"
 CLOCK_KEY: Final = "retention/clock"
 SOURCE: Final = "perennial/retain"
 MAX_BOOK_BYTES: Final = 64 << 20
+CALENDAR_BOOK_BYTES: Final = MAX_BOOK_BYTES // 2
+"""A book larger than that takes no more requests of the calendar's own; what is due waits."""
+REQUESTS_BOOK_BYTES: Final = MAX_BOOK_BYTES // 8 * 7
+"""A book larger than that takes no more requests of others, but releases; the rest is for the progress of those in it."""
 ADAPTERS_EVERY_S: Final = 15.0
 CLOCK_EVERY_S: Final = 20.0
 LOOK_S: Final = 1.0
@@ -124,10 +129,14 @@ class Retention:
         self._next_adapter = ""
 
     async def receive(self, request: RetentionRequested, received_ms: int) -> None:
-        """Take one request and carry it as far as it goes now. Raises WireError where its id is another's."""
+        """Take one request and carry it as far as it goes now.
+
+        Raises WireError where its id is another's, and where the book is full.
+        """
         for _ in range(_ATTEMPTS):
             now_ms = await asyncio.to_thread(self._now_ms)
             book, etag = await asyncio.to_thread(self._load)
+            self._refuse_if_full(book, request)
             turn = Turn(book, now_ms, self._at())
             turn.receive(request, received_ms)
             await asyncio.to_thread(turn.advance, self._facts, {request.request_id})
@@ -139,11 +148,26 @@ class Retention:
             return
         raise ConflictError(f"too many writers change {BOOK_KEY}", remedy="restarting loses nothing")
 
+    def _refuse_if_full(self, book: Book, request: RetentionRequested) -> None:
+        """Raises WireError: a request in the dead letters can be sent again, one that ends the role takes all with it."""
+        if request.request_id in book.records or request.kind == "release":
+            return
+        size_bytes = len(book.to_bytes())
+        if size_bytes > REQUESTS_BOOK_BYTES:
+            raise WireError(
+                "oversize", "the book of retention requests is full", got=f"{size_bytes} bytes",
+                allowed=f"{REQUESTS_BOOK_BYTES} bytes; send it again once others are done, or name more in each request",
+            )  # fmt: skip
+
     async def tick(self) -> None:
         """See what fell due, go on with what is open, tell the figures."""
         book, etag = await asyncio.to_thread(self._load)
         turn = Turn(book, await asyncio.to_thread(self._now_ms), self._at())
-        await asyncio.to_thread(self._look, turn)
+        if len(book.to_bytes()) <= CALENDAR_BOOK_BYTES:
+            await asyncio.to_thread(self._look, turn)
+        else:
+            self._metrics.store_error("retain.full")
+            log.error("the book of retention requests is full: nothing new expires until some are done")
         try:
             await asyncio.to_thread(turn.advance, self._facts)
         except KafkaUnavailableError as error:  # acknowledgements can wait for the broker

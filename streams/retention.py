@@ -42,6 +42,8 @@ from streams.wire import WireError
 
 KEEP_MS: Final = 30 * 86_400_000
 """How long an ended request stays: longer than an example of before can be under way, at a week per topic."""
+KEEP_OWN: Final = 256
+"""How many ended expiries of the calendar's own stay: a stream under a policy makes one after another, for ever."""
 RESEND_MS: Final = 86_400_000
 """After so long without an end a job is sent again: it may have left its topic while no learner ran."""
 _FORGETS: Final = frozenset({"erase", "expire", "supersede"})
@@ -316,6 +318,9 @@ class Turn:
             if record.request.kind in _FORGETS:
                 drop = (record.request.request_id,)
                 self.changes += [self._change(adapter, drop=drop) for adapter in record.adapters]
+        # Their entries went when they were closed, and an example that comes due again is a new request.
+        own = [r for r in self.book.records.values() if r.example_ids and r.state == "closed"]
+        gone += sorted(own, key=lambda record: record.ended_ms or 0)[:-KEEP_OWN]
         if gone:
             ids = {record.request.request_id for record in gone}
             kept = {name: record for name, record in self.book.records.items() if name not in ids}

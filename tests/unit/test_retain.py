@@ -10,10 +10,12 @@ import pytest
 from storage.blobs import DirectoryStore, blob_key, digest_of
 from storage.keys import stored_name
 from storage.manifest import BlobRef, LearnedExample
-from streams.events import Batch, ExampleAccepted, Origin
+from streams import retain
+from streams.events import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
 from streams.metrics import Metrics
 from streams.retain import Retention, StoreFacts
 from streams.settings import Settings
+from streams.wire import WireError
 from tests.versions import Line, safetensors_of
 
 
@@ -50,6 +52,12 @@ def learn(store, adapter: str) -> str:
     return ref.digest
 
 
+def erase(request_id: str) -> RetentionRequested:
+    return RetentionRequested(
+        request_id=request_id, kind="erase", adapter="acme/a", selector=Selector(subjects=[request_id]), requested_by="ann"
+    )
+
+
 def test_a_damaged_micro_batch_stops_the_calendar_of_no_other_adapter(store, given, caplog):
     retention, sent = given
     digest = learn(store, "acme/a")
@@ -61,3 +69,19 @@ def test_a_damaged_micro_batch_stops_the_calendar_of_no_other_adapter(store, giv
     assert "acme/a" in said
     assert digest in said
     assert "secret" not in said
+
+
+def test_a_full_book_refuses_requests_one_by_one_and_goes_on_with_those_it_has(store, given, monkeypatch):
+    retention, sent = given
+    monkeypatch.setattr(retain, "REQUESTS_BOOK_BYTES", 1000)
+    monkeypatch.setattr(retain, "CALENDAR_BOOK_BYTES", 1000)
+    learn(store, "acme/b")
+    asyncio.run(retention.receive(erase("r0"), 1))
+    asyncio.run(retention.receive(erase("r1"), 1))
+    with pytest.raises(WireError, match="full"):
+        asyncio.run(retention.receive(erase("r2"), 1))
+    assert {event.request_id for event in sent} == {"r0", "r1"}
+    asyncio.run(retention.receive(erase("r0"), 1))
+    sent.clear()
+    asyncio.run(retention.tick())
+    assert sent == []

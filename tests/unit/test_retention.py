@@ -21,7 +21,7 @@ from streams.events import (
     Selector,
 )
 from streams.quarantine import Screen, text_hash
-from streams.retention import KEEP_MS, RESEND_MS, Live, Turn, covers, job_id_of
+from streams.retention import KEEP_MS, KEEP_OWN, RESEND_MS, Live, Turn, covers, job_id_of
 from streams.retention_book import Book, Known, calendar, overdue
 from streams.wire import WireError
 
@@ -647,3 +647,17 @@ def test_expiry_ignores_time_zones():
     world.learn(example(1, expires_at=moscow.astimezone()))
     world.turn()
     assert len(world.jobs) == 1
+
+
+def test_a_policy_on_an_endless_stream_does_not_fill_the_book():
+    world = World()
+    own = [
+        record.model_copy(update={"state": "closed", "ended_ms": number})
+        for number in range(3 * KEEP_OWN)
+        for record in calendar(
+            Book(), A, [Known(example(number, retention_class="PT1S"), None, 1, V1, True)], DAY_MS
+        )
+    ]  # fmt: skip
+    world.book = Book(records={record.request.request_id: record for record in own})
+    world.turn()
+    assert {record.ended_ms for record in world.book.records.values()} == set(range(2 * KEEP_OWN, 3 * KEEP_OWN))
