@@ -10,16 +10,16 @@ import re
 import sys
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import orjson
 
 from storage.errors import PerennialError
-from streams.events import DEFAULT_TYPES
+from streams.events import DEFAULT_TYPES, PERMANENT, ExampleAccepted, Origin
 from streams.settings import SettingsError
 from streams.wire import MAX_VALUE_BYTES, REPLAYS_HEADER, DeadLetter, WireError, parse_dead_letter, replays_of
 
@@ -30,9 +30,10 @@ REPLAYABLE = tuple(DEFAULT_TYPES)
 _MAX_KINDS = 200
 _NOWHERE = DeadLetter(None, [], "not-a-dead-letter", "-", "", "", -1, -1, datetime.fromtimestamp(0, UTC))
 
-State = Literal["waiting", "replayed", "quarantined", "inside", "cut", "unreadable"]
-"""waiting: a replay would send it. quarantined: refused again after the most replays allowed. inside: from a topic
-that Perennial itself writes. cut: too large to be kept whole. unreadable: not written by Perennial."""
+State = Literal["waiting", "replayed", "quarantined", "erased", "inside", "cut", "unreadable"]
+"""waiting: a replay would send it. quarantined: refused again after the most replays allowed. erased: what it holds was
+to be forgotten since. inside: from a topic that Perennial itself writes. cut: too large to be kept whole. unreadable:
+not written by Perennial."""
 
 
 class DeadLetterError(PerennialError):
@@ -58,17 +59,21 @@ class Letter(NamedTuple):
     @property
     def adapter(self) -> str:
         """The adapter that the value names, else the key's text; empty where neither can be read."""
-        if self.held.value and len(self.held.value) <= MAX_VALUE_BYTES:
-            try:
-                fields = orjson.loads(self.held.value)
-            except orjson.JSONDecodeError:
-                fields = None
-            if isinstance(fields, dict):
-                data = fields.get("data")
-                for found in (fields.get("adapter"), data.get("adapter") if isinstance(data, dict) else None):
-                    if isinstance(found, str):
-                        return found[:200]
-        return (self.key or b"")[:200].decode("utf-8", "replace")
+        found = self.fields().get("adapter")
+        return found[:200] if isinstance(found, str) else (self.key or b"")[:200].decode("utf-8", "replace")
+
+    def fields(self) -> dict[str, Any]:
+        """The event's fields, whatever they hold; none where the value cannot be read."""
+        if not self.held.value or len(self.held.value) > MAX_VALUE_BYTES:
+            return {}
+        try:
+            found = orjson.loads(self.held.value)
+        except orjson.JSONDecodeError:
+            return {}
+        if not isinstance(found, dict):
+            return {}
+        data = found.get("data")
+        return data if isinstance(data, dict) and not isinstance(found.get("adapter"), str) else found
 
 
 def read_letter(
@@ -83,6 +88,26 @@ def read_letter(
         return Letter(partition, offset, key, held, "", 0, readable=False)
     source = held.topic.removeprefix(prefix) if prefix and held.topic not in DEFAULT_TYPES else held.topic
     return Letter(partition, offset, key, held, source, replays_of(held.headers), readable=True)
+
+
+def example_of(letter: Letter) -> ExampleAccepted:
+    """What an erasure would look at in a letter, as far as it can be read; its time is when it was refused."""
+    fields = letter.fields()
+
+    def text(name: str) -> str | None:
+        found = fields.get(name)
+        return found if isinstance(found, str) else None
+
+    subjects = fields.get("subjects")
+    at_ms = max(0, int(letter.held.at.timestamp() * 1000))
+    return ExampleAccepted.model_construct(
+        adapter=letter.adapter, example_id="", kind="document", learn=True,
+        document_id=text("document_id") or text("interaction_id") or "", text=text("text"), prompt=text("prompt"),
+        answer=text("correction") or text("response"), source=text("source"),
+        subjects=[name for name in subjects if isinstance(name, str)] if isinstance(subjects, list) else [],
+        retention_class=text("retention_class") or PERMANENT,
+        origin=Origin(cluster_id="", topic=letter.source, topic_id="", partition=0, offset=0, timestamp_ms=at_ms),
+    )  # fmt: skip
 
 
 _CUT = re.compile(r"(\d+ headers of \d+ bytes were cut; )?the value of \d+ bytes was cut; |\d+ headers of \d+ bytes were cut; ")
@@ -273,19 +298,25 @@ def is_done(letter: Letter, progress: Mapping[int, Progress]) -> bool:
 
 
 def decide(
-    batch: Iterable[Letter], selection: Selection, progress: Mapping[int, Progress], *, max_replays: int, room: int
-) -> Decided:
-    """Sort out a batch. room: how many may be sent; what is above it is neither sent nor counted."""
+    batch: Iterable[Letter], selection: Selection, progress: Mapping[int, Progress], *, max_replays: int, room: int,
+    is_erased: Callable[[Letter], bool] = lambda _: False,
+) -> Decided:  # fmt: skip
+    """Sort out a batch. room: how many may be sent; what is above it is neither sent nor counted.
+
+    is_erased: whether what a letter holds was to be forgotten since: sent again it would count as new, and be learned.
+    """
     decided = Decided([], [], Counter())
     for letter in batch:
         if not selection.matches(letter):
             continue
         state = state_of(letter, replayed=is_done(letter, progress), max_replays=max_replays)
+        if state == "waiting" and is_erased(letter):
+            state = "erased"
         if state == "waiting":
             if len(decided.send) < room:
                 decided.send.append(letter)
         elif state != "replayed":
             decided.left[state] += 1
-            if state != "quarantined":
+            if state not in {"quarantined", "erased"}:
                 decided.never.append(letter)
     return decided

@@ -18,9 +18,11 @@ from typing import Any, Self
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError, KafkaTimeoutError, MessageSizeTooLargeError
 
-from storage.blobs import open_store
-from storage.errors import ConflictError, NotFoundError
+from storage.blobs import ObjectStore, open_store
+from storage.errors import ConflictError, NotFoundError, StoreError
 from storage.failpoints import failpoint
+from storage.quarantine import load_quarantine
+from storage.records import check_adapter
 from streams.connect import connect
 from streams.deadletters import (
     STATE_PREFIX,
@@ -32,10 +34,12 @@ from streams.deadletters import (
     Selection,
     decide,
     dump_progress,
+    example_of,
     load_progress,
     read_letter,
     resend,
 )
+from streams.quarantine import Screen
 from streams.settings import Settings, SettingsError
 from streams.topics import KafkaUnavailableError, identify, missing_topics
 from streams.wire import MAX_DEAD_LETTER_BYTES
@@ -47,6 +51,27 @@ _ACK_S = 60.0
 _SILENT_S = 60.0
 _MAX_FETCH_BYTES = 2 * MAX_DEAD_LETTER_BYTES
 _MAX_BATCH = 100
+_MAX_SCREENS = 1000
+
+
+class _Erasures:
+    """Whether what letters hold was to be forgotten since, by the quarantines when first asked: a new one for each batch."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._screens: dict[str, Screen] = {}
+
+    def __call__(self, letter: Letter) -> bool:
+        example = example_of(letter)
+        if example.adapter not in self._screens:
+            try:
+                name = check_adapter(example.adapter)
+            except StoreError:  # no adapter can have that name: intake will refuse it again
+                return False
+            if len(self._screens) >= _MAX_SCREENS:
+                self._screens.clear()
+            self._screens[name] = Screen(load_quarantine(self._store, name))
+        return self._screens[example.adapter].blocks(example)
 
 
 class _Saved:
@@ -54,7 +79,7 @@ class _Saved:
 
     def __init__(self, settings: Settings) -> None:
         topic = settings.topic(TOPIC)
-        self._store = open_store(settings.require_store())
+        self.store = open_store(settings.require_store())
         self._key = f"{STATE_PREFIX}{topic}"
         self._topic_id = identify(settings, [TOPIC]).topic_ids[topic]
         self._etag: str | None = None
@@ -62,7 +87,7 @@ class _Saved:
     def load(self) -> dict[int, Progress]:
         """How far replays came, by partition."""
         try:
-            stored = self._store.get(self._key)
+            stored = self.store.get(self._key)
         except NotFoundError:
             self._etag = None
             return {}
@@ -73,7 +98,7 @@ class _Saved:
         """Replace what was loaded. Raises DeadLetterError where another replay did so meanwhile."""
         data = dump_progress(self._topic_id, progress)
         try:
-            self._etag = self._store.compare_and_swap(self._key, data, self._etag)
+            self._etag = self.store.compare_and_swap(self._key, data, self._etag)
         except ConflictError as error:
             raise DeadLetterError(
                 "another replay runs", got="progress that another one saved", allowed="one replay at a time",
@@ -100,6 +125,10 @@ class DeadLetters:
     def progress(self) -> dict[int, Progress]:
         """How far replays came, by partition."""
         return self._saved.load()
+
+    def erasures(self) -> Callable[[Letter], bool]:
+        """Whether what a letter holds was to be forgotten since it was refused."""
+        return _Erasures(self._saved.store)
 
     def scan(self, since: datetime | None = None) -> Iterator[Letter]:
         """The letters that are there now, oldest first within a partition."""
@@ -148,10 +177,10 @@ class DeadLetters:
 
 def rehearse(letters: DeadLetters, selection: Selection, *, max_replays: int, limit: int = 0) -> Report:
     """What a replay would do now; sends and saves nothing."""
-    report, progress = Report(), letters.progress()
+    report, progress, is_erased = Report(), letters.progress(), letters.erasures()
     for letter in letters.scan(selection.since):
         room = limit - report.sent.total() if limit else 1
-        decided = decide([letter], selection, progress, max_replays=max_replays, room=room)
+        decided = decide([letter], selection, progress, max_replays=max_replays, room=room, is_erased=is_erased)
         for each in decided.send:
             report.count(each)
         report.left.update(decided.left)
@@ -218,7 +247,10 @@ class Replayer:
                     if record.offset < ends[each]
                 ]
                 room = limit - report.sent.total() if limit else len(batch)
-                decided = decide(batch, selection, progress, max_replays=max_replays, room=room)
+                decided = decide(
+                    batch, selection, progress, max_replays=max_replays, room=room,
+                    is_erased=_Erasures(self._saved.store),
+                )  # fmt: skip
                 report.left.update(decided.left)
                 sent = self._replay(decided.send, decided.never, report, progress)
                 on_sent(sent)

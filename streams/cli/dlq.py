@@ -135,6 +135,7 @@ def _say(report: Report, what: str, *, as_json: bool) -> None:
     console.print(f"{report.sent.total()} letters {what}")
     remedies = {
         "quarantined": "refused again after --max-replays; raise it once their cause is mended",
+        "erased": "what they hold was to be forgotten since: publish it anew if it may be learned",
         "inside": "of topics that Perennial writes itself: later events have overtaken them",
         "cut": "too large to be kept whole: publish the original again",
         "unreadable": "not written by Perennial",

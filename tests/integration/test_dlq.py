@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -15,7 +16,9 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
+from storage.blobs import open_store
 from storage.errors import NotFoundError
+from storage.quarantine import Entry, update_quarantine
 from streams.accept import Acceptor, Decision, Refused
 from streams.deadletters import DeadLetterError, Selection
 from streams.intake import run_intake
@@ -206,6 +209,29 @@ def test_a_letter_that_stays_wrong_is_counted_and_ends_in_quarantine(settings, p
     assert listed["states"] == {"replayed": 3, "quarantined": 1}
     assert [letter["replays"] for letter in sorted(listed["letters"], key=lambda each: each["replays"])] == [0, 1, 2, 3]
     assert replay(settings, max_replays=4).sent.total() == 1
+
+
+def test_what_was_erased_since_is_not_sent_again(settings, producer):
+    about = [[], ["person-17"], ["person-18"]]
+    values = [
+        json.dumps({**json.loads(document(n)), "subjects": subjects, "unknown": 1}).encode()
+        for n, subjects in enumerate(about)
+    ]
+    with intake(settings):
+        publish(producer, settings, values)
+    entries = [
+        Entry(
+            request_id=f"r{n}", job_id="j", kind="erase", selector={"subjects": [f"person-{n}"]},
+            until_ms=int(time.time() * 1000) + shift_ms,
+        )
+        for n, shift_ms in ((17, 1000), (18, -60_000))
+    ]  # fmt: skip
+    for entry in entries:
+        update_quarantine(open_store(settings.store), "acme/support", lambda found, entry=entry: found.with_entry(entry))
+    assert rehearsed(settings).left == {"erased": 1}
+    report = replay(settings)
+    assert (report.sent.total(), report.left) == (2, {"erased": 1})
+    assert [json.loads(record.value)["document_id"] for record in read_all(settings, "documents")].count("d1") == 1
 
 
 def test_filters_leave_the_others_for_later_and_nothing_goes_twice(settings, producer):
