@@ -18,6 +18,7 @@ PERMANENT = "permanent"
 
 ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$"
 ADAPTERS_PATTERN = rf"{ADAPTER_PATTERN[:-1]}(/\*)?$|^\*$"
+ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
 _DURATION = re.compile(
     r"^P(?!$)(?:(\d{1,4})Y)?(?:(\d{1,4})M)?(?:(\d{1,4})W)?(?:(\d{1,6})D)?"
     r"(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?$",
@@ -63,7 +64,10 @@ RetentionClass = Annotated[str, Field(max_length=32), AfterValidator(_check_rete
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Finite
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Millis = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
+"""Since 1970, to the end of year 9999: what is later no clock or date can show."""
+Alias = Annotated[str, Field(pattern=ALIAS_PATTERN, max_length=64)]
 
 
 class Event(BaseModel):
@@ -229,9 +233,9 @@ class UpdateRequested(Event):
     tokens: Count
     reason: CutReason
     drift: DriftDetected | None = None
-    marks: dict[str, int]
-    oldest_ms: int
-    newest_ms: int
+    marks: dict[Annotated[str, Field(min_length=1, max_length=1024)], Count]
+    oldest_ms: Millis
+    newest_ms: Millis
     cut_at: AwareDatetime
 
     def key(self) -> str:
@@ -249,7 +253,7 @@ class RollbackRequested(Event):
     topic: ClassVar[str] = "adapter-jobs"
     job_id: Id
     adapter: Adapter
-    alias: Name = "live"
+    alias: Alias = "live"
     version: Digest | None = None
     requested_by: Name
     reason: Annotated[str, Field(max_length=1024)] = ""
@@ -385,7 +389,7 @@ class _AdapterState(Event):
 
     topic: ClassVar[str] = "adapter-updates"
     adapter: Adapter
-    alias: Name = "live"
+    alias: Alias = "live"
     generation: Count
     version: Digest
     seq: Count
@@ -436,7 +440,7 @@ AdapterUpdate = AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRe
 class _Ack(Event):
     topic: ClassVar[str] = "adapter-acks"
     adapter: Adapter
-    alias: Name = "live"
+    alias: Alias = "live"
     replica: Name
     generation: Count
     version: Digest

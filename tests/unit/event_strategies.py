@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, BaseModel
 from pydantic.fields import FieldInfo
 
 from streams import events
-from streams.events import ADAPTER_PATTERN, ADAPTERS_PATTERN, EVENTS, Event, Selector
+from streams.events import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, EVENTS, Event, Selector
 
 # Seeded, and without time limits: a busy machine must not fail a property.
 settings.register_profile(
@@ -26,6 +26,7 @@ _TIME = st.integers(0, 250_000_000_000_000_000).map(lambda n: datetime(1971, 1, 
 _PATTERNS: dict[str, st.SearchStrategy[str]] = {
     ADAPTER_PATTERN: _ADAPTER,
     ADAPTERS_PATTERN: _ADAPTER | st.just("*") | _ADAPTER.map("{}/*".format),
+    ALIAS_PATTERN: st.from_regex(ALIAS_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 64 and name.isascii()),
     r"^sha256:[0-9a-f]{64}$": st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}"),
     r"^[0-9a-f]{32}$": st.binary(min_size=16, max_size=16).map(bytes.hex),
 }
@@ -83,7 +84,7 @@ def _scalar(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     if annotation is bool:
         return st.booleans()
     if annotation is int:
-        return st.integers(limits.get("ge", -(2**62)), 2**62)
+        return st.integers(limits.get("ge", -(2**62)), min(limits.get("le", 2**62), 2**62))
     if annotation is float:
         return st.floats(limits.get("ge"), limits.get("le"), allow_nan=False, allow_infinity=False)
     if annotation is str:

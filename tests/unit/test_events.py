@@ -13,7 +13,9 @@ from streams.events import (
     DocumentObserved,
     InteractionObserved,
     Origin,
+    RollbackRequested,
     Selector,
+    UpdateRequested,
     duration_s,
 )
 from streams.topics import TOPICS
@@ -85,3 +87,24 @@ def test_origin_partitions_of_other_clusters_and_topics_differ():
     for field, other in {"cluster_id": "d", "topic_id": "u", "topic": "interactions", "partition": 4}.items():
         assert Origin(**{**ORIGIN, field: other}).partition_key() != key
     assert Origin(**{**ORIGIN, "offset": 8}).partition_key() == key
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"cut": 2**63}, {"marks": {"p": -1}}, {"marks": {"p": 2**63}}, {"oldest_ms": 10**400}, {"newest_ms": 10**15}],
+)
+def test_a_job_that_no_learner_could_ever_record_is_no_job(wrong):
+    job = {
+        "job_id": "j", "adapter": "a", "cut": 1, "batch": {"digest": f"sha256:{0:064}", "size_bytes": 1}, "examples": 1,
+        "skipped": 0, "tokens": 1, "reason": "age", "marks": {"p": 1}, "oldest_ms": 1, "newest_ms": 1,
+        "cut_at": "2026-01-01T00:00:00Z",
+    }  # fmt: skip
+    assert UpdateRequested.model_validate(job).cut == 1
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        UpdateRequested.model_validate(job | wrong)
+
+
+@pytest.mark.parametrize("alias", ["", "Live", "no/alias", "a b", "x" * 65])
+def test_what_is_no_alias(alias):
+    with pytest.raises(ValidationError, match="alias"):
+        RollbackRequested(job_id="j", adapter="a", alias=alias, requested_by="ann")
