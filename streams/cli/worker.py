@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("perennial")
 
 
+class OneLine(logging.Formatter):
+    """Messages without line ends and other control characters: ids come from outside, and may forge lines of a log."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is the base class's
+        """The line, its message escaped."""
+        said = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message)
+        record.message = said
+        return super().formatMessage(record)
+
+
 def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
     """Run the roles; returns the exit code: 0 after a signal, 1 where a role failed."""
     unknown = [role for role in roles if role not in ROLES]
@@ -31,11 +41,9 @@ def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
     settings.require_kafka()
     if set(roles) - {"intake"}:
         settings.require_store()
-    logging.basicConfig(
-        stream=sys.stderr,
-        level=settings.log_level.upper(),
-        format="%(asctime)s %(levelname).1s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneLine("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper())
     for noisy in ("kafka", "aiokafka", "faust", "mode", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if parent_pid:
