@@ -391,6 +391,13 @@ def probe_conditional_writes(store: ObjectStore, remedy: str) -> None:
 def open_store(uri: str, env: Mapping[str, str] = os.environ) -> ObjectStore:
     """The store at an address: a folder, `file:///folder`, or `s3://bucket/prefix` (see storage.minio)."""
     parts = urlsplit(uri)
+    if "@" in parts.netloc:  # who writes a key there expects it to work; it must not end in a log instead
+        raise StoreError(
+            "credentials do not belong in an object store's address",
+            got=f"{parts.scheme}://…@{parts.netloc.rpartition('@')[2]}",
+            allowed="s3://bucket/prefix",
+            remedy="set PERENNIAL_S3_ACCESS_KEY and PERENNIAL_S3_SECRET_KEY, or _FILE of each",
+        )
     if parts.scheme == "s3":
         from storage.minio import open_minio
 

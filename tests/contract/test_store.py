@@ -496,3 +496,10 @@ def test_settings_that_are_not_usable_are_said_so(env):
 def test_bucket_addresses_that_are_not_usable_are_said_so(uri):
     with pytest.raises(StoreError):
         open_store(uri, KEYS)
+
+
+@pytest.mark.parametrize("uri", ["s3://AKIA:s3cr3t@bucket/x", "https://me:s3cr3t@host/bucket", "s3://s3cr3t@bucket"])
+def test_credentials_in_an_address_are_refused_and_not_shown(uri):
+    with pytest.raises(StoreError, match="credentials") as refused:
+        open_store(uri, KEYS)
+    assert "s3cr3t" not in str(refused.value)
