@@ -355,14 +355,9 @@ def _now() -> datetime:
 
 
 def _steady_ms() -> int:
-    """What ages are counted by: a wall clock set back would keep what waits for as long."""
+    """For how long an example waits: a wall clock that is set back would keep every adapter's from being cut."""
     return time.monotonic_ns() // 1_000_000
 
 
 def _now_ms() -> int:
     return time.time_ns() // 1_000_000
-
-
-def _steady_ms() -> int:
-    """For how long an example waits: a wall clock that is set back would keep every adapter's from being cut."""
-    return time.monotonic_ns() // 1_000_000
