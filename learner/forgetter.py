@@ -44,7 +44,10 @@ class _Made:
 
 
 class Forgetter:
-    """Does forget jobs on a learner's lines. tell: takes events that are to be sent before the job is through."""
+    """Does forget jobs on a learner's lines.
+
+    tell: takes events that are to be sent before the job is through. progress: called after each update made anew.
+    """
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class Forgetter:
         now: Callable[[], datetime],
         failpoint: Callable[[str], None],
         tell: Callable[[AdapterUpdate], None] = lambda _: None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self._lineage = lineage
         self._registry = lineage.registry
@@ -59,6 +63,7 @@ class Forgetter:
         self._now = now
         self._failpoint = failpoint
         self._tell = tell
+        self._progress = progress
 
     def forget(self, job: ForgetRequested, alias: str) -> Done:
         """Make the adapter as if it had never seen the examples, and delete their text and all that knew them.
@@ -109,7 +114,7 @@ class Forgetter:
             self._failpoint("learner.forget_published")
             self._revoke(job, history, plan.touched)
             self._heed_holds(job, quarantine.holds, history, gone)
-        self._lineage.drop(sweep(self._registry, adapter))
+        self._lineage.drop(sweep(self._registry, adapter, job.job_id))
         self._failpoint("learner.forget_deleted")
         return self._ended(job, alias, began)
 
@@ -229,6 +234,7 @@ class Forgetter:
         try:
             for step in steps:
                 made = self._again(job, made, step, plan.gone)
+                self._progress()
         finally:
             prepare(self._lineage.threads)
         return made

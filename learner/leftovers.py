@@ -1,4 +1,4 @@
-"""Deleting what nothing needs any more: an adapter's whole history from the store, and the sweep of its tombstones."""
+"""Deleting what nothing needs any more: an adapter's whole history from the store, and the sweep of a tombstone."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from learner.forget import History
 from storage.blobs import blob_key
 from storage.manifest import Manifest
 from storage.registry import Registry
-from storage.tombstones import tombstones
+from storage.tombstones import load_tombstone
 
 
 def load_history(registry: Registry, adapter: str) -> History | None:
@@ -24,13 +24,14 @@ def load_history(registry: Registry, adapter: str) -> History | None:
     return History(manifests, line, line[0])
 
 
-def sweep(registry: Registry, adapter: str) -> set[str]:
-    """Delete the blobs that the adapter's tombstones name, with all object versions; the digests that are gone.
+def sweep(registry: Registry, adapter: str, job_id: str) -> set[str]:
+    """Delete the blobs that the job's tombstone names, with all object versions; the digests that are gone.
 
     What a version that stands needs is kept, so nothing is lost where a job was cut off before its end. The
-    tombstones stay: who wrote them removes them.
+    tombstone stays: who wrote it removes it. Only this job's: another's may name what it is about to publish.
     """
-    named = {digest for tombstone in tombstones(registry.store, adapter) for digest in tombstone.digests}
+    tombstone = load_tombstone(registry.store, adapter, job_id)
+    named = set(tombstone.digests) if tombstone else set()
     if not named:
         return set()
     history = load_history(registry, adapter)

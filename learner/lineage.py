@@ -22,7 +22,7 @@ from learner.update import Candidate, Parent, Updater
 from storage.blobs import digest_of, get_blob
 from storage.errors import ConflictError, NotFoundError
 from storage.manifest import BlobRef, Kind, LearnedExample, Manifest, Scalar, update_id
-from storage.quarantine import load_quarantine
+from storage.quarantine import load_quarantine, update_quarantine
 from storage.registry import Head, Registry
 from storage.tombstones import extend_tombstone, lift_tombstone, load_tombstone
 from streams.events import (
@@ -33,7 +33,7 @@ from streams.events import (
     RollbackRequested,
     UpdateRequested,
 )
-from streams.quarantine import Screen
+from streams.quarantine import Screen, text_hash
 
 MAX_CONFLICTS = 8
 MAX_LOOK_BACK = 256
@@ -105,13 +105,17 @@ class Lineage:
             trained_at, trained = self._now(), time.perf_counter()
             if self._blocked(job.adapter, learnable):
                 continue  # accepted while it was learned: it goes into no version that comes after that
+            known = load_tombstone(self._store, job.adapter, job.job_id)
+            extend_tombstone(self._store, job.adapter, job.job_id, blobs)
             try:
                 publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), alias)
             except ConflictError:
                 continue
             self._failpoint("learner.publish")
-            if body is not None:
+            if body is not None or known is not None or publication.manifest != manifest:
                 self._clean_up(job)
+            else:  # all that is named there stands
+                lift_tombstone(self._store, job.adapter, job.job_id)
             stage_s = {
                 "load": loaded - began, "train": trained - loaded, "publish": time.perf_counter() - trained,
             }  # fmt: skip
@@ -359,6 +363,9 @@ class Lineage:
         if not blocked:
             return batch, None
         learnable = without(batch, blocked)
+        screen = Screen(load_quarantine(self._store, job.adapter))
+        erased = {text for e in batch.examples if screen.erases(e) and (text := text_hash(e))}
+        update_quarantine(self._store, job.adapter, lambda found: found.suppressing(erased))
         extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest])
         return learnable, body_of(learnable)
 
@@ -370,7 +377,7 @@ class Lineage:
     def _clean_up(self, job: UpdateRequested) -> None:
         """Delete what an update put down to be deleted, once its version is on the line."""
         if load_tombstone(self._store, job.adapter, job.job_id) is not None:
-            self.drop(sweep(self.registry, job.adapter))
+            self.drop(sweep(self.registry, job.adapter, job.job_id))
             lift_tombstone(self._store, job.adapter, job.job_id)
 
     def drop(self, digests: Collection[str]) -> None:

@@ -106,7 +106,7 @@ class Learner:
         self._metrics = metrics
         self._stop = stop
         self._told: SimpleQueue[AdapterUpdate] = SimpleQueue()
-        self._forgetter = Forgetter(lineage, _now, failpoint, self._told.put)
+        self._forgetter = Forgetter(lineage, _now, failpoint, self._told.put, metrics.progress)
         self._seen: set[str] = set()
         self._waiting: deque[Record] = deque()
         self._job: tuple[Record, Envelope, Future[Done]] | None = None

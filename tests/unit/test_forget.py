@@ -27,6 +27,7 @@ from streams.events import (
     RollbackRequested,
     Selector,
 )
+from streams.quarantine import text_hash
 from tests import jobs, scratch, tiny
 from tests.unit.test_lineage import ADAPTER, lineage, now
 
@@ -185,7 +186,7 @@ def test_forgetting_again_and_again_and_learning_between(store: DirectoryStore, 
 def test_gates_judge_again_what_they_refused_on_account_of_it(store: DirectoryStore, tmp_path: Path) -> None:
     cuts = documents(5, 16)
     learn(lineage(store), {0: cuts[0]})
-    strict = lineage(store, min_gain_nats=0.02, held_out_share=0.5)
+    strict = lineage(store, min_gain_nats=0.037, held_out_share=0.5)
     learn(strict, {1: cuts[1], 2: cuts[2], 3: cuts[3]})
     outcomes = [strict.registry.manifest(ADAPTER, v).outcome for _, v in strict.registry.versions(ADAPTER)]
     assert "refused" in outcomes, "or this test shows nothing"
@@ -204,6 +205,45 @@ def test_gates_judge_again_what_they_refused_on_account_of_it(store: DirectorySt
         assert made.outcome == chain[cut - 1].outcome
         state = scratch.Parent(made.state, made.optimizer, made.replay)
     assert scratch._digest(scratch.to_safetensors(state.state)) == done.manifest.weights.digest
+
+
+def test_the_text_of_a_queued_batch_is_suppressed_too(store: DirectoryStore) -> None:
+    line, cuts = lineage(store), documents(1, 8)
+    learn(line, {0: cuts[0]})
+    job = erase("r1", cuts[1][0].origin.offset)
+    quarantined(store, job)
+    learn(line, {1: cuts[1]})
+    forget(line, job)
+    assert text_hash(cuts[1][0]) in load_quarantine(store, ADAPTER).suppressed
+
+
+class _Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_weights_of_a_publish_that_was_cut_off_go_with_the_erasure(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, cuts = lineage(store), documents(1, 8)
+    learn(line, {0: cuts[0]})
+    before = set(store.root.rglob("blobs/sha256/*"))
+
+    def killed(place: str) -> None:
+        if place == "publish.blobs":
+            raise _Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(line.registry, "_failpoint", killed)
+        with pytest.raises(_Killed):
+            learn(line, {1: cuts[1]})
+    left = {path for path in store.root.rglob("blobs/sha256/*") if path.is_file()} - before
+    assert left
+    job = quarantined(store, erase("r1", cuts[1][0].origin.offset))
+    again = lineage(store)
+    learn(again, {1: cuts[1]})
+    forget(again, job)
+    assert [path for path in left if path.exists()] == []
+    assert list(store.list("forgotten/")) == []
 
 
 def made_anew(registry: Registry) -> list[Manifest]:
