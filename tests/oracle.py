@@ -12,11 +12,12 @@ from storage.registry import Registry
 
 @dataclass
 class Account:
-    """How often each example (by origin) was learned, and what was skipped."""
+    """How often each example (by origin) was learned, what was skipped, and why."""
 
     learned: Counter[tuple[str, int]] = field(default_factory=Counter)
     skipped: Counter[tuple[str, int]] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
+    reasons: dict[tuple[str, int], str] = field(default_factory=dict)
 
     @property
     def learned_twice(self) -> list[tuple[str, int]]:
@@ -43,7 +44,9 @@ def account(registry: Registry, adapters: Iterable[str]) -> Account:
             for example in manifest.learned:
                 total.learned[_partition(example.partition), example.offset] += 1
             for skipped in manifest.skipped:
-                total.skipped[_partition(skipped.partition), skipped.offset] += 1
+                origin = _partition(skipped.partition), skipped.offset
+                total.skipped[origin] += 1
+                total.reasons[origin] = skipped.reason
     return total
 
 

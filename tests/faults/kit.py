@@ -17,6 +17,7 @@ from pathlib import Path
 
 from streams.cli.supervise import ROLES, settings_environment
 from streams.settings import Settings
+from tests.faults.parts import SESSION_S
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("tests.faults.warm",)
@@ -39,9 +40,20 @@ def run_role(role: str, environment: Mapping[str, str], log: str) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.update(environment)
+    _shorten_sessions()
     from streams.cli.worker import run_worker
 
     raise SystemExit(run_worker([role], parent_pid=os.getppid()))
+
+
+def _shorten_sessions() -> None:
+    """The group waits for a killed member until its session ends: here the shortest that a broker grants."""
+    from learner import transport
+    from streams import agents, intake
+
+    transport.SESSION_TIMEOUT_MS = int(SESSION_S * 1000)
+    agents.SESSION_S = SESSION_S
+    intake.CONSUMER = {**intake.CONSUMER, "session.timeout.ms": int(SESSION_S * 1000)}
 
 
 class Crew:
