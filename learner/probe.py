@@ -27,8 +27,12 @@ class Probe:
 
     def loss(self, manifest: Manifest | None, texts: Sequence[str]) -> float:
         """Mean loss in nats per token on the beginnings of the texts, under a version; None: the frozen base."""
-        if manifest is not None:
-            data = get_blob(self._store, manifest.weights.digest)
-            self._lora.load(from_safetensors(data, self._lora.shapes))
+        weights = get_blob(self._store, manifest.weights.digest) if manifest is not None else None
+        return self.loss_of(weights, texts)
+
+    def loss_of(self, weights: bytes | None, texts: Sequence[str]) -> float:
+        """The same under weights in hand, which the store may no longer have."""
+        if weights is not None:
+            self._lora.load(from_safetensors(weights, self._lora.shapes))
         rows = [row for text in texts for row in text_rows(text, self._codec, self._row_tokens)[:_MAX_ROWS_PER_TEXT]]
-        return mean_nats(row_losses(self._lora, rows, pad=self._codec.pad, adapted=manifest is not None))
+        return mean_nats(row_losses(self._lora, rows, pad=self._codec.pad, adapted=weights is not None))

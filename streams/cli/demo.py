@@ -1,7 +1,8 @@
 """`perennial demo`: the whole loop on real text, every role a process of its own, judged by held-out loss.
 
-One adapter reads documents of one domain, then of another; a second one learns from corrected answers. At the end:
-what the frozen base, the adapter after the first domain and the adapter now lose on documents that none was shown.
+One adapter reads documents of one domain, then of another; a second one learns from corrected answers; a third one
+forgets two of its documents again. At the end: what the frozen base, the adapter after the first domain and the adapter
+now lose on documents that none was shown, and what forgetting came to.
 """
 
 from __future__ import annotations
@@ -25,14 +26,23 @@ from storage.blobs import open_store
 from storage.errors import PerennialError
 from storage.registry import AliasState
 from streams.cli.adapters import open_registry, short
-from streams.cli.demo_report import Report, draw, print_report
+from streams.cli.demo_forget import PEOPLE, ForgetDemo, Statuses
+from streams.cli.demo_report import Forgetting, Report, draw, print_report
 from streams.cli.follow import Follower
 from streams.cli.latency import stage_seconds
 from streams.cli.ledger import Ledger
 from streams.cli.texts import package_docstrings
 from streams.cli.up import Stack
 from streams.client import Publisher, Subscriber
-from streams.events import AdapterPromoted, AdapterUpdate, DriftDetected, Event, UpdateRequested
+from streams.events import (
+    AdapterPromoted,
+    AdapterRevoked,
+    AdapterUpdate,
+    DriftDetected,
+    Event,
+    RetentionProgressed,
+    UpdateRequested,
+)
 from streams.settings import load_settings
 
 if TYPE_CHECKING:
@@ -65,6 +75,7 @@ class Watcher:
     cuts: list[UpdateRequested] = field(default_factory=list)
     updates: list[AdapterUpdate] = field(default_factory=list)
     served: dict[tuple[str, int], datetime] = field(default_factory=dict)
+    statuses: Statuses = field(default_factory=Statuses)
     first_promoted_s: float | None = None
     started: float = field(default_factory=time.monotonic)
 
@@ -90,6 +101,15 @@ class Watcher:
                 f"[green]promoted[/]  {event.adapter} generation {event.generation} {short(event.version)}: "
                 f"{event.learned.examples} examples, {event.learned.tokens} tokens {loss}"
             )
+
+        elif isinstance(event, AdapterRevoked):
+            self.say(
+                f"[red]revoked[/]   {event.adapter} generation {event.generation} {short(event.version)} "
+                "takes the place of versions that must not be served any more"
+            )
+        elif isinstance(event, RetentionProgressed) and self.statuses.add(event):
+            detail = f": {event.detail}" if event.detail else ""
+            self.say(f"[yellow]{event.state:<11}[/] {event.kind} {event.request_id[:15]}, {event.examples} examples{detail}")
 
     def on_served(self, state: AliasState, stage_s: Mapping[str, float]) -> None:
         """A subscriber serves a version."""
@@ -148,7 +168,7 @@ def run_demo(*, quick: bool, out: Path, keep: bool, as_json: bool) -> int:
     else:
         print_report(report, Console())
         console.print(f"picture: {picture}   figures: {figures}", highlight=False)
-    failed = [] if quick else report.missed()
+    failed = [*([] if quick else report.missed()), *report.forgetting.missed()]
     for line in failed:
         console.print(f"[bold red]missed:[/] {line}", highlight=False)
     return 1 if failed or not report.learned_anything else 0
@@ -163,6 +183,7 @@ class Demo:
         self.console = console
         self.documents = 60 if quick else 160
         self.waves = 3 if quick else 8
+        self.kept = 12 if quick else 24
         self.train: dict[str, Sequence[tuple[str, str]]] = {}
         self.held_out: dict[str, list[str]] = {}
         self._closers: list[Callable[[], None]] = []
@@ -191,14 +212,16 @@ class Demo:
             )
         registry = open_registry(settings)
         self._closers.append(
-            Follower(settings, ("drift", "adapter-jobs", "adapter-updates"), self.watcher.on_event).close
+            Follower(
+                settings, ("drift", "adapter-jobs", "adapter-updates", "retention-status"), self.watcher.on_event
+            ).close
         )
         self._subscribe(LIBRARY)
-        answering = self._subscribe(SUPPORT)
+        answering, _ = self._subscribe(SUPPORT)
         library = Ledger(registry, LIBRARY)
         ends: list[int] = []
         with Publisher(settings.kafka, settings=settings) as publisher:
-            published = 0
+            published, began = 0, time.monotonic()
             for domain in DOMAINS:
                 say(f"[bold]publishing {self.documents} documents of {domain} to {LIBRARY}[/]")
                 receipts = [
@@ -210,12 +233,17 @@ class Demo:
                 published += len(receipts)
                 self._learn(library, published, f"learning {domain}")
                 ends.append(len(library.versions))
+            update_s = (time.monotonic() - began) / len(library.versions)
             answers_before = {question: answering.generate(question, max_new_tokens=24) for question in CORRECTIONS}
             self._correct(publisher, Ledger(registry, SUPPORT), answering)
-        answers = {question: answering.generate(question, max_new_tokens=24) for question in CORRECTIONS}
-        return self._judge(library, ends, answers_before, answers)
+            answers = {question: answering.generate(question, max_new_tokens=24) for question in CORRECTIONS}
+            _, people = self._subscribe(PEOPLE)
+            forgetting = ForgetDemo(
+                settings, self.stack.data_dir, self.watcher.statuses, self.console, say, self._learn, self.stack.tend
+            ).run(publisher, Ledger(registry, PEOPLE), people, self.train[DOMAINS[0]][: self.kept], update_s)
+        return self._judge(library, ends, answers_before, answers, forgetting)
 
-    def _subscribe(self, adapter: str) -> PeftBackend:
+    def _subscribe(self, adapter: str) -> tuple[PeftBackend, Subscriber]:
         from learner.adapter import LoraConfig
         from learner.backends import PeftBackend
         from learner.base import load_base
@@ -226,7 +254,7 @@ class Demo:
         subscriber = Subscriber(adapter, backend, settings=settings, replica="demo", on_activate=self.watcher.on_served)
         subscriber.start()
         self._closers.append(subscriber.close)
-        return backend
+        return backend, subscriber
 
     def _learn(self, ledger: Ledger, wanted: int, title: str, timeout_s: float = 600) -> None:
         deadline = time.monotonic() + timeout_s
@@ -242,8 +270,7 @@ class Demo:
                         remedy=f"read the roles' logs in {self.stack.data_dir / 'logs'} (run with --keep)",
                     )  # fmt: skip
                 time.sleep(0.2)
-                if self.stack.supervisor:
-                    self.stack.supervisor.tend()
+                self.stack.tend()
                 ledger.refresh()
                 progress.update(task, completed=ledger.accounted)
 
@@ -274,7 +301,9 @@ class Demo:
             if right == len(CORRECTIONS):
                 return
 
-    def _judge(self, ledger: Ledger, ends: Sequence[int], before: dict[str, str], answers: dict[str, str]) -> Report:
+    def _judge(
+        self, ledger: Ledger, ends: Sequence[int], before: dict[str, str], answers: dict[str, str], forgetting: Forgetting
+    ) -> Report:
         from learner.base import general_texts
         from learner.probe import Probe
 
@@ -297,7 +326,7 @@ class Demo:
             drifts=[d.model_dump(mode="json") for d in self.watcher.drifts],
             latencies=self.watcher.latencies(), first_promoted_s=self.watcher.first_promoted_s,
             outcomes=dict(ledger.counts), answers_before=before, answers=answers,
-            wanted={question: right for question, (_, right) in CORRECTIONS.items()},
+            wanted={question: right for question, (_, right) in CORRECTIONS.items()}, forgetting=forgetting,
         )  # fmt: skip
 
 

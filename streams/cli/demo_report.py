@@ -5,15 +5,77 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from streams.cli.latency import summarise
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 MIN_GAIN_NATS = 0.3
 MAX_GENERAL_RISE_NATS = 0.15
 MAX_FIRST_PROMOTED_S = 60.0
+MIN_MEMORY_NATS = 0.3
+MAX_LEFT_NATS = 0.02
+MAX_REST_RISE_NATS = 0.1
+MODELS = {"base": "frozen base", "before": "before forgetting", "after": "after", "never": "never saw them"}
+GROUPS = {"erased": "the erased document", "expired": "the expired document", "rest": "the rest"}
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """What forgetting two documents came to. losses: nats per token, by model (MODELS) and text (GROUPS).
+
+    exact: whether this device computes the same bits again. readable: files of the store with text of the two.
+    expire_s: seconds from the end of the document's life to the end of its forgetting.
+    """
+
+    losses: Mapping[str, Mapping[str, float]]
+    after_sha256: str
+    never_sha256: str
+    exact: bool
+    readable_before: int
+    readable: Sequence[str]
+    erase_s: float
+    expire_s: float
+    updates: int
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether the weights have the very bits of those that never saw the two."""
+        return self.after_sha256 == self.never_sha256
+
+    def missed(self) -> list[str]:
+        """What is wrong with the forgetting, a line each."""
+        lines = []
+        base, before, after, never = (self.losses[model] for model in MODELS)
+        for name in ("erased", "expired"):
+            shown = never[name] - before[name]
+            if shown < MIN_MEMORY_NATS:
+                lines.append(
+                    f"{GROUPS[name]}: seen costs {shown:.3f} nats less than never seen, {MIN_MEMORY_NATS} are asked for: "
+                    "there was nothing to forget"
+                )
+            left = abs(after[name] - never[name])
+            if not left <= MAX_LEFT_NATS:
+                lines.append(
+                    f"{GROUPS[name]}: {left:.3f} nats from the never-saw-it level, {MAX_LEFT_NATS} are allowed"
+                )
+        rise = after["rest"] - before["rest"]
+        if not rise <= MAX_REST_RISE_NATS:
+            lines.append(f"loss on the rest rose by {rise:.3f} nats, {MAX_REST_RISE_NATS} are allowed")
+        if not after["rest"] < base["rest"]:
+            lines.append("the rest was forgotten too: it costs no less than under the frozen base")
+        if self.exact and not self.is_equal:
+            lines.append(f"weights {self.after_sha256} are not {self.never_sha256}, which never saw the two")
+        if not self.readable_before:
+            lines.append("the text was not found in the store before it was forgotten: that it is gone says nothing")
+        if self.readable:
+            lines.append(f"text of the two is still readable in {', '.join(self.readable)}")
+        return lines
 
 
 @dataclass(frozen=True)
@@ -34,6 +96,7 @@ class Report:
     answers_before: Mapping[str, str]
     answers: Mapping[str, str]
     wanted: Mapping[str, str]
+    forgetting: Forgetting
 
     @property
     def corrected(self) -> int:
@@ -64,7 +127,13 @@ class Report:
         stages = {
             name: {"p50_s": p50, "p95_s": p95, "n": n} for name, (p50, p95, n) in summarise(self.latencies).items()
         }
-        return {**asdict(self), "stages": stages, "corrected": self.corrected, "missed": self.missed()}
+        forgetting = {
+            **asdict(self.forgetting), "is_equal": self.forgetting.is_equal, "missed": self.forgetting.missed(),
+        }  # fmt: skip
+        return {
+            **asdict(self), "forgetting": forgetting, "stages": stages, "corrected": self.corrected,
+            "missed": self.missed(),
+        }  # fmt: skip
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -102,9 +171,28 @@ def print_report(report: Report, console: Console) -> None:
             "[green]yes[/]" if answer == right else "[red]no[/]",
         )
     console.print(answers)
+    print_forgetting(report.forgetting, console)
     outcomes = ", ".join(f"{count} {name}" for name, count in sorted(report.outcomes.items()) if count)
     first = f"{report.first_promoted_s:.1f} s after the start" if report.first_promoted_s is not None else "never"
     console.print(f"examples: {outcomes}   drift detections: {len(report.drifts)}   first version promoted: {first}")
+
+
+def print_forgetting(forgetting: Forgetting, console: Console) -> None:
+    """The table of what was forgotten, and the verdict on it."""
+    table = Table(
+        "text", *MODELS.values(), title="forgetting: loss in nats per token", title_justify="left",
+    )  # fmt: skip
+    for name, title in GROUPS.items():
+        table.add_row(title, *(f"{forgetting.losses[model][name]:.3f}" for model in MODELS))
+    console.print(table)
+    equal = "[green]yes[/]" if forgetting.is_equal else "[red]no[/]" if forgetting.exact else "no, as is usual on a GPU"
+    console.print(f"bit-equal to a model that never saw them: {equal} ({forgetting.after_sha256[:19]}…)", highlight=False)
+    console.print(
+        f"files of the store with their text: {forgetting.readable_before} before, {len(forgetting.readable)} after; "
+        f"erased {forgetting.erase_s:.1f} s after it was asked for, "
+        f"expired and forgotten {forgetting.expire_s:.1f} s after its time",
+        highlight=False,
+    )
 
 
 def draw(report: Report, path: Path) -> None:
@@ -114,7 +202,8 @@ def draw(report: Report, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 5), dpi=120)
+    figure, (axes, forgot) = plt.subplots(1, 2, figsize=(13, 5), dpi=110, width_ratios=(8, 5))
+    _draw_forgetting(report.forgetting, forgot)
     versions = sorted(report.curve)
     for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), (*report.domains, "general"), strict=False):
         axes.plot(versions, [report.curve[at][name] for at in versions], color=color, marker=".", label=name)
@@ -134,3 +223,22 @@ def draw(report: Report, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _draw_forgetting(forgetting: Forgetting, axes: Axes) -> None:
+    """A line per text over the models: what was learned comes back up, and stays down where it was not forgotten."""
+    places = range(len(MODELS))
+    for color, (name, title) in zip(("tab:red", "tab:purple", "tab:green"), GROUPS.items(), strict=True):
+        heights = [forgetting.losses[model][name] for model in MODELS]
+        axes.plot(places, heights, color=color, marker="o", label=title)
+        for place, height in zip(places, heights, strict=True):
+            axes.annotate(
+                f"{height:.2f}", (place, height), xytext=(0, 6), textcoords="offset points", fontsize=8, ha="center"
+            )
+    axes.set_xticks(places, [title.replace(" ", "\n", 1) for title in MODELS.values()], fontsize=9)
+    axes.set_xlim(-0.3, len(MODELS) - 0.7)
+    axes.margins(y=0.12)
+    axes.set_ylabel("loss on the text itself, nats per token")
+    axes.set_title("One document erased, one expired")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="center", bbox_to_anchor=(0.76, 0.4), fontsize=8)
