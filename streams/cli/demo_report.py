@@ -241,4 +241,4 @@ def _draw_forgetting(forgetting: Forgetting, axes: Axes) -> None:
     axes.set_ylabel("loss on the text itself, nats per token")
     axes.set_title("One document erased, one expired")
     axes.grid(alpha=0.3)
-    axes.legend(loc="center", bbox_to_anchor=(0.76, 0.4), fontsize=8)
+    axes.legend(loc="center", bbox_to_anchor=(0.8, 0.3), fontsize=8)
