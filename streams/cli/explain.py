@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
@@ -62,7 +63,7 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
         return 0
     table = Table(
         "document", "from", "published", "learned in", "gate: held-out before → after", "state", "until",
-        title=f"{adapter}: {len(lines)} examples", title_justify="left",
+        title=_title(adapter, lines), title_justify="left",
     )  # fmt: skip
     colours = {"live": "green", _ERASED: "dim", "quarantined": "yellow", "held": "yellow"}
     for line in lines[:limit]:
@@ -72,12 +73,18 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
         table.add_row(
             escape(line.document_id or "-"), f"{escape(line.topic)}[{line.partition}]@{line.offset}".replace("[", r"\["),
             line.published_at or "-", f"{line.seq} {short(line.version)} {line.outcome}", gate,
-            f"[{colours.get(line.state, 'default')}]{line.state}[/]", line.expires_at or "for ever",
+            f"[{colours.get(line.state, 'default')}]{line.state}[/]",
+            "-" if line.state == _ERASED else line.expires_at or "for ever",
         )  # fmt: skip
     Console().print(table)
     if len(lines) > limit:
         Console(stderr=True).print(f"… and {len(lines) - limit} more: --limit, or --json for all")
     return 0
+
+
+def _title(adapter: str, lines: Sequence[Line]) -> str:
+    gone = sum(line.state == _ERASED for line in lines)
+    return f"{adapter}: {len(lines) - gone} examples" + (f", {gone} erased" if gone else "")
 
 
 def explanation(registry: Registry, adapter: str, alias: str) -> list[Line]:
