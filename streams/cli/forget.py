@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from storage.blobs import open_store
 from storage.errors import NotFoundError
 from storage.registry import Registry
 from streams.cli.adapters import open_registry, short
@@ -25,7 +26,7 @@ from streams.connect import connect
 from streams.events import AdapterPattern, RetentionProgressed, RetentionRequested, Selector
 from streams.known import Index
 from streams.retain import load_book
-from streams.retention_book import Book, Known, covers, meanings_of_holds
+from streams.retention_book import Book, Known, Record, covers, meanings_of_holds
 from streams.settings import Settings, SettingsError
 from streams.wire import WireError, decode
 
@@ -33,21 +34,40 @@ _TOPIC = RetentionProgressed.topic
 _CONNECT_S = 5.0
 _ENDED = frozenset({"closed", "failed"})
 _SHOWN = 20
+_NAMED = 5
+_ID_CHARS = 24
+_NAMES = {"erase": "forget", "hold": "hold", "release": "release"}
+_MEANINGS = {
+    "executed": "the adapter was made anew without it, text and weights that knew it are deleted",
+    "published": "subscribers are told",
+}
+_PAST = {"erase": "forgotten", "hold": "in force", "release": "released"}
 
 
 def selector_of(adapter: str, documents: list[str], subjects: list[str], sources: list[str]) -> Selector:
     """What the options mean. Raises SettingsError."""
     named = {"document_ids": documents, "subjects": subjects, "sources": sources}
-    try:
-        TypeAdapter(AdapterPattern).validate_python(adapter)
-    except ValidationError:
-        raise _unusable("--adapter", adapter, "one adapter (acme/support), a pattern (acme/*), or * for all") from None
+    check_pattern(adapter)
+    if not any(named.values()):
+        raise _unusable("the selection", "", "at least one of --document, --subject, --source")
     try:
         return Selector.model_validate({name: values for name, values in named.items() if values})
     except ValidationError as error:
         first = error.errors()[0]
         shown = ", ".join(f"{name} {values}" for name, values in named.items() if values)
-        raise _unusable("the selection", shown, first["msg"]) from None
+        raise _unusable("the selection", shown, first["msg"].removeprefix("Value error, ")) from None
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def check_pattern(adapter: str) -> None:
+    """Refuse what names no adapters. Raises SettingsError."""
+    try:
+        TypeAdapter(AdapterPattern).validate_python(adapter)
+    except ValidationError:
+        raise _unusable("--adapter", adapter, "one adapter (acme/support), a pattern (acme/*), or * for all") from None
 
 
 def _unusable(what: str, got: str, allowed: str) -> SettingsError:
@@ -71,8 +91,8 @@ def show_plan(pattern: str, selector: Selector, *, as_json: bool) -> int:
     for plan in plans:
         examples = plan["examples"]
         console.print(
-            f"[bold]{plan['adapter']}[/]: {len(examples)} examples, known to {len(plan['versions'])} versions; "
-            f"{plan['replayed']} updates would be made again"
+            f"[bold]{plan['adapter']}[/]: {_count(len(examples), 'example')}, known to "
+            f"{_count(len(plan['versions']), 'version')}; {_count(plan['replayed'], 'update')} would be made again"
         )
         table = Table("document", "published", "learned in version", "held")
         for item in examples[:_SHOWN]:
@@ -84,6 +104,9 @@ def show_plan(pattern: str, selector: Selector, *, as_json: bool) -> int:
         console.print(table)
         if len(examples) > _SHOWN:
             console.print(f"… and {len(examples) - _SHOWN} more (--json lists all)")
+        held = sum(item["held"] for item in examples)
+        if held:
+            console.print(f"{held} of them held: the whole request would wait for the release")
     if not plans:
         Console(stderr=True).print(
             "nothing of it is in the store; a request would still keep out what is under way in the topics"
@@ -133,37 +156,69 @@ def _lineage(registry: Registry, adapter: str) -> list[tuple[str, set[str], bool
 
 def ask_to_forget(pattern: str, selector: Selector, *, reason: str, wait_s: float, as_json: bool) -> int:
     """Send the request and follow it; exit code 1 where it failed or is not closed in time."""
+    return _ask("erase", pattern, selector, reason=reason, wait_s=wait_s, as_json=as_json)
+
+
+def ask_to_hold(
+    kind: Literal["hold", "release"], pattern: str, selector: Selector | None, *, reason: str, wait_s: float, as_json: bool
+) -> int:
+    """Send a hold or its release and wait until it is in force; exit code 1 where it failed or is not in time."""
+    return _ask(kind, pattern, selector, reason=reason, wait_s=wait_s, as_json=as_json)
+
+
+def _ask(
+    kind: Literal["erase", "hold", "release"], pattern: str, selector: Selector | None, *,
+    reason: str, wait_s: float, as_json: bool,
+) -> int:  # fmt: skip
     settings = connected_settings()
     request = RetentionRequested(
-        request_id=f"forget-{uuid.uuid4().hex}", kind="erase", adapter=pattern, selector=selector,
+        request_id=f"{_NAMES[kind]}-{uuid.uuid4().hex[:16]}", kind=kind, adapter=pattern, selector=selector,
         requested_by="command line", reason=reason,
     )  # fmt: skip
     with Publisher(settings.require_kafka(), settings=settings) as publisher:
         publisher.publish(request).result(30)
     console = Console(stderr=True)
-    console.print(f"asked: {request.request_id}")
+    console.print(f"asked: {request.request_id}", highlight=False)
+    wanted = "executed" if kind == "hold" else "closed"
     last: RetentionProgressed | None = None
     if wait_s > 0:
         with Statuses(settings) as statuses:
             for event in statuses.follow(request.request_id, wait_s):
                 if last is None or (event.state, event.detail) != (last.state, last.detail):
-                    console.print(f"  {event.at:%H:%M:%S} [bold]{event.state}[/] {escape(event.detail)}")
+                    said = escape(event.detail or _MEANINGS.get(event.state, ""))
+                    console.print(f"  {event.at:%H:%M:%S}Z [bold]{event.state}[/] {said}", highlight=False)
                 last = event
+                if event.state == wanted:
+                    break
     if as_json:
         print(json.dumps({"request_id": request.request_id, "status": last and last.model_dump(mode="json")}))
-    if last is not None and last.state == "closed":
-        console.print(f"{last.examples} examples forgotten")
+    if last is not None and last.state == wanted:
+        if kind == "erase":
+            console.print(
+                f"{_count(last.examples, 'example')} forgotten" if last.examples else
+                "nothing of it was in the store; what of it is still under way in the topics is kept out", highlight=False,
+            )  # fmt: skip
     elif wait_s > 0 and (last is None or last.state != "failed"):
         console.print(
-            f"not closed after {wait_s:.0f} s: are the roles streams and learner running? "
-            f"`perennial forget status {request.request_id}` shows how far it is"
+            f"not {_PAST[kind]} after {wait_s:.0f} s: {_why_open(last)} "
+            f"`perennial forget status {request.request_id}` shows how far it is",
+            highlight=False,
         )
-    return 0 if wait_s <= 0 or (last is not None and last.state == "closed") else 1
+    return 0 if wait_s <= 0 or (last is not None and last.state == wanted) else 1
+
+
+def _why_open(last: RetentionProgressed | None) -> str:
+    if last is not None and last.state == "held":
+        return "`perennial forget release` ends a hold;"
+    if last is not None and last.state == "published":
+        return "it is forgotten, but a replica that is named above did not say that it serves the new version;"
+    return "are the roles streams and learner running?"
 
 
 def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
     """Print the state of one request, or of those that changed last. Raises NotFoundError."""
-    with Statuses(connected_settings()) as statuses:
+    settings = connected_settings()
+    with Statuses(settings) as statuses:
         found = statuses.last()
     if request_id and request_id not in found:
         raise NotFoundError(
@@ -174,16 +229,37 @@ def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps([event.model_dump(mode="json") for event in events]))
         return 0
-    table = Table("request", "kind", "adapter", "state", "examples", "live version", "since", "what it waits for")
+    records = load_book(open_store(settings.store))[0].records if settings.store else {}
+    table = Table("request", "asked for", "state", "examples", "since (UTC)", "detail")
+    table.columns[0].overflow = "fold"  # an id that is cut short cannot be asked for
+    table.columns[0].min_width = _ID_CHARS
     colours = {"closed": "green", "failed": "red", "held": "yellow"}
     for event in events:
         colour = colours.get(event.state, "default")
+        record = records.get(event.request_id)
+        what = f": {meaning(record)}" if record else ""
         table.add_row(
-            escape(event.request_id), event.kind, event.adapter, f"[{colour}]{event.state}[/]", str(event.examples),
-            short(event.version), f"{event.at:%Y-%m-%d %H:%M:%S}", escape(event.detail),
+            escape(event.request_id), escape(f"{event.kind} in {event.adapter}{what}"),
+            f"[{colour}]{event.state}[/]", str(event.examples), f"{event.at:%Y-%m-%d %H:%M:%S}", escape(event.detail),
         )  # fmt: skip
     Console().print(table if events else "no request was answered yet")
     return 0
+
+
+def meaning(record: Record) -> str:
+    """What a request means in its adapters, in the words of the command line."""
+    selector = record.request.selector
+    if record.example_ids:
+        return _count(len(record.example_ids), "example")
+    if selector is None:
+        return "everything" if record.request.kind in {"hold", "release"} else "-"
+    named = (("document", selector.document_ids), ("subject", selector.subjects), ("source", selector.sources))
+    said = [f"{kind} {value}" for kind, values in named for value in values or ()]
+    if selector.retention_class is not None:
+        said.append(f"class {selector.retention_class}")
+    if selector.before is not None:
+        said.append(f"before {selector.before:%Y-%m-%d %H:%M}")
+    return ", ".join(said[:_NAMED]) + (f" and {len(said) - _NAMED} more" if len(said) > _NAMED else "")
 
 
 class Statuses:

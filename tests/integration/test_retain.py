@@ -348,3 +348,15 @@ def test_the_command_line_asks_and_follows_until_it_is_closed(bench):
         [*command, "status", entries[0].request_id, "--json"], env=env, capture_output=True, text=True, check=True
     )
     assert [(event["state"], event["examples"]) for event in json.loads(shown.stdout)] == [("closed", 1)]
+
+    def ended(kind: str, document: str) -> tuple[int, str]:
+        named = ["--adapter", ADAPTER, "--document", document, "--wait-s", str(PATIENCE_S), "--json"]
+        done = subprocess.run([*command, kind, *named], env=env, capture_output=True, text=True, check=False)
+        return done.returncode, json.loads(done.stdout)["status"]["state"]
+
+    assert ended("hold", "d2") == (0, "executed")
+    assert ended("release", "d3") == (1, "failed")
+    wide = env | {"COLUMNS": "200"}
+    shown = subprocess.run([*command, "status"], env=wide, capture_output=True, text=True, check=True)
+    assert f"hold in {ADAPTER}: document d2" in shown.stdout, "what a release must name is shown"
+    assert ended("release", "d2") == (0, "closed")

@@ -11,8 +11,9 @@ from storage.errors import NotFoundError
 from storage.manifest import BlobRef, LearnedExample
 from storage.quarantine import Entry, update_quarantine
 from streams.cli.explain import explain
-from streams.cli.forget import selector_of, show_plan
-from streams.events import Batch, ExampleAccepted, Origin
+from streams.cli.forget import meaning, selector_of, show_plan
+from streams.events import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
+from streams.retention_book import Record
 from streams.settings import SettingsError
 from tests.versions import Line, safetensors_of
 
@@ -80,6 +81,24 @@ def test_a_dry_run_of_what_is_nowhere_says_so(line, capsys):
 def test_unusable_requests_are_refused(given):
     with pytest.raises(SettingsError):
         selector_of(given[0], given[1], [], [])
+
+
+@pytest.mark.parametrize(
+    ("kind", "selector", "said"),
+    [
+        ("hold", None, "everything"),
+        ("erase", {"document_ids": ["a"], "subjects": ["ann"]}, "document a, subject ann"),
+        ("erase", {"document_ids": list("abcdefg")}, "document a, document b, document c, document d, document e and 2 more"),
+        ("policy", {"retention_class": "P30D"}, "class P30D"),
+        ("revoke", None, "-"),
+    ],
+)
+def test_a_request_is_shown_by_what_it_means(kind, selector, said):
+    request = RetentionRequested(
+        request_id="r", kind=kind, adapter=ADAPTER, requested_by="me",
+        selector=None if selector is None else Selector(**selector),
+    )  # fmt: skip
+    assert meaning(Record(request=request, received_ms=0, until_ms=0)) == said
 
 
 def test_explain_tells_where_each_example_came_from_and_what_became_of_it(line, capsys):
