@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -265,8 +265,10 @@ class ForgetDemo:
     def _readable(self, secrets: Collection[str]) -> list[str]:
         """Files of the store that hold one of the secrets."""
         root = Path(self.settings.require_store())
-        return [
-            str(path.relative_to(root))
-            for path in root.rglob("*")
-            if path.is_file() and any(secret.encode() in path.read_bytes() for secret in secrets)
-        ]
+        found = []
+        for path in root.rglob("*"):
+            with suppress(FileNotFoundError, IsADirectoryError):  # a role may just be replacing it
+                data = path.read_bytes()
+                if any(secret.encode() in data for secret in secrets):
+                    found.append(str(path.relative_to(root)))
+        return found
