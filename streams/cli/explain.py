@@ -62,9 +62,11 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
         print(json.dumps([asdict(line) for line in lines]))
         return 0
     table = Table(
-        "document", "from", "published", "learned in", "gate: held-out before → after", "state", "until",
+        "document", "from", "published (UTC)", "learned in", "gate: held-out before → after", "state", "until (UTC)",
         title=_title(adapter, lines), title_justify="left",
     )  # fmt: skip
+    for column in table.columns:
+        column.overflow = "fold"
     colours = {"live": "green", _ERASED: "dim", "quarantined": "yellow", "held": "yellow"}
     for line in lines[:limit]:
         gate = "-"
@@ -72,9 +74,9 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
             gate = f"{line.gate_before_nats:.3f} → {line.gate_after_nats:.3f} nats"
         table.add_row(
             escape(line.document_id or "-"), f"{escape(line.topic)}[{line.partition}]@{line.offset}".replace("[", r"\["),
-            line.published_at or "-", f"{line.seq} {short(line.version)} {line.outcome}", gate,
+            _minutes(line.published_at) or "-", f"{line.seq} {short(line.version)} {line.outcome}", gate,
             f"[{colours.get(line.state, 'default')}]{line.state}[/]",
-            "-" if line.state == _ERASED else line.expires_at or "for ever",
+            "-" if line.state == _ERASED else _minutes(line.expires_at) or "for ever",
         )  # fmt: skip
     Console().print(table)
     if len(lines) > limit:
@@ -84,7 +86,12 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
 
 def _title(adapter: str, lines: Sequence[Line]) -> str:
     gone = sum(line.state == _ERASED for line in lines)
-    return f"{adapter}: {len(lines) - gone} examples" + (f", {gone} erased" if gone else "")
+    there = len(lines) - gone
+    return f"{adapter}: {there} example{'' if there == 1 else 's'}" + (f", {gone} erased" if gone else "")
+
+
+def _minutes(iso: str | None) -> str:
+    return (iso or "")[:16].replace("T", " ")
 
 
 def explanation(registry: Registry, adapter: str, alias: str) -> list[Line]:

@@ -35,7 +35,6 @@ _CONNECT_S = 5.0
 _ENDED = frozenset({"closed", "failed"})
 _SHOWN = 20
 _NAMED = 5
-_ID_CHARS = 24
 _NAMES = {"erase": "forget", "hold": "hold", "release": "release"}
 _MEANINGS = {
     "executed": "the adapter was made anew without it, text and weights that knew it are deleted",
@@ -185,7 +184,7 @@ def _ask(
         with Statuses(settings) as statuses:
             for event in statuses.follow(request.request_id, wait_s):
                 if last is None or (event.state, event.detail) != (last.state, last.detail):
-                    said = escape(event.detail or _MEANINGS.get(event.state, ""))
+                    said = escape(event.detail or (_MEANINGS.get(event.state, "") if event.examples else ""))
                     console.print(f"  {event.at:%H:%M:%S}Z [bold]{event.state}[/] {said}", highlight=False)
                 last = event
                 if event.state == wanted:
@@ -198,7 +197,9 @@ def _ask(
                 f"{_count(last.examples, 'example')} forgotten" if last.examples else
                 "nothing of it was in the store; what of it is still under way in the topics is kept out", highlight=False,
             )  # fmt: skip
-    elif wait_s > 0 and (last is None or last.state != "failed"):
+    elif wait_s <= 0:
+        console.print(f"`perennial forget status {request.request_id}` shows how far it is", highlight=False)
+    elif last is None or last.state != "failed":
         console.print(
             f"not {_PAST[kind]} after {wait_s:.0f} s: {_why_open(last)} "
             f"`perennial forget status {request.request_id}` shows how far it is",
@@ -230,17 +231,16 @@ def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
         print(json.dumps([event.model_dump(mode="json") for event in events]))
         return 0
     records = load_book(open_store(settings.store))[0].records if settings.store else {}
-    table = Table("request", "asked for", "state", "examples", "since (UTC)", "detail")
+    table = Table("request", "state", "examples", "detail", show_lines=True)
     table.columns[0].overflow = "fold"  # an id that is cut short cannot be asked for
-    table.columns[0].min_width = _ID_CHARS
     colours = {"closed": "green", "failed": "red", "held": "yellow"}
     for event in events:
         colour = colours.get(event.state, "default")
         record = records.get(event.request_id)
         what = f": {meaning(record)}" if record else ""
         table.add_row(
-            escape(event.request_id), escape(f"{event.kind} in {event.adapter}{what}"),
-            f"[{colour}]{event.state}[/]", str(event.examples), f"{event.at:%Y-%m-%d %H:%M:%S}", escape(event.detail),
+            f"{escape(event.request_id)}\n{escape(f'{event.kind} in {event.adapter}{what}')}",
+            f"[{colour}]{event.state}[/]\n{event.at:%m-%d %H:%M:%S}Z", str(event.examples), escape(event.detail),
         )  # fmt: skip
     Console().print(table if events else "no request was answered yet")
     return 0
