@@ -4,15 +4,18 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 MINUTES ?= 10
+RUNS ?= 2
 # OpenMP threads that spin while they wait triple a training step's time where processes share cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit bench-loop bench-intake bench-forgetting lock schema clean
+.PHONY: help setup demo test lint unit test-faults soak bench-loop bench-intake bench-forgetting lock schema clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
 	@echo 'make test          linters, types, import law, all tests (starts a real Apache Kafka)'
+	@echo 'make test-faults   kill -9 at every failpoint RUNS=2 times, and every other fault; a table'
+	@echo 'make soak          MINUTES=10 of load, random faults and erasures; the books must balance'
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
 	@echo 'make bench-forgetting  erasures against training from scratch'
@@ -33,7 +36,7 @@ $(READY): requirements.lock requirements-uv.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/perennial demo
 
-test: lint unit
+test: lint unit test-faults
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -41,7 +44,13 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/faults
+
+test-faults: $(READY)
+	$(BIN)/python -m tests.faults --runs $(RUNS)
+
+soak: $(READY)
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 bench-loop: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_loop

@@ -1,6 +1,6 @@
 """Publish → cut → trained → promoted → served, in seconds by stage, through every role on a real broker.
 
-`python -m tests.benchmarks.bench_loop [--updates 100] [--per-s 3]`: documents are published at a steady rate whatever
+`python -m tests.benchmarks.bench_loop [--updates 100] [--per-s 1.5]`: documents are published at a steady rate whatever
 the loop does (open loop, so a slow update cannot hide the wait of those behind it); a subscriber in this process puts
 each version into a model. The last line is JSON.
 """
@@ -60,7 +60,7 @@ class Times:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=100, help="promoted and served updates to measure")
-    parser.add_argument("--per-s", type=float, default=3.0, help="documents published per second")
+    parser.add_argument("--per-s", type=float, default=1.5, help="documents published per second")
     parser.add_argument("--limit-s", type=float, default=900.0, help="give up after so long")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))

@@ -172,17 +172,20 @@ def from_scratch(bench: Bench, adapter: str, folder: Path, gone: str | None = No
     """Train what the publisher's log says, cut by cut, without kills; examples as intake accepted them."""
     line = make_lineage(bench.settings, DirectoryStore(folder), load_base("shipped", "cpu", bench.settings.threads))
     known: dict[int, ExampleAccepted] = {}
-    for _, version in bench.registry.versions(adapter):
+    version: str | None = bench.registry.head(adapter).version
+    while version is not None:
         manifest = bench.registry.manifest(adapter, version)
-        if manifest.batch is not None and manifest.kind in {"update", "replayed"}:
+        if manifest.batch is not None:
             body = Batch.model_validate_json(get_blob(bench.registry.store, manifest.batch.digest))
             known.update({example.origin.offset: example for example in body.examples})
+        version = manifest.schedule_parent
     log = [offset for _, offset in bench.acked[adapter]]
     cuts = {
         cut: [known[offset] for offset in log[start : start + PER_CUT] if offset in known]
         for cut, start in enumerate(range(0, len(log), PER_CUT))
     }
-    assert all(example.document_id != gone for cut in cuts.values() for example in cut)
+    names = [example.document_id for cut in cuts.values() for example in cut]
+    assert names == [f"doc-{number}" for number in range(len(log)) if f"doc-{number}" != gone]
     return scratch.train(line.updater, DirectoryStore(folder), adapter, cuts)
 
 
