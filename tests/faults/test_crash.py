@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,15 +27,17 @@ from storage.quarantine import load_quarantine
 from storage.registry import Registry
 from streams.cli.adapters import open_registry
 from streams.client import Publisher
-from streams.events import Batch, ExampleAccepted
+from streams.events import Batch, ExampleAccepted, ForgetRequested, UpdateRequested
 from streams.settings import Settings
 from streams.topics import provision
 from tests import scratch
 from tests.faults.kit import Crew, places
-from tests.faults.parts import stale_publishes
+from tests.faults.parts import envelopes, stale_publishes
 from tests.faults.report import Row
+from tests.integration.test_intake import assert_in_order_without_gaps
 from tests.oracle import Account, account
 from tests.services import start_minio
+from tests.unit.test_forget import readable
 
 ELSEWHERE = {"dlq.send", "dlq.save"}
 """The command `perennial dlq replay` is killed in tests/integration/test_dlq.py."""
@@ -43,6 +46,7 @@ PER_ROUND = 2 * PER_CUT
 CONVERGED_S = 30.0
 """From the last kill of a round until all that was acknowledged is accounted for."""
 GIVE_UP_S = 120.0
+SAME_NATS = 1e-4
 ADAPTER = "acme/crash"
 OFTEN = {"curate.receive": PER_ROUND, "learner.load": 2, "learner.train": 2, "publish.manifest": 2}
 """Places that a round passes more than once: the kill is at any of the passes."""
@@ -211,11 +215,39 @@ def test_a_kill_at_every_failpoint_loses_nothing_and_learns_nothing_twice(bench,
         bench.run({}, lambda: None, lambda adapter=adapter: bench.settled(adapter))
         judge(bench.run(armed, lambda a=adapter, r=request: erase(bench, a, r), lambda a=adapter, r=request: gone(bench, a, r)))
     assert not wrong, "\n".join(wrong)
-    assert bench.registry.head(ADAPTER).manifest.weights.digest == from_scratch(bench, ADAPTER, tmp_path / "oracle").weights
+    judge_topics(bench)
+    assert from_scratch(bench, ADAPTER, tmp_path / "oracle").equals(bench.registry.head(ADAPTER).manifest)
     for number in range(len(forgetting)):
         adapter = f"acme/forget-{number}"
         made = from_scratch(bench, adapter, tmp_path / f"oracle-{number}", gone="doc-3")
-        assert bench.registry.head(adapter).manifest.weights.digest == made.weights, adapter
+        assert made.equals(bench.registry.head(adapter).manifest), adapter
+        (entry,) = load_quarantine(bench.registry.store, adapter).entries
+        assert entry.done.examples == 1
+    erased = [event.text for event in said(bench, "examples") if event.adapter != ADAPTER and event.document_id == "doc-3"]
+    assert len(set(erased)) == len(forgetting)
+    assert readable(tmp_path / "minio" / "minio-data" / "perennial", erased) == []
+
+
+def said(bench: Bench, topic: str) -> list[Any]:
+    """Every event of a topic, in its order."""
+    return [envelope.event for envelope in envelopes(bench.settings, topic)]
+
+
+def judge_topics(bench: Bench) -> None:
+    """Whatever was said twice: in the order of the log, without gaps, in the same words, cut as the log says."""
+    total = sum(map(len, bench.acked.values()))
+    assert_in_order_without_gaps(bench.settings, {0: total})
+    nats: dict[int, list[float]] = {}
+    for event in said(bench, "scored-examples"):
+        nats.setdefault(event.example.origin.offset, []).append(event.base_loss_nats)
+    assert list(nats) == list(range(total)), "first sightings are in order"
+    # A batch of other rows pads otherwise, so the last bits may differ.
+    assert [offset for offset, found in nats.items() if max(found) - min(found) > SAME_NATS] == []
+    jobs = said(bench, "adapter-jobs")
+    assert len({job.model_dump_json() for job in jobs}) == len({job.job_id for job in jobs}), "a job has one wording"
+    sizes = {(job.adapter, job.cut): job.examples + job.skipped for job in jobs if isinstance(job, UpdateRequested)}
+    assert sizes == {(name, cut): PER_CUT for name, log in bench.acked.items() for cut in range(len(log) // PER_CUT)}
+    assert len({job.job_id for job in jobs if isinstance(job, ForgetRequested)}) == len(bench.acked) - 1
 
 
 def erase(bench: Bench, adapter: str, request: str) -> None:
