@@ -1,11 +1,7 @@
-"""Parts for the learner's and scorer's tests on a real broker: a small base on disk, producers, readers, processes."""
+"""Parts for the learner's and scorer's tests on a real broker: a small base on disk, producers, readers."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,8 +16,6 @@ from streams.events import Event
 from streams.settings import Settings
 from streams.wire import Envelope, decode, encode
 from tests import tiny
-
-ROOT = Path(__file__).parents[2]
 
 
 def base_folder(root: Path) -> Path:
@@ -123,18 +117,3 @@ def running(body: Callable[[threading.Event], None]) -> Iterator[threading.Event
     if raised:
         raise raised[0]
     assert not thread.is_alive()
-
-
-def process(role: str, given: Settings, failpoint: str = "") -> subprocess.Popen[bytes]:
-    """A role in a process of its own, which a failpoint may kill."""
-    module = {"learner": "worker", "scorer": "scorer"}[role]
-    code = (
-        "import json, sys, threading\n"
-        "from streams.metrics import Metrics\n"
-        "from streams.settings import Settings\n"
-        f"from learner.{module} import run_{role}\n"
-        f"run_{role}(Settings(**json.loads(sys.argv[1])), threading.Event(), Metrics('{role}'))\n"
-    )
-    values = {name: str(value) if isinstance(value, Path) else value for name, value in given.model_dump().items()}
-    env = {**os.environ, "PERENNIAL_FAILPOINT": failpoint}
-    return subprocess.Popen([sys.executable, "-c", code, json.dumps(values)], cwd=ROOT, env=env)

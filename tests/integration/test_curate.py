@@ -150,20 +150,6 @@ def test_size_cuts_cover_every_example_once_and_in_order(bench):
     assert child.wait(20) == 0, bench.log.read_text()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["receive:13", "blob:2", "state:1", "state:2", "produce:2", "ack:1"])
-def test_a_kill_at_any_step_loses_and_doubles_nothing(bench, step):
-    bench.publish(scored(n) for n in range(60))
-    dead = bench.start(failpoint=f"curate.{step}")
-    assert dead.wait(PATIENCE_S) == -signal.SIGKILL, bench.log.read_text()
-    bench.start()
-    bench.wait(lambda: sum(bench.learned().values()) >= 60)
-    batches = bench.batches()
-    assert [[e.document_id for e in batch.examples] for batch in batches] == [
-        [f"d{n}" for n in range(start, start + 20)] for start in (0, 20, 40)
-    ], bench.log.read_text()
-
-
 def test_a_body_that_a_kill_left_behind_holds_no_text_that_is_erased_before_the_next_start(bench):
     bench.publish(scored(n) for n in range(20))
     dead = bench.start(failpoint="curate.blob")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import uuid
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def given(broker, topic_prefix, tmp_path):
 
 @pytest.fixture
 def _few_general_texts(monkeypatch):
-    """Reading the standard library's texts takes seconds; the processes of the crash test do it for real."""
+    """Reading the standard library's texts takes seconds; the fault tests kill processes that do it for real."""
     monkeypatch.setattr(worker, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
 
 
@@ -136,42 +135,6 @@ def test_a_held_job_is_said_to_be_held_and_one_that_cannot_be_done_to_have_faile
     assert [status.state for status in statuses] == ["held", "failed"]
     assert "another rank" in statuses[1].detail
     assert load_quarantine(store_of(given), ADAPTER).entry("r1").done.failure.startswith("rank-mismatch")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_learner_killed_at_any_place_of_a_forgetting_comes_to_the_same_bytes(given, tmp_path):
-    cuts = documents(4)
-    learner = make_lineage(given, store_of(given), load_base(given.base, "cpu", 1))
-    for cut, examples in cuts.items():
-        learner.update(jobs.update(store_of(given), cut, examples), given.alias)
-    gone = (14, 9, 4, 12, 7)
-    for place, number in zip(unit.PLACES, gone, strict=True):
-        kit.send(given, erase(given, f"r{number}", number))
-        child = kit.process("learner", given, f"{place}:1")
-        try:
-            assert child.wait(240) == -signal.SIGKILL, place
-        finally:
-            child.kill()
-            child.wait()
-    child = kit.process("learner", given)
-    try:
-        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 5, "all jobs are committed", 240)
-    finally:
-        child.kill()
-        child.wait()
-    line = registry(given)
-    assert oracle(given, tmp_path, cuts, set(gone)).equals(line.head(ADAPTER).manifest)
-    assert unit.readable(Path(given.store), [f"secret{n:03d}" for n in gone]) == []
-    assert list(store_of(given).list("forgotten/")) == []
-    quarantine = load_quarantine(store_of(given), ADAPTER)
-    assert [entry.done.examples for entry in quarantine.entries] == [1] * len(gone)
-    generations: dict[int, tuple[str, str]] = {}
-    for envelope in kit.envelopes(given, "adapter-updates", 10**6, timeout_s=5):
-        known = generations.setdefault(envelope.event.generation, (envelope.id, envelope.event.version))
-        assert known == (envelope.id, envelope.event.version), "one generation, one id, one version"
-    state = line.alias(ADAPTER)
-    assert generations[state.generation][1] == state.version == line.head(ADAPTER).version
 
 
 def versions_with(store: ObjectStore, needle: bytes) -> list[str]:

@@ -288,20 +288,6 @@ def assert_in_order_without_gaps(settings, expected):
             high = max(high, offset)
 
 
-@pytest.mark.parametrize("place", ["consume", "produce", "flush", "commit"])
-def test_a_kill_at_any_step_loses_nothing_and_keeps_the_order(settings, producer, place):
-    settings = settings.model_copy(update={"intake_batch": 40})
-    publish(producer, settings, [document(n) for n in range(100)], partition=0)
-    publish(producer, settings, [document(n) for n in range(50)], partition=1)
-    victim = child(settings, PERENNIAL_INTAKE_BATCH="40", PERENNIAL_FAILPOINT=f"intake.{place}:2")
-    assert victim.wait(WAIT_S) == -9
-    with running(settings):
-        wait_for(lambda: committed(settings) == {
-            (settings.topic("documents"), 0): 100, (settings.topic("documents"), 1): 50,
-        })  # fmt: skip
-    assert_in_order_without_gaps(settings, {0: 100, 1: 50})
-
-
 def test_a_second_member_takes_over_without_loss(settings, producer):
     settings = settings.model_copy(update={"intake_batch": 20})
     with running(settings):

@@ -236,26 +236,6 @@ def test_no_bytes_in_the_topic_end_the_role(bench):
     assert child.poll() is None
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("step", ["receive", "quarantine", "send", "state", "ack"])
-def test_a_kill_at_any_step_converges_to_one_job(bench, step):
-    bench.learn(example(1), example(2))
-    bench.publish(erase(1), erase(2, request_id="r2"))
-    dead = bench.start(failpoint=f"retain.{step}")
-    assert dead.wait(PATIENCE_S) == -signal.SIGKILL, bench.log.read_text()
-    bench.start()
-    bench.wait_for("quarantined")
-    bench.wait_for("quarantined", "r2")
-    jobs = bench.events("adapter-jobs")
-    assert {job.job_id for job in jobs} == {job_id_of("r1", ADAPTER), job_id_of("r2", ADAPTER)}
-    assert len({job.model_dump_json() for job in jobs}) == 2
-    entries = load_quarantine(bench.store, ADAPTER).entries
-    assert sorted(entry.request_id for entry in entries) == ["r1", "r2"]
-    for request_id in ("r1", "r2"):
-        finish_entry(bench.store, ADAPTER, request_id, Done(at_ms=1))
-        bench.wait_for("closed", request_id)
-
-
 def test_a_hold_beats_an_erase_until_it_is_released_also_across_a_restart(bench):
     bench.learn(example(1, subjects=["ann"]))
     first = bench.start()

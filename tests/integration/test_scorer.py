@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 
 import pytest
@@ -111,26 +110,3 @@ def test_what_is_not_acknowledged_is_not_committed(given, monkeypatch):
     assert kit.committed(given, "examples", "scorer") == 0
     with kit.running(lambda stop: run_scorer(given, stop, Metrics("scorer"))):
         kit.wait_until(lambda: kit.committed(given, "examples", "scorer") == 2, "both are scored after all")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_a_scorer_killed_at_any_place_scores_every_example_and_keeps_the_order(given):
-    kit.send(given, *documents(*range(120)))
-    for place in ("scorer.receive", "scorer.score", "scorer.produce", "scorer.commit"):
-        child = kit.process("scorer", given, f"{place}:2")
-        try:
-            assert child.wait(120) == -signal.SIGKILL, place
-        finally:
-            child.kill()
-            child.wait()
-    child = kit.process("scorer", given)
-    try:
-        kit.wait_until(lambda: kit.committed(given, "examples", "scorer") == 120, "all are committed", 120)
-    finally:
-        child.kill()
-        child.wait()
-    offsets = [event.example.origin.offset for event in scored(given, 10**6, timeout_s=5)]
-    firsts = list(dict.fromkeys(offsets))
-    assert firsts == list(range(120)), "first sightings are in order"
-    assert len({(e.example.origin.offset, e.base_loss_nats) for e in scored(given, 10**6, 5)}) == 120
