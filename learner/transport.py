@@ -15,7 +15,7 @@ from kafka.errors import CommitFailedError, KafkaError, RebalanceInProgressError
 from kafka.structs import OffsetAndMetadata
 
 from storage.errors import PerennialError
-from streams.connect import connect
+from streams.connect import close_producer, connect
 from streams.events import Event
 from streams.metrics import Metrics
 from streams.settings import Settings
@@ -254,7 +254,7 @@ class Outbox:
 
     def close(self) -> None:
         """Drop the connection; what was not flushed may be lost and is sent again after a restart."""
-        self._producer.close(timeout=2)
+        close_producer(self._producer, 2)
 
     def __enter__(self) -> Self:
         return self

@@ -21,7 +21,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from pydantic import ValidationError
 
 from storage.errors import PerennialError
-from streams.connect import connect, require_listener
+from streams.connect import close_producer, connect, require_listener
 from streams.events import DocumentObserved, Event, InteractionObserved, RetentionRequested
 from streams.settings import Settings, load_settings
 from streams.subscriber import Backend, Current, Subscriber, SubscriberError
@@ -229,7 +229,7 @@ class Publisher:
                 return
             self._producer = None
             self._retired.set()
-        threading.Thread(target=_drop, args=(producer,), name="retired producer", daemon=True).start()
+        threading.Thread(target=close_producer, args=(producer, 0), name="retired producer", daemon=True).start()
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Wait until everything sent so far is delivered or has failed. Raises PublishError where the time ends."""
@@ -262,7 +262,7 @@ class Publisher:
             with self._lock:
                 producer, self._producer = self._producer, None
             if producer is not None:
-                _drop(producer, 1)
+                close_producer(producer, 1)
         with self._lock:
             missing, error = self._accepted - self._delivered, self._first_error
         if missing:
@@ -281,12 +281,6 @@ class Publisher:
         else:
             with suppress(PublishError):  # the error that ended the block is the one to hear of
                 self.close()
-
-
-def _drop(producer: Any, timeout_s: float = 0) -> None:
-    """Close a producer and end what it did not deliver."""
-    with suppress(KafkaError, OSError):
-        producer.close(timeout=timeout_s)
 
 
 def _said(error: BaseException) -> str:

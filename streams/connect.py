@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
 
-from kafka.errors import KafkaConnectionError
+from kafka.errors import KafkaConnectionError, KafkaError
 from kafka.net.compat import KafkaNetClient
+
+_log = logging.getLogger("perennial.kafka")
 
 
 def connect(make: Callable[..., Any], bootstrap: str, timeout_s: float, **config: Any) -> Any:
@@ -34,6 +37,19 @@ def connect(make: Callable[..., Any], bootstrap: str, timeout_s: float, **config
         for client in clients:  # a constructor that fails leaves its thread and sockets running
             client.close()
         raise
+
+
+def close_producer(producer: Any, timeout_s: float) -> None:
+    """Close a KafkaProducer; what was not delivered within the time has failed then.
+
+    Hazard: kafka-python 3.0.12 gives up closing where the flush that it begins with times out. Its thread would go on
+    for ever, at its connections too, and no promise of a delivery would end.
+    """
+    try:
+        producer.close(timeout=timeout_s)
+    except (KafkaError, OSError) as error:
+        _log.debug("a producer is closed by force: %s", error)
+        producer._sender.force_close()  # noqa: SLF001 - there is no public way
 
 
 def require_listener(bootstrap: str, timeout_s: float) -> list[str]:

@@ -23,7 +23,7 @@ from storage.errors import ConflictError, NotFoundError, StoreError
 from storage.failpoints import failpoint
 from storage.quarantine import load_quarantine
 from storage.records import check_adapter
-from streams.connect import connect
+from streams.connect import close_producer, connect
 from streams.deadletters import (
     STATE_PREFIX,
     DeadLetterError,
@@ -212,7 +212,7 @@ class Replayer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._producer.close(timeout=2)
+        close_producer(self._producer, 2)
         self._consumer.close()
 
     def run(

@@ -18,7 +18,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.partitioner import murmur2
 
-from streams.connect import connect
+from streams.connect import close_producer, connect
 from streams.events import AdapterActivated, AdapterFailed, AdapterUpdate
 from streams.metrics import Metrics
 from streams.wire import MAX_INSIDE_VALUE_BYTES, WireError, decode, encode
@@ -151,8 +151,7 @@ class Acks:
     def _leave(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            with suppress(KafkaError, OSError):
-                producer.close(timeout=timeout_s)
+            close_producer(producer, timeout_s)
 
     def close(self) -> None:
         """Send what waits, once, and leave the broker."""

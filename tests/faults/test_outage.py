@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -32,7 +34,13 @@ from tests.oracle import account
 from tests.services import minio_binary, missing_service
 from tests.versions import MemoryBackend
 
-pytestmark = [pytest.mark.xdist_group("outage"), pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.xdist_group("outage"),
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    # kafka-python leaves the socket of every attempt that is refused to the garbage collector.
+    pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
+]
 
 STORE_AWAY_S = 60.0
 BROKER_AWAY_S = 3.0
@@ -126,8 +134,10 @@ def flow(broker_jars, tmp_path_factory) -> Iterator[Flow]:
         )  # fmt: skip
         stack.enter_context(subscriber)
         yield made
-
-
+    with warnings.catch_warnings():
+        # Here, or they would be told of in some other test.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 def check(flow: Flow, fault: str, recovery_s: float, record_fault: Callable[[Row], None]) -> None:
@@ -156,6 +166,23 @@ def test_a_broker_that_is_killed_and_comes_back(flow, record_fault):
     recovery_s = time.monotonic() - back
     assert len(flow.acked) >= 60
     check(flow, "broker killed and restarted", recovery_s, record_fault)
+
+
+def test_a_publisher_closed_over_a_broker_that_hangs_ends_every_promise_and_its_thread(flow):
+    publisher = Publisher(flow.settings.kafka, settings=flow.settings, timeout_s=2)
+    assert flow.count(flow.publish(publisher, 1)) == 0
+    sender = publisher._producer._sender
+    os.kill(flow.broker.pid, signal.SIGSTOP)
+    try:
+        receipt = publisher.document(adapter=ADAPTERS[0], document_id="late", text="it may arrive when the broker goes on")
+        time.sleep(0.5)
+        with pytest.raises(PublishError):
+            publisher.close()
+        sender.join(10)
+        assert receipt.done
+        assert not sender.is_alive()
+    finally:
+        os.kill(flow.broker.pid, signal.SIGCONT)
 
 
 def test_a_store_that_is_down_for_a_minute(flow, record_fault):
