@@ -15,7 +15,7 @@ help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
 	@echo 'make test          linters, types, import law, all tests (starts a real Apache Kafka)'
 	@echo 'make test-faults   kill -9 at every failpoint RUNS=2 times, and every other fault; a table'
-	@echo 'make soak          MINUTES=10 of load, random faults and erasures; the books must balance'
+	@echo 'make soak          MINUTES=10 of load, random faults and erasures; what became of every event, by SEED='
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
 	@echo 'make bench-forgetting  erasures against training from scratch'
@@ -50,7 +50,7 @@ test-faults: $(READY)
 	$(BIN)/python -m tests.faults --runs $(RUNS)
 
 soak: $(READY)
-	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 bench-loop: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_loop
