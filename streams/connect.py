@@ -50,6 +50,7 @@ def close_producer(producer: Any, timeout_s: float) -> None:
     except (KafkaError, OSError) as error:
         _log.debug("a producer is closed by force: %s", error)
         producer._sender.force_close()  # noqa: SLF001 - there is no public way
+        producer._closed = True  # noqa: SLF001 - or the collector would close it again, and print what that raises
 
 
 def require_listener(bootstrap: str, timeout_s: float) -> list[str]:

@@ -192,7 +192,11 @@ class Load(threading.Thread):
         try:
             if isinstance(event, bytes) or what == "plain":
                 raw = event if isinstance(event, bytes) else self._plain_json(event)
-                self._under_way.append((what, self._publisher._producer.send(self._settings.topic("documents"), raw, key=b"junk")))
+                producer = self._publisher._producer
+                if producer is None:  # retired, for it lost an event; the next publish would make another
+                    self._close()
+                    return
+                self._under_way.append((what, producer.send(self._settings.topic("documents"), raw, key=b"junk")))
             else:
                 self._under_way.append((what, self._publisher.publish(event)._future))
         except (PublishError, KafkaError, ValueError):  # perhaps never sent at all
