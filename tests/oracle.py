@@ -97,6 +97,7 @@ class Line:
 
 def read_line(registry: Registry, adapter: str) -> Line:
     """Read an adapter's manifests; an empty line where it has none."""
+    state = registry.alias(adapter)  # first: what it names is in a history that is read later
     line, history = Line(), load_history(registry, adapter)
     if history is None:
         return line
@@ -110,7 +111,6 @@ def read_line(registry: Registry, adapter: str) -> Line:
             line.learned.update(_learned(step.manifest))
             line.examples.update(item.example_id for item in step.manifest.learned)
         line.skipped |= {_place(item): item.reason for item in step.manifest.skipped}
-    state = registry.alias(adapter)
     if state is not None and state.kind != "retired":
         live = History(history.manifests, history.line, state.version).schedule()
         line.served = {place for step in live for place in _learned(step.manifest)}
