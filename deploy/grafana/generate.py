@@ -66,14 +66,19 @@ class Dashboard:
 
 
 def counted(series: str, by: str, window: str = "$__rate_interval") -> str:
-    """How much counters grew in the window, those that are new in it included."""
+    """How much counters grew in the window; one that is new in it grew by all that it counts."""
     grouping = f" by ({by})" if by else ""
-    return f"sum{grouping} (increase({series}[{window}]) > 0 or {NEW_IN.format(series=series, window=window)})"
+    return f"sum{grouping} ({_grown(series, window)} > 0)"
 
 
 def p(quantile: float, histogram: str, by: str, window: str = "$__rate_interval") -> str:
-    """A quantile of a histogram of seconds."""
-    return f"histogram_quantile({quantile}, sum by (le, {by}) (rate({histogram}_bucket[{window}])))"
+    """A quantile of a histogram of seconds, its first observation included."""
+    return f"histogram_quantile({quantile}, sum by (le, {by}) ({_grown(f'{histogram}_bucket', window)}))"
+
+
+def _grown(series: str, window: str) -> str:
+    # New series first: `increase` knows nothing of what a series counts when it is first seen.
+    return f"({NEW_IN.format(series=series, window=window)} or increase({series}[{window}]))"
 
 
 def render(dashboard: Dashboard) -> dict[str, Any]:
