@@ -14,9 +14,11 @@ from storage.blobs import ObjectStore, get_blob
 from storage.errors import NotFoundError, PerennialError
 from storage.manifest import SkippedExample
 from streams.events import Batch, ExampleAccepted, Origin, UpdateRequested
+from streams.quarantine import Screen
 
 MAX_BATCH_BYTES = 256 * 1024**2
 BATCH_CACHE_TOKENS = 8_000_000
+_Prepared = tuple[ExampleAccepted, list[Row]]
 
 Reason = Literal[
     "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
@@ -109,21 +111,37 @@ class BatchRows:
     def __init__(self, store: ObjectStore, rows_of: Callable[[ExampleAccepted], list[Row]]) -> None:
         self._store = store
         self._rows_of = rows_of
-        self._cache: OrderedDict[str, dict[str, list[Row]]] = OrderedDict()
+        self._cache: OrderedDict[str, dict[str, _Prepared]] = OrderedDict()
         self._tokens = 0
 
     def __call__(self, kept: Kept) -> Sequence[Row] | None:
         """Rows of the example; None where its micro-batch was erased or no longer holds it."""
-        rows = self._cache.get(kept.batch)
-        if rows is None:
+        found = self._find(kept)
+        return found[1] if found else None
+
+    def allowed_by(self, screen: Screen, drawn: dict[str, ExampleAccepted]) -> Callable[[Kept], Sequence[Row] | None]:
+        """The same, with None also where the screen blocks the example. drawn: gets the others that were asked for."""
+
+        def rows(kept: Kept) -> Sequence[Row] | None:
+            found = self._find(kept)
+            if found is None or screen.blocks(found[0]):
+                return None
+            drawn[kept.example_id] = found[0]
+            return found[1]
+
+        return rows
+
+    def _find(self, kept: Kept) -> _Prepared | None:
+        group = self._cache.get(kept.batch)
+        if group is None:
             try:
                 batch = Batch.model_validate_json(get_blob(self._store, kept.batch, MAX_BATCH_BYTES))
             except NotFoundError:
                 return None
             self.put(kept.batch, batch.examples)
-            rows = self._cache[kept.batch]
+            group = self._cache[kept.batch]
         self._cache.move_to_end(kept.batch)
-        return rows.get(kept.example_id)
+        return group.get(kept.example_id)
 
     def drop(self, digests: Iterable[str]) -> None:
         """Forget these micro-batches."""
@@ -134,17 +152,17 @@ class BatchRows:
         """Remember a micro-batch that is in hand."""
         if digest in self._cache:
             return
-        rows: dict[str, list[Row]] = {}
+        group: dict[str, _Prepared] = {}
         for example in examples:
             try:
-                rows[example.example_id] = self._rows_of(example)
+                group[example.example_id] = example, self._rows_of(example)
             except ExampleError:
                 continue  # it was skipped when the batch was learned, too
-        self._cache[digest] = rows
-        self._tokens += _tokens(rows)
+        self._cache[digest] = group
+        self._tokens += _tokens(group)
         while self._tokens > BATCH_CACHE_TOKENS and len(self._cache) > 1:
             self._tokens -= _tokens(self._cache.popitem(last=False)[1])
 
 
-def _tokens(rows: Mapping[str, Sequence[Row]]) -> int:
-    return sum(len(row.ids) for group in rows.values() for row in group)
+def _tokens(group: Mapping[str, _Prepared]) -> int:
+    return sum(len(row.ids) for _, rows in group.values() for row in rows)

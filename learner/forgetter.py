@@ -13,21 +13,22 @@ from datetime import datetime
 from functools import partial
 
 from learner.announce import event_of
-from learner.batches import MAX_BATCH_BYTES, BatchRows, JobError, skip
+from learner.batches import BatchRows, JobError, skip
 from learner.forget import Aim, History, Place, Plan, Step, Trace, body_of, candidates, place_of, without
 from learner.leftovers import load_history, sweep
 from learner.lineage import MAX_CONFLICTS, Done, Lineage, contended
 from learner.states import Refs, stored
+from learner.traces import stored_batch, traces_of
 from learner.train import prepare
 from learner.update import Candidate, Parent, Recipe, Updater
-from storage.blobs import digest_of, get_blob, put_blob
-from storage.errors import ConflictError, NotFoundError
+from storage.blobs import digest_of, put_blob
+from storage.errors import ConflictError
 from storage.manifest import BlobRef, LearnedExample, Manifest
 from storage.quarantine import Done as Mark
 from storage.quarantine import Hold, finish_entry, load_quarantine, update_quarantine
 from storage.registry import AliasState, Head
 from storage.tombstones import extend_tombstone, lift_tombstone, load_tombstone
-from streams.events import AdapterUpdate, Batch, ExampleAccepted, ForgetRequested, RetentionProgressed, RetentionState
+from streams.events import AdapterUpdate, ExampleAccepted, ForgetRequested, RetentionProgressed, RetentionState
 
 MAX_LOOK_BACK = 256
 FORGOTTEN = "forgotten_examples"
@@ -86,11 +87,11 @@ class Forgetter:
         entry = quarantine.entry(job.request_id)
         head = self._lineage.head(adapter)
         history = load_history(self._registry, adapter) if head else None
-        if head is None or history is None or (entry is not None and entry.done is not None):
+        if entry is not None and entry.done is not None:
             return self._ended(job, alias, began)
         aim = Aim(job, quarantine)
-        traces = self._traces(history, aim)
-        everything = [trace for group in traces.values() for trace in group]
+        learned, refused = traces_of(self._store, adapter, history, aim)
+        everything = [trace for group in (*learned.values(), *refused.values()) for trace in group]
         if aim.is_held(everything):
             count = len({trace.example_id for trace in everything if trace.request_id == job.request_id})
             status = self._status(job, "held", count, None, "a hold stands on it")
@@ -101,10 +102,16 @@ class Forgetter:
             lift = partial(lift_tombstone, self._store, adapter, job.job_id)
             return Done("held", None, event, statuses=(status,), close=lift)
         hashes = aim.hashes(everything)
-        gone = {digest: places for digest, group in traces.items() if (places := aim.gone(group, hashes))}
-        plan = history.plan(gone)
-        self._failpoint("learner.forget_plan")
-        if gone:
+        gone, unlearned = (
+            {digest: places for digest, group in traces.items() if (places := aim.gone(group, hashes))}
+            for traces in (learned, refused)
+        )
+        if unlearned:
+            extend_tombstone(self._store, adapter, job.job_id, unlearned)
+            update_quarantine(self._store, adapter, lambda found: found.suppressing(hashes))
+        if head is not None and history is not None and gone:
+            plan = history.plan(gone)
+            self._failpoint("learner.forget_plan")
             self._bury(job, history, plan, everything)
             update_quarantine(self._store, adapter, lambda found: found.suppressing(hashes))
             head = self._quarantine(job, alias, head, history, plan)
@@ -113,28 +120,12 @@ class Forgetter:
                 self._make_anew(job, alias, head, plan, everything)
             self._failpoint("learner.forget_published")
             self._revoke(job, history, plan.touched)
-            self._heed_holds(job, quarantine.holds, history, gone)
+            self._heed_holds(job, quarantine.holds, history, {**gone, **unlearned})
         self._lineage.drop(sweep(self._registry, adapter, job.job_id))
         self._failpoint("learner.forget_deleted")
         return self._ended(job, alias, began)
 
     # ---- looking
-
-    def _traces(self, history: History, aim: Aim) -> dict[str, list[Trace]]:
-        """What the stored micro-batches hold, by digest; those erased before are not there."""
-        digests = {m.batch.digest for m in history.manifests.values() if m.batch is not None}
-        found: dict[str, list[Trace]] = {}
-        for digest in sorted(digests):
-            batch = self._batch(digest)
-            if batch is not None:
-                found[digest] = aim.look(batch.examples)
-        return found
-
-    def _batch(self, digest: str) -> Batch | None:
-        try:
-            return Batch.model_validate_json(get_blob(self._store, digest, MAX_BATCH_BYTES))
-        except NotFoundError:
-            return None
 
     def _heed_holds(
         self, job: ForgetRequested, known: Sequence[Hold], history: History, gone: Mapping[str, Collection[Place]]
@@ -147,7 +138,8 @@ class Forgetter:
         if quarantine.holds == known:
             return
         aim = Aim(job, quarantine)
-        traces = self._traces(history, aim)
+        learned, refused = traces_of(self._store, job.adapter, history, aim)
+        traces = {**learned, **refused}
         if any(trace.held and trace.place in places for digest, places in gone.items() for trace in traces.get(digest, ())):
             if not aim.is_held(trace for group in traces.values() for trace in group):
                 lift_tombstone(self._store, job.adapter, job.job_id)
@@ -254,7 +246,7 @@ class Forgetter:
         old = step.manifest
         if old.batch is None or old.cut is None:
             raise JobError("missing-batch", "an update names no micro-batch", got=step.version)
-        batch = self._batch(old.batch.digest)
+        batch = stored_batch(self._store, old.batch.digest)
         if batch is None:
             raise JobError("missing-batch", "an update's micro-batch is not stored", got=old.batch.digest)
         places = set(gone.get(old.batch.digest, ()))

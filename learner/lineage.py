@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -13,9 +13,10 @@ from learner.adapter import State, from_safetensors
 from learner.announce import event_of
 from learner.base import Base
 from learner.batches import BatchRows, JobError, origins, read_batch, skip, sort_out
-from learner.forget import Place, body_of, place_of, without
+from learner.examples import Row
+from learner.forget import body_of, place_of, without
 from learner.leftovers import sweep
-from learner.replay import index_from_bytes
+from learner.replay import Kept, index_from_bytes
 from learner.states import code_digest, state_key, stored
 from learner.train import optimizer_from_bytes
 from learner.update import Candidate, Parent, Updater
@@ -96,14 +97,18 @@ class Lineage:
                 self._clean_up(job)
                 return Done("repeated", None, self.standing(job.adapter, alias))
             batch = read_batch(self._store, job)
-            learnable, body = self._screened(job, batch)
+            screen = Screen(load_quarantine(self._store, job.adapter))
+            learnable, body = self._screened(job, batch, screen)
             parent, parent_version = self.state_at(head, job.adapter)
             self._failpoint("learner.load")
             loaded = time.perf_counter()
-            manifest, blobs = self._next(job, (batch, learnable, body), head, parent, parent_version)
+            drawn: dict[str, ExampleAccepted] = {}
+            replayed = self.rows.allowed_by(screen, drawn)
+            manifest, blobs = self._next(job, (batch, learnable, body), head, parent, parent_version, replayed)
             self._failpoint("learner.train")
             trained_at, trained = self._now(), time.perf_counter()
-            if self._blocked(job.adapter, learnable):
+            screen = Screen(load_quarantine(self._store, job.adapter))
+            if any(screen.blocks(example) for example in (*learnable.examples, *drawn.values())):
                 continue  # accepted while it was learned: it goes into no version that comes after that
             known = load_tombstone(self._store, job.adapter, job.job_id)
             extend_tombstone(self._store, job.adapter, job.job_id, blobs)
@@ -279,6 +284,7 @@ class Lineage:
         head: Head | None,
         parent: Parent,
         parent_version: str | None,
+        replayed: Callable[[Kept], Sequence[Row] | None],
     ) -> tuple[Manifest, dict[str, bytes]]:
         batch, learnable, body = cut
         marks = dict(head.manifest.marks) if head else {}
@@ -298,7 +304,7 @@ class Lineage:
         if fresh:
             self.rows.put(ref.digest, learnable.examples)
             candidate = self.updater.update(
-                parent, fresh, adapter=job.adapter, cut=job.cut, batch=ref.digest, replayed=self.rows
+                parent, fresh, adapter=job.adapter, cut=job.cut, batch=ref.digest, replayed=replayed
             )
         promoted = candidate is not None and candidate.outcome == "promoted"
         state = parent
@@ -354,25 +360,23 @@ class Lineage:
         tokens = sum(row.tokens for row in (updater or self.updater).rows(example))
         return LearnedExample(example_id=example.example_id, partition=partition, offset=offset, tokens=tokens)
 
-    def _screened(self, job: UpdateRequested, batch: Batch) -> tuple[Batch, bytes | None]:
+    def _screened(self, job: UpdateRequested, batch: Batch, screen: Screen) -> tuple[Batch, bytes | None]:
         """The micro-batch without what must not be learned, and its new body; None where nothing is left out.
 
         The old body still has the text, so it is put down to be deleted before anything names the new one.
         """
-        blocked = self._blocked(job.adapter, batch)
+        blocked = {place_of(example) for example in batch.examples if screen.blocks(example)}
         if not blocked:
             return batch, None
         learnable = without(batch, blocked)
-        screen = Screen(load_quarantine(self._store, job.adapter))
         erased = {text for e in batch.examples if screen.erases(e) and (text := text_hash(e))}
         update_quarantine(self._store, job.adapter, lambda found: found.suppressing(erased))
         extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest])
         return learnable, body_of(learnable)
 
-    def _blocked(self, adapter: str, batch: Batch) -> set[Place]:
-        """Where what the quarantine says must not be learned was published."""
-        screen = Screen(load_quarantine(self._store, adapter))
-        return {place_of(example) for example in batch.examples if screen.blocks(example)}
+    def refused(self, job: UpdateRequested) -> None:
+        """Put down what a job named that never will be done: its text must be found by whoever is to forget it."""
+        extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest], refused=True)
 
     def _clean_up(self, job: UpdateRequested) -> None:
         """Delete what an update put down to be deleted, once its version is on the line."""

@@ -236,6 +236,8 @@ class Learner:
         _log.warning("job at %s/%d refused: %s: %s", record.partition, record.offset, reason, detail)
         self._outbox.refuse(record, reason, detail)
         job = envelope.event if envelope else None
+        if isinstance(job, UpdateRequested):
+            self._lineage.refused(job)
         if isinstance(job, ForgetRequested):
             said = f"{reason}: {detail}"[:1024]
             status = RetentionProgressed(

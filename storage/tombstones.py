@@ -23,12 +23,17 @@ _HASH_CHARS = 64
 
 
 class Tombstone(Record):
-    """Blobs to delete unless something that stands needs them. requests: examples found, by retention request."""
+    """Blobs to delete unless something that stands needs them.
+
+    requests: examples found, by retention request. refused: the job never will be done, and what it names is here so
+    that a forgetting finds it.
+    """
 
     adapter: AdapterName
     job_id: Annotated[str, Field(min_length=1, max_length=1024)]
     requests: dict[str, int] = Field(default_factory=dict)
     digests: list[Digest] = Field(default_factory=list)
+    refused: bool = False
 
 
 def tombstone_key(adapter: str, job_id: str) -> str:
@@ -51,8 +56,10 @@ def extend_tombstone(
     job_id: str,
     digests: Iterable[str],
     requests: Mapping[str, int] | None = None,
+    *,
+    refused: bool = False,
 ) -> None:
-    """Add to the job's tombstone. Raises ConflictError where other writers keep coming first."""
+    """Add to the job's tombstone; once refused it stays so. Raises ConflictError where other writers keep coming first."""
     key, digests = tombstone_key(adapter, job_id), set(digests)
     for _ in range(_ATTEMPTS):
         found, etag = Tombstone(adapter=adapter, job_id=job_id), None
@@ -64,7 +71,11 @@ def extend_tombstone(
         counts = dict(found.requests)
         for request_id, count in (requests or {}).items():
             counts[request_id] = max(count, counts.get(request_id, 0))
-        wanted = found.model_copy(update={"requests": counts, "digests": sorted({*found.digests, *digests})})
+        wanted = found.model_copy(
+            update={
+                "requests": counts, "digests": sorted({*found.digests, *digests}), "refused": refused or found.refused
+            }
+        )  # fmt: skip
         if etag is not None and wanted == found:
             return
         try:

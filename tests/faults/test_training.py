@@ -12,6 +12,7 @@ from learner import score, train, worker
 from learner.worker import run_learner
 from storage.blobs import DirectoryStore
 from storage.registry import Registry
+from storage.tombstones import tombstones
 from streams.metrics import Metrics
 from streams.topics import provision
 from tests import jobs, tiny
@@ -85,5 +86,7 @@ def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(give
     assert said[3:] == [(3, "promoted", ""), (5, "promoted", "")]
     assert max(widths) == 2
     assert [reason for reason, _ in letters] == ["out-of-memory"]
+    left = [found.refused for found in tombstones(line.store, ADAPTER)]
+    assert left == [True], "whoever is to forget its text finds it"
     assert manifests[1].weights == manifests[2].weights == manifests[0].weights, "the refused left no trace"
     assert (lost, found.learned_twice, stale) == ([], [], [])
