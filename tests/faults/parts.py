@@ -97,11 +97,19 @@ def envelopes(settings: Settings, topic: str) -> list[Envelope]:
     return [decode(record.value, record.headers, topic) for record in read_to_end(settings, topic)]
 
 
-def stale_publishes(settings: Settings, registry: Registry) -> list[str]:
+def stale_publishes(settings: Settings, registry: Registry, within_s: float = 30) -> list[str]:
     """What adapter-updates says that was not true any more when it was said, or that is not what the store says.
 
-    An event behind a later one; one generation told as two versions or under two ids; a last word behind the alias.
+    An event behind a later one; one generation told as two versions or under two ids; a last word that is behind
+    the alias still after `within_s`: the alias moves first, by design.
     """
+    deadline = time.monotonic() + within_s
+    while (wrong := _stale_now(settings, registry)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return wrong
+
+
+def _stale_now(settings: Settings, registry: Registry) -> list[str]:
     wrong: list[str] = []
     last: dict[tuple[str, str], AdapterUpdate] = {}
     known: dict[tuple[str, str, int], tuple[str, str]] = {}

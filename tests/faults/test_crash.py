@@ -144,6 +144,7 @@ class Bench:
                 tails = "\n".join(f"--- {role}\n{self.crew.tail(role)}" for role in armed)
                 pytest.fail(f"not settled in {GIVE_UP_S:.0f} s, never reached: {[armed[r] for r in late]}\n{tails}")
             time.sleep(0.05)
+        stale_publishes(self.settings, self.registry)  # all that is to be said has been said, too
         now = time.monotonic()
         return {armed[role]: now - at for role, at in died.items()}
 
