@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,6 +13,7 @@ from kafka import KafkaProducer
 
 from learner import transport, worker
 from learner.base import load_base
+from learner.lineage import Lineage
 from learner.worker import run_learner
 from storage.blobs import DirectoryStore
 from storage.registry import Registry
@@ -110,21 +112,83 @@ def test_two_learners_at_every_job_make_one_line(broker, topic_prefix, tmp_path,
         "    return make(kind, *args, **({**more, 'group_id': more['group_id'] + '-rival'} if 'group_id' in more else more))\n"
         "home.connect = rival"
     )
+
+    def both_did(count: int) -> None:
+        for group in ("learner", "learner-rival"):
+            kit.wait_until(lambda group=group: kit.committed(given, "adapter-jobs", group) == count, f"{group} is through")
+
     with (
         parts.child("learner", given, more=parts.FEW_TEXTS),
         parts.child("learner", given, more=rival),
     ):
+        kit.send(given, job(given, 0))
+        both_did(1)
         began = time.monotonic()
-        for cut in range(cuts):
-            kit.send(given, job(given, cut))
-        for group in ("learner", "learner-rival"):
-            kit.wait_until(lambda group=group: kit.committed(given, "adapter-jobs", group) == cuts, f"{group} is through")
+        kit.send(given, *(job(given, cut) for cut in range(1, cuts)))
+        both_did(cuts)
         recovery_s = time.monotonic() - began
     found, stale = row("two learners at one job", [given], cuts, recovery_s)
     record_fault(found)
     assert stale == []
     assert (found.lost, found.learned_twice) == (0, 0)
     assert [seq for seq, _ in registry(given).versions(ADAPTER)] == list(range(cuts, 0, -1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "taken"), [("0", True), ("zz", False)])
+def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch, record_fault, name, taken):
+    """A job whose partition went away is not committed here; one whose partition stayed is, for it will not come again.
+
+    The range assignor gives the only partition to the member whose name sorts first.
+    """
+    given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
+    provision(given)
+    started, go_on = threading.Event(), threading.Event()
+    update, commit, connect = Lineage.update, transport.Inbox.commit, transport.connect
+    assigned = transport.Inbox.on_partitions_assigned
+    assignments, let_in, commits = [], [], []
+
+    def held(self, request, alias):
+        done = update(self, request, alias)
+        if not started.is_set():
+            started.set()
+            go_on.wait(60)
+        return done
+
+    def committing(self, records):
+        commits.append([self.owns(record) for record in records])
+        commit(self, records)
+
+    def noting(self, partitions):
+        assigned(self, partitions)
+        assignments.append(list(partitions))
+
+    class Intruder(transport.Inbox):
+        def on_partitions_assigned(self, partitions):
+            let_in.append(list(partitions))
+
+    monkeypatch.setattr(transport.Inbox, "on_partitions_assigned", noting)
+    monkeypatch.setattr(Lineage, "update", held)
+    monkeypatch.setattr(transport.Inbox, "commit", committing)
+    kit.send(given, job(given, 0))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        assert started.wait(60)
+        monkeypatch.setattr(transport, "connect", lambda *args, **more: connect(*args, **{**more, "client_id": name}))
+        with Intruder(given, "adapter-jobs", "learner", max_records=1) as intruder:
+            kit.wait_until(
+                lambda: (intruder.poll(1.0), let_in and bool(let_in[-1]) is taken is not bool(assignments[-1]))[1],
+                "the group is rebalanced",
+            )
+        go_on.set()
+        resumed = time.monotonic()
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is committed in the end")
+        recovery_s = time.monotonic() - resumed
+    found, stale = row("rebalance while training", [given], 1, recovery_s)
+    record_fault(found)
+    assert stale == []
+    assert (found.lost, found.learned_twice) == (0, 0)
+    assert commits == ([[False], [True]] if taken else [[True]])
+    assert len(list(registry(given).versions(ADAPTER))) == 1
 
 
 @pytest.mark.slow

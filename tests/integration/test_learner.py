@@ -150,55 +150,6 @@ def test_membership_is_kept_while_training_takes_longer_than_the_poll_interval(g
     assert learned(given) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize(("name", "taken"), [("0", True), ("zz", False)])
-def test_a_rebalance_while_training(given, monkeypatch, name, taken):
-    """A job whose partition went away is not committed here; one whose partition stayed is, for it will not come again.
-
-    The range assignor gives the only partition to the member whose name sorts first.
-    """
-    started, go_on = threading.Event(), threading.Event()
-    update, commit, connect = Lineage.update, transport.Inbox.commit, transport.connect
-    assigned = transport.Inbox.on_partitions_assigned
-    assignments, let_in, commits = [], [], []
-
-    def held(self, request, alias):
-        done = update(self, request, alias)
-        if not started.is_set():
-            started.set()
-            go_on.wait(60)
-        return done
-
-    def committing(self, records):
-        commits.append([self.owns(record) for record in records])
-        commit(self, records)
-
-    def noting(self, partitions):
-        assigned(self, partitions)
-        assignments.append(list(partitions))
-
-    class Intruder(transport.Inbox):
-        def on_partitions_assigned(self, partitions):
-            let_in.append(list(partitions))
-
-    monkeypatch.setattr(transport.Inbox, "on_partitions_assigned", noting)
-    monkeypatch.setattr(Lineage, "update", held)
-    monkeypatch.setattr(transport.Inbox, "commit", committing)
-    kit.send(given, job(given, 1, 0, 1))
-    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
-        assert started.wait(60)
-        monkeypatch.setattr(transport, "connect", lambda *args, **more: connect(*args, **{**more, "client_id": name}))
-        with Intruder(given, "adapter-jobs", "learner", max_records=1) as intruder:
-            kit.wait_until(
-                lambda: (intruder.poll(1.0), let_in and bool(let_in[-1]) is taken is not bool(assignments[-1]))[1],
-                "the group is rebalanced",
-            )
-        go_on.set()
-        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is committed in the end")
-    assert commits == ([[False], [True]] if taken else [[True]])
-    assert learned(given) == [0, 1]
-    assert len(list(registry(given).versions(ADAPTER))) == 1
-
-
 def test_a_store_that_stays_away_ends_the_role_and_nothing_is_lost(given, monkeypatch):
     monkeypatch.setattr(worker, "RETRY_S", (0.01, 0.01))
     tries = []
