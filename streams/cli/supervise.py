@@ -25,6 +25,8 @@ ROLES: tuple[str, ...] = ("intake", "streams", "scorer", "learner")
 """In the order of the flow; stopped in the same order, so that what is in flight drains downstream."""
 
 _RESTART_DELAYS_S = (0.5, 1, 2, 5, 10)
+_STEADY_S = 30.0
+"""A role that ran for so long starts again at once: only one that falls over and over is to wait longer each time."""
 _PR_SET_PDEATHSIG = 1
 
 
@@ -91,7 +93,8 @@ class Role:
     environment: dict[str, str]
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
-    ended_at: float = 0.0
+    started_at: float = 0.0
+    ended_at: float | None = None
 
     def start(self) -> None:
         """Start the process; its output goes to the log file."""
@@ -132,7 +135,7 @@ class Role:
 class Supervisor:
     """Child processes for the roles.
 
-    environment: added to this process's own. on_event: told in a line what happened (start, end, restart).
+    environment: added to this process's own. on_event: told in a line what happened (start, end, restart). clock: s.
     """
 
     settings: Settings
@@ -141,6 +144,7 @@ class Supervisor:
     environment: Mapping[str, str] = field(default_factory=dict)
     on_event: Callable[[str], None] = lambda _line: None
     children: dict[str, Role] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         for name in self.roles:
@@ -157,8 +161,8 @@ class Supervisor:
 
     def start(self) -> None:
         """Start all roles at once."""
-        for role in self.children.values():
-            role.start()
+        for name in self.children:
+            self.restart(name)
 
     def wait_healthy(self, timeout_s: float = 120.0, on_ready: Callable[[str], None] = lambda _name: None) -> None:
         """Wait until each role's /healthz is green. Raises RoleError with the end of the role's log."""
@@ -187,23 +191,26 @@ class Supervisor:
 
     def tend(self) -> None:
         """Look once at every role and restart one that ended, with growing delays."""
-        now = time.monotonic()
+        now = self.clock()
         for role in self.children.values():
             if role.running or role.process is None:
                 continue
-            if not role.ended_at:
+            if role.ended_at is None:
                 role.ended_at = now
+                if now - role.started_at >= _STEADY_S:
+                    role.restarts = 0
                 self.on_event(
                     f"{role.name} ended with status {role.process.returncode}, restarting (log: {role.log_path})"
                 )
             if now - role.ended_at >= _RESTART_DELAYS_S[min(role.restarts, len(_RESTART_DELAYS_S) - 1)]:
                 role.restarts += 1
-                role.ended_at = 0.0
-                role.start()
+                self.restart(role.name)
 
     def restart(self, name: str) -> None:
-        """Start a role again after its end."""
-        self.children[name].start()
+        """Start a role, again after its end."""
+        role = self.children[name]
+        role.started_at, role.ended_at = self.clock(), None
+        role.start()
 
     def stop(self, timeout_s: float = 15.0) -> None:
         """SIGTERM in the order of the flow, then SIGKILL for what does not end."""
