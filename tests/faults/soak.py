@@ -275,6 +275,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long faults are made")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="the order of faults and load")
+    parser.add_argument("--keep", action="store_true", help="keep logs and data where all is well, too")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing stays behind
     folder = Path(tempfile.mkdtemp(prefix="perennial-soak-"))
@@ -282,9 +283,9 @@ def main() -> int:
     verdict = soak(arguments.minutes, arguments.seed, folder)
     for line in verdict.lines():
         print(line)
-    if verdict.holds:
+    if verdict.holds and not arguments.keep:
         shutil.rmtree(folder, ignore_errors=True)
-    else:
+    elif not verdict.holds:
         print(f"it does not hold; logs and data are kept in {folder}")
     print(json.dumps(verdict.figures))
     return 0 if verdict.holds else 1
