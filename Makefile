@@ -44,7 +44,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore tests/faults
+	$(BIN)/python -m pytest -n 3 --dist loadgroup --ignore tests/faults
 
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults --runs $(RUNS)

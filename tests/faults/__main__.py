@@ -33,7 +33,7 @@ def main() -> int:
     os.environ["PERENNIAL_FAULT_RUNS"] = str(arguments.runs)
     collector = Collector()
     code = pytest.main(
-        ["-n", "2", "--dist", "loadgroup", "--timeout", "3600", str(Path(__file__).parent), *more],
+        ["-n", "3", "--dist", "loadgroup", "--timeout", "3600", str(Path(__file__).parent), *more],
         plugins=[collector],
     )
     rows = merged(collector.rows)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from transformers.utils.logging import disable_progress_bar
 
 from streams.connect import connect
 from streams.events import Event
@@ -21,6 +22,7 @@ from tests import tiny
 def base_folder(root: Path) -> Path:
     """The tiny base as a folder that any process can load."""
     made = tiny.base()
+    disable_progress_bar()
     made.model.save_pretrained(root / "base")
     made.tokenizer.save_pretrained(root / "base")
     return root / "base"
