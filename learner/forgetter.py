@@ -16,10 +16,11 @@ from learner.announce import event_of
 from learner.batches import BatchRows, JobError, skip
 from learner.forget import Aim, History, Place, Plan, Step, Trace, body_of, candidates, place_of, without
 from learner.leftovers import load_history, sweep
-from learner.lineage import MAX_CONFLICTS, Done, Lineage, contended
+from learner.lineage import Done, Lineage
 from learner.states import Refs, stored
 from learner.traces import stored_batch, traces_of
 from learner.train import prepare
+from learner.turns import in_turns
 from learner.update import Candidate, Parent, Recipe, Updater
 from storage.blobs import digest_of, put_blob
 from storage.errors import ConflictError
@@ -72,12 +73,7 @@ class Forgetter:
         Outcome `held`: a hold stands on one of them, nothing was done. The caller sends the event and the statuses,
         then calls `close`. Raises JobError where the job cannot be done, StoreError where the store is at fault.
         """
-        for _ in range(MAX_CONFLICTS):
-            try:
-                return self._attempt(job, alias)
-            except ConflictError:
-                continue
-        raise contended(job.adapter)
+        return in_turns(self._registry, job.adapter, lambda: self._attempt(job, alias))
 
     def _attempt(self, job: ForgetRequested, alias: str) -> Done:
         began = time.perf_counter()
@@ -88,6 +84,7 @@ class Forgetter:
         head = self._lineage.head(adapter)
         history = load_history(self._registry, adapter) if head else None
         if entry is not None and entry.done is not None:
+            self._lineage.drop(sweep(self._registry, adapter, job.job_id))  # a rival may have been faster than this
             return self._ended(job, alias, began)
         aim = Aim(job, quarantine)
         learned, refused = traces_of(self._store, adapter, history, aim)

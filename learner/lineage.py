@@ -19,6 +19,7 @@ from learner.leftovers import sweep
 from learner.replay import Kept, index_from_bytes
 from learner.states import code_digest, state_key, stored
 from learner.train import optimizer_from_bytes
+from learner.turns import in_turns
 from learner.update import Candidate, Parent, Updater
 from storage.blobs import digest_of, get_blob
 from storage.errors import ConflictError, NotFoundError
@@ -36,7 +37,6 @@ from streams.events import (
 )
 from streams.quarantine import Screen, text_hash
 
-MAX_CONFLICTS = 8
 MAX_LOOK_BACK = 256
 STATES_KEPT = 16
 
@@ -90,49 +90,48 @@ class Lineage:
         """
         received = self._now()
         began = time.perf_counter()
-        for _ in range(MAX_CONFLICTS):
-            head = self.head(job.adapter)
-            marks = dict(head.manifest.marks) if head else {}
-            if all(offset <= marks.get(partition, -1) for partition, offset in job.marks.items()):
-                self._clean_up(job)
-                return Done("repeated", None, self.standing(job.adapter, alias))
-            batch = read_batch(self._store, job)
-            screen = Screen(load_quarantine(self._store, job.adapter))
-            learnable, body = self._screened(job, batch, screen)
-            parent, parent_version = self.state_at(head, job.adapter)
-            self._failpoint("learner.load")
-            loaded = time.perf_counter()
-            drawn: dict[str, ExampleAccepted] = {}
-            replayed = self.rows.allowed_by(screen, drawn)
-            manifest, blobs = self._next(job, (batch, learnable, body), head, parent, parent_version, replayed)
-            self._failpoint("learner.train")
-            trained_at, trained = self._now(), time.perf_counter()
-            screen = Screen(load_quarantine(self._store, job.adapter))
-            if any(screen.blocks(example) for example in (*learnable.examples, *drawn.values())):
-                continue  # accepted while it was learned: it goes into no version that comes after that
-            known = load_tombstone(self._store, job.adapter, job.job_id)
-            extend_tombstone(self._store, job.adapter, job.job_id, blobs)
-            try:
-                publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), alias)
-            except ConflictError:
-                continue
-            self._failpoint("learner.publish")
-            if body is not None or known is not None or publication.manifest != manifest:
-                self._clean_up(job)
-            else:  # all that is named there stands
-                lift_tombstone(self._store, job.adapter, job.job_id)
-            stage_s = {
-                "load": loaded - began, "train": trained - loaded, "publish": time.perf_counter() - trained,
+        return in_turns(self.registry, job.adapter, lambda: self._update(job, alias, received, began))
+
+    def _update(self, job: UpdateRequested, alias: str, received: datetime, began: float) -> Done:
+        head = self.head(job.adapter)
+        marks = dict(head.manifest.marks) if head else {}
+        if all(offset <= marks.get(partition, -1) for partition, offset in job.marks.items()):
+            self._clean_up(job)
+            return Done("repeated", None, self.standing(job.adapter, alias))
+        batch = read_batch(self._store, job)
+        screen = Screen(load_quarantine(self._store, job.adapter))
+        learnable, body = self._screened(job, batch, screen)
+        parent, parent_version = self.state_at(head, job.adapter)
+        self._failpoint("learner.load")
+        loaded = time.perf_counter()
+        drawn: dict[str, ExampleAccepted] = {}
+        replayed = self.rows.allowed_by(screen, drawn)
+        manifest, blobs = self._next(job, (batch, learnable, body), head, parent, parent_version, replayed)
+        self._failpoint("learner.train")
+        trained_at, trained = self._now(), time.perf_counter()
+        screen = Screen(load_quarantine(self._store, job.adapter))
+        if any(screen.blocks(example) for example in (*learnable.examples, *drawn.values())):
+            # It goes into no version that comes after its acceptance.
+            raise ConflictError(f"what {job.job_id} learned or replayed is to be forgotten since")
+        known = load_tombstone(self._store, job.adapter, job.job_id)
+        extend_tombstone(self._store, job.adapter, job.job_id, blobs)
+        publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), alias)
+        self._failpoint("learner.publish")
+        if body is not None or known is not None or publication.manifest != manifest:
+            self._clean_up(job)
+        else:  # all that is named there stands
+            lift_tombstone(self._store, job.adapter, job.job_id)
+        stage_s = {
+            "load": loaded - began, "train": trained - loaded, "publish": time.perf_counter() - trained,
+        }  # fmt: skip
+        event = None
+        if publication.alias_state is not None and publication.manifest.outcome == "promoted":
+            stage_at = {
+                "published": datetime.fromtimestamp(job.oldest_ms / 1000, UTC), "cut": job.cut_at,
+                "received": received, "trained": trained_at, "promoted": publication.alias_state.published_at,
             }  # fmt: skip
-            event = None
-            if publication.alias_state is not None and publication.manifest.outcome == "promoted":
-                stage_at = {
-                    "published": datetime.fromtimestamp(job.oldest_ms / 1000, UTC), "cut": job.cut_at,
-                    "received": received, "trained": trained_at, "promoted": publication.alias_state.published_at,
-                }  # fmt: skip
-                event = event_of(self.registry, publication.alias_state, stage_at)
-            return Done(publication.manifest.outcome, publication.manifest, event, stage_s)
-        raise contended(job.adapter)
+            event = event_of(self.registry, publication.alias_state, stage_at)
+        return Done(publication.manifest.outcome, publication.manifest, event, stage_s)
 
     def rollback(self, job: RollbackRequested) -> Done:
         """Publish a version with an earlier version's state: the one named, or the one live before this one.
@@ -141,27 +140,25 @@ class Lineage:
         again; where it was live, the newest promoted one before it that stands takes its place, or the adapter is
         retired. Raises as `update` does.
         """
-        for _ in range(MAX_CONFLICTS):
-            head = self.head(job.adapter)
-            if head is None:
-                raise JobError("nothing-to-roll-back-to", "the adapter has no version", got=job.adapter)
-            if self._is_done(job.adapter, job.job_id):
-                self._retire_revoked(job)
-                return Done("repeated", None, self.standing(job.adapter, job.alias))
-            try:
-                if job.revoke:
-                    return self._revoke(job, head)
-                target, version = self._target(job)
-                config = {**target.config, "job_id": job.job_id}
-                manifest = self.passing(
-                    head, target, version, "rollback", job.job_id, job.reason or "rollback"
-                ).model_copy(update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)})
-                publication = self.registry.publish(manifest, (), self.verifier({}), job.alias)
-            except ConflictError:
-                continue
-            event = event_of(self.registry, publication.alias_state) if publication.alias_state else None
-            return Done("promoted", publication.manifest, event)
-        raise contended(job.adapter)
+        return in_turns(self.registry, job.adapter, lambda: self._rollback(job))
+
+    def _rollback(self, job: RollbackRequested) -> Done:
+        head = self.head(job.adapter)
+        if head is None:
+            raise JobError("nothing-to-roll-back-to", "the adapter has no version", got=job.adapter)
+        if self._is_done(job.adapter, job.job_id):
+            self._retire_revoked(job)
+            return Done("repeated", None, self.standing(job.adapter, job.alias))
+        if job.revoke:
+            return self._revoke(job, head)
+        target, version = self._target(job)
+        config = {**target.config, "job_id": job.job_id}
+        manifest = self.passing(
+            head, target, version, "rollback", job.job_id, job.reason or "rollback"
+        ).model_copy(update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)})
+        publication = self.registry.publish(manifest, (), self.verifier({}), job.alias)
+        event = event_of(self.registry, publication.alias_state) if publication.alias_state else None
+        return Done("promoted", publication.manifest, event)
 
     def _revoke(self, job: RollbackRequested, head: Head) -> Done:
         if job.version is None:
@@ -440,11 +437,3 @@ class Lineage:
                 return version
             version = manifest.head
         raise JobError("nothing-to-roll-back-to", "no version was live before", got=f"{job.adapter}#{job.alias}")
-
-
-def contended(adapter: str) -> ConflictError:
-    """The error of a job that lost every race."""
-    return ConflictError(
-        f"other learners were faster {MAX_CONFLICTS} times in a row on {adapter}",
-        remedy="let one consumer group own the topic adapter-jobs",
-    )
