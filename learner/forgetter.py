@@ -18,7 +18,7 @@ from learner.forget import Aim, History, Place, Plan, Step, Trace, body_of, cand
 from learner.leftovers import load_history, sweep
 from learner.lineage import Done, Lineage
 from learner.states import Refs, stored
-from learner.traces import stored_batch, traces_of
+from learner.traces import Traces, stored_batch, traces_of
 from learner.train import prepare
 from learner.turns import in_turns
 from learner.update import Candidate, Parent, Recipe, Updater
@@ -87,21 +87,14 @@ class Forgetter:
             self._lineage.drop(sweep(self._registry, adapter, job.job_id))  # a rival may have been faster than this
             return self._ended(job, alias, began)
         aim = Aim(job, quarantine)
-        learned, refused = traces_of(self._store, adapter, history, aim)
-        everything = [trace for group in (*learned.values(), *refused.values()) for trace in group]
+        found = traces_of(self._store, adapter, history, aim)
+        everything = [trace for group in found.all().values() for trace in group]
         if aim.is_held(everything):
-            count = len({trace.example_id for trace in everything if trace.request_id == job.request_id})
-            status = self._status(job, "held", count, None, "a hold stands on it")
-            if load_tombstone(self._store, adapter, job.job_id) is None:
-                return Done("held", None, None, statuses=(status,))
-            # The hold came in mid-way: what was moved is told, and no other job's sweep may delete for this one.
-            event = self._lineage.standing(adapter, alias)
-            lift = partial(lift_tombstone, self._store, adapter, job.job_id)
-            return Done("held", None, event, statuses=(status,), close=lift)
+            return self._held(job, alias, everything)
         hashes = aim.hashes(everything)
         gone, unlearned = (
             {digest: places for digest, group in traces.items() if (places := aim.gone(group, hashes))}
-            for traces in (learned, refused)
+            for traces in (found.learned, {**found.refused, **found.left})
         )
         if unlearned:
             extend_tombstone(self._store, adapter, job.job_id, unlearned)
@@ -117,15 +110,33 @@ class Forgetter:
                 self._make_anew(job, alias, head, plan, everything)
             self._failpoint("learner.forget_published")
             self._revoke(job, history, plan.touched)
+        if gone or unlearned:
             self._heed_holds(job, quarantine.holds, history, {**gone, **unlearned})
+            self._keep_held(job, {**found.learned, **found.refused}, {**gone, **unlearned})
         self._lineage.drop(sweep(self._registry, adapter, job.job_id))
         self._failpoint("learner.forget_deleted")
         return self._ended(job, alias, began)
 
+    def _held(self, job: ForgetRequested, alias: str, traces: Sequence[Trace]) -> Done:
+        count = len({trace.example_id for trace in traces if trace.request_id == job.request_id})
+        status = self._status(job, "held", count, None, "a hold stands on it")
+        if load_tombstone(self._store, job.adapter, job.job_id) is None:
+            return Done("held", None, None, statuses=(status,))
+        # The hold came in mid-way: what was moved is told, what was half made goes, for it may hold other texts.
+        self._lineage.drop(sweep(self._registry, job.adapter, job.job_id, unpublished=True))
+        event = self._lineage.standing(job.adapter, alias)
+        lift = partial(lift_tombstone, self._store, job.adapter, job.job_id)
+        return Done("held", None, event, statuses=(status,), close=lift)
+
+    def give_up(self, job: ForgetRequested) -> None:
+        """Delete what a job half made that never will be done. Raises StoreError."""
+        self._lineage.drop(sweep(self._registry, job.adapter, job.job_id, unpublished=True))
+        lift_tombstone(self._store, job.adapter, job.job_id)
+
     # ---- looking
 
     def _heed_holds(
-        self, job: ForgetRequested, known: Sequence[Hold], history: History, gone: Mapping[str, Collection[Place]]
+        self, job: ForgetRequested, known: Sequence[Hold], history: History | None, gone: Mapping[str, Collection[Place]]
     ) -> None:
         """Look once more before anything is deleted: a replay takes its time, and a hold may have come meanwhile.
 
@@ -135,14 +146,28 @@ class Forgetter:
         if quarantine.holds == known:
             return
         aim = Aim(job, quarantine)
-        learned, refused = traces_of(self._store, job.adapter, history, aim)
-        traces = {**learned, **refused}
+        traces = traces_of(self._store, job.adapter, history, aim).all()
         if any(trace.held and trace.place in places for digest, places in gone.items() for trace in traces.get(digest, ())):
             if not aim.is_held(trace for group in traces.values() for trace in group):
                 lift_tombstone(self._store, job.adapter, job.job_id)
             raise ConflictError(f"a hold came while {job.request_id} was carried out", remedy="release it first")
 
     # ---- changing
+
+    def _keep_held(self, job: ForgetRequested, traces: Traces, gone: Mapping[str, Collection[Place]]) -> None:
+        """Store the rest of a body that is deleted whole where a hold stands on some of it, as a refused job's.
+
+        A replay makes only what was learned anew; a held example beside it may have been skipped, or its job refused.
+        """
+        for digest, places in gone.items():
+            if not any(trace.held and trace.place not in places for trace in traces.get(digest, ())):
+                continue
+            batch = stored_batch(self._store, digest)
+            if batch is not None:
+                body = body_of(without(batch, places))
+                kept = digest_of(body)
+                extend_tombstone(self._store, job.adapter, f"kept {kept}", [kept], refused=True)
+                put_blob(self._store, body)
 
     def _bury(self, job: ForgetRequested, history: History, plan: Plan, traces: Sequence[Trace]) -> None:
         """Put down what is to be deleted at the end, and how many examples each request had.
@@ -207,7 +232,7 @@ class Forgetter:
             if manifest.outcome == "promoted":
                 self._registry.swap_alias(manifest, version, state.alias)
             else:
-                self._registry.retire(job.adapter, state.alias, manifest.reason)
+                self._registry.retire(job.adapter, state.alias, manifest.reason, state.version)
 
     def _revoke(self, job: ForgetRequested, history: History, versions: frozenset[str]) -> None:
         for version in sorted(versions & history.line):

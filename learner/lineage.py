@@ -96,7 +96,7 @@ class Lineage:
         head = self.head(job.adapter)
         marks = dict(head.manifest.marks) if head else {}
         if all(offset <= marks.get(partition, -1) for partition, offset in job.marks.items()):
-            self._clean_up(job)
+            self._clean_up(job, again=True)
             return Done("repeated", None, self.standing(job.adapter, alias))
         batch = read_batch(self._store, job)
         screen = Screen(load_quarantine(self._store, job.adapter))
@@ -117,7 +117,7 @@ class Lineage:
         extend_tombstone(self._store, job.adapter, job.job_id, blobs)
         publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), alias)
         self._failpoint("learner.publish")
-        if body is not None or known is not None or publication.manifest != manifest:
+        if body is not None or known is not None or publication.manifest != manifest or not publication.was_new:
             self._clean_up(job)
         else:  # all that is named there stands
             lift_tombstone(self._store, job.adapter, job.job_id)
@@ -187,7 +187,7 @@ class Lineage:
         """Serve nothing where what is live was revoked and nothing took its place."""
         state = self.registry.alias(job.adapter, job.alias) if job.revoke else None
         if state is not None and state.version == job.version:
-            self.registry.retire(job.adapter, job.alias, job.reason or "revoked")
+            self.registry.retire(job.adapter, job.alias, job.reason or "revoked", job.version)
 
     def passing(
         self, head: Head, target: Manifest | None, parent: str | None, kind: Kind, job_id: str, reason: str
@@ -326,7 +326,11 @@ class Lineage:
             reason=job.reason if promoted else candidate.reason if candidate else "nothing-to-learn",
             parent=parent_version,
             head=head.version if head else None,
-            update_id=update_id(job.adapter, parent_version, after, config),
+            # Screened otherwise it is another update: one that was claimed before an acceptance must not win after it.
+            update_id=update_id(
+                job.adapter, parent_version, after,
+                {**config, "batch": ref.digest, "missing": candidate.gate["replay_missing"] if candidate else 0},
+            ),
             job_id=job.job_id,
             base_model=self.base.name,
             base_sha256=self.base.digest,
@@ -375,9 +379,13 @@ class Lineage:
         """Put down what a job named that never will be done: its text must be found by whoever is to forget it."""
         extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest], refused=True)
 
-    def _clean_up(self, job: UpdateRequested) -> None:
-        """Delete what an update put down to be deleted, once its version is on the line."""
-        if load_tombstone(self._store, job.adapter, job.job_id) is not None:
+    def _clean_up(self, job: UpdateRequested, *, again: bool = False) -> None:
+        """Delete what an update put down to be deleted, once its version is on the line.
+
+        again: of a job that came again; was it refused, then its body is nobody's but a forgetting's.
+        """
+        tombstone = load_tombstone(self._store, job.adapter, job.job_id)
+        if tombstone is not None and not (again and tombstone.refused):
             self.drop(sweep(self.registry, job.adapter, job.job_id))
             lift_tombstone(self._store, job.adapter, job.job_id)
 

@@ -1,8 +1,10 @@
-"""What the stored micro-batches hold of examples that are to be forgotten: those on the line, and those of refused jobs."""
+"""What stored micro-batches hold of examples that are to be forgotten: versions', refused jobs', and half-made ones."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from pydantic import ValidationError
 
@@ -13,20 +15,42 @@ from storage.errors import IntegrityError, NotFoundError
 from storage.tombstones import tombstones
 from streams.events import Batch
 
+_log = logging.getLogger("perennial.learner")
+
 Traces = dict[str, list[Trace]]
 """Notes on the examples of micro-batches, by the micro-batch's digest."""
 
 
-def traces_of(store: ObjectStore, adapter: str, history: History | None, aim: Aim) -> tuple[Traces, Traces]:
-    """What the micro-batches of versions hold, and what those of jobs that were refused for good hold.
+@dataclass(frozen=True)
+class Found:
+    """learned: in the micro-batches of versions. refused: of jobs refused for good. left: in what jobs half made."""
 
-    Those erased before are not there. Raises StoreError, also where a version's micro-batch is none.
+    learned: Traces
+    refused: Traces
+    left: Traces
+
+    def all(self) -> Traces:
+        """All of them."""
+        return {**self.learned, **self.refused, **self.left}
+
+
+def traces_of(store: ObjectStore, adapter: str, history: History | None, aim: Aim) -> Found:
+    """What the stored micro-batches hold; those erased before are not there.
+
+    Raises StoreError, also where a version's micro-batch is none.
     """
     manifests = history.manifests.values() if history else ()
     line = {manifest.batch.digest for manifest in manifests if manifest.batch is not None}
     named = {ref.digest for manifest in manifests for ref in manifest.blobs()}
-    left = {digest for tombstone in tombstones(store, adapter) if tombstone.refused for digest in tombstone.digests}
-    return _look(store, adapter, line, aim), _look(store, adapter, left - named, aim, refused=True)
+    refused: set[str] = set()
+    left: set[str] = set()
+    for tombstone in tombstones(store, adapter):
+        (refused if tombstone.refused else left).update(tombstone.digests)
+    return Found(
+        _look(store, adapter, line, aim, published=True),
+        _look(store, adapter, refused - named, aim),
+        _look(store, adapter, left - refused - named, aim),
+    )
 
 
 def stored_batch(store: ObjectStore, digest: str) -> Batch | None:
@@ -37,13 +61,15 @@ def stored_batch(store: ObjectStore, digest: str) -> Batch | None:
         return None
 
 
-def _look(store: ObjectStore, adapter: str, digests: Iterable[str], aim: Aim, *, refused: bool = False) -> Traces:
+def _look(store: ObjectStore, adapter: str, digests: Iterable[str], aim: Aim, *, published: bool = False) -> Traces:
     found: Traces = {}
     for digest in sorted(digests):
         try:
             batch = stored_batch(store, digest)
-        except ValidationError as error:
-            if refused:  # such a job may name anything
+        except (IntegrityError, ValidationError) as error:
+            if not published:  # weights, or whatever a refused job named; it must not keep all else from being erased
+                if isinstance(error, IntegrityError):
+                    _log.error("%s: cannot look into what a job left: %s", adapter, error)
                 continue
             raise IntegrityError(
                 "a version's micro-batch does not parse", got=digest, allowed="a micro-batch",

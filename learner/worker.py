@@ -239,6 +239,7 @@ class Learner:
         if isinstance(job, UpdateRequested):
             self._lineage.refused(job)
         if isinstance(job, ForgetRequested):
+            self._give_up(job)
             said = f"{reason}: {detail}"[:1024]
             status = RetentionProgressed(
                 request_id=job.request_id, adapter=job.adapter, kind=job.kind, state="failed", detail=said, at=_now()
@@ -250,6 +251,12 @@ class Learner:
         self._outbox.flush()
         self._inbox.commit([record])
         self._metrics.progress()
+
+    def _give_up(self, job: ForgetRequested) -> None:
+        try:
+            self._forgetter.give_up(job)
+        except (IntegrityError, NotFoundError) as error:  # its tombstone stays: the next forgetting looks into it
+            _log.warning("%s left something behind: %s", job.request_id, error)
 
     def _count(self, envelope: Envelope, done: Done) -> None:
         adapter = getattr(envelope.event, "adapter", "")

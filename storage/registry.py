@@ -271,11 +271,14 @@ class Registry:
                 return written
         raise _contended(manifest.adapter, alias)
 
-    def retire(self, adapter: str, alias: str, reason: str) -> AliasState | None:
-        """Have the adapter served no more, until a later version brings it back. None where it is not set."""
+    def retire(self, adapter: str, alias: str, reason: str, version: str) -> AliasState | None:
+        """Have the version served no more, and nothing until a later one. None where the alias is not set.
+
+        Unchanged where the alias is at another version by then: a late writer must not take that out of service.
+        """
         for _ in range(_SWAP_ATTEMPTS):
             state = self.alias(adapter, alias)
-            if state is None or state.kind == "retired":
+            if state is None or state.kind == "retired" or state.version != version:
                 return state
             following = self._following(adapter, alias, state, state.version, state.seq, "retired", reason)
             written = self._write_alias(following, state)

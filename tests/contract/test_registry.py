@@ -245,9 +245,11 @@ def test_rollbacks_and_forgets_tell_subscribers_so(store):
     assert back.alias_state.reason == "worse"
     assert publish_next(registry, 4, kind="forget").alias_state.kind == "revoked"
     assert publish_next(registry, 5, kind="replayed").alias_state.kind == "promoted"
-    retired = registry.retire(ADAPTER, "live", "customer left")
+    live = registry.alias(ADAPTER)
+    assert registry.retire(ADAPTER, "live", "late", first.version) == live, "it went on to another version"
+    retired = registry.retire(ADAPTER, "live", "customer left", live.version)
     assert (retired.kind, retired.generation, retired.seq) == ("retired", 6, 5)
-    assert registry.retire(ADAPTER, "live", "again") == retired
+    assert registry.retire(ADAPTER, "live", "again", live.version) == retired
     assert publish_next(registry, 6).alias_state.generation == 7
 
 

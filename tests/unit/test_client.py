@@ -269,7 +269,7 @@ def test_a_retired_adapter_is_unloaded_and_comes_back(line: Line, store: FlakySt
     line.publish()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 20)
-        line.registry.retire(ADAPTER, "live", "moved")
+        line.registry.retire(ADAPTER, "live", "moved", line.registry.alias(ADAPTER).version)
         assert subscriber.wait_for(2, 20)
         until(lambda: backend.list() == [])
         assert backend.active is None

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from learner.forgetter import Forgetter
 from storage.blobs import DirectoryStore, blob_key
 from storage.quarantine import Hold, load_quarantine, update_quarantine
+from storage.tombstones import extend_tombstone
 from streams.quarantine import text_hash
 from tests import jobs
-from tests.unit.test_forget import ADAPTER, documents, erase, forget, learn, lineage, never_saw, quarantined, readable
+from tests.unit.test_forget import (
+    ADAPTER,
+    documents,
+    erase,
+    forget,
+    learn,
+    lineage,
+    never_saw,
+    now,
+    quarantined,
+    readable,
+)
 
 
 @pytest.fixture
@@ -103,3 +117,97 @@ def test_a_refused_job_may_name_anything(store: DirectoryStore) -> None:
     done, _ = forget(line, quarantined(store, erase("r1", 2)))
     assert done.outcome == "promoted"
     assert store.root.joinpath(*blob_key(foreign.batch.digest).split("/")).exists(), "another adapter's text"
+
+
+def test_a_held_text_stays_where_another_of_its_body_is_erased(store: DirectoryStore) -> None:
+    """In a refused job's body, and in a version's where the replay has nothing left to learn of it."""
+    line, cuts = lineage(store), documents(27, 12)
+    learn(line, {0: cuts[0]})
+    signal = cuts[1][1].model_copy(update={"learn": False})
+    learn(line, {1: [cuts[1][0], signal]})
+    line.refused(jobs.update(store, 2, cuts[2]))
+    hold = Hold(request_id="h1", selector={"document_ids": ["doc-5", "doc-9"]})
+    update_quarantine(store, ADAPTER, lambda found: found.with_holds([hold]))
+    forget(line, quarantined(store, erase("r1", 4, 8)))
+    assert readable(store.root, ["secret004", "secret008"]) == []
+    assert len(readable(store.root, ["secret005", "secret009"])) == 2, "the hold stands on them"
+    update_quarantine(store, ADAPTER, lambda found: found.with_holds([]))
+    forget(line, quarantined(store, erase("r2", 5, 9)))
+    assert readable(store.root, ["secret005", "secret009"]) == []
+
+
+def test_a_refused_job_that_comes_again_too_late_deletes_nothing(store: DirectoryStore) -> None:
+    line, cuts = lineage(store), documents(28, 8)
+    refused = jobs.update(store, 0, cuts[0])
+    line.refused(refused)
+    learn(line, {1: cuts[1]})
+    assert line.update(refused, "live").outcome == "repeated"
+    assert readable(store.root, ["secret001"])
+
+
+class _CutOffError(Exception):
+    """The process dies here."""
+
+
+def _dies(at: str) -> Callable[[str], None]:
+    def failpoint(place: str) -> None:
+        if place == at:
+            raise _CutOffError
+
+    return failpoint
+
+
+@pytest.mark.parametrize("end", ["held", "given up"])
+def test_what_a_forgetting_half_made_is_no_hiding_place(store: DirectoryStore, end: str) -> None:
+    """It dies with a body stored that lacks its own example and has its neighbour; then it goes no further."""
+    cuts = documents(29, 8)
+    learn(lineage(store), cuts)
+    first = quarantined(store, erase("r1", 1))
+    with pytest.raises(_CutOffError):
+        forget(lineage(store), first, _dies("learner.forget_replayed"))
+    assert len(readable(store.root, ["secret002"])) == 2
+    heir = lineage(store)
+    if end == "held":
+        hold = Hold(request_id="h1", selector={"document_ids": ["doc-1"]})
+        update_quarantine(store, ADAPTER, lambda found: found.with_holds([hold]))
+        assert forget(heir, first)[0].outcome == "held"
+    else:
+        Forgetter(heir, now, lambda _: None).give_up(first)
+    assert len(readable(store.root, ["secret002"])) == 1
+    assert list(store.list("forgotten/")) == []
+    forget(heir, quarantined(store, erase("r2", 2)))
+    assert readable(store.root, ["secret002"]) == []
+    assert bool(readable(store.root, ["secret001"])) is (end == "held")
+
+
+def test_what_is_left_of_a_zombie_is_looked_into(store: DirectoryStore) -> None:
+    cuts = documents(30, 8)
+    learn(lineage(store), cuts)
+    body = jobs.update(store, 7, [cuts[0][2]]).batch.digest
+    extend_tombstone(store, ADAPTER, "a zombie's", [body])
+    forget(lineage(store), quarantined(store, erase("r1", 2)))
+    assert readable(store.root, ["secret002"]) == []
+
+
+def test_a_damaged_body_of_a_refused_job_keeps_nothing_else_from_being_erased(store: DirectoryStore) -> None:
+    line, cuts = lineage(store), documents(31, 8)
+    learn(line, {0: cuts[0]})
+    refused = jobs.update(store, 1, cuts[1])
+    line.refused(refused)
+    store.root.joinpath(*blob_key(refused.batch.digest).split("/")).write_bytes(b"bit rot")
+    assert forget(line, quarantined(store, erase("r1", 2)))[0].outcome == "promoted"
+
+
+def test_a_version_claimed_before_an_acceptance_does_not_win_after_it(store: DirectoryStore, tmp_path: Path) -> None:
+    cuts = documents(32, 8)
+    learn(lineage(store), {0: cuts[0]})
+    update = jobs.update(store, 1, cuts[1])
+    with pytest.raises(_CutOffError):
+        lineage(store, failpoint=_dies("publish.claim_update")).update(update, "live")
+    quarantined(store, erase("r1", 5))
+    line = lineage(store)
+    done = line.update(update, "live")
+    assert [item.offset for item in done.manifest.learned] == [4, 6, 7]
+    assert never_saw(line, tmp_path, cuts, {5}).equals(done.manifest)
+    assert readable(store.root, ["secret005"]) == []
+    assert list(store.list("forgotten/")) == []

@@ -8,7 +8,8 @@ import pytest
 
 from learner import lineage as lineage_module
 from learner.batches import JobError
-from storage.blobs import DirectoryStore
+from storage.blobs import DirectoryStore, blob_key
+from storage.quarantine import update_quarantine
 from tests import jobs
 from tests.unit.test_forget import ADAPTER, documents, erase, forget, learn, lineage, never_saw, quarantined, readable
 
@@ -87,3 +88,23 @@ def test_what_is_gone_for_good_ends_the_job_at_the_second_sight(store, monkeypat
     with pytest.raises(JobError, match="gone"):
         line.update(request, "live")
     assert len(seen) == 2
+
+
+def test_a_rival_that_is_late_by_a_forgetting_leaves_no_weights_that_knew_it(store, tmp_path):
+    """It trains from before the forgetting, and stores what the forgetting has just deleted once more."""
+    cuts = documents(36, 8)
+    learn(lineage(store), {0: cuts[0]})
+    update, job = jobs.update(store, 1, cuts[1]), erase("r1", 2)
+    ended = []
+
+    def heir(name):
+        if name == "learner.train" and not ended:
+            ended.append(lineage(store).update(update, "live").manifest)
+            forget(lineage(store), quarantined(store, job))
+            update_quarantine(store, ADAPTER, lambda found: found.without(["r1"]).model_copy(update={"suppressed": []}))
+
+    line = lineage(store, failpoint=heir)
+    line.update(update, "live")
+    assert never_saw(line, tmp_path, cuts, {2}).equals(line.registry.head(ADAPTER).manifest)
+    left = [ref.digest for ref in ended[0].blobs() if ref != ended[0].batch]
+    assert [digest for digest in left if store.exists(blob_key(digest))] == []
