@@ -58,6 +58,13 @@ def read_batch(store: ObjectStore, job: UpdateRequested) -> Batch:
     return batch
 
 
+def stored_batch(store: ObjectStore, digest: str) -> Batch | None:
+    """A micro-batch; None where it was erased. Raises ValidationError where the blob is none."""
+    try:
+        return Batch.model_validate_json(get_blob(store, digest, MAX_BATCH_BYTES))
+    except NotFoundError:
+        return None
+
 
 def sort_out(
     batch: Batch, marks: Mapping[str, int], rows_of: Callable[[ExampleAccepted], list[Row]]
@@ -134,9 +141,8 @@ class BatchRows:
     def _find(self, kept: Kept) -> _Prepared | None:
         group = self._cache.get(kept.batch)
         if group is None:
-            try:
-                batch = Batch.model_validate_json(get_blob(self._store, kept.batch, MAX_BATCH_BYTES))
-            except NotFoundError:
+            batch = stored_batch(self._store, kept.batch)
+            if batch is None:
                 return None
             self.put(kept.batch, batch.examples)
             group = self._cache[kept.batch]

@@ -13,12 +13,12 @@ from datetime import datetime
 from functools import partial
 
 from learner.announce import event_of
-from learner.batches import BatchRows, JobError, skip
+from learner.batches import BatchRows, JobError, skip, stored_batch
 from learner.forget import Aim, History, Place, Plan, Step, Trace, body_of, candidates, place_of, without
 from learner.leftovers import load_history, sweep
 from learner.lineage import Done, Lineage
 from learner.states import Refs, stored
-from learner.traces import Traces, stored_batch, traces_of
+from learner.traces import Traces, traces_of
 from learner.train import prepare
 from learner.turns import in_turns
 from learner.update import Candidate, Parent, Recipe, Updater

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from learner.batches import MAX_BATCH_BYTES
+from learner.batches import stored_batch
 from learner.forget import Aim, History, Trace
-from storage.blobs import ObjectStore, get_blob
-from storage.errors import IntegrityError, NotFoundError
+from storage.blobs import ObjectStore
+from storage.errors import IntegrityError
 from storage.tombstones import tombstones
-from streams.events import Batch
 
 _log = logging.getLogger("perennial.learner")
 
@@ -51,14 +50,6 @@ def traces_of(store: ObjectStore, adapter: str, history: History | None, aim: Ai
         _look(store, adapter, refused - named, aim),
         _look(store, adapter, left - refused - named, aim),
     )
-
-
-def stored_batch(store: ObjectStore, digest: str) -> Batch | None:
-    """A micro-batch; None where it was erased. Raises ValidationError where the blob is none."""
-    try:
-        return Batch.model_validate_json(get_blob(store, digest, MAX_BATCH_BYTES))
-    except NotFoundError:
-        return None
 
 
 def _look(store: ObjectStore, adapter: str, digests: Iterable[str], aim: Aim, *, published: bool = False) -> Traces:
