@@ -193,7 +193,9 @@ def load_tensors(data: bytes, max_bytes: int = MAX_ADAPTER_BYTES) -> State:
     try:
         state: State = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
-        raise IntegrityError("stored tensors do not parse", got=str(error), allowed="safetensors", remedy=remedy) from error
+        raise IntegrityError(
+            "stored tensors do not parse", got=str(error), allowed="safetensors", remedy=remedy
+        ) from error
     for name, tensor in state.items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise IntegrityError(

@@ -27,9 +27,7 @@ _EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | A
 }
 
 
-def event_of(
-    registry: Registry, state: AliasState, stage_at: Mapping[str, datetime] | None = None
-) -> AdapterUpdate:
+def event_of(registry: Registry, state: AliasState, stage_at: Mapping[str, datetime] | None = None) -> AdapterUpdate:
     """The event that says where an alias points."""
     manifest = registry.manifest(state.adapter, state.version)
     return _EVENTS[state.kind](

@@ -96,7 +96,6 @@ def sort_out(
     return list(fresh.values()), skipped, dropped
 
 
-
 def skip(example: ExampleAccepted, reason: str) -> SkippedExample:
     """The record of an example that is not learned."""
     return SkippedExample(

@@ -86,7 +86,11 @@ class Aim:
             trace.place
             for trace in traces
             if trace.request_id is not None
-            or (not trace.held and trace.text_hash and (trace.text_hash in hashes or trace.text_hash in self._suppressed))
+            or (
+                not trace.held
+                and trace.text_hash
+                and (trace.text_hash in hashes or trace.text_hash in self._suppressed)
+            )
         }
 
 

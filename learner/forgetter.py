@@ -136,7 +136,11 @@ class Forgetter:
     # ---- looking
 
     def _heed_holds(
-        self, job: ForgetRequested, known: Sequence[Hold], history: History | None, gone: Mapping[str, Collection[Place]]
+        self,
+        job: ForgetRequested,
+        known: Sequence[Hold],
+        history: History | None,
+        gone: Mapping[str, Collection[Place]],
     ) -> None:
         """Look once more before anything is deleted: a replay takes its time, and a hold may have come meanwhile.
 
@@ -147,7 +151,9 @@ class Forgetter:
             return
         aim = Aim(job, quarantine)
         traces = traces_of(self._store, job.adapter, history, aim).all()
-        if any(trace.held and trace.place in places for digest, places in gone.items() for trace in traces.get(digest, ())):
+        if any(
+            trace.held and trace.place in places for digest, places in gone.items() for trace in traces.get(digest, ())
+        ):
             if not aim.is_held(trace for group in traces.values() for trace in group):
                 lift_tombstone(self._store, job.adapter, job.job_id)
             raise ConflictError(f"a hold came while {job.request_id} was carried out", remedy="release it first")
@@ -208,9 +214,7 @@ class Forgetter:
             self._tell(event_of(self._registry, state))
         return head
 
-    def _make_anew(
-        self, job: ForgetRequested, alias: str, head: Head, plan: Plan, traces: Sequence[Trace]
-    ) -> None:
+    def _make_anew(self, job: ForgetRequested, alias: str, head: Head, plan: Plan, traces: Sequence[Trace]) -> None:
         made = self._replay(job, plan)
         self._failpoint("learner.forget_replayed")
         target = None

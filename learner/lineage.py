@@ -153,9 +153,9 @@ class Lineage:
             return self._revoke(job, head)
         target, version = self._target(job)
         config = {**target.config, "job_id": job.job_id}
-        manifest = self.passing(
-            head, target, version, "rollback", job.job_id, job.reason or "rollback"
-        ).model_copy(update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)})
+        manifest = self.passing(head, target, version, "rollback", job.job_id, job.reason or "rollback").model_copy(
+            update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)}
+        )
         publication = self.registry.publish(manifest, (), self.verifier({}), job.alias)
         event = event_of(self.registry, publication.alias_state) if publication.alias_state else None
         return Done("promoted", publication.manifest, event)
@@ -328,7 +328,9 @@ class Lineage:
             head=head.version if head else None,
             # Screened otherwise it is another update: one that was claimed before an acceptance must not win after it.
             update_id=update_id(
-                job.adapter, parent_version, after,
+                job.adapter,
+                parent_version,
+                after,
                 {**config, "batch": ref.digest, "missing": candidate.gate["replay_missing"] if candidate else 0},
             ),
             job_id=job.job_id,

@@ -116,7 +116,9 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         try:
             batches = self._consumer.poll(timeout_ms=max(1, int(timeout_s * 1000)))
         except KafkaError as error:
-            raise KafkaLinkError(f"{self._name} cannot be read", got=str(error), remedy="see that the broker runs") from error
+            raise KafkaLinkError(
+                f"{self._name} cannot be read", got=str(error), remedy="see that the broker runs"
+            ) from error
         if self._owed and not self._rebalancing:
             self._settle()
         return [

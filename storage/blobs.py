@@ -147,9 +147,7 @@ class DirectoryStore:
                         raise too_large(key, size_bytes, max_bytes)
                     data = file.read()
             except FileNotFoundError:
-                raise NotFoundError(
-                    f"no object {key} in {self.uri}", remedy="check the store's address"
-                ) from None
+                raise NotFoundError(f"no object {key} in {self.uri}", remedy="check the store's address") from None
         etag = hashlib.sha256(data).hexdigest()
         return Stored(data, etag, f"sha256:{etag}")
 
@@ -184,9 +182,7 @@ class DirectoryStore:
 
     def probe(self) -> None:
         """See ObjectStore."""
-        probe_conditional_writes(
-            self, "this file system ignores links or locks: put the store on a local disk"
-        )
+        probe_conditional_writes(self, "this file system ignores links or locks: put the store on a local disk")
 
     def _path(self, key: str) -> Path:
         return self.root / stored_name(key)
@@ -361,9 +357,7 @@ def probe_conditional_writes(store: ObjectStore, remedy: str) -> None:
     key = f"probe/{secrets.token_hex(16)}"
 
     def refuse(what: str) -> StoreError:
-        return StoreError(
-            f"{store.uri}: {what}", allowed="a store that honours conditional writes", remedy=remedy
-        )
+        return StoreError(f"{store.uri}: {what}", allowed="a store that honours conditional writes", remedy=remedy)
 
     try:
         if not store.put_if_absent(key, b"1"):

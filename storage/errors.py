@@ -11,9 +11,7 @@ class PerennialError(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, message: str = "", *, got: object = None, allowed: object = None, remedy: str = ""
-    ) -> None:
+    def __init__(self, message: str = "", *, got: object = None, allowed: object = None, remedy: str = "") -> None:
         self.message = message or (type(self).__doc__ or "error").strip().splitlines()[0].rstrip(".")
         self.got = got
         self.allowed = allowed

@@ -25,9 +25,7 @@ the state from before the first use. forget: what a forgetting came to; its pare
 made anew. replayed: one of those; it has no place on the line, and its head is the one made anew before it.
 """
 Outcome = Literal["promoted", "refused", "unchanged"]
-AdapterName = Annotated[
-    str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)
-]
+AdapterName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)]
 AliasName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=64)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Seq = Annotated[int, Field(ge=1, le=10**12 - 1)]
@@ -156,9 +154,7 @@ class Manifest(_Part):
     def from_bytes(cls, data: bytes) -> Self:
         """Read a manifest. Raises IntegrityError where the bytes are none, or of a newer schema."""
         if len(data) > MAX_MANIFEST_BYTES:
-            raise IntegrityError(
-                "manifest too large", got=f"{len(data)} bytes", allowed=f"{MAX_MANIFEST_BYTES} bytes"
-            )
+            raise IntegrityError("manifest too large", got=f"{len(data)} bytes", allowed=f"{MAX_MANIFEST_BYTES} bytes")
         try:
             return cls.model_validate(orjson.loads(data))
         except ValidationError as error:
@@ -171,9 +167,7 @@ class Manifest(_Part):
                 remedy="read it with the release that wrote it, or a newer one",
             ) from error
         except orjson.JSONDecodeError as error:
-            raise IntegrityError(
-                f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON"
-            ) from error
+            raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
 def update_id(adapter: str, parent: str | None, marks: dict[str, int], config: dict[str, Scalar]) -> str:

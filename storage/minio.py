@@ -138,9 +138,7 @@ class MinioStore:
             if not versions:
                 return existed
             for version in versions:
-                self._retried(
-                    key, partial(self._client.remove_object, self._bucket, name, version_id=version)
-                )
+                self._retried(key, partial(self._client.remove_object, self._bucket, name, version_id=version))
         raise StoreUnavailableError(
             f"versions of {key} keep appearing in {self.uri}",
             remedy="stop who writes it, then delete it again",
@@ -200,9 +198,7 @@ class MinioStore:
 
     def _versions(self, name: str) -> tuple[str | None, ...]:
         found = []
-        for entry in self._client.list_objects(
-            self._bucket, prefix=name, recursive=True, include_version=True
-        ):
+        for entry in self._client.list_objects(self._bucket, prefix=name, recursive=True, include_version=True):
             if entry.object_name != name:  # the name itself sorts before whatever it is a prefix of
                 break
             found.append(entry.version_id)
@@ -224,9 +220,7 @@ class MinioStore:
             return
         code = str(error.code)
         if code in _ABSENT:
-            raise NotFoundError(
-                f"no object {key} in {self.uri}", remedy="check the store's address"
-            ) from None
+            raise NotFoundError(f"no object {key} in {self.uri}", remedy="check the store's address") from None
         if code in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
             raise ConflictError(f"bucket {self._bucket} exists") from None
         if not _again(error.response.status):
@@ -293,21 +287,12 @@ def open_minio(uri: str, env: Mapping[str, str], http: urllib3.PoolManager | Non
 
 
 def _endpoint(env: Mapping[str, str]) -> tuple[str, bool]:
-    given = (
-        _first(env, "PERENNIAL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or "s3.amazonaws.com"
-    )
+    given = _first(env, "PERENNIAL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or "s3.amazonaws.com"
     wish = env.get("PERENNIAL_S3_SECURE", "").strip().lower()
     if wish not in {"", "1", "0", "true", "false", "yes", "no"}:
-        raise StoreError(
-            "PERENNIAL_S3_SECURE is not usable", got=wish, allowed="true or false", remedy="mend it"
-        )
+        raise StoreError("PERENNIAL_S3_SECURE is not usable", got=wish, allowed="true or false", remedy="mend it")
     parts = urlsplit(given if "://" in given else f"//{given}")
-    if (
-        parts.scheme not in {"", "http", "https"}
-        or not parts.netloc
-        or parts.path.strip("/")
-        or "@" in parts.netloc
-    ):
+    if parts.scheme not in {"", "http", "https"} or not parts.netloc or parts.path.strip("/") or "@" in parts.netloc:
         raise StoreError(
             "PERENNIAL_S3_ENDPOINT is not usable",
             got=parts.netloc.rpartition("@")[2],

@@ -130,9 +130,7 @@ def load_quarantine(store: ObjectStore, adapter: str) -> Quarantine:
     return _load(store, adapter)[0]
 
 
-def update_quarantine(
-    store: ObjectStore, adapter: str, change: Callable[[Quarantine], Quarantine]
-) -> Quarantine:
+def update_quarantine(store: ObjectStore, adapter: str, change: Callable[[Quarantine], Quarantine]) -> Quarantine:
     """Apply a change atomically; the quarantine as it then is. Nothing is written where nothing changed.
 
     change: a pure function of the current state, called again after a conflict. Raises ConflictError where other

@@ -127,9 +127,7 @@ class Registry:
         if claim is None or newest != known:
             claim = self._claim(version_key(adapter, newest))
         if claim is None:
-            raise NotFoundError(
-                f"version {newest} of {adapter} went away while it was read", remedy="do it again"
-            )
+            raise NotFoundError(f"version {newest} of {adapter} went away while it was read", remedy="do it again")
         self._hints.put(adapter, newest)
         return Head(newest, claim.version, self.manifest(adapter, claim.version))
 
@@ -141,15 +139,11 @@ class Registry:
         key = manifest_key(adapter, version)
         manifest = Manifest.from_bytes(get_verified(self.store, key, version, MAX_MANIFEST_BYTES))
         if manifest.adapter != adapter:
-            raise IntegrityError(
-                f"{key} is another adapter's manifest", got=manifest.adapter, allowed=adapter
-            )
+            raise IntegrityError(f"{key} is another adapter's manifest", got=manifest.adapter, allowed=adapter)
         self._manifests.put((adapter, version), manifest)
         return manifest
 
-    def versions(
-        self, adapter: str, newest_first: bool = True, limit: int | None = None
-    ) -> Iterator[tuple[int, str]]:
+    def versions(self, adapter: str, newest_first: bool = True, limit: int | None = None) -> Iterator[tuple[int, str]]:
         """(seq, version) along the adapter's line."""
         head = self.head(adapter)
         last = head.seq if head else 0

@@ -59,7 +59,9 @@ class AckReader:
             except (KafkaError, OSError, ValueError) as error:
                 self.close()
                 raise KafkaUnavailableError(
-                    f"{_TOPIC} cannot be read", got=f"{type(error).__name__}: {error}", remedy="see that the broker runs"
+                    f"{_TOPIC} cannot be read",
+                    got=f"{type(error).__name__}: {error}",
+                    remedy="see that the broker runs",
                 ) from error
             self._read_s = time.monotonic()
         return replicas_behind(self._acks, adapter, alias, generation, revoked)

@@ -167,9 +167,7 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
         asyncio.run(_run(settings, stop, metrics, store, Path(folder)))
 
 
-async def _run(
-    settings: Settings, stop: threading.Event, metrics: Metrics, store: ObjectStore, folder: Path
-) -> None:
+async def _run(settings: Settings, stop: threading.Event, metrics: Metrics, store: ObjectStore, folder: Path) -> None:
     guards = Guards()
     app = build_app(settings, metrics, store, guards, folder)
     app.finalize()

@@ -86,9 +86,7 @@ class EmbeddedBroker:
         owner_pid: int | None = None,
     ) -> None:
         if port is not None and not 0 < port < 65536:
-            raise BrokerError(
-                "the port is not usable", got=port, allowed="1 to 65535, or None for a free one"
-            )
+            raise BrokerError("the port is not usable", got=port, allowed="1 to 65535, or None for a free one")
         if heap_mb < 128:
             raise BrokerError("the Java heap is too small for Kafka", got=heap_mb, allowed="128 MiB or more")
         self._settings = dict(settings or {})
@@ -201,9 +199,7 @@ class EmbeddedBroker:
     ) -> None:
         self.stop()
 
-    def _launch(
-        self, folder: Path, classpath: list[Path], java: Path, controller_port: int, lock: int
-    ) -> None:
+    def _launch(self, folder: Path, classpath: list[Path], java: Path, controller_port: int, lock: int) -> None:
         properties = folder / "server.properties"
         lines = render_properties(server_properties(folder, self._port, controller_port, self._settings))
         properties.write_text(lines, encoding="ascii")
@@ -425,9 +421,7 @@ def _serves(port: int) -> bool:
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-        )  # as Kafka binds: over connections in TIME_WAIT
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as Kafka binds: over connections in TIME_WAIT
         try:
             probe.bind((HOST, port))
         except OSError:

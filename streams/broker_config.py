@@ -54,9 +54,7 @@ rootLogger.appenderRef.out.ref = out
 """
 
 
-def server_properties(
-    folder: Path, port: int, controller_port: int, settings: Mapping[str, str]
-) -> dict[str, str]:
+def server_properties(folder: Path, port: int, controller_port: int, settings: Mapping[str, str]) -> dict[str, str]:
     """The broker's whole configuration: one node, loopback only, small; `settings` win over the defaults."""
     return {
         **DEVELOPMENT,
@@ -102,7 +100,5 @@ def log_tail(path: Path, start: int = 0, lines: int = 12, limit_bytes: int = 64 
     except OSError as error:
         return str(error)
     every = [line for line in text.splitlines() if line.strip()]
-    telling = [
-        line for line in every if any(sign in line for sign in ("ERROR", "FATAL", "Exception", "Error"))
-    ]
+    telling = [line for line in every if any(sign in line for sign in ("ERROR", "FATAL", "Exception", "Error"))]
     return "\n".join(line[:300] for line in (telling or every)[-lines:]) or "(empty)"

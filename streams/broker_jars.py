@@ -25,10 +25,7 @@ from streams.settings import cache_dir
 KAFKA_VERSION = "4.4.0"
 KAFKA_ARTIFACT = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}"
 MAVEN_URL_VARIABLE = "PERENNIAL_MAVEN_URL"
-OWN_BROKER = (
-    "point PERENNIAL_KAFKA=host:port at a broker of your own, "
-    "or start one with `docker compose up -d kafka`"
-)
+OWN_BROKER = "point PERENNIAL_KAFKA=host:port at a broker of your own, or start one with `docker compose up -d kafka`"
 
 Progress = Callable[[str], None]
 
@@ -122,9 +119,7 @@ def _fetch(home: Path, progress: Progress) -> None:
         staging.replace(home)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    progress(
-        f"Apache Kafka {KAFKA_VERSION} is ready: {len(sizes)} jars, {sum(sizes.values()) / 1e6:.0f} MB, kept"
-    )
+    progress(f"Apache Kafka {KAFKA_VERSION} is ready: {len(sizes)} jars, {sum(sizes.values()) / 1e6:.0f} MB, kept")
 
 
 def _download(repository: Path, progress: Progress) -> Iterator[Path]:

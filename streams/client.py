@@ -142,9 +142,7 @@ class Publisher:
         """Publish a document that the adapter is to learn; `fields` as in DocumentObserved. Raises PublishError."""
         return self._publish(DocumentObserved, adapter=adapter, document_id=document_id, text=text, **fields)
 
-    def interaction(
-        self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any
-    ) -> Receipt:
+    def interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt:
         """Publish a turn; `fields` (correction, rating, ...) as in InteractionObserved. Raises PublishError."""
         given = {"adapter": adapter, "interaction_id": interaction_id, "prompt": prompt, "response": response}
         return self._publish(InteractionObserved, **given, **fields)

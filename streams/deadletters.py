@@ -110,7 +110,9 @@ def example_of(letter: Letter) -> ExampleAccepted:
     )  # fmt: skip
 
 
-_CUT = re.compile(r"(\d+ headers of \d+ bytes were cut; )?the value of \d+ bytes was cut; |\d+ headers of \d+ bytes were cut; ")
+_CUT = re.compile(
+    r"(\d+ headers of \d+ bytes were cut; )?the value of \d+ bytes was cut; |\d+ headers of \d+ bytes were cut; "
+)
 
 
 def state_of(letter: Letter, *, replayed: bool, max_replays: int) -> State:
@@ -192,7 +194,9 @@ def parse_place(text: str) -> tuple[int, int]:
     """PARTITION:OFFSET. Raises SettingsError."""
     partition, _, offset = text.partition(":")
     if not (partition.isascii() and partition.isdigit() and offset.isascii() and offset.isdigit()) or len(text) > 30:
-        raise SettingsError("not the place of a letter", got=text, allowed="PARTITION:OFFSET", remedy="see `perennial dlq ls`")
+        raise SettingsError(
+            "not the place of a letter", got=text, allowed="PARTITION:OFFSET", remedy="see `perennial dlq ls`"
+        )
     return int(partition), int(offset)
 
 

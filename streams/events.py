@@ -280,7 +280,9 @@ class Selector(BaseModel):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not any((self.document_ids, self.subjects, self.sources, self.retention_class, self.before)):
-            raise ValueError("a selector needs at least one of document_ids, subjects, sources, retention_class, before")
+            raise ValueError(
+                "a selector needs at least one of document_ids, subjects, sources, retention_class, before"
+            )
         return self
 
     def matches(self, example: ExampleAccepted) -> bool:

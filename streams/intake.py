@@ -148,7 +148,9 @@ class Intake:
         except KafkaException as error:
             raise _unavailable(settings, error) from error
         self._producer = Producer({**common, **PRODUCER, "on_delivery": self._on_delivery}, logger=_client_log)
-        self._consumer = Consumer({**common, **CONSUMER, "group.id": group or settings.topic("intake")}, logger=_client_log)
+        self._consumer = Consumer(
+            {**common, **CONSUMER, "group.id": group or settings.topic("intake")}, logger=_client_log
+        )
         self._consumer.subscribe(list(self._topics), on_assign=self._on_assign, on_revoke=self._on_revoke)
 
     def step(self, stop: threading.Event) -> int:
@@ -410,7 +412,9 @@ def _check(error: KafkaError) -> None:
         return
     if error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}:  # noqa: SLF001
         raise missing_topics([error.str()])
-    raise ConsumeError(got=f"{error.name()}: {error.str()}", allowed="records", remedy="see the broker's log; restart intake")
+    raise ConsumeError(
+        got=f"{error.name()}: {error.str()}", allowed="records", remedy="see the broker's log; restart intake"
+    )
 
 
 def _identify(admin: AdminClient, names: Sequence[str]) -> ClusterIds:

@@ -69,13 +69,9 @@ class Metrics:
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(f"perennial_{name}", text, ("role", *labels), registry=self.registry)
 
-        def seconds(
-            name: str, text: str, *labels: str, buckets: tuple[float, ...] = _STAGE_BUCKETS_S
-        ) -> Histogram:
+        def seconds(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _STAGE_BUCKETS_S) -> Histogram:
             names = ("role", *labels)
-            return Histogram(
-                f"perennial_{name}_seconds", text, names, registry=self.registry, buckets=buckets
-            )
+            return Histogram(f"perennial_{name}_seconds", text, names, registry=self.registry, buckets=buckets)
 
         self._events_in = counter("events_in", "Events read.", "topic")
         self._events_out = counter("events_out", "Events written and acknowledged.", "topic")
@@ -105,9 +101,7 @@ class Metrics:
         self._forget_requests = gauge("forget_requests", "Retention requests in each state.", "state")
         self._forget_overdue = gauge("forget_overdue_requests", "Open retention requests that are past due.")
         self._forgotten = counter("forgotten_examples", "Examples made forgotten.")
-        self._forget_time = seconds(
-            "forget", "Time from a retention request to its end.", buckets=_FORGET_BUCKETS_S
-        )
+        self._forget_time = seconds("forget", "Time from a retention request to its end.", buckets=_FORGET_BUCKETS_S)
         self._quarantined = gauge("quarantined_examples", "Examples held back from learning.")
         self._trained_tokens.labels(self.role)
         self._trained_seconds.labels(self.role)

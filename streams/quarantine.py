@@ -74,8 +74,9 @@ def blocks(quarantine: Quarantine, example: ExampleAccepted) -> bool:
 def _meaning_of_entry(entry: Entry) -> Callable[[ExampleAccepted], bool]:
     selector = None if entry.selector is None else Selector.model_validate(entry.selector)
     ids = frozenset(entry.example_ids)
-    return lambda example: example.origin.timestamp_ms <= entry.until_ms and (
-        example.example_id in ids or (selector is not None and selector.matches(example))
+    return lambda example: (
+        example.origin.timestamp_ms <= entry.until_ms
+        and (example.example_id in ids or (selector is not None and selector.matches(example)))
     )
 
 

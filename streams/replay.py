@@ -292,9 +292,7 @@ class Replayer:
 
 
 def _letter(record: Any, settings: Settings) -> Letter:
-    return read_letter(
-        record.partition, record.offset, record.key, record.value, record.headers, settings.topic_prefix
-    )
+    return read_letter(record.partition, record.offset, record.key, record.value, record.headers, settings.topic_prefix)
 
 
 def _consumer(settings: Settings, batch: int) -> Any:

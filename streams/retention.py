@@ -407,9 +407,7 @@ def _until_ms(record: Record, known: Sequence[Known]) -> int | None:
     new_id = record.request.superseded_by
     if new_id is None:
         return record.until_ms
-    new = [
-        item.example.origin.timestamp_ms for item in known if item.learned and item.example.document_id == new_id
-    ]
+    new = [item.example.origin.timestamp_ms for item in known if item.learned and item.example.document_id == new_id]
     return min(record.until_ms, max(new) - 1) if new else None
 
 

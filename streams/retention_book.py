@@ -128,9 +128,7 @@ def expires_ms(example: ExampleAccepted, policies: Iterable[Selector], times_s: 
     policies, times_s: those of its adapter, with their times to live. None: never.
     """
     born_ms = example.origin.timestamp_ms
-    ends = [
-        born_ms + 1000 * ttl for policy, ttl in zip(policies, times_s, strict=True) if policy.matches(example)
-    ]
+    ends = [born_ms + 1000 * ttl for policy, ttl in zip(policies, times_s, strict=True) if policy.matches(example)]
     if example.retention_class != PERMANENT:
         ends.append(born_ms + 1000 * duration_s(example.retention_class))
     if example.expires_at is not None:

@@ -43,13 +43,17 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="PERENNIAL_", env_file=".env", extra="ignore", frozen=True)
 
     kafka: str = Field("", description="bootstrap servers, host:port[,host:port]; empty: no broker is set")
-    topic_prefix: str = Field("", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="put before every topic and group name")
+    topic_prefix: str = Field(
+        "", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="put before every topic and group name"
+    )
     partitions: Positive = Field(4, description="partitions of each keyed topic that `topics create` makes")
     replication: Positive = Field(1, description="replication factor of the topics")
     store: str = Field("", description="object store: a folder, or s3://bucket/prefix")
     data_dir: Path = Field(default_factory=default_data_dir, description="folder of `perennial up`: topics and objects")
 
-    dedupe_window: Positive = Field(20_000, description="intake: events per origin partition in which a repeat is dropped")
+    dedupe_window: Positive = Field(
+        20_000, description="intake: events per origin partition in which a repeat is dropped"
+    )
     intake_batch: Positive = Field(5_000, description="intake: events per fetch, flush and commit")
 
     max_batch_tokens: Positive = Field(768, description="curate: tokens that cut a micro-batch")
@@ -85,7 +89,9 @@ class Settings(BaseSettings):
     seed: int = Field(0, description="seed of everything random in training")
     held_out_share: Share = Field(0.2, description="share of a micro-batch that the gate measures before it is learned")
     anchor_rows: Positive = Field(12, description="general rows that the gate measures per update, rotating")
-    max_general_rise_nats: Seconds = Field(0.15, description="rise of general loss over the base's that the gate refuses")
+    max_general_rise_nats: Seconds = Field(
+        0.15, description="rise of general loss over the base's that the gate refuses"
+    )
     min_gain_nats: float = Field(0.0, description="fall of held-out loss below which the gate refuses")
 
     alias: str = Field("live", description="the name that subscribers follow")
@@ -149,7 +155,13 @@ def settings_table() -> str:
     """All settings as a Markdown table: what the README shows."""
     lines = ["| variable | default | what it is for |", "|---|---|---|"]
     for name, field in Settings.model_fields.items():
-        default = "`~/.local/share/perennial`" if name == "data_dir" else f"`{field.default!r}`" if field.default != "" else ""
+        default = (
+            "`~/.local/share/perennial`"
+            if name == "data_dir"
+            else f"`{field.default!r}`"
+            if field.default != ""
+            else ""
+        )
         lines.append(f"| `PERENNIAL_{name.upper()}` | {default} | {field.description} |")
     return "\n".join(lines) + "\n"
 

@@ -140,14 +140,17 @@ def read(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
     if media in _PLAIN_CONTENT:
         return _decode_plain(value, topic, found.get("traceparent"))
     if media != _STRUCTURED_CONTENT.encode():
-        raise WireError(
-            "bad-header", "content-type", got=media, allowed=f"application/json or {_STRUCTURED_CONTENT}"
-        )
+        raise WireError("bad-header", "content-type", got=media, allowed=f"application/json or {_STRUCTURED_CONTENT}")
     return _decode_structured(value, topic)
 
 
 def encode(
-    event: Event, *, id: str, source: str, time: datetime, traceparent: str | None = None  # noqa: A002
+    event: Event,
+    *,
+    id: str,  # noqa: A002
+    source: str,
+    time: datetime,
+    traceparent: str | None = None,
 ) -> Encoded:
     """Write an event in binary mode.
 
@@ -160,7 +163,12 @@ def encode(
 
 
 def binary_headers(
-    event_type: str, *, id: str, source: str, time: datetime, traceparent: str | None = None  # noqa: A002
+    event_type: str,
+    *,
+    id: str,  # noqa: A002
+    source: str,
+    time: datetime,
+    traceparent: str | None = None,
 ) -> list[tuple[str, bytes]]:
     """The headers of binary mode. Raises WireError where an attribute would not be read back."""
     if time.tzinfo is None:

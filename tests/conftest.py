@@ -18,9 +18,7 @@ import pytest
 from streams.broker import BrokerError, EmbeddedBroker, fetch_jars
 from streams.broker_jars import java_path
 
-_started: list[
-    EmbeddedBroker
-] = []  # kept to the end of the process: a worker may leave its broker to the others
+_started: list[EmbeddedBroker] = []  # kept to the end of the process: a worker may leave its broker to the others
 
 
 def pytest_configure(config: pytest.Config) -> None:

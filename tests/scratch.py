@@ -35,9 +35,7 @@ class Scratch:
         return tuple(ref.digest if ref else None for ref in refs) == (self.weights, self.optimizer, self.replay)
 
 
-def train(
-    updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int, Sequence[ExampleAccepted]]
-) -> Scratch:
+def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int, Sequence[ExampleAccepted]]) -> Scratch:
     """Learn the cuts by number, in order; an empty one is left out."""
     state = Parent(updater.lora.init_state(adapter, updater.recipe.seed), None, ())
     rows = BatchRows(store, updater.rows)

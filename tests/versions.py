@@ -65,9 +65,7 @@ class Line:
             rank=rank,
         )
 
-    def publish(
-        self, weights: bytes | None = None, kind: str = "update", rank: int = 2, alpha: int = 4
-    ) -> AliasState:
+    def publish(self, weights: bytes | None = None, kind: str = "update", rank: int = 2, alpha: int = 4) -> AliasState:
         """Publish the next version; the alias as it then is."""
         weights = safetensors_of(next(_serial)) if weights is None else weights
         manifest = self.manifest(weights, kind, rank, alpha)

@@ -95,7 +95,9 @@ def up(
     data_dir: Annotated[Path | None, typer.Option(help="Folder for topics, objects and logs.")] = None,
     port: Annotated[int | None, typer.Option(help="Port of the embedded broker.")] = None,
     shared_model: Annotated[bool, typer.Option(help="Scorer and learner in one process, sharing the base.")] = False,
-    store: Annotated[str | None, typer.Option(help="`minio`: a MinIO server of its own; or as PERENNIAL_STORE.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="`minio`: a MinIO server of its own; or as PERENNIAL_STORE.")
+    ] = None,
 ) -> None:
     """Run an embedded broker and all roles until Ctrl-C; what was learned is kept."""
     from streams.cli.up import run_up

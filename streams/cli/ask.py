@@ -33,7 +33,10 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
 
         manifest = registry.manifest(adapter, alias.version)
         weights = get_blob(open_store(settings.require_store()), manifest.weights.digest)
-        backend = PeftBackend(load_base(settings.base, settings.device, settings.threads), LoraConfig(manifest.rank, int(manifest.config["alpha"] or 0)))
+        backend = PeftBackend(
+            load_base(settings.base, settings.device, settings.threads),
+            LoraConfig(manifest.rank, int(manifest.config["alpha"] or 0)),
+        )
         plain = backend.generate(prompt, max_new_tokens=max_new_tokens)
         backend.load(alias.version, weights, manifest)
         backend.activate(alias.version)

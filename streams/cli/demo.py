@@ -109,7 +109,9 @@ class Watcher:
             )
         elif isinstance(event, RetentionProgressed) and self.statuses.add(event):
             detail = f": {event.detail}" if event.detail else ""
-            self.say(f"[yellow]{event.state:<11}[/] {event.kind} {event.request_id[:15]}, {event.examples} examples{detail}")
+            self.say(
+                f"[yellow]{event.state:<11}[/] {event.kind} {event.request_id[:15]}, {event.examples} examples{detail}"
+            )
 
     def on_served(self, state: AliasState, stage_s: Mapping[str, float]) -> None:
         """A subscriber serves a version."""
@@ -302,7 +304,12 @@ class Demo:
                 return
 
     def _judge(
-        self, ledger: Ledger, ends: Sequence[int], before: dict[str, str], answers: dict[str, str], forgetting: Forgetting
+        self,
+        ledger: Ledger,
+        ends: Sequence[int],
+        before: dict[str, str],
+        answers: dict[str, str],
+        forgetting: Forgetting,
     ) -> Report:
         from learner.base import general_texts
         from learner.probe import Probe

@@ -120,7 +120,12 @@ class ForgetDemo:
     tend: Callable[[], None]
 
     def run(
-        self, publisher: Publisher, ledger: Ledger, subscriber: Subscriber, rest: Sequence[tuple[str, str]], update_s: float
+        self,
+        publisher: Publisher,
+        ledger: Ledger,
+        subscriber: Subscriber,
+        rest: Sequence[tuple[str, str]],
+        update_s: float,
     ) -> Forgetting:
         """Learn, erase one, let one expire, and compare. update_s: what an update took so far, on this machine."""
         erased, expiring = (peculiar(name) for name in _NAMES)
@@ -190,7 +195,9 @@ class ForgetDemo:
             while (event := self.statuses.ended(kind)) is None:
                 waiting()
         if event.state == "failed":
-            raise ForgetDemoError(f"the {kind} failed", got=event.detail, remedy="read the roles' logs (run with --keep)")
+            raise ForgetDemoError(
+                f"the {kind} failed", got=event.detail, remedy="read the roles' logs (run with --keep)"
+            )
 
     def _served(self, subscriber: Subscriber, ledger: Ledger) -> bytes:
         """The weights that the demo's subscriber serves, once it serves what the alias points at."""

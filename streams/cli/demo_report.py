@@ -150,7 +150,14 @@ def print_report(report: Report, console: Console) -> None:
             f"[{'green' if good else 'red'}]{change:+.3f}[/]",
         )  # fmt: skip
     console.print(table)
-    latency = Table("stage", "p50 s", "p95 s", "n", title="from publish to served, a domain's documents all at once", title_justify="left")
+    latency = Table(
+        "stage",
+        "p50 s",
+        "p95 s",
+        "n",
+        title="from publish to served, a domain's documents all at once",
+        title_justify="left",
+    )
     for name, (p50, p95, n) in summarise(report.latencies).items():
         latency.add_row(name.replace("_to_", " → "), f"{p50:.2f}", f"{p95:.2f}", str(n))
     console.print(latency)
@@ -186,7 +193,9 @@ def print_forgetting(forgetting: Forgetting, console: Console) -> None:
         table.add_row(title, *(f"{forgetting.losses[model][name]:.3f}" for model in MODELS))
     console.print(table)
     equal = "[green]yes[/]" if forgetting.is_equal else "[red]no[/]" if forgetting.exact else "no, as is usual on a GPU"
-    console.print(f"bit-equal to a model that never saw them: {equal} ({forgetting.after_sha256[:19]}…)", highlight=False)
+    console.print(
+        f"bit-equal to a model that never saw them: {equal} ({forgetting.after_sha256[:19]}…)", highlight=False
+    )
     console.print(
         f"files of the store with their text: {forgetting.readable_before} before, {len(forgetting.readable)} after; "
         f"erased {forgetting.erase_s:.1f} s after it was asked for, "

@@ -159,7 +159,13 @@ def ask_to_forget(pattern: str, selector: Selector, *, reason: str, wait_s: floa
 
 
 def ask_to_hold(
-    kind: Literal["hold", "release"], pattern: str, selector: Selector | None, *, reason: str, wait_s: float, as_json: bool
+    kind: Literal["hold", "release"],
+    pattern: str,
+    selector: Selector | None,
+    *,
+    reason: str,
+    wait_s: float,
+    as_json: bool,
 ) -> int:
     """Send a hold or its release and wait until it is in force; exit code 1 where it failed or is not in time."""
     return _ask(kind, pattern, selector, reason=reason, wait_s=wait_s, as_json=as_json)

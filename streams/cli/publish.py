@@ -63,7 +63,14 @@ def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) ->
         publisher.flush(60)
         delivered += settle(0)
     if as_json:
-        print(json.dumps({"delivered": delivered, "refused": [{"line": line_number, "error": said} for line_number, said in refused]}))
+        print(
+            json.dumps(
+                {
+                    "delivered": delivered,
+                    "refused": [{"line": line_number, "error": said} for line_number, said in refused],
+                }
+            )
+        )
     else:
         console.print(f"{delivered} {kind} delivered and confirmed, {len(refused)} lines refused")
         for number, said in refused[:20]:

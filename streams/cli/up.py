@@ -61,9 +61,7 @@ class Stack:
         open_store(self.settings.store, {**os.environ, **environment}).probe()
         made = [report.name for report in provision(self.settings) if report.created]
         self.say(f"{len(made)} topics made" if made else "all topics were there")
-        self.supervisor = Supervisor(
-            self.settings, self.data_dir / "logs", self.roles, environment, on_event=self.say
-        )
+        self.supervisor = Supervisor(self.settings, self.data_dir / "logs", self.roles, environment, on_event=self.say)
         self.supervisor.start()
         self.supervisor.wait_healthy(on_ready=lambda name: self.say(f"{name} is ready"))
 

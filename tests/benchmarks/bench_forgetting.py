@@ -107,9 +107,7 @@ class Bench:
         self.forgetter = Forgetter(self.line, _now, lambda _: None)
         found = package_docstrings(PACKAGE, examples + HELD_OUT)
         texts = [(name, f"{name}: {text}"[:TEXT_CHARS]) for name, text in found]
-        self.documents = [
-            self.document(number, name, text) for number, (name, text) in enumerate(texts[:examples])
-        ]
+        self.documents = [self.document(number, name, text) for number, (name, text) in enumerate(texts[:examples])]
         self.cuts = {
             number // per_cut: self.documents[number : number + per_cut] for number in range(0, examples, per_cut)
         }

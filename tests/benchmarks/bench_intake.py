@@ -36,7 +36,25 @@ REPEAT_EVERY = 50
 PREFIX = "bench-"
 CONTENDERS = ("perennial", "quix", "faust")
 LIMIT_S = 300
-WORDS = ["the", "stream", "carries", "what", "changed", "and", "the", "model", "learns", "it", "while", "nobody", "waits", "for", "a", "nightly", "job"]
+WORDS = [
+    "the",
+    "stream",
+    "carries",
+    "what",
+    "changed",
+    "and",
+    "the",
+    "model",
+    "learns",
+    "it",
+    "while",
+    "nobody",
+    "waits",
+    "for",
+    "a",
+    "nightly",
+    "job",
+]
 
 
 def main() -> int:
@@ -113,7 +131,9 @@ def _publish(settings: Settings, events: int) -> float:
 
 def _compare(settings: Settings, events: int, repeats: int, size_bytes: float) -> int:
     expected = events - events // REPEAT_EVERY
-    print(f"{events} events of {size_bytes:.0f} B, {expected} to accept, {os.cpu_count()} cores, {repeats} repeats each")
+    print(
+        f"{events} events of {size_bytes:.0f} B, {expected} to accept, {os.cpu_count()} cores, {repeats} repeats each"
+    )
     found: dict[str, list[dict[str, float]]] = {name: [] for name in CONTENDERS}
     for repeat in range(repeats):
         shift = repeat % len(CONTENDERS)
@@ -128,7 +148,10 @@ def _compare(settings: Settings, events: int, repeats: int, size_bytes: float) -
                 return 1
             taken = json.loads(done.stdout.splitlines()[-1])
             found[name].append({"per_s": events / taken["wall_s"], "per_core_s": events / taken["cpu_s"]})
-            print(f"{name:10} {found[name][-1]['per_s']:>9,.0f}/s {found[name][-1]['per_core_s']:>9,.0f}/core-s", flush=True)
+            print(
+                f"{name:10} {found[name][-1]['per_s']:>9,.0f}/s {found[name][-1]['per_core_s']:>9,.0f}/core-s",
+                flush=True,
+            )
     print(json.dumps(_summary(found, events, size_bytes)))
     return 0
 

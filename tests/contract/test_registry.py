@@ -77,9 +77,7 @@ def make(
         "config": {"rank": 8},
         "seed": seed or 0,
         "threads": 2,
-        "learned": [
-            LearnedExample(example_id="e", partition="cluster/topic/documents/0", offset=offset, tokens=3)
-        ],
+        "learned": [LearnedExample(example_id="e", partition="cluster/topic/documents/0", offset=offset, tokens=3)],
         "marks": marks,
         "weights": ref(weights),
         "optimizer": ref(optimizer),

@@ -180,9 +180,7 @@ def test_one_of_many_swappers_wins(make_store):
     stores = [make_store() for _ in range(4)]
     etag = None
     for number in range(ROUNDS):
-        swappers = [
-            partial(swaps, stores[i % 4], "races/swap", b"%d %d" % (number, i), etag) for i in range(WRITERS)
-        ]
+        swappers = [partial(swaps, stores[i % 4], "races/swap", b"%d %d" % (number, i), etag) for i in range(WRITERS)]
         assert race(swappers) == 1
         etag = stores[0].get("races/swap").etag
 
@@ -431,9 +429,7 @@ def test_no_server_is_said_so_without_leaking_a_signature():
 
 
 def test_wrong_credentials_are_said_so(s3_environment):
-    store = open_store(
-        "s3://perennial-denied/x", {**s3_environment, "PERENNIAL_S3_SECRET_KEY": "wrong-secret"}
-    )
+    store = open_store("s3://perennial-denied/x", {**s3_environment, "PERENNIAL_S3_SECRET_KEY": "wrong-secret"})
     for call in (lambda: store.put_if_absent("a", b""), lambda: store.get("a"), store.probe):
         with pytest.raises(StoreError) as refused:
             call()
@@ -469,9 +465,7 @@ def test_settings_come_from_files_and_from_the_usual_names(tmp_path):
     assert "eu-north-1" in opened({**usual, "PERENNIAL_S3_REGION": "eu-north-1"})
     assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "host:9000"}).startswith("https://host:9000/")
     assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "http://host:9000"}).startswith("http://host:9000/")
-    assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "host:9000", "PERENNIAL_S3_SECURE": "0"}).startswith(
-        "http:"
-    )
+    assert opened({**KEYS, "PERENNIAL_S3_ENDPOINT": "host:9000", "PERENNIAL_S3_SECURE": "0"}).startswith("http:")
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,9 @@ def small_disk(folder: Path, size_mib: int) -> Iterator[Path]:
     """A file system of its own, in memory. Skips where this user may mount none."""
     folder.mkdir(parents=True)
     options = f"size={size_mib}m"
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False)
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
+    )
     if made.returncode:
         missing_service(f"a small disk cannot be mounted: {made.stderr.decode().strip()}")
     try:

@@ -190,9 +190,7 @@ def _committed(settings: Settings) -> dict[tuple[str, int], int]:
     """The next offset of every role, by topic and partition."""
     found: dict[tuple[str, int], int] = {}
     for group in set(_GROUPS.values()):
-        consumer = connect(
-            KafkaConsumer, settings.kafka, 10, group_id=settings.topic(group), enable_auto_commit=False
-        )
+        consumer = connect(KafkaConsumer, settings.kafka, 10, group_id=settings.topic(group), enable_auto_commit=False)
         try:
             for topic in (name for name, theirs in _GROUPS.items() if theirs == group):
                 for number in consumer.partitions_for_topic(settings.topic(topic)):
@@ -247,7 +245,9 @@ def _meant(seen: _Seen, load: Load) -> set[Place]:
     An erasure means what was published before it came to its topic; one that a hold met is not counted here.
     """
     meant: set[Place] = set()
-    closed = {n: r for n, r in seen.book.records.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}}
+    closed = {
+        n: r for n, r in seen.book.records.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}
+    }
     for place, example in seen.accepted.items():
         for record in closed.values():
             selector = record.request.selector

@@ -134,7 +134,9 @@ class Bench:
             for role, place in armed.items():
                 code = self.crew.died(role)
                 if role not in died and code is not None:
-                    assert code == -signal.SIGKILL, f"{role} ended with {code} on its way to {place}:\n{self.crew.tail(role)}"
+                    assert code == -signal.SIGKILL, (
+                        f"{role} ended with {code} on its way to {place}:\n{self.crew.tail(role)}"
+                    )
                     died[role] = time.monotonic()
                     self.crew.arm(role, "")
                     self.crew.start(role)
@@ -226,7 +228,9 @@ def test_a_kill_at_every_failpoint_of_forgetting_leaves_what_never_saw_it(bench,
         request = adapter.replace("/", "-")
         bench.publish(adapter, PER_ROUND)
         bench.run({}, lambda: None, lambda adapter=adapter: bench.settled(adapter))
-        killed = bench.run(armed, lambda a=adapter, r=request: erase(bench, a, r), lambda a=adapter, r=request: gone(bench, a, r))
+        killed = bench.run(
+            armed, lambda a=adapter, r=request: erase(bench, a, r), lambda a=adapter, r=request: gone(bench, a, r)
+        )
         wrong += judge(bench, killed, record_fault)
     assert not wrong, "\n".join(wrong)
     judge_topics(bench, erasures=len(rounds))

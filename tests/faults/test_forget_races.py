@@ -88,7 +88,14 @@ def test_a_hold_that_comes_while_the_erasure_is_carried_out(given, tmp_path, rec
             resumed = time.monotonic()
             done(given, committed + 1)
             statuses = [envelope.event.state for envelope in parts.envelopes(given, "retention-status")]
-            kept.append((place, statuses[-1], bool(readable(Path(given.store), [text])), load_quarantine(store, ADAPTER).entry(f"r{number}").done))
+            kept.append(
+                (
+                    place,
+                    statuses[-1],
+                    bool(readable(Path(given.store), [text])),
+                    load_quarantine(store, ADAPTER).entry(f"r{number}").done,
+                )
+            )
             update_quarantine(store, ADAPTER, lambda found: found.with_holds([]))
             kit.send(given, job)
             done(given, committed + 2)

@@ -86,7 +86,9 @@ class Flow:
             except PublishError:
                 failed += 1
             else:
-                self.acked.append((f"{found.topic.removeprefix(self.settings.topic_prefix)}/{found.partition}", found.offset))
+                self.acked.append(
+                    (f"{found.topic.removeprefix(self.settings.topic_prefix)}/{found.partition}", found.offset)
+                )
         return failed
 
     def settle(self) -> float:
@@ -174,7 +176,9 @@ def test_a_publisher_closed_over_a_broker_that_hangs_ends_every_promise_and_its_
     sender = publisher._producer._sender
     os.kill(flow.broker.pid, signal.SIGSTOP)
     try:
-        receipt = publisher.document(adapter=ADAPTERS[0], document_id="late", text="it may arrive when the broker goes on")
+        receipt = publisher.document(
+            adapter=ADAPTERS[0], document_id="late", text="it may arrive when the broker goes on"
+        )
         time.sleep(0.5)
         with pytest.raises(PublishError):
             publisher.close()
@@ -249,6 +253,8 @@ def test_a_disk_that_is_full_under_the_directory_store(broker, topic_prefix, tmp
         found = account(registry, ["acme/support"])
         lost = found.covers([("documents/0", n) for n in range(12)])
         stale = parts.stale_publishes(given, registry)
-        record_fault(Row("disk full under the directory store", 1, len(lost), len(found.learned_twice), len(stale), recovery_s))
+        record_fault(
+            Row("disk full under the directory store", 1, len(lost), len(found.learned_twice), len(stale), recovery_s)
+        )
         assert (lost, found.learned_twice, stale) == ([], [], [])
         assert list((disk / "store" / ".tmp").iterdir()) == []

@@ -71,7 +71,10 @@ def test_a_learner_stopped_past_its_session_publishes_nothing_stale(broker, topi
         provision(cases[place])
         kit.send(cases[place], job(cases[place], 0), job(cases[place], 1))
     with ExitStack() as zombies:
-        stopped = [zombies.enter_context(parts.child("learner", given, f"{place}:1:stop", parts.FEW_TEXTS)) for place, given in cases.items()]
+        stopped = [
+            zombies.enter_context(parts.child("learner", given, f"{place}:1:stop", parts.FEW_TEXTS))
+            for place, given in cases.items()
+        ]
         for process in stopped:
             parts.wait_stopped(process)
         with ExitStack() as others:
@@ -81,7 +84,10 @@ def test_a_learner_stopped_past_its_session_publishes_nothing_stale(broker, topi
                     kit.running(lambda stop, given=given, own=own: run_learner(given, stop, Metrics("learner"), own))
                 )
             for given in cases.values():
-                kit.wait_until(lambda given=given: kit.committed(given, "adapter-jobs", "learner") == 2, "another learner does the jobs")
+                kit.wait_until(
+                    lambda given=given: kit.committed(given, "adapter-jobs", "learner") == 2,
+                    "another learner does the jobs",
+                )
             resumed = time.monotonic()
             for process in stopped:
                 process.send_signal(signal.SIGCONT)
@@ -89,7 +95,9 @@ def test_a_learner_stopped_past_its_session_publishes_nothing_stale(broker, topi
         for given in cases.values():
             kit.send(given, job(given, 2))
         for given in cases.values():
-            kit.wait_until(lambda given=given: kit.committed(given, "adapter-jobs", "learner") == 3, "it goes on with the next job")
+            kit.wait_until(
+                lambda given=given: kit.committed(given, "adapter-jobs", "learner") == 3, "it goes on with the next job"
+            )
         recovery_s = time.monotonic() - resumed
         assert [process.poll() for process in stopped] == [None] * len(places)
     found, stale = row("learner stopped past its session, resumed", list(cases.values()), 3, recovery_s)
@@ -115,7 +123,9 @@ def test_two_learners_at_every_job_make_one_line(broker, topic_prefix, tmp_path,
 
     def both_did(count: int) -> None:
         for group in ("learner", "learner-rival"):
-            kit.wait_until(lambda group=group: kit.committed(given, "adapter-jobs", group) == count, f"{group} is through")
+            kit.wait_until(
+                lambda group=group: kit.committed(given, "adapter-jobs", group) == count, f"{group} is through"
+            )
 
     with (
         parts.child("learner", given, more=parts.FEW_TEXTS),

@@ -67,7 +67,9 @@ def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(give
     monkeypatch.setattr(score, "token_losses", forward(training=False))
     kit.send(given, *(cut(given, number, kind) for number, kind in enumerate(kinds)))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
-        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") >= len(kinds) - 1, "all but the last are done")
+        kit.wait_until(
+            lambda: kit.committed(given, "adapter-jobs", "learner") >= len(kinds) - 1, "all but the last are done"
+        )
         began = time.monotonic()
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == len(kinds), "and the last one")
         recovery_s = time.monotonic() - began

@@ -83,9 +83,7 @@ def eventually(holds: Callable[[], bool], within_s: float = 20) -> bool:
 @contextmanager
 def owner_process(data_dir: str) -> Iterator[tuple[subprocess.Popen[str], int, Path]]:
     root = Path(__file__).parents[2]
-    owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, data_dir], stdout=subprocess.PIPE, text=True, cwd=root
-    )
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, data_dir], stdout=subprocess.PIPE, text=True, cwd=root)
     try:
         assert owner.stdout is not None
         pid, folder = owner.stdout.readline().split()
@@ -146,9 +144,7 @@ def test_a_data_folder_keeps_everything_over_stop_and_kill(tmp_path: Path, topic
         assert consume(keeper.bootstrap, topic, 3) == [b"1", b"2", b"3"]
         with admin_of(keeper.bootstrap) as admin:
             assert admin.describe_cluster()["cluster_id"] == cluster
-            configs = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])["topic"][
-                topic
-            ]
+            configs = admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, topic)])["topic"][topic]
             assert configs["cleanup.policy"]["value"] == "compact"
     finally:
         keeper.stop()
@@ -188,9 +184,7 @@ def test_a_temporary_folder_goes_with_the_broker():
 @pytest.mark.skipif("PERENNIAL_KAFKA" in os.environ, reason="the broker is not the embedded one")
 def test_only_loopback_is_bound(broker: TestBroker):
     port = int(broker.bootstrap.rpartition(":")[2])
-    with (
-        socket.socket() as other
-    ):  # free on another address of this machine: the broker does not listen on all
+    with socket.socket() as other:  # free on another address of this machine: the broker does not listen on all
         other.bind(("127.0.0.2", port))
 
 

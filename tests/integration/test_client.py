@@ -202,7 +202,9 @@ class LateStore(DirectoryStore):
         return super().get(key, max_bytes)
 
 
-def test_a_subscriber_that_comes_late_starts_from_the_topic(settings: Settings, line: Line, announce: Callable[..., None]):
+def test_a_subscriber_that_comes_late_starts_from_the_topic(
+    settings: Settings, line: Line, announce: Callable[..., None]
+):
     """Polling is off and the first look finds no alias: only the event that was there before can tell."""
     for _ in range(3):
         state = line.publish()
@@ -222,9 +224,7 @@ def test_a_subscriber_that_comes_late_starts_from_the_topic(settings: Settings, 
     assert [call for call, _ in backend.calls].count("load") == 1
 
 
-def test_an_event_wakes_a_subscriber_that_does_not_poll(
-    settings: Settings, line: Line, announce: Callable[..., None]
-):
+def test_an_event_wakes_a_subscriber_that_does_not_poll(settings: Settings, line: Line, announce: Callable[..., None]):
     backend = MemoryBackend()
     stages: list[dict[str, float]] = []
     with Subscriber(

@@ -105,7 +105,9 @@ class Services:
         env = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": "/nonexistent"}
         given = compose.environment(service)
         if compose.is_ours(service):
-            image = dict(re.findall(r"^(?:ENV|   ) (\w+)=(\S+)", DOCKERFILE.partition("\nRUN groupadd")[0], re.MULTILINE))
+            image = dict(
+                re.findall(r"^(?:ENV|   ) (\w+)=(\S+)", DOCKERFILE.partition("\nRUN groupadd")[0], re.MULTILINE)
+            )
             assert image["HOME"] == HOME
             self.ports.setdefault(name, free_port())
             (self.tmp / "guard").mkdir(exist_ok=True)
@@ -190,11 +192,7 @@ def broker_properties(services: Services) -> dict[str, str]:
 def start_kafka(services: Services) -> EmbeddedBroker:
     """The same Kafka with the service's configuration; its listeners are this machine's."""
     wanted = broker_properties(services)
-    ours = {
-        key: value
-        for key, value in wanted.items()
-        if key not in OWNED and "listener" not in key
-    }
+    ours = {key: value for key, value in wanted.items() if key not in OWNED and "listener" not in key}
     broker = EmbeddedBroker(services.tmp / "kafka", settings=ours).start()
     try:
         from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient

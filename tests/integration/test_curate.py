@@ -155,9 +155,7 @@ def test_a_body_that_a_kill_left_behind_holds_no_text_that_is_erased_before_the_
     dead = bench.start(failpoint="curate.blob")
     assert dead.wait(PATIENCE_S) == -signal.SIGKILL, bench.log.read_text()
     store = DirectoryStore(Path(bench.settings.store))
-    erase = Entry(
-        request_id="r1", job_id="j1", kind="erase", selector={"document_ids": ["d3"]}, until_ms=1_000_000
-    )
+    erase = Entry(request_id="r1", job_id="j1", kind="erase", selector={"document_ids": ["d3"]}, until_ms=1_000_000)
     update_quarantine(store, "acme/a", lambda quarantine: quarantine.with_entry(erase))
     bench.start()
     bench.wait(lambda: bench.learned().total() >= 19)
@@ -175,9 +173,7 @@ def test_kills_in_mid_flow_lose_and_double_nothing(bench):
         child = bench.start()
         for _ in range(4):
             count = rng.randint(20, 60)
-            bench.publish(
-                scored(n, adapter=rng.choice(["acme/a", "acme/b", "other"])) for n in islice(numbers, count)
-            )
+            bench.publish(scored(n, adapter=rng.choice(["acme/a", "acme/b", "other"])) for n in islice(numbers, count))
             published += count
             time.sleep(rng.uniform(0.1, 1.0))
         child.kill()

@@ -317,7 +317,9 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                 life.unreadable(producer)
                 life.from_hours_ago(producer)
                 look_until(
-                    lambda left: all(ask.of_forgetting or ask.title in OF_REFUSALS for ask in left), "the loop", TIMEOUT_S
+                    lambda left: all(ask.of_forgetting or ask.title in OF_REFUSALS for ask in left),
+                    "the loop",
+                    TIMEOUT_S,
                 )
                 life.refuse()
                 for _ in range(3):  # an update each

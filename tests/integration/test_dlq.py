@@ -160,7 +160,12 @@ def perennial(settings, *arguments: str, check=True, **environment: str):
         "PERENNIAL_STORE": settings.store, "COLUMNS": "200", **environment,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "streams.cli", *arguments], env=env, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "streams.cli", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
@@ -227,7 +232,9 @@ def test_what_was_erased_since_is_not_sent_again(settings, producer):
         for n, shift_ms in ((17, 1000), (18, -60_000))
     ]  # fmt: skip
     for entry in entries:
-        update_quarantine(open_store(settings.store), "acme/support", lambda found, entry=entry: found.with_entry(entry))
+        update_quarantine(
+            open_store(settings.store), "acme/support", lambda found, entry=entry: found.with_entry(entry)
+        )
     assert rehearsed(settings).left == {"erased": 1}
     report = replay(settings)
     assert (report.sent.total(), report.left) == (2, {"erased": 1})
@@ -274,7 +281,15 @@ def test_letters_of_inside_topics_and_foreign_records_stay(settings, producer):
 def test_a_letter_too_large_for_its_topic_does_not_stop_the_others(settings, producer):
     for original in (b"x" * 1_500_000, b"[]"):
         value, headers = dead_letter(
-            original, [], reason="oversize", stage="intake", detail="d", topic="documents", partition=0, offset=1, at=NOW
+            original,
+            [],
+            reason="oversize",
+            stage="intake",
+            detail="d",
+            topic="documents",
+            partition=0,
+            offset=1,
+            at=NOW,
         )
         producer.send(settings.topic("dead-letters"), value=value, headers=headers, partition=0).get(timeout=WAIT_S)
     report = replay(settings)

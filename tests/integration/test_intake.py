@@ -145,7 +145,8 @@ def document(number, text=None, adapter="acme/support"):
 
 def publish(producer, settings, values, topic="documents", partition=None, headers=None):
     sent = [
-        producer.send(settings.topic(topic), value=value, partition=partition, headers=headers or []) for value in values
+        producer.send(settings.topic(topic), value=value, partition=partition, headers=headers or [])
+        for value in values
     ]
     producer.flush()
     return [each.get(timeout=WAIT_S) for each in sent]

@@ -255,9 +255,7 @@ def test_a_hold_beats_an_erase_until_it_is_released_also_across_a_restart(bench)
 
 def test_the_calendar_asks_for_what_fell_due_and_for_nothing_else(bench):
     now_ms = time.time_ns() // 1_000_000
-    bench.learn(
-        example(1, now_ms, retention_class="PT3S"), example(2, now_ms, retention_class="P9D"), example(3, 1000)
-    )
+    bench.learn(example(1, now_ms, retention_class="PT3S"), example(2, now_ms, retention_class="P9D"), example(3, 1000))
     bench.start()
     deadline = time.monotonic() + PATIENCE_S
     while not (jobs := bench.events("adapter-jobs")) and time.monotonic() < deadline:
@@ -273,9 +271,7 @@ def test_what_is_under_way_when_it_is_erased_never_reaches_the_store(bench):
     bench.publish(erase(1))
     bench.wait_for("quarantined")
     finish_entry(bench.store, ADAPTER, "r1", Done(at_ms=1))
-    scored = [
-        ExampleScored(example=example(n), tokens=5, base_loss_nats=3.0, live_loss_nats=3.0) for n in (1, 2)
-    ]
+    scored = [ExampleScored(example=example(n), tokens=5, base_loss_nats=3.0, live_loss_nats=3.0) for n in (1, 2)]
     bench.publish(*scored)
     deadline = time.monotonic() + PATIENCE_S
     marks: dict[str, int] = {}

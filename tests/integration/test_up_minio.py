@@ -26,7 +26,28 @@ from streams.settings import Settings, SettingsError
 from tests.oracle import wait_until
 from tests.services import minio_binary, missing_service
 
-WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "graphs", "and", "matrices", "wait", "for", "their", "turn", "to", "be", "learned"]
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "a",
+    "lazy",
+    "dog",
+    "while",
+    "graphs",
+    "and",
+    "matrices",
+    "wait",
+    "for",
+    "their",
+    "turn",
+    "to",
+    "be",
+    "learned",
+]
 SMALL = {
     "PERENNIAL_PARTITIONS": "1", "PERENNIAL_THREADS": "1", "PERENNIAL_MAX_BATCH_EXAMPLES": "12",
     "PERENNIAL_MAX_AGE_S": "3", "PERENNIAL_STEPS": "1", "PERENNIAL_ROWS": "4", "PERENNIAL_ROW_TOKENS": "48",
@@ -46,7 +67,14 @@ def minio():
 def environment(data_dir: Path, **more: str) -> dict[str, str]:
     outside = {name: value for name, value in os.environ.items() if not name.startswith(("PERENNIAL_", "AWS_"))}
     # A stray token of another account must not reach the server.
-    return {**outside, **SMALL, "PERENNIAL_DATA_DIR": str(data_dir), "COLUMNS": "200", "AWS_SESSION_TOKEN": "stray", **more}
+    return {
+        **outside,
+        **SMALL,
+        "PERENNIAL_DATA_DIR": str(data_dir),
+        "COLUMNS": "200",
+        "AWS_SESSION_TOKEN": "stray",
+        **more,
+    }
 
 
 def perennial(data_dir, *arguments: str, stdin: str = ""):
@@ -78,7 +106,9 @@ def up(data_dir, *arguments: str) -> Iterator[Path]:
 def test_the_whole_loop_runs_on_a_minio_of_its_own(minio, broker_jars, tmp_path):
     data_dir, rng = tmp_path / "data", random.Random(1)
     lines = "".join(
-        json.dumps({"adapter": "acme/a", "document_id": f"{n}", "text": f"note {n}: {' '.join(rng.choices(WORDS, k=24))}"})
+        json.dumps(
+            {"adapter": "acme/a", "document_id": f"{n}", "text": f"note {n}: {' '.join(rng.choices(WORDS, k=24))}"}
+        )
         + "\n"
         for n in range(24)
     )
@@ -148,7 +178,9 @@ def test_a_server_ends_with_its_owner(minio, tmp_path):
         print(server.endpoint, flush=True)
         os.kill(os.getpid(), 9)
     """
-    owner = subprocess.run([sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=120, check=False)
+    owner = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(body)], capture_output=True, text=True, timeout=120, check=False
+    )
     assert owner.returncode == -signal.SIGKILL, owner.stderr
     wait_until(lambda: not reachable(owner.stdout.strip()), 30, "the server ended")
 
@@ -208,7 +240,9 @@ ThreadingHTTPServer((host, int(port)), Handler).serve_forever()
 '''
 
 
-def test_a_server_that_ignores_conditions_is_refused_before_any_role_starts(broker, topic_prefix, tmp_path, monkeypatch):
+def test_a_server_that_ignores_conditions_is_refused_before_any_role_starts(
+    broker, topic_prefix, tmp_path, monkeypatch
+):
     folder = tmp_path / "bin"
     folder.mkdir()
     binary = folder / "minio"

@@ -22,7 +22,9 @@ settings.load_profile("perennial")
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 _ADAPTER = st.from_regex(ADAPTER_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 200 and name.isascii())
-_TIME = st.integers(0, 250_000_000_000_000_000).map(lambda n: datetime(1971, 1, 1, tzinfo=UTC) + timedelta(microseconds=n))
+_TIME = st.integers(0, 250_000_000_000_000_000).map(
+    lambda n: datetime(1971, 1, 1, tzinfo=UTC) + timedelta(microseconds=n)
+)
 _PATTERNS: dict[str, st.SearchStrategy[str]] = {
     ADAPTER_PATTERN: _ADAPTER,
     ADAPTERS_PATTERN: _ADAPTER | st.just("*") | _ADAPTER.map("{}/*".format),
@@ -36,8 +38,6 @@ _RETENTION = st.sampled_from([events.PERMANENT, "P30D", "PT12H", "P1Y2M"])
 def event_of(model: type[Event]) -> st.SearchStrategy[Event]:
     """Valid events of a type."""
     return _model(model)
-
-
 
 
 def _model(model: type[BaseModel]) -> st.SearchStrategy[Any]:
@@ -94,8 +94,6 @@ def _scalar(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return _model(annotation)
     raise TypeError(f"no strategy for {annotation!r} {metadata!r}")
-
-
 
 
 any_event: st.SearchStrategy[Event] = st.one_of(*(event_of(model) for model in EVENTS.values()))

@@ -56,7 +56,18 @@ def test_first_weights_follow_from_base_adapter_and_seed() -> None:
     one, same, other = Lora(tiny.base(), CONFIG), Lora(tiny.base(), CONFIG), Lora(tiny.base(1), CONFIG)
     first = to_safetensors(one.init_state("a", 0))
     assert first == to_safetensors(same.init_state("a", 0))
-    assert len({first, *(to_safetensors(s) for s in (one.init_state("b", 0), one.init_state("a", 1), other.init_state("a", 0)))}) == 4
+    assert (
+        len(
+            {
+                first,
+                *(
+                    to_safetensors(s)
+                    for s in (one.init_state("b", 0), one.init_state("a", 1), other.init_state("a", 0))
+                ),
+            }
+        )
+        == 4
+    )
 
 
 def test_every_linear_layer_but_the_head_is_adapted() -> None:

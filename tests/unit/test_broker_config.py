@@ -121,9 +121,7 @@ def test_no_jars_and_no_network_is_an_error_with_remedies(cache: Path, monkeypat
     assert list(cache.parent.glob("*.partial")) == []
 
 
-def test_a_cache_that_cannot_be_written_is_an_error_with_remedies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_cache_that_cannot_be_written_is_an_error_with_remedies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "perennial").write_text("a file where the folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(BrokerError, match="PERENNIAL_KAFKA"):

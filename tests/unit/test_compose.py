@@ -326,7 +326,9 @@ def metric_names() -> set[str]:
 
 def test_every_metric_of_dashboards_and_alerts_exists():
     known = metric_names() | {"up", "ALERTS"}
-    expressions = [target["expr"] for board in dashboards().values() for panel in panels(board) for target in panel["targets"]]
+    expressions = [
+        target["expr"] for board in dashboards().values() for panel in panels(board) for target in panel["targets"]
+    ]
     expressions += [rule["expr"] for rule in rules()]
     for expression in expressions:
         named = set(re.findall(r"\b(?:perennial_\w+|up\b|ALERTS\b)", expression))
@@ -355,7 +357,11 @@ def test_a_dashboard_is_complete(name):
     taken: set[tuple[int, int]] = set()
     for panel in board["panels"]:
         place = panel["gridPos"]
-        cells = {(x, y) for x in range(place["x"], place["x"] + place["w"]) for y in range(place["y"], place["y"] + place["h"])}
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
         assert not cells & taken, panel["title"]
         assert place["x"] + place["w"] <= 24
         taken |= cells

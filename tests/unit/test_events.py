@@ -43,7 +43,9 @@ def test_durations(text, seconds):
     assert duration_s(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "P", "PT", "P0D", "30D", "P1H", "P-1D", "P1.5D", "PT1M1H", "P1D ", "P1D\n", "P\u0663D", "p1d"])
+@pytest.mark.parametrize(
+    "text", ["", "P", "PT", "P0D", "30D", "P1H", "P-1D", "P1.5D", "PT1M1H", "P1D ", "P1D\n", "P\u0663D", "p1d"]
+)
 def test_what_is_no_duration(text):
     with pytest.raises(ValueError, match="P30D"):
         duration_s(text)

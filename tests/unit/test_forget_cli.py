@@ -88,7 +88,11 @@ def test_unusable_requests_are_refused(given):
     [
         ("hold", None, "everything"),
         ("erase", {"document_ids": ["a"], "subjects": ["ann"]}, "document a, subject ann"),
-        ("erase", {"document_ids": list("abcdefg")}, "document a, document b, document c, document d, document e and 2 more"),
+        (
+            "erase",
+            {"document_ids": list("abcdefg")},
+            "document a, document b, document c, document d, document e and 2 more",
+        ),
         ("policy", {"retention_class": "P30D"}, "class P30D"),
         ("revoke", None, "-"),
     ],
@@ -104,9 +108,7 @@ def test_a_request_is_shown_by_what_it_means(kind, selector, said):
 def test_explain_tells_where_each_example_came_from_and_what_became_of_it(line, capsys):
     first = learn(line, example(1, retention_class="P1D"), example(2))
     learn(line, example(3), outcome="refused")
-    entry = Entry(
-        request_id="r", job_id="j", kind="erase", selector={"document_ids": ["d2"]}, until_ms=10**12
-    )
+    entry = Entry(request_id="r", job_id="j", kind="erase", selector={"document_ids": ["d2"]}, until_ms=10**12)
     update_quarantine(line.store, ADAPTER, lambda quarantine: quarantine.with_entry(entry))
     assert explain(ADAPTER, document=None, limit=10, as_json=True) == 0
     lines = {item["document_id"]: item for item in json.loads(capsys.readouterr().out)}

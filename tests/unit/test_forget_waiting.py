@@ -48,7 +48,9 @@ def test_what_was_learned_is_replayed_no_more_from_acceptance_on(store: Director
     assert never_saw(line, tmp_path, cuts, {2}).equals(done.manifest)
 
 
-def test_what_is_accepted_while_an_update_replays_it_begins_that_update_anew(store: DirectoryStore, tmp_path: Path) -> None:
+def test_what_is_accepted_while_an_update_replays_it_begins_that_update_anew(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
     cuts, job = documents(22, 8), erase("r1", 1)
     learn(lineage(store), {0: cuts[0]})
     trained = 0
@@ -110,7 +112,9 @@ def test_a_hold_keeps_the_text_of_a_refused_job(store: DirectoryStore) -> None:
 def test_a_refused_job_may_name_anything(store: DirectoryStore) -> None:
     line, cuts = lineage(store), documents(26, 8)
     learn(line, {0: cuts[0]})
-    foreign = jobs.update(store, 0, [example.model_copy(update={"adapter": "acme/other"}) for example in cuts[0]], adapter="acme/other")
+    foreign = jobs.update(
+        store, 0, [example.model_copy(update={"adapter": "acme/other"}) for example in cuts[0]], adapter="acme/other"
+    )
     line.refused(foreign.model_copy(update={"adapter": ADAPTER, "job_id": "one"}))
     line.refused(jobs.with_batch(store, jobs.update(store, 1, cuts[1]), b"weights, or noise"))
     line.refused(jobs.update(store, 0, cuts[0]).model_copy(update={"job_id": "again"}))  # what was learned long ago

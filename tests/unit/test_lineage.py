@@ -36,7 +36,9 @@ GENERAL = [f"plain words number {number}" for number in range(6)]
 _serial = itertools.count()
 
 
-def lineage(store: ObjectStore, base_seed: int = 0, failpoint: Callable[[str], None] | None = None, **more: Any) -> Lineage:
+def lineage(
+    store: ObjectStore, base_seed: int = 0, failpoint: Callable[[str], None] | None = None, **more: Any
+) -> Lineage:
     prepare(1)
     settings = SETTINGS.model_copy(update=more)
     base = tiny.base(base_seed)

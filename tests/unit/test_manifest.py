@@ -77,9 +77,7 @@ def test_any_scalars_read_back_to_the_byte(config):
     manifest = make(config=config, gate=config)
     again = Manifest.from_bytes(manifest.to_bytes())
     assert again.to_bytes() == manifest.to_bytes()
-    assert {name: type(value) for name, value in again.config.items()} == {
-        k: type(v) for k, v in config.items()
-    }
+    assert {name: type(value) for name, value in again.config.items()} == {k: type(v) for k, v in config.items()}
 
 
 @pytest.mark.parametrize(

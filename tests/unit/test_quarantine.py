@@ -29,9 +29,7 @@ def example(number: int = 1, at_ms: int = 1000, **fields: object) -> ExampleAcce
     return ExampleAccepted(
         adapter=ADAPTER,
         example_id=f"{number:032x}",
-        origin=Origin(
-            cluster_id="c", topic="documents", topic_id="t", partition=0, offset=number, timestamp_ms=at_ms
-        ),
+        origin=Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=number, timestamp_ms=at_ms),
         **given,
     )
 

@@ -54,7 +54,11 @@ def learn(store, adapter: str) -> str:
 
 def erase(request_id: str) -> RetentionRequested:
     return RetentionRequested(
-        request_id=request_id, kind="erase", adapter="acme/a", selector=Selector(subjects=[request_id]), requested_by="ann"
+        request_id=request_id,
+        kind="erase",
+        adapter="acme/a",
+        selector=Selector(subjects=[request_id]),
+        requested_by="ann",
     )
 
 

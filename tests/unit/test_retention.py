@@ -38,9 +38,7 @@ def example(number: int, at_ms: int = 100, adapter: str = A, **fields: object) -
         example_id=f"{number:032x}",
         kind="document",
         learn=True,
-        origin=Origin(
-            cluster_id="c", topic="documents", topic_id="t", partition=0, offset=number, timestamp_ms=at_ms
-        ),
+        origin=Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=number, timestamp_ms=at_ms),
         **given_fields,
     )
 

@@ -207,7 +207,9 @@ def test_crashes_and_redeliveries_at_random_leave_each_example_in_one_cut(seed):
         for token in line.ready():
             committed = token + 1
     learned = Counter(
-        (e.origin.partition, e.origin.offset) for body in batches.values() for e in Batch.model_validate_json(body).examples
+        (e.origin.partition, e.origin.offset)
+        for body in batches.values()
+        for e in Batch.model_validate_json(body).examples
     )
     assert learned == Counter({(partition, offset): 1 for partition, count in at.items() for offset in range(count)})
 

@@ -114,7 +114,9 @@ json_like = st.recursive(
 @example(b'{"a":' * 100_000, None, "documents")
 @example(b'"\\"' * 100_000, None, "documents")
 @example(b"\xef\xbb\xbf{}", None, "documents")
-@example(b'{"specversion":"1.0","type":"document.observed","id":"\\ud800","source":"s","data":{}}', STRUCTURED, "documents")
+@example(
+    b'{"specversion":"1.0","type":"document.observed","id":"\\ud800","source":"s","data":{}}', STRUCTURED, "documents"
+)
 def test_no_bytes_raise_anything_but_our_own_error(value, headers, topic):
     try:
         read = decode(value, headers, topic)
@@ -269,7 +271,9 @@ def test_an_invalid_traceparent_is_ignored_when_read_and_refused_when_written(tr
     assert decode(value_of(), [*BINARY, ("traceparent", TRACE.encode())], "documents").traceparent == TRACE
 
 
-@pytest.mark.parametrize(("event_id", "source"), [("", "/s"), ("a\x00", "/s"), ("1", ""), ("x" * 1025, "/s"), ("\ud800", "/s")])
+@pytest.mark.parametrize(
+    ("event_id", "source"), [("", "/s"), ("a\x00", "/s"), ("1", ""), ("x" * 1025, "/s"), ("\ud800", "/s")]
+)
 def test_what_would_not_be_read_back_is_not_written(event_id, source):
     with pytest.raises(WireError):
         encode(DocumentObserved(**DOCUMENT), id=event_id, source=source, time=NOW)

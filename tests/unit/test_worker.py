@@ -13,8 +13,6 @@ def test_an_id_from_outside_forges_no_line_of_the_log_and_a_traceback_keeps_its_
         "args": ("r1\n2026-01-31 E perennial: all is lost\x1b[2K\r\u2028",),
     })  # fmt: skip
     said = OneLine("%(levelname).1s %(name)s: %(message)s").format(record)
-    assert said == (
-        "I perennial.retain: r1\\n2026-01-31 E perennial: all is lost\\x1b[2K\\r\\u2028: closed"
-    )
+    assert said == ("I perennial.retain: r1\\n2026-01-31 E perennial: all is lost\\x1b[2K\\r\\u2028: closed")
     record.exc_text = "Traceback\n  line"
     assert OneLine("%(message)s").format(record).endswith("\nTraceback\n  line")
