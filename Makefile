@@ -66,8 +66,8 @@ lock: $(READY)
 	echo 'uv' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url - -o requirements-uv.lock --upgrade
 
 schema: $(READY)
-	$(BIN)/python -m streams.schema
-	$(BIN)/python -m streams.settings
+	$(BIN)/python -m tools.generate_schemas
+	$(BIN)/python -m perennial.streams.settings
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis out

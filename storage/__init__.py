@@ -1,1 +1,1 @@
-"""Objects, manifests and the registry of adapter versions; imports nothing else of the project."""
+"""Objects and the registry of adapter versions. Imports nothing else of the project."""

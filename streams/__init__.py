@@ -1,1 +1,1 @@
-"""All that speaks Kafka; never imports torch."""
+"""All that speaks Kafka. Never imports torch."""

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from streams.broker import BrokerError, EmbeddedBroker, fetch_jars
-from streams.broker_jars import java_path
+from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
+from perennial.streams.devstack.kafka_jars import java_path
 
 _started: list[EmbeddedBroker] = []  # kept to the end of the process: a worker may leave its broker to the others
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from storage.blobs import ObjectStore, put_blob
-from streams.events import Batch, BatchSkip, BlobRef, ExampleAccepted, UpdateRequested
+from perennial.storage.objects.object_store import ObjectStore, put_blob
+from perennial.streams.events.models import Batch, BatchSkip, BlobRef, ExampleAccepted, UpdateRequested
 from tests import tiny
 
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from learner.forget import History
-from learner.leftovers import load_history
-from storage.manifest import Manifest
-from storage.registry import Registry
+from perennial.learner.versions.garbage_collection import load_history
+from perennial.learner.versions.history import History
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.registry import Registry
 
 Place = tuple[str, int]
 """`topic/partition` (the topic with its prefix) and offset: where a record was first published."""

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
-from learner.adapter import to_safetensors
-from learner.batches import BatchRows
-from learner.replay import index_to_bytes
-from learner.update import Parent, Updater
-from storage.blobs import ObjectStore, put_blob
-from storage.manifest import Manifest
-from streams.events import Batch, ExampleAccepted
+from perennial.learner.model.lora import to_safetensors
+from perennial.learner.training.replay_buffer import index_to_bytes
+from perennial.learner.training.update import Parent, Updater
+from perennial.learner.versions.micro_batches import BatchRows
+from perennial.storage.objects.object_store import ObjectStore, put_blob
+from perennial.storage.registry.manifest import Manifest
+from perennial.streams.events.models import Batch, ExampleAccepted
 
 
 @dataclass(frozen=True)

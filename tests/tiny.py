@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from learner.base import Base
-from streams.events import ExampleAccepted, Origin
+from perennial.learner.model.base import Base
+from perennial.streams.events.models import ExampleAccepted, Origin
 
 SPECIALS = ("<|bos|>", "<|eos|>", "<|pad|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (

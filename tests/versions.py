@@ -9,10 +9,11 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from uuid import uuid4
 
-from storage.blobs import ObjectStore, digest_of
-from storage.errors import PerennialError
-from storage.manifest import BlobRef, Manifest
-from storage.registry import AliasState, Registry
+from perennial.storage.errors import PerennialError
+from perennial.storage.objects.keys import digest_of
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.manifest import BlobRef, Manifest
+from perennial.storage.registry.registry import AliasState, Registry
 
 BASE = "sha256:" + "b" * 64
 _serial = itertools.count()

@@ -1,5 +1,5 @@
 """The command line: `perennial`. The only place that may import everything, each part inside its command."""
 
-from streams.cli.app import app, main
+from perennial.streams.cli.app import app, main
 
 __all__ = ["app", "main"]

@@ -1,5 +1,5 @@
-"""`python -m streams.cli`: the same as the installed `perennial`."""
+"""`python -m perennial.streams.cli`: the same as the installed `perennial`."""
 
-from streams.cli.app import main
+from perennial.streams.cli.app import main
 
 main()

@@ -12,14 +12,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from storage.blobs import open_store
-from storage.errors import NotFoundError
-from storage.manifest import Manifest
-from storage.registry import AliasState, Registry
-from streams.cli.running import connected_settings
-from streams.client import Publisher
-from streams.events import RollbackRequested
-from streams.settings import Settings
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.factory import open_store
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.registry import AliasState, Registry
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.events.models import RollbackRequested
+from perennial.streams.settings import Settings
 
 
 def open_registry(settings: Settings) -> Registry:

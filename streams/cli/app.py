@@ -14,8 +14,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from storage.errors import NotFoundError, PerennialError, StoreUnavailableError
-from streams.cli.forget_app import forget_app
+from perennial.storage.errors import NotFoundError, PerennialError, StoreUnavailableError
+from perennial.streams.cli.forget_app import forget_app
 
 app = typer.Typer(
     help="Keeps language models learning from Kafka, and makes them forget on purpose.",
@@ -85,7 +85,7 @@ def demo(
     json_: Json = False,
 ) -> None:
     """Show the whole loop on real text: a broker, every role, an adapter that lives through a change of domain."""
-    from streams.cli.demo import run_demo
+    from perennial.streams.cli.demo.run import run_demo
 
     raise typer.Exit(run_demo(quick=quick, out=out, keep=keep, as_json=json_))
 
@@ -100,7 +100,7 @@ def up(
     ] = None,
 ) -> None:
     """Run an embedded broker and all roles until Ctrl-C; what was learned is kept."""
-    from streams.cli.up import run_up
+    from perennial.streams.devstack.stack import run_up
 
     raise typer.Exit(run_up(data_dir=data_dir, port=port, shared_model=shared_model, store=store))
 
@@ -111,7 +111,7 @@ def worker(
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
     """Run one role (or several in one process) until SIGTERM."""
-    from streams.cli.worker import run_worker
+    from perennial.streams.cli.worker import run_worker
 
     raise typer.Exit(run_worker(roles, parent_pid=parent))
 
@@ -122,7 +122,7 @@ def initialise(
     json_: Json = False,
 ) -> None:
     """Make topics and bucket where they are missing, and prove the store's conditional writes; safe to repeat."""
-    from streams.cli.init import initialise
+    from perennial.streams.cli.init import initialise
 
     raise typer.Exit(initialise(wait_s=wait_s, as_json=json_))
 
@@ -133,7 +133,7 @@ def topics_create(
     json_: Json = False,
 ) -> None:
     """Make the topics that are missing, and say which existing ones differ from what the project needs."""
-    from streams.cli.topics import create_topics
+    from perennial.streams.cli.topics import create_topics
 
     raise typer.Exit(create_topics(dry_run=dry_run, as_json=json_))
 
@@ -145,7 +145,7 @@ def publish_documents(
     json_: Json = False,
 ) -> None:
     """Publish documents: a JSON object a line with adapter, document_id and text."""
-    from streams.cli.publish import publish_file
+    from perennial.streams.cli.publish import publish_file
 
     raise typer.Exit(publish_file("documents", file, adapter=adapter, as_json=json_))
 
@@ -157,7 +157,7 @@ def publish_interactions(
     json_: Json = False,
 ) -> None:
     """Publish interactions: a JSON object a line with adapter, interaction_id, prompt, response and correction."""
-    from streams.cli.publish import publish_file
+    from perennial.streams.cli.publish import publish_file
 
     raise typer.Exit(publish_file("interactions", file, adapter=adapter, as_json=json_))
 
@@ -165,7 +165,7 @@ def publish_interactions(
 @adapters_app.command("ls")
 def adapters_ls(json_: Json = False) -> None:
     """All adapters with their live version."""
-    from streams.cli.adapters import list_adapters
+    from perennial.streams.cli.adapters import list_adapters
 
     raise typer.Exit(list_adapters(as_json=json_))
 
@@ -173,7 +173,7 @@ def adapters_ls(json_: Json = False) -> None:
 @adapters_app.command("show")
 def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
     """One adapter: what is live, what it learned, through which gate."""
-    from streams.cli.adapters import show_adapter
+    from perennial.streams.cli.adapters import show_adapter
 
     raise typer.Exit(show_adapter(adapter, as_json=json_))
 
@@ -185,7 +185,7 @@ def adapters_history(
     json_: Json = False,
 ) -> None:
     """The line of versions, refused ones and their reasons included."""
-    from streams.cli.adapters import show_history
+    from perennial.streams.cli.adapters import show_history
 
     raise typer.Exit(show_history(adapter, limit=limit, as_json=json_))
 
@@ -199,7 +199,7 @@ def adapters_rollback(
     json_: Json = False,
 ) -> None:
     """Make an earlier version live again."""
-    from streams.cli.adapters import roll_back
+    from perennial.streams.cli.adapters import roll_back
 
     raise typer.Exit(roll_back(adapter, to=to, reason=reason, wait_s=wait_s, as_json=json_))
 
@@ -211,7 +211,7 @@ def dlq_ls(
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
     """What was refused: why, by whom, from where, and whether a replay would send it back."""
-    from streams.cli.dlq import list_letters, selection
+    from perennial.streams.cli.dlq import list_letters, selection
 
     chosen = selection(reason=reason, stage=stage, topic=topic, adapter=adapter, since=since)
     raise typer.Exit(list_letters(chosen, limit=limit, max_replays=max_replays, as_json=json_))
@@ -223,7 +223,7 @@ def dlq_show(
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
     """One letter with its headers and value."""
-    from streams.cli.dlq import show_letter
+    from perennial.streams.cli.dlq import show_letter
 
     raise typer.Exit(show_letter(place, max_replays=max_replays, as_json=json_))
 
@@ -237,7 +237,7 @@ def dlq_replay(
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
     """Send letters back to their topics, counted and at a steady rate; goes on where an earlier replay ended."""
-    from streams.cli.dlq import replay_letters, selection
+    from perennial.streams.cli.dlq import replay_letters, selection
 
     chosen = selection(reason=reason, stage=stage, topic=topic, adapter=adapter, since=since)
     raise typer.Exit(
@@ -253,7 +253,7 @@ def explain(
     json_: Json = False,
 ) -> None:
     """What it learned: which events, from where, in which version, through which gate, and until when."""
-    from streams.cli.explain import explain as explain_adapter
+    from perennial.streams.cli.explain import explain as explain_adapter
 
     raise typer.Exit(explain_adapter(adapter, document=document, limit=limit, as_json=json_))
 
@@ -266,7 +266,7 @@ def ask(
     json_: Json = False,
 ) -> None:
     """Ask the frozen base and the live adapter the same, side by side."""
-    from streams.cli.ask import ask_both
+    from perennial.streams.cli.ask import ask_both
 
     raise typer.Exit(ask_both(adapter, prompt, max_new_tokens=max_new_tokens, as_json=json_))
 
@@ -274,7 +274,7 @@ def ask(
 @app.command()
 def status(json_: Json = False) -> None:
     """The flow at a glance: topics, lag, adapters, who serves them."""
-    from streams.cli.status import show_status
+    from perennial.streams.cli.status import show_status
 
     raise typer.Exit(show_status(as_json=json_))
 
@@ -285,7 +285,7 @@ def watch(
     times: Annotated[int, typer.Option(help="Looks before it ends; 0: until Ctrl-C.")] = 0,
 ) -> None:
     """Live view of the flow."""
-    from streams.cli.status import watch_status
+    from perennial.streams.cli.status import watch_status
 
     raise typer.Exit(watch_status(every_s=every_s, times=times))
 
@@ -293,6 +293,6 @@ def watch(
 @app.command()
 def doctor(json_: Json = False) -> None:
     """Check broker, topics, store, conditional writes, base and device, and say the remedy."""
-    from streams.cli.doctor import examine
+    from perennial.streams.cli.doctor import examine
 
     raise typer.Exit(examine(as_json=json_))

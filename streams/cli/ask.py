@@ -9,10 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
 
-from storage.blobs import get_blob, open_store
-from storage.errors import NotFoundError
-from streams.cli.adapters import open_registry, short
-from streams.cli.running import connected_settings
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import get_blob
+from perennial.streams.cli.adapters import open_registry, short
+from perennial.streams.devstack.discovery import connected_settings
 
 
 def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -> int:
@@ -27,9 +28,9 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
             remedy="see `perennial adapters ls`; publish and wait for the gate",
         )
     with Console(stderr=True).status("loading the base and the adapter"):
-        from learner.adapter import LoraConfig
-        from learner.backends import PeftBackend
-        from learner.base import load_base
+        from perennial.learner.model.base import load_base
+        from perennial.learner.model.lora import LoraConfig
+        from perennial.learner.serving.peft_backend import PeftBackend
 
         manifest = registry.manifest(adapter, alias.version)
         weights = get_blob(open_store(settings.require_store()), manifest.weights.digest)

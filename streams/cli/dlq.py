@@ -17,9 +17,9 @@ from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from streams.cli.running import connected_settings
-from streams.deadletters import Letter, Report, Selection, is_done, parse_place, parse_since, state_of
-from streams.replay import DeadLetters, Replayer, rehearse
+from perennial.streams.deadletters.model import Letter, Report, Selection, is_done, parse_place, parse_since, state_of
+from perennial.streams.deadletters.redrive import DeadLetters, Replayer, rehearse
+from perennial.streams.devstack.discovery import connected_settings
 
 _SHOWN_BYTES = 4096
 _SHOWN_CHARS = 200

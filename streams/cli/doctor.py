@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.markup import escape
 
-from storage.blobs import open_store
-from storage.errors import PerennialError
-from streams.cli.running import connected_settings
-from streams.settings import Settings
+from perennial.storage.errors import PerennialError
+from perennial.storage.objects.factory import open_store
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.settings import Settings
 
 _MIN_FREE_BYTES = 2 * 1024**3
 
@@ -43,7 +43,7 @@ def _disk(settings: Settings) -> Finding:
 
 
 def _jars(_: Settings) -> Finding:
-    from streams.broker import fetch_jars
+    from perennial.streams.devstack.kafka_broker import fetch_jars
 
     jars = fetch_jars()
     return Finding("embedded broker", True, f"{len(jars)} jars cached")
@@ -62,7 +62,7 @@ def _broker(settings: Settings) -> Finding:
 
 
 def _topics(settings: Settings) -> Finding:
-    from streams.topics import provision
+    from perennial.streams.kafka.topics import provision
 
     reports = provision(settings, dry_run=True)
     missing = [report.name for report in reports if report.created]
@@ -84,7 +84,7 @@ def _store(settings: Settings) -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
-    from learner.base import load_base
+    from perennial.learner.model.base import load_base
 
     base = load_base(settings.base, settings.device, settings.threads)
     size = sum(p.numel() for p in base.model.parameters()) / 1e6

@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from storage.errors import NotFoundError
-from storage.manifest import Manifest
-from storage.quarantine import load_quarantine
-from storage.registry import Registry
-from streams.cli.adapters import open_registry, require_adapter, short
-from streams.cli.running import connected_settings
-from streams.known import Index
-from streams.quarantine import Screen
-from streams.retain import load_book
-from streams.retention_book import Known, expires_ms, policies_on
+from perennial.storage.errors import NotFoundError
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.quarantine import load_quarantine
+from perennial.storage.registry.registry import Registry
+from perennial.streams.cli.adapters import open_registry, require_adapter, short
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.retain.example_index import Index
+from perennial.streams.retain.ledger import Known, expires_ms, policies_on
+from perennial.streams.retain.service import load_book
+from perennial.streams.retention.quarantine_filter import Screen
 
 _ERASED = "erased"
 

@@ -10,13 +10,13 @@ from typing import Any, Self
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import GroupIdNotFoundError, KafkaError
 
-from storage.errors import PerennialError
-from storage.registry import Registry
-from streams import wire
-from streams.cli.adapters import open_registry
-from streams.events import AdapterActivated, AdapterFailed
-from streams.settings import Settings
-from streams.topics import TOPICS
+from perennial.storage.errors import PerennialError
+from perennial.storage.registry.registry import Registry
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.events import cloudevents as wire
+from perennial.streams.events.models import AdapterActivated, AdapterFailed
+from perennial.streams.kafka.topics import TOPICS
+from perennial.streams.settings import Settings
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "intake": ("documents", "interactions"),

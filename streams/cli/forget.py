@@ -15,20 +15,20 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from storage.blobs import open_store
-from storage.errors import NotFoundError
-from storage.registry import Registry
-from streams.cli.adapters import open_registry, short
-from streams.cli.flow import BrokerUnreachableError
-from streams.cli.running import connected_settings
-from streams.client import Publisher
-from streams.connect import connect
-from streams.events import AdapterPattern, RetentionProgressed, RetentionRequested, Selector
-from streams.known import Index
-from streams.retain import load_book
-from streams.retention_book import Book, Known, Record, covers, meanings_of_holds
-from streams.settings import Settings, SettingsError
-from streams.wire import WireError, decode
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.factory import open_store
+from perennial.storage.registry.registry import Registry
+from perennial.streams.cli.adapters import open_registry, short
+from perennial.streams.cli.flow import BrokerUnreachableError
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.events.cloudevents import WireError, decode
+from perennial.streams.events.models import AdapterPattern, RetentionProgressed, RetentionRequested, Selector
+from perennial.streams.kafka.connect import connect
+from perennial.streams.retain.example_index import Index
+from perennial.streams.retain.ledger import Book, Known, Record, covers, meanings_of_holds
+from perennial.streams.retain.service import load_book
+from perennial.streams.settings import Settings, SettingsError
 
 _TOPIC = RetentionProgressed.topic
 _CONNECT_S = 5.0

@@ -35,7 +35,7 @@ def forget(
     """
     if context.invoked_subcommand is not None:
         return
-    from streams.cli.forget import ask_to_forget, selector_of, show_plan
+    from perennial.streams.cli.forget import ask_to_forget, selector_of, show_plan
 
     selector = selector_of(adapter, document or [], subject or [], source or [])
     if dry_run:
@@ -50,7 +50,7 @@ def status(
     json_: _Json = False,
 ) -> None:
     """How far requests to forget, hold or expire have come."""
-    from streams.cli.forget import show_requests
+    from perennial.streams.cli.forget import show_requests
 
     raise typer.Exit(show_requests(request, limit=limit, as_json=json_))
 
@@ -95,7 +95,7 @@ def _ask(
     *,
     as_json: bool,
 ) -> None:
-    from streams.cli.forget import ask_to_hold, check_pattern, selector_of
+    from perennial.streams.cli.forget import ask_to_hold, check_pattern, selector_of
 
     check_pattern(adapter)
     documents, subjects, sources = (values or [] for values in named)

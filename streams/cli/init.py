@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from rich.console import Console
 
-from storage.blobs import open_store
-from storage.errors import StoreUnavailableError
-from streams.cli.running import connected_settings
-from streams.topics import KafkaUnavailableError, provision
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.factory import open_store
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.kafka.topics import KafkaUnavailableError, provision
 
 _PAUSE_S = 1.0
 _T = TypeVar("_T")

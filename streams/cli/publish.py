@@ -13,10 +13,10 @@ from typing import BinaryIO
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from storage.errors import NotFoundError, PerennialError
-from streams import wire
-from streams.cli.running import connected_settings
-from streams.client import Publisher, Receipt
+from perennial.storage.errors import NotFoundError, PerennialError
+from perennial.streams.client.publisher import Publisher, Receipt
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.events import cloudevents as wire
 
 _MAX_LINE_BYTES = 2 * 1024 * 1024
 _IN_FLIGHT = 2_000

@@ -11,10 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from streams.cli.adapters import short
-from streams.cli.flow import GROUPS, Flow, FlowReader
-from streams.cli.running import connected_settings
-from streams.topics import TOPICS
+from perennial.streams.cli.adapters import short
+from perennial.streams.cli.flow import GROUPS, Flow, FlowReader
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.kafka.topics import TOPICS
 
 
 def show_status(*, as_json: bool) -> int:

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from streams.cli.running import connected_settings
-from streams.topics import provision
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.kafka.topics import provision
 
 
 def create_topics(*, dry_run: bool, as_json: bool) -> int:

@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from storage.errors import PerennialError
-from streams.cli.supervise import ROLES, die_with_parent
-from streams.metrics import Metrics, serve
-from streams.settings import Settings, SettingsError, load_settings
+from perennial.storage.errors import PerennialError
+from perennial.streams.devstack.supervisor import ROLES, die_with_parent
+from perennial.streams.observe.metrics import Metrics, serve
+from perennial.streams.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
-    from learner.base import Base
+    from perennial.learner.model.base import Base
 
 log = logging.getLogger("perennial")
 
@@ -68,24 +68,24 @@ def _bodies(
     base: Base | None = None
     lock = threading.RLock()
     if {"scorer", "learner"} <= set(roles):
-        from learner.base import load_base
+        from perennial.learner.model.base import load_base
 
         base = load_base(settings.base, settings.device, settings.threads)
     for role in dict.fromkeys(roles):
         if role == "intake":
-            from streams.intake import run_intake
+            from perennial.streams.intake.service import run_intake
 
             bodies[role] = lambda: run_intake(settings, stop, metrics)
         elif role == "streams":
-            from streams.agents import run_streams
+            from perennial.streams.faust_app import run_streams
 
             bodies[role] = lambda: run_streams(settings, stop, metrics)
         elif role == "scorer":
-            from learner.scorer import run_scorer
+            from perennial.learner.roles.scorer import run_scorer
 
             bodies[role] = lambda: run_scorer(settings, stop, metrics, base=base, lock=lock)
         else:
-            from learner.worker import run_learner
+            from perennial.learner.roles.learner import run_learner
 
             bodies[role] = lambda: run_learner(settings, stop, metrics, base=base, lock=lock)
     return bodies

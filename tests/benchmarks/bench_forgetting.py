@@ -26,17 +26,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from learner.base import load_base
-from learner.examples import ExampleError, Row
-from learner.forgetter import Forgetter
-from learner.lineage import Lineage
-from learner.score import mean_nats, row_losses
-from learner.worker import make_lineage
-from storage.blobs import DirectoryStore, put_blob
-from storage.quarantine import Entry, update_quarantine
-from storage.registry import Head
-from streams.cli.texts import package_docstrings
-from streams.events import (
+from perennial.learner.forgetting.executor import Forgetter
+from perennial.learner.model.base import load_base
+from perennial.learner.model.loss import mean_nats, row_losses
+from perennial.learner.model.tokenization import ExampleError, Row
+from perennial.learner.roles.learner import make_lineage
+from perennial.learner.versions.update_job import Lineage
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.object_store import put_blob
+from perennial.storage.registry.quarantine import Entry, update_quarantine
+from perennial.storage.registry.registry import Head
+from perennial.streams.cli.demo.texts import package_docstrings
+from perennial.streams.events.models import (
     Batch,
     BlobRef,
     ExampleAccepted,
@@ -45,7 +46,7 @@ from streams.events import (
     Selector,
     UpdateRequested,
 )
-from streams.settings import Settings, load_settings
+from perennial.streams.settings import Settings, load_settings
 from tests import scratch
 
 ADAPTER = "bench/forgetting"

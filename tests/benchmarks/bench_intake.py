@@ -25,8 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streams.accept import Accepted, Acceptor, Duplicate, OriginPartition
-from streams.settings import Settings
+from perennial.streams.intake.validation import Accepted, Acceptor, Duplicate, OriginPartition
+from perennial.streams.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,7 +85,7 @@ def _broker() -> Iterator[str]:
     if os.environ.get("PERENNIAL_KAFKA"):
         yield os.environ["PERENNIAL_KAFKA"]
         return
-    from streams.broker import EmbeddedBroker
+    from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 
     with tempfile.TemporaryDirectory() as folder, EmbeddedBroker(Path(folder) / "broker") as broker:
         yield broker.bootstrap
@@ -110,7 +110,7 @@ def _publish(settings: Settings, events: int) -> float:
     """Provision and fill the input topic. Returns the mean size of a value in bytes."""
     from confluent_kafka import Producer
 
-    from streams.topics import provision
+    from perennial.streams.kafka.topics import provision
 
     provision(settings)
     producer = Producer({"bootstrap.servers": settings.kafka, "linger.ms": 50, "acks": "all"})
@@ -210,7 +210,7 @@ def _run_one(contender: str, events: int, group: str) -> int:
 
 
 def _acceptor(settings: Settings) -> Acceptor:
-    from streams.topics import identify
+    from perennial.streams.kafka.topics import identify
 
     ids = identify(settings, ["documents"])
     topic = settings.topic("documents")
@@ -220,8 +220,8 @@ def _acceptor(settings: Settings) -> Acceptor:
 
 def _perennial(settings: Settings, events: int, group: str, watch: Stopwatch) -> None:
     """The shipped loop and metrics; only the stopwatch is added."""
-    from streams.intake import Intake
-    from streams.metrics import Metrics
+    from perennial.streams.intake.service import Intake
+    from perennial.streams.observe.metrics import Metrics
 
     class Timed(Intake):
         def _produce(self, messages: Any) -> None:

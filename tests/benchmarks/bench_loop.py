@@ -18,19 +18,19 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
-from learner.adapter import LoraConfig
-from learner.backends import PeftBackend
-from learner.base import load_base
-from storage.registry import AliasState
-from streams.cli.adapters import open_registry
-from streams.cli.follow import Follower
-from streams.cli.latency import stage_seconds, summarise
-from streams.cli.ledger import Ledger
-from streams.cli.texts import package_docstrings
-from streams.cli.up import Stack
-from streams.client import Publisher, Subscriber
-from streams.events import AdapterPromoted, Event
-from streams.settings import load_settings
+from perennial.learner.model.base import load_base
+from perennial.learner.model.lora import LoraConfig
+from perennial.learner.serving.peft_backend import PeftBackend
+from perennial.storage.registry.registry import AliasState
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.cli.demo.follow import Follower
+from perennial.streams.cli.demo.latency import stage_seconds, summarise
+from perennial.streams.cli.demo.ledger import Ledger
+from perennial.streams.cli.demo.texts import package_docstrings
+from perennial.streams.client.publisher import Publisher, Subscriber
+from perennial.streams.devstack.stack import Stack
+from perennial.streams.events.models import AdapterPromoted, Event
+from perennial.streams.settings import load_settings
 
 ADAPTER = "bench/loop"
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.blobs import DirectoryStore, ObjectStore, open_store
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import ObjectStore
 from tests.services import start_minio
 
 StoreFactory = Callable[[], ObjectStore]

@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from learner.backends import BackendError, DirectoryBackend, PeftBackend
-from storage.blobs import DirectoryStore, digest_of
-from storage.errors import IntegrityError, PerennialError
-from storage.manifest import Manifest
+from perennial.learner.serving.peft_backend import BackendError, DirectoryBackend, PeftBackend
+from perennial.storage.errors import IntegrityError, PerennialError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import digest_of
+from perennial.storage.registry.manifest import Manifest
 from tests.versions import Line, MemoryBackend, safetensors_of
 
 ADAPTER = "acme/support"
@@ -36,7 +37,7 @@ class Case:
 
 @pytest.fixture(scope="session")
 def base() -> Any:
-    from learner.base import load_base
+    from perennial.learner.model.base import load_base
 
     return load_base("shipped", "cpu", 1)
 
@@ -55,7 +56,7 @@ def lora_weights(base: Any, count: int) -> list[bytes]:
     """Adapters that change the model's answers much, each in another way."""
     import torch
 
-    from learner.adapter import Lora, LoraConfig, to_safetensors
+    from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")
@@ -89,7 +90,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
 
 
 def peft_backend(base: Any) -> PeftBackend:
-    from learner.adapter import LoraConfig
+    from perennial.learner.model.lora import LoraConfig
 
     return PeftBackend(base, LoraConfig(RANK, ALPHA))
 
@@ -186,7 +187,7 @@ def test_the_folder_is_one_that_peft_reads(tmp_path: Path, base: Any):
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    from learner.base import SHIPPED_FOLDER
+    from perennial.learner.model.base import SHIPPED_FOLDER
 
     name, weights, manifest = versions_of(tmp_path, lora_weights(base, 1), base.digest, RANK)[0]
     backend = DirectoryBackend(tmp_path / "served")
@@ -285,7 +286,7 @@ def test_a_folder_whose_deletion_was_cut_off_is_still_listed_until_it_is_gone(
         raise OSError("killed here")
 
     with monkeypatch.context() as patched:
-        patched.setattr("learner.directory.shutil.rmtree", cut_off)
+        patched.setattr("perennial.streams.client.directory_backend.shutil.rmtree", cut_off)
         with pytest.raises(OSError, match="killed"):
             backend.unload(one[0])
     again = DirectoryBackend(tmp_path / "served")
@@ -310,7 +311,9 @@ def test_a_folder_keeps_a_version_for_its_grace_time(tmp_path: Path):
 
 
 def test_the_folder_needs_no_torch():
-    code = "import sys; from learner.backends import DirectoryBackend; print('torch' in sys.modules)"
+    code = (
+        "import sys; from perennial.learner.serving.peft_backend import DirectoryBackend; print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 
@@ -442,9 +445,9 @@ def test_a_forward_pass_that_fails_does_not_hold_the_model(tmp_path: Path, base:
 
 
 def test_a_prompt_is_asked_in_the_form_that_corrections_are_trained_in(monkeypatch):
-    from learner.adapter import LoraConfig
-    from learner.base import load_base
-    from learner.examples import Codec, turn_rows
+    from perennial.learner.model.base import load_base
+    from perennial.learner.model.lora import LoraConfig
+    from perennial.learner.model.tokenization import Codec, turn_rows
 
     base = load_base("shipped", "cpu", 1)
     backend = PeftBackend(base, LoraConfig(8, 16))

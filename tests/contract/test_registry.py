@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from storage.blobs import DirectoryStore, ObjectStore, blob_key, digest_of, get_blob, put_blob
-from storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError
-from storage.manifest import BlobRef, LearnedExample, Manifest
-from storage.registry import Head, Publication, Registry, manifest_key, update_id
+from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key, digest_of
+from perennial.storage.objects.object_store import ObjectStore, get_blob, put_blob
+from perennial.storage.registry.manifest import BlobRef, LearnedExample, Manifest
+from perennial.storage.registry.registry import Head, Publication, Registry, manifest_key, update_id
 
 ADAPTER = "acme/support"
 STEPS = ("blobs", "verify", "manifest", "claim_update", "claim_seq", "gate", "alias")
@@ -491,9 +493,9 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from storage.blobs import DirectoryStore
-from storage.failpoints import failpoint
-from storage.registry import Registry
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.failpoints import failpoint
+from perennial.storage.registry.registry import Registry
 from tests.contract.test_registry import accept, make, make_registry
 store = DirectoryStore(Path(sys.argv[2]))
 registry = make_registry(store)

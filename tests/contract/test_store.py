@@ -19,10 +19,12 @@ import urllib3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.blobs import DirectoryStore, ObjectStore, blob_key, digest_of, get_blob, open_store, put_blob
-from storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError, StoreUnavailableError
-from storage.keys import check_key, key_of, stored_name
-from storage.minio import open_minio
+from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError, StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.keys import blob_key, check_key, digest_of, key_of, stored_name
+from perennial.storage.objects.object_store import ObjectStore, get_blob, put_blob
+from perennial.storage.objects.s3 import open_minio
 
 WRITERS = 32
 ROUNDS = 20
@@ -250,8 +252,8 @@ def test_flipped_bytes_are_refused(store):
 CHILD = """
 import sys, time, json
 from pathlib import Path
-from storage.blobs import DirectoryStore
-from storage.errors import ConflictError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.errors import ConflictError
 root, writer, rounds, start = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
 store = DirectoryStore(Path(root), fsync=False)
 while time.time() < start:
@@ -315,8 +317,8 @@ def test_without_unnamed_files_the_store_works_too(tmp_path, monkeypatch):
 FULL = """
 import resource, sys
 from pathlib import Path
-from storage.blobs import DirectoryStore
-from storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.errors import StoreUnavailableError
 store = DirectoryStore(Path(sys.argv[1]))
 etag = store.compare_and_swap("old", b"as it was", None)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from storage.errors import IntegrityError
-from storage.tombstones import extend_tombstone, lift_tombstone, load_tombstone, tombstone_key, tombstones
+from perennial.storage.errors import IntegrityError
+from perennial.storage.registry.pending_deletes import (
+    extend_tombstone,
+    lift_tombstone,
+    load_tombstone,
+    tombstone_key,
+    tombstones,
+)
 
 ONE, TWO = ("sha256:" + letter * 64 for letter in "ab")
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from streams.cli.supervise import ROLES, settings_environment
-from streams.settings import Settings
+from perennial.streams.devstack.supervisor import ROLES, settings_environment
+from perennial.streams.settings import Settings
 from tests.faults.parts import SESSION_S
 
 ROOT = Path(__file__).parents[2]
@@ -41,15 +41,16 @@ def run_role(role: str, environment: Mapping[str, str], log: str) -> None:
     os.dup2(output, 2)
     os.environ.update(environment)
     _shorten_sessions()
-    from streams.cli.worker import run_worker
+    from perennial.streams.cli.worker import run_worker
 
     raise SystemExit(run_worker([role], parent_pid=os.getppid()))
 
 
 def _shorten_sessions() -> None:
     """The group waits for a killed member until its session ends: here the shortest that a broker grants."""
-    from learner import transport
-    from streams import agents, intake
+    from perennial.streams import faust_app as agents
+    from perennial.streams.intake import service as intake
+    from perennial.streams.kafka import group as transport
 
     transport.SESSION_TIMEOUT_MS = int(SESSION_S * 1000)
     agents.SESSION_S = SESSION_S

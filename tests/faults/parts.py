@@ -13,10 +13,10 @@ from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 
-from storage.registry import Registry
-from streams.events import AdapterUpdate
-from streams.settings import Settings
-from streams.wire import Envelope, decode
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.cloudevents import Envelope, decode
+from perennial.streams.events.models import AdapterUpdate
+from perennial.streams.settings import Settings
 from tests.oracle import wait_until
 from tests.services import missing_service
 
@@ -24,15 +24,15 @@ ROOT = Path(__file__).parents[2]
 SESSION_S = 6.0
 """The shortest session that a broker grants by default: what a test of a stopped process has to wait for."""
 
-FEW_TEXTS = "from learner import worker\nfrom tests.faults.parts import few_texts\nworker.general_texts = few_texts"
+FEW_TEXTS = "from perennial.learner.roles import learner\nfrom tests.faults.parts import few_texts\nlearner.general_texts = few_texts"
 """For `child`: reading the standard library's texts takes seconds, and what is learned is not the point here."""
 
 _ROLES = {
-    "learner": "from learner import transport as home\nfrom learner.worker import run_learner as run\n"
+    "learner": "from perennial.streams.kafka import group as home\nfrom perennial.learner.roles.learner import run_learner as run\n"
     "home.SESSION_TIMEOUT_MS = {session_ms}\n",
-    "intake": "from streams import intake as home\nfrom streams.intake import run_intake as run\n"
+    "intake": "from perennial.streams.intake import service as home\nfrom perennial.streams.intake.service import run_intake as run\n"
     "home.CONSUMER = {{**home.CONSUMER, 'session.timeout.ms': {session_ms}}}\n",
-    "streams": "from streams.agents import run_streams as run\n",
+    "streams": "from perennial.streams.faust_app import run_streams as run\n",
 }
 
 
@@ -48,8 +48,8 @@ def child(
     """A role as a process of its own with a short session, killed at the end. more: code that runs before the role."""
     code = (
         "import json, sys, threading\n"
-        "from streams.metrics import Metrics\n"
-        "from streams.settings import Settings\n"
+        "from perennial.streams.observe.metrics import Metrics\n"
+        "from perennial.streams.settings import Settings\n"
         + _ROLES[role].format(session_ms=int(SESSION_S * 1000))
         + more
         + f"\nrun(Settings(**json.loads(sys.argv[1])), threading.Event(), Metrics('{role}'))\n"

@@ -26,13 +26,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from storage.errors import PerennialError
-from streams.broker import EmbeddedBroker
-from streams.cli.adapters import open_registry
-from streams.cli.minio_server import STORE_URI, MinioServer, MinioServerError
-from streams.cli.supervise import ROLES, Supervisor
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.storage.errors import PerennialError
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.minio_server import STORE_URI, MinioServer, MinioServerError
+from perennial.streams.devstack.supervisor import ROLES, Supervisor
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
 from tests.faults.soak_load import ADAPTERS, Load
 from tests.faults.soak_verdict import Verdict, judge
 from tests.integration.learner_kit import base_folder

@@ -13,9 +13,9 @@ from typing import Any
 
 from kafka.errors import KafkaError
 
-from streams.client import Publisher, PublishError
-from streams.events import DocumentObserved, Event, InteractionObserved, RetentionRequested, Selector
-from streams.settings import Settings
+from perennial.streams.client.publisher import Publisher, PublishError
+from perennial.streams.events.models import DocumentObserved, Event, InteractionObserved, RetentionRequested, Selector
+from perennial.streams.settings import Settings
 from tests.integration.test_exactly_once import WORDS
 from tests.oracle import Place
 

@@ -12,14 +12,16 @@ from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 
-from learner.batches import MAX_BATCH_BYTES, origins
-from storage.blobs import ObjectStore, blob_key, get_blob
-from storage.errors import NotFoundError
-from streams.cli.adapters import open_registry
-from streams.connect import connect
-from streams.curate import state_key
-from streams.deadletters import read_letter
-from streams.events import (
+from perennial.learner.versions.micro_batches import MAX_BATCH_BYTES, origins
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import ObjectStore, get_blob
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.curate.agent import state_key
+from perennial.streams.curate.batcher import MAX_STATE_BYTES
+from perennial.streams.deadletters.model import read_letter
+from perennial.streams.events.cloudevents import decode
+from perennial.streams.events.models import (
     PERMANENT,
     Batch,
     ExampleAccepted,
@@ -28,11 +30,10 @@ from streams.events import (
     RetentionRequested,
     UpdateRequested,
 )
-from streams.retain import load_book
-from streams.retention_book import Book, expires_ms, meanings_of_holds
-from streams.settings import Settings
-from streams.trigger import MAX_STATE_BYTES
-from streams.wire import decode
+from perennial.streams.kafka.connect import connect
+from perennial.streams.retain.ledger import Book, expires_ms, meanings_of_holds
+from perennial.streams.retain.service import load_book
+from perennial.streams.settings import Settings
 from tests.faults import parts
 from tests.faults.soak_load import ADAPTERS, Load
 from tests.oracle import ERASED, PENDING, TERMS, Line, Place, Reckoning, read_line, reckon

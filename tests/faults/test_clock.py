@@ -13,7 +13,7 @@ bench = curating.bench
 SET_BACK = """
 import time, types
 from pathlib import Path
-from streams import curate
+from perennial.streams import curate
 def time_ns():
     return time.time_ns() - 3600 * 10**9 * Path({flag!r}).exists()
 curate.time = types.SimpleNamespace(time_ns=time_ns, monotonic_ns=time.monotonic_ns)

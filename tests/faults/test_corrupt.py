@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from learner.replay import index_from_bytes
-from storage.blobs import DirectoryStore, blob_key, get_blob, open_store
-from storage.errors import IntegrityError
-from storage.manifest import Manifest
-from storage.registry import Registry, manifest_key
-from streams.client import Subscriber
-from streams.metrics import Metrics
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.learner.training.replay_buffer import index_from_bytes
+from perennial.storage.errors import IntegrityError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import get_blob
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.registry import Registry, manifest_key
+from perennial.streams.client.publisher import Subscriber
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 from tests import jobs
 from tests.faults import parts
 from tests.faults.report import Row

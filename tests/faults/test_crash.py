@@ -21,16 +21,18 @@ from typing import Any
 
 import pytest
 
-from learner.base import load_base
-from learner.worker import make_lineage
-from storage.blobs import DirectoryStore, get_blob, open_store
-from storage.quarantine import load_quarantine
-from storage.registry import Registry
-from streams.cli.adapters import open_registry
-from streams.client import Publisher
-from streams.events import Batch, ExampleAccepted, ForgetRequested, UpdateRequested
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.learner.model.base import load_base
+from perennial.learner.roles.learner import make_lineage
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import get_blob
+from perennial.storage.registry.quarantine import load_quarantine
+from perennial.storage.registry.registry import Registry
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested, UpdateRequested
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
 from tests import scratch
 from tests.faults.kit import Crew, places
 from tests.faults.parts import envelopes, stale_publishes

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from learner import worker
-from storage.quarantine import Hold, load_quarantine, update_quarantine
-from streams.events import AdapterPromoted
-from streams.topics import provision
+from perennial.learner.roles import learner as worker
+from perennial.storage.registry.quarantine import Hold, load_quarantine, update_quarantine
+from perennial.streams.events.models import AdapterPromoted
+from perennial.streams.kafka.topics import provision
 from tests import jobs
 from tests.faults import parts
 from tests.faults.report import Row

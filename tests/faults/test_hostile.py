@@ -12,13 +12,13 @@ import pytest
 from confluent_kafka import Producer
 from kafka import KafkaConsumer, TopicPartition
 
-from streams.accept import Acceptor, OriginPartition
-from streams.events import DocumentObserved, InteractionObserved, RetentionRequested, Selector
-from streams.intake import run_intake
-from streams.metrics import Metrics
-from streams.settings import Settings
-from streams.topics import provision
-from streams.wire import MAX_VALUE_BYTES, WireError, decode, encode
+from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, WireError, decode, encode
+from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested, Selector
+from perennial.streams.intake.service import run_intake
+from perennial.streams.intake.validation import Acceptor, OriginPartition
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 from tests.faults import parts
 from tests.faults.report import Row
 from tests.integration import learner_kit as kit

@@ -16,15 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from learner import worker
-from storage.blobs import DirectoryStore, ObjectStore, open_store
-from storage.registry import Registry
-from streams.broker import EmbeddedBroker
-from streams.cli.minio_server import STORE_URI, MinioServer
-from streams.cli.supervise import Supervisor
-from streams.client import Publisher, PublishError, Receipt, Subscriber
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.learner.roles import learner as worker
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.registry import Registry
+from perennial.streams.client.publisher import Publisher, PublishError, Receipt, Subscriber
+from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
+from perennial.streams.devstack.supervisor import Supervisor
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row

@@ -11,15 +11,16 @@ from pathlib import Path
 import pytest
 from kafka import KafkaProducer
 
-from learner import transport, worker
-from learner.base import load_base
-from learner.lineage import Lineage
-from learner.worker import run_learner
-from storage.blobs import DirectoryStore
-from storage.registry import Registry
-from streams.metrics import Metrics
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.learner.model.base import load_base
+from perennial.learner.roles import learner as worker
+from perennial.learner.roles.learner import run_learner
+from perennial.learner.versions.update_job import Lineage
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.registry import Registry
+from perennial.streams.kafka import group as transport
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row

@@ -8,13 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner import score, train, worker
-from learner.worker import run_learner
-from storage.blobs import DirectoryStore
-from storage.registry import Registry
-from storage.tombstones import tombstones
-from streams.metrics import Metrics
-from streams.topics import provision
+from perennial.learner.model import loss as score
+from perennial.learner.roles import learner as worker
+from perennial.learner.roles.learner import run_learner
+from perennial.learner.training import trainer as train
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.pending_deletes import tombstones
+from perennial.storage.registry.registry import Registry
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row

@@ -1,11 +1,10 @@
 """What the server that roles are forked from has imported and read before; nothing here starts a thread."""
 
-import learner.scorer
-import learner.worker
-import streams.agents
-import streams.intake
-from learner.base import general_texts
+from perennial.learner.model.base import general_texts
+from perennial.learner.roles import learner, scorer
+from perennial.streams import faust_app
+from perennial.streams.intake import service
 
 general_texts("train")
 
-__all__ = ["learner", "streams"]
+__all__ = ["faust_app", "learner", "scorer", "service"]

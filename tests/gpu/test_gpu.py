@@ -7,11 +7,11 @@ import os
 import pytest
 import torch
 
-from learner.adapter import Lora, LoraConfig, is_finite
-from learner.base import load_base
-from learner.examples import Codec, Row, text_rows
-from learner.score import mean_nats, row_losses
-from learner.train import Plan, prepare, train
+from perennial.learner.model.base import load_base
+from perennial.learner.model.lora import Lora, LoraConfig, is_finite
+from perennial.learner.model.loss import mean_nats, row_losses
+from perennial.learner.model.tokenization import Codec, Row, text_rows
+from perennial.learner.training.trainer import Plan, prepare, train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,10 +12,10 @@ from typing import Any
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from transformers.utils.logging import disable_progress_bar
 
-from streams.connect import connect
-from streams.events import Event
-from streams.settings import Settings
-from streams.wire import Envelope, decode, encode
+from perennial.streams.events.cloudevents import Envelope, decode, encode
+from perennial.streams.events.models import Event
+from perennial.streams.kafka.connect import connect
+from perennial.streams.settings import Settings
 from tests import tiny
 
 

@@ -18,8 +18,8 @@ import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from streams.broker import BrokerError, EmbeddedBroker
-from streams.broker_supervisor import alive, start_time
+from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker
+from perennial.streams.devstack.process_guard import alive, start_time
 
 if TYPE_CHECKING:
     from tests.conftest import TestBroker
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("broker_jars")
 OWNER = """
 import sys, time
 from pathlib import Path
-from streams.broker import EmbeddedBroker
+from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 broker = EmbeddedBroker(Path(sys.argv[1]) if sys.argv[1] else None).start()
 try:
     print(broker.pid, broker.log_path.parent, flush=True)

@@ -12,14 +12,16 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from learner.backends import DirectoryBackend
-from storage.blobs import DirectoryStore, Stored, blob_key
-from storage.errors import NotFoundError
-from storage.manifest import Manifest
-from storage.registry import AliasState
-from streams import wire
-from streams.client import Publisher, PublishError, Subscriber
-from streams.events import (
+from perennial.learner.serving.peft_backend import DirectoryBackend
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import Stored
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.registry import AliasState
+from perennial.streams.client.publisher import Publisher, PublishError, Subscriber
+from perennial.streams.events import cloudevents as wire
+from perennial.streams.events.models import (
     AdapterActivated,
     AdapterFailed,
     AdapterPromoted,
@@ -28,8 +30,8 @@ from streams.events import (
     InteractionObserved,
     Learned,
 )
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
 from tests.versions import Line, MemoryBackend, safetensors_of
 
 ADAPTER = "acme/support"
@@ -322,7 +324,7 @@ def test_the_five_lines_of_the_readme(
     monkeypatch.setenv("PERENNIAL_TOPIC_PREFIX", settings.topic_prefix)
     monkeypatch.chdir(tmp_path)
 
-    from streams.client import Publisher
+    from perennial.streams.client.publisher import Publisher
 
     with Publisher() as publisher:
         publisher.document(adapter="acme/support", document_id="faq-7", text="Refunds take two days since March.")
@@ -331,7 +333,7 @@ def test_the_five_lines_of_the_readme(
     announce(line, state)
     stop = threading.Event()
 
-    from streams.client import Subscriber
+    from perennial.streams.client.publisher import Subscriber
 
     subscriber = Subscriber("acme/support", DirectoryBackend("served"))
     thread = threading.Thread(target=subscriber.run, args=(stop,))

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import pytest
 
-from storage.blobs import open_store
-from streams.broker import EmbeddedBroker
-from streams.broker_config import OWNED
-from streams.cli.adapters import open_registry
-from streams.client import Publisher
-from streams.settings import Settings
+from perennial.storage.objects.factory import open_store
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.kafka_config import OWNED
+from perennial.streams.settings import Settings
 from tests import compose
 from tests.services import free_port, minio_binary, missing_service
 

@@ -19,19 +19,20 @@ from pathlib import Path
 import pytest
 from kafka import KafkaConsumer, KafkaProducer
 
-from storage.blobs import DirectoryStore, get_blob
-from storage.quarantine import Entry, update_quarantine
-from streams.agents import Guard, InterruptedStepError
-from streams.events import Batch, ExampleAccepted, ExampleScored, Origin, UpdateRequested
-from streams.settings import Settings
-from streams.topics import provision
-from streams.wire import decode, encode, parse_dead_letter
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.object_store import get_blob
+from perennial.storage.registry.quarantine import Entry, update_quarantine
+from perennial.streams.events.cloudevents import decode, encode, parse_dead_letter
+from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin, UpdateRequested
+from perennial.streams.faust_app import Guard, InterruptedStepError
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
 
 RUN = """
 import signal, threading
-from streams.agents import run_streams
-from streams.metrics import Metrics
-from streams.settings import load_settings
+from perennial.streams.faust_app import run_streams
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import load_settings
 stop = threading.Event()
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stop.set())

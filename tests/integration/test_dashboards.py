@@ -30,15 +30,15 @@ import yaml
 from kafka import KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
-from storage.manifest import Manifest
-from storage.minio import open_minio
-from streams.cli.supervise import ROLES, Supervisor
-from streams.client import Publisher, Subscriber
-from streams.events import DocumentObserved
-from streams.metrics import Metrics, serve
-from streams.settings import Settings
-from streams.topics import provision
-from streams.wire import encode
+from perennial.storage.objects.s3 import open_minio
+from perennial.storage.registry.manifest import Manifest
+from perennial.streams.client.publisher import Publisher, Subscriber
+from perennial.streams.devstack.supervisor import ROLES, Supervisor
+from perennial.streams.events.cloudevents import encode
+from perennial.streams.events.models import DocumentObserved
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics, serve
+from perennial.streams.settings import Settings
 from tests import compose
 from tests.services import free_port, missing_service
 

@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from storage.blobs import open_store
-from storage.errors import NotFoundError
-from storage.quarantine import Entry, update_quarantine
-from streams.accept import Acceptor, Decision, Refused
-from streams.deadletters import DeadLetterError, Selection
-from streams.intake import run_intake
-from streams.metrics import Metrics
-from streams.replay import DeadLetters, Replayer, rehearse
-from streams.settings import Settings
-from streams.topics import TopicError, provision
-from streams.wire import REPLAYS_HEADER, dead_letter, decode
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.factory import open_store
+from perennial.storage.registry.quarantine import Entry, update_quarantine
+from perennial.streams.deadletters.model import DeadLetterError, Selection
+from perennial.streams.deadletters.redrive import DeadLetters, Replayer, rehearse
+from perennial.streams.events.cloudevents import REPLAYS_HEADER, dead_letter, decode
+from perennial.streams.intake.service import run_intake
+from perennial.streams.intake.validation import Acceptor, Decision, Refused
+from perennial.streams.kafka.topics import TopicError, provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 from tests.oracle import wait_until
 
 WAIT_S = 60
@@ -160,7 +160,7 @@ def perennial(settings, *arguments: str, check=True, **environment: str):
         "PERENNIAL_STORE": settings.store, "COLUMNS": "200", **environment,
     }  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "streams.cli", *arguments],
+        [sys.executable, "-m", "perennial.streams.cli", *arguments],
         env=env,
         capture_output=True,
         text=True,

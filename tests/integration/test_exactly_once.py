@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from streams.cli.adapters import open_registry
-from streams.cli.supervise import ROLES, Supervisor
-from streams.client import Publisher
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.devstack.supervisor import ROLES, Supervisor
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
 from tests.oracle import account, wait_until
 
 ADAPTERS = ("acme/a", "acme/b", "other")

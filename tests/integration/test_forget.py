@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from learner import worker
-from learner.base import load_base
-from learner.worker import make_lineage, run_learner
-from storage.blobs import DirectoryStore, ObjectStore, open_store
-from storage.quarantine import Entry, Hold, load_quarantine, update_quarantine
-from storage.registry import Registry
-from streams.events import AdapterPromoted, AdapterRetired, AdapterRevoked, ForgetRequested, Selector
-from streams.metrics import Metrics
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.learner.model.base import load_base
+from perennial.learner.roles import learner as worker
+from perennial.learner.roles.learner import make_lineage, run_learner
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.quarantine import Entry, Hold, load_quarantine, update_quarantine
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import AdapterPromoted, AdapterRetired, AdapterRevoked, ForgetRequested, Selector
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 from tests import jobs, scratch, tiny
 from tests.integration import learner_kit as kit
 from tests.services import start_minio

@@ -21,15 +21,15 @@ from kafka.admin import KafkaAdminClient
 from kafka.errors import CoordinatorNotAvailableError
 from kafka.partitioner import murmur2
 
-from storage.errors import PerennialError
-from streams import intake
-from streams.broker import EmbeddedBroker
-from streams.events import InteractionObserved
-from streams.intake import DeliveryError, run_intake
-from streams.metrics import Metrics
-from streams.settings import Settings
-from streams.topics import KafkaUnavailableError, TopicError, identify, provision
-from streams.wire import decode, encode, parse_dead_letter
+from perennial.storage.errors import PerennialError
+from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.events.cloudevents import decode, encode, parse_dead_letter
+from perennial.streams.events.models import InteractionObserved
+from perennial.streams.intake import service as intake
+from perennial.streams.intake.service import DeliveryError, run_intake
+from perennial.streams.kafka.topics import KafkaUnavailableError, TopicError, identify, provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 
 WAIT_S = 60
 
@@ -266,8 +266,8 @@ def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_pat
 
 def child(settings, **environment: str):
     program = (
-        "import threading; from streams.intake import run_intake; from streams.metrics import Metrics;"
-        "from streams.settings import load_settings;"
+        "import threading; from perennial.streams.intake.service import run_intake; from perennial.streams.observe.metrics import Metrics;"
+        "from perennial.streams.settings import load_settings;"
         "run_intake(load_settings(), threading.Event(), Metrics('intake'))"
     )
     names = {f"PERENNIAL_{name.upper()}": str(getattr(settings, name)) for name in settings.model_fields_set}

@@ -9,24 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from learner import base as base_module
-from learner import transport, worker
-from learner.base import load_base
-from learner.lineage import Lineage
-from learner.scorer import run_scorer
-from learner.worker import run_learner
-from storage.blobs import DirectoryStore, blob_key
-from storage.errors import StoreUnavailableError
-from storage.registry import Registry
-from streams.events import (
-    AdapterPromoted,
-    AdapterRolledBack,
-    ExampleScored,
-    RollbackRequested,
-)
-from streams.metrics import Metrics
-from streams.settings import Settings
-from streams.topics import provision
+from perennial.learner.model import base as base_module
+from perennial.learner.model.base import load_base
+from perennial.learner.roles import learner as worker
+from perennial.learner.roles.learner import run_learner
+from perennial.learner.roles.scorer import run_scorer
+from perennial.learner.versions.update_job import Lineage
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import AdapterPromoted, AdapterRolledBack, ExampleScored, RollbackRequested
+from perennial.streams.kafka import group as transport
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.integration import learner_kit as kit
 

@@ -16,10 +16,13 @@ import pytest
 from confluent_kafka import Producer as LibrdkafkaProducer
 from kafka import KafkaConsumer, KafkaProducer
 
-from storage.blobs import DirectoryStore, digest_of, get_blob
-from storage.manifest import BlobRef, LearnedExample
-from storage.quarantine import Done, finish_entry, load_quarantine
-from streams.events import (
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import digest_of
+from perennial.storage.objects.object_store import get_blob
+from perennial.storage.registry.manifest import BlobRef, LearnedExample
+from perennial.storage.registry.quarantine import Done, finish_entry, load_quarantine
+from perennial.streams.events.cloudevents import decode, encode, parse_dead_letter
+from perennial.streams.events.models import (
     AdapterActivated,
     Batch,
     ExampleAccepted,
@@ -31,18 +34,17 @@ from streams.events import (
     Selector,
     UpdateRequested,
 )
-from streams.quarantine import Screen, text_hash
-from streams.retention import job_id_of
-from streams.settings import Settings
-from streams.topics import provision
-from streams.wire import decode, encode, parse_dead_letter
+from perennial.streams.kafka.topics import provision
+from perennial.streams.retain.state_machine import job_id_of
+from perennial.streams.retention.quarantine_filter import Screen, text_hash
+from perennial.streams.settings import Settings
 from tests.versions import Line, safetensors_of
 
 RUN = """
 import signal, threading
-from streams.agents import run_streams
-from streams.metrics import Metrics
-from streams.settings import load_settings
+from perennial.streams.faust_app import run_streams
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import load_settings
 stop = threading.Event()
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda *_: stop.set())
@@ -308,7 +310,7 @@ def test_the_command_line_asks_and_follows_until_it_is_closed(bench):
     bench.start()
     env = {key: value for key, value in os.environ.items() if not key.startswith("PERENNIAL_")}
     env |= {f"PERENNIAL_{n.upper()}": str(getattr(bench.settings, n)) for n in bench.settings.model_fields_set}
-    command = [sys.executable, "-m", "streams.cli", "forget"]
+    command = [sys.executable, "-m", "perennial.streams.cli", "forget"]
     asked = subprocess.Popen(
         [*command, "--adapter", ADAPTER, "--document", "d1", "--wait-s", str(PATIENCE_S), "--json"],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -7,14 +7,15 @@ import threading
 
 import pytest
 
-from learner import scorer as scorer_module
-from learner.scorer import run_scorer
-from learner.transport import KafkaLinkError, Outbox
-from learner.worker import make_lineage
-from storage.blobs import DirectoryStore, blob_key
-from streams.events import ExampleScored
-from streams.metrics import Metrics
-from streams.topics import provision
+from perennial.learner.roles import scorer as scorer_module
+from perennial.learner.roles.learner import make_lineage
+from perennial.learner.roles.scorer import run_scorer
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.streams.events.models import ExampleScored
+from perennial.streams.kafka.group import KafkaLinkError, Outbox
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
 from tests import jobs, tiny
 from tests.integration import learner_kit as kit
 
@@ -67,7 +68,9 @@ def test_junk_goes_to_dead_letters_and_the_rest_is_scored(given):
 
 
 def test_the_live_version_is_followed_and_a_missing_one_gives_no_live_loss(given, monkeypatch):
-    monkeypatch.setattr("learner.worker.general_texts", lambda split: [f"plain {split} {n}" for n in range(8)])
+    monkeypatch.setattr(
+        "perennial.learner.roles.learner.general_texts", lambda split: [f"plain {split} {n}" for n in range(8)]
+    )
     store = DirectoryStore(given.store)
     lineage = make_lineage(given, store, scorer_module.load_base(given.base, "cpu", 1))
     with kit.running(lambda stop: run_scorer(given, stop, Metrics("scorer"))):

@@ -10,8 +10,8 @@ import uuid
 import pytest
 from kafka.admin import KafkaAdminClient
 
-from streams.settings import Settings
-from streams.topics import TOPICS, TopicError, identify, provision
+from perennial.streams.kafka.topics import TOPICS, TopicError, identify, provision
+from perennial.streams.settings import Settings
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_a_missing_topic_is_named(settings):
 
 def test_no_broker_is_our_error():
     program = (
-        "import streams.topics as topics; from streams.settings import Settings; topics.BOOTSTRAP_TIMEOUT_MS = 500\n"
+        "import streams.topics as topics; from perennial.streams.settings import Settings; topics.BOOTSTRAP_TIMEOUT_MS = 500\n"
         "try: topics.provision(Settings(kafka='127.0.0.1:9'))\n"
         "except topics.KafkaUnavailableError as error: print(error)"
     )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from streams.cli.running import running
+from perennial.streams.devstack.discovery import running
 from tests.oracle import wait_until
 from tests.services import missing_service
 
@@ -33,7 +33,7 @@ def test_kcat_publishes_and_reads_what_was_promoted(tmp_path: Path):
     log = tmp_path / "up.log"
     with log.open("wb") as output:
         up = subprocess.Popen(
-            [sys.executable, "-m", "streams.cli", "up", "--data-dir", str(tmp_path / "data")],
+            [sys.executable, "-m", "perennial.streams.cli", "up", "--data-dir", str(tmp_path / "data")],
             env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:

@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 
-from storage.blobs import open_store
-from storage.errors import StoreError
-from streams.cli.minio_server import MODULE, STORE_URI, MinioServer, MinioServerError, find_minio
-from streams.cli.running import running
-from streams.cli.up import Stack, _choose_store
-from streams.settings import Settings, SettingsError
+from perennial.storage.errors import StoreError
+from perennial.storage.objects.factory import open_store
+from perennial.streams.devstack.discovery import running
+from perennial.streams.devstack.minio_server import MODULE, STORE_URI, MinioServer, MinioServerError, find_minio
+from perennial.streams.devstack.stack import Stack, _choose_store
+from perennial.streams.settings import Settings, SettingsError
 from tests.oracle import wait_until
 from tests.services import minio_binary, missing_service
 
@@ -79,7 +79,7 @@ def environment(data_dir: Path, **more: str) -> dict[str, str]:
 
 def perennial(data_dir, *arguments: str, stdin: str = ""):
     return subprocess.run(
-        [sys.executable, "-m", "streams.cli", *arguments], env=environment(data_dir), cwd=data_dir.parent,
+        [sys.executable, "-m", "perennial.streams.cli", *arguments], env=environment(data_dir), cwd=data_dir.parent,
         input=stdin, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def up(data_dir, *arguments: str) -> Iterator[Path]:
     log = data_dir.parent / "up.log"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", "streams.cli", "up", *arguments], env=environment(data_dir), cwd=data_dir.parent,
+            [sys.executable, "-m", "perennial.streams.cli", "up", *arguments], env=environment(data_dir), cwd=data_dir.parent,
             stdout=output, stderr=output,
         )  # fmt: skip
     try:
@@ -172,7 +172,7 @@ def test_a_server_keeps_its_objects_and_keys_and_comes_back_at_its_address(minio
 def test_a_server_ends_with_its_owner(minio, tmp_path):
     body = f"""
         import os, pathlib
-        from streams.cli.minio_server import MinioServer
+        from perennial.streams.devstack.minio_server import MinioServer
         server = MinioServer(pathlib.Path({str(tmp_path / "minio")!r}))
         server.start()
         print(server.endpoint, flush=True)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pydantic import AwareDatetime, BaseModel
 from pydantic.fields import FieldInfo
 
-from streams import events
-from streams.events import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, EVENTS, Event, Selector
+from perennial.streams.events import models as events
+from perennial.streams.events.models import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, EVENTS, Event, Selector
 
 # Seeded, and without time limits: a busy machine must not fail a property.
 settings.register_profile(

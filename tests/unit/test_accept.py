@@ -10,9 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.accept import MAX_TIMESTAMP_MS, Accepted, Acceptor, Duplicate, OffsetOrderError, OriginPartition, Refused
-from streams.events import DocumentObserved, ExampleAccepted, InteractionObserved, Origin
-from streams.wire import MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES, decode, encode
+from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES, decode, encode
+from perennial.streams.events.models import DocumentObserved, ExampleAccepted, InteractionObserved, Origin
+from perennial.streams.intake.validation import (
+    MAX_TIMESTAMP_MS,
+    Accepted,
+    Acceptor,
+    Duplicate,
+    OffsetOrderError,
+    OriginPartition,
+    Refused,
+)
 from tests.unit.event_strategies import event_of
 
 DOCUMENTS = OriginPartition("cluster", "p-documents", "topic-id", 2, "documents")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save as save_safetensors
 
-from learner.adapter import (
+from perennial.learner.model.lora import (
     AdapterError,
     Lora,
     LoraConfig,
@@ -23,7 +23,7 @@ from learner.adapter import (
     load_tensors,
     to_safetensors,
 )
-from storage.errors import IntegrityError
+from perennial.storage.errors import IntegrityError
 from tests import tiny
 
 CONFIG = LoraConfig(rank=4, alpha=8)

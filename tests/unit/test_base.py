@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
-from learner.base import (
+from perennial.learner.model.base import (
     MIN_TEXT_CHARS,
     SHIPPED_FOLDER,
     Base,
@@ -20,8 +20,8 @@ from learner.base import (
     load_base,
     split_of,
 )
-from learner.corpus import SPECIAL_TOKENS, answer_row
-from learner.pretrain import heldout_loss, lr_factor
+from tools.pretrain_base import heldout_loss, lr_factor
+from tools.pretrain_corpus import SPECIAL_TOKENS, answer_row
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from streams import broker_jars, broker_supervisor
-from streams.broker import BrokerError, EmbeddedBroker, fetch_jars
-from streams.broker_config import log_tail, new_cluster_id, render_properties, server_properties
+from perennial.streams.devstack import kafka_jars as broker_jars
+from perennial.streams.devstack import process_guard as broker_supervisor
+from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
+from perennial.streams.devstack.kafka_config import log_tail, new_cluster_id, render_properties, server_properties
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_with_remedies(tmp_path: Path
 
 
 def test_the_lock_names_the_process_that_holds_the_folder(tmp_path: Path):
-    from streams.broker import _take_lock
+    from perennial.streams.devstack.kafka_broker import _take_lock
 
     held = _take_lock(tmp_path)
     os.pwrite(held, b"4711", 0)

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from storage.blobs import DirectoryStore, Stored, blob_key
-from storage.errors import StoreUnavailableError
-from storage.registry import AliasState
-from streams.client import Publisher, PublishError, Subscriber, SubscriberError
-from streams.events import AdapterActivated, AdapterFailed
-from streams.settings import Settings, SettingsError
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import Stored
+from perennial.storage.registry.registry import AliasState
+from perennial.streams.client.publisher import Publisher, PublishError, Subscriber, SubscriberError
+from perennial.streams.events.models import AdapterActivated, AdapterFailed
+from perennial.streams.settings import Settings, SettingsError
 from tests.versions import Line, MemoryBackend
 
 ADAPTER = "acme/support"

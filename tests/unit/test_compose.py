@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import importlib.util
 import json
 import re
 import shutil
@@ -16,15 +15,16 @@ import pytest
 import typer.main
 import yaml
 
-from storage.minio import open_minio
-from streams.broker_config import DEVELOPMENT
-from streams.broker_jars import KAFKA_VERSION
-from streams.cli.app import app
-from streams.cli.supervise import ROLES
-from streams.metrics import Metrics, serve
-from streams.settings import Settings
+from perennial.storage.objects.s3 import open_minio
+from perennial.streams.cli.app import app
+from perennial.streams.devstack.kafka_config import DEVELOPMENT
+from perennial.streams.devstack.kafka_jars import KAFKA_VERSION
+from perennial.streams.devstack.supervisor import ROLES
+from perennial.streams.observe.metrics import Metrics, serve
+from perennial.streams.settings import Settings
 from tests import compose
 from tests.services import missing_service
+from tools import generate_dashboards as script
 
 DEPLOY = compose.ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text("utf-8")
@@ -256,8 +256,9 @@ def test_the_image_runs_as_a_user_of_its_own():
 
 @pytest.mark.timeout(120)
 def test_the_wheel_of_the_image_holds_every_module_and_the_shipped_base(tmp_path):
-    for folder in ("storage", "streams", "learner"):
-        shutil.copytree(compose.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("perennial", "storage", "streams", "learner"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(compose.ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignored)
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(compose.ROOT / name, tmp_path / name)
     words = re.search(r"^RUN (python -m hatchling build .+)$", DOCKERFILE, re.MULTILINE)[1].split()
@@ -268,9 +269,10 @@ def test_the_wheel_of_the_image_holds_every_module_and_the_shipped_base(tmp_path
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
         entry = next(name for name in held if name.endswith("entry_points.txt"))
-        assert "perennial = streams.cli:main" in archive.read(entry).decode()
+        assert "perennial = perennial.streams.cli:main" in archive.read(entry).decode()
+    assert {name.split("/")[0] for name in held if ".dist-info/" not in name} == {"perennial"}
     wanted = {
-        str(path.relative_to(tmp_path))
+        f"perennial/{path.relative_to(tmp_path)}"
         for folder in ("storage", "streams", "learner")
         for path in (tmp_path / folder).rglob("*")
         if path.is_file()
@@ -337,13 +339,6 @@ def test_every_metric_of_dashboards_and_alerts_exists():
 
 
 def test_dashboards_are_what_their_script_makes():
-    spec = importlib.util.spec_from_file_location("generate", DEPLOY / "grafana/generate.py")
-    script = importlib.util.module_from_spec(spec)
-    sys.modules["generate"] = script  # dataclasses look their module up
-    try:
-        spec.loader.exec_module(script)
-    finally:
-        del sys.modules["generate"]
     assert dashboards() == {name: script.render(board) for name, board in script.DASHBOARDS.items()}
 
 

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from storage.blobs import DirectoryStore
-from storage.quarantine import Entry, load_quarantine, update_quarantine
-from streams import curate
-from streams.curate import Curation
-from streams.events import ExampleAccepted, ExampleScored, Origin
-from streams.metrics import Metrics
-from streams.quarantine import text_hash
-from streams.settings import Settings
-from streams.wire import encode
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.quarantine import Entry, load_quarantine, update_quarantine
+from perennial.streams.curate import agent as curate
+from perennial.streams.curate.agent import Curation
+from perennial.streams.events.cloudevents import encode
+from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.retention.quarantine_filter import text_hash
+from perennial.streams.settings import Settings
 
 ADAPTER = "acme/a"
 DAY_S = 86_400

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streams.accept import Accepted, Acceptor, Duplicate, OriginPartition
-from streams.deadletters import (
+from perennial.streams.deadletters.model import (
     DeadLetterError,
     Progress,
     Report,
@@ -24,8 +23,9 @@ from streams.deadletters import (
     resend,
     state_of,
 )
-from streams.settings import SettingsError
-from streams.wire import MAX_HEADERS, REPLAYS_HEADER, WireError, dead_letter, decode
+from perennial.streams.events.cloudevents import MAX_HEADERS, REPLAYS_HEADER, WireError, dead_letter, decode
+from perennial.streams.intake.validation import Accepted, Acceptor, Duplicate, OriginPartition
+from perennial.streams.settings import SettingsError
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 DOCUMENT = json.dumps({"adapter": "acme/support", "document_id": "1", "text": "hello"}).encode()

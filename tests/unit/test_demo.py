@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from streams.cli.demo import measured_points
-from streams.cli.demo_forget import PEOPLE, Statuses, peculiar
-from streams.cli.demo_report import Forgetting, Report, draw, print_forgetting
-from streams.events import RetentionProgressed
+from perennial.streams.cli.demo.forgetting import PEOPLE, Statuses, peculiar
+from perennial.streams.cli.demo.report import Forgetting, Report, draw, print_forgetting
+from perennial.streams.cli.demo.run import measured_points
+from perennial.streams.events.models import RetentionProgressed
 
 DIGEST = "sha256:" + 64 * "a"
 

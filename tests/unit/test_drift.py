@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 
-from streams.drift import DriftMonitor, Shift, jensen_shannon_nats
+from perennial.streams.curate.drift import DriftMonitor, Shift, jensen_shannon_nats
 
 WINDOW = 512
 SUBJECTS = [[f"{kind}{number}" for number in range(200)] for kind in ("law", "sea")]

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from pydantic import ValidationError
 
-from streams.events import (
+from perennial.streams.events.models import (
     DEFAULT_TYPES,
     EVENTS,
     MAX_TEXT_BYTES,
@@ -18,7 +18,7 @@ from streams.events import (
     UpdateRequested,
     duration_s,
 )
-from streams.topics import TOPICS
+from perennial.streams.kafka.topics import TOPICS
 from tests.unit.event_strategies import any_event
 
 ORIGIN = {"cluster_id": "c", "topic": "documents", "topic_id": "t", "partition": 3, "offset": 7, "timestamp_ms": 1}

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.examples import Codec, ExampleError, rows_of, text_rows, turn_rows
+from perennial.learner.model.tokenization import Codec, ExampleError, rows_of, text_rows, turn_rows
 from tests import tiny
 
 CODEC = Codec(tiny.tokenizer())

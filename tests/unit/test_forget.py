@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 
-from learner.batches import JobError
-from learner.forgetter import Forgetter
-from learner.lineage import Done, Lineage
-from storage.blobs import DirectoryStore, ObjectStore, blob_key
-from storage.errors import StoreUnavailableError
-from storage.manifest import Manifest
-from storage.quarantine import Entry, Hold, load_quarantine, update_quarantine
-from storage.registry import Registry
-from streams.events import (
+from perennial.learner.forgetting.executor import Forgetter
+from perennial.learner.versions.micro_batches import JobError
+from perennial.learner.versions.update_job import Done, Lineage
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.quarantine import Entry, Hold, load_quarantine, update_quarantine
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import (
     AdapterRetired,
     AdapterRevoked,
     AdapterUpdate,
@@ -27,7 +29,7 @@ from streams.events import (
     RollbackRequested,
     Selector,
 )
-from streams.quarantine import text_hash
+from perennial.streams.retention.quarantine_filter import text_hash
 from tests import jobs, scratch, tiny
 from tests.unit.test_lineage import ADAPTER, lineage, now
 

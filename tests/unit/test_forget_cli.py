@@ -6,15 +6,16 @@ import json
 
 import pytest
 
-from storage.blobs import DirectoryStore, digest_of
-from storage.errors import NotFoundError
-from storage.manifest import BlobRef, LearnedExample
-from storage.quarantine import Entry, update_quarantine
-from streams.cli.explain import explain
-from streams.cli.forget import meaning, selector_of, show_plan
-from streams.events import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
-from streams.retention_book import Record
-from streams.settings import SettingsError
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import digest_of
+from perennial.storage.registry.manifest import BlobRef, LearnedExample
+from perennial.storage.registry.quarantine import Entry, update_quarantine
+from perennial.streams.cli.explain import explain
+from perennial.streams.cli.forget import meaning, selector_of, show_plan
+from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
+from perennial.streams.retain.ledger import Record
+from perennial.streams.settings import SettingsError
 from tests.versions import Line, safetensors_of
 
 ADAPTER = "acme/support"

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from learner.forgetter import Forgetter
-from storage.blobs import DirectoryStore, blob_key
-from storage.quarantine import Hold, load_quarantine, update_quarantine
-from storage.tombstones import extend_tombstone
-from streams.quarantine import text_hash
+from perennial.learner.forgetting.executor import Forgetter
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.registry.pending_deletes import extend_tombstone
+from perennial.storage.registry.quarantine import Hold, load_quarantine, update_quarantine
+from perennial.streams.retention.quarantine_filter import text_hash
 from tests import jobs
 from tests.unit.test_forget import (
     ADAPTER,

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner import gate
-from learner.adapter import Lora, LoraConfig, to_safetensors
-from learner.base import Base, load_base
-from learner.examples import Codec, Row, text_rows
-from learner.gate import Limits
-from learner.replay import Kept
-from learner.train import prepare
-from learner.update import Candidate, General, Parent, Recipe, Updater
-from streams.events import ExampleAccepted
-from streams.settings import Settings
+from perennial.learner.model.base import Base, load_base
+from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
+from perennial.learner.model.tokenization import Codec, Row, text_rows
+from perennial.learner.training import gate
+from perennial.learner.training.gate import Limits
+from perennial.learner.training.replay_buffer import Kept
+from perennial.learner.training.trainer import prepare
+from perennial.learner.training.update import Candidate, General, Parent, Recipe, Updater
+from perennial.streams.events.models import ExampleAccepted
+from perennial.streams.settings import Settings
 from tests import tiny
 
 LIMITS = Limits(min_gain_nats=0.0, max_general_rise_nats=0.15)

@@ -2,7 +2,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from streams.cli.latency import quantile, stage_seconds, summarise
+from perennial.streams.cli.demo.latency import quantile, stage_seconds, summarise
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -13,18 +13,26 @@ from typing import Any
 
 import pytest
 
-from learner.adapter import Lora, LoraConfig
-from learner.batches import JobError
-from learner.examples import Codec
-from learner.lineage import Lineage
-from learner.replay import index_from_bytes
-from learner.train import prepare
-from learner.update import General, Recipe, Updater
-from storage.blobs import DirectoryStore, ObjectStore, blob_key, get_blob
-from storage.errors import ConflictError
-from storage.registry import Registry
-from streams.events import AdapterPromoted, AdapterRolledBack, ExampleAccepted, RollbackRequested, UpdateRequested
-from streams.settings import Settings
+from perennial.learner.model.lora import Lora, LoraConfig
+from perennial.learner.model.tokenization import Codec
+from perennial.learner.training.replay_buffer import index_from_bytes
+from perennial.learner.training.trainer import prepare
+from perennial.learner.training.update import General, Recipe, Updater
+from perennial.learner.versions.micro_batches import JobError
+from perennial.learner.versions.update_job import Lineage
+from perennial.storage.errors import ConflictError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import ObjectStore, get_blob
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import (
+    AdapterPromoted,
+    AdapterRolledBack,
+    ExampleAccepted,
+    RollbackRequested,
+    UpdateRequested,
+)
+from perennial.streams.settings import Settings
 from tests import jobs, tiny
 
 ADAPTER = "acme/support"

@@ -16,9 +16,16 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.numpy import save
 
-from storage.errors import IntegrityError
-from storage.manifest import MAX_MANIFEST_BYTES, BlobRef, LearnedExample, Manifest, SkippedExample, update_id
-from storage.tensors import check_safetensors
+from perennial.storage.errors import IntegrityError
+from perennial.storage.objects.safetensors_check import check_safetensors
+from perennial.storage.registry.manifest import (
+    MAX_MANIFEST_BYTES,
+    BlobRef,
+    LearnedExample,
+    Manifest,
+    SkippedExample,
+    update_id,
+)
 
 DIGEST = "sha256:" + "a" * 64
 BLOB = BlobRef(digest=DIGEST, size_bytes=10)

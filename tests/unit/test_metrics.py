@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import orjson
 import pytest
 
-from streams.metrics import MAX_LABEL_VALUES, Metrics, MetricsError, serve
-from streams.settings import Settings
+from perennial.streams.observe.metrics import MAX_LABEL_VALUES, Metrics, MetricsError, serve
+from perennial.streams.settings import Settings
 
 
 @dataclass

@@ -6,9 +6,9 @@ import threading
 
 import pytest
 
-from storage.blobs import DirectoryStore
-from storage.errors import IntegrityError, StoreError
-from storage.quarantine import (
+from perennial.storage.errors import IntegrityError, StoreError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.quarantine import (
     Done,
     Entry,
     Hold,
@@ -18,8 +18,8 @@ from storage.quarantine import (
     quarantine_key,
     update_quarantine,
 )
-from streams.events import ExampleAccepted, Origin
-from streams.quarantine import Screen, blocks, text_hash
+from perennial.streams.events.models import ExampleAccepted, Origin
+from perennial.streams.retention.quarantine_filter import Screen, blocks, text_hash
 
 ADAPTER = "acme/support"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from streams.settings import settings_table
+from perennial.streams.settings import settings_table
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 
@@ -18,7 +18,7 @@ def test_the_settings_table_is_that_of_the_settings():
 def test_every_command_that_is_named_exists():
     from typer.main import get_command
 
-    from streams.cli.app import app
+    from perennial.streams.cli.app import app
 
     commands = get_command(app).commands
     named = set(re.findall(r"`?perennial ([a-z]+)", README)) - {"is", "keeps", "makes", "perennial"}

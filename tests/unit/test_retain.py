@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from storage.blobs import DirectoryStore, blob_key, digest_of
-from storage.keys import stored_name
-from storage.manifest import BlobRef, LearnedExample
-from streams import retain
-from streams.events import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
-from streams.metrics import Metrics
-from streams.retain import Retention, StoreFacts
-from streams.settings import Settings
-from streams.wire import WireError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key, digest_of, stored_name
+from perennial.storage.registry.manifest import BlobRef, LearnedExample
+from perennial.streams.events.cloudevents import WireError
+from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.retain import service as retain
+from perennial.streams.retain.service import Retention, StoreFacts
+from perennial.streams.settings import Settings
 from tests.versions import Line, safetensors_of
 
 

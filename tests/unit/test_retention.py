@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.quarantine import Done, Quarantine
-from streams.clock import MAX_GAP_MS, ClockGuard
-from streams.events import (
+from perennial.storage.registry.quarantine import Done, Quarantine
+from perennial.streams.events.cloudevents import WireError
+from perennial.streams.events.models import (
     ExampleAccepted,
     ForgetRequested,
     Origin,
@@ -20,10 +20,10 @@ from streams.events import (
     RollbackRequested,
     Selector,
 )
-from streams.quarantine import Screen, text_hash
-from streams.retention import KEEP_MS, KEEP_OWN, RESEND_MS, Live, Turn, covers, job_id_of
-from streams.retention_book import Book, Known, calendar, overdue
-from streams.wire import WireError
+from perennial.streams.retain.clock import MAX_GAP_MS, ClockGuard
+from perennial.streams.retain.ledger import Book, Known, calendar, overdue
+from perennial.streams.retain.state_machine import KEEP_MS, KEEP_OWN, RESEND_MS, Live, Turn, covers, job_id_of
+from perennial.streams.retention.quarantine_filter import Screen, text_hash
 
 A, B = "acme/support", "acme/sales"
 DAY_MS = 86_400_000

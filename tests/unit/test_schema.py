@@ -7,13 +7,13 @@ import re
 import orjson
 import pytest
 
-from streams import schema
-from streams.events import EVENTS
-from streams.topics import TOPICS
+from perennial.streams.events.models import EVENTS
+from perennial.streams.kafka.topics import TOPICS
+from tools import generate_schemas as schema
 
 
 def test_docs_are_what_the_models_say():
-    assert schema.stale() == [], "run `python -m streams.schema`"
+    assert schema.stale() == [], "run `python -m tools.generate_schemas`"
 
 
 def test_staleness_is_seen_and_mended(tmp_path):

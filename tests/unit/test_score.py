@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.adapter import State, to_safetensors
-from learner.live import NOTHING, Live, LiveWeights
-from learner.scorer import Scorer
-from storage.blobs import DirectoryStore, ObjectStore
-from storage.errors import StoreUnavailableError
-from storage.registry import Registry
-from streams.events import ExampleAccepted
-from streams.metrics import Metrics
-from streams.settings import Settings
+from perennial.learner.model.lora import State, to_safetensors
+from perennial.learner.roles.adapter_cache import NOTHING, Live, LiveWeights
+from perennial.learner.roles.scorer import Scorer
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import ExampleAccepted
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
 from tests import tiny
 from tests.versions import Line
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from streams.cli.supervise import Supervisor
-from streams.settings import Settings
+from perennial.streams.devstack.supervisor import Supervisor
+from perennial.streams.settings import Settings
 
 
 def test_a_role_waits_longer_after_each_short_life_and_not_after_a_long_one(tmp_path):

@@ -11,14 +11,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner import train as training
-from learner.adapter import Lora, LoraConfig, to_safetensors
-from learner.examples import Codec, Row, text_rows
-from learner.replay import Kept, Mix, index_from_bytes, index_to_bytes, keep, random_from, schedule
-from learner.score import mean_nats, row_losses, token_losses
-from learner.train import OutOfMemoryError, Plan, optimizer_from_bytes, steps_taken, train
-from storage.blobs import digest_of
-from storage.errors import IntegrityError
+from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
+from perennial.learner.model.loss import mean_nats, row_losses, token_losses
+from perennial.learner.model.tokenization import Codec, Row, text_rows
+from perennial.learner.training import trainer as training
+from perennial.learner.training.replay_buffer import (
+    Kept,
+    Mix,
+    index_from_bytes,
+    index_to_bytes,
+    keep,
+    random_from,
+    schedule,
+)
+from perennial.learner.training.trainer import OutOfMemoryError, Plan, optimizer_from_bytes, steps_taken, train
+from perennial.storage.errors import IntegrityError
+from perennial.storage.objects.keys import digest_of
 from tests import tiny
 
 PLAN = Plan(learning_rate=5e-3, clip_norm=1.0, pad=2, warmup_steps=2)

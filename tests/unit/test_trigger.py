@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from storage.errors import IntegrityError
-from streams.events import Batch, ExampleAccepted, ExampleScored, Origin
-from streams.trigger import MAX_SKIPPED, RECENT_IDS, Curator, CutPolicy, OffsetLine, RecentIds
+from perennial.storage.errors import IntegrityError
+from perennial.streams.curate.batcher import MAX_SKIPPED, RECENT_IDS, Curator, CutPolicy, OffsetLine, RecentIds
+from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POLICY = CutPolicy(max_tokens=100, max_examples=8, min_examples=3, max_age_ms=1000, cooldown_examples=16, window=64)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from learner import lineage as lineage_module
-from learner.batches import JobError
-from storage.blobs import DirectoryStore, blob_key
-from storage.quarantine import update_quarantine
+from perennial.learner.versions import update_job as lineage_module
+from perennial.learner.versions.micro_batches import JobError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.registry.quarantine import update_quarantine
 from tests import jobs
 from tests.unit.test_forget import ADAPTER, documents, erase, forget, learn, lineage, never_saw, quarantined, readable
 

@@ -9,9 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from streams.events import DEFAULT_TYPES, DocumentObserved, InteractionObserved
-from streams.topics import TOPICS
-from streams.wire import (
+from perennial.streams.events.cloudevents import (
     MAX_DEAD_LETTER_BYTES,
     MAX_DEPTH,
     MAX_HEADER_BYTES,
@@ -24,6 +22,8 @@ from streams.wire import (
     encode,
     parse_dead_letter,
 )
+from perennial.streams.events.models import DEFAULT_TYPES, DocumentObserved, InteractionObserved
+from perennial.streams.kafka.topics import TOPICS
 from tests.unit.event_strategies import any_event, event_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)

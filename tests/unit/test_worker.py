@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from streams.cli.worker import OneLine
+from perennial.streams.cli.worker import OneLine
 
 
 def test_an_id_from_outside_forges_no_line_of_the_log_and_a_traceback_keeps_its_lines():

@@ -1,0 +1,358 @@
+"""The frozen base model: loading it, naming its bytes by digest, and the general texts beside it.
+
+Knows nothing of adapters, Kafka or the store. A base is only ever read: the digest made here goes into every
+version, and whoever loads an adapter compares it first.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import gc
+import hashlib
+import inspect
+import json
+import re
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from perennial.storage.errors import PerennialError
+
+Split = Literal["train", "heldout", "anchor"]
+
+SHIPPED_NAME = "shipped"
+SHIPPED_FOLDER = Path(__file__).parent / "shipped" / "base-v1"
+WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
+# What decides how a text becomes ids and ids become logits. generation_config.json is left out: it holds
+# sampling defaults, which a user may change without making another base.
+IDENTITY_FILES = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+# A model without a position table (recurrent, ALiBi) states no limit; rows are cut to this then.
+FALLBACK_POSITIONS = 2048
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?")
+
+MIN_TEXT_CHARS = 40
+# Tests hold fixtures rather than prose; the other trees are tables, vendored grammars or an application,
+# and parsing them doubles the time.
+SKIPPED_TREES = frozenset(
+    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
+)
+
+
+class BaseModelError(PerennialError):
+    """The base model cannot be used."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that is ready for use and that nothing may change.
+
+    digest: `sha256:` over weights, config and tokenizer files; device and dtype: where and in what the model
+    computes; max_positions: the longest row, in tokens, that it takes.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    digest: str
+    device: torch.device
+    dtype: torch.dtype
+    max_positions: int
+
+
+def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | None = None) -> Base:
+    """Load a causal language model by `shipped`, a folder, or a hub id (`owner/model`, `owner/model@revision`).
+
+    bf16 on CUDA, fp32 on the CPU, where PyTorch is also held to deterministic algorithms. threads: CPU threads
+    of the process, unchanged where None. Code from the model's repository is never run, and weights are read
+    from safetensors alone. Raises BaseModelError.
+    """
+    place = _pick_device(device)
+    if threads is not None:
+        if threads < 1:
+            raise BaseModelError("Bad thread count", got=threads, allowed="1 or more", remedy="set 1 or more threads")
+        torch.set_num_threads(threads)
+    if place.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    folder = _resolve(name)
+    digest = digest_of_folder(folder)
+    with _quiet_transformers():
+        model, tokenizer = _load(folder, dtype)
+    model.requires_grad_(False).eval().to(place)
+    _check_fit(model, tokenizer, folder)
+    return Base(model, tokenizer, name, digest, place, dtype, _max_positions(model))
+
+
+def digest_of_folder(folder: Path) -> str:
+    """Digest a model folder as `sha256:<hex>` over name, size and content of its identity files, by name.
+
+    Only what decides the logits counts (weights, config, tokenizer), so a readme changes nothing.
+    """
+    total = hashlib.sha256()
+    for path in sorted({*_weight_files(folder), *(folder / name for name in IDENTITY_FILES)}):
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.name}\0{path.stat().st_size}\0{content}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / WEIGHTS_INDEX_FILE
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not index.is_file():
+        raise BaseModelError(
+            "No weights in the model folder",
+            got=str(folder),
+            allowed=f"{WEIGHTS_FILE}, or {WEIGHTS_INDEX_FILE} with its parts",
+            remedy="save the model with save_pretrained(), which writes safetensors",
+        )
+    shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    missing = sorted(shard for shard in shards if not (folder / shard).is_file())
+    if missing:
+        raise BaseModelError("Weights are incomplete", got=missing, remedy=f"copy the missing parts to {folder}")
+    return [index, *(folder / shard for shard in shards)]
+
+
+def _resolve(name: str) -> Path:
+    """Find the local folder of a name, downloading a hub id's identity files where they are not cached."""
+    if name == SHIPPED_NAME:
+        return SHIPPED_FOLDER
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():  # an empty name would be the current folder
+        return folder
+    choices = f"`{SHIPPED_NAME}`, an existing folder, or a hub id such as owner/model"
+    if not HUB_ID.fullmatch(name):
+        raise BaseModelError(
+            "No such model folder",
+            got=name,
+            allowed=choices,
+            remedy=f"correct the folder, or set `{SHIPPED_NAME}` for the model that comes along",
+        )
+    repository, _, revision = name.partition("@")
+    wanted = [WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "model-*-of-*.safetensors", "generation_config.json", *IDENTITY_FILES]
+    try:
+        with _quiet_transformers():
+            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise BaseModelError(
+            "Neither a folder nor a model that the hub gives out",
+            got=name,
+            allowed=choices,
+            remedy=f"correct the name, log in if it is gated, or set `{SHIPPED_NAME}` ({type(error).__name__})",
+        ) from error
+
+
+def _pick_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise BaseModelError(
+            "Unknown device", got=device, allowed="auto, cpu, cuda, cuda:N", remedy="set the device to auto"
+        )
+    place = torch.device(device)
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise BaseModelError(
+            "No such CUDA device",
+            got=device,
+            allowed=f"{torch.cuda.device_count()} CUDA devices are visible",
+            remedy="set the device to auto or cpu",
+        )
+    return place
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Hold back progress bars and advice while loading, and restore the caller's settings."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    if (folder / "adapter_config.json").exists():
+        raise BaseModelError(
+            "The folder holds an adapter, not a base",
+            got=str(folder),
+            allowed="a folder with a whole model",
+            remedy="merge the adapter into its base and save that with save_pretrained()",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise BaseModelError(
+                "Not a causal language model",
+                got=f"model_type {config.model_type} in {folder}",
+                allowed="what AutoModelForCausalLM loads",
+                remedy=f"choose a decoder-only model, or set `{SHIPPED_NAME}`",
+            )
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise BaseModelError(
+            "The model cannot be loaded",
+            got=f"{folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            allowed="config, tokenizer and safetensors weights as save_pretrained() writes them, without own code",
+            remedy=f"save the model and its tokenizer again, or set `{SHIPPED_NAME}`",
+        ) from error
+    if info["missing_keys"]:
+        raise BaseModelError(
+            "The weights lack parameters of the causal language model",
+            got=sorted(info["missing_keys"])[:5],
+            allowed="weights for every parameter",
+            remedy="choose a checkpoint that was saved with its language-model head",
+        )
+    return model, tokenizer
+
+
+def _check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
+    if tokenizer.eos_token_id is None:
+        raise BaseModelError(
+            "The tokenizer has no end-of-sequence token",
+            got=str(folder),
+            allowed="a tokenizer with eos_token",
+            remedy="set eos_token in tokenizer_config.json to the token that ends a text",
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BaseModelError(
+            "The tokenizer has more tokens than the model",
+            got=len(tokenizer),
+            allowed=f"at most {rows}",
+            remedy="put the tokenizer that belongs to the model into its folder",
+        )
+    # An encoder loads as a causal model too and then sees the token that it should predict.
+    ids = torch.arange(8, device=model.device).remainder(rows).expand(2, 8).clone()  # (B, T)
+    ids[1, -1] = rows - 1
+    with torch.no_grad():
+        first, second = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (T - 1, V) each
+    if not torch.allclose(first, second, rtol=0.05, atol=0.05):
+        raise BaseModelError(
+            "Not a causal language model: a later token changes earlier predictions",
+            got=f"{type(model).__name__} in {folder}",
+            allowed="a decoder-only model",
+            remedy=f"choose a decoder-only model, or set `{SHIPPED_NAME}`",
+        )
+
+
+def _max_positions(model: Any) -> int:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else FALLBACK_POSITIONS
+
+
+def split_of(text: str) -> Split:
+    """Assign a text to 90 % train, 5 % held-out, 5 % anchor by its SHA-256, so every run agrees."""
+    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
+    if bucket < 90:
+        return "train"
+    return "heldout" if bucket < 95 else "anchor"
+
+
+def _walk_definitions(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.AST]]:
+    """Yield (dotted name, node) of classes and functions; into `if`/`try` blocks, not function bodies."""
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{prefix}.{node.name}"
+            yield name, node
+            if isinstance(node, ast.ClassDef):
+                yield from _walk_definitions(node.body, name)
+        elif isinstance(node, ast.If | ast.Try):
+            yield from _walk_definitions(node.body, prefix)
+            yield from _walk_definitions(node.orelse, prefix)
+            for handler in getattr(node, "handlers", ()):
+                yield from _walk_definitions(handler.body, prefix)
+
+
+def docstrings_of(source: bytes, module: str) -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, cleaned docstring) of a module's source; raises SyntaxError as `ast.parse` does."""
+    tree = ast.parse(source)
+    for name, node in ((module, tree), *_walk_definitions(tree.body, module)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            raw = ast.get_docstring(node, clean=False)
+            if raw is not None:
+                yield name, inspect.cleandoc(raw)
+
+
+@functools.cache
+def stdlib_docstrings() -> tuple[tuple[str, str], ...]:
+    """Collect (dotted name, text) of the standard library's docstrings, each text once, ordered by path.
+
+    Parsed from source, nothing imported; texts have at least `MIN_TEXT_CHARS` characters. The set
+    follows from the Python that runs, so a different Python release gives slightly different texts.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names: dict[str, str] = {}
+    # Parsing makes millions of acyclic nodes: the cyclic collector would take half of the time.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).parts
+            if SKIPPED_TREES.intersection(parts):
+                continue
+            module = ".".join((*parts[:-1], path.stem)).removesuffix(".__init__")
+            for name, text in docstrings_of(path.read_bytes(), module):
+                if len(text) >= MIN_TEXT_CHARS:
+                    names.setdefault(text, name)
+    finally:
+        if collecting:
+            gc.enable()
+    return tuple((name, text) for text, name in names.items())
+
+
+@functools.cache
+def _texts_by_split() -> dict[Split, tuple[str, ...]]:
+    split: dict[Split, list[str]] = {"train": [], "heldout": [], "anchor": []}
+    for _, text in stdlib_docstrings():
+        split[split_of(text)].append(text)
+    return {key: tuple(texts) for key, texts in split.items()}
+
+
+def general_texts(split: Split) -> list[str]:
+    """Give the general texts of a split, in a fixed order: replay (train), measure (heldout), guard (anchor)."""
+    return list(_texts_by_split()[split])

@@ -1,0 +1,135 @@
+"""Turns examples into rows of token ids with a mark from where they are trained; deterministic, no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perennial.storage.errors import PerennialError
+from perennial.streams.events.models import ExampleAccepted
+
+_SENTINEL = "\u2063PROMPT\u2063"
+_PROMPT_SHARE = 4
+"""A long answer leaves a prompt at least 1/4 of a row."""
+_MIN_ROW_TOKENS = 8
+
+
+class ExampleError(PerennialError):
+    """An example has nothing that can be trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One training row: `ids[train_from:]` are the tokens whose prediction is trained, so train_from >= 1."""
+
+    ids: tuple[int, ...]
+    train_from: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens of the row are trained."""
+        return len(self.ids) - self.train_from
+
+
+class Codec:
+    """A tokenizer with what rows need worked out once: the ends of a text and the frame of a turn.
+
+    The frame comes from the tokenizer's chat template, rendered around a sentinel, so that a base is asked in
+    the form it was trained on; without a template it is `User: …` / `Assistant: …` as plain text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise ExampleError(
+                "the base's tokenizer has no end-of-text token",
+                got=type(tokenizer).__name__,
+                allowed="a tokenizer with eos_token",
+                remedy="set eos_token in the base's tokenizer_config.json",
+            )
+        self.eos: int = int(eos)
+        # Without a start token the first token of a text would have nothing to be predicted from.
+        self.bos: int = int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos)
+        pad = tokenizer.pad_token_id
+        self.pad: int = int(pad if pad is not None else eos)
+        self.turn_head, self.turn_tail = self._frame()
+
+    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
+            )
+            head, found, tail = text.partition(_SENTINEL)
+            if found and _SENTINEL not in tail:
+                return self._trusted(head), self._trusted(tail)
+        return (self.bos, *self._trusted("User: ")), self._trusted("\nAssistant: ")
+
+    def _trusted(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of foreign text. Markers such as `<|eos|>` in it stay text: a document cannot fake a turn."""
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return list(encoded["input_ids"])
+
+    def prompt_ids(self, prompt: str, limit: int) -> tuple[int, ...]:
+        """What the model is given before it answers; a prompt beyond `limit` tokens loses its head."""
+        room = max(0, limit - len(self.turn_head) - len(self.turn_tail))
+        ids = self.encode(prompt)
+        return (*self.turn_head, *ids[max(0, len(ids) - room) :], *self.turn_tail)
+
+
+def text_rows(text: str, codec: Codec, row_tokens: int) -> list[Row]:
+    """Rows of a document: start, text and end, cut every row_tokens - 1 tokens.
+
+    A row begins with the last token of the row before it, so that every token of the text is trained once.
+    """
+    _check_row_tokens(row_tokens)
+    return _cut([codec.bos, *codec.encode(text), codec.eos], row_tokens)
+
+
+def turn_rows(prompt: str, answer: str, codec: Codec, row_tokens: int) -> list[Row]:
+    """Rows of a turn: the loss is on the answer and its end alone. A long prompt loses its head, never the answer."""
+    _check_row_tokens(row_tokens)
+    target = [*codec.encode(answer), codec.eos]
+    room = max(row_tokens // _PROMPT_SHARE, row_tokens - len(target))
+    # A chat template may be longer than a row: its end, which says that an answer follows, is what must stay.
+    asked = codec.prompt_ids(prompt, room)[-room:]
+    first = row_tokens - len(asked)
+    rows = [Row((*asked, *target[:first]), len(asked))]
+    if len(target) > first:
+        rows += _cut(target[first - 1 :], row_tokens)
+    return rows
+
+
+def rows_of(example: ExampleAccepted, codec: Codec, row_tokens: int) -> list[Row]:
+    """Rows that train one example, each at most row_tokens long.
+
+    Raises ExampleError where the example has neither text nor prompt and answer.
+    """
+    if example.kind == "document" and example.text:
+        return text_rows(example.text, codec, row_tokens)
+    if example.prompt and example.answer:
+        return turn_rows(example.prompt, example.answer, codec, row_tokens)
+    raise ExampleError(
+        got=f"{example.kind} {example.example_id} without its text",
+        allowed="a document with text, or a correction or turn with prompt and answer",
+        remedy="look at the producer of the examples topic: intake never writes this",
+    )
+
+
+def _cut(ids: Sequence[int], row_tokens: int) -> list[Row]:
+    stride = row_tokens - 1
+    return [Row(tuple(ids[start : start + row_tokens])) for start in range(0, len(ids) - 1, stride)]
+
+
+def _check_row_tokens(row_tokens: int) -> None:
+    if row_tokens < _MIN_ROW_TOKENS:
+        raise ExampleError(
+            "rows are too short to train anything",
+            got=row_tokens,
+            allowed=f"at least {_MIN_ROW_TOKENS} tokens",
+            remedy="raise PERENNIAL_ROW_TOKENS",
+        )

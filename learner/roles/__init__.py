@@ -1,0 +1,1 @@
+"""The learner and scorer roles: Kafka records in, work done, events out."""

@@ -1,0 +1,134 @@
+"""The live versions' weights, kept fresh beside the scorer so that a slow store never holds up scoring."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from perennial.learner.model.lora import AdapterError, State, from_safetensors
+from perennial.storage.errors import StoreError
+from perennial.storage.objects.object_store import get_blob
+from perennial.storage.registry.registry import Registry
+from perennial.streams.observe.metrics import Metrics
+
+_log = logging.getLogger("perennial.scorer")
+
+MAX_CACHED_BYTES = 512 * 1024**2
+MAX_CACHED_ADAPTERS = 10_000
+
+
+@dataclass(frozen=True)
+class Live:
+    """What an alias pointed at when it was last read. state: None where there is no version, or none to be had."""
+
+    version: str | None
+    generation: int
+    state: State | None
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(tensor.nbytes for tensor in self.state.values()) if self.state else 0
+
+
+NOTHING = Live(None, 0, None)
+
+
+class LiveWeights:
+    """Weights by adapter; a thread of its own reads aliases and blobs, each adapter's at most every poll_s."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        alias: str,
+        base_sha256: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        *,
+        poll_s: float,
+        clock: Callable[[], float],
+        metrics: Metrics,
+    ) -> None:
+        self._registry = registry
+        self._alias = alias
+        self._base_sha256 = base_sha256
+        self._shapes = shapes
+        self._poll_s = poll_s
+        self._clock = clock
+        self._metrics = metrics
+        self._entries: OrderedDict[str, tuple[Live, float]] = OrderedDict()
+        self._bytes = 0
+        self._wanted: dict[str, None] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="live-weights", daemon=True)
+
+    def get(self, adapters: Iterable[str], wait_s: float) -> dict[str, Live]:
+        """What is known of each adapter, waiting at most wait_s for those not seen before."""
+        names = list(dict.fromkeys(adapters))
+        now = self._clock()
+        with self._changed:
+            for name in names:
+                entry = self._entries.get(name)
+                if entry is None or now - entry[1] >= self._poll_s:
+                    self._wanted[name] = None
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: all(name in self._entries for name in names), wait_s)
+            for name in names:
+                if name in self._entries:
+                    self._entries.move_to_end(name)
+            return {name: self._entries[name][0] if name in self._entries else NOTHING for name in names}
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    return
+                name = next(iter(self._wanted))
+                entry = self._entries.get(name)
+            live = self._read(name, entry[0] if entry else NOTHING)
+            with self._changed:
+                self._wanted.pop(name, None)
+                self._keep(name, live)
+                self._changed.notify_all()
+
+    def _read(self, adapter: str, known: Live) -> Live:
+        """The alias's version. A failed read gives none: a loss under stale weights would look like drift."""
+        try:
+            state = self._registry.alias(adapter, self._alias)
+            if state is None or state.kind == "retired":
+                return NOTHING
+            if state.version == known.version and known.state is not None:
+                return Live(state.version, state.generation, known.state)
+            manifest = self._registry.manifest(adapter, state.version)
+            if manifest.base_sha256 != self._base_sha256:
+                _log.warning("%s belongs to base %s, not to this scorer's", adapter, manifest.base_sha256)
+                return NOTHING
+            data = get_blob(self._registry.store, manifest.weights.digest)
+            return Live(state.version, state.generation, from_safetensors(data, self._shapes))
+        except (StoreError, AdapterError) as error:
+            self._metrics.store_error("live-weights")
+            _log.warning("the live version of %s cannot be loaded: %s", adapter, error)
+            return NOTHING
+
+    def _keep(self, name: str, live: Live) -> None:
+        old = self._entries.pop(name, None)
+        self._bytes += live.size_bytes - (old[0].size_bytes if old else 0)
+        self._entries[name] = live, self._clock()
+        while len(self._entries) > 1 and (self._bytes > MAX_CACHED_BYTES or len(self._entries) > MAX_CACHED_ADAPTERS):
+            _, (dropped, _) = self._entries.popitem(last=False)
+            self._bytes -= dropped.size_bytes
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join(timeout=1)

@@ -1,0 +1,1 @@
+"""Backends that serve adapter versions with torch, and the evaluation of versions."""

@@ -1,0 +1,38 @@
+"""Measures stored versions on given texts: what the demo and the benchmarks judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from perennial.learner.model.base import load_base
+from perennial.learner.model.lora import Lora, LoraConfig, from_safetensors
+from perennial.learner.model.loss import mean_nats, row_losses
+from perennial.learner.model.tokenization import Codec, text_rows
+from perennial.storage.objects.object_store import ObjectStore, get_blob
+from perennial.storage.registry.manifest import Manifest
+from perennial.streams.settings import Settings
+
+_MAX_ROWS_PER_TEXT = 2
+
+
+class Probe:
+    """A base of its own with one LoRA slot, into which a version is put to be measured."""
+
+    def __init__(self, settings: Settings, store: ObjectStore) -> None:
+        base = load_base(settings.base, settings.device, settings.threads)
+        self._store = store
+        self._row_tokens = settings.row_tokens
+        self._codec = Codec(base.tokenizer)
+        self._lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="probe")
+
+    def loss(self, manifest: Manifest | None, texts: Sequence[str]) -> float:
+        """Mean loss in nats per token on the beginnings of the texts, under a version; None: the frozen base."""
+        weights = get_blob(self._store, manifest.weights.digest) if manifest is not None else None
+        return self.loss_of(weights, texts)
+
+    def loss_of(self, weights: bytes | None, texts: Sequence[str]) -> float:
+        """The same under weights in hand, which the store may no longer have."""
+        if weights is not None:
+            self._lora.load(from_safetensors(weights, self._lora.shapes))
+        rows = [row for text in texts for row in text_rows(text, self._codec, self._row_tokens)[:_MAX_ROWS_PER_TEXT]]
+        return mean_nats(row_losses(self._lora, rows, pad=self._codec.pad, adapted=weights is not None))

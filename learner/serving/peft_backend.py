@@ -1,0 +1,258 @@
+"""Where subscribers put adapters: into a PEFT model in this process, or into a folder that other servers watch.
+
+Both follow streams.client.Backend. A name stands for one version and is never reloaded in place. Importing this
+module loads no torch: the folder backend runs where there is none.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from perennial.storage.registry.manifest import Manifest
+from perennial.streams.client.directory_backend import BackendError, DirectoryBackend
+
+if TYPE_CHECKING:
+    from perennial.learner.model.base import Base
+    from perennial.learner.model.lora import Lora, LoraConfig
+
+__all__ = ["BackendError", "DirectoryBackend", "PeftBackend"]
+
+
+@dataclass(eq=False)
+class _Slot:
+    lora: Lora
+    name: str | None = None
+    requests: int = 0
+    loading: bool = False
+
+    def wipe(self) -> None:
+        import torch
+
+        with torch.no_grad():
+            for parameter in self.lora.parameters.values():
+                parameter.zero_()
+
+
+class PeftBackend:
+    """Swaps versions in and out of a running model with no pause and no request seeing parts of two versions.
+
+    Each version sits in a LoRA slot of its own. A request leases the slot that is active when it begins and
+    keeps it to its end; the slot is selected anew for every forward pass, under a lock, so that requests on the
+    version before and on the new one interleave. Activation therefore waits for nobody. config: the rank and
+    alpha of every version served. slots: versions held at once: the live one, and those being loaded or drained.
+    lock: held for each forward pass; pass the one that others who use the same base hold. Thread-safe.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        config: LoraConfig,
+        *,
+        slots: int = 2,
+        lock: AbstractContextManager[Any] | None = None,
+    ) -> None:
+        from peft.tuners.lora import LoraLayer
+
+        from perennial.learner.model.lora import Lora
+
+        if slots < 2:
+            raise BackendError("too few slots to swap without a pause", got=slots, allowed="2 or more")
+        self.base = base
+        self.config = config
+        self.base_sha256: str | None = base.digest
+        self._forward_lock = lock if lock is not None else threading.Lock()
+        with self._forward_lock, warnings.catch_warnings():
+            # several slots in one model are what is wanted here
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            self._slots = [_Slot(Lora(base, config, slot=f"serving-{i}")) for i in range(slots)]
+        self._layer = next(module for module in base.model.modules() if isinstance(module, LoraLayer))
+        for slot in self._slots:
+            slot.wipe()
+        self._active: _Slot | None = None
+        self._changed = threading.Condition()
+        self._leased = threading.local()
+        self._hooks = [
+            base.model.register_forward_pre_hook(self._before_forward),
+            base.model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    # ---- requests
+
+    @contextmanager
+    def lease(self) -> Iterator[str | None]:
+        """Everything that this thread runs through `base.model` inside the block uses one version: the name given."""
+        if hasattr(self._leased, "slot"):
+            yield self._leased.slot.name if self._leased.slot else None
+            return
+        with self._changed:
+            slot = self._active
+            if slot is not None:
+                slot.requests += 1
+        self._leased.slot = slot
+        try:
+            yield slot.name if slot else None
+        finally:
+            del self._leased.slot
+            if slot is not None:
+                with self._changed:
+                    slot.requests -= 1
+                    self._changed.notify_all()
+
+    def _before_forward(self, *_: object) -> None:
+        if not hasattr(self._leased, "slot"):
+            return  # somebody else's use of the same base, under their own hold of the lock
+        slot: _Slot | None = self._leased.slot
+        with ExitStack() as selected:
+            selected.enter_context(self._forward_lock)
+            if not self._is_selected(slot):
+                selected.enter_context(slot.lora.enabled() if slot else self._slots[0].lora.disabled())
+            self._leased.selected = selected.pop_all()
+
+    def _is_selected(self, slot: _Slot | None) -> bool:
+        # All layers are switched together and under the lock, so one speaks for all; switching costs a fifth of a
+        # small model's forward pass.
+        layer = self._layer
+        return slot is not None and not layer.disable_adapters and layer.active_adapters == [slot.lora.slot]
+
+    def _after_forward(self, *_: object) -> None:
+        selected: ExitStack | None = self._leased.__dict__.pop("selected", None)
+        if selected is not None:
+            selected.close()
+
+    def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
+        """Answer a prompt greedily, asked in the form that corrections are trained in. Inside a lease: its version."""
+        import torch
+
+        from perennial.learner.model.tokenization import Codec
+
+        tokenizer = self.base.tokenizer
+        room = max(1, self.base.max_positions - max_new_tokens)
+        ids = torch.tensor([Codec(tokenizer).prompt_ids(prompt, room)], device=self.base.device)  # (1, T)
+        with self.lease(), torch.no_grad():
+            out = self.base.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.eos_token_id,
+            )  # (1, T + new)
+        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+
+    def loss(self, text: str) -> float:
+        """Mean loss of a text in nats per token, cut to what the model takes. Raises BackendError below two tokens."""
+        import torch
+
+        ids = self.base.tokenizer(text, return_tensors="pt").input_ids[:, : self.base.max_positions]  # (1, T)
+        if ids.shape[1] < 2:
+            raise BackendError("a text is too short to score", got=f"{ids.shape[1]} tokens", allowed="2 or more")
+        ids = ids.to(self.base.device)
+        with self.lease(), torch.no_grad():
+            logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (T - 1, V)
+        return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
+
+    # ---- what a subscriber asks
+
+    def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
+        """Copy the weights into a free slot.
+
+        Raises BackendError where no slot is free or rank or alpha are others, AdapterError, IntegrityError.
+        """
+        from perennial.learner.model.lora import from_safetensors
+
+        alpha = manifest.config.get("alpha", self.config.alpha)
+        if (manifest.rank, alpha) != (self.config.rank, self.config.alpha):
+            raise BackendError(
+                f"{name} has another rank or alpha than this backend was made for",
+                got=f"rank {manifest.rank}, alpha {alpha}",
+                allowed=f"rank {self.config.rank}, alpha {self.config.alpha}",
+                remedy="make the backend with the LoraConfig of the versions that it is to serve",
+            )
+        with self._changed:
+            if self._find(name) is not None:
+                return
+            free = next((s for s in self._slots if s.name is None and not s.requests and not s.loading), None)
+            if free is None:
+                raise BackendError(
+                    "no slot is free",
+                    got=f"{len(self._slots)} versions held",
+                    remedy="unload a version, or make the backend with more slots",
+                )
+            free.loading = True
+        try:
+            free.lora.load(from_safetensors(weights, free.lora.shapes))  # no request looks at this slot: no lock
+            free.name = name
+        finally:
+            free.loading = False
+
+    def warm(self, name: str) -> None:
+        """Run one token through the version."""
+        import torch
+
+        slot = self._require(name)
+        self._leased.slot = slot
+        try:
+            with torch.no_grad():
+                self.base.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.base.device))
+        finally:
+            del self._leased.slot
+
+    def activate(self, name: str) -> None:
+        """Requests that begin from now on use the version."""
+        slot = self._require(name)
+        with self._changed:
+            self._active = slot
+
+    def drain(self, name: str, timeout_s: float) -> bool:
+        """Wait until no request uses the version."""
+        slot = self._find(name)
+        with self._changed:
+            return slot is None or self._changed.wait_for(lambda: not slot.requests, timeout_s)
+
+    def unload(self, name: str) -> None:
+        """Overwrite the version's weights with zeros; an active one leaves the base alone in service."""
+        with self._changed:
+            slot = self._find(name)
+            if slot is None:
+                return
+            if self._active is slot:
+                self._active = None
+            if slot.requests:
+                raise BackendError(
+                    f"requests still use {name}", got=f"{slot.requests} requests", remedy="drain it first"
+                )
+            slot.loading, slot.name = True, None
+        try:
+            slot.wipe()  # a forgotten version must not stay in memory
+        finally:
+            slot.loading = False
+
+    def list(self) -> list[str]:
+        """The names held."""
+        return sorted(slot.name for slot in self._slots if slot.name is not None)
+
+    @property
+    def current(self) -> str | None:
+        """The name that new requests use; None: the base alone."""
+        with self._changed:
+            return self._active.name if self._active else None
+
+    def close(self) -> None:
+        """Take the hooks off the model and the versions out of memory; the base can be used as before."""
+        for hook in self._hooks:
+            hook.remove()
+        for slot in self._slots:
+            slot.wipe()
+
+    def _find(self, name: str) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.name == name), None)
+
+    def _require(self, name: str) -> _Slot:
+        slot = self._find(name)
+        if slot is None:
+            raise BackendError(f"{name} is not held", remedy="load it first")
+        return slot

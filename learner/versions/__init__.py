@@ -1,0 +1,1 @@
+"""Jobs to versions: read micro-batches, write manifests and blobs, publish and announce aliases."""

@@ -1,0 +1,71 @@
+"""The event that tells subscribers where an alias stands, made from the registry alone, so that it can be sent again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from uuid import NAMESPACE_URL, uuid5
+
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.registry.registry import AliasState, Registry, manifest_key
+from perennial.streams.events.models import (
+    AdapterPromoted,
+    AdapterRetired,
+    AdapterRevoked,
+    AdapterRolledBack,
+    AdapterUpdate,
+    BaseRef,
+    Learned,
+    RetentionProgressed,
+)
+
+_EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired]] = {
+    "promoted": AdapterPromoted,
+    "rolled_back": AdapterRolledBack,
+    "revoked": AdapterRevoked,
+    "retired": AdapterRetired,
+}
+
+
+def event_of(registry: Registry, state: AliasState, stage_at: Mapping[str, datetime] | None = None) -> AdapterUpdate:
+    """The event that says where an alias points."""
+    manifest = registry.manifest(state.adapter, state.version)
+    return _EVENTS[state.kind](
+        adapter=state.adapter,
+        alias=state.alias,
+        generation=state.generation,
+        version=state.version,
+        seq=state.seq,
+        manifest_uri=f"{registry.store.uri}/{manifest_key(state.adapter, state.version)}",
+        weights_uri=f"{registry.store.uri}/{blob_key(manifest.weights.digest)}",
+        weights_sha256=manifest.weights.digest,
+        weights_bytes=manifest.weights.size_bytes,
+        rank=manifest.rank,
+        base=BaseRef(model=manifest.base_model, sha256=manifest.base_sha256),
+        previous_version=state.previous_version,
+        learned=Learned(
+            examples=len(manifest.learned),
+            tokens=sum(example.tokens for example in manifest.learned),
+            from_=_time(manifest.published_from_ms),
+            to=_time(manifest.published_to_ms),
+        ),
+        gate=manifest.gate,
+        reason=state.reason,
+        stage_at=dict(stage_at or {}),
+        published_at=state.published_at,
+    )
+
+
+def event_id(event: AdapterUpdate) -> str:
+    """The CloudEvents id of an alias state: sent again it is the same."""
+    return str(uuid5(NAMESPACE_URL, f"{event.key()}/{event.generation}"))
+
+
+def status_id(status: RetentionProgressed) -> str:
+    """The CloudEvents id of what is said of a retention request: said again it is the same."""
+    said = (status.request_id, status.adapter, status.state, str(status.examples), str(status.version), status.detail)
+    return str(uuid5(NAMESPACE_URL, "\n".join(said)))
+
+
+def _time(timestamp_ms: int | None) -> datetime | None:
+    return None if timestamp_ms is None else datetime.fromtimestamp(timestamp_ms / 1000, UTC)

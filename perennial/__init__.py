@@ -1,0 +1,1 @@
+"""Keep language models learning from Kafka, and make them forget on request."""

@@ -1,0 +1,1 @@
+"""Object stores: the protocol, a folder, S3; keys, digests, content-addressed blobs."""

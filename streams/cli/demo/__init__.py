@@ -1,0 +1,1 @@
+"""`perennial demo`: the whole loop on real text, with a report."""

@@ -1,0 +1,212 @@
+"""A folder as a backend: versions as PEFT adapter folders, for servers that watch it. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import orjson
+
+from perennial.storage.errors import PerennialError
+from perennial.storage.objects.keys import digest_of
+from perennial.storage.objects.safetensors_check import check_safetensors
+from perennial.storage.registry.manifest import Manifest
+
+_SEGMENT = r"[a-z0-9][a-z0-9._-]*"
+_NAME = re.compile(rf"(?P<adapter>{_SEGMENT}(?:/{_SEGMENT}){{0,3}})(?:#(?P<alias>{_SEGMENT}))?@(?P<hex>[0-9a-f]{{64}})")
+_LOADING, _UNLOADING = ".loading-", ".unloading-"
+_STALE_S = 3600.0
+_HEX = re.compile(r"[0-9a-f]{64}")
+
+
+class BackendError(PerennialError):
+    """A backend cannot do what a subscriber asks."""
+
+
+class DirectoryBackend:
+    """Versions as PEFT adapter folders, for servers that watch a folder or are told a path.
+
+    `<path>/<adapter>/@<64 hex>/` has adapter_model.safetensors, adapter_config.json and manifest.json, and appears
+    whole or not at all; `<path>/<adapter>/@live.json` names the folder to serve and is replaced atomically. (No
+    adapter's own name has an `@`, so none can collide.) base_sha256: the base of the servers, None: any. grace_s: how
+    long a version stays on the disk after another one became live, for servers that still read it.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        base_sha256: str | None = None,
+        grace_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.path = Path(path)
+        self.base_sha256 = base_sha256
+        self._grace_s = grace_s
+        self._clock = clock
+        self._left_at_s: dict[str, float] = {}
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.glob(f"{_LOADING}*"):  # of a process that was killed; a young one may be at work
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
+
+    def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
+        """Write the version's folder. Raises BackendError, and IntegrityError where the weights are no safetensors."""
+        folder = self._folder(name)
+        files = {
+            "adapter_model.safetensors": weights,
+            "adapter_config.json": adapter_config(weights, manifest),
+            "manifest.json": manifest.to_bytes(),
+        }
+        if self._holds(folder, files):
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=_LOADING, dir=self.path))
+        try:
+            staging.chmod(0o755)  # mkdtemp's 0700 would lock out servers of other users
+            for file_name, data in files.items():
+                _write_synced(staging / file_name, data)
+            if folder.exists():  # damaged, or this call would have ended above
+                self._remove(folder)
+            staging.rename(folder)
+            _sync_folder(folder.parent)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def _holds(self, folder: Path, files: dict[str, bytes]) -> bool:
+        try:
+            return all(digest_of((folder / name).read_bytes()) == digest_of(data) for name, data in files.items())
+        except FileNotFoundError:
+            return False
+
+    def warm(self, name: str) -> None:
+        """Nothing to warm here. Raises BackendError where the version is not held."""
+        self._require(name)
+
+    def activate(self, name: str) -> None:
+        """Point the alias's file at the version."""
+        folder = self._require(name)
+        pointer = self._pointer(name)
+        before = self._active(pointer)
+        staging = pointer.with_name(f".{pointer.name}.{os.getpid()}")
+        pointed = {"name": name, "version": f"sha256:{folder.name[-64:]}", "folder": folder.name}
+        _write_synced(staging, orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+        staging.replace(pointer)
+        _sync_folder(pointer.parent)
+        if before and before != name:
+            self._left_at_s[before] = self._clock()
+
+    def drain(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002 - nobody to wait for
+        """Whether the grace time is over; it is not waited for."""
+        left_at_s = self._left_at_s.setdefault(name, self._clock())
+        return self._clock() - left_at_s >= self._grace_s
+
+    def unload(self, name: str) -> None:
+        """Delete the version's folder, and its alias's file first where it points there."""
+        folder, pointer = self._folder(name), self._pointer(name)
+        if self._active(pointer) == name:
+            pointer.unlink()
+            _sync_folder(pointer.parent)
+        if folder.exists():
+            self._remove(folder)
+        for doomed in folder.parent.glob(f"{_UNLOADING}*/{folder.name}"):  # a process was cut off at it
+            shutil.rmtree(doomed.parent)
+        self._left_at_s.pop(name, None)
+
+    def list(self) -> list[str]:
+        """The names of all complete folders, of every adapter; also of those that are not wholly deleted yet."""
+        found = set()
+        for folder, below, _ in os.walk(self.path):
+            place = Path(folder).relative_to(self.path)
+            adapter = (place.parent if place.name.startswith(_UNLOADING) else place).as_posix()
+            for name in below:
+                alias, _, version = name[1:].rpartition("@")
+                if name.startswith("@") and _HEX.fullmatch(version):
+                    found.add(f"{adapter}{'#' if alias else ''}{alias}@{version}")
+            below[:] = [name for name in below if name[0] not in "@." or name.startswith(_UNLOADING)]
+        return sorted(found)
+
+    def current(self, adapter: str, alias: str = "live") -> str | None:
+        """The name that the alias's file points at, also after a restart; None where there is no file."""
+        return self._active(self.path / adapter / f"@{alias}.json")
+
+    def _active(self, pointer: Path) -> str | None:
+        try:
+            pointed = orjson.loads(pointer.read_bytes())
+        except (FileNotFoundError, orjson.JSONDecodeError):
+            return None
+        name = pointed.get("name") if isinstance(pointed, dict) else None
+        return name if isinstance(name, str) else None
+
+    def _parts(self, name: str) -> tuple[Path, str, str]:
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise BackendError("not a version's name", got=name, allowed="adapter@64hex or adapter#alias@64hex")
+        return self.path / match["adapter"], match["alias"] or "", match["hex"]
+
+    def _folder(self, name: str) -> Path:
+        above, alias, version = self._parts(name)
+        return above / (f"@{alias}@{version}" if alias else f"@{version}")
+
+    def _pointer(self, name: str) -> Path:
+        above, alias, _ = self._parts(name)
+        return above / f"@{alias or 'live'}.json"
+
+    def _require(self, name: str) -> Path:
+        folder = self._folder(name)
+        if not folder.is_dir():
+            raise BackendError(f"{name} is not held", remedy="load it first")
+        return folder
+
+    def _remove(self, folder: Path) -> None:
+        # Renamed first: a reader sees the whole folder or none of it.
+        doomed = Path(tempfile.mkdtemp(prefix=_UNLOADING, dir=folder.parent))
+        folder.rename(doomed / folder.name)
+        _sync_folder(folder.parent)
+        shutil.rmtree(doomed)
+
+
+def adapter_config(weights: bytes, manifest: Manifest) -> bytes:
+    """PEFT's `adapter_config.json` of a version, read off its tensors' names; needs no torch.
+
+    Raises IntegrityError where the weights are no safetensors, BackendError where the manifest does not say alpha.
+    """
+    check_safetensors(weights)
+    (header_bytes,) = struct.unpack_from("<Q", weights)
+    names = orjson.loads(weights[8 : 8 + header_bytes])
+    targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if ".lora_" in name})
+    alpha = manifest.config.get("alpha")
+    if not targets or not isinstance(alpha, int | float):
+        raise BackendError(
+            "the version cannot be written as a PEFT adapter",
+            got=f"alpha {alpha}, {len(targets)} target modules",
+            allowed="alpha in the manifest's config, and tensors named as in a PEFT adapter file",
+        )
+    content = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": manifest.base_model,
+        "r": manifest.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets,
+        "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
+    }  # fmt: skip
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

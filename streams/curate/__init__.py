@@ -1,0 +1,1 @@
+"""The curate agent: watch drift per adapter and cut examples into micro-batches."""

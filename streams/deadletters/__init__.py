@@ -1,0 +1,1 @@
+"""Dead letters: read them, select them, and send them back to their topics (redrive)."""

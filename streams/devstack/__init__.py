@@ -1,0 +1,1 @@
+"""A development stack on one machine: an embedded Kafka, MinIO, and the roles as processes."""

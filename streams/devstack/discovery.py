@@ -1,0 +1,63 @@
+"""How a command finds what `perennial up` runs: a small file in the data folder, and who wrote it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from perennial.streams.settings import Settings, load_settings
+
+
+def _path(data_dir: Path) -> Path:
+    return data_dir / "up.json"
+
+
+def announce(data_dir: Path, **facts: object) -> None:
+    """Write what runs, for other commands to find."""
+    data_dir.mkdir(parents=True, exist_ok=True)
+    temporary = _path(data_dir).with_suffix(".tmp")
+    temporary.write_text(json.dumps({"pid": os.getpid(), **facts}), encoding="utf-8")
+    temporary.replace(_path(data_dir))
+
+
+def withdraw(data_dir: Path) -> None:
+    """Remove the file again."""
+    _path(data_dir).unlink(missing_ok=True)
+
+
+def running(data_dir: Path) -> dict[str, object] | None:
+    """What `perennial up` announced in this data folder, None where it does not run (any more)."""
+    try:
+        facts: dict[str, object] = json.loads(_path(data_dir).read_text("utf-8"))
+        pid = facts["pid"]
+        if not isinstance(pid, int):
+            return None
+        os.kill(pid, 0)
+    except (OSError, ValueError, KeyError):
+        return None
+    return facts
+
+
+def connected_settings(**overrides: object) -> Settings:
+    """Settings, with broker and store of a running `perennial up` where none are set."""
+    settings = load_settings(**overrides)
+    if settings.kafka and settings.store:
+        return settings
+    facts = running(settings.data_dir) or {}
+    found = {
+        name: facts[name]
+        for name in ("kafka", "store", "topic_prefix")
+        if facts.get(name) and not getattr(settings, name)
+    }
+    if "store" in found:
+        _adopt(facts.get("s3"))
+    return settings.model_copy(update=found)
+
+
+def _adopt(variables: object) -> None:
+    """Make this process reach the server of a running `perennial up`; its keys are in files that the variables name."""
+    if isinstance(variables, dict):
+        for name, value in variables.items():
+            if isinstance(value, str) and (str(name).startswith("PERENNIAL_S3_") or name == "AWS_SESSION_TOKEN"):
+                os.environ[name] = value

@@ -1,0 +1,174 @@
+"""`perennial up`: an embedded broker, a store and all roles, kept over restarts, until Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.panel import Panel
+
+from perennial.storage.objects.factory import open_store
+from perennial.streams.devstack.discovery import announce, running, withdraw
+from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
+from perennial.streams.devstack.supervisor import ROLES, Supervisor
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings, SettingsError, load_settings
+
+
+@dataclass
+class Stack:
+    """A broker and a store of our own where settings name none, the topics, and all roles as processes."""
+
+    settings: Settings
+    data_dir: Path
+    port: int | None = None
+    roles: tuple[str, ...] = ROLES
+    environment: dict[str, str] | None = None
+    say: Callable[[str], None] = lambda _line: None
+    broker: EmbeddedBroker | None = None
+    supervisor: Supervisor | None = None
+    minio: bool = False
+    server: MinioServer | None = None
+
+    @property
+    def s3_environment(self) -> dict[str, str]:
+        """What reaches the store of our own; empty where that is a folder."""
+        return self.server.environment() if self.server else {}
+
+    def start(self) -> None:
+        """Start everything and wait until every role is healthy."""
+        found: dict[str, object] = {}
+        if not self.settings.kafka:
+            self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.say).start()
+            found["kafka"] = self.broker.bootstrap
+            self.say(f"Apache Kafka runs at {self.broker.bootstrap}")
+        if not self.settings.store and self.minio:
+            self.server = MinioServer(self.data_dir / "minio", self.say)
+            self.server.start()
+            found["store"] = STORE_URI
+        elif not self.settings.store:
+            found["store"] = str(self.data_dir / "store")
+        self.settings = self.settings.model_copy(update=found)
+        environment = {**(self.environment or {}), **self.s3_environment}
+        open_store(self.settings.store, {**os.environ, **environment}).probe()
+        made = [report.name for report in provision(self.settings) if report.created]
+        self.say(f"{len(made)} topics made" if made else "all topics were there")
+        self.supervisor = Supervisor(self.settings, self.data_dir / "logs", self.roles, environment, on_event=self.say)
+        self.supervisor.start()
+        self.supervisor.wait_healthy(on_ready=lambda name: self.say(f"{name} is ready"))
+
+    def tend(self) -> None:
+        """Start again what ended by itself."""
+        if self.server:
+            self.server.tend()
+        if self.supervisor:
+            self.supervisor.tend()
+
+    def stop(self) -> None:
+        """Stop the roles in the order of the flow, then store and broker; safe to call at any point."""
+        if self.supervisor:
+            self.supervisor.stop()
+        if self.server:
+            self.server.stop()
+        if self.broker:
+            self.broker.stop()
+
+
+def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store: str | None = None) -> int:
+    """Run until SIGINT or SIGTERM. Raises SettingsError where it already runs in this data folder."""
+    settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
+    other = running(settings.data_dir)
+    if other:
+        raise SettingsError(
+            "perennial already runs in this data folder",
+            got=f"pid {other['pid']}, Kafka at {other.get('kafka')}",
+            remedy="use that one, stop it, or name another --data-dir",
+        )
+    settings, minio = _choose_store(settings, store)
+    console = Console(stderr=True)
+    stop = threading.Event()
+
+    def on_signal(_number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    roles = ("intake", "streams", "scorer+learner") if shared_model else ROLES
+    stack = Stack(settings, settings.data_dir, port, roles, minio=minio)
+    with console.status("starting") as spinner:
+
+        def say(line: str) -> None:
+            console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
+            spinner.update(line)
+
+        stack.say = say
+        try:
+            stack.start()
+            # From here Ctrl-C is a request to stop; before, it is an interrupt that the clean-up below answers.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, on_signal)
+        except BaseException:
+            stack.stop()
+            raise
+    try:
+        _announce(stack, console)
+        while not stop.wait(0.5):
+            stack.tend()
+    finally:
+        console.print("stopping: intake, streams, scorer, learner, broker")
+        withdraw(settings.data_dir)
+        stack.stop()
+        console.print("stopped; everything learned is kept in " + str(settings.data_dir))
+    return 0
+
+
+def _choose_store(settings: Settings, store: str | None) -> tuple[Settings, bool]:
+    """Settings with the store asked for, and whether to start a MinIO.
+
+    A data folder stays with the kind of store that it began with: offsets and objects belong together.
+    Raises SettingsError where another kind is asked for.
+    """
+    in_folder, in_minio = settings.data_dir / "store", settings.data_dir / "minio"
+    if store == "minio":
+        if in_folder.exists():
+            raise SettingsError(
+                "this data folder keeps its objects in a folder", got="--store minio", allowed=str(in_folder),
+                remedy="leave out --store, or name another --data-dir",
+            )  # fmt: skip
+        return settings.model_copy(update={"store": ""}), True
+    if store:
+        return settings.model_copy(update={"store": store}), False
+    return settings, not settings.store and in_minio.exists() and not in_folder.exists()
+
+
+def _announce(stack: Stack, console: Console) -> None:
+    settings, supervisor = stack.settings, stack.supervisor
+    if supervisor is None:
+        return
+    ports = {name: role.port for name, role in supervisor.children.items()}
+    announce(
+        settings.data_dir, kafka=settings.kafka, store=settings.store, topic_prefix=settings.topic_prefix, metrics=ports,
+        s3=stack.s3_environment,
+    )  # fmt: skip
+    lines = [
+        f"Kafka     {settings.kafka}",
+        f"store     {settings.store}",
+        *(f"          {name}={value}" for name, value in stack.s3_environment.items() if value),
+        f"logs      {settings.data_dir / 'logs'}",
+        *(f"metrics   http://127.0.0.1:{port}/metrics  ({name})" for name, port in ports.items()),
+        "",
+        "publish   perennial publish documents FILE.jsonl",
+        """          echo '{"adapter":"acme/support","document_id":"1","text":"…"}' \\""",
+        f"            | kcat -b {settings.kafka} -t {settings.topic('documents')} -P",
+        "look      perennial watch     perennial status     perennial adapters ls",
+        "stop      Ctrl-C",
+    ]
+    console.print(Panel("\n".join(lines), title="perennial is up", expand=False), highlight=False, soft_wrap=True)

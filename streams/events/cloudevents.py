@@ -1,0 +1,459 @@
+"""CloudEvents 1.0 on Kafka: bytes and headers in, events out, and back. Limits are checked before anything is parsed.
+
+Read: binary mode (`ce_*` headers, JSON value), structured mode (content type `application/cloudevents+json`) and
+plain JSON without `ce_*` headers. Written: binary mode. Whatever the bytes are, decode raises nothing but WireError.
+Source: CloudEvents 1.0.2, its Kafka protocol binding 1.0.2 and JSON event format; W3C Trace Context.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from hashlib import sha256
+from itertools import accumulate
+from typing import Literal, NamedTuple, TypeAlias
+
+import orjson
+from pydantic import ValidationError
+
+from perennial.storage.errors import PerennialError
+from perennial.streams.events.models import DEFAULT_TYPES, EVENTS, Event
+
+MAX_VALUE_BYTES = 1024 * 1024
+"""Of a value that outside producers write."""
+MAX_INSIDE_VALUE_BYTES = MAX_VALUE_BYTES + 64 * 1024
+"""Of a value that Perennial writes: an outside value in its envelope (JSON escapes never grow on the way)."""
+MAX_DEAD_LETTER_BYTES = 2 * 1024 * 1024
+"""Of a dead letter with its headers and key: an oversized record still fits, with what we say of it."""
+MAX_DEPTH = 32
+MAX_HEADERS = 64
+MAX_HEADER_BYTES = 16 * 1024
+MAX_ATTRIBUTE_CHARS = 1024
+REPLAYS_HEADER = "perennial-replays"
+"""How often a record was sent again from the dead letters; kept when it is refused again."""
+
+Reason = Literal[
+    "tombstone", "oversize", "too-deep", "not-utf8", "not-json", "not-object",
+    "too-many-headers", "bad-header", "bad-attribute", "missing-attribute", "unknown-type", "wrong-topic",
+    "missing-field", "unknown-field", "bad-field", "expired", "not-a-dead-letter",
+]  # fmt: skip
+
+Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
+
+_REMEDIES: dict[str, str] = {
+    "oversize": "split the text into several documents",
+    "wrong-topic": "publish it to the topic of its type",
+    "unknown-type": "use a type that docs/asyncapi.json lists",
+}
+
+
+class WireError(PerennialError):
+    """An event cannot be read or written."""
+
+    def __init__(self, reason: Reason, message: str, *, got: object = None, allowed: object = None) -> None:
+        self.reason: Reason = reason
+        shown = got if got is None or isinstance(got, int | float) else _shorten(got)
+        super().__init__(
+            message, got=shown, allowed=allowed, remedy=_REMEDIES.get(reason, "mend the event and publish it again")
+        )
+
+    @property
+    def detail(self) -> str:
+        """What is wrong, what came and what is allowed, for a dead letter's header."""
+        parts = [self.message]
+        if self.got is not None:
+            parts.append(f"got: {self.got}")
+        if self.allowed is not None:
+            parts.append(f"allowed: {self.allowed}")
+        return "; ".join(parts)
+
+
+class Envelope(NamedTuple):
+    """An event with its CloudEvents attributes."""
+
+    id: str
+    source: str
+    type: str
+    time: datetime | None
+    event: Event
+    traceparent: str | None
+
+
+class Encoded(NamedTuple):
+    """A Kafka record in CloudEvents binary mode."""
+
+    key: bytes
+    value: bytes
+    headers: list[tuple[str, bytes]]
+
+
+class DeadLetter(NamedTuple):
+    """What a dead letter holds: the record as it came, and why and where it was refused."""
+
+    value: bytes | None
+    headers: list[tuple[str, bytes | None]]
+    reason: str
+    stage: str
+    detail: str
+    topic: str
+    partition: int
+    offset: int
+    at: datetime
+
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+_OUTSIDE_TOPICS = frozenset(DEFAULT_TYPES)
+# Possessive, and with the closing quote optional: every quote ends the scan or moves it on, so it stays linear.
+_STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_NOT_BRACKETS = bytes(b for b in range(256) if b not in b"[]{}")
+_STEP = [1 if b in b"[{" else -1 for b in range(256)]
+_PLAIN_CONTENT = frozenset({None, b"application/json"})
+_BINARY_HEADERS = ("ce_specversion", "ce_type", "ce_id", "ce_source")
+_CONTENT_TYPE = "content-type"
+_STRUCTURED_CONTENT = "application/cloudevents+json"
+
+
+def decode(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
+    """Read one record.
+
+    value: the record's bytes. headers: as Kafka gave them. topic: its name without the prefix.
+    Raises WireError, whose `reason` is a slug.
+    """
+    envelope = read(value, headers, topic)
+    return envelope if envelope.id else envelope._replace(id=sha256(value or b"").hexdigest())
+
+
+def read(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
+    """As decode, but the id of a plain event is left empty: the hash is a tenth of the work. Raises WireError."""
+    value = check_size(value, topic)
+    if not headers:
+        return _decode_plain(value, topic)
+    found = _checked_headers(headers)
+    content = found.get(_CONTENT_TYPE)
+    media = None if content is None else content.split(b";", 1)[0].strip().lower()
+    if "ce_specversion" in found or any(name.startswith("ce_") for name in found):
+        if media not in _PLAIN_CONTENT:
+            raise WireError("bad-header", "content-type", got=media, allowed="application/json")
+        return _decode_binary(value, found, topic)
+    if media in _PLAIN_CONTENT:
+        return _decode_plain(value, topic, found.get("traceparent"))
+    if media != _STRUCTURED_CONTENT.encode():
+        raise WireError("bad-header", "content-type", got=media, allowed=f"application/json or {_STRUCTURED_CONTENT}")
+    return _decode_structured(value, topic)
+
+
+def encode(
+    event: Event,
+    *,
+    id: str,  # noqa: A002
+    source: str,
+    time: datetime,
+    traceparent: str | None = None,
+) -> Encoded:
+    """Write an event in binary mode.
+
+    id, source: CloudEvents attributes, no control characters. time: aware. traceparent: W3C, left out if None.
+    Raises WireError where the record would not be read back.
+    """
+    headers = binary_headers(event.type, id=id, source=source, time=time, traceparent=traceparent)
+    value = check_size(event.model_dump_json(by_alias=True).encode(), event.topic)
+    return Encoded(event.key().encode(), value, headers)
+
+
+def binary_headers(
+    event_type: str,
+    *,
+    id: str,  # noqa: A002
+    source: str,
+    time: datetime,
+    traceparent: str | None = None,
+) -> list[tuple[str, bytes]]:
+    """The headers of binary mode. Raises WireError where an attribute would not be read back."""
+    if time.tzinfo is None:
+        raise WireError("bad-attribute", "time", got=str(time), allowed="a time with its zone")
+    headers = [
+        ("content-type", b"application/json"),
+        ("ce_specversion", b"1.0"),
+        ("ce_type", event_type.encode()),
+        ("ce_id", _attribute("id", id).encode()),
+        ("ce_source", _attribute("source", source).encode()),
+        ("ce_time", time.astimezone(UTC).isoformat().encode()),
+    ]
+    if traceparent is not None:
+        if not _TRACEPARENT.fullmatch(traceparent):
+            raise WireError("bad-attribute", "traceparent", got=traceparent, allowed="a W3C traceparent")
+        headers.append(("ce_traceparent", traceparent.encode()))
+    return headers
+
+
+def check_size(value: bytes | None, topic: str) -> bytes:
+    """The value, once its size and depth are within the limits; nothing has parsed it yet. Raises WireError."""
+    if value is None:
+        raise WireError("tombstone", "the value is null", allowed="a JSON object")
+    limit = MAX_VALUE_BYTES if topic in _OUTSIDE_TOPICS else MAX_INSIDE_VALUE_BYTES
+    if len(value) > limit:
+        raise WireError("oversize", "size of the value in bytes", got=len(value), allowed=f"at most {limit}")
+    if value.count(b"{") + value.count(b"[") > MAX_DEPTH:
+        brackets = _STRINGS.sub(b"", value).translate(None, _NOT_BRACKETS)
+        depth = max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+        if depth > MAX_DEPTH:
+            raise WireError("too-deep", "nesting of the value", got=depth, allowed=f"at most {MAX_DEPTH} levels")
+    return value
+
+
+def parse_event(value: bytes, event_type: str, topic: str) -> Event:
+    """A JSON value as the event of a type, which must belong to the topic. Raises WireError."""
+    model = EVENTS.get(event_type)
+    if model is None:
+        raise WireError("unknown-type", "type", got=event_type, allowed=_types_of(topic))
+    if model.topic != topic:
+        raise WireError("wrong-topic", f"type on topic {topic}", got=event_type, allowed=_types_of(topic))
+    try:
+        event: Event = model.__pydantic_validator__.validate_json(value)
+    except ValidationError as error:
+        raise _from_pydantic(error, value, model) from None
+    return event
+
+
+def dead_letter(
+    value: bytes | None,
+    headers: Headers | None,
+    *,
+    reason: str,
+    stage: str,
+    detail: str,
+    topic: str,
+    partition: int,
+    offset: int,
+    at: datetime,
+) -> tuple[bytes | None, list[tuple[str, bytes | None]]]:
+    """A refused record as a dead letter: its bytes and headers untouched, ours after them.
+
+    reason: slug. stage: role that refused it. detail: at most 2,000 characters are kept. at: aware.
+    What no dead letter can hold is cut, and the detail says so: a record must not stop the flow by its size.
+    """
+    value, headers, cut = _fitted(value, list(headers or ()))
+    detail = cut + detail
+    ours = (reason, stage, _shorten(detail, 2000), topic, str(partition), str(offset), at.astimezone(UTC).isoformat())
+    extra = [(f"perennial-{name}", text.encode("utf-8", "replace")) for name, text in zip(_OURS, ours, strict=True)]
+    return value, [*headers, *extra]
+
+
+def _fitted(
+    value: bytes | None, headers: list[tuple[str, bytes | None]]
+) -> tuple[bytes | None, list[tuple[str, bytes | None]], str]:
+    """Value and headers within the size of a dead letter, and what was cut."""
+    room = MAX_DEAD_LETTER_BYTES - 2 * MAX_HEADER_BYTES
+    size = sum(4 * len(name) + len(raw or b"") + 10 for name, raw in headers)
+    cut = ""
+    if size > room // 4:
+        cut = f"{len(headers)} headers of {size} bytes were cut; "
+        headers = [header for header in headers if header[0] == REPLAYS_HEADER and len(header[1] or b"") < 20][:1]
+        size = 100
+    if value is not None and len(value) > room - size:
+        value, cut = value[: room - size], f"{cut}the value of {len(value)} bytes was cut; "
+    return value, headers, cut
+
+
+_OURS = ("reason", "stage", "detail", "topic", "partition", "offset", "at")
+
+
+def parse_dead_letter(value: bytes | None, headers: Headers | None) -> DeadLetter:
+    """What dead_letter wrote, with the original value and headers. Raises WireError("not-a-dead-letter")."""
+    ours = list(headers or ())[-len(_OURS) :]
+    if [name for name, _ in ours] != [f"perennial-{name}" for name in _OURS]:
+        names = ", ".join(name for name, _ in ours)
+        raise WireError("not-a-dead-letter", "last headers", got=names, allowed="those that dead_letter writes")
+    try:
+        reason, stage, detail, topic, partition, offset, at = ((raw or b"").decode() for _, raw in ours)
+        return DeadLetter(
+            value, list(headers or ())[: -len(_OURS)], reason, stage, detail, topic,
+            int(partition), int(offset), datetime.fromisoformat(at),
+        )  # fmt: skip
+    except ValueError as error:
+        raise WireError("not-a-dead-letter", "headers of a dead letter", got=str(error)) from None
+
+
+def _checked_headers(headers: Headers) -> dict[str, bytes]:
+    # A replay adds one header to what was within the limit.
+    if len(headers) > MAX_HEADERS and len(headers) - any(name == REPLAYS_HEADER for name, _ in headers) > MAX_HEADERS:
+        raise WireError("too-many-headers", "headers", got=len(headers), allowed=f"at most {MAX_HEADERS}")
+    found: dict[str, bytes] = {}
+    size = 0
+    for name, raw in headers:
+        size += len(name) + (len(raw) if raw else 0)
+        if name.startswith("ce_") or name == _CONTENT_TYPE:
+            if raw is None or name in found:
+                raise WireError("bad-header", f"header {_shorten(name)}", got="null" if raw is None else "twice")
+            found[name] = raw
+        elif name == "traceparent" and raw is not None:
+            found.setdefault(name, raw)
+    if size > MAX_HEADER_BYTES:
+        raise WireError("too-many-headers", "bytes of headers", got=size, allowed=f"at most {MAX_HEADER_BYTES}")
+    return found
+
+
+def replays_of(headers: Headers | None) -> int:
+    """How often a record was sent again; 0 where nothing or nonsense says so. Only a last header counts, as we write it."""
+    if not headers or headers[-1][0] != REPLAYS_HEADER:
+        return 0
+    raw = headers[-1][1] or b""
+    return int(raw) if len(raw) <= 9 and raw.isdigit() else 0
+
+
+def _decode_plain(value: bytes, topic: str, trace: bytes | None = None) -> Envelope:
+    event_type = DEFAULT_TYPES.get(topic)
+    if event_type is None:
+        raise WireError(
+            "missing-attribute", f"an event without ce_ headers on topic {topic}", allowed=sorted(DEFAULT_TYPES)
+        )
+    event = parse_event(value, event_type, topic)
+    return Envelope("", topic, event_type, None, event, _trace(trace))
+
+
+def _decode_binary(value: bytes, found: Mapping[str, bytes], topic: str) -> Envelope:
+    attributes = []
+    for name in _BINARY_HEADERS:
+        raw = found.get(name)
+        if raw is None:
+            raise WireError("missing-attribute", f"header {name}", got=sorted(found), allowed=_BINARY_HEADERS)
+        attributes.append(_header_text(name, raw))
+    version, event_type, event_id, source = attributes
+    _check_version(version)
+    raw_time = found.get("ce_time")
+    time = None if raw_time is None else _time(_header_text("ce_time", raw_time))
+    event = parse_event(value, event_type, topic)
+    return Envelope(
+        event_id, source, event_type, time, event, _trace(found.get("ce_traceparent") or found.get("traceparent"))
+    )
+
+
+def _decode_structured(value: bytes, topic: str) -> Envelope:
+    try:
+        parsed = orjson.loads(value)
+    except orjson.JSONDecodeError as error:
+        raise _not_json(value, str(error)) from None
+    if not isinstance(parsed, dict):
+        raise WireError("not-object", "the value", got=type(parsed).__name__, allowed="a JSON object")
+    attributes = []
+    for name in ("specversion", "type", "id", "source"):
+        if name not in parsed:
+            raise WireError("missing-attribute", name, got=sorted(parsed), allowed="all of the required ones")
+        attributes.append(_text_of(parsed, name))
+    version, event_type, event_id, source = attributes
+    _check_version(version)
+    media = _text_of(parsed, "datacontenttype", "application/json").split(";", 1)[0].strip().lower()
+    if media != "application/json" or not isinstance(parsed.get("data"), dict):
+        raise WireError(
+            "bad-attribute", "data", got=f"{media}, {type(parsed.get('data')).__name__}", allowed="a JSON object"
+        )
+    time = _time(_text_of(parsed, "time")) if parsed.get("time") is not None else None
+    trace = parsed.get("traceparent")
+    event = parse_event(orjson.dumps(parsed["data"]), event_type, topic)
+    return Envelope(
+        event_id, source, event_type, time, event, trace if isinstance(trace, str) and _is_trace(trace) else None
+    )
+
+
+def _text_of(parsed: Mapping[str, object], name: str, default: str | None = None) -> str:
+    got = parsed.get(name, default)
+    if not isinstance(got, str):
+        raise WireError("bad-attribute", name, got=type(got).__name__, allowed="a string")
+    return _attribute(name, got)
+
+
+def _header_text(name: str, raw: bytes) -> str:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError:
+        raise WireError("bad-header", f"header {name}", got=raw[:80], allowed="UTF-8") from None
+    return _attribute(name, text)
+
+
+def _attribute(name: str, text: str) -> str:
+    if 0 < len(text) <= MAX_ATTRIBUTE_CHARS and text.isascii() and text.isprintable():
+        return text
+    if not 0 < len(text) <= MAX_ATTRIBUTE_CHARS or _CONTROL.search(text) or not _encodable(text):
+        raise WireError(
+            "bad-attribute", name, got=text, allowed=f"1 to {MAX_ATTRIBUTE_CHARS} characters, none of them control"
+        )
+    return text
+
+
+def _encodable(text: str) -> bool:
+    try:
+        return bool(text.encode())
+    except UnicodeEncodeError:
+        return False
+
+
+def _check_version(version: str) -> None:
+    if version != "1.0":
+        raise WireError("bad-attribute", "specversion", got=version, allowed="1.0")
+
+
+def _time(text: str) -> datetime:
+    try:
+        time = datetime.fromisoformat(text)
+        if time.tzinfo is not None:
+            return time.astimezone(UTC)
+    except (ValueError, OverflowError):
+        pass
+    raise WireError("bad-attribute", "time", got=text, allowed="RFC 3339 with a zone, for example 2026-01-31T12:00:00Z")
+
+
+def _trace(raw: bytes | None) -> str | None:
+    """A traceparent, or None: by W3C an invalid one is ignored, never an error."""
+    if raw is None or len(raw) > 64:
+        return None
+    text = raw.decode("latin-1")
+    return text if _is_trace(text) else None
+
+
+def _is_trace(text: str) -> bool:
+    return _TRACEPARENT.fullmatch(text) is not None
+
+
+def _types_of(topic: str) -> list[str]:
+    return sorted(name for name, model in EVENTS.items() if model.topic == topic)
+
+
+def _not_json(value: bytes, message: str) -> WireError:
+    try:
+        value.decode()
+    except UnicodeDecodeError as error:
+        return WireError("not-utf8", f"byte {error.start} of the value", got=value[error.start : error.start + 8].hex())
+    return WireError("not-json", "the value", got=value[:120], allowed=f"a JSON object ({_shorten(message)})")
+
+
+def _from_pydantic(error: ValidationError, value: bytes, model: type[Event]) -> WireError:
+    """The first of pydantic's complaints as ours; fields that are missing come first, then those unknown."""
+    found = error.errors(include_url=False, include_context=False)
+    first = min(found, key=lambda e: _ORDER.get(e["type"], 2))
+    field = _shorten(".".join(str(part) for part in first["loc"]))
+    match first["type"]:
+        case "json_invalid":
+            return _not_json(value, first["msg"])
+        case "missing":
+            return WireError("missing-field", field, got="nothing", allowed="a value: the field is required")
+        case "extra_forbidden":
+            return WireError("unknown-field", field, got=first["input"], allowed=_fields(model.model_fields))
+        case "model_type" | "model_attributes_type" if not first["loc"]:
+            return WireError("not-object", "the value", got=type(first["input"]).__name__, allowed="a JSON object")
+        case _:
+            return WireError("bad-field", field, got=first["input"], allowed=first["msg"])
+
+
+_ORDER = {"json_invalid": 0, "missing": 0, "extra_forbidden": 1}
+
+
+def _fields(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _shorten(value: object, limit: int = 120) -> str:
+    text = value if isinstance(value, str) else repr(value)
+    cut = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
+    return cut.encode("utf-8", "replace").decode()

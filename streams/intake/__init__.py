@@ -1,0 +1,1 @@
+"""The intake role: validate what producers publish, drop repeats, re-key by adapter."""

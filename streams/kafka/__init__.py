@@ -1,0 +1,1 @@
+"""Topics, connections and consumer groups: what every role needs to speak Kafka."""

@@ -1,0 +1,107 @@
+"""What every replica acknowledged last: the compacted topic adapter-acks, read whole without a group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from perennial.streams.events.cloudevents import WireError, decode
+from perennial.streams.events.models import AdapterActivated, AdapterFailed
+from perennial.streams.kafka.connect import connect
+from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.settings import Settings
+
+_TOPIC: Final = AdapterActivated.topic
+_TIMEOUT_S: Final = 10.0
+_FRESH_S: Final = 1.0
+
+
+def replicas_behind(
+    acks: Mapping[bytes, AdapterActivated | AdapterFailed],
+    adapter: str,
+    alias: str,
+    generation: int,
+    revoked: Collection[str],
+) -> list[str]:
+    """Replicas that may still serve a revoked version of the adapter, sorted.
+
+    Those whose last word is that they serve one from before `generation`, and those that could not take a version:
+    what they serve instead is not known, and a failure at a revocation means that the version before is still held.
+    """
+    return sorted(
+        ack.replica
+        for ack in acks.values()
+        if (ack.adapter, ack.alias) == (adapter, alias)
+        and revoked
+        and (isinstance(ack, AdapterFailed) or (ack.generation < generation and ack.version in revoked))
+    )
+
+
+class AckReader:
+    """Reads the topic when asked, at most once a second, and keeps the last word of each replica. Not thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._consumer: Any = None
+        self._acks: dict[bytes, AdapterActivated | AdapterFailed] = {}
+        self._read_s: float | None = None
+
+    def lagging(self, adapter: str, alias: str, generation: int, revoked: Collection[str]) -> list[str]:
+        """See replicas_behind. Raises KafkaUnavailableError."""
+        if self._read_s is None or time.monotonic() - self._read_s >= _FRESH_S:
+            try:
+                self._read()
+            except (KafkaError, OSError, ValueError) as error:
+                self.close()
+                raise KafkaUnavailableError(
+                    f"{_TOPIC} cannot be read",
+                    got=f"{type(error).__name__}: {error}",
+                    remedy="see that the broker runs",
+                ) from error
+            self._read_s = time.monotonic()
+        return replicas_behind(self._acks, adapter, alias, generation, revoked)
+
+    def _read(self) -> None:
+        topic = self._settings.topic(_TOPIC)
+        if self._consumer is None:
+            self._consumer = connect(
+                KafkaConsumer, self._settings.require_kafka(), _TIMEOUT_S, group_id=None, enable_auto_commit=False,
+                auto_offset_reset="earliest",
+            )  # fmt: skip
+            self._acks.clear()
+            partitions = [TopicPartition(topic, number) for number in self._consumer.partitions_for_topic(topic) or ()]
+            self._consumer.assign(partitions)
+            if partitions:
+                self._consumer.seek_to_beginning(*partitions)
+        partitions = list(self._consumer.assignment())
+        ends = self._consumer.end_offsets(partitions)
+        deadline = time.monotonic() + _TIMEOUT_S
+        while any(self._consumer.position(partition) < end for partition, end in ends.items()):
+            for batch in self._consumer.poll(timeout_ms=200).values():
+                for record in batch:
+                    self._take(record)
+            if time.monotonic() > deadline:
+                raise KafkaUnavailableError(f"{topic} was not read to its end in {_TIMEOUT_S:g} s")
+
+    def _take(self, record: Any) -> None:
+        if record.value is None:  # the replica is gone, somebody said
+            self._acks.pop(record.key, None)
+            return
+        try:
+            event = decode(record.value, record.headers, _TOPIC).event
+        except WireError:  # of a newer version, or of nobody: it says nothing of a replica
+            return
+        if isinstance(event, AdapterActivated | AdapterFailed):
+            self._acks[record.key] = event
+
+    def close(self) -> None:
+        """Leave the broker."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            with suppress(KafkaError, OSError):
+                consumer.close()

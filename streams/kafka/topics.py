@@ -1,0 +1,269 @@
+"""Every topic with its configs; makes those that are missing and says what differs in those that exist.
+
+Records are placed by murmur2 over the key, as Java's default partitioner does: kafka-python does so by itself,
+librdkafka only with `partitioner=murmur2_random`. With another partitioner one key would live on two partitions.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Literal
+
+from perennial.storage.errors import PerennialError
+from perennial.streams.events.cloudevents import (
+    MAX_DEAD_LETTER_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_INSIDE_VALUE_BYTES,
+    MAX_VALUE_BYTES,
+)
+from perennial.streams.events.models import EVENTS
+from perennial.streams.settings import Settings
+
+_UNCOMPRESSED = {"compression.type": "uncompressed"}
+"""The broker unpacks what it is sent: kafka-python and aiokafka cannot read lz4, snappy or zstd without further packages,
+so that one compressed record by another's producer would end whoever reads the topic, for good."""
+_MINUTE_MS = 60_000
+_DAY_MS = 24 * 60 * _MINUTE_MS
+_BATCH_OVERHEAD_BYTES = 4 * 1024
+
+WEEK_MS = 7 * _DAY_MS
+MAX_OUTSIDE_MESSAGE_BYTES = MAX_VALUE_BYTES + MAX_HEADER_BYTES + _BATCH_OVERHEAD_BYTES
+MAX_INSIDE_MESSAGE_BYTES = MAX_INSIDE_VALUE_BYTES + MAX_HEADER_BYTES + _BATCH_OVERHEAD_BYTES
+
+BOOTSTRAP_TIMEOUT_MS = 10_000
+
+Cleanup = Literal["delete", "compact"]
+
+
+class TopicError(PerennialError):
+    """A topic is not as it has to be."""
+
+
+class KafkaUnavailableError(PerennialError):
+    """Kafka does not answer."""
+
+
+@dataclass(frozen=True)
+class TopicSpec:
+    """A topic as it should be. partitioned: has the settings' partition count, else one. name: without prefix."""
+
+    name: str
+    key: str
+    cleanup: Cleanup
+    configs: Mapping[str, str]
+    partitioned: bool = True
+
+    @property
+    def event_types(self) -> tuple[str, ...]:
+        """The types of events that the topic carries."""
+        return tuple(name for name, model in EVENTS.items() if model.topic == self.name)
+
+    def partitions(self, settings: Settings) -> int:
+        """How many partitions `provision` gives it."""
+        return settings.partitions if self.partitioned else 1
+
+
+def _deleted(
+    name: str, key: str, *, retention_ms: int = WEEK_MS, max_message_bytes: int = MAX_INSIDE_MESSAGE_BYTES,
+    broker_time: bool = False, any_codec: bool = False,
+) -> TopicSpec:  # fmt: skip
+    configs = {
+        **({} if any_codec else _UNCOMPRESSED),
+        "cleanup.policy": "delete",
+        "retention.ms": str(retention_ms),
+        "max.message.bytes": str(max_message_bytes),
+    }
+    if broker_time:
+        # A producer's clock decides nothing: expiry and the age of what is unlearned count from the append.
+        configs["message.timestamp.type"] = "LogAppendTime"
+    return TopicSpec(name, key, "delete", MappingProxyType(configs))
+
+
+def _compacted(name: str, key: str) -> TopicSpec:
+    configs = {
+        **_UNCOMPRESSED,
+        "cleanup.policy": "compact",
+        "max.message.bytes": str(MAX_INSIDE_MESSAGE_BYTES),
+        # The active segment is never compacted, so it is kept small and short; a reader at the start reads little.
+        "segment.bytes": str(4 * 1024 * 1024),
+        "segment.ms": str(10 * _MINUTE_MS),
+        "min.cleanable.dirty.ratio": "0.05",
+        "max.compaction.lag.ms": str(60 * _MINUTE_MS),
+        # A reader that was away for less than this still sees that a key was deleted.
+        "delete.retention.ms": str(WEEK_MS),
+    }
+    return TopicSpec(name, key, "compact", MappingProxyType(configs))
+
+
+TOPICS: Mapping[str, TopicSpec] = MappingProxyType({
+    spec.name: spec
+    for spec in (
+        _deleted(
+            "documents", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True, any_codec=True
+        ),
+        _deleted(
+            "interactions", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True, any_codec=True
+        ),
+        _deleted("examples", "adapter"),
+        _deleted("scored-examples", "adapter"),
+        _deleted("drift", "adapter", retention_ms=30 * _DAY_MS),
+        _deleted("adapter-jobs", "adapter"),
+        _deleted(
+            "retention", "any", retention_ms=3650 * _DAY_MS, max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES,
+            broker_time=True,
+        ),
+        _compacted("retention-status", "request id"),
+        _compacted("adapter-updates", "adapter#alias"),
+        _compacted("adapter-acks", "adapter#replica"),
+        _deleted("dead-letters", "source key", retention_ms=30 * _DAY_MS, max_message_bytes=MAX_DEAD_LETTER_BYTES),
+    )
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TopicReport:
+    """What provision found. name: with prefix. created: it was missing (and was made, unless on a dry run).
+
+    differences: how an existing topic is not as specified, one line for a config or the partition count.
+    """
+
+    name: str
+    created: bool
+    differences: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ClusterIds:
+    """The ids that tell a cluster and its topics from others of the same name. topic_ids: by full name."""
+
+    cluster_id: str
+    topic_ids: Mapping[str, str]
+
+
+def provision(settings: Settings, dry_run: bool = False) -> list[TopicReport]:
+    """Create the topics that are missing; report, never alter, how existing ones differ.
+
+    dry_run: create nothing. Raises KafkaUnavailableError, TopicError, SettingsError.
+    """
+    with _admin(settings) as admin:
+        existing = set(admin.list_topics())
+        names = {settings.topic(name): spec for name, spec in TOPICS.items()}
+        missing = {name: spec for name, spec in names.items() if name not in existing}
+        if missing and not dry_run:
+            created = _create(admin, missing, settings)
+            missing = {name: spec for name, spec in missing.items() if name in created}
+        present = [name for name in names if name not in missing]
+        described = {topic["name"]: topic for topic in admin.describe_topics(present)} if present else {}
+        configs = _configs(admin, present)
+    return [
+        TopicReport(name, True)
+        if name in missing
+        else TopicReport(name, False, _differences(spec, settings, configs[name], len(described[name]["partitions"])))
+        for name, spec in names.items()
+    ]
+
+
+def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterIds:
+    """The ids of the cluster and of topics. names: without prefix; all that exist of TOPICS if None.
+
+    Raises TopicError where a named topic does not exist, KafkaUnavailableError, SettingsError.
+    """
+    with _admin(settings) as admin:
+        cluster_id = str(admin.describe_cluster()["cluster_id"])
+        existing = set(admin.list_topics())
+        wanted = [settings.topic(name) for name in (names if names is not None else TOPICS)]
+        missing = sorted(set(wanted) - existing)
+        if missing and names is not None:
+            raise missing_topics(missing)
+        found = [name for name in wanted if name in existing]
+        topics = admin.describe_topics(found) if found else []
+    return ClusterIds(cluster_id, {topic["name"]: topic_id(topic["topic_id"]) for topic in topics})
+
+
+def missing_topics(names: Sequence[str]) -> TopicError:
+    """The error that says which topics have to be made."""
+    return TopicError(
+        "topics are missing", got=", ".join(names), allowed="existing topics", remedy="run `perennial topics create`"
+    )
+
+
+def topic_id(raw: uuid.UUID | str) -> str:
+    """A topic's id as manifests and origins write it: a UUID in hexadecimal with dashes."""
+    return str(raw if isinstance(raw, uuid.UUID) else uuid.UUID(raw))
+
+
+@contextmanager
+def _admin(settings: Settings) -> Iterator[Any]:
+    from kafka.admin import KafkaAdminClient
+    from kafka.errors import KafkaError
+
+    servers = settings.require_kafka()
+    try:
+        admin = KafkaAdminClient(
+            bootstrap_servers=servers.split(","),
+            client_id=settings.topic("topics"),
+            bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
+        )
+        try:
+            yield admin
+        finally:
+            admin.close()
+    except KafkaError as error:
+        raise KafkaUnavailableError(
+            got=f"{type(error).__name__}: {error}", allowed=f"a broker at {servers}", remedy="see that the broker runs"
+        ) from error
+
+
+def _create(admin: Any, missing: Mapping[str, TopicSpec], settings: Settings) -> set[str]:
+    """Create topics. Returns the names of those that no other process created in between."""
+    from kafka.errors import TopicAlreadyExistsError
+
+    wanted = {
+        name: {
+            "num_partitions": spec.partitions(settings),
+            "replication_factor": settings.replication,
+            "configs": dict(spec.configs),
+        }
+        for name, spec in missing.items()
+    }
+    answer = admin.create_topics(wanted, raise_errors=False)
+    created = set()
+    for topic in answer["topics"]:
+        code = topic["error_code"]
+        if code == 0:
+            created.add(topic["name"])
+        elif code != TopicAlreadyExistsError.errno:
+            raise TopicError(
+                f"topic {topic['name']} cannot be created",
+                got=topic.get("error_message") or f"Kafka error {code}",
+                allowed="a topic with the configs of streams/topics.py",
+                remedy="see the broker's limits (replication, authorisation)",
+            )
+    admin.wait_for_topics(list(missing))
+    return created
+
+
+def _configs(admin: Any, names: Sequence[str]) -> dict[str, dict[str, str | None]]:
+    from kafka.admin import ConfigResource, ConfigResourceType
+
+    if not names:
+        return {}
+    resources = [ConfigResource(ConfigResourceType.TOPIC, name) for name in names]
+    found: dict[str, dict[str, dict[str, Any]]] = admin.describe_configs(resources, config_filter="all")["topic"]
+    return {name: {key: entry["value"] for key, entry in found[name].items()} for name in names}
+
+
+def _differences(
+    spec: TopicSpec, settings: Settings, configs: Mapping[str, str | None], partitions: int
+) -> tuple[str, ...]:
+    wanted = {"partitions": str(spec.partitions(settings)), **spec.configs}
+    actual = {"partitions": str(partitions), **configs}
+    return tuple(
+        f"{name} is {actual.get(name)}, should be {value}"
+        for name, value in wanted.items()
+        if actual.get(name) != value
+    )

@@ -1,0 +1,1 @@
+"""Metrics, health, and the HTTP server that exposes both."""

@@ -1,0 +1,1 @@
+"""The retain agent: carry retention requests from acceptance to their end."""

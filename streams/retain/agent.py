@@ -1,0 +1,115 @@
+"""The retain agent's hold on Faust: deliveries in, acknowledgements out, and which process keeps the calendar.
+
+One request is carried out to its end before the next is taken, and acknowledged only then, so what is acknowledged
+has no holes. The process that has partition 0 of `retention` keeps the calendar; where two believe so for a moment,
+the book's compare-and-swap lets one turn stand, and the other sent the same jobs under the same names.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
+
+from perennial.storage.errors import PerennialError
+from perennial.storage.failpoints import failpoint
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.events.cloudevents import WireError, dead_letter, decode, encode
+from perennial.streams.events.models import Event, RetentionRequested
+from perennial.streams.kafka.acks import AckReader
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.retain.service import SOURCE, Retention, StoreFacts
+from perennial.streams.settings import Settings
+
+log = logging.getLogger("perennial.retain")
+
+TOPIC: Final = RetentionRequested.topic
+TICK_S: Final = 1.0
+
+
+class RetainError(PerennialError):
+    """The retain agent got what it cannot handle."""
+
+
+class RetainAgent:
+    """One process's part in the retain role."""
+
+    def __init__(self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+        self._topic = settings.topic(TOPIC)
+        self._acks = AckReader(settings)
+        self._retention = Retention(settings, metrics, StoreFacts(settings, store, self._acks), self._send)
+        self._revoked: int | None = None
+        self._assigned = False
+
+    def assign(self) -> None:
+        """Partitions were given."""
+        self._assigned = True
+
+    def revoke(self) -> None:
+        """All partitions were taken."""
+        self._assigned = False
+        self._revoked = self._app.consumer_generation_id
+
+    def close(self) -> None:
+        """Leave the broker."""
+        self._acks.close()
+
+    def _is_current(self, generation: int | None) -> bool:
+        return generation == self._app.consumer_generation_id and generation != self._revoked
+
+    async def receive(self, event: Any) -> None:
+        """Take one delivery of `retention`."""
+        message = event.message
+        if not self._is_current(message.generation_id):
+            return  # it will be delivered again to whoever has the partition now
+        failpoint("retain.receive")
+        self._metrics.events_in(TOPIC)
+        try:
+            request = decode(message.value, message.headers, TOPIC).event
+            if not isinstance(request, RetentionRequested):
+                raise RetainError("an event of another type", got=type(request).__name__)
+            await self._retention.receive(request, int(message.timestamp * 1000))
+        except WireError as error:
+            await self._refuse(error, message)
+        if self._is_current(message.generation_id):
+            event.ack()
+        failpoint("retain.ack")
+        self._metrics.progress()
+
+    async def tick(self) -> None:
+        """Keep the calendar if it is this process's to keep."""
+        if not self._assigned:
+            return
+        partitions = [tp for tp in self._app.consumer.assignment() if tp.topic == self._topic]
+        if any(tp.partition == 0 for tp in partitions):
+            await self._retention.tick()
+        with suppress(KafkaError):  # a rebalance that began meanwhile
+            lag = 0
+            for tp in partitions:
+                at = await self._app.consumer.position(tp)
+                lag += max(0, (self._app.consumer.highwater(tp) or 0) - (at or 0))
+            self._metrics.lag(TOPIC, lag)
+
+    async def _refuse(self, error: WireError, message: Any) -> None:
+        log.warning("refused %s[%d]@%d: %s", TOPIC, message.partition, message.offset, error.reason)
+        letter, headers = dead_letter(
+            message.value, message.headers, reason=error.reason, stage="retain", detail=error.detail, topic=TOPIC,
+            partition=message.partition, offset=message.offset, at=datetime.fromtimestamp(time.time(), UTC),
+        )  # fmt: skip
+        await self._produce("dead-letters", message.key, letter, headers)
+        self._metrics.refused(error.reason)
+
+    async def _send(self, event: Event, event_id: str) -> None:
+        record = encode(event, id=event_id, source=SOURCE, time=datetime.fromtimestamp(time.time(), UTC))
+        await self._produce(event.topic, record.key, record.value, record.headers)
+
+    async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
+        await self._app.producer.send_and_wait(self._settings.topic(topic), key, value, None, None, headers)
+        self._metrics.events_out(topic)

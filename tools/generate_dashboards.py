@@ -1,0 +1,354 @@
+"""Writes the dashboards: `python -m tools.generate_dashboards`. Owns their panels; the layout and the JSON follow.
+
+A panel says what it asks of Prometheus and how to read it. Grafana's JSON repeats forty lines for each, so it is made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+DATASOURCE = {"type": "prometheus", "uid": "perennial-prometheus"}
+SCHEMA_VERSION = 39
+WIDTH = 24
+NEW_IN = "({series} unless {series} offset {window})"
+"""A series that appears with its first count gives increase() nothing to subtract from: it counts whole."""
+
+
+@dataclass(frozen=True)
+class Query:
+    """An expression, and the legend of its series. instant: the value now instead of a line over time."""
+
+    expr: str
+    legend: str = ""
+    instant: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel. description: how to read it. thresholds: value from which a colour holds; width in 24ths."""
+
+    title: str
+    queries: Sequence[Query]
+    description: str
+    unit: str = "short"
+    kind: Literal["timeseries", "stat", "table"] = "timeseries"
+    thresholds: Sequence[tuple[float | None, str]] = ((None, "green"),)
+    width: int = 8
+    height: int = 8
+    decimals: int | None = None
+    zero: str | None = None
+    stacked: bool = False
+    bars: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A heading over panels."""
+
+    title: str
+    panels: Sequence[Panel]
+
+
+@dataclass(frozen=True)
+class Dashboard:
+    """A dashboard. by_adapter: has the variable `adapter`."""
+
+    uid: str
+    title: str
+    description: str
+    rows: Sequence[Row]
+    by_adapter: bool = False
+
+
+def counted(series: str, by: str, window: str = "$__rate_interval") -> str:
+    """How much counters grew in the window; one that is new in it grew by all that it counts."""
+    grouping = f" by ({by})" if by else ""
+    return f"sum{grouping} ({_grown(series, window)} > 0)"
+
+
+def p(quantile: float, histogram: str, by: str, window: str = "$__rate_interval") -> str:
+    """A quantile of a histogram of seconds, its first observation included."""
+    return f"histogram_quantile({quantile}, sum by (le, {by}) ({_grown(f'{histogram}_bucket', window)}))"
+
+
+def _grown(series: str, window: str) -> str:
+    # New series first: `increase` knows nothing of what a series counts when it is first seen.
+    return f"({NEW_IN.format(series=series, window=window)} or increase({series}[{window}]))"
+
+
+def render(dashboard: Dashboard) -> dict[str, Any]:
+    """The dashboard as Grafana reads it."""
+    panels: list[dict[str, Any]] = []
+    y = 0
+    for row in dashboard.rows:
+        panels.append(
+            {"id": len(panels) + 1, "type": "row", "title": row.title, "collapsed": False, "panels": [],
+             "gridPos": {"h": 1, "w": WIDTH, "x": 0, "y": y}}
+        )  # fmt: skip
+        y += 1
+        x = tallest = 0
+        for panel in row.panels:
+            if x + panel.width > WIDTH:
+                x, y, tallest = 0, y + tallest, 0
+            panels.append(_panel(panel, len(panels) + 1, x, y))
+            x, tallest = x + panel.width, max(tallest, panel.height)
+        y += tallest
+    return {
+        "uid": dashboard.uid, "title": dashboard.title, "description": dashboard.description, "tags": ["perennial"],
+        "schemaVersion": SCHEMA_VERSION, "version": 1, "editable": True, "graphTooltip": 1, "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"}, "timezone": "browser", "timepicker": {}, "fiscalYearStartMonth": 0,
+        "annotations": {"list": []}, "panels": panels,
+        "templating": {"list": [_ADAPTER] if dashboard.by_adapter else []},
+        "links": [
+            {"type": "dashboards", "title": "Perennial", "tags": ["perennial"], "asDropdown": False, "icon": "",
+             "includeVars": True, "keepTime": True, "targetBlank": False, "tooltip": "", "url": ""}
+        ],
+    }  # fmt: skip
+
+
+_ADAPTER: dict[str, Any] = {
+    "name": "adapter", "label": "Adapter", "type": "query", "datasource": DATASOURCE, "refresh": 2, "sort": 1,
+    "definition": "label_values(perennial_updates_total, adapter)",
+    "query": {"query": "label_values(perennial_updates_total, adapter)", "refId": "adapters", "qryType": 1},
+    "multi": True, "includeAll": True, "allValue": ".*", "hide": 0, "regex": "", "skipUrlSync": False, "options": [],
+    "current": {"selected": True, "text": ["All"], "value": ["$__all"]},
+}  # fmt: skip
+
+
+def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
+    defaults: dict[str, Any] = {
+        "unit": panel.unit,
+        "color": {"mode": "palette-classic" if panel.kind == "timeseries" else "thresholds"},
+        "thresholds": {"mode": "absolute", "steps": [{"color": c, "value": v} for v, c in panel.thresholds]},
+    }
+    if panel.decimals is not None:
+        defaults["decimals"] = panel.decimals
+    if panel.zero is not None:
+        defaults["noValue"] = panel.zero
+    if panel.kind == "timeseries":
+        defaults["custom"] = {
+            "drawStyle": "bars" if panel.bars else "line", "lineWidth": 1, "showPoints": "auto", "spanNulls": True,
+            "fillOpacity": 60 if panel.bars else 30 if panel.stacked else 8,
+            "stacking": {"mode": "normal" if panel.stacked else "none", "group": "A"},
+            "thresholdsStyle": {"mode": "dashed" if len(panel.thresholds) > 1 else "off"},
+        }  # fmt: skip
+    options: dict[str, Any] = {
+        "timeseries": {
+            "legend": {"displayMode": "table", "placement": "bottom", "showLegend": True, "calcs": ["lastNotNull", "max"]},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
+        "stat": {
+            "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False}, "colorMode": "value",
+            "graphMode": "area", "justifyMode": "auto", "orientation": "auto", "textMode": "auto",
+        },
+        "table": {"showHeader": True, "cellHeight": "sm"},
+    }[panel.kind]  # fmt: skip
+    rendered = {
+        "id": number, "type": panel.kind, "title": panel.title, "description": panel.description,
+        "datasource": DATASOURCE, "gridPos": {"h": panel.height, "w": panel.width, "x": x, "y": y},
+        "fieldConfig": {"defaults": defaults, "overrides": []}, "options": options,
+        "targets": [_target(query, letter, panel.kind) for letter, query in zip("ABCDEF", panel.queries, strict=False)],
+    }  # fmt: skip
+    if panel.kind == "table":
+        rendered["transformations"] = [
+            {"id": "organize", "options": {"excludeByName": {"Time": True, "Value": True}, "renameByName": {}}}
+        ]
+    return rendered
+
+
+def _target(query: Query, letter: str, kind: str) -> dict[str, Any]:
+    instant = query.instant or kind == "table"
+    return {
+        "refId": letter, "datasource": DATASOURCE, "editorMode": "code", "expr": query.expr,
+        "legendFormat": query.legend or "__auto", "instant": instant, "range": not instant,
+        "format": "table" if kind == "table" else "time_series",
+    }  # fmt: skip
+
+
+def stat(title: str, expr: str, description: str, **rest: Any) -> Panel:
+    """A single figure."""
+    return Panel(title, [Query(expr)], description, kind="stat", **{"width": 4, "height": 4, **rest})
+
+
+AGE = ((None, "green"), (300, "orange"), (1800, "red"))
+ANY_IS_BAD = ((None, "green"), (1, "red"))
+ANY_IS_DOUBTFUL = ((None, "green"), (1, "orange"))
+OF_ADAPTER = '{adapter=~"$adapter"}'
+
+
+FLOW = Dashboard(
+    "perennial-flow", "Perennial: the flow", "Events in, adapters out: what moves, what waits and what is refused.",
+    [
+        Row("Now", [
+            stat("Oldest unlearned event", "max(perennial_oldest_unlearned_event_age_seconds)",
+                 "The headline: how far the adapters are behind what was published. Orange and red are the alerts' "
+                 "bounds.", unit="s", thresholds=AGE, width=6),
+            stat("Events waiting", "sum(perennial_lag_events)",
+                 "Published and not yet handled, over all topics and roles.", width=3),
+            stat("Versions promoted", counted('perennial_updates_total{outcome="promoted"}', "", "$__range"),
+                 "In the time shown.", zero="0", decimals=0, width=3),
+            stat("Updates refused", counted('perennial_updates_total{outcome="refused"}', "", "$__range"),
+                 "By the gate, in the time shown. Some are normal: the version before stays in service.",
+                 zero="0", decimals=0, thresholds=ANY_IS_DOUBTFUL, width=3),
+            stat("Dead letters", counted("perennial_refused_total", "", "$__range"),
+                 "Events refused in the time shown; each is in dead-letters with its reason.",
+                 zero="0", decimals=0, thresholds=ANY_IS_DOUBTFUL, width=3),
+            stat("Activations", counted("perennial_acks_total", "", "$__range"),
+                 "Versions that subscribers put into service in the time shown.", zero="0", decimals=0, width=3),
+            stat("Processes up", 'sum(up{job="perennial"})', "Roles that Prometheus reaches.",
+                 thresholds=((None, "red"), (4, "green")), width=3),
+        ]),
+        Row("Events", [
+            Panel("Read", [Query("sum by (role, topic) (rate(perennial_events_in_total[$__rate_interval]))",
+                                 "{{role}} ← {{topic}}")],
+                  "Events that each role reads a second.", unit="ops"),
+            Panel("Written", [Query("sum by (role, topic) (rate(perennial_events_out_total[$__rate_interval]))",
+                                    "{{role}} → {{topic}}")],
+                  "Events that each role wrote and the broker acknowledged, a second.", unit="ops"),
+            Panel("Waiting", [Query("sum by (role, topic) (perennial_lag_events)", "{{role}} ← {{topic}}")],
+                  "Where the flow backs up: the first role of the flow whose line grows is the slow one.", stacked=True),
+            Panel("Age of the oldest unlearned event",
+                  [Query("max by (role) (perennial_oldest_unlearned_event_age_seconds)", "{{role}}")],
+                  "As each role sees it. A saw-tooth up to the age that cuts a micro-batch is the normal picture.",
+                  unit="s", thresholds=AGE),
+            Panel("Dead letters", [Query(counted("perennial_refused_total", "role, reason"), "{{role}}: {{reason}}")],
+                  "Refused events per reason.", bars=True, stacked=True, zero="none"),
+            Panel("Alerts", [Query("sort_desc(sum by (alertname, alertstate, severity) (ALERTS))")],
+                  "Pending or firing now. None is good.", kind="table", zero="none"),
+        ]),
+        Row("Micro-batches and drift", [
+            Panel("Micro-batches cut", [Query(counted("perennial_cuts_total", "reason"), "{{reason}}")],
+                  "Per reason: drift, size, tokens or age.", bars=True, stacked=True),
+            Panel("Size of a micro-batch",
+                  [Query("sum(rate(perennial_cut_examples_total[$__rate_interval])) "
+                         "/ sum(rate(perennial_cuts_total[$__rate_interval]))", "examples"),
+                   Query("sum(rate(perennial_cut_tokens_total[$__rate_interval])) "
+                         "/ sum(rate(perennial_cuts_total[$__rate_interval]))", "tokens")],
+                  "Mean over the micro-batches cut."),
+            Panel("Drift detected",
+                  [Query(counted("perennial_drift_total", "signal, detector"), "{{signal}} ({{detector}})")],
+                  "Per signal and detector, over all adapters.", bars=True, stacked=True, zero="none"),
+        ]),
+        Row("Learning", [
+            Panel("Updates", [Query(counted("perennial_updates_total", "outcome"), "{{outcome}}")],
+                  "Per outcome: promoted, refused by the gate, unchanged.", bars=True, stacked=True),
+            Panel("Time per stage, 95 %", [Query(p(0.95, "perennial_stage_seconds", "role, stage"), "{{role}}: {{stage}}")],
+                  "Where the time of scorers, learners and subscribers goes.", unit="s"),
+            Panel("Training speed",
+                  [Query("sum(rate(perennial_trained_tokens_total[$__rate_interval])) "
+                         "/ sum(rate(perennial_trained_seconds_total[$__rate_interval]))", "tokens a second of training")],
+                  "Tokens a second while training."),
+            Panel("Learners busy with training",
+                  [Query("sum by (instance) (rate(perennial_trained_seconds_total[$__rate_interval]) > 0)", "{{instance}}")],
+                  "Share of time. Near 100 %: start more learners, up to one per partition.", unit="percentunit"),
+            Panel("Published to served", [Query(p(q, "perennial_ack_stage_seconds", "stage"), f"{{{{stage}}}} {name}")
+                                          for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
+                  "What subscribers need for a new version, by stage; publish_to_served is the whole.", unit="s"),
+            Panel("Store errors", [Query(counted("perennial_store_errors_total", "role, op"), "{{role}}: {{op}}")],
+                  "Calls to the object store that failed.", bars=True, stacked=True, zero="none"),
+        ]),
+    ],
+)  # fmt: skip
+
+ADAPTER = Dashboard(
+    "perennial-adapter", "Perennial: one adapter's life",
+    "What an adapter learned, what the gate said, and who serves it. Pick it above; All shows every one.",
+    [
+        Row("Now", [
+            stat("Generation", f"max by (adapter) (perennial_alias_generation{OF_ADAPTER})",
+                 "How often the live version was replaced.", decimals=0, width=6),
+            stat("Promoted", counted('perennial_updates_total{adapter=~"$adapter",outcome="promoted"}', "", "$__range"),
+                 "Updates that went live in the time shown.", decimals=0, zero="0", width=6),
+            stat("Refused", counted('perennial_updates_total{adapter=~"$adapter",outcome="refused"}', "", "$__range"),
+                 "Updates that the gate refused in the time shown.", decimals=0, zero="0",
+                 thresholds=ANY_IS_DOUBTFUL, width=6),
+            stat("Refused in a row", f"max by (adapter) (perennial_refused_updates_in_a_row{OF_ADAPTER})",
+                 "Since the last that was promoted; three raise an alert.", decimals=0,
+                 thresholds=((None, "green"), (1, "orange"), (3, "red")), width=6),
+        ]),
+        Row("Loss", [
+            Panel("New text, before and after each update",
+                  [Query('max by (adapter, which) (perennial_loss_nats{adapter=~"$adapter",which=~"before|after"})',
+                         "{{adapter}} {{which}}")],
+                  "Mean loss per token on examples that are held out of the update (on all its examples where they are "
+                  "few), in nats. Before jumps when the text changes; after below before is learning.",
+                  decimals=3, width=12, height=9),
+            Panel("Fall by the last update",
+                  [Query('max by (adapter) (perennial_loss_nats{adapter=~"$adapter",which="before"}) '
+                         '- max by (adapter) (perennial_loss_nats{adapter=~"$adapter",which="after"})', "{{adapter}}")],
+                  "Before less after, in nats per token. The gate refuses what does not fall.",
+                  decimals=3, width=6, height=9),
+            Panel("General text after the update",
+                  [Query('max by (adapter) (perennial_loss_nats{adapter=~"$adapter",which="general"})', "{{adapter}}")],
+                  "Mean loss on text of the base's own kind, in nats per token: what must not rise. The rows rotate, "
+                  "so it moves a little by itself.", decimals=3, width=6, height=9),
+        ]),
+        Row("Drift and updates", [
+            Panel("Drift detected",
+                  [Query(counted('perennial_drift_total{adapter=~"$adapter"}', "adapter, signal, detector"),
+                         "{{adapter}} {{signal}} ({{detector}})")],
+                  "When the adapter's text changed, and in which signal.", bars=True, stacked=True, zero="none"),
+            Panel("Updates by the gate's verdict",
+                  [Query(counted('perennial_updates_total{adapter=~"$adapter"}', "adapter, outcome"),
+                         "{{adapter}} {{outcome}}")],
+                  "`perennial adapters history` says why one was refused.", bars=True, stacked=True),
+            Panel("Generation", [Query(f"max by (adapter) (perennial_alias_generation{OF_ADAPTER})", "{{adapter}}")],
+                  "Each step is a version that went live, or a rollback.", decimals=0),
+        ]),
+        Row("Service", [
+            Panel("Activations", [Query(counted('perennial_acks_total{adapter=~"$adapter"}', "adapter"), "{{adapter}}")],
+                  "Versions that subscribers put into service. None while versions are promoted: nobody follows.",
+                  bars=True, stacked=True, width=12),
+            Panel("Published to served, 95 %",
+                  [Query(p(0.95, "perennial_ack_stage_seconds", "stage"), "{{stage}}")],
+                  "By stage, over all adapters.", unit="s", width=12),
+        ]),
+    ],
+    by_adapter=True,
+)  # fmt: skip
+
+FORGETTING = Dashboard(
+    "perennial-forgetting", "Perennial: forgetting", "What was asked to be forgotten, what is done, and what is late.",
+    [
+        Row("Now", [
+            stat("Past due", "sum(perennial_forget_overdue_requests)",
+                 "Open requests whose time is over. Any is a broken promise, and an alert.",
+                 decimals=0, thresholds=ANY_IS_BAD, width=6),
+            stat("Open", 'sum(perennial_forget_requests{state!~"closed|failed"})', "Requests that are not at their end.",
+                 decimals=0, width=6),
+            stat("Examples forgotten", "sum(perennial_forgotten_examples_total)",
+                 "Since the roles were started.", decimals=0, width=6),
+            stat("Held back", "sum(perennial_quarantined_examples)",
+                 "Examples kept from learning: on hold, or waiting for a decision.",
+                 decimals=0, thresholds=ANY_IS_DOUBTFUL, width=6),
+        ]),
+        Row("Requests", [
+            Panel("Requests by state", [Query("sum by (state) (perennial_forget_requests)", "{{state}}")],
+                  "Where requests stand; the topic retention-status has each.", stacked=True, width=12),
+            Panel("From request to end", [Query(p(q, "perennial_forget_seconds", "role", "$__range"), name)
+                                          for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
+                  "Over the requests that ended in the time shown.", unit="s", width=12),
+            Panel("Past due", [Query("sum(perennial_forget_overdue_requests)", "past due")],
+                  "Above zero an alert is raised after a minute.", decimals=0, thresholds=ANY_IS_BAD, width=12),
+            Panel("Examples forgotten", [Query(counted("perennial_forgotten_examples_total", "role"), "{{role}}")],
+                  "As their requests end.", bars=True, width=12),
+        ]),
+    ],
+)  # fmt: skip
+
+FOLDER = Path(__file__).resolve().parents[1] / "deploy" / "grafana" / "dashboards"
+DASHBOARDS = {"flow": FLOW, "adapter": ADAPTER, "forgetting": FORGETTING}
+
+
+def text_of(dashboard: Dashboard) -> str:
+    """The file of a dashboard."""
+    return json.dumps(render(dashboard), indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for name, made in DASHBOARDS.items():
+        FOLDER.joinpath(f"{name}.json").write_text(text_of(made), encoding="utf-8")
