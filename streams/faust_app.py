@@ -27,7 +27,7 @@ from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.curate import agent as curate_agent
-from perennial.streams.curate.agent import Curation
+from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.kafka.aiokafka_headers import read_any_header_name
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain import agent as retain_agent
@@ -132,7 +132,7 @@ def _add_retain(app: Any, settings: Settings, metrics: Metrics, store: ObjectSto
 
 
 def _add_curate(app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, guard: Guard) -> None:
-    curation = Curation(app, settings, metrics, store)
+    curation = CurateAgent(app, settings, metrics, store)
     topic = app.topic(settings.topic(curate_agent.TOPIC), key_type=bytes, value_type=bytes)
 
     @app.agent(topic, name="curate", concurrency=1)  # type: ignore[untyped-decorator]
@@ -147,7 +147,7 @@ def _add_curate(app: Any, settings: Settings, metrics: Metrics, store: ObjectSto
     _follow_partitions(app, curation)
 
 
-def _follow_partitions(app: Any, agent: Curation | RetainAgent) -> None:
+def _follow_partitions(app: Any, agent: CurateAgent | RetainAgent) -> None:
     async def revoked(*_: Any, **__: Any) -> None:
         agent.revoke()
 

@@ -12,7 +12,7 @@ from hashlib import sha256
 
 from perennial.learner.model.lora import to_safetensors
 from perennial.learner.training.replay_buffer import index_to_bytes
-from perennial.learner.training.update import Parent, Updater
+from perennial.learner.training.update import TrainingState, Updater
 from perennial.learner.versions.micro_batches import BatchRows
 from perennial.storage.objects.object_store import ObjectStore, put_blob
 from perennial.storage.registry.manifest import Manifest
@@ -27,7 +27,7 @@ class Scratch:
     optimizer: str | None
     replay: str | None
     outcomes: tuple[str, ...]
-    state: Parent
+    state: TrainingState
 
     def equals(self, manifest: Manifest) -> bool:
         """Whether a version has this very state."""
@@ -37,7 +37,7 @@ class Scratch:
 
 def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int, Sequence[ExampleAccepted]]) -> Scratch:
     """Learn the cuts by number, in order; an empty one is left out."""
-    state = Parent(updater.lora.init_state(adapter, updater.recipe.seed), None, ())
+    state = TrainingState(updater.lora.init_state(adapter, updater.recipe.seed), None, ())
     rows = BatchRows(store, updater.rows)
     outcomes = []
     for cut, examples in cuts.items():
@@ -48,7 +48,7 @@ def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int,
         found = updater.update(state, examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
         outcomes.append(found.outcome)
         if found.outcome == "promoted":
-            state = Parent(found.state, found.optimizer, found.replay)
+            state = TrainingState(found.state, found.optimizer, found.replay)
     return Scratch(
         weights=_digest(to_safetensors(state.state)),
         optimizer=_digest(to_safetensors(state.optimizer)) if state.optimizer else None,

@@ -12,34 +12,38 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import partial
 
-from perennial.learner.forgetting.scan import Traces, traces_of
-from perennial.learner.training.trainer import prepare
-from perennial.learner.training.update import Candidate, Parent, Recipe, Updater
-from perennial.learner.versions.alias_events import event_of
-from perennial.learner.versions.conflict_retry import in_turns
-from perennial.learner.versions.garbage_collection import load_history, sweep
+from perennial.learner.forgetting.scan import Traces, find_examples
+from perennial.learner.training.trainer import make_deterministic
+from perennial.learner.training.update import Recipe, TrainingState, Updater, UpdateResult
+from perennial.learner.versions.alias_events import alias_event
+from perennial.learner.versions.conflict_retry import retry_on_conflict
+from perennial.learner.versions.garbage_collection import delete_unreferenced, load_history
 from perennial.learner.versions.history import (
-    Aim,
+    ExampleMatch,
+    ForgetTarget,
     History,
-    Place,
-    Plan,
-    Step,
-    Trace,
-    body_of,
-    candidates,
-    place_of,
-    without,
+    OriginOffset,
+    RebuildPlan,
+    RecordedVersion,
+    batch_to_bytes,
+    origin_offset,
+    tried_offsets,
+    without_examples,
 )
-from perennial.learner.versions.micro_batches import BatchRows, JobError, skip, stored_batch
-from perennial.learner.versions.state_blobs import Refs, stored
-from perennial.learner.versions.update_job import Done, Lineage
+from perennial.learner.versions.micro_batches import BatchRows, JobError, load_batch, skipped_example
+from perennial.learner.versions.state_blobs import StateRefs, to_blobs
+from perennial.learner.versions.update_job import JobResult, VersionWriter
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.manifest import BlobRef, LearnedExample, Manifest
-from perennial.storage.registry.pending_deletes import extend_tombstone, lift_tombstone, load_tombstone
-from perennial.storage.registry.quarantine import Done as Mark
-from perennial.storage.registry.quarantine import Hold, finish_entry, load_quarantine, update_quarantine
+from perennial.storage.registry.pending_deletes import (
+    clear_pending_deletes,
+    load_pending_deletes,
+    record_pending_deletes,
+)
+from perennial.storage.registry.quarantine import LegalHold, finish_entry, load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import RequestOutcome as Mark
 from perennial.storage.registry.registry import AliasState, Head
 from perennial.streams.events.models import (
     AdapterUpdate,
@@ -57,13 +61,13 @@ FORGOTTEN = "forgotten_examples"
 class _Made:
     """The last version of a schedule that is made anew, and the state that it has."""
 
-    step: Step | None
+    step: RecordedVersion | None
     promoted: str | None
-    state: Parent
-    refs: Refs
+    state: TrainingState
+    refs: StateRefs
 
 
-class Forgetter:
+class ForgetExecutor:
     """Does forget jobs on a learner's lines.
 
     tell: takes events that are to be sent before the job is through. progress: called after each update made anew.
@@ -71,7 +75,7 @@ class Forgetter:
 
     def __init__(
         self,
-        lineage: Lineage,
+        lineage: VersionWriter,
         now: Callable[[], datetime],
         failpoint: Callable[[str], None],
         tell: Callable[[AdapterUpdate], None] = lambda _: None,
@@ -85,15 +89,15 @@ class Forgetter:
         self._tell = tell
         self._progress = progress
 
-    def forget(self, job: ForgetRequested, alias: str) -> Done:
+    def forget(self, job: ForgetRequested, alias: str) -> JobResult:
         """Make the adapter as if it had never seen the examples, and delete their text and all that knew them.
 
         Outcome `held`: a hold stands on one of them, nothing was done. The caller sends the event and the statuses,
         then calls `close`. Raises JobError where the job cannot be done, StoreError where the store is at fault.
         """
-        return in_turns(self._registry, job.adapter, lambda: self._attempt(job, alias))
+        return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
 
-    def _attempt(self, job: ForgetRequested, alias: str) -> Done:
+    def _attempt(self, job: ForgetRequested, alias: str) -> JobResult:
         began = time.perf_counter()
         adapter = job.adapter
         self._registry.converge(adapter, alias)
@@ -102,10 +106,12 @@ class Forgetter:
         head = self._lineage.head(adapter)
         history = load_history(self._registry, adapter) if head else None
         if entry is not None and entry.done is not None:
-            self._lineage.drop(sweep(self._registry, adapter, job.job_id))  # a rival may have been faster than this
+            self._lineage.drop(
+                delete_unreferenced(self._registry, adapter, job.job_id)
+            )  # a rival may have been faster than this
             return self._ended(job, alias, began)
-        aim = Aim(job, quarantine)
-        found = traces_of(self._store, adapter, history, aim)
+        aim = ForgetTarget(job, quarantine)
+        found = find_examples(self._store, adapter, history, aim)
         everything = [trace for group in found.all().values() for trace in group]
         if aim.is_held(everything):
             return self._held(job, alias, everything)
@@ -115,7 +121,7 @@ class Forgetter:
             for traces in (found.learned, {**found.refused, **found.left})
         )
         if unlearned:
-            extend_tombstone(self._store, adapter, job.job_id, unlearned)
+            record_pending_deletes(self._store, adapter, job.job_id, unlearned)
             update_quarantine(self._store, adapter, lambda found: found.suppressing(hashes))
         if head is not None and history is not None and gone:
             plan = history.plan(gone)
@@ -131,34 +137,34 @@ class Forgetter:
         if gone or unlearned:
             self._heed_holds(job, quarantine.holds, history, {**gone, **unlearned})
             self._keep_held(job, {**found.learned, **found.refused}, {**gone, **unlearned})
-        self._lineage.drop(sweep(self._registry, adapter, job.job_id))
+        self._lineage.drop(delete_unreferenced(self._registry, adapter, job.job_id))
         self._failpoint("learner.forget_deleted")
         return self._ended(job, alias, began)
 
-    def _held(self, job: ForgetRequested, alias: str, traces: Sequence[Trace]) -> Done:
+    def _held(self, job: ForgetRequested, alias: str, traces: Sequence[ExampleMatch]) -> JobResult:
         count = len({trace.example_id for trace in traces if trace.request_id == job.request_id})
         status = self._status(job, "held", count, None, "a hold stands on it")
-        if load_tombstone(self._store, job.adapter, job.job_id) is None:
-            return Done("held", None, None, statuses=(status,))
+        if load_pending_deletes(self._store, job.adapter, job.job_id) is None:
+            return JobResult("held", None, None, statuses=(status,))
         # The hold came in mid-way: what was moved is told, what was half made goes, for it may hold other texts.
-        self._lineage.drop(sweep(self._registry, job.adapter, job.job_id, unpublished=True))
+        self._lineage.drop(delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=True))
         event = self._lineage.standing(job.adapter, alias)
-        lift = partial(lift_tombstone, self._store, job.adapter, job.job_id)
-        return Done("held", None, event, statuses=(status,), close=lift)
+        lift = partial(clear_pending_deletes, self._store, job.adapter, job.job_id)
+        return JobResult("held", None, event, statuses=(status,), close=lift)
 
     def give_up(self, job: ForgetRequested) -> None:
         """Delete what a job half made that never will be done. Raises StoreError."""
-        self._lineage.drop(sweep(self._registry, job.adapter, job.job_id, unpublished=True))
-        lift_tombstone(self._store, job.adapter, job.job_id)
+        self._lineage.drop(delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=True))
+        clear_pending_deletes(self._store, job.adapter, job.job_id)
 
     # ---- looking
 
     def _heed_holds(
         self,
         job: ForgetRequested,
-        known: Sequence[Hold],
+        known: Sequence[LegalHold],
         history: History | None,
-        gone: Mapping[str, Collection[Place]],
+        gone: Mapping[str, Collection[OriginOffset]],
     ) -> None:
         """Look once more before anything is deleted: a replay takes its time, and a hold may have come meanwhile.
 
@@ -167,18 +173,18 @@ class Forgetter:
         quarantine = load_quarantine(self._store, job.adapter)
         if quarantine.holds == known:
             return
-        aim = Aim(job, quarantine)
-        traces = traces_of(self._store, job.adapter, history, aim).all()
+        aim = ForgetTarget(job, quarantine)
+        traces = find_examples(self._store, job.adapter, history, aim).all()
         if any(
             trace.held and trace.place in places for digest, places in gone.items() for trace in traces.get(digest, ())
         ):
             if not aim.is_held(trace for group in traces.values() for trace in group):
-                lift_tombstone(self._store, job.adapter, job.job_id)
+                clear_pending_deletes(self._store, job.adapter, job.job_id)
             raise ConflictError(f"a hold came while {job.request_id} was carried out", remedy="release it first")
 
     # ---- changing
 
-    def _keep_held(self, job: ForgetRequested, traces: Traces, gone: Mapping[str, Collection[Place]]) -> None:
+    def _keep_held(self, job: ForgetRequested, traces: Traces, gone: Mapping[str, Collection[OriginOffset]]) -> None:
         """Store the rest of a body that is deleted whole where a hold stands on some of it, as a refused job's.
 
         A replay makes only what was learned anew; a held example beside it may have been skipped, or its job refused.
@@ -186,14 +192,14 @@ class Forgetter:
         for digest, places in gone.items():
             if not any(trace.held and trace.place not in places for trace in traces.get(digest, ())):
                 continue
-            batch = stored_batch(self._store, digest)
+            batch = load_batch(self._store, digest)
             if batch is not None:
-                body = body_of(without(batch, places))
+                body = batch_to_bytes(without_examples(batch, places))
                 kept = digest_of(body)
-                extend_tombstone(self._store, job.adapter, f"kept {kept}", [kept], refused=True)
+                record_pending_deletes(self._store, job.adapter, f"kept {kept}", [kept], refused=True)
                 put_blob(self._store, body)
 
-    def _bury(self, job: ForgetRequested, history: History, plan: Plan, traces: Sequence[Trace]) -> None:
+    def _bury(self, job: ForgetRequested, history: History, plan: RebuildPlan, traces: Sequence[ExampleMatch]) -> None:
         """Put down what is to be deleted at the end, and how many examples each request had.
 
         A request that also means what is held is not through with this, so it is not among them.
@@ -208,9 +214,9 @@ class Forgetter:
         for version in plan.touched:
             manifest = history.manifests[version]
             digests |= {ref.digest for ref in manifest.blobs() if ref != manifest.batch}
-        extend_tombstone(self._store, job.adapter, job.job_id, digests, counts)
+        record_pending_deletes(self._store, job.adapter, job.job_id, digests, counts)
 
-    def _quarantine(self, job: ForgetRequested, alias: str, head: Head, history: History, plan: Plan) -> Head:
+    def _quarantine(self, job: ForgetRequested, alias: str, head: Head, history: History, plan: RebuildPlan) -> Head:
         """Serve the version from before the first use, or nothing, wherever a version that knows is served.
 
         The head as it then is. The newest version must not know either: later updates would go on from it.
@@ -222,17 +228,19 @@ class Forgetter:
             target = before.manifest if before and before.manifest.optimizer else None
             parent = _promoted(before) if target else None
             manifest = self._lineage.passing(head, target, parent, "quarantine", job.job_id, _reason(job))
-            blobs = {} if target else stored(self._lineage.initial(adapter, manifest.seed))[1]
+            blobs = {} if target else to_blobs(self._lineage.initial(adapter, manifest.seed))[1]
             publication = self._registry.publish(manifest, blobs.values(), self._lineage.verifier(blobs), alias)
             self._move(job, knowing, publication.manifest, publication.version)
             head = Head(publication.manifest.seq, publication.version, publication.manifest)
         self._revoke(job, history, plan.knows)
         state = self._registry.alias(adapter, alias)
         if state is not None:  # also where an attempt before this one moved it and could not say so
-            self._tell(event_of(self._registry, state))
+            self._tell(alias_event(self._registry, state))
         return head
 
-    def _make_anew(self, job: ForgetRequested, alias: str, head: Head, plan: Plan, traces: Sequence[Trace]) -> None:
+    def _make_anew(
+        self, job: ForgetRequested, alias: str, head: Head, plan: RebuildPlan, traces: Sequence[ExampleMatch]
+    ) -> None:
         made = self._replay(job, plan)
         self._failpoint("learner.forget_replayed")
         target = None
@@ -242,7 +250,7 @@ class Forgetter:
         manifest = self._lineage.passing(head, target, parent, "forget", job.job_id, _reason(job))
         count = len({trace.example_id for trace in traces if trace.request_id == job.request_id})
         manifest = manifest.model_copy(update={"gate": {**manifest.gate, FORGOTTEN: count}})
-        blobs = {} if target else stored(self._lineage.initial(job.adapter, manifest.seed))[1]
+        blobs = {} if target else to_blobs(self._lineage.initial(job.adapter, manifest.seed))[1]
         aliases = list(self._registry.aliases(job.adapter))
         publication = self._registry.publish(manifest, blobs.values(), self._lineage.verifier(blobs), alias)
         stale = {*plan.touched, head.version} - {publication.version}
@@ -263,45 +271,47 @@ class Forgetter:
 
     # ---- replaying
 
-    def _replay(self, job: ForgetRequested, plan: Plan) -> _Made:
+    def _replay(self, job: ForgetRequested, plan: RebuildPlan) -> _Made:
         """Make the touched updates again without the examples, from the last state that never saw them."""
-        steps = [step for step in plan.steps if candidates(step.manifest)]
+        steps = [step for step in plan.steps if tried_offsets(step.manifest)]
         made = self._start(job.adapter, plan.before, steps)
         try:
             for step in steps:
                 made = self._again(job, made, step, plan.gone)
                 self._progress()
         finally:
-            prepare(self._lineage.threads)
+            make_deterministic(self._lineage.threads)
         return made
 
-    def _start(self, adapter: str, before: Step | None, steps: Sequence[Step]) -> _Made:
+    def _start(self, adapter: str, before: RecordedVersion | None, steps: Sequence[RecordedVersion]) -> _Made:
         if before is None:
             seed = steps[0].manifest.seed if steps else self._lineage.updater.recipe.seed
             state = self._lineage.initial(adapter, seed)
-            return _Made(None, None, state, stored(state)[0])
+            return _Made(None, None, state, to_blobs(state)[0])
         manifest = before.manifest
         state, _ = self._lineage.state_at(Head(manifest.seq, before.version, manifest), adapter)
         refs = manifest.weights, manifest.optimizer, manifest.replay
         return _Made(before, _promoted(before), state, refs)
 
-    def _again(self, job: ForgetRequested, made: _Made, step: Step, gone: Mapping[str, Collection[Place]]) -> _Made:
+    def _again(
+        self, job: ForgetRequested, made: _Made, step: RecordedVersion, gone: Mapping[str, Collection[OriginOffset]]
+    ) -> _Made:
         """One update once more; the same as it was where nothing is left of it."""
         old = step.manifest
         if old.batch is None or old.cut is None:
             raise JobError("missing-batch", "an update names no micro-batch", got=step.version)
-        batch = stored_batch(self._store, old.batch.digest)
+        batch = load_batch(self._store, old.batch.digest)
         if batch is None:
             raise JobError("missing-batch", "an update's micro-batch is not stored", got=old.batch.digest)
         places = set(gone.get(old.batch.digest, ()))
-        wanted = candidates(old) - places
+        wanted = tried_offsets(old) - places
         ref, blobs = old.batch, {}
         if places:
-            batch = without(batch, places)
-            body = body_of(batch)
+            batch = without_examples(batch, places)
+            body = batch_to_bytes(batch)
             ref = BlobRef(digest=digest_of(body), size_bytes=len(body))
             blobs[ref.digest] = body
-        examples = [example for example in batch.examples if place_of(example) in wanted]
+        examples = [example for example in batch.examples if origin_offset(example) in wanted]
         if not examples:
             return made
         updater = self._updater(old)
@@ -309,26 +319,26 @@ class Forgetter:
         if updater.recipe.row_tokens != self._lineage.updater.recipe.row_tokens:
             rows = BatchRows(self._store, updater.rows)
         rows.put(ref.digest, batch.examples)
-        prepare(old.threads)
+        make_deterministic(old.threads)
         candidate = updater.update(
             made.state, examples, adapter=job.adapter, cut=old.cut, batch=ref.digest, replayed=rows
         )
         state, refs = made.state, made.refs
         if candidate.outcome == "promoted":
-            state = Parent(candidate.state, candidate.optimizer, candidate.replay)
-            refs, new = stored(state)
+            state = TrainingState(candidate.state, candidate.optimizer, candidate.replay)
+            refs, new = to_blobs(state)
             blobs |= new
         elif made.step is None:
-            blobs |= stored(made.state)[1]
+            blobs |= to_blobs(made.state)[1]
         learned = [self._lineage.learned(example, updater) for example in examples]
         manifest = self._manifest(made, step, candidate, examples, learned, ref, refs, places)
         version = manifest.digest()
-        extend_tombstone(self._store, job.adapter, job.job_id, blobs)
+        record_pending_deletes(self._store, job.adapter, job.job_id, blobs)
         for body in blobs.values():
             put_blob(self._store, body)
         self._registry.record(manifest)
         promoted = version if candidate.outcome == "promoted" else made.promoted
-        return _Made(Step(version, manifest), promoted, state, refs)
+        return _Made(RecordedVersion(version, manifest), promoted, state, refs)
 
     def _updater(self, manifest: Manifest) -> Updater:
         """The updater with the recipe that the version was made by."""
@@ -349,20 +359,20 @@ class Forgetter:
     def _manifest(
         self,
         made: _Made,
-        step: Step,
-        candidate: Candidate,
+        step: RecordedVersion,
+        candidate: UpdateResult,
         examples: Sequence[ExampleAccepted],
         learned: Sequence[LearnedExample],
         batch: BlobRef,
-        refs: Refs,
-        places: set[Place],
+        refs: StateRefs,
+        places: set[OriginOffset],
     ) -> Manifest:
         """What is recorded of an update made anew: as the one it replaces, less the examples."""
         old, promoted = step.manifest, candidate.outcome == "promoted"
-        tried = candidates(old)
+        tried = tried_offsets(old)
         skipped = [s for s in old.skipped if (s.partition, s.offset) not in tried | places]
         if not promoted:
-            skipped += [skip(example, candidate.reason) for example in examples]
+            skipped += [skipped_example(example, candidate.reason) for example in examples]
         times = [example.origin.timestamp_ms for example in examples] if promoted else []
         reason = candidate.reason if not promoted else old.reason if old.outcome == "promoted" else "replayed"
         return old.model_copy(
@@ -379,15 +389,17 @@ class Forgetter:
 
     # ---- ending
 
-    def _ended(self, job: ForgetRequested, alias: str, began: float) -> Done:
+    def _ended(self, job: ForgetRequested, alias: str, began: float) -> JobResult:
         """What the job came to, in this attempt or in one before it."""
         adapter = job.adapter
         event = self._lineage.standing(adapter, alias)
         entry = load_quarantine(self._store, adapter).entry(job.request_id)
         if entry is not None and entry.done is not None:
-            return Done("repeated", None, event, close=lambda: lift_tombstone(self._store, adapter, job.job_id))
+            return JobResult(
+                "repeated", None, event, close=lambda: clear_pending_deletes(self._store, adapter, job.job_id)
+            )
         found = self._published(job)
-        tombstone = load_tombstone(self._store, adapter, job.job_id)
+        tombstone = load_pending_deletes(self._store, adapter, job.job_id)
         counts = {job.request_id: 0}
         if found is not None:
             examples = found[1].gate.get(FORGOTTEN)
@@ -417,12 +429,12 @@ class Forgetter:
             # Only now: what retain says of the request from here on must come after what was said here.
             for request_id, mark in marks.items():
                 finish_entry(self._store, adapter, request_id, mark)
-            lift_tombstone(self._store, adapter, job.job_id)
+            clear_pending_deletes(self._store, adapter, job.job_id)
 
         stage_s = {"forget": time.perf_counter() - began}
         if found is None:
-            return Done("unchanged", None, event, stage_s, tuple(statuses), close)
-        return Done(found[1].outcome, found[1], event, stage_s, tuple(statuses), close)
+            return JobResult("unchanged", None, event, stage_s, tuple(statuses), close)
+        return JobResult(found[1].outcome, found[1], event, stage_s, tuple(statuses), close)
 
     def _published(self, job: ForgetRequested) -> tuple[str, Manifest] | None:
         """The version that the job made, in this attempt or in one before it."""
@@ -441,7 +453,7 @@ class Forgetter:
         )  # fmt: skip
 
 
-def _promoted(step: Step | None) -> str | None:
+def _promoted(step: RecordedVersion | None) -> str | None:
     """The version that a step's state is of: itself, or of a refused one its parent."""
     if step is None:
         return None

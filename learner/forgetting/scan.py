@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from perennial.learner.versions.history import Aim, History, Trace
-from perennial.learner.versions.micro_batches import stored_batch
+from perennial.learner.versions.history import ExampleMatch, ForgetTarget, History
+from perennial.learner.versions.micro_batches import load_batch
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.pending_deletes import tombstones
+from perennial.storage.registry.pending_deletes import list_pending_deletes
 
 _log = logging.getLogger("perennial.learner")
 
-Traces = dict[str, list[Trace]]
+Traces = dict[str, list[ExampleMatch]]
 """Notes on the examples of micro-batches, by the micro-batch's digest."""
 
 
@@ -33,7 +33,7 @@ class Found:
         return {**self.learned, **self.refused, **self.left}
 
 
-def traces_of(store: ObjectStore, adapter: str, history: History | None, aim: Aim) -> Found:
+def find_examples(store: ObjectStore, adapter: str, history: History | None, aim: ForgetTarget) -> Found:
     """What the stored micro-batches hold; those erased before are not there.
 
     Raises StoreError, also where a version's micro-batch is none.
@@ -43,7 +43,7 @@ def traces_of(store: ObjectStore, adapter: str, history: History | None, aim: Ai
     named = {ref.digest for manifest in manifests for ref in manifest.blobs()}
     refused: set[str] = set()
     left: set[str] = set()
-    for tombstone in tombstones(store, adapter):
+    for tombstone in list_pending_deletes(store, adapter):
         (refused if tombstone.refused else left).update(tombstone.digests)
     return Found(
         _look(store, adapter, line, aim, published=True),
@@ -52,11 +52,13 @@ def traces_of(store: ObjectStore, adapter: str, history: History | None, aim: Ai
     )
 
 
-def _look(store: ObjectStore, adapter: str, digests: Iterable[str], aim: Aim, *, published: bool = False) -> Traces:
+def _look(
+    store: ObjectStore, adapter: str, digests: Iterable[str], aim: ForgetTarget, *, published: bool = False
+) -> Traces:
     found: Traces = {}
     for digest in sorted(digests):
         try:
-            batch = stored_batch(store, digest)
+            batch = load_batch(store, digest)
         except (IntegrityError, ValidationError) as error:
             if not published:  # weights, or whatever a refused job named; it must not keep all else from being erased
                 if isinstance(error, IntegrityError):

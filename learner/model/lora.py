@@ -27,7 +27,7 @@ from perennial.storage.errors import IntegrityError, PerennialError
 if TYPE_CHECKING:
     from perennial.learner.model.base import Base
 
-State = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 """Adapter weights by their name in PEFT's files: fp32, on the CPU."""
 
 _FILE_PREFIX = "base_model.model."
@@ -103,14 +103,14 @@ class Lora:
             for layer in self._layers:
                 layer.enable_adapters(True)
 
-    def init_state(self, adapter: str, seed: int) -> State:
+    def init_state(self, adapter: str, seed: int) -> Tensors:
         """The first weights of an adapter: A uniform as in the paper's code (Kaiming, a = √5), B zero.
 
         They follow from (base digest, adapter, seed) alone.
         """
         text = json.dumps([self.base.digest, adapter, seed])
         generator = torch.Generator().manual_seed(int.from_bytes(sha256(text.encode()).digest()[:8]) >> 1)
-        state: State = {}
+        state: Tensors = {}
         for name, shape in self.shapes.items():  # already sorted: the order of the draws is part of the recipe
             weight = torch.zeros(shape)
             if ".lora_A." in name:
@@ -126,7 +126,7 @@ class Lora:
             for name, parameter in self.parameters.items():
                 parameter.copy_(state[name])
 
-    def state(self) -> State:
+    def state(self) -> Tensors:
         """A copy of the slot's weights."""
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.parameters.items()}
 
@@ -174,7 +174,7 @@ def to_safetensors(state: Mapping[str, torch.Tensor]) -> bytes:
     return bytes(save_safetensors({name: state[name].contiguous() for name in sorted(state)}))
 
 
-def from_safetensors(data: bytes, shapes: Mapping[str, tuple[int, ...]], max_bytes: int = MAX_ADAPTER_BYTES) -> State:
+def from_safetensors(data: bytes, shapes: Mapping[str, tuple[int, ...]], max_bytes: int = MAX_ADAPTER_BYTES) -> Tensors:
     """A state from stored bytes, which may be hostile.
 
     Raises IntegrityError on junk, excess size, another dtype or a value that is not finite, and AdapterError where
@@ -185,13 +185,13 @@ def from_safetensors(data: bytes, shapes: Mapping[str, tuple[int, ...]], max_byt
     return state
 
 
-def load_tensors(data: bytes, max_bytes: int = MAX_ADAPTER_BYTES) -> State:
+def load_tensors(data: bytes, max_bytes: int = MAX_ADAPTER_BYTES) -> Tensors:
     """Finite fp32 tensors from safetensors bytes. Raises IntegrityError on anything else."""
     remedy = "restore the object from a backup: its writer stores finite fp32 tensors only"
     if len(data) > max_bytes:
         raise IntegrityError("stored tensors are too large", got=len(data), allowed=max_bytes, remedy=remedy)
     try:
-        state: State = load_safetensors(data)
+        state: Tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise IntegrityError(
             "stored tensors do not parse", got=str(error), allowed="safetensors", remedy=remedy

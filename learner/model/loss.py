@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from perennial.learner.model.lora import Lora
-from perennial.learner.model.tokenization import Row
+from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import PerennialError
 
 EMPTY = 0.0
@@ -36,7 +36,7 @@ def mean_nats(losses: Sequence[RowLoss]) -> float:
     return sum(loss.nats for loss in losses) / tokens if tokens else EMPTY
 
 
-def token_losses(model: Any, rows: Sequence[Row], device: torch.device, pad: int) -> torch.Tensor:
+def token_losses(model: Any, rows: Sequence[TokenRow], device: torch.device, pad: int) -> torch.Tensor:
     """Loss of every trainable token of the rows, in row order: (N,) nats, fp32.
 
     Rows are padded on the right to the longest: under a causal mask no real token sees what follows it, so no
@@ -79,7 +79,7 @@ def autocast(device: torch.device) -> AbstractContextManager[object]:
 
 def row_token_losses(
     lora: Lora,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     *,
     pad: int,
     adapted: bool,
@@ -125,7 +125,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
 
 
-def fewer_rows(batch: Sequence[Row], error: BaseException) -> int:
+def fewer_rows(batch: Sequence[TokenRow], error: BaseException) -> int:
     """How many rows to try after these did not fit. Raises OutOfMemoryError where it was one.
 
     Hazard: the error's traceback keeps the failed pass's tensors alive, so it is dropped here.
@@ -144,7 +144,7 @@ def fewer_rows(batch: Sequence[Row], error: BaseException) -> int:
 
 def row_losses(
     lora: Lora,
-    rows: Sequence[Row],
+    rows: Sequence[TokenRow],
     *,
     pad: int,
     adapted: bool,

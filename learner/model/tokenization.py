@@ -20,7 +20,7 @@ class ExampleError(PerennialError):
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TokenRow:
     """One training row: `ids[train_from:]` are the tokens whose prediction is trained, so train_from >= 1."""
 
     ids: tuple[int, ...]
@@ -32,7 +32,7 @@ class Row:
         return len(self.ids) - self.train_from
 
 
-class Codec:
+class ExampleTokenizer:
     """A tokenizer with what rows need worked out once: the ends of a text and the frame of a turn.
 
     The frame comes from the tokenizer's chat template, rendered around a sentinel, so that a base is asked in
@@ -81,7 +81,7 @@ class Codec:
         return (*self.turn_head, *ids[max(0, len(ids) - room) :], *self.turn_tail)
 
 
-def text_rows(text: str, codec: Codec, row_tokens: int) -> list[Row]:
+def text_rows(text: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
     """Rows of a document: start, text and end, cut every row_tokens - 1 tokens.
 
     A row begins with the last token of the row before it, so that every token of the text is trained once.
@@ -90,7 +90,7 @@ def text_rows(text: str, codec: Codec, row_tokens: int) -> list[Row]:
     return _cut([codec.bos, *codec.encode(text), codec.eos], row_tokens)
 
 
-def turn_rows(prompt: str, answer: str, codec: Codec, row_tokens: int) -> list[Row]:
+def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
     """Rows of a turn: the loss is on the answer and its end alone. A long prompt loses its head, never the answer."""
     _check_row_tokens(row_tokens)
     target = [*codec.encode(answer), codec.eos]
@@ -98,13 +98,13 @@ def turn_rows(prompt: str, answer: str, codec: Codec, row_tokens: int) -> list[R
     # A chat template may be longer than a row: its end, which says that an answer follows, is what must stay.
     asked = codec.prompt_ids(prompt, room)[-room:]
     first = row_tokens - len(asked)
-    rows = [Row((*asked, *target[:first]), len(asked))]
+    rows = [TokenRow((*asked, *target[:first]), len(asked))]
     if len(target) > first:
         rows += _cut(target[first - 1 :], row_tokens)
     return rows
 
 
-def rows_of(example: ExampleAccepted, codec: Codec, row_tokens: int) -> list[Row]:
+def example_rows(example: ExampleAccepted, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
     """Rows that train one example, each at most row_tokens long.
 
     Raises ExampleError where the example has neither text nor prompt and answer.
@@ -120,9 +120,9 @@ def rows_of(example: ExampleAccepted, codec: Codec, row_tokens: int) -> list[Row
     )
 
 
-def _cut(ids: Sequence[int], row_tokens: int) -> list[Row]:
+def _cut(ids: Sequence[int], row_tokens: int) -> list[TokenRow]:
     stride = row_tokens - 1
-    return [Row(tuple(ids[start : start + row_tokens])) for start in range(0, len(ids) - 1, stride)]
+    return [TokenRow(tuple(ids[start : start + row_tokens])) for start in range(0, len(ids) - 1, stride)]
 
 
 def _check_row_tokens(row_tokens: int) -> None:

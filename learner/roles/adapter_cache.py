@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from perennial.learner.model.lora import AdapterError, State, from_safetensors
+from perennial.learner.model.lora import AdapterError, Tensors, from_safetensors
 from perennial.storage.errors import StoreError
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.registry import Registry
@@ -22,12 +22,12 @@ MAX_CACHED_ADAPTERS = 10_000
 
 
 @dataclass(frozen=True)
-class Live:
+class LiveAdapter:
     """What an alias pointed at when it was last read. state: None where there is no version, or none to be had."""
 
     version: str | None
     generation: int
-    state: State | None
+    state: Tensors | None
 
     @property
     def size_bytes(self) -> int:
@@ -35,10 +35,10 @@ class Live:
         return sum(tensor.nbytes for tensor in self.state.values()) if self.state else 0
 
 
-NOTHING = Live(None, 0, None)
+NO_ADAPTER = LiveAdapter(None, 0, None)
 
 
-class LiveWeights:
+class AdapterCache:
     """Weights by adapter; a thread of its own reads aliases and blobs, each adapter's at most every poll_s."""
 
     def __init__(
@@ -59,14 +59,14 @@ class LiveWeights:
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics
-        self._entries: OrderedDict[str, tuple[Live, float]] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[LiveAdapter, float]] = OrderedDict()
         self._bytes = 0
         self._wanted: dict[str, None] = {}
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="live-weights", daemon=True)
 
-    def get(self, adapters: Iterable[str], wait_s: float) -> dict[str, Live]:
+    def get(self, adapters: Iterable[str], wait_s: float) -> dict[str, LiveAdapter]:
         """What is known of each adapter, waiting at most wait_s for those not seen before."""
         names = list(dict.fromkeys(adapters))
         now = self._clock()
@@ -80,7 +80,7 @@ class LiveWeights:
             for name in names:
                 if name in self._entries:
                     self._entries.move_to_end(name)
-            return {name: self._entries[name][0] if name in self._entries else NOTHING for name in names}
+            return {name: self._entries[name][0] if name in self._entries else NO_ADAPTER for name in names}
 
     def _run(self) -> None:
         while True:
@@ -90,32 +90,32 @@ class LiveWeights:
                     return
                 name = next(iter(self._wanted))
                 entry = self._entries.get(name)
-            live = self._read(name, entry[0] if entry else NOTHING)
+            live = self._read(name, entry[0] if entry else NO_ADAPTER)
             with self._changed:
                 self._wanted.pop(name, None)
                 self._keep(name, live)
                 self._changed.notify_all()
 
-    def _read(self, adapter: str, known: Live) -> Live:
+    def _read(self, adapter: str, known: LiveAdapter) -> LiveAdapter:
         """The alias's version. A failed read gives none: a loss under stale weights would look like drift."""
         try:
             state = self._registry.alias(adapter, self._alias)
             if state is None or state.kind == "retired":
-                return NOTHING
+                return NO_ADAPTER
             if state.version == known.version and known.state is not None:
-                return Live(state.version, state.generation, known.state)
+                return LiveAdapter(state.version, state.generation, known.state)
             manifest = self._registry.manifest(adapter, state.version)
             if manifest.base_sha256 != self._base_sha256:
                 _log.warning("%s belongs to base %s, not to this scorer's", adapter, manifest.base_sha256)
-                return NOTHING
+                return NO_ADAPTER
             data = get_blob(self._registry.store, manifest.weights.digest)
-            return Live(state.version, state.generation, from_safetensors(data, self._shapes))
+            return LiveAdapter(state.version, state.generation, from_safetensors(data, self._shapes))
         except (StoreError, AdapterError) as error:
             self._metrics.store_error("live-weights")
             _log.warning("the live version of %s cannot be loaded: %s", adapter, error)
-            return NOTHING
+            return NO_ADAPTER
 
-    def _keep(self, name: str, live: Live) -> None:
+    def _keep(self, name: str, live: LiveAdapter) -> None:
         old = self._entries.pop(name, None)
         self._bytes += live.size_bytes - (old[0].size_bytes if old else 0)
         self._entries[name] = live, self._clock()

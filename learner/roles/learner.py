@@ -17,20 +17,20 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
-from perennial.learner.forgetting.executor import Forgetter
+from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.model.base import Base, general_texts, load_base
 from perennial.learner.model.lora import AdapterError, Lora, LoraConfig
-from perennial.learner.model.tokenization import Codec
-from perennial.learner.training.trainer import OutOfMemoryError, prepare
-from perennial.learner.training.update import General, Recipe, Updater
-from perennial.learner.versions.alias_events import event_id, event_of, status_id
+from perennial.learner.model.tokenization import ExampleTokenizer
+from perennial.learner.training.trainer import OutOfMemoryError, make_deterministic
+from perennial.learner.training.update import GeneralText, Recipe, Updater
+from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
 from perennial.learner.versions.micro_batches import JobError
-from perennial.learner.versions.update_job import Done, Lineage
+from perennial.learner.versions.update_job import JobResult, VersionWriter
 from perennial.storage.errors import IntegrityError, NotFoundError, StoreUnavailableError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.quarantine import Done as Mark
+from perennial.storage.registry.quarantine import RequestOutcome as Mark
 from perennial.storage.registry.quarantine import finish_entry
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import Envelope, WireError, decode
@@ -41,7 +41,7 @@ from perennial.streams.events.models import (
     RollbackRequested,
     UpdateRequested,
 )
-from perennial.streams.kafka.group import Inbox, Outbox, Record
+from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.topics import identify
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
@@ -72,26 +72,26 @@ def run_learner(
     store.probe()
     lineage = make_lineage(settings, store, base or load_base(settings.base, settings.device, settings.threads), lock)
     with (
-        Outbox(settings, "learner", metrics, _now) as outbox,
-        Inbox(settings, TOPIC, "learner", max_records=1) as inbox,
+        ConfirmingProducer(settings, "learner", metrics, _now) as outbox,
+        GroupConsumer(settings, TOPIC, "learner", max_records=1) as inbox,
         # A fresh thread has torch's own idea of how many threads to use.
-        ThreadPoolExecutor(1, "training", initializer=prepare, initargs=(settings.threads,)) as pool,
+        ThreadPoolExecutor(1, "training", initializer=make_deterministic, initargs=(settings.threads,)) as pool,
     ):
         Learner(settings, lineage, inbox, outbox, metrics, stop).run(pool)
 
 
 def make_lineage(
     settings: Settings, store: ObjectStore, base: Base, lock: AbstractContextManager[Any] | None = None
-) -> Lineage:
+) -> VersionWriter:
     """Put the learner's parts together over a store and a base."""
-    prepare(settings.threads)
+    make_deterministic(settings.threads)
     registry = Registry(store, nonce=lambda: uuid4().hex, now=_now, failpoint=failpoint)
-    codec = Codec(base.tokenizer)
-    general = General(general_texts("train"), general_texts("anchor"), codec, settings.row_tokens)
+    codec = ExampleTokenizer(base.tokenizer)
+    general = GeneralText(general_texts("train"), general_texts("anchor"), codec, settings.row_tokens)
     with lock or nullcontext():  # another role may be putting its own slot into the shared base
         lora = Lora(base, LoraConfig(settings.rank, settings.alpha))
     updater = Updater(lora, codec, general, Recipe.of(settings), lock)
-    return Lineage(registry, updater, base, threads=settings.threads, now=_now, failpoint=failpoint)
+    return VersionWriter(registry, updater, base, threads=settings.threads, now=_now, failpoint=failpoint)
 
 
 class Learner:
@@ -100,9 +100,9 @@ class Learner:
     def __init__(
         self,
         settings: Settings,
-        lineage: Lineage,
-        inbox: Inbox,
-        outbox: Outbox,
+        lineage: VersionWriter,
+        inbox: GroupConsumer,
+        outbox: ConfirmingProducer,
         metrics: Metrics,
         stop: threading.Event,
     ) -> None:
@@ -113,10 +113,10 @@ class Learner:
         self._metrics = metrics
         self._stop = stop
         self._told: SimpleQueue[AdapterUpdate] = SimpleQueue()
-        self._forgetter = Forgetter(lineage, _now, failpoint, self._told.put, metrics.progress)
+        self._forgetter = ForgetExecutor(lineage, _now, failpoint, self._told.put, metrics.progress)
         self._seen: set[str] = set()
-        self._waiting: deque[Record] = deque()
-        self._job: tuple[Record, Envelope, Future[Done]] | None = None
+        self._waiting: deque[ConsumedRecord] = deque()
+        self._job: tuple[ConsumedRecord, Envelope, Future[JobResult]] | None = None
 
     def run(self, pool: ThreadPoolExecutor) -> None:
         """Handle jobs until stop is set and none is in hand.
@@ -140,7 +140,7 @@ class Learner:
                 self._inbox.resume()
             self._metrics.lag(TOPIC, self._inbox.lag() + len(self._waiting) + (self._job is not None))
 
-    def _take(self, record: Record, pool: ThreadPoolExecutor) -> None:
+    def _take(self, record: ConsumedRecord, pool: ThreadPoolExecutor) -> None:
         if not self._inbox.owns(record):
             return
         self._metrics.events_in(TOPIC)
@@ -154,7 +154,7 @@ class Learner:
             self._metrics.oldest_age_s(max(0.0, time.time() - envelope.event.oldest_ms / 1000))
         self._job = record, envelope, pool.submit(self._do, envelope)
 
-    def _do(self, envelope: Envelope) -> Done:
+    def _do(self, envelope: Envelope) -> JobResult:
         """On the training thread: the job, tried again while the store does not answer."""
         for delay_s in RETRY_S:
             try:
@@ -166,7 +166,7 @@ class Learner:
                     raise
         return self._job_of(envelope)
 
-    def _job_of(self, envelope: Envelope) -> Done:
+    def _job_of(self, envelope: Envelope) -> JobResult:
         job = envelope.event
         if isinstance(job, UpdateRequested):
             return self._first_sight(self._lineage.update(job, self._settings.alias), job.adapter, self._settings.alias)
@@ -176,14 +176,14 @@ class Learner:
             return self._forgetter.forget(job, self._settings.alias)
         raise JobError("unsupported", f"{envelope.type} is not supported by this learner", got=envelope.type)
 
-    def _first_sight(self, done: Done, adapter: str, alias: str) -> Done:
+    def _first_sight(self, done: JobResult, adapter: str, alias: str) -> JobResult:
         """Say once per process where an alias stands: whoever was here before may have died before it could."""
         if done.event is None and adapter not in self._seen:
-            done = Done(done.outcome, done.manifest, self._lineage.standing(adapter, alias), done.stage_s)
+            done = JobResult(done.outcome, done.manifest, self._lineage.standing(adapter, alias), done.stage_s)
         self._seen.add(adapter)
         return done
 
-    def _finish(self, record: Record, envelope: Envelope, job: Future[Done]) -> None:
+    def _finish(self, record: ConsumedRecord, envelope: Envelope, job: Future[JobResult]) -> None:
         """Announce, then commit. A job that can never be done goes to the dead letters, and the next one is taken."""
         self._metrics.oldest_age_s(0)
         self._pass_on(envelope.traceparent)
@@ -211,7 +211,7 @@ class Learner:
         self._count(envelope, done)
 
     def _announce(self, event: AdapterUpdate, traceparent: str | None) -> None:
-        self._outbox.send(event, id=event_id(event), time=event.published_at, traceparent=traceparent)
+        self._outbox.send(event, id=alias_event_id(event), time=event.published_at, traceparent=traceparent)
         self._metrics.generation(event.adapter, event.generation)
 
     def _announce_latest(self, event: AdapterUpdate, traceparent: str | None) -> None:
@@ -224,7 +224,7 @@ class Learner:
         while True:
             state = self._lineage.registry.alias(event.adapter, event.alias)
             if state is not None and state.generation > event.generation:
-                event = event_of(self._lineage.registry, state)
+                event = alias_event(self._lineage.registry, state)
             if event.generation == told:
                 return
             self._announce(event, traceparent)
@@ -239,7 +239,7 @@ class Learner:
         except Empty:
             self._outbox.flush()
 
-    def _refuse(self, record: Record, reason: str, detail: str, envelope: Envelope | None = None) -> None:
+    def _refuse(self, record: ConsumedRecord, reason: str, detail: str, envelope: Envelope | None = None) -> None:
         _log.warning("job at %s/%d refused: %s: %s", record.partition, record.offset, reason, detail)
         self._outbox.refuse(record, reason, detail)
         job = envelope.event if envelope else None
@@ -265,7 +265,7 @@ class Learner:
         except (IntegrityError, NotFoundError) as error:  # its tombstone stays: the next forgetting looks into it
             _log.warning("%s left something behind: %s", job.request_id, error)
 
-    def _count(self, envelope: Envelope, done: Done) -> None:
+    def _count(self, envelope: Envelope, done: JobResult) -> None:
         adapter = getattr(envelope.event, "adapter", "")
         for stage, seconds in done.stage_s.items():
             self._metrics.stage_s(stage, seconds)

@@ -15,15 +15,15 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.loss import mean_nats, row_losses
-from perennial.learner.model.tokenization import Codec, ExampleError, Row, rows_of
-from perennial.learner.roles.adapter_cache import NOTHING, Live, LiveWeights
-from perennial.learner.training.trainer import prepare
+from perennial.learner.model.tokenization import ExampleError, ExampleTokenizer, TokenRow, example_rows
+from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, LiveAdapter
+from perennial.learner.training.trainer import make_deterministic
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import Envelope, WireError, decode
 from perennial.streams.events.models import ExampleAccepted, ExampleScored
-from perennial.streams.kafka.group import Inbox, Outbox, Record
+from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.topics import identify
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
@@ -49,16 +49,16 @@ def run_scorer(
     """
     identify(settings, [TOPIC, "scored-examples", "dead-letters"])
     base = base or load_base(settings.base, settings.device, settings.threads)
-    prepare(settings.threads)
+    make_deterministic(settings.threads)
     registry = Registry(open_store(settings.require_store()), nonce=lambda: uuid4().hex, now=_now)
     scorer = Scorer(base, settings, lock)
     with (
-        LiveWeights(
+        AdapterCache(
             registry, settings.alias, base.digest, scorer.lora.shapes,
             poll_s=settings.poll_s, clock=time.monotonic, metrics=metrics,
         ) as live,
-        Outbox(settings, "scorer", metrics, _now) as outbox,
-        Inbox(settings, TOPIC, "scorer", max_records=4 * settings.score_batch) as inbox,
+        ConfirmingProducer(settings, "scorer", metrics, _now) as outbox,
+        GroupConsumer(settings, TOPIC, "scorer", max_records=4 * settings.score_batch) as inbox,
     ):  # fmt: skip
         while not stop.is_set():
             records = inbox.poll(POLL_S)
@@ -88,14 +88,14 @@ class Scorer:
     """Losses of examples under the base and under given versions; pure given those."""
 
     def __init__(self, base: Base, settings: Settings, lock: AbstractContextManager[Any] | None = None) -> None:
-        self._codec = Codec(base.tokenizer)
+        self._codec = ExampleTokenizer(base.tokenizer)
         self._row_tokens = min(settings.max_tokens, base.max_positions)
         self._max_rows = settings.score_batch
         self._lock = lock or threading.RLock()
         with self._lock:  # another role may be putting its own slot into the shared base
             self.lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="scorer")
 
-    def score(self, examples: Sequence[ExampleAccepted], live: Mapping[str, Live]) -> list[ExampleScored]:
+    def score(self, examples: Sequence[ExampleAccepted], live: Mapping[str, LiveAdapter]) -> list[ExampleScored]:
         """One scored event per example, in order.
 
         Losses are nats per token over the example's first row of max_tokens; tokens counts all of the example.
@@ -107,7 +107,7 @@ class Scorer:
         base = dict(zip(places, self._losses(heads, adapted=False), strict=True))
         adapted: dict[int, float | None] = {}
         for name in dict.fromkeys(examples[index].adapter for index in places):
-            state = live.get(name, NOTHING).state
+            state = live.get(name, NO_ADAPTER).state
             mine = [index for index in places if examples[index].adapter == name]
             if state is not None:
                 self.lora.load(state)  # the slot is this thread's own: no lock
@@ -119,21 +119,21 @@ class Scorer:
                 tokens=sum(row.tokens for row in rows[index]),
                 base_loss_nats=base.get(index),
                 live_loss_nats=adapted.get(index),
-                live_version=live.get(example.adapter, NOTHING).version if index in adapted else None,
-                live_generation=live.get(example.adapter, NOTHING).generation if index in adapted else 0,
+                live_version=live.get(example.adapter, NO_ADAPTER).version if index in adapted else None,
+                live_generation=live.get(example.adapter, NO_ADAPTER).generation if index in adapted else 0,
             )
             for index, example in enumerate(examples)
         ]
 
-    def _rows(self, example: ExampleAccepted) -> list[Row]:
+    def _rows(self, example: ExampleAccepted) -> list[TokenRow]:
         if not example.learn:
             return []
         try:
-            return rows_of(example, self._codec, self._row_tokens)
+            return example_rows(example, self._codec, self._row_tokens)
         except ExampleError:
             return []
 
-    def _losses(self, rows: Sequence[Row], *, adapted: bool) -> list[float | None]:
+    def _losses(self, rows: Sequence[TokenRow], *, adapted: bool) -> list[float | None]:
         """Nats per token of each row; None where it is not a number."""
         losses = row_losses(
             self.lora, rows, pad=self._codec.pad, adapted=adapted, max_rows=self._max_rows, lock=self._lock
@@ -142,7 +142,7 @@ class Scorer:
         return [nats if math.isfinite(nats) else None for nats in means]
 
 
-def _decoded(records: Sequence[Record], outbox: Outbox) -> list[Envelope]:
+def _decoded(records: Sequence[ConsumedRecord], outbox: ConfirmingProducer) -> list[Envelope]:
     """The records that can be read; the others go to the dead letters."""
     envelopes = []
     for record in records:

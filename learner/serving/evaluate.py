@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import Lora, LoraConfig, from_safetensors
 from perennial.learner.model.loss import mean_nats, row_losses
-from perennial.learner.model.tokenization import Codec, text_rows
+from perennial.learner.model.tokenization import ExampleTokenizer, text_rows
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.settings import Settings
@@ -15,14 +15,14 @@ from perennial.streams.settings import Settings
 _MAX_ROWS_PER_TEXT = 2
 
 
-class Probe:
+class Evaluator:
     """A base of its own with one LoRA slot, into which a version is put to be measured."""
 
     def __init__(self, settings: Settings, store: ObjectStore) -> None:
         base = load_base(settings.base, settings.device, settings.threads)
         self._store = store
         self._row_tokens = settings.row_tokens
-        self._codec = Codec(base.tokenizer)
+        self._codec = ExampleTokenizer(base.tokenizer)
         self._lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="probe")
 
     def loss(self, manifest: Manifest | None, texts: Sequence[str]) -> float:

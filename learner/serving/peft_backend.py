@@ -128,11 +128,11 @@ class PeftBackend:
         """Answer a prompt greedily, asked in the form that corrections are trained in. Inside a lease: its version."""
         import torch
 
-        from perennial.learner.model.tokenization import Codec
+        from perennial.learner.model.tokenization import ExampleTokenizer
 
         tokenizer = self.base.tokenizer
         room = max(1, self.base.max_positions - max_new_tokens)
-        ids = torch.tensor([Codec(tokenizer).prompt_ids(prompt, room)], device=self.base.device)  # (1, T)
+        ids = torch.tensor([ExampleTokenizer(tokenizer).prompt_ids(prompt, room)], device=self.base.device)  # (1, T)
         with self.lease(), torch.no_grad():
             out = self.base.model.generate(
                 input_ids=ids,

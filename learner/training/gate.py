@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
-Reason = Literal["ok", "not-finite", "gradient-explosion", "no-op", "no-gain", "general-rise"]
+GateReason = Literal["ok", "not-finite", "gradient-explosion", "no-op", "no-gain", "general-rise"]
 
 MAX_GRADIENT_NORM = 1e3
 """Far above any sane step (below 10 on real text): the weights that such a gradient meets are broken."""
@@ -20,7 +20,7 @@ NOISE_ERRORS = 3.0
 
 
 @dataclass(frozen=True)
-class Limits:
+class GateLimits:
     """What the gate asks: the least fall of held-out loss, and the most rise of general loss over the base's."""
 
     min_gain_nats: float
@@ -28,11 +28,11 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GateVerdict:
     """Whether to promote, and why not."""
 
     promote: bool
-    reason: Reason
+    reason: GateReason
 
 
 def hold_out(document_ids: Sequence[str], share: float) -> frozenset[int]:
@@ -53,15 +53,15 @@ def _fraction(name: str) -> float:
     return int.from_bytes(sha256(b"held-out:" + name.encode()).digest()[:8]) / 2**64
 
 
-def judge_training(norms: Sequence[float], *, finite: bool, noop: bool) -> Verdict:
+def judge_training(norms: Sequence[float], *, finite: bool, noop: bool) -> GateVerdict:
     """Refuse what no measure is needed for: broken numbers, exploded gradients, an adapter that changes nothing."""
     if not finite or not all(math.isfinite(norm) for norm in norms):
-        return Verdict(promote=False, reason="not-finite")
+        return GateVerdict(promote=False, reason="not-finite")
     if any(norm > MAX_GRADIENT_NORM for norm in norms):
-        return Verdict(promote=False, reason="gradient-explosion")
+        return GateVerdict(promote=False, reason="gradient-explosion")
     if noop:
-        return Verdict(promote=False, reason="no-op")
-    return Verdict(promote=True, reason="ok")
+        return GateVerdict(promote=False, reason="no-op")
+    return GateVerdict(promote=True, reason="ok")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def gain(before: Sequence[float], after: Sequence[float]) -> Gain:
     return Gain(math.fsum(before) / count, math.fsum(after) / count, math.sqrt(variance / count))
 
 
-def judge_gain(measured: Gain, limits: Limits) -> Verdict:
+def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
     """Refuse an update that did not lower the loss on what is new, as far as so few tokens can tell.
 
     A micro-batch holds out some hundred tokens of one or two documents. Once a stream is half learned one update
@@ -92,32 +92,32 @@ def judge_gain(measured: Gain, limits: Limits) -> Verdict:
     the fall must be above `min_gain_nats` less three standard errors.
     """
     if not all(map(math.isfinite, (measured.before_nats, measured.after_nats, measured.error_nats))):
-        return Verdict(promote=False, reason="not-finite")
+        return GateVerdict(promote=False, reason="not-finite")
     fall = measured.before_nats - measured.after_nats
     if fall <= limits.min_gain_nats - NOISE_ERRORS * measured.error_nats:
-        return Verdict(promote=False, reason="no-gain")
-    return Verdict(promote=True, reason="ok")
+        return GateVerdict(promote=False, reason="no-gain")
+    return GateVerdict(promote=True, reason="ok")
 
 
-def strain(base_nats: float, before_nats: float, limits: Limits) -> float:
+def general_loss_pressure(base_nats: float, before_nats: float, limits: GateLimits) -> float:
     """How much of the room for a rise of general loss is used up already: 0 for none, 1 for all of it or more."""
     if not math.isfinite(before_nats):
         return 1.0
     return min(1.0, max(0.0, before_nats - base_nats) / (ROOM * limits.max_general_rise_nats))
 
 
-def judge_general(base_nats: float, measured: Gain, limits: Limits) -> Verdict:
+def judge_general(base_nats: float, measured: Gain, limits: GateLimits) -> GateVerdict:
     """Refuse a version whose loss on general text is past the bound over the frozen base's and that raised it further.
 
     The anchors rotate, so a version that was under the bound may measure above it on the next rows. An update that
     brings it down again must pass, or the adapter could never come back.
     """
     if not math.isfinite(measured.after_nats):
-        return Verdict(promote=False, reason="not-finite")
+        return GateVerdict(promote=False, reason="not-finite")
     rise, step = measured.after_nats - base_nats, measured.after_nats - measured.before_nats
     if rise > limits.max_general_rise_nats and step > 0:
-        return Verdict(promote=False, reason="general-rise")
-    return Verdict(promote=True, reason="ok")
+        return GateVerdict(promote=False, reason="general-rise")
+    return GateVerdict(promote=True, reason="ok")
 
 
 def rounded(figures: Mapping[str, float | int | str | None]) -> dict[str, float | int | str | None]:

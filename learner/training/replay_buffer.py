@@ -13,7 +13,7 @@ from hashlib import sha256
 
 import orjson
 
-from perennial.learner.model.tokenization import Row
+from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
 
 MAX_INDEX_BYTES = 64 * 1024**2
@@ -21,7 +21,7 @@ MORE_STEPS = 3
 
 
 @dataclass(frozen=True, order=True, slots=True)
-class Kept:
+class ReplayEntry:
     """An example that may be replayed, and the micro-batch blob that holds its text."""
 
     example_id: str
@@ -29,7 +29,7 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Mix:
+class BatchComposition:
     """Of what a step consists: rows per step, the shares of them that are replayed and general, and steps at least."""
 
     steps: int
@@ -39,38 +39,40 @@ class Mix:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrainingSchedule:
     """The rows of every step, and how many replay draws found their text erased."""
 
-    steps: tuple[tuple[Row, ...], ...]
+    steps: tuple[tuple[TokenRow, ...], ...]
     replayed: int
     missing: int
 
 
-def random_from(*parts: object) -> random.Random:
+def seeded_random(*parts: object) -> random.Random:
     """A generator that follows from the parts alone, on every machine."""
     return random.Random(sha256(orjson.dumps(parts)).digest())  # noqa: S311 - repeatable on purpose
 
 
-def keep(index: Iterable[Kept], new: Iterable[Kept], size: int, seed: int) -> tuple[Kept, ...]:
+def update_replay_index(
+    index: Iterable[ReplayEntry], new: Iterable[ReplayEntry], size: int, seed: int
+) -> tuple[ReplayEntry, ...]:
     """The `size` examples with the smallest hash of (seed, id), sorted by id: a bottom-k sample (Cohen 1997)."""
     by_id = {kept.example_id: kept for kept in (*index, *new)}
     chosen = sorted(by_id, key=lambda example_id: sha256(f"{seed}:{example_id}".encode()).digest())[:size]
     return tuple(by_id[example_id] for example_id in sorted(chosen))
 
 
-def index_to_bytes(index: Sequence[Kept]) -> bytes:
+def index_to_bytes(index: Sequence[ReplayEntry]) -> bytes:
     """The index as canonical JSON: the same examples give the same bytes."""
     return orjson.dumps([{"batch": kept.batch, "example_id": kept.example_id} for kept in index])
 
 
-def index_from_bytes(data: bytes) -> tuple[Kept, ...]:
+def index_from_bytes(data: bytes) -> tuple[ReplayEntry, ...]:
     """A stored index. Raises IntegrityError where the bytes are not one."""
     if len(data) > MAX_INDEX_BYTES:
         raise IntegrityError("a replay index is too large", got=len(data), allowed=MAX_INDEX_BYTES)
     try:
         entries = orjson.loads(data)
-        index = tuple(Kept(str(entry["example_id"]), str(entry["batch"])) for entry in entries)
+        index = tuple(ReplayEntry(str(entry["example_id"]), str(entry["batch"])) for entry in entries)
         if type(entries) is not list:
             raise TypeError(type(entries).__name__)  # noqa: TRY301 - one way out for all that is not an index
     except (ValueError, TypeError, KeyError) as error:
@@ -83,14 +85,14 @@ def index_from_bytes(data: bytes) -> tuple[Kept, ...]:
     return tuple(sorted(index))
 
 
-def schedule(
-    new: Sequence[Row],
-    index: Sequence[Kept],
-    rows_of: Callable[[Kept], Sequence[Row] | None],
-    general: Callable[[random.Random], Row | None],
-    mix: Mix,
+def build_schedule(
+    new: Sequence[TokenRow],
+    index: Sequence[ReplayEntry],
+    rows_of: Callable[[ReplayEntry], Sequence[TokenRow] | None],
+    general: Callable[[random.Random], TokenRow | None],
+    mix: BatchComposition,
     rng: random.Random,
-) -> Schedule:
+) -> TrainingSchedule:
     """Draw the rows of each step: new ones in shuffled passes, each at least once, with replayed and general beside.
 
     `rows_of` gives an earlier example's rows, None where its text was erased. A small batch shrinks the step
@@ -98,7 +100,7 @@ def schedule(
     correction must show after an update or a few. Where nothing was learned before, new rows take the place of replay.
     """
     if not new:
-        return Schedule((), 0, 0)
+        return TrainingSchedule((), 0, 0)
     want_general = mix.rows * mix.general_share
     want_replay = min(mix.rows * mix.replay_share, float(len(index)))
     full = max(1, round(mix.rows - want_general - want_replay))
@@ -116,24 +118,27 @@ def schedule(
         rows += replayed[step * replay_rows : (step + 1) * replay_rows]
         rows += [row for row in (general(rng) for _ in range(general_rows)) if row is not None]
         steps.append(tuple(rows))
-    return Schedule(tuple(steps), len(replayed), len(draws) - len(replayed))
+    return TrainingSchedule(tuple(steps), len(replayed), len(draws) - len(replayed))
 
 
 def _at_least_one(rows: float, scale: float) -> int:
     return max(1, round(rows * scale)) if rows > 0 else 0
 
 
-def _passes(rows: Sequence[Row], wanted: int, rng: random.Random) -> list[Row]:
-    passes: list[Row] = []
+def _passes(rows: Sequence[TokenRow], wanted: int, rng: random.Random) -> list[TokenRow]:
+    passes: list[TokenRow] = []
     while len(passes) < wanted:
         passes += rng.sample(rows, len(rows))
     return passes[:wanted]
 
 
 def _draws(
-    index: Sequence[Kept], rows_of: Callable[[Kept], Sequence[Row] | None], wanted: int, rng: random.Random
-) -> list[Row | None]:
-    draws: list[Row | None] = []
+    index: Sequence[ReplayEntry],
+    rows_of: Callable[[ReplayEntry], Sequence[TokenRow] | None],
+    wanted: int,
+    rng: random.Random,
+) -> list[TokenRow | None]:
+    draws: list[TokenRow | None] = []
     while index and len(draws) < wanted:
         for kept in rng.sample(index, min(len(index), wanted - len(draws))):
             rows = rows_of(kept)

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from perennial.learner.model.lora import Lora, State, load_tensors
+from perennial.learner.model.lora import Lora, Tensors, load_tensors
 from perennial.learner.model.loss import OutOfMemoryError, autocast, fewer_rows, ran_out, token_losses
-from perennial.learner.model.tokenization import Row
+from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
 
 __all__ = [
-    "OutOfMemoryError", "Plan", "TrainResult", "optimizer_from_bytes", "prepare", "steps_taken", "train",
+    "OutOfMemoryError", "TrainConfig", "TrainResult", "make_deterministic", "optimizer_from_bytes", "steps_taken", "train",
 ]  # fmt: skip
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,7 +29,7 @@ _YIELD_S = 0.001
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainConfig:
     """How to train: rate (constant after one warm-up of the adapter's first steps), clipping, rows per pass."""
 
     learning_rate: float
@@ -44,14 +44,14 @@ class Plan:
 class TrainResult:
     """The new state and optimizer state, with mean loss (nats per token) and gradient norm of each step."""
 
-    state: State
-    optimizer: State
+    state: Tensors
+    optimizer: Tensors
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     tokens: int
 
 
-def prepare(threads: int) -> None:
+def make_deterministic(threads: int) -> None:
     """Make torch repeatable in this process: thread count and deterministic kernels are part of a version's recipe."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
@@ -63,7 +63,7 @@ def steps_taken(optimizer: Mapping[str, torch.Tensor] | None) -> int:
     return int(optimizer[_STEP].item()) if optimizer else 0
 
 
-def optimizer_from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> State:
+def optimizer_from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
     """A stored optimizer state. Raises IntegrityError where it is not one of a LoRA with these shapes."""
     state = load_tensors(data)
     expected = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in _MOMENTS} | {_STEP: (1,)}
@@ -82,8 +82,8 @@ def train(
     lora: Lora,
     state: Mapping[str, torch.Tensor],
     optimizer_state: Mapping[str, torch.Tensor] | None,
-    schedule: Sequence[Sequence[Row]],
-    plan: Plan,
+    schedule: Sequence[Sequence[TokenRow]],
+    plan: TrainConfig,
     lock: AbstractContextManager[object] | None = None,
 ) -> TrainResult:
     """Train the slot from `state`, one optimizer step per entry of the schedule.
@@ -122,7 +122,7 @@ def train(
 
 
 def _gradients(
-    lora: Lora, optimizer: torch.optim.Optimizer, rows: Sequence[Row], plan: Plan, micro_rows: int
+    lora: Lora, optimizer: torch.optim.Optimizer, rows: Sequence[TokenRow], plan: TrainConfig, micro_rows: int
 ) -> tuple[float, int]:
     """Accumulate the gradient of a step; gives its loss and the rows per pass that fitted."""
     while True:
@@ -136,7 +136,7 @@ def _gradients(
 
 
 def _accumulate(
-    lora: Lora, optimizer: torch.optim.Optimizer, rows: Sequence[Row], plan: Plan, micro_rows: int
+    lora: Lora, optimizer: torch.optim.Optimizer, rows: Sequence[TokenRow], plan: TrainConfig, micro_rows: int
 ) -> float:
     device = torch.device(lora.base.device)
     total = sum(row.tokens for row in rows)
@@ -151,7 +151,7 @@ def _accumulate(
     return nats
 
 
-def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, plan: Plan) -> torch.optim.AdamW:
+def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, plan: TrainConfig) -> torch.optim.AdamW:
     parameters = list(lora.parameters.items())
     # No weight decay: it would pull an idle adapter's lessons back to nothing over many updates.
     optimizer = torch.optim.AdamW(
@@ -165,8 +165,8 @@ def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, plan: Plan)
     return optimizer
 
 
-def _optimizer_state(lora: Lora, optimizer: torch.optim.AdamW, steps: int) -> State:
-    state: State = {_STEP: torch.tensor([float(steps)])}
+def _optimizer_state(lora: Lora, optimizer: torch.optim.AdamW, steps: int) -> Tensors:
+    state: Tensors = {_STEP: torch.tensor([float(steps)])}
     for name, parameter in lora.parameters.items():
         for moment in _MOMENTS:
             kept = optimizer.state.get(parameter, {}).get(moment)

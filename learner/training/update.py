@@ -15,12 +15,19 @@ from typing import Literal
 
 import torch
 
-from perennial.learner.model.lora import Lora, State, is_finite, is_noop
+from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
 from perennial.learner.model.loss import RowLoss, mean_nats, row_losses, row_token_losses
-from perennial.learner.model.tokenization import Codec, Row, rows_of, text_rows
+from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows, text_rows
 from perennial.learner.training import gate
-from perennial.learner.training.replay_buffer import Kept, Mix, Schedule, keep, random_from, schedule
-from perennial.learner.training.trainer import Plan, TrainResult, train
+from perennial.learner.training.replay_buffer import (
+    BatchComposition,
+    ReplayEntry,
+    TrainingSchedule,
+    build_schedule,
+    seeded_random,
+    update_replay_index,
+)
+from perennial.learner.training.trainer import TrainConfig, TrainResult, train
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 
@@ -64,64 +71,64 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Parent:
+class TrainingState:
     """The state that an update trains from. No optimizer: the adapter's first update."""
 
-    state: State
-    optimizer: State | None
-    replay: tuple[Kept, ...]
+    state: Tensors
+    optimizer: Tensors | None
+    replay: tuple[ReplayEntry, ...]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class UpdateResult:
     """What an update came to. A refused one carries its parent's state on."""
 
     outcome: Literal["promoted", "refused"]
-    reason: gate.Reason
-    state: State
-    optimizer: State | None
-    replay: tuple[Kept, ...]
+    reason: gate.GateReason
+    state: Tensors
+    optimizer: Tensors | None
+    replay: tuple[ReplayEntry, ...]
     gate: dict[str, float | int | str | None]
     tokens: int
 
 
-class General:
+class GeneralText:
     """The base's own kind of text: rows to mix into training, and rotating anchor rows with the base's loss on them.
 
     For a base other than the shipped one these texts stand in for a general sample.
     """
 
-    def __init__(self, train: Sequence[str], anchor: Sequence[str], codec: Codec, row_tokens: int) -> None:
+    def __init__(self, train: Sequence[str], anchor: Sequence[str], codec: ExampleTokenizer, row_tokens: int) -> None:
         self._codec = codec
         self._row_tokens = row_tokens
         self._train = train
         self._anchor = sorted(anchor, key=lambda text: sha256(text.encode()).digest())[:ANCHOR_POOL]
-        self._rows: dict[str, list[Row]] = {}
-        self._base: dict[Row, RowLoss] = {}
+        self._rows: dict[str, list[TokenRow]] = {}
+        self._base: dict[TokenRow, RowLoss] = {}
 
-    def _rows_of(self, text: str) -> list[Row]:
+    def _rows_of(self, text: str) -> list[TokenRow]:
         rows = self._rows.get(text)
         if rows is None:
             rows = self._rows[text] = text_rows(text, self._codec, self._row_tokens)
         return rows
 
-    def cut_to(self, row_tokens: int) -> General:
+    def cut_to(self, row_tokens: int) -> GeneralText:
         """The same texts in rows of another length."""
         if row_tokens == self._row_tokens:
             return self
-        return General(self._train, self._anchor, self._codec, row_tokens)
+        return GeneralText(self._train, self._anchor, self._codec, row_tokens)
 
-    def draw(self, rng: Random) -> Row | None:
+    def draw(self, rng: Random) -> TokenRow | None:
         """A row to train on; None without texts."""
         return rng.choice(self._rows_of(rng.choice(self._train))) if self._train else None
 
-    def anchors(self, rng: Random, count: int) -> list[Row]:
+    def anchors(self, rng: Random, count: int) -> list[TokenRow]:
         """The anchor rows of one update."""
         texts = rng.sample(self._anchor, min(count, len(self._anchor)))
         return [rng.choice(self._rows_of(text)) for text in texts]
 
     def base_losses(
-        self, lora: Lora, rows: Sequence[Row], lock: AbstractContextManager[object] | None
+        self, lora: Lora, rows: Sequence[TokenRow], lock: AbstractContextManager[object] | None
     ) -> list[RowLoss]:
         """The frozen base's loss on anchor rows, computed once per row and process."""
         fresh = [row for row in dict.fromkeys(rows) if row not in self._base]
@@ -136,25 +143,25 @@ class Updater:
     """What all updates of a process share: the LoRA slot, the tokenizer, the general text, the recipe, the lock."""
 
     lora: Lora
-    codec: Codec
-    general: General
+    codec: ExampleTokenizer
+    general: GeneralText
     recipe: Recipe
     lock: AbstractContextManager[object] | None = None
 
-    def rows(self, example: ExampleAccepted) -> list[Row]:
+    def rows(self, example: ExampleAccepted) -> list[TokenRow]:
         """The training rows of an example. Raises ExampleError."""
-        return rows_of(example, self.codec, self.recipe.row_tokens)
+        return example_rows(example, self.codec, self.recipe.row_tokens)
 
     def update(
         self,
-        parent: Parent,
+        parent: TrainingState,
         examples: Sequence[ExampleAccepted],
         *,
         adapter: str,
         cut: int,
         batch: str,
-        replayed: Callable[[Kept], Sequence[Row] | None],
-    ) -> Candidate:
+        replayed: Callable[[ReplayEntry], Sequence[TokenRow] | None],
+    ) -> UpdateResult:
         """Learn the examples of one cut, at least one of them.
 
         batch: digest of the micro-batch. replayed: rows of an earlier example, None where its text was erased.
@@ -165,14 +172,14 @@ class Updater:
         rows = [self.rows(example) for example in examples]
         train_rows = [row for index, group in enumerate(rows) if index not in held for row in group]
         held_rows = [row for index, group in enumerate(rows) if index in held for row in group]
-        rng = random_from("update", adapter, cut, recipe.seed)
+        rng = seeded_random("update", adapter, cut, recipe.seed)
         # A batch too small to hold anything out is judged on rows that it trains.
         new = [] if held else rng.sample(train_rows, min(MEASURED_ROWS, len(train_rows)))
         anchors = self.general.anchors(rng, recipe.anchor_rows)
         base = mean_nats(self.general.base_losses(self.lora, anchors, self.lock))
         self.lora.load(parent.state)
         held_was, new_was, anchor_was = self._measure(held_rows, new, anchors)
-        strain = gate.strain(base, _mean(anchor_was), self._limits) if anchors else 0.0
+        strain = gate.general_loss_pressure(base, _mean(anchor_was), self._limits) if anchors else 0.0
         main = self._schedule(train_rows, parent, replayed, recipe.steps, rng, strain)
         closing = self._schedule(held_rows, parent, replayed, CLOSING_STEPS, rng, strain)
         figures: dict[str, float | int | str | None] = {
@@ -208,46 +215,48 @@ class Updater:
         figures["reason"] = verdict.reason
         record = gate.rounded(figures)
         if not verdict.promote:
-            return Candidate("refused", verdict.reason, parent.state, parent.optimizer, parent.replay, record, tokens)
-        learned = (Kept(example.example_id, batch) for example in examples)
-        kept = keep(parent.replay, learned, recipe.replay_size, recipe.seed)
-        return Candidate("promoted", "ok", result.state, result.optimizer, kept, record, tokens)
+            return UpdateResult(
+                "refused", verdict.reason, parent.state, parent.optimizer, parent.replay, record, tokens
+            )
+        learned = (ReplayEntry(example.example_id, batch) for example in examples)
+        kept = update_replay_index(parent.replay, learned, recipe.replay_size, recipe.seed)
+        return UpdateResult("promoted", "ok", result.state, result.optimizer, kept, record, tokens)
 
     @property
-    def _limits(self) -> gate.Limits:
-        return gate.Limits(self.recipe.min_gain_nats, self.recipe.max_general_rise_nats)
+    def _limits(self) -> gate.GateLimits:
+        return gate.GateLimits(self.recipe.min_gain_nats, self.recipe.max_general_rise_nats)
 
     def _schedule(
         self,
-        new: Sequence[Row],
-        parent: Parent,
-        replayed: Callable[[Kept], Sequence[Row] | None],
+        new: Sequence[TokenRow],
+        parent: TrainingState,
+        replayed: Callable[[ReplayEntry], Sequence[TokenRow] | None],
         steps: int,
         rng: Random,
         strain: float,
-    ) -> Schedule:
+    ) -> TrainingSchedule:
         general = self.recipe.general_share
         # What general text costs already decides how much of it is trained on: a stream that pulls the adapter away
         # meets a growing counterweight before the gate has to refuse.
-        mix = Mix(
+        mix = BatchComposition(
             steps,
             self.recipe.rows,
             self.recipe.replay_share * (1 - strain / 2),
             general + strain * max(0.0, STRAINED_GENERAL_SHARE - general),
         )
-        return schedule(new, parent.replay, replayed, self.general.draw, mix, rng)
+        return build_schedule(new, parent.replay, replayed, self.general.draw, mix, rng)
 
-    def _train(self, state: State, optimizer: State | None, rows: Schedule) -> TrainResult:
+    def _train(self, state: Tensors, optimizer: Tensors | None, rows: TrainingSchedule) -> TrainResult:
         recipe = self.recipe
-        plan = Plan(recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps)
+        plan = TrainConfig(recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps)
         return train(self.lora, state, optimizer, rows.steps, plan, self.lock)
 
-    def _judge_training(self, result: TrainResult, before: State) -> gate.Verdict:
+    def _judge_training(self, result: TrainResult, before: Tensors) -> gate.GateVerdict:
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in result.state.items())
         noop = unchanged or is_noop(result.state)
         return gate.judge_training(result.norms, finite=is_finite(result.state), noop=noop)
 
-    def _measure(self, *groups: Sequence[Row]) -> list[list[float]]:
+    def _measure(self, *groups: Sequence[TokenRow]) -> list[list[float]]:
         """The loss of each token of each group under the slot's weights, in one pass over all of them."""
         rows = [row for group in groups for row in group]
         losses = iter(row_token_losses(self.lora, rows, pad=self.codec.pad, adapted=True, lock=self.lock))

@@ -27,7 +27,7 @@ _EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | A
 }
 
 
-def event_of(registry: Registry, state: AliasState, stage_at: Mapping[str, datetime] | None = None) -> AdapterUpdate:
+def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, datetime] | None = None) -> AdapterUpdate:
     """The event that says where an alias points."""
     manifest = registry.manifest(state.adapter, state.version)
     return _EVENTS[state.kind](
@@ -56,7 +56,7 @@ def event_of(registry: Registry, state: AliasState, stage_at: Mapping[str, datet
     )
 
 
-def event_id(event: AdapterUpdate) -> str:
+def alias_event_id(event: AdapterUpdate) -> str:
     """The CloudEvents id of an alias state: sent again it is the same."""
     return str(uuid5(NAMESPACE_URL, f"{event.key()}/{event.generation}"))
 

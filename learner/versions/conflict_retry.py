@@ -13,7 +13,7 @@ MAX_CONFLICTS = 8
 T = TypeVar("T")
 
 
-def in_turns(registry: Registry, adapter: str, attempt: Callable[[], T]) -> T:
+def retry_on_conflict(registry: Registry, adapter: str, attempt: Callable[[], T]) -> T:
     """What the first attempt comes to that no other learner disturbs; each begins with the line as it then is.
 
     Something that is gone ends it only at the second sight of the same head: whoever did the job meanwhile deletes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from perennial.learner.versions.history import History
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.pending_deletes import load_tombstone
+from perennial.storage.registry.pending_deletes import load_pending_deletes
 from perennial.storage.registry.registry import Registry
 
 
@@ -24,14 +24,14 @@ def load_history(registry: Registry, adapter: str) -> History | None:
     return History(manifests, line, line[0])
 
 
-def sweep(registry: Registry, adapter: str, job_id: str, *, unpublished: bool = False) -> set[str]:
+def delete_unreferenced(registry: Registry, adapter: str, job_id: str, *, unpublished: bool = False) -> set[str]:
     """Delete the blobs that the job's tombstone names, with all object versions; the digests that are gone.
 
     What a version that stands needs is kept, so nothing is lost where a job was cut off before its end. The
     tombstone stays: who wrote it removes it. Only this job's: another's may name what it is about to publish.
     unpublished: only what no version names, half made by a job that goes no further.
     """
-    tombstone = load_tombstone(registry.store, adapter, job_id)
+    tombstone = load_pending_deletes(registry.store, adapter, job_id)
     named = set(tombstone.digests) if tombstone else set()
     if not named:
         return set()

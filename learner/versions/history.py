@@ -12,16 +12,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.quarantine import Entry, Quarantine
+from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry
 from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested
-from perennial.streams.retention.quarantine_filter import Screen, text_hash
+from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 
-Place = tuple[str, int]
+OriginOffset = tuple[str, int]
 """Origin partition key and offset: one example once published."""
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedVersion:
     """A version in a schedule."""
 
     version: str
@@ -29,14 +29,14 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Trace:
+class ExampleMatch:
     """What is noted of a stored example; no text.
 
     request_id: of what ends it now, None where nothing does. wanted_by: the same as if nothing were held. erased: its
     text is to be kept out for good.
     """
 
-    place: Place
+    place: OriginOffset
     example_id: str
     text_hash: str | None
     request_id: str | None
@@ -45,7 +45,7 @@ class Trace:
     erased: bool = False
 
 
-class Aim:
+class ForgetTarget:
     """What is to be forgotten now: what the job means, and whatever else the quarantine says must not be learned.
 
     The rest goes in the same replay: it was accepted, so it may be in no update, and its own job then finds nothing.
@@ -53,15 +53,15 @@ class Aim:
 
     def __init__(self, job: ForgetRequested, quarantine: Quarantine) -> None:
         self._job = job
-        self._screen = Screen(quarantine)
-        self._without_holds = Screen(quarantine.with_holds([]))
+        self._screen = QuarantineFilter(quarantine)
+        self._without_holds = QuarantineFilter(quarantine.with_holds([]))
         self._suppressed = frozenset(quarantine.suppressed)
 
-    def look(self, examples: Iterable[ExampleAccepted]) -> list[Trace]:
+    def look(self, examples: Iterable[ExampleAccepted]) -> list[ExampleMatch]:
         """Note the examples of a micro-batch."""
         return [self._trace(example) for example in examples]
 
-    def _trace(self, example: ExampleAccepted) -> Trace:
+    def _trace(self, example: ExampleAccepted) -> ExampleMatch:
         held = self._screen.held_by(example) is not None
         erased = self._screen.erases(example)
         if self._job.means(example):
@@ -70,17 +70,17 @@ class Aim:
             wants = ends
         else:
             ends, wants = (_request_of(screen.entry_of(example)) for screen in (self._screen, self._without_holds))
-        return Trace(place_of(example), example.example_id, text_hash(example), ends, wants, held, erased)
+        return ExampleMatch(origin_offset(example), example.example_id, text_hash(example), ends, wants, held, erased)
 
-    def is_held(self, traces: Iterable[Trace]) -> bool:
+    def is_held(self, traces: Iterable[ExampleMatch]) -> bool:
         """Whether a hold stands on anything that the job itself means."""
         return any(trace.held and trace.request_id == self._job.request_id for trace in traces)
 
-    def hashes(self, traces: Iterable[Trace]) -> frozenset[str]:
+    def hashes(self, traces: Iterable[ExampleMatch]) -> frozenset[str]:
         """By what the texts are suppressed from now on."""
         return frozenset(trace.text_hash for trace in traces if trace.text_hash and trace.erased)
 
-    def gone(self, traces: Iterable[Trace], hashes: Collection[str]) -> set[Place]:
+    def gone(self, traces: Iterable[ExampleMatch], hashes: Collection[str]) -> set[OriginOffset]:
         """Where the examples to forget were published, with those of the same text under other names."""
         return {
             trace.place
@@ -95,7 +95,7 @@ class Aim:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RebuildPlan:
     """What a forgetting does.
 
     gone: places to leave out, by micro-batch. knows: versions with the example in their weights. touched: those, and
@@ -103,11 +103,11 @@ class Plan:
     touched. steps: what is made anew, in order; empty where the newest version is not touched.
     """
 
-    gone: Mapping[str, Collection[Place]]
+    gone: Mapping[str, Collection[OriginOffset]]
     knows: frozenset[str]
     touched: frozenset[str]
-    before: Step | None
-    steps: tuple[Step, ...]
+    before: RecordedVersion | None
+    steps: tuple[RecordedVersion, ...]
 
 
 class History:
@@ -118,14 +118,14 @@ class History:
         self.line = frozenset(line)
         self.head = head
 
-    def schedule(self) -> list[Step]:
+    def schedule(self) -> list[RecordedVersion]:
         """The updates that led to the newest version, and what stands between them, oldest first."""
         return list(self._back(self.head, by_schedule=True))[::-1]
 
-    def _back(self, version: str | None, *, by_schedule: bool) -> Iterator[Step]:
+    def _back(self, version: str | None, *, by_schedule: bool) -> Iterator[RecordedVersion]:
         while version is not None:
             manifest = self.manifests[version]
-            yield Step(version, manifest)
+            yield RecordedVersion(version, manifest)
             version = manifest.schedule_parent if by_schedule else manifest.state_parent
 
     def from_any(self, marked: Collection[str]) -> frozenset[str]:
@@ -141,7 +141,7 @@ class History:
             known |= dict.fromkeys(trail, found)
         return frozenset(marked) | {version for version, found in known.items() if found}
 
-    def plan(self, gone: Mapping[str, Collection[Place]]) -> Plan:
+    def plan(self, gone: Mapping[str, Collection[OriginOffset]]) -> RebuildPlan:
         """What forgetting these examples takes. gone: places by digest of the micro-batch, none of them empty."""
         affected, knowing = set(), set()
         for version, manifest in self.manifests.items():
@@ -152,7 +152,7 @@ class History:
                     knowing.add(version)
         schedule = self.schedule()
         first = next((i for i, step in enumerate(schedule) if step.version in affected), len(schedule))
-        return Plan(
+        return RebuildPlan(
             gone=gone,
             knows=self.from_any(knowing),
             touched=self.from_any(affected),
@@ -176,7 +176,7 @@ class History:
         return {ref.digest for version in seen for ref in self.manifests[version].blobs()}
 
 
-def candidates(manifest: Manifest) -> set[Place]:
+def tried_offsets(manifest: Manifest) -> set[OriginOffset]:
     """Where the examples that the update was trained and judged on were published, whatever the gate then said."""
     if manifest.outcome == "promoted":
         return {(item.partition, item.offset) for item in manifest.learned}
@@ -185,26 +185,26 @@ def candidates(manifest: Manifest) -> set[Place]:
     return set()
 
 
-def without(batch: Batch, places: Collection[Place]) -> Batch:
+def without_examples(batch: Batch, places: Collection[OriginOffset]) -> Batch:
     """The micro-batch as it were if these examples had never been published."""
-    gone = {example.example_id for example in batch.examples if place_of(example) in places}
+    gone = {example.example_id for example in batch.examples if origin_offset(example) in places}
     return Batch(
         adapter=batch.adapter,
         cut=batch.cut,
-        examples=[example for example in batch.examples if place_of(example) not in places],
+        examples=[example for example in batch.examples if origin_offset(example) not in places],
         skipped=[skip for skip in batch.skipped if skip.example_id not in gone],
     )
 
 
-def body_of(batch: Batch) -> bytes:
+def batch_to_bytes(batch: Batch) -> bytes:
     """The micro-batch as curate writes it."""
     return batch.model_dump_json(by_alias=True).encode()
 
 
-def _request_of(entry: Entry | None) -> str | None:
+def _request_of(entry: QuarantineEntry | None) -> str | None:
     return entry.request_id if entry else None
 
 
-def place_of(example: ExampleAccepted) -> Place:
+def origin_offset(example: ExampleAccepted) -> OriginOffset:
     """Where the example was published."""
     return example.origin.partition_key(), example.origin.offset

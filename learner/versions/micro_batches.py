@@ -8,19 +8,19 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from perennial.learner.model.tokenization import ExampleError, Row
-from perennial.learner.training.replay_buffer import Kept
+from perennial.learner.model.tokenization import ExampleError, TokenRow
+from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.storage.errors import NotFoundError, PerennialError
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.manifest import SkippedExample
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, UpdateRequested
-from perennial.streams.retention.quarantine_filter import Screen
+from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 MAX_BATCH_BYTES = 256 * 1024**2
 BATCH_CACHE_TOKENS = 8_000_000
-_Prepared = tuple[ExampleAccepted, list[Row]]
+_Prepared = tuple[ExampleAccepted, list[TokenRow]]
 
-Reason = Literal[
+JobErrorReason = Literal[
     "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
     "revoked-version", "not-promoted", "nothing-to-roll-back-to", "recipe-mismatch", "unsupported",
 ]  # fmt: skip
@@ -29,8 +29,8 @@ Reason = Literal[
 class JobError(PerennialError):
     """A job cannot be done and never will be; it goes to the dead letters and the next one is taken."""
 
-    def __init__(self, reason: Reason, message: str, *, got: object = None, allowed: object = None) -> None:
-        self.reason: Reason = reason
+    def __init__(self, reason: JobErrorReason, message: str, *, got: object = None, allowed: object = None) -> None:
+        self.reason: JobErrorReason = reason
         super().__init__(message, got=got, allowed=allowed, remedy="mend what the job names and request it again")
 
 
@@ -58,7 +58,7 @@ def read_batch(store: ObjectStore, job: UpdateRequested) -> Batch:
     return batch
 
 
-def stored_batch(store: ObjectStore, digest: str) -> Batch | None:
+def load_batch(store: ObjectStore, digest: str) -> Batch | None:
     """A micro-batch; None where it was erased. Raises ValidationError where the blob is none."""
     try:
         return Batch.model_validate_json(get_blob(store, digest, MAX_BATCH_BYTES))
@@ -66,37 +66,37 @@ def stored_batch(store: ObjectStore, digest: str) -> Batch | None:
         return None
 
 
-def sort_out(
-    batch: Batch, marks: Mapping[str, int], rows_of: Callable[[ExampleAccepted], list[Row]]
+def select_new_examples(
+    batch: Batch, marks: Mapping[str, int], rows_of: Callable[[ExampleAccepted], list[TokenRow]]
 ) -> tuple[list[ExampleAccepted], list[SkippedExample], int]:
     """Split a micro-batch into what is to be learned, what is recorded as skipped, and what came again."""
     fresh: dict[str, ExampleAccepted] = {}
     skipped = [
         SkippedExample(
-            example_id=skip.example_id, partition=skip.origin.partition_key(),
-            offset=skip.origin.offset, reason=skip.reason,
+            example_id=skipped_example.example_id, partition=skipped_example.origin.partition_key(),
+            offset=skipped_example.origin.offset, reason=skipped_example.reason,
         )
-        for skip in batch.skipped
+        for skipped_example in batch.skipped
     ]  # fmt: skip
     dropped = 0
     for example in batch.examples:
         if example.origin.offset <= marks.get(example.origin.partition_key(), -1):
             dropped += 1
         elif not example.learn:
-            skipped.append(skip(example, "signal"))
+            skipped.append(skipped_example(example, "signal"))
         elif example.example_id in fresh:
-            skipped.append(skip(example, "duplicate"))
+            skipped.append(skipped_example(example, "duplicate"))
         else:
             try:
                 rows_of(example)
             except ExampleError:
-                skipped.append(skip(example, "no-text"))
+                skipped.append(skipped_example(example, "no-text"))
             else:
                 fresh[example.example_id] = example
     return list(fresh.values()), skipped, dropped
 
 
-def skip(example: ExampleAccepted, reason: str) -> SkippedExample:
+def skipped_example(example: ExampleAccepted, reason: str) -> SkippedExample:
     """The record of an example that is not learned."""
     return SkippedExample(
         example_id=example.example_id,
@@ -106,29 +106,33 @@ def skip(example: ExampleAccepted, reason: str) -> SkippedExample:
     )
 
 
-def origins(batch: Batch) -> list[Origin]:
+def batch_origins(batch: Batch) -> list[Origin]:
     """Where everything that a micro-batch covers came from."""
-    return [example.origin for example in batch.examples] + [skip.origin for skip in batch.skipped]
+    return [example.origin for example in batch.examples] + [
+        skipped_example.origin for skipped_example in batch.skipped
+    ]
 
 
 class BatchRows:
     """Training rows of earlier micro-batches, read from their blobs; the last used ones stay, bounded by tokens."""
 
-    def __init__(self, store: ObjectStore, rows_of: Callable[[ExampleAccepted], list[Row]]) -> None:
+    def __init__(self, store: ObjectStore, rows_of: Callable[[ExampleAccepted], list[TokenRow]]) -> None:
         self._store = store
         self._rows_of = rows_of
         self._cache: OrderedDict[str, dict[str, _Prepared]] = OrderedDict()
         self._tokens = 0
 
-    def __call__(self, kept: Kept) -> Sequence[Row] | None:
+    def __call__(self, kept: ReplayEntry) -> Sequence[TokenRow] | None:
         """Rows of the example; None where its micro-batch was erased or no longer holds it."""
         found = self._find(kept)
         return found[1] if found else None
 
-    def allowed_by(self, screen: Screen, drawn: dict[str, ExampleAccepted]) -> Callable[[Kept], Sequence[Row] | None]:
+    def allowed_by(
+        self, screen: QuarantineFilter, drawn: dict[str, ExampleAccepted]
+    ) -> Callable[[ReplayEntry], Sequence[TokenRow] | None]:
         """The same, with None also where the screen blocks the example. drawn: gets the others that were asked for."""
 
-        def rows(kept: Kept) -> Sequence[Row] | None:
+        def rows(kept: ReplayEntry) -> Sequence[TokenRow] | None:
             found = self._find(kept)
             if found is None or screen.blocks(found[0]):
                 return None
@@ -137,10 +141,10 @@ class BatchRows:
 
         return rows
 
-    def _find(self, kept: Kept) -> _Prepared | None:
+    def _find(self, kept: ReplayEntry) -> _Prepared | None:
         group = self._cache.get(kept.batch)
         if group is None:
-            batch = stored_batch(self._store, kept.batch)
+            batch = load_batch(self._store, kept.batch)
             if batch is None:
                 return None
             self.put(kept.batch, batch.examples)

@@ -9,12 +9,12 @@ import torch
 
 from perennial.learner.model.lora import to_safetensors
 from perennial.learner.training.replay_buffer import index_to_bytes
-from perennial.learner.training.update import Parent
+from perennial.learner.training.update import TrainingState
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.manifest import BlobRef
 from perennial.streams.settings import code_version
 
-Refs = tuple[BlobRef, BlobRef | None, BlobRef | None]
+StateRefs = tuple[BlobRef, BlobRef | None, BlobRef | None]
 """Weights, optimizer, replay index."""
 
 
@@ -28,7 +28,7 @@ def code_digest() -> str:
     return f"perennial {code_version()} {total.hexdigest()[:16]} torch {torch.__version__}"
 
 
-def stored(state: Parent) -> tuple[Refs, dict[str, bytes]]:
+def to_blobs(state: TrainingState) -> tuple[StateRefs, dict[str, bytes]]:
     """A state as blobs by digest, with the references to its weights, optimizer and replay index."""
     blobs: dict[str, bytes] = {}
 

@@ -10,22 +10,33 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from perennial.learner.model.base import Base
-from perennial.learner.model.lora import State, from_safetensors
-from perennial.learner.model.tokenization import Row
-from perennial.learner.training.replay_buffer import Kept, index_from_bytes
+from perennial.learner.model.lora import Tensors, from_safetensors
+from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.training.replay_buffer import ReplayEntry, index_from_bytes
 from perennial.learner.training.trainer import optimizer_from_bytes
-from perennial.learner.training.update import Candidate, Parent, Updater
-from perennial.learner.versions.alias_events import event_of
-from perennial.learner.versions.conflict_retry import in_turns
-from perennial.learner.versions.garbage_collection import sweep
-from perennial.learner.versions.history import body_of, place_of, without
-from perennial.learner.versions.micro_batches import BatchRows, JobError, origins, read_batch, skip, sort_out
-from perennial.learner.versions.state_blobs import code_digest, state_key, stored
+from perennial.learner.training.update import TrainingState, Updater, UpdateResult
+from perennial.learner.versions.alias_events import alias_event
+from perennial.learner.versions.conflict_retry import retry_on_conflict
+from perennial.learner.versions.garbage_collection import delete_unreferenced
+from perennial.learner.versions.history import batch_to_bytes, origin_offset, without_examples
+from perennial.learner.versions.micro_batches import (
+    BatchRows,
+    JobError,
+    batch_origins,
+    read_batch,
+    select_new_examples,
+    skipped_example,
+)
+from perennial.learner.versions.state_blobs import code_digest, state_key, to_blobs
 from perennial.storage.errors import ConflictError, NotFoundError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest, Scalar, update_id
-from perennial.storage.registry.pending_deletes import extend_tombstone, lift_tombstone, load_tombstone
+from perennial.storage.registry.pending_deletes import (
+    clear_pending_deletes,
+    load_pending_deletes,
+    record_pending_deletes,
+)
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Head, Registry
 from perennial.streams.events.models import (
@@ -36,14 +47,14 @@ from perennial.streams.events.models import (
     RollbackRequested,
     UpdateRequested,
 )
-from perennial.streams.retention.quarantine_filter import Screen, text_hash
+from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 
 MAX_LOOK_BACK = 256
 STATES_KEPT = 16
 
 
 @dataclass(frozen=True)
-class Done:
+class JobResult:
     """What a job came to. event: to be sent, again where an earlier run may have been cut off before it.
 
     statuses: of retention requests, to be sent after the event. close: to be called when all that was sent arrived.
@@ -57,7 +68,7 @@ class Done:
     close: Callable[[], None] | None = None
 
 
-class Lineage:
+class VersionWriter:
     """Adds versions to adapters' lines, one job at a time. now: wall clock, for events alone, never for a manifest."""
 
     def __init__(
@@ -79,11 +90,11 @@ class Lineage:
         self._failpoint = failpoint
         self.code = code_digest()
         self.rows = BatchRows(self._store, updater.rows)
-        self._states: OrderedDict[str, Parent] = OrderedDict()
+        self._states: OrderedDict[str, TrainingState] = OrderedDict()
 
     # ---- jobs
 
-    def update(self, job: UpdateRequested, alias: str) -> Done:
+    def update(self, job: UpdateRequested, alias: str) -> JobResult:
         """Learn what the job's micro-batch holds above the head's marks, and publish the next version.
 
         Raises JobError where the job is no good, StoreError where the store is, ConflictError where other learners
@@ -91,16 +102,16 @@ class Lineage:
         """
         received = self._now()
         began = time.perf_counter()
-        return in_turns(self.registry, job.adapter, lambda: self._update(job, alias, received, began))
+        return retry_on_conflict(self.registry, job.adapter, lambda: self._update(job, alias, received, began))
 
-    def _update(self, job: UpdateRequested, alias: str, received: datetime, began: float) -> Done:
+    def _update(self, job: UpdateRequested, alias: str, received: datetime, began: float) -> JobResult:
         head = self.head(job.adapter)
         marks = dict(head.manifest.marks) if head else {}
         if all(offset <= marks.get(partition, -1) for partition, offset in job.marks.items()):
             self._clean_up(job, again=True)
-            return Done("repeated", None, self.standing(job.adapter, alias))
+            return JobResult("repeated", None, self.standing(job.adapter, alias))
         batch = read_batch(self._store, job)
-        screen = Screen(load_quarantine(self._store, job.adapter))
+        screen = QuarantineFilter(load_quarantine(self._store, job.adapter))
         learnable, body = self._screened(job, batch, screen)
         parent, parent_version = self.state_at(head, job.adapter)
         self._failpoint("learner.load")
@@ -110,18 +121,18 @@ class Lineage:
         manifest, blobs = self._next(job, (batch, learnable, body), head, parent, parent_version, replayed)
         self._failpoint("learner.train")
         trained_at, trained = self._now(), time.perf_counter()
-        screen = Screen(load_quarantine(self._store, job.adapter))
+        screen = QuarantineFilter(load_quarantine(self._store, job.adapter))
         if any(screen.blocks(example) for example in (*learnable.examples, *drawn.values())):
             # It goes into no version that comes after its acceptance.
             raise ConflictError(f"what {job.job_id} learned or replayed is to be forgotten since")
-        known = load_tombstone(self._store, job.adapter, job.job_id)
-        extend_tombstone(self._store, job.adapter, job.job_id, blobs)
+        known = load_pending_deletes(self._store, job.adapter, job.job_id)
+        record_pending_deletes(self._store, job.adapter, job.job_id, blobs)
         publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), alias)
         self._failpoint("learner.publish")
         if body is not None or known is not None or publication.manifest != manifest or not publication.was_new:
             self._clean_up(job)
         else:  # all that is named there stands
-            lift_tombstone(self._store, job.adapter, job.job_id)
+            clear_pending_deletes(self._store, job.adapter, job.job_id)
         stage_s = {
             "load": loaded - began, "train": trained - loaded, "publish": time.perf_counter() - trained,
         }  # fmt: skip
@@ -131,25 +142,25 @@ class Lineage:
                 "published": datetime.fromtimestamp(job.oldest_ms / 1000, UTC), "cut": job.cut_at,
                 "received": received, "trained": trained_at, "promoted": publication.alias_state.published_at,
             }  # fmt: skip
-            event = event_of(self.registry, publication.alias_state, stage_at)
-        return Done(publication.manifest.outcome, publication.manifest, event, stage_s)
+            event = alias_event(self.registry, publication.alias_state, stage_at)
+        return JobResult(publication.manifest.outcome, publication.manifest, event, stage_s)
 
-    def rollback(self, job: RollbackRequested) -> Done:
+    def rollback(self, job: RollbackRequested) -> JobResult:
         """Publish a version with an earlier version's state: the one named, or the one live before this one.
 
         Marks stay: what was learned since is not learned again. With `revoke` the version named is never served
         again; where it was live, the newest promoted one before it that stands takes its place, or the adapter is
         retired. Raises as `update` does.
         """
-        return in_turns(self.registry, job.adapter, lambda: self._rollback(job))
+        return retry_on_conflict(self.registry, job.adapter, lambda: self._rollback(job))
 
-    def _rollback(self, job: RollbackRequested) -> Done:
+    def _rollback(self, job: RollbackRequested) -> JobResult:
         head = self.head(job.adapter)
         if head is None:
             raise JobError("nothing-to-roll-back-to", "the adapter has no version", got=job.adapter)
         if self._is_done(job.adapter, job.job_id):
             self._retire_revoked(job)
-            return Done("repeated", None, self.standing(job.adapter, job.alias))
+            return JobResult("repeated", None, self.standing(job.adapter, job.alias))
         if job.revoke:
             return self._revoke(job, head)
         target, version = self._target(job)
@@ -158,10 +169,10 @@ class Lineage:
             update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)}
         )
         publication = self.registry.publish(manifest, (), self.verifier({}), job.alias)
-        event = event_of(self.registry, publication.alias_state) if publication.alias_state else None
-        return Done("promoted", publication.manifest, event)
+        event = alias_event(self.registry, publication.alias_state) if publication.alias_state else None
+        return JobResult("promoted", publication.manifest, event)
 
-    def _revoke(self, job: RollbackRequested, head: Head) -> Done:
+    def _revoke(self, job: RollbackRequested, head: Head) -> JobResult:
         if job.version is None:
             raise JobError("unknown-version", "a revocation names its version", got=None)
         try:
@@ -170,7 +181,7 @@ class Lineage:
             raise JobError("unknown-version", "the version does not exist", got=job.version) from error
         state = self.registry.alias(job.adapter, job.alias)
         if state is None or state.version != job.version:
-            return Done("unchanged", None, self.standing(job.adapter, job.alias))
+            return JobResult("unchanged", None, self.standing(job.adapter, job.alias))
         target: Manifest | None = None
         version: str | None = None
         blobs: dict[str, bytes] = {}
@@ -178,11 +189,11 @@ class Lineage:
             version = self._before(job)
             target = self.registry.manifest(job.adapter, version)
         except JobError:
-            blobs = stored(self.initial(job.adapter, head.manifest.seed))[1]
+            blobs = to_blobs(self.initial(job.adapter, head.manifest.seed))[1]
         manifest = self.passing(head, target, version, "revoke", job.job_id, job.reason or "revoked")
         publication = self.registry.publish(manifest, blobs.values(), self.verifier(blobs), job.alias)
         self._retire_revoked(job)
-        return Done(publication.manifest.outcome, publication.manifest, self.standing(job.adapter, job.alias))
+        return JobResult(publication.manifest.outcome, publication.manifest, self.standing(job.adapter, job.alias))
 
     def _retire_revoked(self, job: RollbackRequested) -> None:
         """Serve nothing where what is live was revoked and nothing took its place."""
@@ -199,7 +210,7 @@ class Lineage:
         """
         like, weights = target or head.manifest, None
         if target is None:
-            (weights, _, _), _ = stored(self.initial(like.adapter, like.seed))
+            (weights, _, _), _ = to_blobs(self.initial(like.adapter, like.seed))
         # The head too: a job that is done again over a line that went on makes another version, not its first one.
         config = {**like.config, "job_id": job_id, "kind": kind, "head": head.version}
         return like.model_copy(
@@ -215,14 +226,14 @@ class Lineage:
             }
         )  # fmt: skip
 
-    def initial(self, adapter: str, seed: int) -> Parent:
+    def initial(self, adapter: str, seed: int) -> TrainingState:
         """The state before anything was learned."""
-        return Parent(self.updater.lora.init_state(adapter, seed), None, ())
+        return TrainingState(self.updater.lora.init_state(adapter, seed), None, ())
 
     def standing(self, adapter: str, alias: str) -> AdapterUpdate | None:
         """Finish a publish that was cut off, and give the event of where the alias stands; None without a version."""
         state = self.registry.converge(adapter, alias)
-        return event_of(self.registry, state) if state else None
+        return alias_event(self.registry, state) if state else None
 
     # ---- parts
 
@@ -250,7 +261,7 @@ class Lineage:
                 allowed=manifest.rank,
             )
 
-    def state_at(self, head: Head | None, adapter: str) -> tuple[Parent, str | None]:
+    def state_at(self, head: Head | None, adapter: str) -> tuple[TrainingState, str | None]:
         """The state to train from, and the version that it is of. A refused head carries its parent's state."""
         if head is None:
             return self.initial(adapter, self.updater.recipe.seed), None
@@ -261,15 +272,15 @@ class Lineage:
         if parent is None:
             shapes = self.updater.lora.shapes
             weights = from_safetensors(get_blob(self._store, manifest.weights.digest), shapes)
-            optimizer: State | None = None
+            optimizer: Tensors | None = None
             if manifest.optimizer:
                 optimizer = optimizer_from_bytes(get_blob(self._store, manifest.optimizer.digest), shapes)
             replay = index_from_bytes(get_blob(self._store, manifest.replay.digest)) if manifest.replay else ()
-            parent = Parent(weights, optimizer, replay)
+            parent = TrainingState(weights, optimizer, replay)
         self._remember(key, parent)
         return parent, version
 
-    def _remember(self, key: str, state: Parent) -> None:
+    def _remember(self, key: str, state: TrainingState) -> None:
         self._states[key] = state
         self._states.move_to_end(key)
         while len(self._states) > STATES_KEPT:
@@ -280,25 +291,27 @@ class Lineage:
         job: UpdateRequested,
         cut: tuple[Batch, Batch, bytes | None],
         head: Head | None,
-        parent: Parent,
+        parent: TrainingState,
         parent_version: str | None,
-        replayed: Callable[[Kept], Sequence[Row] | None],
+        replayed: Callable[[ReplayEntry], Sequence[TokenRow] | None],
     ) -> tuple[Manifest, dict[str, bytes]]:
         batch, learnable, body = cut
         marks = dict(head.manifest.marks) if head else {}
-        fresh, skipped, dropped = sort_out(learnable, marks, self.updater.rows)
-        stay = {place_of(example) for example in learnable.examples}
-        skipped += [skip(example, "quarantined") for example in batch.examples if place_of(example) not in stay]
+        fresh, skipped, dropped = select_new_examples(learnable, marks, self.updater.rows)
+        stay = {origin_offset(example) for example in learnable.examples}
+        skipped += [
+            skipped_example(example, "quarantined") for example in batch.examples if origin_offset(example) not in stay
+        ]
         ref = BlobRef(digest=job.batch.digest, size_bytes=job.batch.size_bytes)
         blobs: dict[str, bytes] = {}
         if body is not None:
             ref = BlobRef(digest=digest_of(body), size_bytes=len(body))
             blobs[ref.digest] = body
         after = dict(marks)
-        places = [(origin.partition_key(), origin.offset) for origin in origins(batch)]
+        places = [(origin.partition_key(), origin.offset) for origin in batch_origins(batch)]
         for partition, offset in (*job.marks.items(), *places):
             after[partition] = max(offset, after.get(partition, offset))
-        candidate: Candidate | None = None
+        candidate: UpdateResult | None = None
         if fresh:
             self.rows.put(ref.digest, learnable.examples)
             candidate = self.updater.update(
@@ -307,9 +320,9 @@ class Lineage:
         promoted = candidate is not None and candidate.outcome == "promoted"
         state = parent
         if candidate is not None and promoted:
-            state = Parent(candidate.state, candidate.optimizer, candidate.replay)
+            state = TrainingState(candidate.state, candidate.optimizer, candidate.replay)
         if promoted or head is None:
-            (weights, optimizer, replay), made = stored(state)
+            (weights, optimizer, replay), made = to_blobs(state)
             blobs |= made
             self._remember(state_key(weights, optimizer, replay), state)
         else:
@@ -317,7 +330,7 @@ class Lineage:
         recipe = self.updater.recipe
         config: dict[str, Scalar] = {**recipe.config()}
         learned = fresh if promoted else []
-        refused = [] if promoted else [skip(example, candidate.reason) for example in fresh if candidate]
+        refused = [] if promoted else [skipped_example(example, candidate.reason) for example in fresh if candidate]
         times = [example.origin.timestamp_ms for example in learned]
         manifest = Manifest(
             adapter=job.adapter,
@@ -360,37 +373,37 @@ class Lineage:
 
     def learned(self, example: ExampleAccepted, updater: Updater | None = None) -> LearnedExample:
         """The record of an example that is learned, by this learner's updater or another."""
-        partition, offset = place_of(example)
+        partition, offset = origin_offset(example)
         tokens = sum(row.tokens for row in (updater or self.updater).rows(example))
         return LearnedExample(example_id=example.example_id, partition=partition, offset=offset, tokens=tokens)
 
-    def _screened(self, job: UpdateRequested, batch: Batch, screen: Screen) -> tuple[Batch, bytes | None]:
+    def _screened(self, job: UpdateRequested, batch: Batch, screen: QuarantineFilter) -> tuple[Batch, bytes | None]:
         """The micro-batch without what must not be learned, and its new body; None where nothing is left out.
 
         The old body still has the text, so it is put down to be deleted before anything names the new one.
         """
-        blocked = {place_of(example) for example in batch.examples if screen.blocks(example)}
+        blocked = {origin_offset(example) for example in batch.examples if screen.blocks(example)}
         if not blocked:
             return batch, None
-        learnable = without(batch, blocked)
+        learnable = without_examples(batch, blocked)
         erased = {text for e in batch.examples if screen.erases(e) and (text := text_hash(e))}
         update_quarantine(self._store, job.adapter, lambda found: found.suppressing(erased))
-        extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest])
-        return learnable, body_of(learnable)
+        record_pending_deletes(self._store, job.adapter, job.job_id, [job.batch.digest])
+        return learnable, batch_to_bytes(learnable)
 
     def refused(self, job: UpdateRequested) -> None:
         """Put down what a job named that never will be done: its text must be found by whoever is to forget it."""
-        extend_tombstone(self._store, job.adapter, job.job_id, [job.batch.digest], refused=True)
+        record_pending_deletes(self._store, job.adapter, job.job_id, [job.batch.digest], refused=True)
 
     def _clean_up(self, job: UpdateRequested, *, again: bool = False) -> None:
         """Delete what an update put down to be deleted, once its version is on the line.
 
         again: of a job that came again; was it refused, then its body is nobody's but a forgetting's.
         """
-        tombstone = load_tombstone(self._store, job.adapter, job.job_id)
+        tombstone = load_pending_deletes(self._store, job.adapter, job.job_id)
         if tombstone is not None and not (again and tombstone.refused):
-            self.drop(sweep(self.registry, job.adapter, job.job_id))
-            lift_tombstone(self._store, job.adapter, job.job_id)
+            self.drop(delete_unreferenced(self.registry, job.adapter, job.job_id))
+            clear_pending_deletes(self._store, job.adapter, job.job_id)
 
     def drop(self, digests: Collection[str]) -> None:
         """Let go of what this process still has in memory of blobs that were deleted."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from perennial.storage.errors import ConflictError, NotFoundError, StoreError, StoreUnavailableError
 from perennial.storage.objects.keys import check_prefix, is_segment, key_of, stored_name
-from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, Stored, probe_conditional_writes, too_large
+from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, StoredObject, probe_conditional_writes, too_large
 
 _LINK_ATTEMPTS = 100
 _LOCKS, _TEMPORARY, _STRIPES = ".locks", ".tmp", 4096
@@ -65,7 +65,7 @@ class DirectoryStore:
                 self._replace(path, data, self.root / _TEMPORARY / stripe)
         return hashlib.sha256(data).hexdigest()
 
-    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> Stored:
+    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> StoredObject:
         """See ObjectStore."""
         path = self._path(key)
         with self._mapped_errors(key):
@@ -78,7 +78,7 @@ class DirectoryStore:
             except FileNotFoundError:
                 raise NotFoundError(f"no object {key} in {self.uri}", remedy="check the store's address") from None
         etag = hashlib.sha256(data).hexdigest()
-        return Stored(data, etag, f"sha256:{etag}")
+        return StoredObject(data, etag, f"sha256:{etag}")
 
     def exists(self, key: str) -> bool:
         """See ObjectStore."""

@@ -15,7 +15,7 @@ MAX_OBJECT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredObject:
     """An object's bytes, and the etag that a compare-and-swap expects.
 
     digest: of these very bytes, where the store had to compute it anyway; never what a server claims.
@@ -45,7 +45,7 @@ class ObjectStore(Protocol):
         """
         ...
 
-    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> Stored:
+    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> StoredObject:
         """The object. Raises NotFoundError; StoreError where it has more than `max_bytes`."""
         ...
 

@@ -31,7 +31,7 @@ from urllib3.exceptions import HTTPError
 
 from perennial.storage.errors import ConflictError, NotFoundError, StoreError, StoreUnavailableError
 from perennial.storage.objects.keys import check_prefix, key_of, stored_name
-from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, Stored, probe_conditional_writes, too_large
+from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, StoredObject, probe_conditional_writes, too_large
 
 _PUT_LIFE = timedelta(minutes=15)
 _TIMEOUT = urllib3.Timeout(connect=5.0, read=60.0)
@@ -98,11 +98,11 @@ class MinioStore:
             remedy="read it again and decide anew",
         )
 
-    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> Stored:
+    def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> StoredObject:
         """See ObjectStore."""
         name = self._name(key)
 
-        def read() -> Stored:
+        def read() -> StoredObject:
             response = self._client.get_object(self._bucket, name)
             try:
                 size_bytes = int(response.headers.get("content-length", 0))
@@ -110,7 +110,7 @@ class MinioStore:
                 while size_bytes <= max_bytes:
                     part = response.read(_CHUNK_BYTES)
                     if not part:
-                        return Stored(bytes(data), response.headers.get("etag", "").strip('"'))
+                        return StoredObject(bytes(data), response.headers.get("etag", "").strip('"'))
                     data += part
                     size_bytes = max(size_bytes, len(data))
                 raise too_large(key, size_bytes, max_bytes)

@@ -15,14 +15,14 @@ from pydantic import Field
 from perennial.storage.errors import ConflictError, NotFoundError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import AdapterName, Digest
-from perennial.storage.registry.records import Record, check_adapter, parse
+from perennial.storage.registry.records import RegistryRecord, check_adapter, parse_record
 
-MAX_TOMBSTONE_BYTES = 64 << 20
+MAX_PENDING_DELETES_BYTES = 64 << 20
 _ATTEMPTS = 64
 _HASH_CHARS = 64
 
 
-class Tombstone(Record):
+class PendingDeletes(RegistryRecord):
     """Blobs to delete unless something that stands needs them.
 
     requests: examples found, by retention request. refused: the job never will be done, and what it names is here so
@@ -36,21 +36,21 @@ class Tombstone(Record):
     refused: bool = False
 
 
-def tombstone_key(adapter: str, job_id: str) -> str:
+def pending_deletes_key(adapter: str, job_id: str) -> str:
     """Where a job's tombstone lies."""
     return f"forgotten/{check_adapter(adapter)}/{sha256(job_id.encode()).hexdigest()}"
 
 
-def load_tombstone(store: ObjectStore, adapter: str, job_id: str) -> Tombstone | None:
+def load_pending_deletes(store: ObjectStore, adapter: str, job_id: str) -> PendingDeletes | None:
     """The job's tombstone, None where there is none."""
-    key = tombstone_key(adapter, job_id)
+    key = pending_deletes_key(adapter, job_id)
     try:
-        return parse(Tombstone, key, store.get(key, MAX_TOMBSTONE_BYTES).data)
+        return parse_record(PendingDeletes, key, store.get(key, MAX_PENDING_DELETES_BYTES).data)
     except NotFoundError:
         return None
 
 
-def extend_tombstone(
+def record_pending_deletes(
     store: ObjectStore,
     adapter: str,
     job_id: str,
@@ -60,12 +60,12 @@ def extend_tombstone(
     refused: bool = False,
 ) -> None:
     """Add to the job's tombstone; once refused it stays so. Raises ConflictError where other writers keep coming first."""
-    key, digests = tombstone_key(adapter, job_id), set(digests)
+    key, digests = pending_deletes_key(adapter, job_id), set(digests)
     for _ in range(_ATTEMPTS):
-        found, etag = Tombstone(adapter=adapter, job_id=job_id), None
+        found, etag = PendingDeletes(adapter=adapter, job_id=job_id), None
         try:
-            stored = store.get(key, MAX_TOMBSTONE_BYTES)
-            found, etag = parse(Tombstone, key, stored.data), stored.etag
+            stored = store.get(key, MAX_PENDING_DELETES_BYTES)
+            found, etag = parse_record(PendingDeletes, key, stored.data), stored.etag
         except NotFoundError:
             pass
         counts = dict(found.requests)
@@ -86,18 +86,18 @@ def extend_tombstone(
     raise ConflictError(f"too many writers change {key}", remedy="do it again")
 
 
-def tombstones(store: ObjectStore, adapter: str) -> Iterator[Tombstone]:
+def list_pending_deletes(store: ObjectStore, adapter: str) -> Iterator[PendingDeletes]:
     """All tombstones of the adapter."""
     above = f"forgotten/{check_adapter(adapter)}/"
     for key in store.list(above):
         name = key[len(above) :]
         if len(name) == _HASH_CHARS and "/" not in name:
             try:
-                yield parse(Tombstone, key, store.get(key, MAX_TOMBSTONE_BYTES).data)
+                yield parse_record(PendingDeletes, key, store.get(key, MAX_PENDING_DELETES_BYTES).data)
             except NotFoundError:  # its job came to an end meanwhile
                 continue
 
 
-def lift_tombstone(store: ObjectStore, adapter: str, job_id: str) -> None:
+def clear_pending_deletes(store: ObjectStore, adapter: str, job_id: str) -> None:
     """Remove the job's tombstone."""
-    store.delete(tombstone_key(adapter, job_id))
+    store.delete(pending_deletes_key(adapter, job_id))

@@ -32,7 +32,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Done(_Part):
+class RequestOutcome(_Part):
     """How an entry came to its end.
 
     examples: how many the line had. version: what is live since, None where nothing is or nothing changed.
@@ -47,7 +47,7 @@ class Done(_Part):
     failure: str = ""
 
 
-class Entry(_Part):
+class QuarantineEntry(_Part):
     """Examples to forget: those listed, and those the selector means, that were published up to `until_ms`."""
 
     request_id: _Id
@@ -57,10 +57,10 @@ class Entry(_Part):
     example_ids: list[str] = []
     until_ms: int
     suppress: bool = True
-    done: Done | None = None
+    done: RequestOutcome | None = None
 
 
-class Hold(_Part):
+class LegalHold(_Part):
     """Examples that nothing may erase while the hold stands. selector None: all. until_ms: for people to see.
 
     Whether a hold has ended is decided by retain's guarded clock, which then removes it; every hold here stands.
@@ -77,21 +77,21 @@ class Quarantine(_Part):
     schema_version: Literal[1] = 1
     adapter: AdapterName
     revision: Annotated[int, Field(ge=0)] = 0
-    entries: list[Entry] = []
-    holds: list[Hold] = []
+    entries: list[QuarantineEntry] = []
+    holds: list[LegalHold] = []
     suppressed: list[TextHash] = []
 
-    def entry(self, request_id: str) -> Entry | None:
+    def entry(self, request_id: str) -> QuarantineEntry | None:
         """The entry of that request."""
         return next((entry for entry in self.entries if entry.request_id == request_id), None)
 
-    def with_entry(self, entry: Entry) -> Self:
+    def with_entry(self, entry: QuarantineEntry) -> Self:
         """With the entry, unless its request has one already: an entry never changes but by being done."""
         if self.entry(entry.request_id) is not None:
             return self
         return self.model_copy(update={"entries": [*self.entries, entry]})
 
-    def finished(self, request_id: str, done: Done) -> Self:
+    def finished(self, request_id: str, done: RequestOutcome) -> Self:
         """With the entry marked as done; the first mark stands."""
         marked = [
             entry.model_copy(update={"done": done}) if entry.request_id == request_id and not entry.done else entry
@@ -105,7 +105,7 @@ class Quarantine(_Part):
         kept = [entry for entry in self.entries if entry.request_id not in gone]
         return self if len(kept) == len(self.entries) else self.model_copy(update={"entries": kept})
 
-    def with_holds(self, holds: Iterable[Hold]) -> Self:
+    def with_holds(self, holds: Iterable[LegalHold]) -> Self:
         """With exactly these holds."""
         wanted = sorted(holds, key=lambda hold: hold.request_id)
         return self if wanted == self.holds else self.model_copy(update={"holds": wanted})
@@ -158,7 +158,7 @@ def update_quarantine(store: ObjectStore, adapter: str, change: Callable[[Quaran
     raise ConflictError(f"too many writers change {quarantine_key(adapter)}", remedy="do it again")
 
 
-def finish_entry(store: ObjectStore, adapter: str, request_id: str, done: Done) -> Quarantine:
+def finish_entry(store: ObjectStore, adapter: str, request_id: str, done: RequestOutcome) -> Quarantine:
     """Record that a request was carried out for the adapter, or could not be; the first record stands."""
     return update_quarantine(store, adapter, lambda quarantine: quarantine.finished(request_id, done))
 

@@ -18,7 +18,7 @@ _adapter_name: TypeAdapter[str] = TypeAdapter(AdapterName)
 _alias_name: TypeAdapter[str] = TypeAdapter(AliasName)
 
 
-class Record(BaseModel):
+class RegistryRecord(BaseModel):
     """A small JSON object of the registry."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -28,16 +28,16 @@ class Record(BaseModel):
         return orjson.dumps(self.model_dump(mode="json", exclude={"etag"}), option=orjson.OPT_SORT_KEYS)
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=RegistryRecord)
 
 
-class Claim(Record):
+class Claim(RegistryRecord):
     """What lies under `updates/` and `versions/`: the version that was first."""
 
     version: Digest
 
 
-class AliasState(Record):
+class AliasState(RegistryRecord):
     """Where an alias points. generation grows by one per swap; nonce keeps any two states' bytes apart."""
 
     adapter: AdapterName
@@ -53,7 +53,7 @@ class AliasState(Record):
     etag: str = ""
 
 
-class Revocation(Record):
+class Revocation(RegistryRecord):
     """A version that must not be served any more. seq is the version's own."""
 
     adapter: AdapterName
@@ -95,7 +95,7 @@ def check_name(kind: TypeAdapter[str], name: str) -> str:
         ) from error
 
 
-def parse(model: type[R], key: str, data: bytes) -> R:
+def parse_record(model: type[R], key: str, data: bytes) -> R:
     """Read a record. Raises IntegrityError where the bytes are none."""
     try:
         return model.model_validate_json(data)

@@ -29,7 +29,7 @@ from perennial.storage.registry.records import (
     alias_key,
     check_adapter,
     manifest_key,
-    parse,
+    parse_record,
     revocation_key,
     version_key,
 )
@@ -166,7 +166,7 @@ class Registry:
             stored = self.store.get(key, MAX_RECORD_BYTES)
         except NotFoundError:
             return None
-        state = parse(AliasState, key, stored.data)
+        state = parse_record(AliasState, key, stored.data)
         if (state.adapter, state.alias) != (adapter, alias):
             raise IntegrityError(f"{key} is another alias", got=f"{state.adapter}#{state.alias}", allowed=key)
         return state.model_copy(update={"etag": stored.etag})
@@ -176,7 +176,7 @@ class Registry:
         above = f"revocations/{check_adapter(adapter)}/"
         for key in self.store.list(above):
             if len(key) == len(above) + SEQ_DIGITS and key[len(above) :].isdigit():
-                yield parse(Revocation, key, self.store.get(key, MAX_RECORD_BYTES).data)
+                yield parse_record(Revocation, key, self.store.get(key, MAX_RECORD_BYTES).data)
 
     # ---- writing
 
@@ -302,7 +302,7 @@ class Registry:
             adapter=adapter, version=version, seq=manifest.seq, reason=reason, revoked_at=self._now()
         )
         if not self.store.put_if_absent(key, revocation.to_bytes()):
-            return parse(Revocation, key, self.store.get(key, MAX_RECORD_BYTES).data)
+            return parse_record(Revocation, key, self.store.get(key, MAX_RECORD_BYTES).data)
         return revocation
 
     def is_revoked(self, adapter: str, seq: int) -> bool:
@@ -333,7 +333,7 @@ class Registry:
             if self.store.put_if_absent(key, ours):
                 return version
             stored = self.store.get(key, MAX_RECORD_BYTES)
-            winner = parse(Claim, key, stored.data).version
+            winner = parse_record(Claim, key, stored.data).version
             if winner == version or not self._is_dead(self.manifest(manifest.adapter, winner), winner):
                 return winner
             # Its seq went to another version, so it never can be published: the update is free again.
@@ -368,7 +368,7 @@ class Registry:
 
     def _claim(self, key: str) -> Claim | None:
         try:
-            return parse(Claim, key, self.store.get(key, MAX_RECORD_BYTES).data)
+            return parse_record(Claim, key, self.store.get(key, MAX_RECORD_BYTES).data)
         except NotFoundError:
             return None
 

@@ -17,8 +17,16 @@ from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from perennial.streams.deadletters.model import Letter, Report, Selection, is_done, parse_place, parse_since, state_of
-from perennial.streams.deadletters.redrive import DeadLetters, Replayer, rehearse
+from perennial.streams.deadletters.model import (
+    DeadLetterRecord,
+    RedriveReport,
+    Selection,
+    is_done,
+    parse_place,
+    parse_since,
+    state_of,
+)
+from perennial.streams.deadletters.redrive import DeadLetters, Redriver, rehearse
 from perennial.streams.devstack.discovery import connected_settings
 
 _SHOWN_BYTES = 4096
@@ -108,7 +116,7 @@ def replay_letters(
         disable=not console.is_terminal,
     )  # fmt: skip
     try:
-        with Replayer(settings, rate=rate) as replayer, bar:
+        with Redriver(settings, rate=rate) as replayer, bar:
             task = bar.add_task("", total=None)
             report = replayer.run(
                 chosen, max_replays=max_replays, limit=limit, stop=stop, on_sent=lambda n: bar.advance(task, n)
@@ -120,7 +128,7 @@ def replay_letters(
     return 130 if report.stopped else 0
 
 
-def _say(report: Report, what: str, *, as_json: bool) -> None:
+def _say(report: RedriveReport, what: str, *, as_json: bool) -> None:
     if as_json:
         kinds = [{"reason": reason, "stage": stage, "count": n} for (reason, stage), n in report.sent.most_common()]
         print(json.dumps({"sent": report.sent.total(), "kinds": kinds, "left": report.left, "stopped": report.stopped}))
@@ -146,7 +154,7 @@ def _say(report: Report, what: str, *, as_json: bool) -> None:
         console.print("stopped early; the same command goes on where this one ended")
 
 
-def _line(letter: Letter, state: str) -> dict[str, Any]:
+def _line(letter: DeadLetterRecord, state: str) -> dict[str, Any]:
     return {
         "place": letter.place, "at": letter.held.at.isoformat(), "reason": letter.held.reason[:_SHOWN_CHARS],
         "stage": letter.held.stage[:_SHOWN_CHARS], "from": letter.source[:_SHOWN_CHARS],

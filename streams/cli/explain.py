@@ -17,10 +17,10 @@ from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry, require_adapter, short
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.retain.example_index import Index
-from perennial.streams.retain.ledger import Known, expires_ms, policies_on
-from perennial.streams.retain.service import load_book
-from perennial.streams.retention.quarantine_filter import Screen
+from perennial.streams.retain.example_index import ExampleIndex
+from perennial.streams.retain.ledger import StoredExample, expires_ms, policies_on
+from perennial.streams.retain.service import load_ledger
+from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 _ERASED = "erased"
 
@@ -96,11 +96,11 @@ def _minutes(iso: str | None) -> str:
 
 def explanation(registry: Registry, adapter: str, alias: str) -> list[Line]:
     """A line per example that the store knows of, erased ones by their place alone; newest version first."""
-    known = Index(registry).of(adapter)
+    known = ExampleIndex(registry).of(adapter)
     manifests: dict[str, Manifest] = {}
     live = _lineage(registry, adapter, alias, manifests)
-    screen = Screen(load_quarantine(registry.store, adapter))
-    book = load_book(registry.store)[0]
+    screen = QuarantineFilter(load_quarantine(registry.store, adapter))
+    book = load_ledger(registry.store)[0]
     selectors, times_s = policies_on(book, adapter)
     lines = []
     for item in known:
@@ -136,7 +136,7 @@ def _lineage(registry: Registry, adapter: str, alias: str, manifests: dict[str, 
     return ids
 
 
-def _state(item: Known, screen: Screen, live: set[str]) -> str:
+def _state(item: StoredExample, screen: QuarantineFilter, live: set[str]) -> str:
     if screen.entry_of(item.example) is not None:
         return "quarantined"
     if screen.held_by(item.example) is not None:
@@ -146,7 +146,7 @@ def _state(item: Known, screen: Screen, live: set[str]) -> str:
     return "learned" if item.learned else "not learned"
 
 
-def _line(item: Known, manifest: Manifest, state: str, end_ms: int | None) -> Line:
+def _line(item: StoredExample, manifest: Manifest, state: str, end_ms: int | None) -> Line:
     example, origin = item.example, item.example.origin
     before, after = manifest.gate.get("held_out_before"), manifest.gate.get("held_out_after")
     return Line(

@@ -25,9 +25,9 @@ from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.cloudevents import WireError, decode
 from perennial.streams.events.models import AdapterPattern, RetentionProgressed, RetentionRequested, Selector
 from perennial.streams.kafka.connect import connect
-from perennial.streams.retain.example_index import Index
-from perennial.streams.retain.ledger import Book, Known, Record, covers, meanings_of_holds
-from perennial.streams.retain.service import load_book
+from perennial.streams.retain.example_index import ExampleIndex
+from perennial.streams.retain.ledger import RequestLedger, RequestRecord, StoredExample, covers, meanings_of_holds
+from perennial.streams.retain.service import load_ledger
 from perennial.streams.settings import Settings, SettingsError
 
 _TOPIC = RetentionProgressed.topic
@@ -80,7 +80,7 @@ def show_plan(pattern: str, selector: Selector, *, as_json: bool) -> int:
     """Print what would be forgotten; exit code 4 where nothing of it is in the store."""
     settings = connected_settings()
     registry = open_registry(settings)
-    book = load_book(registry.store)[0]
+    book = load_ledger(registry.store)[0]
     plans = [_plan(registry, book, name, selector) for name in registry.adapters() if covers(pattern, name)]
     plans = [plan for plan in plans if plan["examples"]]
     if as_json:
@@ -113,8 +113,8 @@ def show_plan(pattern: str, selector: Selector, *, as_json: bool) -> int:
     return 0 if plans else 4
 
 
-def _plan(registry: Registry, book: Book, adapter: str, selector: Selector) -> dict[str, Any]:
-    meant = [item for item in Index(registry).of(adapter) if selector.matches(item.example)]
+def _plan(registry: Registry, book: RequestLedger, adapter: str, selector: Selector) -> dict[str, Any]:
+    meant = [item for item in ExampleIndex(registry).of(adapter) if selector.matches(item.example)]
     ids = {item.example.example_id for item in meant}
     knew: list[str] = []
     replayed = 0
@@ -131,7 +131,7 @@ def _plan(registry: Registry, book: Book, adapter: str, selector: Selector) -> d
     }
 
 
-def _facts(item: Known, held: bool) -> dict[str, Any]:
+def _facts(item: StoredExample, held: bool) -> dict[str, Any]:
     return {
         "example_id": item.example.example_id, "document_id": item.example.document_id, "seq": item.seq,
         "version": item.version, "learned": item.learned, "held": held,
@@ -236,7 +236,7 @@ def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps([event.model_dump(mode="json") for event in events]))
         return 0
-    records = load_book(open_store(settings.store))[0].records if settings.store else {}
+    records = load_ledger(open_store(settings.store))[0].records if settings.store else {}
     table = Table("request", "state", "examples", "detail", show_lines=True)
     table.columns[0].overflow = "fold"  # an id that is cut short cannot be asked for
     colours = {"closed": "green", "failed": "red", "held": "yellow"}
@@ -252,7 +252,7 @@ def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
     return 0
 
 
-def meaning(record: Record) -> str:
+def meaning(record: RequestRecord) -> str:
     """What a request means in its adapters, in the words of the command line."""
     selector = record.request.selector
     if record.example_ids:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from perennial.storage.errors import PerennialError
 from perennial.streams.devstack.supervisor import ROLES, die_with_parent
-from perennial.streams.observe.metrics import Metrics, serve
+from perennial.streams.observe.metrics import Metrics, serve_metrics
 from perennial.streams.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     metrics = Metrics("+".join(roles), settings)
-    server = serve(metrics, settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
+    server = serve_metrics(metrics, settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
     try:
         return _run_all(_bodies(roles, settings, stop, metrics), stop)
     finally:

@@ -27,11 +27,11 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, put_blob
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
-from perennial.streams.curate.batcher import MAX_STATE_BYTES, Curator, Cut, CutPolicy, OffsetLine
+from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher, OffsetLine
 from perennial.streams.events.cloudevents import Encoded, WireError, dead_letter, decode, encode
 from perennial.streams.events.models import BlobRef, CutReason, DriftDetected, Event, ExampleScored, UpdateRequested
 from perennial.streams.observe.metrics import Metrics
-from perennial.streams.retention.quarantine_filter import Screen, text_hash
+from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.curate")
@@ -67,7 +67,7 @@ def cutting_key(adapter: str) -> str:
     return f"state/cutting/{adapter}"
 
 
-class Curation:
+class CurateAgent:
     """The state of the curate agent in one process: curators, etags and offsets of one group generation."""
 
     def __init__(self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore) -> None:
@@ -78,7 +78,7 @@ class Curation:
         self._policy = CutPolicy.of(settings)
         self._generation: int | None = None
         self._revoked: int | None = None
-        self._curators: OrderedDict[str, Curator[Delivery]] = OrderedDict()
+        self._curators: OrderedDict[str, MicroBatcher[Delivery]] = OrderedDict()
         self._etags: dict[str, str | None] = {}
         self._cutting: dict[str, str | None] = {}  # etags of what is under cutting_key
         self._unconfirmed: set[str] = set()  # restored: whether the last job went out is not known
@@ -148,7 +148,7 @@ class Curation:
         if offer.reason is not None:
             await self._cut(curator, offer.reason)
 
-    async def _curator(self, adapter: str) -> Curator[Delivery]:
+    async def _curator(self, adapter: str) -> MicroBatcher[Delivery]:
         curator = self._curators.get(adapter)
         if curator is None:
             await self._make_room()
@@ -157,7 +157,7 @@ class Curation:
         self._curators.move_to_end(adapter)
         return curator
 
-    async def _load(self, adapter: str) -> Curator[Delivery]:
+    async def _load(self, adapter: str) -> MicroBatcher[Delivery]:
         while True:
             curator = await asyncio.to_thread(self._restore, adapter)
             try:
@@ -168,16 +168,16 @@ class Curation:
                 self._unconfirmed.add(adapter)
             return curator
 
-    def _restore(self, adapter: str) -> Curator[Delivery]:
+    def _restore(self, adapter: str) -> MicroBatcher[Delivery]:
         try:
             stored = self._store.get(state_key(adapter), MAX_STATE_BYTES)
         except NotFoundError:
             self._etags[adapter] = None
-            return Curator(adapter, self._policy)
+            return MicroBatcher(adapter, self._policy)
         self._etags[adapter] = stored.etag
-        return Curator.restore(adapter, self._policy, stored.data)
+        return MicroBatcher.restore(adapter, self._policy, stored.data)
 
-    def _clear(self, curator: Curator[Delivery]) -> None:
+    def _clear(self, curator: MicroBatcher[Delivery]) -> None:
         """Delete the body that a process before this one wrote, or was about to write, and did not commit.
 
         Hazard: that process may go on. So the state is replaced first: it can then never commit a cut with that body.
@@ -220,17 +220,17 @@ class Curation:
                 del self._curators[adapter], self._etags[adapter], self._cutting[adapter]
                 self._unconfirmed.discard(adapter)
 
-    async def _cut(self, curator: Curator[Delivery], reason: CutReason) -> None:
+    async def _cut(self, curator: MicroBatcher[Delivery], reason: CutReason) -> None:
         blocked = await asyncio.to_thread(self._blocked, curator)
         await self._save(curator, curator.cut(_now(), reason, blocked))
 
-    async def _save_due(self, curator: Curator[Delivery], due: Literal["age", "flush"] | None) -> None:
+    async def _save_due(self, curator: MicroBatcher[Delivery], due: Literal["age", "flush"] | None) -> None:
         if due == "flush":
             await self._save(curator, curator.flush())
         else:
             await self._cut(curator, "age")
 
-    def _blocked(self, curator: Curator[Delivery]) -> Collection[str]:
+    def _blocked(self, curator: MicroBatcher[Delivery]) -> Collection[str]:
         """Ids of the pending examples that must not be learned. Their texts never reach the store.
 
         What is to be forgotten for good is gone before any version could know it, so here its text is suppressed.
@@ -238,14 +238,14 @@ class Curation:
         quarantine = load_quarantine(self._store, curator.adapter)
         if not (quarantine.entries or quarantine.suppressed):
             return ()
-        screen = Screen(quarantine)
+        screen = QuarantineFilter(quarantine)
         blocked = {example.example_id: example for example in curator.pending if screen.blocks(example)}
         erased = [text for example in blocked.values() if screen.erases(example) and (text := text_hash(example))]
         if erased:
             update_quarantine(self._store, curator.adapter, lambda found: found.suppressing(erased))
         return blocked.keys()
 
-    async def _save(self, curator: Curator[Delivery], cut: Cut) -> None:
+    async def _save(self, curator: MicroBatcher[Delivery], cut: Cut) -> None:
         """Body, state, job, acknowledgements: in this order a crash at any point loses and doubles nothing."""
         adapter = curator.adapter
         try:
@@ -268,7 +268,7 @@ class Curation:
         self._acknowledge(curator.saved())
         self._metrics.progress()
 
-    async def _reload(self, curator: Curator[Delivery]) -> None:
+    async def _reload(self, curator: MicroBatcher[Delivery]) -> None:
         """Another process cut this adapter meanwhile: take its state over, and what is pending beyond it.
 
         What is pending is a part of the log without holes, so what lies beyond the new marks is all there.

@@ -135,7 +135,7 @@ class _Pending(Generic[T]):
     since_ms: int | None = None
 
 
-class Curator(Generic[T]):
+class MicroBatcher(Generic[T]):
     """Decides for one adapter. T: the caller's token for a delivery, given back once it may be acknowledged.
 
     The caller saves what `cut` or `flush` gives, and calls `saved` only then; where saving fails with a conflict it
@@ -333,13 +333,13 @@ class Curator(Generic[T]):
         )
 
     @classmethod
-    def restore(cls, adapter: str, policy: CutPolicy, state: bytes) -> Curator[T]:
+    def restore(cls, adapter: str, policy: CutPolicy, state: bytes) -> MicroBatcher[T]:
         """The curator that saved this state. Raises IntegrityError where it is not one, or another adapter's."""
         try:
             data: dict[str, Any] = orjson.loads(state)
             if data["version"] != STATE_VERSION or data["adapter"] != adapter:
                 raise ValueError(f"version {data['version']} of adapter {data['adapter']}")  # noqa: TRY301 - told below
-            curator: Curator[T] = cls(adapter, policy)
+            curator: MicroBatcher[T] = cls(adapter, policy)
             curator.cuts, curator._fences = int(data["cuts"]), int(data.get("fences", 0))
             curator.marks = {str(partition): int(offset) for partition, offset in data["marks"].items()}
             curator._recent = RecentIds(base64.b64decode(data["recent"], validate=True))

@@ -47,7 +47,7 @@ class DeadLetterError(PerennialError):
     """Dead letters cannot be replayed."""
 
 
-class Letter(NamedTuple):
+class DeadLetterRecord(NamedTuple):
     """A dead letter at its place. source: the topic it came from, without prefix. replays: how often it was sent again."""
 
     partition: int
@@ -83,21 +83,21 @@ class Letter(NamedTuple):
         return data if isinstance(data, dict) and not isinstance(found.get("adapter"), str) else found
 
 
-def read_letter(
+def read_dead_letter(
     partition: int, offset: int, key: bytes | None, value: bytes | None,
     headers: Sequence[tuple[str, bytes | None]] | None, prefix: str,
-) -> Letter:  # fmt: skip
+) -> DeadLetterRecord:  # fmt: skip
     """A record of the dead-letters topic, whatever it is. prefix: of topic names; some roles record it, some do not."""
     try:
         held = parse_dead_letter(value, headers)
     except WireError as error:
         held = _NOWHERE._replace(value=value, headers=list(headers or ()), detail=error.detail)
-        return Letter(partition, offset, key, held, "", 0, readable=False)
+        return DeadLetterRecord(partition, offset, key, held, "", 0, readable=False)
     source = held.topic.removeprefix(prefix) if prefix and held.topic not in DEFAULT_TYPES else held.topic
-    return Letter(partition, offset, key, held, source, replays_of(held.headers), readable=True)
+    return DeadLetterRecord(partition, offset, key, held, source, replays_of(held.headers), readable=True)
 
 
-def example_of(letter: Letter) -> ExampleAccepted:
+def example_of(letter: DeadLetterRecord) -> ExampleAccepted:
     """What an erasure would look at in a letter, as far as it can be read; its time is when it was refused."""
     fields = letter.fields()
 
@@ -122,7 +122,7 @@ _CUT = re.compile(
 )
 
 
-def state_of(letter: Letter, *, replayed: bool, max_replays: int) -> State:
+def state_of(letter: DeadLetterRecord, *, replayed: bool, max_replays: int) -> State:
     """What a replay would make of a letter."""
     if not letter.readable:
         return "unreadable"
@@ -145,7 +145,7 @@ class Resend(NamedTuple):
     headers: list[tuple[str, bytes | None]]
 
 
-def resend(letter: Letter) -> Resend:
+def resend(letter: DeadLetterRecord) -> Resend:
     """The original record with one more replay counted in its header. Raises DeadLetterError where none may go back."""
     if letter.source not in REPLAYABLE:
         raise DeadLetterError(
@@ -167,7 +167,7 @@ class Selection:
     adapter: str = ""
     since: datetime | None = None
 
-    def matches(self, letter: Letter) -> bool:
+    def matches(self, letter: DeadLetterRecord) -> bool:
         """Whether the letter is meant."""
         return (
             self.reason in {"", letter.held.reason}
@@ -207,7 +207,7 @@ def parse_place(text: str) -> tuple[int, int]:
     return int(partition), int(offset)
 
 
-class Progress:
+class RedriveProgress:
     """Which offsets of a partition were replayed: all below `first`, and some runs above it."""
 
     def __init__(self, first: int = 0, runs: Sequence[tuple[int, int]] = ()) -> None:
@@ -237,9 +237,9 @@ class Progress:
         """Offsets below `first` are gone from the log."""
         self.add(self.first, first)
 
-    def copy(self) -> Progress:
+    def copy(self) -> RedriveProgress:
         """Another of the same."""
-        return Progress(self.first, self._runs)
+        return RedriveProgress(self.first, self._runs)
 
     def numbers(self) -> list[int]:
         """`first`, then per run the gap before it and its length."""
@@ -261,19 +261,19 @@ class Progress:
         return cls(max(0, numbers[0]), runs)
 
 
-def dump_progress(topic_id: str, progress: Mapping[int, Progress]) -> bytes:
+def dump_progress(topic_id: str, progress: Mapping[int, RedriveProgress]) -> bytes:
     """How far replays came, for the store. topic_id: a topic that was made again begins anew."""
     numbers = {str(partition): each.numbers() for partition, each in sorted(progress.items())}
     return orjson.dumps({"topic_id": topic_id, "partitions": numbers})
 
 
-def load_progress(data: bytes, topic_id: str) -> dict[int, Progress]:
+def load_progress(data: bytes, topic_id: str) -> dict[int, RedriveProgress]:
     """What dump_progress wrote; empty where it was for another topic of the name. Raises DeadLetterError on junk."""
     try:
         fields = orjson.loads(data)
         if fields["topic_id"] != topic_id:
             return {}
-        return {int(partition): Progress.of(numbers) for partition, numbers in fields["partitions"].items()}
+        return {int(partition): RedriveProgress.of(numbers) for partition, numbers in fields["partitions"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DeadLetterError(
             "the progress of earlier replays cannot be read", got=f"{data[:80]!r} ({error})",
@@ -282,14 +282,14 @@ def load_progress(data: bytes, topic_id: str) -> dict[int, Progress]:
 
 
 @dataclass
-class Report:
+class RedriveReport:
     """What a replay did, or on a dry run would do. sent: by (reason, stage); left: by state."""
 
     sent: Counter[tuple[str, str]] = field(default_factory=Counter)
     left: Counter[str] = field(default_factory=Counter)
     stopped: bool = False
 
-    def count(self, letter: Letter) -> None:
+    def count(self, letter: DeadLetterRecord) -> None:
         """A letter was sent, or would be. Of forged reasons only so many are told apart."""
         kind = (letter.held.reason[:60], letter.held.stage[:60])
         self.sent[kind if kind in self.sent or len(self.sent) < _MAX_KINDS else ("(others)", "")] += 1
@@ -298,19 +298,19 @@ class Report:
 class Decided(NamedTuple):
     """send: these go back. never: these cannot, whatever changes, and are done with. left: what stays, by state."""
 
-    send: list[Letter]
-    never: list[Letter]
+    send: list[DeadLetterRecord]
+    never: list[DeadLetterRecord]
     left: Counter[str]
 
 
-def is_done(letter: Letter, progress: Mapping[int, Progress]) -> bool:
+def is_done(letter: DeadLetterRecord, progress: Mapping[int, RedriveProgress]) -> bool:
     """Whether the letter was replayed, or is done with for good."""
     return letter.partition in progress and letter.offset in progress[letter.partition]
 
 
 def decide(
-    batch: Iterable[Letter], selection: Selection, progress: Mapping[int, Progress], *, max_replays: int, room: int,
-    is_erased: Callable[[Letter], bool] = lambda _: False,
+    batch: Iterable[DeadLetterRecord], selection: Selection, progress: Mapping[int, RedriveProgress], *, max_replays: int, room: int,
+    is_erased: Callable[[DeadLetterRecord], bool] = lambda _: False,
 ) -> Decided:  # fmt: skip
     """Sort out a batch. room: how many may be sent; what is above it is neither sent nor counted.
 

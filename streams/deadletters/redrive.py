@@ -27,22 +27,22 @@ from perennial.storage.registry.records import check_adapter
 from perennial.streams.deadletters.model import (
     STATE_PREFIX,
     DeadLetterError,
-    Letter,
-    Progress,
-    Report,
+    DeadLetterRecord,
+    RedriveProgress,
+    RedriveReport,
     Resend,
     Selection,
     decide,
     dump_progress,
     example_of,
     load_progress,
-    read_letter,
+    read_dead_letter,
     resend,
 )
 from perennial.streams.events.cloudevents import MAX_DEAD_LETTER_BYTES
 from perennial.streams.kafka.connect import close_producer, connect
 from perennial.streams.kafka.topics import KafkaUnavailableError, identify, missing_topics
-from perennial.streams.retention.quarantine_filter import Screen
+from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings, SettingsError
 
 TOPIC = "dead-letters"
@@ -60,9 +60,9 @@ class _Erasures:
 
     def __init__(self, store: ObjectStore) -> None:
         self._store = store
-        self._screens: dict[str, Screen] = {}
+        self._screens: dict[str, QuarantineFilter] = {}
 
-    def __call__(self, letter: Letter) -> bool:
+    def __call__(self, letter: DeadLetterRecord) -> bool:
         example = example_of(letter)
         if example.adapter not in self._screens:
             try:
@@ -71,7 +71,7 @@ class _Erasures:
                 return False
             if len(self._screens) >= _MAX_SCREENS:
                 self._screens.clear()
-            self._screens[name] = Screen(load_quarantine(self._store, name))
+            self._screens[name] = QuarantineFilter(load_quarantine(self._store, name))
         return self._screens[example.adapter].blocks(example)
 
 
@@ -85,7 +85,7 @@ class _Saved:
         self._topic_id = identify(settings, [TOPIC]).topic_ids[topic]
         self._etag: str | None = None
 
-    def load(self) -> dict[int, Progress]:
+    def load(self) -> dict[int, RedriveProgress]:
         """How far replays came, by partition."""
         try:
             stored = self.store.get(self._key)
@@ -95,7 +95,7 @@ class _Saved:
         self._etag = stored.etag
         return load_progress(stored.data, self._topic_id)
 
-    def save(self, progress: Mapping[int, Progress]) -> None:
+    def save(self, progress: Mapping[int, RedriveProgress]) -> None:
         """Replace what was loaded. Raises DeadLetterError where another replay did so meanwhile."""
         data = dump_progress(self._topic_id, progress)
         try:
@@ -123,15 +123,15 @@ class DeadLetters:
     def __exit__(self, *_: object) -> None:
         self._consumer.close()
 
-    def progress(self) -> dict[int, Progress]:
+    def progress(self) -> dict[int, RedriveProgress]:
         """How far replays came, by partition."""
         return self._saved.load()
 
-    def erasures(self) -> Callable[[Letter], bool]:
+    def erasures(self) -> Callable[[DeadLetterRecord], bool]:
         """Whether what a letter holds was to be forgotten since it was refused."""
         return _Erasures(self._saved.store)
 
-    def scan(self, since: datetime | None = None) -> Iterator[Letter]:
+    def scan(self, since: datetime | None = None) -> Iterator[DeadLetterRecord]:
         """The letters that are there now, oldest first within a partition."""
         with _kafka(self._settings):
             ends = self._consumer.end_offsets(self._partitions)
@@ -153,7 +153,7 @@ class DeadLetters:
             for each, records in batches.items():
                 yield from (_letter(record, self._settings) for record in records if record.offset < ends[each])
 
-    def letter(self, partition: int, offset: int) -> Letter:
+    def letter(self, partition: int, offset: int) -> DeadLetterRecord:
         """One letter. Raises NotFoundError."""
         place = TopicPartition(self._topic, partition)
         if place in self._partitions:
@@ -176,9 +176,9 @@ class DeadLetters:
         )  # fmt: skip
 
 
-def rehearse(letters: DeadLetters, selection: Selection, *, max_replays: int, limit: int = 0) -> Report:
+def rehearse(letters: DeadLetters, selection: Selection, *, max_replays: int, limit: int = 0) -> RedriveReport:
     """What a replay would do now; sends and saves nothing."""
-    report, progress, is_erased = Report(), letters.progress(), letters.erasures()
+    report, progress, is_erased = RedriveReport(), letters.progress(), letters.erasures()
     for letter in letters.scan(selection.since):
         room = limit - report.sent.total() if limit else 1
         decided = decide([letter], selection, progress, max_replays=max_replays, room=room, is_erased=is_erased)
@@ -188,7 +188,7 @@ def rehearse(letters: DeadLetters, selection: Selection, *, max_replays: int, li
     return report
 
 
-class Replayer:
+class Redriver:
     """Sends letters back, and saves which."""
 
     def __init__(self, settings: Settings, *, rate: float, monotonic: Callable[[], float] = time.monotonic) -> None:
@@ -219,17 +219,17 @@ class Replayer:
     def run(
         self, selection: Selection, *, max_replays: int, limit: int = 0, stop: threading.Event | None = None,
         on_sent: Callable[[int], None] = lambda _n: None,
-    ) -> Report:  # fmt: skip
+    ) -> RedriveReport:  # fmt: skip
         """Replay what is waiting now: letters that come meanwhile, refused again, are of the next run.
 
         limit: letters at most, 0 for all. stop: ends it after the batch under way. Raises DeadLetterError.
         """
-        stop, report = stop or threading.Event(), Report()
+        stop, report = stop or threading.Event(), RedriveReport()
         with _kafka(self._settings):
             ends = self._consumer.end_offsets(self._partitions)
             lows = self._consumer.beginning_offsets(self._partitions)
             saved = self._saved.load()
-            progress = {each.partition: saved.get(each.partition) or Progress() for each in self._partitions}
+            progress = {each.partition: saved.get(each.partition) or RedriveProgress() for each in self._partitions}
             self._saved.save(progress)  # from here on a replay that began earlier ends
             self._consumer.assign(self._partitions)
             for each in self._partitions:
@@ -262,7 +262,11 @@ class Replayer:
         return report
 
     def _replay(
-        self, letters: Sequence[Letter], never: Sequence[Letter], report: Report, progress: dict[int, Progress]
+        self,
+        letters: Sequence[DeadLetterRecord],
+        never: Sequence[DeadLetterRecord],
+        report: RedriveReport,
+        progress: dict[int, RedriveProgress],
     ) -> int:
         """Send, wait for every acknowledgement, save. Returns how many were sent."""
         if not letters and not never:
@@ -292,8 +296,10 @@ class Replayer:
         return self._producer.send(topic, key=back.key, value=back.value, headers=headers, partition=partition)
 
 
-def _letter(record: Any, settings: Settings) -> Letter:
-    return read_letter(record.partition, record.offset, record.key, record.value, record.headers, settings.topic_prefix)
+def _letter(record: Any, settings: Settings) -> DeadLetterRecord:
+    return read_dead_letter(
+        record.partition, record.offset, record.key, record.value, record.headers, settings.topic_prefix
+    )
 
 
 def _consumer(settings: Settings, batch: int) -> Any:

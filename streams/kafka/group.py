@@ -37,7 +37,7 @@ class KafkaLinkError(PerennialError):
 
 
 @dataclass(frozen=True)
-class Record:
+class ConsumedRecord:
     """One Kafka record. epoch: how often its partition had left this member when it was read."""
 
     topic: str
@@ -49,7 +49,7 @@ class Record:
     epoch: int
 
 
-class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
+class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
     """A group member on one topic. Nothing is committed but by `commit`, and only where the partition is still ours."""
 
     def __init__(self, settings: Settings, topic: str, group: str, max_records: int) -> None:
@@ -103,7 +103,7 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         self._epochs.update(lost)
         self._held -= set(lost)
 
-    def poll(self, timeout_s: float) -> list[Record]:
+    def poll(self, timeout_s: float) -> list[ConsumedRecord]:
         """What came within the time, in the order of its partition; also keeps the group membership.
 
         It may take a second longer while the group rebalances.
@@ -122,7 +122,7 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         if self._owed and not self._rebalancing:
             self._settle()
         return [
-            Record(
+            ConsumedRecord(
                 self._topic, record.partition, record.offset, record.key, record.value,
                 list(record.headers or ()), self._epochs[partition],
             )
@@ -130,11 +130,11 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
             for record in batch
         ]  # fmt: skip
 
-    def owns(self, record: Record) -> bool:
+    def owns(self, record: ConsumedRecord) -> bool:
         """Whether the record's partition has stayed with this member since the record was read."""
         return self._epochs[TopicPartition(self._name, record.partition)] == record.epoch
 
-    def commit(self, records: Iterable[Record]) -> None:
+    def commit(self, records: Iterable[ConsumedRecord]) -> None:
         """Commit past these records, except on partitions that were taken away meanwhile.
 
         While the group rebalances nothing can be committed: it is done in a later poll then, if the partition stays.
@@ -188,7 +188,7 @@ class Inbox(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python ha
         self.close()
 
 
-class Outbox:
+class ConfirmingProducer:
     """An idempotent producer that counts a record as sent only when every replica in sync has it."""
 
     def __init__(self, settings: Settings, role: str, metrics: Metrics, now: Callable[[], datetime]) -> None:
@@ -217,7 +217,7 @@ class Outbox:
         record = encode(event, id=id, source=f"perennial/{self._role}", time=time, traceparent=traceparent)
         self._send(event.topic, record.key, record.value, record.headers)
 
-    def refuse(self, record: Record, reason: str, detail: str) -> None:
+    def refuse(self, record: ConsumedRecord, reason: str, detail: str) -> None:
         """Put a record that cannot be handled into the dead letters."""
         value, headers = dead_letter(
             record.value,

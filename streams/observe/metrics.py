@@ -324,7 +324,7 @@ class _BoundedServer(ThreadingHTTPServer):
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
 
-class Server:
+class MetricsServer:
     """The running HTTP server. `port` is the real one where 0 was asked for; close it, or use `with`."""
 
     def __init__(self, httpd: _BoundedServer) -> None:
@@ -348,11 +348,11 @@ class Server:
         self.close()
 
 
-def serve(metrics: Metrics, host: str = "127.0.0.1", port: int = 0) -> Server:
+def serve_metrics(metrics: Metrics, host: str = "127.0.0.1", port: int = 0) -> MetricsServer:
     """Answer GET and HEAD of /metrics and /healthz in threads of their own. Raises MetricsError."""
     handler = type("Handler", (_Handler,), {"metrics": metrics})
     try:
-        return Server(_BoundedServer((host, port), handler))
+        return MetricsServer(_BoundedServer((host, port), handler))
     except (OSError, OverflowError) as error:
         raise MetricsError(
             f"cannot listen for /metrics: {error}",

@@ -22,7 +22,7 @@ from perennial.streams.events.cloudevents import WireError, dead_letter, decode,
 from perennial.streams.events.models import Event, RetentionRequested
 from perennial.streams.kafka.acks import AckReader
 from perennial.streams.observe.metrics import Metrics
-from perennial.streams.retain.service import SOURCE, Retention, StoreFacts
+from perennial.streams.retain.service import SOURCE, RetainService, StoreFacts
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.retain")
@@ -44,7 +44,7 @@ class RetainAgent:
         self._metrics = metrics
         self._topic = settings.topic(TOPIC)
         self._acks = AckReader(settings)
-        self._retention = Retention(settings, metrics, StoreFacts(settings, store, self._acks), self._send)
+        self._retention = RetainService(settings, metrics, StoreFacts(settings, store, self._acks), self._send)
         self._revoked: int | None = None
         self._assigned = False
 

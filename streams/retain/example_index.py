@@ -19,7 +19,7 @@ from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import Batch
-from perennial.streams.retain.ledger import Known
+from perennial.streams.retain.ledger import StoredExample
 from perennial.streams.retention.quarantine_filter import text_hash
 
 log = logging.getLogger("perennial.retain")
@@ -34,10 +34,10 @@ class _Line:
 
     seq: int = 0
     version: str = ""
-    examples: dict[str, Known] = field(default_factory=dict)
+    examples: dict[str, StoredExample] = field(default_factory=dict)
 
 
-class Index:
+class ExampleIndex:
     """The known examples by adapter. Keeps those of adapters used last, about `max_examples` in all.
 
     A line that only grew by updates is read from where it was left; anything else is read anew. Not thread-safe.
@@ -48,7 +48,7 @@ class Index:
         self._max_examples = max_examples
         self._lines: OrderedDict[str, _Line] = OrderedDict()
 
-    def of(self, adapter: str) -> list[Known]:
+    def of(self, adapter: str) -> list[StoredExample]:
         """The examples of the adapter as its line stands now, by seq. Raises StoreError."""
         head = self._registry.head(adapter)
         if head is None:
@@ -110,7 +110,7 @@ class Index:
             before = line.examples.get(name)
             if before is None:
                 bare = example.model_copy(update={"text": None, "prompt": None, "answer": None})
-                line.examples[name] = Known(bare, text_hash(example), manifest.seq, version, name in learned)
+                line.examples[name] = StoredExample(bare, text_hash(example), manifest.seq, version, name in learned)
             elif name in learned and not before.learned:
                 line.examples[name] = replace(before, seq=manifest.seq, version=version, learned=True)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Final, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
-from perennial.storage.registry.quarantine import Hold
+from perennial.storage.registry.quarantine import LegalHold
 from perennial.streams.events.models import (
     PERMANENT,
     ExampleAccepted,
@@ -34,7 +34,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Progress(_Part):
+class AdapterProgress(_Part):
     """How far one adapter of a request has come.
 
     version, generation: of a forgetting, what went live; of a revocation, while it is sent, what was live.
@@ -50,7 +50,7 @@ class Progress(_Part):
     detail: str = ""
 
 
-class Record(_Part):
+class RequestRecord(_Part):
     """A request and what became of it. example_ids: of the calendar's own requests. until_ms: see ForgetRequested."""
 
     request: RetentionRequested
@@ -59,7 +59,7 @@ class Record(_Part):
     example_ids: list[str] = []
     state: RetentionState = "accepted"
     detail: str = ""
-    adapters: dict[str, Progress] = {}
+    adapters: dict[str, AdapterProgress] = {}
     ended_ms: int | None = None
 
     @property
@@ -78,25 +78,25 @@ class Record(_Part):
         return self.request.adapter.endswith("*")
 
 
-class Book(_Part):
+class RequestLedger(_Part):
     """All requests that count: those open, policies and holds in force, and those ended not long ago."""
 
     schema_version: Annotated[int, Field(ge=1, le=1)] = 1
     revision: int = 0
-    records: dict[str, Record] = {}
+    records: dict[str, RequestRecord] = {}
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
         return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)
 
-    def standing(self, kind: Literal["hold", "policy"]) -> list[Record]:
+    def standing(self, kind: Literal["hold", "policy"]) -> list[RequestRecord]:
         """The holds, or the policies, in force."""
         return [r for r in self.records.values() if r.request.kind == kind and r.open and r.state == "executed"]
 
-    def holds_on(self, adapter: str) -> list[Hold]:
+    def holds_on(self, adapter: str) -> list[LegalHold]:
         """The holds on an adapter, as its quarantine lists them."""
         return [
-            Hold(
+            LegalHold(
                 request_id=record.request.request_id,
                 selector=plain(record.request.selector),
                 until_ms=ms_of(record.request.due_at),
@@ -107,7 +107,7 @@ class Book(_Part):
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class StoredExample:
     """An example whose text the store has. example: without its text. learned: by a version that may be live."""
 
     example: ExampleAccepted
@@ -136,7 +136,7 @@ def expires_ms(example: ExampleAccepted, policies: Iterable[Selector], times_s: 
     return min(ends, default=None)
 
 
-def policies_on(book: Book, adapter: str) -> tuple[list[Selector], list[int]]:
+def policies_on(book: RequestLedger, adapter: str) -> tuple[list[Selector], list[int]]:
     """The selectors of the policies in force for an adapter, and their times to live in seconds."""
     found = [
         (record.request.selector, duration_s(record.request.time_to_live))
@@ -146,7 +146,7 @@ def policies_on(book: Book, adapter: str) -> tuple[list[Selector], list[int]]:
     return [selector for selector, _ in found], [ttl for _, ttl in found]
 
 
-def calendar(book: Book, adapter: str, known: Sequence[Known], now_ms: int) -> list[Record]:
+def calendar(book: RequestLedger, adapter: str, known: Sequence[StoredExample], now_ms: int) -> list[RequestRecord]:
     """The requests that retain itself makes: for examples whose life ended, and for documents that name others.
 
     At most one expiry per adapter is open at a time, so what falls due meanwhile goes with the next.
@@ -154,7 +154,7 @@ def calendar(book: Book, adapter: str, known: Sequence[Known], now_ms: int) -> l
     return [*_expiry(book, adapter, known, now_ms), *_supersessions(book, adapter, known, now_ms)]
 
 
-def _expiry(book: Book, adapter: str, known: Sequence[Known], now_ms: int) -> list[Record]:
+def _expiry(book: RequestLedger, adapter: str, known: Sequence[StoredExample], now_ms: int) -> list[RequestRecord]:
     open_ones = [r for r in book.records.values() if r.open and r.request.adapter == adapter and r.example_ids]
     if open_ones:
         return []
@@ -172,8 +172,10 @@ def _expiry(book: Book, adapter: str, known: Sequence[Known], now_ms: int) -> li
     return _own(book, adapter, f"expire-{name}", "expire", "time to live ended", now_ms, now_ms, ids)
 
 
-def _supersessions(book: Book, adapter: str, known: Sequence[Known], now_ms: int) -> list[Record]:
-    made: list[Record] = []
+def _supersessions(
+    book: RequestLedger, adapter: str, known: Sequence[StoredExample], now_ms: int
+) -> list[RequestRecord]:
+    made: list[RequestRecord] = []
     for item in known:
         new = item.example
         if not (new.supersedes and item.learned):
@@ -188,7 +190,7 @@ def _supersessions(book: Book, adapter: str, known: Sequence[Known], now_ms: int
 
 
 def _own(
-    book: Book,
+    book: RequestLedger,
     adapter: str,
     request_id: str,
     kind: Literal["expire", "supersede"],
@@ -198,17 +200,17 @@ def _own(
     ids: list[str],
     selector: Selector | None = None,
     superseded_by: str | None = None,
-) -> list[Record]:
+) -> list[RequestRecord]:
     if request_id in book.records:
         return []
     request = RetentionRequested(
         request_id=request_id, kind=kind, adapter=adapter, selector=selector, superseded_by=superseded_by,
         requested_by=ITSELF, reason=reason,
     )  # fmt: skip
-    return [Record(request=request, received_ms=now_ms, until_ms=until_ms, example_ids=ids)]
+    return [RequestRecord(request=request, received_ms=now_ms, until_ms=until_ms, example_ids=ids)]
 
 
-def meanings_of_holds(book: Book, adapter: str) -> list[Callable[[ExampleAccepted], bool]]:
+def meanings_of_holds(book: RequestLedger, adapter: str) -> list[Callable[[ExampleAccepted], bool]]:
     """For each hold on the adapter, whether it is on an example."""
     found: list[Callable[[ExampleAccepted], bool]] = []
     for record in book.standing("hold"):
@@ -230,13 +232,13 @@ def _unordered(selector: Selector | None) -> dict[str, object] | None:
     return {name: frozenset(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
-def overdue(book: Book, now_ms: int) -> int:
+def overdue(book: RequestLedger, now_ms: int) -> int:
     """How many open requests should have come to their end by now."""
     waits = [r for r in book.records.values() if r.open and r.request.kind not in {"hold", "policy"}]
     return sum((ms_of(record.request.due_at) or now_ms + 1) <= now_ms for record in waits)
 
 
-def count_states(records: Collection[Record]) -> dict[str, int]:
+def count_states(records: Collection[RequestRecord]) -> dict[str, int]:
     """How many requests are in each state."""
     return {state: sum(record.state == state for record in records) for state in STATES}
 

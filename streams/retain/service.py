@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.quarantine import Done, load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import RequestOutcome, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import WireError
 from perennial.streams.events.models import Event, ForgetRequested, RetentionRequested, RollbackRequested
@@ -28,9 +28,9 @@ from perennial.streams.kafka.acks import AckReader
 from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.clock import ClockGuard
-from perennial.streams.retain.example_index import Index
-from perennial.streams.retain.ledger import Book, Known, calendar, count_states, overdue
-from perennial.streams.retain.state_machine import Change, Live, Turn
+from perennial.streams.retain.example_index import ExampleIndex
+from perennial.streams.retain.ledger import RequestLedger, StoredExample, calendar, count_states, overdue
+from perennial.streams.retain.state_machine import AliasPosition, Change, RequestProcessor
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.retain")
@@ -64,7 +64,7 @@ class StoreFacts:
     def __init__(self, settings: Settings, store: ObjectStore, acks: AckReader) -> None:
         self.store = store
         self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
-        self._index = Index(self.registry)
+        self._index = ExampleIndex(self.registry)
         self._acks = acks
         self._alias = settings.alias
         self._adapters: list[str] = []
@@ -78,21 +78,21 @@ class StoreFacts:
             self._listed_s = time.monotonic()
         return self._adapters
 
-    def known(self, adapter: str) -> Sequence[Known]:
+    def known(self, adapter: str) -> Sequence[StoredExample]:
         """See Facts."""
         return self._index.of(adapter)
 
-    def done(self, adapter: str, request_id: str) -> Done | None:
+    def done(self, adapter: str, request_id: str) -> RequestOutcome | None:
         """See Facts."""
         entry = load_quarantine(self.store, adapter).entry(request_id)
         return entry.done if entry else None
 
-    def live(self, adapter: str) -> Live:
+    def live(self, adapter: str) -> AliasPosition:
         """See Facts."""
         state = self.registry.alias(adapter, self._alias)
         if state is None:
-            return Live(None, 0)
-        return Live(None if state.kind == "retired" else state.version, state.generation)
+            return AliasPosition(None, 0)
+        return AliasPosition(None if state.kind == "retired" else state.version, state.generation)
 
     def is_revoked(self, adapter: str, version: str) -> bool:
         """See Facts."""
@@ -104,7 +104,7 @@ class StoreFacts:
         return self._acks.lagging(adapter, self._alias, generation, revoked)
 
 
-class Retention:
+class RetainService:
     """The book, its turns and its clock, in one process. send: see Send. wall_ms, monotonic_ms: the clocks."""
 
     def __init__(
@@ -137,7 +137,7 @@ class Retention:
             now_ms = await asyncio.to_thread(self._now_ms)
             book, etag = await asyncio.to_thread(self._load)
             self._refuse_if_full(book, request)
-            turn = Turn(book, now_ms, self._at())
+            turn = RequestProcessor(book, now_ms, self._at())
             turn.receive(request, received_ms)
             await asyncio.to_thread(turn.advance, self._facts, {request.request_id})
             try:
@@ -148,7 +148,7 @@ class Retention:
             return
         raise ConflictError(f"too many writers change {BOOK_KEY}", remedy="restarting loses nothing")
 
-    def _refuse_if_full(self, book: Book, request: RetentionRequested) -> None:
+    def _refuse_if_full(self, book: RequestLedger, request: RetentionRequested) -> None:
         """Raises WireError: a request in the dead letters can be sent again, one that ends the role takes all with it."""
         if request.request_id in book.records or request.kind == "release":
             return
@@ -162,7 +162,7 @@ class Retention:
     async def tick(self) -> None:
         """See what fell due, go on with what is open, tell the figures."""
         book, etag = await asyncio.to_thread(self._load)
-        turn = Turn(book, await asyncio.to_thread(self._now_ms), self._at())
+        turn = RequestProcessor(book, await asyncio.to_thread(self._now_ms), self._at())
         if len(book.to_bytes()) <= CALENDAR_BOOK_BYTES:
             await asyncio.to_thread(self._look, turn)
         else:
@@ -181,7 +181,7 @@ class Retention:
         await asyncio.to_thread(self._save_clock, turn.now_ms)
         self._report(turn.book, turn.now_ms)
 
-    def _look(self, turn: Turn) -> None:
+    def _look(self, turn: RequestProcessor) -> None:
         """Put what the calendar says of some adapters into the turn, going on at the next tick where time ran out."""
         names = self._facts.adapters()
         began = time.monotonic()
@@ -193,7 +193,7 @@ class Retention:
                 turn.add(record)
             self._next_adapter = adapter
 
-    async def _perform(self, before: Book, turn: Turn, etag: str | None) -> None:
+    async def _perform(self, before: RequestLedger, turn: RequestProcessor, etag: str | None) -> None:
         for change in turn.changes:
             await asyncio.to_thread(self._apply, change)
         if turn.changes:
@@ -218,8 +218,8 @@ class Retention:
     def _apply(self, change: Change) -> None:
         update_quarantine(self._store, change.adapter, change.apply)
 
-    def _load(self) -> tuple[Book, str | None]:
-        return load_book(self._store)
+    def _load(self) -> tuple[RequestLedger, str | None]:
+        return load_ledger(self._store)
 
     def _now_ms(self) -> int:
         if self._clock is None:
@@ -254,7 +254,7 @@ class Retention:
     def _at(self) -> datetime:
         return datetime.fromtimestamp(self._wall_ms() / 1000, UTC)
 
-    def _count(self, before: Book, book: Book) -> None:
+    def _count(self, before: RequestLedger, book: RequestLedger) -> None:
         for name, record in book.records.items():
             old = before.records.get(name)
             if (old is None or old.state != record.state) and record.state in {"closed", "failed"}:
@@ -262,7 +262,7 @@ class Retention:
                 if record.state == "closed" and record.request.kind in {"erase", "expire", "supersede"}:
                     self._metrics.forgot(record.examples, (self._wall_ms() - record.received_ms) / 1000)
 
-    def _report(self, book: Book, now_ms: int) -> None:
+    def _report(self, book: RequestLedger, now_ms: int) -> None:
         records = list(book.records.values())
         for state, count in count_states(records).items():
             self._metrics.forget_requests(state, count)
@@ -270,14 +270,14 @@ class Retention:
         self._metrics.quarantined(sum(r.examples for r in records if r.state in {"held", "quarantined"}))
 
 
-def load_book(store: ObjectStore) -> tuple[Book, str | None]:
+def load_ledger(store: ObjectStore) -> tuple[RequestLedger, str | None]:
     """The book of retention requests and its etag; an empty one where none was written. Raises IntegrityError."""
     try:
         stored = store.get(BOOK_KEY, MAX_BOOK_BYTES)
     except NotFoundError:
-        return Book(), None
+        return RequestLedger(), None
     try:
-        return Book.model_validate_json(stored.data), stored.etag
+        return RequestLedger.model_validate_json(stored.data), stored.etag
     except ValidationError as error:
         raise IntegrityError(
             f"{BOOK_KEY} does not hold a book of this version", got=stored.data[:100], allowed="schema_version 1",

@@ -16,7 +16,7 @@ from datetime import datetime
 from hashlib import sha256
 from typing import Final, Protocol
 
-from perennial.storage.registry.quarantine import Done, Entry, Hold, Quarantine
+from perennial.storage.registry.quarantine import LegalHold, Quarantine, QuarantineEntry, RequestOutcome
 from perennial.streams.events.cloudevents import WireError
 from perennial.streams.events.models import (
     PERMANENT,
@@ -28,11 +28,11 @@ from perennial.streams.events.models import (
     RollbackRequested,
 )
 from perennial.streams.retain.ledger import (
-    Book,
-    Known,
+    AdapterProgress,
     Phase,
-    Progress,
-    Record,
+    RequestLedger,
+    RequestRecord,
+    StoredExample,
     covers,
     meanings_of_holds,
     ms_of,
@@ -50,7 +50,7 @@ _FORGETS: Final = frozenset({"erase", "expire", "supersede"})
 
 
 @dataclass(frozen=True)
-class Live:
+class AliasPosition:
     """What an alias points at; version None where nothing is live."""
 
     version: str | None
@@ -64,15 +64,15 @@ class Facts(Protocol):
         """Every adapter that has anything in the store."""
         ...
 
-    def known(self, adapter: str) -> Sequence[Known]:
+    def known(self, adapter: str) -> Sequence[StoredExample]:
         """The examples whose text the store has."""
         ...
 
-    def done(self, adapter: str, request_id: str) -> Done | None:
+    def done(self, adapter: str, request_id: str) -> RequestOutcome | None:
         """What the learner noted on the request's entry."""
         ...
 
-    def live(self, adapter: str) -> Live:
+    def live(self, adapter: str) -> AliasPosition:
         """Where the alias points."""
         ...
 
@@ -90,8 +90,8 @@ class Change:
     """What to make of an adapter's quarantine: exactly these holds, one more entry, more suppressed, some entries less."""
 
     adapter: str
-    holds: tuple[Hold, ...]
-    entry: Entry | None = None
+    holds: tuple[LegalHold, ...]
+    entry: QuarantineEntry | None = None
     suppress: frozenset[str] = frozenset()
     drop: tuple[str, ...] = ()
 
@@ -109,10 +109,10 @@ def job_id_of(request_id: str, adapter: str) -> str:
 
 
 @dataclass
-class Turn:
+class RequestProcessor:
     """One turn over the book. now_ms: guarded. at: the time that statuses carry."""
 
-    book: Book
+    book: RequestLedger
     now_ms: int
     at: datetime
     changes: list[Change] = field(default_factory=list)
@@ -129,7 +129,7 @@ class Turn:
             self._say(before)
             return
         wrong = problem(request, self.book, received_ms)
-        record = Record(request=request, received_ms=received_ms, until_ms=received_ms)
+        record = RequestRecord(request=request, received_ms=received_ms, until_ms=received_ms)
         if request.kind == "expire" and request.due_at is not None:
             record = record.model_copy(update={"until_ms": max(received_ms, ms_of(request.due_at) or 0)})
         self.add(record)
@@ -145,12 +145,12 @@ class Turn:
                 self._lift(hold, f"released by {request.request_id}")
             self._end(record, "closed", f"released {len(released)} holds")
 
-    def add(self, record: Record) -> None:
+    def add(self, record: RequestRecord) -> None:
         """Take a request into the book: it is accepted."""
         self._put(record)
         self._say(record)
 
-    def _policy(self, record: Record) -> None:
+    def _policy(self, record: RequestRecord) -> None:
         request = record.request
         for other in self.book.standing("policy"):
             if (other.request.adapter, other.request.selector) == (request.adapter, request.selector):
@@ -160,7 +160,7 @@ class Turn:
         else:
             self._move(record, "executed", "in force until it is replaced")
 
-    def _lift(self, hold: Record, detail: str) -> None:
+    def _lift(self, hold: RequestRecord, detail: str) -> None:
         hold = self._end(hold, "closed", detail)
         self.changes += [self._change(adapter) for adapter in hold.adapters]
 
@@ -186,13 +186,15 @@ class Turn:
                 self._revoke(record, facts)
         self._prune()
 
-    def _spread(self, hold: Record, facts: Facts) -> None:
+    def _spread(self, hold: RequestRecord, facts: Facts) -> None:
         new = [adapter for adapter in _targets(hold, facts) if adapter not in hold.adapters]
         if new:
             self.changes += [self._change(adapter) for adapter in new]
-            self._put(hold.model_copy(update={"adapters": hold.adapters | dict.fromkeys(new, Progress(phase="done"))}))
+            self._put(
+                hold.model_copy(update={"adapters": hold.adapters | dict.fromkeys(new, AdapterProgress(phase="done"))})
+            )
 
-    def _forget(self, record: Record, facts: Facts) -> None:
+    def _forget(self, record: RequestRecord, facts: Facts) -> None:
         due_ms = ms_of(record.request.due_at) if record.request.kind == "expire" else None
         if due_ms is not None and self.now_ms < due_ms:
             return
@@ -201,16 +203,16 @@ class Turn:
             return
         adapters = dict(record.adapters)
         for adapter in targets:
-            found = adapters.get(adapter, Progress(phase="waiting"))
+            found = adapters.get(adapter, AdapterProgress(phase="waiting"))
             if found.phase in {"waiting", "held", "sent"}:
                 adapters[adapter] = self._forget_in(adapter, record, found, facts)
         self._settle(record, adapters, facts)
 
-    def _forget_in(self, adapter: str, record: Record, found: Progress, facts: Facts) -> Progress:
+    def _forget_in(self, adapter: str, record: RequestRecord, found: AdapterProgress, facts: Facts) -> AdapterProgress:
         request = record.request
         done = facts.done(adapter, request.request_id) if found.phase != "waiting" else None
         if done is not None:
-            return Progress(
+            return AdapterProgress(
                 phase="failed" if done.failure else "done", until_ms=found.until_ms, examples=done.examples,
                 version=done.version, generation=done.generation, detail=done.failure,
             )  # fmt: skip
@@ -228,25 +230,25 @@ class Turn:
             self.events.append(job)
             sent_ms = self.now_ms
         if phase != found.phase:
-            entry = Entry(
+            entry = QuarantineEntry(
                 request_id=request.request_id, job_id=job.job_id, kind=request.kind, selector=plain(job.selector),
                 example_ids=record.example_ids, until_ms=until_ms, suppress=job.suppress,
             )  # fmt: skip
             hashes = {item.text_hash for item in meant if item.text_hash} if job.suppress and not held else set()
             self.changes.append(self._change(adapter, entry, frozenset(hashes)))
-        return Progress(phase=phase, until_ms=until_ms, sent_ms=sent_ms, examples=len(meant))
+        return AdapterProgress(phase=phase, until_ms=until_ms, sent_ms=sent_ms, examples=len(meant))
 
-    def _revoke(self, record: Record, facts: Facts) -> None:
+    def _revoke(self, record: RequestRecord, facts: Facts) -> None:
         adapters = dict(record.adapters)
         for adapter in _targets(record, facts):
             found, live = adapters.get(adapter), facts.live(adapter)
             if found is None and live.version is None:
                 nothing = "nothing is live: there is no version to revoke; see `perennial adapters show`"
                 if not record.is_pattern:
-                    adapters[adapter] = Progress(phase="failed", detail=nothing)
+                    adapters[adapter] = AdapterProgress(phase="failed", detail=nothing)
             elif found is None:
                 adapters[adapter] = self._send_revocation(
-                    record, adapter, Progress(phase="sent", version=live.version, generation=live.generation)
+                    record, adapter, AdapterProgress(phase="sent", version=live.version, generation=live.generation)
                 )
             elif (
                 found.phase == "sent"
@@ -254,12 +256,12 @@ class Turn:
                 and live.version != found.version
                 and live.generation > (found.generation or 0)
             ):
-                adapters[adapter] = Progress(phase="done", version=live.version, generation=live.generation)
+                adapters[adapter] = AdapterProgress(phase="done", version=live.version, generation=live.generation)
             elif found.phase == "sent" and found.sent_ms + RESEND_MS <= self.now_ms:
                 adapters[adapter] = self._send_revocation(record, adapter, found)
         self._settle(record, adapters, facts)
 
-    def _send_revocation(self, record: Record, adapter: str, progress: Progress) -> Progress:
+    def _send_revocation(self, record: RequestRecord, adapter: str, progress: AdapterProgress) -> AdapterProgress:
         request = record.request
         self.events.append(
             RollbackRequested(
@@ -269,7 +271,7 @@ class Turn:
         )  # fmt: skip
         return progress.model_copy(update={"sent_ms": self.now_ms})
 
-    def _settle(self, record: Record, adapters: dict[str, Progress], facts: Facts) -> None:
+    def _settle(self, record: RequestRecord, adapters: dict[str, AdapterProgress], facts: Facts) -> None:
         """Put the adapters' progress together: the request is as far as the adapter that is furthest behind."""
         if adapters != record.adapters or not record.open:
             record = self._put(record.model_copy(update={"adapters": adapters, "ended_ms": None}))
@@ -290,7 +292,7 @@ class Turn:
         else:
             self._close(record, adapters, facts)
 
-    def _close(self, record: Record, adapters: Mapping[str, Progress], facts: Facts) -> None:
+    def _close(self, record: RequestRecord, adapters: Mapping[str, AdapterProgress], facts: Facts) -> None:
         behind = [
             replica
             for name, progress in adapters.items()
@@ -329,27 +331,29 @@ class Turn:
     # ---- parts
 
     def _change(
-        self, adapter: str, entry: Entry | None = None, suppress: frozenset[str] = frozenset(), *,
+        self, adapter: str, entry: QuarantineEntry | None = None, suppress: frozenset[str] = frozenset(), *,
         drop: tuple[str, ...] = (),
     ) -> Change:  # fmt: skip
         return Change(adapter, tuple(self.book.holds_on(adapter)), entry, suppress, drop)
 
-    def _put(self, record: Record) -> Record:
+    def _put(self, record: RequestRecord) -> RequestRecord:
         records = self.book.records | {record.request.request_id: record}
         self.book = self.book.model_copy(update={"records": records})
         return record
 
-    def _move(self, record: Record, state: RetentionState, detail: str, ended_ms: int | None = None) -> Record:
+    def _move(
+        self, record: RequestRecord, state: RetentionState, detail: str, ended_ms: int | None = None
+    ) -> RequestRecord:
         if (record.state, record.detail, record.ended_ms) == (state, detail, ended_ms):
             return record
         record = self._put(record.model_copy(update={"state": state, "detail": detail, "ended_ms": ended_ms}))
         self._say(record)
         return record
 
-    def _end(self, record: Record, state: RetentionState, detail: str) -> Record:
+    def _end(self, record: RequestRecord, state: RetentionState, detail: str) -> RequestRecord:
         return self._move(record, state, detail, self.now_ms)
 
-    def _say(self, record: Record) -> None:
+    def _say(self, record: RequestRecord) -> None:
         request = record.request
         versions = [p.version for p in record.adapters.values() if p.phase == "done" and p.version]
         self.events.append(
@@ -361,7 +365,7 @@ class Turn:
         )  # fmt: skip
 
 
-def problem(request: RetentionRequested, book: Book, received_ms: int) -> str:
+def problem(request: RetentionRequested, book: RequestLedger, received_ms: int) -> str:
     """Why a request makes no sense, and what to ask for instead; empty where it does."""
     kind, selector = request.kind, request.selector
     due_ms = ms_of(request.due_at)
@@ -394,7 +398,7 @@ def problem(request: RetentionRequested, book: Book, received_ms: int) -> str:
     return ""
 
 
-def _targets(record: Record, facts: Facts) -> list[str]:
+def _targets(record: RequestRecord, facts: Facts) -> list[str]:
     """The adapters of a request: the one it names, or those of its pattern that the store knows."""
     if not record.is_pattern:
         return [record.request.adapter]
@@ -402,7 +406,7 @@ def _targets(record: Record, facts: Facts) -> list[str]:
     return sorted({*record.adapters, *found})
 
 
-def _until_ms(record: Record, known: Sequence[Known]) -> int | None:
+def _until_ms(record: RequestRecord, known: Sequence[StoredExample]) -> int | None:
     """Up to when what it means was published; None while the document that supersedes is not learned."""
     new_id = record.request.superseded_by
     if new_id is None:
@@ -411,7 +415,7 @@ def _until_ms(record: Record, known: Sequence[Known]) -> int | None:
     return min(record.until_ms, max(new) - 1) if new else None
 
 
-def _job(record: Record, adapter: str, until_ms: int) -> ForgetRequested:
+def _job(record: RequestRecord, adapter: str, until_ms: int) -> ForgetRequested:
     request = record.request
     return ForgetRequested(
         job_id=job_id_of(request.request_id, adapter), request_id=request.request_id, kind=request.kind,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from hashlib import sha256
 
-from perennial.storage.registry.quarantine import TEXT_HASH_CHARS, Entry, Hold, Quarantine
+from perennial.storage.registry.quarantine import TEXT_HASH_CHARS, LegalHold, Quarantine, QuarantineEntry
 from perennial.streams.events.models import ExampleAccepted, Selector
 
 
@@ -27,7 +27,7 @@ def text_hash(example: ExampleAccepted) -> str | None:
     return sha256(material.encode("utf-8", "surrogatepass")).hexdigest()[:TEXT_HASH_CHARS]
 
 
-class Screen:
+class QuarantineFilter:
     """A quarantine, ready to be asked about many examples."""
 
     def __init__(self, quarantine: Quarantine) -> None:
@@ -39,7 +39,7 @@ class Screen:
         """The request id of a hold on the example: while it stands, the example must not be erased."""
         return next((hold.request_id for hold, means in self._holds if means(example)), None)
 
-    def entry_of(self, example: ExampleAccepted) -> Entry | None:
+    def entry_of(self, example: ExampleAccepted) -> QuarantineEntry | None:
         """The first entry that means the example; None where there is none or a hold exempts it.
 
         A hold does not undo what was carried out before it: an entry that is done goes on blocking what comes late.
@@ -51,7 +51,7 @@ class Screen:
         """Whether its text is to be kept out for good: by any entry that means it, be another one the first."""
         return any(entry.suppress for entry in self._entries_of(example))
 
-    def _entries_of(self, example: ExampleAccepted) -> list[Entry]:
+    def _entries_of(self, example: ExampleAccepted) -> list[QuarantineEntry]:
         found = [entry for entry, means in self._entries if means(example)]
         if found and self.held_by(example) is not None:
             found = [entry for entry in found if entry.done is not None]
@@ -68,10 +68,10 @@ class Screen:
 
 def blocks(quarantine: Quarantine, example: ExampleAccepted) -> bool:
     """Whether the example must not be learned; use a Screen for many examples."""
-    return Screen(quarantine).blocks(example)
+    return QuarantineFilter(quarantine).blocks(example)
 
 
-def _meaning_of_entry(entry: Entry) -> Callable[[ExampleAccepted], bool]:
+def _meaning_of_entry(entry: QuarantineEntry) -> Callable[[ExampleAccepted], bool]:
     selector = None if entry.selector is None else Selector.model_validate(entry.selector)
     ids = frozenset(entry.example_ids)
     return lambda example: (
@@ -80,7 +80,7 @@ def _meaning_of_entry(entry: Entry) -> Callable[[ExampleAccepted], bool]:
     )
 
 
-def _meaning_of_hold(hold: Hold) -> Callable[[ExampleAccepted], bool]:
+def _meaning_of_hold(hold: LegalHold) -> Callable[[ExampleAccepted], bool]:
     if hold.selector is None:
         return lambda _: True
     return Selector.model_validate(hold.selector).matches

@@ -26,15 +26,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from perennial.learner.forgetting.executor import Forgetter
+from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.model.base import load_base
 from perennial.learner.model.loss import mean_nats, row_losses
-from perennial.learner.model.tokenization import ExampleError, Row
+from perennial.learner.model.tokenization import ExampleError, TokenRow
 from perennial.learner.roles.learner import make_lineage
-from perennial.learner.versions.update_job import Lineage
+from perennial.learner.versions.update_job import VersionWriter
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import put_blob
-from perennial.storage.registry.quarantine import Entry, update_quarantine
+from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.storage.registry.registry import Head
 from perennial.streams.cli.demo.texts import package_docstrings
 from perennial.streams.events.models import (
@@ -104,8 +104,8 @@ class Bench:
         self.rng = random.Random(f"forgetting {seed}")
         self.folder = folder
         self.store = DirectoryStore(folder / "store")
-        self.line: Lineage = make_lineage(settings, self.store, load_base(settings.base, "cpu", settings.threads))
-        self.forgetter = Forgetter(self.line, _now, lambda _: None)
+        self.line: VersionWriter = make_lineage(settings, self.store, load_base(settings.base, "cpu", settings.threads))
+        self.forgetter = ForgetExecutor(self.line, _now, lambda _: None)
         found = package_docstrings(PACKAGE, examples + HELD_OUT)
         texts = [(name, f"{name}: {text}"[:TEXT_CHARS]) for name, text in found]
         self.documents = [self.document(number, name, text) for number, (name, text) in enumerate(texts[:examples])]
@@ -129,7 +129,7 @@ class Bench:
             ),
         )  # fmt: skip
 
-    def rows(self, text: str) -> list[Row]:
+    def rows(self, text: str) -> list[TokenRow]:
         """Rows of a text that nothing learns."""
         example = self.document(0, "held-out", text)
         try:
@@ -187,7 +187,7 @@ class Bench:
     def forget(self, number: int) -> Outcome:
         """Have one request carried out as retain and learner do, then train from scratch without it."""
         kind, job, meant = self.ask(number)
-        entry = Entry(
+        entry = QuarantineEntry(
             request_id=job.request_id, job_id=job.job_id, kind=job.kind, until_ms=job.until_ms, suppress=job.suppress,
             example_ids=job.example_ids,
             selector=job.selector.model_dump(mode="json", exclude_none=True) if job.selector else None,

@@ -25,7 +25,7 @@ from perennial.storage.registry.registry import AliasState
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.latency import stage_seconds, summarise
-from perennial.streams.cli.demo.ledger import Ledger
+from perennial.streams.cli.demo.ledger import LearnedExamples
 from perennial.streams.cli.demo.texts import package_docstrings
 from perennial.streams.client.publisher import Publisher, Subscriber
 from perennial.streams.devstack.stack import Stack
@@ -88,7 +88,7 @@ def main() -> None:
         publishing.join()
         subscriber.close()
         follower.close()
-        ledger = Ledger(open_registry(settings), ADAPTER)
+        ledger = LearnedExamples(open_registry(settings), ADAPTER)
         ledger.refresh()
     finally:
         stop.set()
@@ -108,7 +108,7 @@ def publish(kafka: str, per_s: float, stop: threading.Event) -> None:
             publisher.document(adapter=ADAPTER, document_id=name, text=text)
 
 
-def report(rows: list[dict[str, float]], ledger: Ledger, per_s: float) -> None:
+def report(rows: list[dict[str, float]], ledger: LearnedExamples, per_s: float) -> None:
     """Print the table and, last, the line of JSON."""
     summary = summarise(rows)
     print(f"\n{'stage':<24}{'p50 s':>9}{'p95 s':>9}{'n':>6}")

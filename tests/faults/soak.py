@@ -35,7 +35,7 @@ from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from tests.faults.soak_load import ADAPTERS, Load
 from tests.faults.soak_verdict import Verdict, judge
-from tests.integration.learner_kit import base_folder
+from tests.integration.learner.learner_kit import base_folder
 from tests.integration.test_exactly_once import small_settings
 
 QUIET_S = 150.0

@@ -12,14 +12,14 @@ from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 
-from perennial.learner.versions.micro_batches import MAX_BATCH_BYTES, origins
+from perennial.learner.versions.micro_batches import MAX_BATCH_BYTES, batch_origins
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.curate.agent import state_key
 from perennial.streams.curate.batcher import MAX_STATE_BYTES
-from perennial.streams.deadletters.model import read_letter
+from perennial.streams.deadletters.model import read_dead_letter
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.models import (
     PERMANENT,
@@ -31,8 +31,8 @@ from perennial.streams.events.models import (
     UpdateRequested,
 )
 from perennial.streams.kafka.connect import connect
-from perennial.streams.retain.ledger import Book, expires_ms, meanings_of_holds
-from perennial.streams.retain.service import load_book
+from perennial.streams.retain.ledger import RequestLedger, expires_ms, meanings_of_holds
+from perennial.streams.retain.service import load_ledger
 from perennial.streams.settings import Settings
 from tests.faults import parts
 from tests.faults.soak_load import ADAPTERS, Load
@@ -84,7 +84,7 @@ class _Seen:
     lagging: int
     lines: dict[str, Line]
     reckoning: Reckoning
-    book: Book
+    book: RequestLedger
 
 
 def judge(settings: Settings, load: Load) -> Verdict:
@@ -160,7 +160,7 @@ def _look(settings: Settings, registry: Any) -> _Seen:
                 waiting.update(places)
     letters, job_letters = set(), []
     for record in parts.read_to_end(settings, "dead-letters"):
-        letter = read_letter(
+        letter = read_dead_letter(
             record.partition, record.offset, record.key, record.value, record.headers, settings.topic_prefix
         )
         if letter.source in _INPUTS:
@@ -172,7 +172,7 @@ def _look(settings: Settings, registry: Any) -> _Seen:
     contents = {place: _content(value) for place, value in values.items()}
     reckoning = reckon(contents, lines.values(), accepted, letters, carried, waiting)
     return _Seen(
-        values, accepted, letters, job_letters, waiting, lagging, lines, reckoning, load_book(registry.store)[0]
+        values, accepted, letters, job_letters, waiting, lagging, lines, reckoning, load_ledger(registry.store)[0]
     )
 
 
@@ -211,7 +211,7 @@ def _covered(store: ObjectStore, event: object) -> list[Place]:
     if isinstance(event, UpdateRequested):
         with suppress(NotFoundError):  # made anew without what was erased: then the job is done
             batch = Batch.model_validate_json(get_blob(store, event.batch.digest, MAX_BATCH_BYTES))
-            return [_at(origin) for origin in origins(batch)]
+            return [_at(origin) for origin in batch_origins(batch)]
     return []
 
 

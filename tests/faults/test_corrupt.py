@@ -25,9 +25,9 @@ from perennial.streams.settings import Settings
 from tests import jobs
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import learner_kit as kit
+from tests.integration.learner import learner_kit as kit
 from tests.services import start_minio
-from tests.unit.test_lineage import ADAPTER, documents, lineage, now
+from tests.unit.learner.test_versions import ADAPTER, documents, lineage, now
 from tests.versions import MemoryBackend
 
 FLIPS = 1000

@@ -37,13 +37,13 @@ from tests import scratch
 from tests.faults.kit import Crew, places
 from tests.faults.parts import envelopes, stale_publishes
 from tests.faults.report import Row
-from tests.integration.test_intake import assert_in_order_without_gaps
+from tests.integration.streams.test_intake import assert_in_order_without_gaps
 from tests.oracle import Account, account
 from tests.services import start_minio
-from tests.unit.test_forget import readable
+from tests.unit.learner.test_forgetting import readable
 
 ELSEWHERE = {"dlq.send", "dlq.save"}
-"""The command `perennial dlq replay` is killed in tests/integration/test_dlq.py."""
+"""The command `perennial dlq replay` is killed in tests/integration/streams/test_dlq.py."""
 PER_CUT = 6
 PER_ROUND = 2 * PER_CUT
 GIVE_UP_S = 120.0

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from perennial.learner.roles import learner as worker
-from perennial.storage.registry.quarantine import Hold, load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import LegalHold, load_quarantine, update_quarantine
 from perennial.streams.events.models import AdapterPromoted
 from perennial.streams.kafka.topics import provision
 from tests import jobs
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import learner_kit as kit
 from tests.integration import test_forget as forgetting
+from tests.integration.learner import learner_kit as kit
 from tests.oracle import account
-from tests.unit.test_forget import readable
+from tests.unit.learner.test_forgetting import readable
 
 ADAPTER = forgetting.ADAPTER
 
@@ -83,7 +83,7 @@ def test_a_hold_that_comes_while_the_erasure_is_carried_out(given, tmp_path, rec
             job = forgetting.erase(given, f"r{number}", number)
             kit.send(given, job)
             parts.wait_stopped(learner)
-            update_quarantine(store, ADAPTER, lambda found: found.with_holds([Hold(request_id="h")]))
+            update_quarantine(store, ADAPTER, lambda found: found.with_holds([LegalHold(request_id="h")]))
             learner.send_signal(signal.SIGCONT)
             resumed = time.monotonic()
             done(given, committed + 1)

@@ -21,7 +21,7 @@ from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import learner_kit as kit
+from tests.integration.learner import learner_kit as kit
 
 STALL_S = 1.0
 FUZZ = int(os.environ.get("PERENNIAL_FUZZ", "10000"))

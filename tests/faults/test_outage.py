@@ -30,7 +30,7 @@ from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import learner_kit as kit
+from tests.integration.learner import learner_kit as kit
 from tests.integration.test_exactly_once import ADAPTERS, small_settings, text
 from tests.oracle import account
 from tests.services import minio_binary, missing_service

@@ -14,7 +14,7 @@ from kafka import KafkaProducer
 from perennial.learner.model.base import load_base
 from perennial.learner.roles import learner as worker
 from perennial.learner.roles.learner import run_learner
-from perennial.learner.versions.update_job import Lineage
+from perennial.learner.versions.update_job import VersionWriter
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.registry import Registry
 from perennial.streams.kafka import group as transport
@@ -24,9 +24,9 @@ from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import learner_kit as kit
 from tests.integration import test_curate as curating
 from tests.integration import test_intake as intaking
+from tests.integration.learner import learner_kit as kit
 from tests.oracle import account
 
 ADAPTER = "acme/support"
@@ -155,8 +155,8 @@ def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch,
     given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
     provision(given)
     started, go_on = threading.Event(), threading.Event()
-    update, commit, connect = Lineage.update, transport.Inbox.commit, transport.connect
-    assigned = transport.Inbox.on_partitions_assigned
+    update, commit, connect = VersionWriter.update, transport.GroupConsumer.commit, transport.connect
+    assigned = transport.GroupConsumer.on_partitions_assigned
     assignments, let_in, commits = [], [], []
 
     def held(self, request, alias):
@@ -174,13 +174,13 @@ def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch,
         assigned(self, partitions)
         assignments.append(list(partitions))
 
-    class Intruder(transport.Inbox):
+    class Intruder(transport.GroupConsumer):
         def on_partitions_assigned(self, partitions):
             let_in.append(list(partitions))
 
-    monkeypatch.setattr(transport.Inbox, "on_partitions_assigned", noting)
-    monkeypatch.setattr(Lineage, "update", held)
-    monkeypatch.setattr(transport.Inbox, "commit", committing)
+    monkeypatch.setattr(transport.GroupConsumer, "on_partitions_assigned", noting)
+    monkeypatch.setattr(VersionWriter, "update", held)
+    monkeypatch.setattr(transport.GroupConsumer, "commit", committing)
     kit.send(given, job(given, 0))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
         assert started.wait(60)

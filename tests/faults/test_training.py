@@ -13,14 +13,14 @@ from perennial.learner.roles import learner as worker
 from perennial.learner.roles.learner import run_learner
 from perennial.learner.training import trainer as train
 from perennial.storage.objects.directory_store import DirectoryStore
-from perennial.storage.registry.pending_deletes import tombstones
+from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.registry import Registry
 from perennial.streams.kafka.topics import provision
 from perennial.streams.observe.metrics import Metrics
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import learner_kit as kit
+from tests.integration.learner import learner_kit as kit
 from tests.oracle import account
 
 ADAPTER = "acme/support"
@@ -90,7 +90,7 @@ def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(give
     assert said[3:] == [(3, "promoted", ""), (5, "promoted", "")]
     assert max(widths) == 2
     assert [reason for reason, _ in letters] == ["out-of-memory"]
-    left = [found.refused for found in tombstones(line.store, ADAPTER)]
+    left = [found.refused for found in list_pending_deletes(line.store, ADAPTER)]
     assert left == [True], "whoever is to forget its text finds it"
     assert manifests[1].weights == manifests[2].weights == manifests[0].weights, "the refused left no trace"
     assert (lost, found.learned_twice, stale) == ([], [], [])

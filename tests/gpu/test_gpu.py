@@ -10,8 +10,8 @@ import torch
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import Lora, LoraConfig, is_finite
 from perennial.learner.model.loss import mean_nats, row_losses
-from perennial.learner.model.tokenization import Codec, Row, text_rows
-from perennial.learner.training.trainer import Plan, prepare, train
+from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
+from perennial.learner.training.trainer import TrainConfig, make_deterministic, train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,11 +20,11 @@ pytestmark = [
 TEXTS = [f"The blue parrot number {n} turns keys into small green boats at noon." for n in range(12)]
 
 
-def made() -> tuple[Lora, Codec, list[Row]]:
+def made() -> tuple[Lora, ExampleTokenizer, list[TokenRow]]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    prepare(2)
+    make_deterministic(2)
     lora = Lora(load_base("shipped", "cuda", 2), LoraConfig(rank=8, alpha=16))
-    codec = Codec(lora.base.tokenizer)
+    codec = ExampleTokenizer(lora.base.tokenizer)
     return lora, codec, [row for text in TEXTS for row in text_rows(text, codec, 64)]
 
 
@@ -32,7 +32,7 @@ def test_an_update_in_bf16_lowers_the_loss_and_keeps_the_adapter_in_fp32():
     lora, codec, rows = made()
     assert {p.dtype for n, p in lora.model.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
     state = lora.init_state("acme/support", 0)
-    plan = Plan(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
+    plan = TrainConfig(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
     lora.load(state)
     before = mean_nats(row_losses(lora, rows, pad=codec.pad, adapted=True))
     result = train(lora, state, None, [rows] * 12, plan)
@@ -46,7 +46,7 @@ def test_an_update_in_bf16_lowers_the_loss_and_keeps_the_adapter_in_fp32():
 
 def test_two_runs_on_one_device_agree_closely():
     lora, codec, rows = made()
-    plan = Plan(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
+    plan = TrainConfig(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
     one, two = (train(lora, lora.init_state("a", 0), None, [rows] * 3, plan).state for _ in range(2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-4)

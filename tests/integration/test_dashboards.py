@@ -37,7 +37,7 @@ from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import DocumentObserved
 from perennial.streams.kafka.topics import provision
-from perennial.streams.observe.metrics import Metrics, serve
+from perennial.streams.observe.metrics import Metrics, serve_metrics
 from perennial.streams.settings import Settings
 from tests import compose
 from tests.services import free_port, missing_service
@@ -275,7 +275,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
     supervisor = Supervisor(settings, tmp_path / "logs")
     asks = asked()
     following, lost, served = Metrics("subscriber", settings), Metrics("subscriber", settings), Metrics("retain")
-    with serve(following) as one, serve(lost) as two:
+    with serve_metrics(following) as one, serve_metrics(lost) as two:
         served_port = free_port()
         ports = [supervisor.children[role].port for role in ROLES]
         server = prometheus(configuration(tmp_path, ports, [one.port, two.port], served_port))
@@ -333,7 +333,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                     if ask.of_forgetting:
                         ask.series, ask.value, ask.source = 0, "", ""  # a zero says nothing: they are asked again
 
-                with serve(served, port=served_port):
+                with serve_metrics(served, port=served_port):
                     served.forget_overdue(1)
                     served.quarantined(3)
                     for state, count in (("accepted", 2), ("executed", 1), ("closed", 4)):

@@ -20,7 +20,7 @@ from perennial.streams.cli.app import app
 from perennial.streams.devstack.kafka_config import DEVELOPMENT
 from perennial.streams.devstack.kafka_jars import KAFKA_VERSION
 from perennial.streams.devstack.supervisor import ROLES
-from perennial.streams.observe.metrics import Metrics, serve
+from perennial.streams.observe.metrics import Metrics, serve_metrics
 from perennial.streams.settings import Settings
 from tests import compose
 from tests.services import missing_service
@@ -290,7 +290,7 @@ def test_the_health_check_is_green_only_for_a_role_that_works(status, body, code
     if status in {"ok", "stalled"}:
         metrics.waiting(status == "stalled")
     clock[0] = 1000.0
-    with serve(metrics) as server:
+    with serve_metrics(metrics) as server:
         port = server.port
         if status == "nobody":
             server._httpd.server_close()

@@ -23,7 +23,7 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob, put_blob
-from perennial.streams.cli.demo.ledger import Ledger
+from perennial.streams.cli.demo.ledger import LearnedExamples
 from perennial.streams.cli.demo.report import Forgetting
 from perennial.streams.client.publisher import Publisher, Subscriber
 from perennial.streams.events.models import Batch, ExampleAccepted, RetentionProgressed, RetentionRequested, Selector
@@ -119,13 +119,13 @@ class ForgetDemo:
     statuses: Statuses
     console: Console
     say: Callable[[str], None]
-    learn: Callable[[Ledger, int, str], None]
+    learn: Callable[[LearnedExamples, int, str], None]
     tend: Callable[[], None]
 
     def run(
         self,
         publisher: Publisher,
-        ledger: Ledger,
+        ledger: LearnedExamples,
         subscriber: Subscriber,
         rest: Sequence[tuple[str, str]],
         update_s: float,
@@ -202,7 +202,7 @@ class ForgetDemo:
                 f"the {kind} failed", got=event.detail, remedy="read the roles' logs (run with --keep)"
             )
 
-    def _served(self, subscriber: Subscriber, ledger: Ledger) -> bytes:
+    def _served(self, subscriber: Subscriber, ledger: LearnedExamples) -> bytes:
         """The weights that the demo's subscriber serves, once it serves what the alias points at."""
         with self._waiting("the subscriber to serve the live version") as waiting:
             while True:
@@ -227,7 +227,7 @@ class ForgetDemo:
 
         yield wait
 
-    def _cuts(self, ledger: Ledger) -> list[Batch]:
+    def _cuts(self, ledger: LearnedExamples) -> list[Batch]:
         """What each update was given, in order; read while the store still has it."""
         store = open_store(self.settings.require_store())
         return [
@@ -241,14 +241,14 @@ class ForgetDemo:
         from perennial.learner.model.base import load_base
         from perennial.learner.model.lora import to_safetensors
         from perennial.learner.roles.learner import make_lineage
-        from perennial.learner.training.update import Parent
+        from perennial.learner.training.update import TrainingState
         from perennial.learner.versions.micro_batches import BatchRows
 
         settings, store = self.settings, DirectoryStore(self.folder / "never-saw")
         base = load_base(settings.base, settings.device, settings.threads)
         updater = make_lineage(settings, store, base).updater
         rows = BatchRows(store, updater.rows)
-        state = Parent(updater.lora.init_state(PEOPLE, updater.recipe.seed), None, ())
+        state = TrainingState(updater.lora.init_state(PEOPLE, updater.recipe.seed), None, ())
         for cut in cuts:
             kept: list[ExampleAccepted] = [example for example in cut.examples if example.document_id not in gone]
             if not kept:
@@ -257,15 +257,15 @@ class ForgetDemo:
             digest = put_blob(store, body.encode())
             found = updater.update(state, kept, adapter=PEOPLE, cut=cut.cut, batch=digest, replayed=rows)
             if found.outcome == "promoted":
-                state = Parent(found.state, found.optimizer, found.replay)
+                state = TrainingState(found.state, found.optimizer, found.replay)
         return base, to_safetensors(state.state)
 
     def _losses(
         self, models: Mapping[str, bytes | None], groups: Mapping[str, Sequence[str]]
     ) -> dict[str, dict[str, float]]:
-        from perennial.learner.serving.evaluate import Probe
+        from perennial.learner.serving.evaluate import Evaluator
 
-        probe = Probe(self.settings, open_store(self.settings.require_store()))
+        probe = Evaluator(self.settings, open_store(self.settings.require_store()))
         with self.console.status("measuring what was forgotten and what was not"):
             return {
                 model: {name: probe.loss_of(weights, texts) for name, texts in groups.items()}

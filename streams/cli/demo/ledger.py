@@ -10,7 +10,7 @@ from perennial.storage.registry.registry import Registry
 
 
 @dataclass
-class Ledger:
+class LearnedExamples:
     """Counts examples of one adapter by what became of them; each manifest is read once."""
 
     registry: Registry

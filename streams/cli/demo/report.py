@@ -79,7 +79,7 @@ class Forgetting:
 
 
 @dataclass(frozen=True)
-class Report:
+class DemoReport:
     """Losses in nats per token on held-out text: by the frozen base, after the first domain, and now."""
 
     domains: Sequence[str]
@@ -136,7 +136,7 @@ class Report:
         }  # fmt: skip
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(report: DemoReport, console: Console) -> None:
     """The tables that a person reads."""
     table = Table(
         "held-out text", "frozen base", f"after {report.domains[0]}", "now", "now − base",
@@ -204,7 +204,7 @@ def print_forgetting(forgetting: Forgetting, console: Console) -> None:
     )
 
 
-def draw(report: Report, path: Path) -> None:
+def draw(report: DemoReport, path: Path) -> None:
     """The life of the adapter as a picture: loss by version, one line per domain, dashed where the base stands."""
     import matplotlib as mpl
 

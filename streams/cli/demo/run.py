@@ -29,8 +29,8 @@ from perennial.streams.cli.adapters import open_registry, short
 from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.forgetting import PEOPLE, ForgetDemo, Statuses
 from perennial.streams.cli.demo.latency import stage_seconds
-from perennial.streams.cli.demo.ledger import Ledger
-from perennial.streams.cli.demo.report import Forgetting, Report, draw, print_report
+from perennial.streams.cli.demo.ledger import LearnedExamples
+from perennial.streams.cli.demo.report import DemoReport, Forgetting, draw, print_report
 from perennial.streams.cli.demo.texts import package_docstrings
 from perennial.streams.client.publisher import Publisher, Subscriber
 from perennial.streams.devstack.stack import Stack
@@ -202,7 +202,7 @@ class Demo:
         for closer in reversed(self._closers):
             closer()
 
-    def run(self) -> Report:
+    def run(self) -> DemoReport:
         """The two domains one after the other, the corrections, and the judgement."""
         say, settings = self.watcher.say, self.stack.settings
         missing = [domain for domain in DOMAINS if domain not in self.train]
@@ -220,7 +220,7 @@ class Demo:
         )
         self._subscribe(LIBRARY)
         answering, _ = self._subscribe(SUPPORT)
-        library = Ledger(registry, LIBRARY)
+        library = LearnedExamples(registry, LIBRARY)
         ends: list[int] = []
         with Publisher(settings.kafka, settings=settings) as publisher:
             published, began = 0, time.monotonic()
@@ -237,12 +237,12 @@ class Demo:
                 ends.append(len(library.versions))
             update_s = (time.monotonic() - began) / len(library.versions)
             answers_before = {question: answering.generate(question, max_new_tokens=24) for question in CORRECTIONS}
-            self._correct(publisher, Ledger(registry, SUPPORT), answering)
+            self._correct(publisher, LearnedExamples(registry, SUPPORT), answering)
             answers = {question: answering.generate(question, max_new_tokens=24) for question in CORRECTIONS}
             _, people = self._subscribe(PEOPLE)
             forgetting = ForgetDemo(
                 settings, self.stack.data_dir, self.watcher.statuses, self.console, say, self._learn, self.stack.tend
-            ).run(publisher, Ledger(registry, PEOPLE), people, self.train[DOMAINS[0]][: self.kept], update_s)
+            ).run(publisher, LearnedExamples(registry, PEOPLE), people, self.train[DOMAINS[0]][: self.kept], update_s)
         return self._judge(library, ends, answers_before, answers, forgetting)
 
     def _subscribe(self, adapter: str) -> tuple[PeftBackend, Subscriber]:
@@ -258,7 +258,7 @@ class Demo:
         self._closers.append(subscriber.close)
         return backend, subscriber
 
-    def _learn(self, ledger: Ledger, wanted: int, title: str, timeout_s: float = 600) -> None:
+    def _learn(self, ledger: LearnedExamples, wanted: int, title: str, timeout_s: float = 600) -> None:
         deadline = time.monotonic() + timeout_s
         with Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeElapsedColumn(),
@@ -276,7 +276,7 @@ class Demo:
                 ledger.refresh()
                 progress.update(task, completed=ledger.accounted)
 
-    def _correct(self, publisher: Publisher, ledger: Ledger, answering: PeftBackend) -> None:
+    def _correct(self, publisher: Publisher, ledger: LearnedExamples, answering: PeftBackend) -> None:
         say = self.watcher.say
         published = 0
         for wave in range(self.waves):
@@ -305,17 +305,17 @@ class Demo:
 
     def _judge(
         self,
-        ledger: Ledger,
+        ledger: LearnedExamples,
         ends: Sequence[int],
         before: dict[str, str],
         answers: dict[str, str],
         forgetting: Forgetting,
-    ) -> Report:
+    ) -> DemoReport:
         from perennial.learner.model.base import general_texts
-        from perennial.learner.serving.evaluate import Probe
+        from perennial.learner.serving.evaluate import Evaluator
 
         settings = self.stack.settings
-        probe = Probe(settings, open_store(settings.store))
+        probe = Evaluator(settings, open_store(settings.store))
         groups = {**self.held_out, "general": general_texts("heldout")[:GENERAL]}
         promoted = [manifest for _, manifest in ledger.versions if manifest.outcome == "promoted"]
         change_at = sum(manifest.outcome == "promoted" for _, manifest in ledger.versions[: ends[0]])
@@ -325,7 +325,7 @@ class Demo:
             for index in progress.track(points, description="measuring versions on documents that none was shown"):
                 manifest = promoted[index - 1] if index else None
                 losses[index] = {name: probe.loss(manifest, texts) for name, texts in groups.items()}
-        return Report(
+        return DemoReport(
             domains=DOMAINS, base=losses[0], first=losses[change_at], now=losses[len(promoted)],
             curve=losses, change_at=change_at,
             drift_at=[sum(m.published_to_ms is not None and m.published_to_ms <= d.origin.timestamp_ms for m in promoted)

@@ -1,0 +1,192 @@
+"""The learner on a real broker: announces and commits, survives its own death, keeps its membership, refuses junk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from perennial.learner.model import base as base_module
+from perennial.learner.model.base import load_base
+from perennial.learner.roles import learner as worker
+from perennial.learner.roles.learner import run_learner
+from perennial.learner.roles.scorer import run_scorer
+from perennial.learner.versions.update_job import VersionWriter
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import AdapterPromoted, AdapterRolledBack, ExampleScored, RollbackRequested
+from perennial.streams.kafka import group as transport
+from perennial.streams.kafka.topics import provision
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings import Settings
+from tests import jobs, tiny
+from tests.integration.learner import learner_kit as kit
+
+ADAPTER = "acme/support"
+TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@pytest.fixture(autouse=True)
+def _few_general_texts(monkeypatch):
+    """Reading the standard library's texts takes seconds; the fault tests kill processes that do it for real."""
+    monkeypatch.setattr(worker, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
+    assert base_module.general_texts
+
+
+@pytest.fixture
+def given(broker, topic_prefix, tmp_path):
+    settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
+    provision(settings)
+    return settings
+
+
+def registry(settings: Settings) -> Registry:
+    return Registry(DirectoryStore(Path(settings.store)), nonce=lambda: "n", now=worker._now)
+
+
+def documents(*numbers: int):
+    return [tiny.document(n, f"the blue parrot {n} sings at noon") for n in numbers]
+
+
+def job(settings: Settings, cut: int, *numbers: int, **more):
+    return jobs.update(DirectoryStore(Path(settings.store)), cut, documents(*numbers), **more)
+
+
+def learned(settings: Settings) -> list[int]:
+    line = registry(settings)
+    return sorted(
+        example.offset for _, version in line.versions(ADAPTER) for example in line.manifest(ADAPTER, version).learned
+    )
+
+
+def test_a_job_is_learned_announced_and_committed(given):
+    metrics = Metrics("learner")
+    with kit.running(lambda stop: run_learner(given, stop, metrics)):
+        kit.send(given, job(given, 1, 0, 1, 2, 3), job(given, 2, 4, 5), traceparent=TRACE)
+        first, second = kit.envelopes(given, "adapter-updates", 2)
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 2, "both jobs are committed")
+    assert isinstance(first.event, AdapterPromoted)
+    assert isinstance(second.event, AdapterPromoted)
+    assert (first.event.generation, second.event.generation) == (1, 2)
+    assert second.event.previous_version == first.event.version
+    assert first.traceparent == TRACE
+    assert registry(given).alias(ADAPTER).version == second.event.version
+    assert learned(given) == [0, 1, 2, 3, 4, 5]
+    text = metrics.exposition().decode()
+    assert 'outcome="promoted"' in text
+    assert metrics.health()[0]
+
+
+def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(given):
+    missing = job(given, 1, 8, 9)
+    DirectoryStore(Path(given.store)).delete(blob_key(missing.batch.digest))
+    strange = job(given, 1, 0, 1).model_copy(update={"cut": 7, "batch": job(given, 2, 2, 3).batch})
+    back = RollbackRequested(job_id="r", adapter="nobody/here", requested_by="ann")
+    bad = (missing, ("adapter-jobs", b"{not json"), ("adapter-jobs", b'{"a":1}'), strange, back)
+    kit.send(given, *bad, job(given, 3, 4, 5))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        (event,) = kit.envelopes(given, "adapter-updates", 1)
+        reasons = [reason for reason, _ in kit.letters(given, len(bad))]
+    assert reasons[0] == "missing-batch"
+    assert reasons[3:] == ["wrong-adapter", "nothing-to-roll-back-to"]
+    assert isinstance(event.event, AdapterPromoted)
+    assert learned(given) == [4, 5]
+
+
+def test_a_refused_version_is_not_announced(given):
+    strict = given.model_copy(update={"min_gain_nats": 50.0})
+    kit.send(given, job(given, 1, 0, 1, 2, 3))
+    with kit.running(lambda stop: run_learner(strict, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is committed")
+    head = registry(given).head(ADAPTER)
+    assert (head.manifest.outcome, head.manifest.reason) == ("refused", "no-gain")
+    assert registry(given).alias(ADAPTER) is None
+    assert kit.read(given, "adapter-updates", 1, timeout_s=2) == []
+
+
+def test_a_rollback_is_announced_as_one(given):
+    kit.send(given, job(given, 1, 0, 1), job(given, 2, 2, 3))
+    kit.send(given, RollbackRequested(job_id="r", adapter=ADAPTER, requested_by="ann", reason="worse"))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        events = [envelope.event for envelope in kit.envelopes(given, "adapter-updates", 3)]
+    assert isinstance(events[2], AdapterRolledBack)
+    assert events[2].weights_sha256 == events[0].weights_sha256
+    assert events[2].reason == "worse"
+
+
+def test_membership_is_kept_while_training_takes_longer_than_the_poll_interval(given, monkeypatch):
+    monkeypatch.setattr(transport, "MAX_POLL_INTERVAL_MS", 3_000)
+    monkeypatch.setattr(transport, "SESSION_TIMEOUT_MS", 6_000)
+    trained, expelled = [], []
+    update, lost = VersionWriter.update, transport.GroupConsumer.on_partitions_lost
+
+    def slow(self, request, alias):
+        trained.append(request.cut)
+        time.sleep(8)
+        return update(self, request, alias)
+
+    def watched(self, partitions):
+        expelled.extend(partitions)
+        lost(self, partitions)
+
+    monkeypatch.setattr(VersionWriter, "update", slow)
+    monkeypatch.setattr(transport.GroupConsumer, "on_partitions_lost", watched)
+    kit.send(given, job(given, 1, 0, 1))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: trained, "training began")
+        kit.wait_until(lambda: kit.read(given, "adapter-updates", 1, 1), "the version is announced")
+        kit.send(given, job(given, 2, 2, 3))
+        kit.wait_until(lambda: kit.read(given, "adapter-updates", 2, 1), "the next one, too")
+    assert expelled == []
+    assert trained == [1, 2], "nothing was handed out a second time"
+    assert learned(given) == [0, 1, 2, 3]
+
+
+def test_a_store_that_stays_away_ends_the_role_and_nothing_is_lost(given, monkeypatch):
+    monkeypatch.setattr(worker, "RETRY_S", (0.01, 0.01))
+    tries = []
+
+    def away(self, request, alias):
+        tries.append(request.cut)
+        raise StoreUnavailableError("the store does not answer")
+
+    kit.send(given, job(given, 1, 0, 1))
+    with monkeypatch.context() as broken:
+        broken.setattr(VersionWriter, "update", away)
+        with pytest.raises(StoreUnavailableError):
+            run_learner(given, threading.Event(), Metrics("learner"))
+    assert tries == [1, 1, 1]
+    assert kit.committed(given, "adapter-jobs", "learner") == 0
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is done after all")
+    assert learned(given) == [0, 1]
+
+
+def test_both_roles_share_one_base_in_one_process(given):
+    shared, lock = load_base(given.base, "cpu", 1), threading.RLock()
+    examples = documents(*range(8))
+    kit.send(given, *examples)
+    learner = partial(run_learner, given, metrics=Metrics("learner"), base=shared, lock=lock)
+    scorer = partial(run_scorer, given, metrics=Metrics("scorer"), base=shared, lock=lock)
+    with kit.running(lambda stop: learner(stop=stop)), kit.running(lambda stop: scorer(stop=stop)):
+        kit.send(given, job(given, 1, 0, 1, 2, 3), job(given, 2, 4, 5, 6, 7))
+        updates = kit.envelopes(given, "adapter-updates", 2)
+        kit.send(given, *documents(*range(8, 12)))
+        kit.wait_until(lambda: kit.read(given, "scored-examples", 12, 5), "all are scored")
+        scored = [envelope.event for envelope in kit.envelopes(given, "scored-examples", 12)]
+    assert [event.example.origin.offset for event in scored] == list(range(12))
+    assert all(isinstance(event, ExampleScored) and event.base_loss_nats for event in scored)
+    alone = registry(given)
+    assert len(updates) == 2
+    # What a shared base computes is what a base of its own would have computed.
+    other = given.model_copy(update={"store": given.store + "-alone", "topic_prefix": given.topic_prefix + "x"})
+    provision(other)
+    kit.send(other, job(other, 1, 0, 1, 2, 3), job(other, 2, 4, 5, 6, 7))
+    with kit.running(lambda stop: run_learner(other, stop, Metrics("learner"))):
+        kit.envelopes(other, "adapter-updates", 2)
+    assert alone.head(ADAPTER).version == registry(other).head(ADAPTER).version

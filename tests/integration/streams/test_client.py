@@ -1,0 +1,348 @@
+"""The SDK on a real broker: what is published comes back, and what subscribers hear, miss and acknowledge."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+
+from perennial.learner.serving.peft_backend import DirectoryBackend
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import StoredObject
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.registry import AliasState
+from perennial.streams.client.publisher import Publisher, PublishError, Subscriber
+from perennial.streams.events import cloudevents as wire
+from perennial.streams.events.models import (
+    AdapterActivated,
+    AdapterFailed,
+    AdapterPromoted,
+    BaseRef,
+    DocumentObserved,
+    InteractionObserved,
+    Learned,
+)
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
+from tests.versions import Line, MemoryBackend, safetensors_of
+
+ADAPTER = "acme/support"
+NEVER_S = 3600.0
+
+
+@pytest.fixture
+def settings(broker, topic_prefix: str, tmp_path: Path) -> Settings:
+    made = Settings(
+        kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=3, store=str(tmp_path / "store"),
+        poll_s=NEVER_S, _env_file=None,
+    )  # fmt: skip
+    provision(made)
+    return made
+
+
+@pytest.fixture
+def line(settings: Settings) -> Line:
+    return Line(DirectoryStore(Path(settings.store), fsync=False), ADAPTER)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.02)
+
+
+def everything(settings: Settings, topic: str) -> list[tuple[Any, wire.Envelope]]:
+    """All records of a topic, with what they say."""
+    consumer = KafkaConsumer(bootstrap_servers=settings.kafka, auto_offset_reset="earliest")
+    try:
+        name = settings.topic(topic)
+        partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
+        consumer.assign(partitions)
+        ends = consumer.end_offsets(partitions)
+        found = []
+        while any(consumer.position(partition) < ends[partition] for partition in partitions):
+            for batch in consumer.poll(timeout_ms=200).values():
+                found += [(record, wire.decode(record.value, record.headers, topic)) for record in batch]
+        return found
+    finally:
+        consumer.close()
+
+
+@pytest.fixture
+def announce(settings: Settings) -> Iterator[Callable[..., None]]:
+    """Sends the event of a generation, as a learner does."""
+    producer = KafkaProducer(bootstrap_servers=settings.kafka)
+
+    def send(line: Line, state: AliasState, **changes: Any) -> None:
+        manifest = line.registry.manifest(state.adapter, state.version)
+        event = promoted(manifest, state).model_copy(update=changes)
+        record = wire.encode(event, id="test", source="test", time=datetime.now(UTC))
+        topic = settings.topic("adapter-updates")
+        producer.send(topic, key=record.key, value=record.value, headers=record.headers).get(timeout=30)
+
+    yield send
+    producer.close()
+
+
+def promoted(manifest: Manifest, state: AliasState) -> AdapterPromoted:
+    return AdapterPromoted(
+        adapter=state.adapter, alias=state.alias, generation=state.generation, version=state.version, seq=state.seq,
+        manifest_uri="test:manifest", weights_uri="test:weights", weights_sha256=manifest.weights.digest,
+        weights_bytes=manifest.weights.size_bytes, rank=manifest.rank,
+        base=BaseRef(model=manifest.base_model, sha256=manifest.base_sha256), learned=Learned(examples=0, tokens=0),
+        reason="test", published_at=state.published_at,
+    )  # fmt: skip
+
+
+# ---- publishing
+
+
+def test_what_is_published_comes_back_as_it_was_said(settings: Settings):
+    with Publisher(settings=settings) as publisher:
+        first = publisher.document(adapter=ADAPTER, document_id="d1", text="Grüße 👋", subjects=["ada"])
+        again = publisher.document(adapter=ADAPTER, document_id="d1", text="Grüße 👋", subjects=["ada"])
+        other = publisher.document(adapter=ADAPTER, document_id="d2", text="Grüße 👋")
+        turn = publisher.interaction(
+            adapter=ADAPTER, interaction_id="i1", prompt="When?", response="Never.", correction="On Monday.", rating=-1
+        )
+        places = [receipt.result(30) for receipt in (first, again, other)]
+    assert turn.done
+    assert first.event_id == again.event_id != other.event_id
+    found = everything(settings, "documents")
+    assert sorted((r.partition, r.offset) for r, _ in found) == sorted((p.partition, p.offset) for p in places)
+    assert places[0].topic == settings.topic("documents")
+    expected = DocumentObserved(adapter=ADAPTER, document_id="d1", text="Grüße 👋", subjects=["ada"])
+    assert [envelope.event for _, envelope in found].count(expected) == 2
+    assert {envelope.id for _, envelope in found if envelope.event == expected} == {first.event_id}
+    record, envelope = everything(settings, "interactions")[0]
+    assert record.key == b"acme/support|i1"
+    assert dict(record.headers)["ce_type"] == b"interaction.observed"
+    assert isinstance(envelope.event, InteractionObserved)
+    assert envelope.event.correction == "On Monday."
+    assert envelope.time is not None
+    assert abs(envelope.time - datetime.now(UTC)) < timedelta(minutes=5)
+
+
+def test_many_threads_share_one_publisher(settings: Settings):
+    with Publisher(settings=settings) as publisher:
+
+        def publish(worker: int) -> None:
+            for number in range(50):
+                publisher.document(adapter=ADAPTER, document_id=f"{worker}-{number}", text="x")
+
+        threads = [threading.Thread(target=publish, args=(worker,)) for worker in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    names = [envelope.event.document_id for _, envelope in everything(settings, "documents")]
+    assert sorted(names) == sorted(f"{w}-{n}" for w in range(6) for n in range(50))
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"adapter": "Acme Support"}, "adapter"),
+        ({"text": ""}, "text"),
+        ({"text": "x" * (256 * 1024 + 1)}, "text"),
+        ({"text": "\x00" * 200_000}, "size of the value"),
+        ({"retention_class": "30 days"}, "retention_class"),
+        ({"txet": "misspelt"}, "txet"),
+    ],
+)
+def test_what_is_not_valid_is_refused_before_anything_is_sent(settings: Settings, fields: dict[str, Any], named: str):
+    given = {"adapter": ADAPTER, "document_id": "d1", "text": "x", **fields}
+    with Publisher(settings=settings) as publisher, pytest.raises(PublishError, match=named) as caught:
+        publisher.document(**given)
+    assert caught.value.remedy
+    assert caught.value.allowed
+    assert everything(settings, "documents") == []
+
+
+def test_a_topic_that_is_not_there_is_said_in_bounded_time_with_the_command_that_makes_it(broker, topic_prefix: str):
+    nowhere = Settings(kafka=broker.bootstrap, topic_prefix=f"{topic_prefix}none-", _env_file=None)
+    with (
+        Publisher(settings=nowhere, timeout_s=1) as publisher,
+        pytest.raises(PublishError, match="perennial topics create"),
+    ):
+        publisher.document(adapter=ADAPTER, document_id="d1", text="x")
+
+
+def test_closing_says_what_was_not_delivered_and_a_closed_publisher_takes_nothing(settings: Settings):
+    publisher = Publisher(settings=settings)
+    publisher.document(adapter=ADAPTER, document_id="d1", text="x").result(30)
+    future = publisher._producer.send(settings.topic("documents"), key=b"k", value=b"v")
+    publisher._accepted += 1  # an event whose acknowledgement never came
+    future.get(timeout=30)
+    with pytest.raises(PublishError, match="1 of 2 events"):
+        publisher.close()
+    publisher.close()
+    with pytest.raises(PublishError, match="closed"):
+        publisher.document(adapter=ADAPTER, document_id="d2", text="x")
+
+
+# ---- subscribing
+
+
+class LateStore(DirectoryStore):
+    """A store in which the alias is not to be seen until it is revealed."""
+
+    hidden = True
+
+    def get(self, key: str, max_bytes: int = 1 << 30) -> StoredObject:
+        if self.hidden and key.startswith("aliases/"):
+            raise NotFoundError("not yet")
+        return super().get(key, max_bytes)
+
+
+def test_a_subscriber_that_comes_late_starts_from_the_topic(
+    settings: Settings, line: Line, announce: Callable[..., None]
+):
+    """Polling is off and the first look finds no alias: only the event that was there before can tell."""
+    for _ in range(3):
+        state = line.publish()
+        announce(line, state)
+    store = LateStore(Path(settings.store), fsync=False)
+    backend = MemoryBackend()
+    with Subscriber(ADAPTER, backend, store=store, settings=settings, replica="r1") as subscriber:
+        original = subscriber._updates._generation
+
+        def revealing(record: Any) -> int:
+            store.hidden = False
+            return original(record)
+
+        subscriber._updates._generation = revealing
+        assert subscriber.wait_for(3, 30)
+        assert backend.active == subscriber.name_of(state.version)
+    assert [call for call, _ in backend.calls].count("load") == 1
+
+
+def test_an_event_wakes_a_subscriber_that_does_not_poll(settings: Settings, line: Line, announce: Callable[..., None]):
+    backend = MemoryBackend()
+    stages: list[dict[str, float]] = []
+    with Subscriber(
+        ADAPTER, backend, settings=settings, replica="r1", on_activate=lambda _s, t: stages.append(dict(t))
+    ) as subscriber:
+        for generation in range(1, 4):
+            state = line.publish()
+            announce(line, state)
+            assert subscriber.wait_for(generation, 30)
+            assert backend.active == subscriber.name_of(state.version)
+        until(lambda: len(stages) == 3)
+    acks = [envelope.event for _, envelope in everything(settings, "adapter-acks")]
+    assert [type(ack) for ack in acks] == [AdapterActivated] * 3
+    assert [ack.generation for ack in acks] == [1, 2, 3]
+    assert acks[-1].version == state.version
+    assert acks[-1].replica == "r1"
+    assert set(acks[-1].stage_s) == {"fetch", "verify", "load", "warm", "activate", "publish_to_served"}
+    assert {record.key for record, _ in everything(settings, "adapter-acks")} == {b"acme/support#r1"}
+
+
+def test_old_forged_and_foreign_events_change_nothing(settings: Settings, line: Line, announce: Callable[..., None]):
+    backend = MemoryBackend()
+    first, second = line.publish(), line.publish()
+    foreign = Line(line.store, "acme/other").publish()
+    with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
+        assert subscriber.wait_for(2, 30)
+        announce(line, first)
+        announce(Line(line.store, "acme/other"), foreign)
+        announce(line, first, generation=900, version="sha256:" + "f" * 64)  # the alias knows of no such generation
+        third = line.publish()
+        announce(line, third)
+        assert subscriber.wait_for(3, 30)
+        assert backend.active == subscriber.name_of(third.version)
+    loaded = [name for call, name in backend.calls if call == "load"]
+    assert loaded == [subscriber.name_of(second.version), subscriber.name_of(third.version)]
+
+
+def test_an_event_behind_the_alias_brings_the_alias(settings: Settings, line: Line, announce: Callable[..., None]):
+    backend = MemoryBackend()
+    with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
+        first = line.publish()
+        last = line.publish()
+        announce(line, first)
+        assert subscriber.wait_for(2, 30)
+        assert backend.active == subscriber.name_of(last.version)
+    assert [call for call, _ in backend.calls].count("load") == 1
+
+
+def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, line: Line):
+    backend = MemoryBackend()
+    polling = settings.model_copy(update={"poll_s": 0.2})
+    with Subscriber(ADAPTER, backend, settings=polling, replica="r1") as subscriber:
+        assert not subscriber.wait_for(1, 0.5)
+        for generation in (1, 2):
+            state = line.publish()
+            assert subscriber.wait_for(generation, 30)
+        assert backend.active == subscriber.name_of(state.version)
+    assert everything(settings, "adapter-updates") == []
+
+
+def test_damaged_weights_are_refused_and_said(settings: Settings, line: Line, announce: Callable[..., None]):
+    backend = MemoryBackend()
+    with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
+        good = line.publish()
+        announce(line, good)
+        assert subscriber.wait_for(1, 30)
+        bad = line.publish()
+        key = blob_key(line.registry.manifest(ADAPTER, bad.version).weights.digest)
+        stored = line.store.get(key)
+        line.store.compare_and_swap(key, safetensors_of(10_000), stored.etag)
+        announce(line, bad)
+        until(lambda: any(isinstance(e.event, AdapterFailed) for _, e in everything(settings, "adapter-acks")))
+        assert backend.active == subscriber.name_of(good.version)
+        assert subscriber.generation == 1
+    failed = [e.event for _, e in everything(settings, "adapter-acks") if isinstance(e.event, AdapterFailed)]
+    assert {(ack.generation, ack.version) for ack in failed} == {(2, bad.version)}
+    assert "IntegrityError" in failed[0].error
+    assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(good.version)]
+
+
+def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, line: Line, settings: Settings):
+    nowhere = settings.model_copy(update={"topic_prefix": f"{topic_prefix}none-", "poll_s": 0.2})
+    line.publish()
+    with Subscriber(ADAPTER, MemoryBackend(), settings=nowhere, replica="r1") as subscriber:
+        assert subscriber.wait_for(1, 30)
+        line.publish()
+        assert subscriber.wait_for(2, 30)
+
+
+def test_the_five_lines_of_the_readme(
+    settings: Settings, line: Line, announce: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("PERENNIAL_KAFKA", settings.kafka)
+    monkeypatch.setenv("PERENNIAL_STORE", settings.store)
+    monkeypatch.setenv("PERENNIAL_TOPIC_PREFIX", settings.topic_prefix)
+    monkeypatch.chdir(tmp_path)
+
+    from perennial.streams.client.publisher import Publisher
+
+    with Publisher() as publisher:
+        publisher.document(adapter="acme/support", document_id="faq-7", text="Refunds take two days since March.")
+
+    state = line.publish()
+    announce(line, state)
+    stop = threading.Event()
+
+    from perennial.streams.client.publisher import Subscriber
+
+    subscriber = Subscriber("acme/support", DirectoryBackend("served"))
+    thread = threading.Thread(target=subscriber.run, args=(stop,))
+    thread.start()
+    assert subscriber.wait_for(1, 30)
+    stop.set()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert DirectoryBackend("served").current(ADAPTER) == subscriber.name_of(state.version)
+    assert [e.event for _, e in everything(settings, "documents")] == [
+        DocumentObserved(adapter=ADAPTER, document_id="faq-7", text="Refunds take two days since March.")
+    ]

@@ -1,0 +1,369 @@
+"""Jobs to versions over a directory store: learned once, repeatable, refused without harm, rolled back."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perennial.learner.model.lora import Lora, LoraConfig
+from perennial.learner.model.tokenization import ExampleTokenizer
+from perennial.learner.training.replay_buffer import index_from_bytes
+from perennial.learner.training.trainer import make_deterministic
+from perennial.learner.training.update import GeneralText, Recipe, Updater
+from perennial.learner.versions.micro_batches import JobError
+from perennial.learner.versions.update_job import VersionWriter
+from perennial.storage.errors import ConflictError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import ObjectStore, get_blob
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import (
+    AdapterPromoted,
+    AdapterRolledBack,
+    ExampleAccepted,
+    RollbackRequested,
+    UpdateRequested,
+)
+from perennial.streams.settings import Settings
+from tests import jobs, tiny
+
+ADAPTER = "acme/support"
+SETTINGS = Settings(
+    rank=4, alpha=8, learning_rate=5e-3, steps=2, rows=4, row_tokens=32, anchor_rows=2, max_general_rise_nats=50,
+    min_gain_nats=-50, replay_size=64,
+)  # fmt: skip
+GENERAL = [f"plain words number {number}" for number in range(6)]
+_serial = itertools.count()
+
+
+def lineage(
+    store: ObjectStore, base_seed: int = 0, failpoint: Callable[[str], None] | None = None, **more: Any
+) -> VersionWriter:
+    make_deterministic(1)
+    settings = SETTINGS.model_copy(update=more)
+    base = tiny.base(base_seed)
+    codec = ExampleTokenizer(base.tokenizer)
+    registry = Registry(store, nonce=lambda: f"n{next(_serial)}", now=now, failpoint=failpoint or (lambda _: None))
+    updater = Updater(
+        Lora(base, LoraConfig(settings.rank, settings.alpha)), codec,
+        GeneralText(GENERAL, GENERAL, codec, settings.row_tokens), Recipe.of(settings),
+    )  # fmt: skip
+    return VersionWriter(registry, updater, base, threads=1, now=now, failpoint=failpoint or (lambda _: None))
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def documents(*numbers: int) -> list[ExampleAccepted]:
+    return [tiny.document(n, f"the blue parrot {n} sings at noon") for n in numbers]
+
+
+def job(store: ObjectStore, cut: int, *numbers: int, **more: Any) -> UpdateRequested:
+    return jobs.update(store, cut, documents(*numbers), **more)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path / "store", fsync=False)
+
+
+def test_a_job_becomes_a_version_that_says_everything(store: DirectoryStore) -> None:
+    line = lineage(store)
+    done = line.update(job(store, 1, 0, 1, 2, 3), "live")
+    assert done.outcome == "promoted"
+    manifest, event = done.manifest, done.event
+    assert manifest is not None
+    assert isinstance(event, AdapterPromoted)
+    assert [example.offset for example in manifest.learned] == [0, 1, 2, 3]
+    assert manifest.marks == {tiny.origin(0).partition_key(): 3}
+    assert (manifest.seq, manifest.parent, manifest.head) == (1, None, None)
+    assert manifest.base_sha256 == line.base.digest
+    assert (manifest.published_from_ms, manifest.published_to_ms) == (1_700_000_000_000, 1_700_000_000_003)
+    assert "torch" in manifest.code
+    assert manifest.config["learning_rate"] == 5e-3
+    assert (event.version, event.generation, event.learned.examples) == (manifest.digest(), 1, 4)
+    assert event.weights_uri.endswith(blob_key(manifest.weights.digest))
+    assert list(event.stage_at) == ["published", "cut", "received", "trained", "promoted"]
+    assert done.stage_s.keys() == {"load", "train", "publish"}
+
+
+def test_the_line_goes_on_from_version_to_version(store: DirectoryStore) -> None:
+    line = lineage(store)
+    first = line.update(job(store, 1, 0, 1), "live").manifest
+    second = line.update(job(store, 2, 2, 3), "live").manifest
+    assert first is not None
+    assert second is not None
+    assert (second.parent, second.head, second.seq) == (first.digest(), first.digest(), 2)
+    assert second.replay is not None
+    kept = index_from_bytes(get_blob(store, second.replay.digest))
+    assert [int(entry.example_id, 16) for entry in kept] == [0, 1, 2, 3]
+    assert len({entry.batch for entry in kept}) == 2
+    assert second.gate["replayed_rows"] > 0
+
+
+def test_a_job_sent_again_is_not_learned_again_but_announced_again(store: DirectoryStore) -> None:
+    line = lineage(store)
+    request = job(store, 1, 0, 1, 2, 3)
+    first = line.update(request, "live")
+    for other in (line, lineage(store)):
+        again = other.update(request, "live")
+        assert (again.outcome, again.manifest) == ("repeated", None)
+        assert again.event is not None
+        assert again.event.model_copy(update={"stage_at": first.event.stage_at}) == first.event
+    assert len(list(line.registry.versions(ADAPTER))) == 1
+
+
+def test_only_what_is_above_the_marks_is_learned(store: DirectoryStore) -> None:
+    line = lineage(store)
+    line.update(job(store, 1, 0, 1, 2), "live")
+    manifest = line.update(job(store, 2, 1, 2, 3, 4), "live").manifest
+    assert manifest is not None
+    assert [example.offset for example in manifest.learned] == [3, 4]
+    assert manifest.dropped == 2
+
+
+def version_of(root: Path) -> str:
+    """The version that two jobs come to in a fresh store and a fresh process."""
+    store = DirectoryStore(root, fsync=False)
+    line = lineage(store)
+    line.update(job(store, 1, 0, 1, 2, 3, 4), "live")
+    done = line.update(job(store, 2, 5, 6, 7, 8), "live")
+    assert done.manifest is not None
+    return done.manifest.digest()
+
+
+def test_the_same_jobs_give_the_same_version_in_two_processes(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from tests.unit.learner.test_versions import version_of;"
+        "print(version_of(Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "other")]
+    root = Path(__file__).parents[3]
+    out = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == version_of(tmp_path / "here")
+
+
+def test_a_restart_between_jobs_changes_no_byte(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "restarted", fsync=False)
+    lineage(store).update(job(store, 1, 0, 1, 2, 3, 4), "live")
+    done = lineage(store).update(job(store, 2, 5, 6, 7, 8), "live")
+    assert done.manifest is not None
+    assert done.manifest.digest() == version_of(tmp_path / "straight")
+
+
+def test_a_refused_version_is_recorded_and_the_next_one_starts_from_its_parent(store: DirectoryStore) -> None:
+    line = lineage(store)
+    good = line.update(job(store, 1, 0, 1, 2, 3), "live").manifest
+    strict = lineage(store, min_gain_nats=50.0)
+    refused = strict.update(job(store, 2, 4, 5, 6, 7), "live")
+    assert good is not None
+    assert refused.manifest is not None
+    assert (refused.outcome, refused.manifest.reason, refused.event) == ("refused", "no-gain", None)
+    assert refused.manifest.gate["reason"] == "no-gain"
+    assert refused.manifest.weights == good.weights
+    assert refused.manifest.optimizer == good.optimizer
+    assert [(skip.offset, skip.reason) for skip in refused.manifest.skipped] == [(n, "no-gain") for n in (4, 5, 6, 7)]
+    assert line.registry.alias(ADAPTER).version == good.digest()
+    after = line.update(job(store, 3, 8, 9, 10, 11), "live").manifest
+    assert after is not None
+    assert (after.outcome, after.seq, after.parent) == ("promoted", 3, good.digest())
+    assert after.head == refused.manifest.digest()
+    assert line.registry.alias(ADAPTER).version == after.digest()
+
+
+def test_a_first_version_that_is_refused_leaves_a_state_to_start_from(store: DirectoryStore) -> None:
+    refused = lineage(store, min_gain_nats=50.0).update(job(store, 1, 0, 1, 2, 3), "live")
+    assert refused.outcome == "refused"
+    assert lineage(store).registry.alias(ADAPTER) is None
+    after = lineage(store).update(job(store, 2, 4, 5), "live").manifest
+    assert after is not None
+    assert (after.outcome, after.seq, after.parent) == ("promoted", 2, None)
+
+
+def test_a_cut_without_anything_to_learn_moves_the_marks_alone(store: DirectoryStore) -> None:
+    line = lineage(store)
+    first = line.update(job(store, 1, 0, 1), "live").manifest
+    signal = tiny.document(2, "x").model_copy(update={"learn": False, "kind": "turn"})
+    done = line.update(jobs.update(store, 2, [signal], skipped=[3], marks=4), "live")
+    assert first is not None
+    assert done.manifest is not None
+    assert (done.outcome, done.event, done.manifest.tokens) == ("unchanged", None, 0)
+    assert [(skip.offset, skip.reason) for skip in done.manifest.skipped] == [(3, "duplicate"), (2, "signal")]
+    assert done.manifest.marks == {tiny.origin(0).partition_key(): 4}
+    assert done.manifest.weights == first.weights
+    assert line.registry.alias(ADAPTER).version == first.digest()
+
+
+def test_erased_micro_batches_are_not_replayed_and_are_counted(store: DirectoryStore) -> None:
+    first = job(store, 1, 0, 1, 2, 3)
+    lineage(store).update(first, "live")
+    store.delete(blob_key(first.batch.digest))
+    line = lineage(store)
+    manifest = line.update(job(store, 2, 4, 5, 6, 7), "live").manifest
+    assert manifest is not None
+    assert manifest.outcome == "promoted"
+    assert manifest.gate["replay_missing"] > 0
+    assert manifest.gate["replayed_rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("reason", "spoil"),
+    [
+        ("missing-batch", lambda store, request: store.delete(blob_key(request.batch.digest)) and request),
+        ("wrong-adapter", lambda _, request: request.model_copy(update={"adapter": "other/one"})),
+        ("wrong-adapter", lambda _, request: request.model_copy(update={"cut": 9})),
+        ("bad-batch", lambda store, request: jobs.with_batch(store, request, b'{"adapter": 1}')),
+    ],
+)
+def test_a_job_that_is_no_good_is_refused_and_leaves_no_mark(
+    store: DirectoryStore, reason: str, spoil: Callable[..., UpdateRequested]
+) -> None:
+    line = lineage(store)
+    with pytest.raises(JobError) as caught:
+        line.update(spoil(store, job(store, 1, 0, 1)), "live")
+    assert caught.value.reason == reason
+    assert line.registry.head(ADAPTER) is None
+    assert line.registry.head("other/one") is None
+
+
+def test_an_adapter_never_meets_another_base(store: DirectoryStore) -> None:
+    lineage(store).update(job(store, 1, 0, 1), "live")
+    other = lineage(store, base_seed=1)
+    with pytest.raises(JobError, match="another base") as caught:
+        other.update(job(store, 2, 2, 3), "live")
+    assert caught.value.reason == "base-mismatch"
+    with pytest.raises(JobError) as caught:
+        lineage(store, rank=2).update(job(store, 2, 2, 3), "live")
+    assert caught.value.reason == "rank-mismatch"
+
+
+PLACES = [
+    "learner.load", "learner.train", "publish.blobs", "publish.verify", "publish.manifest", "publish.claim_update",
+    "publish.claim_seq", "publish.gate", "publish.alias", "learner.publish",
+]  # fmt: skip
+
+
+class CutOffError(Exception):
+    """The process dies here."""
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_job_cut_off_anywhere_comes_to_the_same_version_once(tmp_path: Path, place: str) -> None:
+    store, straight = (DirectoryStore(tmp_path / name, fsync=False) for name in ("cut", "straight"))
+
+    def dies(name: str) -> None:
+        if name == place:
+            raise CutOffError
+
+    with pytest.raises(CutOffError):
+        lineage(store, failpoint=dies).update(job(store, 1, 0, 1, 2, 3), "live")
+    done = lineage(store).update(job(store, 1, 0, 1, 2, 3), "live")
+    want = lineage(straight).update(job(straight, 1, 0, 1, 2, 3), "live")
+    assert done.event is not None
+    assert want.event is not None
+    assert (done.event.version, done.event.generation) == (want.event.version, 1)
+    line = lineage(store).registry
+    assert [version for _, version in line.versions(ADAPTER)] == [want.event.version]
+    assert line.alias(ADAPTER).version == want.event.version
+
+
+def test_a_learner_whose_head_is_stale_begins_anew(store: DirectoryStore) -> None:
+    slow, fast = lineage(store), lineage(store)
+    slow.update(job(store, 1, 0, 1), "live")
+    intruded = []
+
+    def meanwhile(name: str) -> None:
+        if name == "learner.train" and not intruded:
+            intruded.append(fast.update(job(store, 2, 2, 3), "live"))
+
+    done = lineage(store, failpoint=meanwhile).update(job(store, 3, 2, 3, 4, 5), "live")
+    assert done.manifest is not None
+    assert [example.offset for example in done.manifest.learned] == [4, 5]
+    assert done.manifest.seq == 3
+    assert done.manifest.dropped == 2
+
+
+def test_two_learners_with_the_same_job_make_one_version(store: DirectoryStore) -> None:
+    request = job(store, 1, 0, 1, 2, 3)
+    twins = []
+
+    def meanwhile(name: str) -> None:
+        if name == "learner.train" and not twins:
+            twins.append(lineage(store).update(request, "live"))
+
+    done = lineage(store, failpoint=meanwhile).update(request, "live")
+    assert done.manifest == twins[0].manifest
+    assert done.event.generation == twins[0].event.generation == 1
+
+
+def test_endless_races_end(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = lineage(store)
+    monkeypatch.setattr(line.registry, "publish", lambda *_: (_ for _ in ()).throw(ConflictError("faster")))
+    with pytest.raises(ConflictError, match="in a row"):
+        line.update(job(store, 1, 0, 1), "live")
+
+
+def rollback(job_id: str, version: str | None = None) -> RollbackRequested:
+    return RollbackRequested(job_id=job_id, adapter=ADAPTER, version=version, requested_by="ann", reason="worse")
+
+
+def test_a_rollback_makes_the_version_before_live_and_keeps_the_marks(store: DirectoryStore) -> None:
+    line = lineage(store)
+    first = line.update(job(store, 1, 0, 1), "live").manifest
+    second = line.update(job(store, 2, 2, 3), "live").manifest
+    done = line.rollback(rollback("r1"))
+    assert first is not None
+    assert second is not None
+    assert done.manifest is not None
+    assert isinstance(done.event, AdapterRolledBack)
+    assert (done.manifest.kind, done.manifest.parent, done.manifest.reason) == ("rollback", first.digest(), "worse")
+    assert done.manifest.weights == first.weights
+    assert done.manifest.marks == second.marks
+    assert done.event.weights_sha256 == first.weights.digest
+    assert done.event.previous_version == second.digest()
+    again = line.rollback(rollback("r1"))
+    assert (again.outcome, again.event) == ("repeated", done.event)
+    third = line.update(job(store, 3, 4, 5), "live").manifest
+    assert third is not None
+    assert third.parent == done.manifest.digest()
+    assert third.replay is not None
+    kept = index_from_bytes(get_blob(store, third.replay.digest))
+    assert [int(entry.example_id, 16) for entry in kept] == [0, 1, 4, 5]
+
+
+def test_rolling_back_twice_goes_back_further(store: DirectoryStore) -> None:
+    line = lineage(store)
+    manifests = [line.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in (1, 2, 3)]
+    weights = [manifest.weights for manifest in manifests if manifest]
+    assert line.rollback(rollback("r1")).manifest.weights == weights[1]
+    assert line.rollback(rollback("r2")).manifest.weights == weights[0]
+    with pytest.raises(JobError, match="live before"):
+        line.rollback(rollback("r3"))
+    named = line.rollback(rollback("r4", manifests[2].digest()))
+    assert named.manifest.weights == weights[2]
+
+
+def test_a_version_that_cannot_be_rolled_back_to_is_refused(store: DirectoryStore) -> None:
+    line = lineage(store)
+    with pytest.raises(JobError, match="no version"):
+        line.rollback(rollback("r0"))
+    first = line.update(job(store, 1, 0, 1), "live").manifest
+    refused = lineage(store, min_gain_nats=50.0).update(job(store, 2, 2, 3), "live").manifest
+    line.update(job(store, 3, 4, 5), "live")
+    line.registry.revoke(ADAPTER, first.digest(), "leak")
+    for version, reason in (
+        ("sha256:" + "0" * 64, "unknown-version"), (refused.digest(), "not-promoted"),
+        (first.digest(), "revoked-version"), (None, "nothing-to-roll-back-to"),
+    ):  # fmt: skip
+        with pytest.raises(JobError) as caught:
+            line.rollback(rollback(f"r {version}", version))
+        assert caught.value.reason == reason

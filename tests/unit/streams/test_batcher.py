@@ -1,0 +1,250 @@
+"""The curator's decisions: each example in exactly one cut, whatever is delivered twice, lost or restored."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perennial.storage.errors import IntegrityError
+from perennial.streams.curate.batcher import MAX_SKIPPED, RECENT_IDS, CutPolicy, MicroBatcher, OffsetLine, RecentIds
+from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+POLICY = CutPolicy(max_tokens=100, max_examples=8, min_examples=3, max_age_ms=1000, cooldown_examples=16, window=64)
+
+
+def scored(number, *, partition=0, identity=None, tokens=10, learn=True, loss=3.0, generation=0, expires=None):
+    example = ExampleAccepted(
+        adapter="a", example_id=f"{number if identity is None else identity:032x}"[::-1], kind="document",
+        document_id=f"d{number}", learn=learn, text=f"t{number}", expires_at=expires,
+        origin=Origin(
+            cluster_id="c", topic="documents", topic_id="t", partition=partition, offset=number, timestamp_ms=number
+        ),
+    )  # fmt: skip
+    return ExampleScored(
+        example=example, tokens=tokens, base_loss_nats=loss, live_loss_nats=loss, live_generation=generation
+    )
+
+
+def documents(cut) -> list[str]:
+    return [example.document_id for example in Batch.model_validate_json(cut.body).examples]
+
+
+def test_cuts_exactly_when_tokens_or_examples_reach_their_bound():
+    curator = MicroBatcher("a", POLICY)
+    assert [curator.offer(scored(n), n, 0).reason for n in range(8)] == [None] * 7 + ["size"]
+    curator.cut(NOW, "size")
+    curator.saved()
+    assert [curator.offer(scored(n, tokens=40), n, 0).reason for n in range(8, 11)] == [None, None, "size"]
+
+
+def test_a_job_says_what_the_batch_holds():
+    curator = MicroBatcher("a", POLICY)
+    for n in range(3):
+        curator.offer(scored(n), n, 0)
+    curator.offer(scored(3, learn=False), 3, 0)
+    curator.offer(scored(4, expires=NOW), 4, 0)
+    cut = curator.cut(NOW, "age")
+    batch = Batch.model_validate_json(cut.body)
+    job = cut.job
+    assert (job.cut, job.examples, job.skipped, job.tokens, job.reason) == (0, 3, 2, 30, "age")
+    assert (job.oldest_ms, job.newest_ms, job.batch.size_bytes) == (0, 2, len(cut.body))
+    assert job.marks == {"c/t/documents/0": 4}
+    assert [(skip.origin.offset, skip.reason) for skip in batch.skipped] == [(3, "signal"), (4, "expired")]
+    assert curator.saved() == [0, 1, 2, 3, 4]
+    assert curator.idle
+
+
+def test_what_expires_later_is_learned():
+    curator = MicroBatcher("a", POLICY)
+    curator.offer(scored(0, expires=NOW + timedelta(seconds=1)), 0, 0)
+    assert documents(curator.cut(NOW, "age")) == ["d0"]
+
+
+def test_a_redelivery_counts_once_and_both_deliveries_are_given_back():
+    curator = MicroBatcher("a", POLICY)
+    for token, n in enumerate((0, 1, 0, 1, 2)):
+        assert not curator.offer(scored(n), token, 0).covered
+    cut = curator.cut(NOW, "age")
+    assert documents(cut) == ["d0", "d1", "d2"]
+    assert sorted(curator.saved()) == [0, 1, 2, 3, 4]
+    assert curator.offer(scored(1), 5, 0).covered
+
+
+def test_the_same_example_from_another_partition_is_a_duplicate():
+    curator = MicroBatcher("a", POLICY)
+    curator.offer(scored(0, identity=7), 0, 0)
+    curator.cut(NOW, "age")
+    curator.saved()
+    curator.offer(scored(5, partition=1, identity=7), 1, 0)
+    curator.offer(scored(6, partition=1), 2, 0)
+    batch = Batch.model_validate_json(curator.cut(NOW, "age").body)
+    assert [example.document_id for example in batch.examples] == ["d6"]
+    assert [skip.reason for skip in batch.skipped] == ["duplicate"]
+
+
+def test_age_counts_from_the_first_delivery_and_skips_alone_are_only_saved():
+    curator = MicroBatcher("a", POLICY)
+    curator.offer(scored(0, learn=False), 0, 5000)
+    assert curator.due(5999) is None
+    assert curator.due(6000) == "flush"
+    saved = curator.flush()
+    assert (saved.body, saved.job) == (None, None)
+    assert curator.saved() == [0]
+    restored = MicroBatcher.restore("a", POLICY, saved.state)
+    assert restored.offer(scored(0, learn=False), 1, 0).covered
+    restored.offer(scored(1), 2, 7000)
+    assert restored.due(8000) == "age"
+    batch = Batch.model_validate_json(restored.cut(NOW, "age").body)
+    assert [skip.origin.offset for skip in batch.skipped] == [0]
+
+
+def test_many_skips_make_a_cut_without_examples():
+    curator = MicroBatcher("a", POLICY)
+    reasons = [curator.offer(scored(n, learn=False), n, 0).reason for n in range(MAX_SKIPPED)]
+    assert reasons == [None] * (MAX_SKIPPED - 1) + ["size"]
+    job = curator.cut(NOW, "size").job
+    assert (job.examples, job.skipped, job.marks) == (0, MAX_SKIPPED, {"c/t/documents/0": MAX_SKIPPED - 1})
+
+
+BIG = CutPolicy(max_tokens=10**9, max_examples=10**9, min_examples=3, max_age_ms=1000, cooldown_examples=16, window=512)
+
+
+def run_drift(curator, start, count, loss, generation=0):
+    rng = random.Random(start)
+    reasons = []
+    for n in range(start, start + count):
+        offer = curator.offer(scored(n, loss=rng.gauss(loss, 0.3), generation=generation), n, 0)
+        reasons.append(offer.reason)
+        if n % 40 == 39 or offer.reason:
+            curator.cut(NOW, offer.reason or "age")
+            curator.saved()
+    return reasons
+
+
+def test_drift_cuts_once_enough_examples_are_pending():
+    curator = MicroBatcher("a", BIG)
+    assert set(run_drift(curator, 0, 400, 3.0)) == {None}
+    reasons = run_drift(curator, 400, 100, 5.0)
+    assert "drift" in reasons
+    assert curator.cuts > 0
+
+
+def test_drift_does_not_cut_in_the_cool_down_after_a_swap():
+    cooling = CutPolicy(10**9, 10**9, 3, 1000, cooldown_examples=10**6, window=512)
+    curator = MicroBatcher("a", cooling)
+    run_drift(curator, 0, 400, 3.0, generation=1)
+    found = []
+    rng = random.Random(1)
+    for n in range(400, 600):
+        offer = curator.offer(scored(n, loss=rng.gauss(6.0, 0.3), generation=2 if n == 400 else 1), n, 0)
+        found += offer.drifts
+        assert offer.reason is None
+    assert {drift.signal for drift in found} >= {"base_loss"}
+
+
+def test_a_restored_curator_goes_on_like_the_live_one():
+    live = MicroBatcher("a", POLICY)
+    for n in range(5):
+        live.offer(scored(n), n, 0)
+    cut = live.cut(NOW, "age")
+    live.saved()
+    restored = MicroBatcher.restore("a", POLICY, cut.state)
+    assert restored.last_job == cut.job
+    for n in range(5, 300):
+        left, right = (c.offer(scored(n, loss=3 + (n > 200)), n, 0) for c in (live, restored))
+        assert left == right
+        if left.reason:
+            assert live.cut(NOW, left.reason) == restored.cut(NOW, right.reason)
+            assert live.saved() == restored.saved()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_crashes_and_redeliveries_at_random_leave_each_example_in_one_cut(seed):
+    """The log of two origin partitions is delivered by a hop and a consumer that both fall back at random."""
+    rng = random.Random(seed)
+    log: list[tuple[int, int]] = []
+    at = {0: 0, 1: 0}
+    while len(log) < 80:
+        partition = rng.randrange(2)
+        log.append((partition, at[partition]))
+        at[partition] += 1
+        if rng.random() < 0.1:  # the hop before crashed and writes the end of its log again
+            log.extend(log[-rng.randint(1, 5) :])
+    state, committed, batches, line = None, 0, {}, OffsetLine()
+    position, crashes = 0, 0
+    curator = MicroBatcher("a", POLICY)
+    while position < len(log):
+        if rng.random() < 0.06 and crashes < 8:
+            crashes += 1
+            position, line = committed, OffsetLine()
+            curator = MicroBatcher("a", POLICY) if state is None else MicroBatcher.restore("a", POLICY, state)
+            continue
+        line.add(position, position)
+        partition, offset = log[position]
+        offer = curator.offer(scored(offset, partition=partition, identity=offset * 2 + partition), position, 0)
+        done = [position] if offer.covered else []
+        position += 1
+        if offer.reason or (position == len(log) and not curator.idle):
+            cut = curator.cut(NOW, offer.reason or "age")
+            if rng.random() < 0.2 and crashes < 8:  # before the state is saved: as if it had not been cut
+                crashes += 1
+                position, line = committed, OffsetLine()
+                curator = MicroBatcher("a", POLICY) if state is None else MicroBatcher.restore("a", POLICY, state)
+                continue
+            state = cut.state
+            assert batches.setdefault(cut.job.cut, cut.body) == cut.body
+            done += curator.saved()
+        for token in done:
+            line.done(token)
+        for token in line.ready():
+            committed = token + 1
+    learned = Counter(
+        (e.origin.partition, e.origin.offset)
+        for body in batches.values()
+        for e in Batch.model_validate_json(body).examples
+    )
+    assert learned == Counter({(partition, offset): 1 for partition, count in at.items() for offset in range(count)})
+
+
+def test_a_state_of_another_adapter_or_of_nothing_is_refused():
+    curator = MicroBatcher("a", POLICY)
+    curator.offer(scored(0), 0, 0)
+    state = curator.cut(NOW, "age").state
+    with pytest.raises(IntegrityError):
+        MicroBatcher.restore("b", POLICY, state)
+    for junk in (b"", b"[]", b"{}", state[:-9], json.dumps({**json.loads(state), "recent": "%"}).encode()):
+        with pytest.raises(IntegrityError):
+            MicroBatcher.restore("a", POLICY, junk)
+
+
+def test_recent_ids_forget_the_oldest_only_and_survive_bytes():
+    ids = RecentIds()
+    names = [f"{n:016x}" for n in range(RECENT_IDS + 100)]
+    assert all(ids.add(name) for name in names)
+    again = RecentIds(ids.to_bytes())
+    for held in (ids, again):
+        assert not any(held.add(name) for name in names[100:])
+        assert held.add(names[0])
+        assert not held.add(names[-1])
+    assert ids.to_bytes() == again.to_bytes()
+
+
+def test_deliveries_are_acknowledged_in_order_and_without_holes():
+    line = OffsetLine()
+    for offset in (5, 6, 7):
+        assert line.add(offset, offset)
+    assert not line.add(6, 6)
+    line.done(6)
+    assert list(line.ready()) == []
+    line.done(5)
+    assert list(line.ready()) == [5, 6]
+    with pytest.raises(IntegrityError):
+        line.add(9, 9)

@@ -1,0 +1,333 @@
+"""The SDK without a broker: what is refused before it is sent, and the subscriber's judgement over a folder."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import StoredObject
+from perennial.storage.registry.registry import AliasState
+from perennial.streams.client.publisher import Publisher, PublishError, Subscriber, SubscriberError
+from perennial.streams.events.models import AdapterActivated, AdapterFailed
+from perennial.streams.settings import Settings, SettingsError
+from tests.versions import Line, MemoryBackend
+
+ADAPTER = "acme/support"
+SETTINGS = Settings(poll_s=0.05)
+
+
+def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.01)
+
+
+class FlakyStore(DirectoryStore):
+    """A folder whose reads fail on demand."""
+
+    fails: Callable[[str], bool] = staticmethod(lambda _key: False)
+
+    def get(self, key: str, max_bytes: int = 1 << 30) -> StoredObject:
+        if self.fails(key):
+            raise StoreUnavailableError(f"told to fail at {key}")
+        return super().get(key, max_bytes)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FlakyStore:
+    return FlakyStore(tmp_path / "store", fsync=False)
+
+
+@pytest.fixture
+def line(store: FlakyStore) -> Line:
+    return Line(store, ADAPTER)
+
+
+class Harness(Subscriber):
+    """A subscriber whose acknowledgements are kept, not sent: there is no broker here."""
+
+    def __init__(self, backend: MemoryBackend, store: FlakyStore, **options: object) -> None:
+        super().__init__(ADAPTER, backend, store=store, settings=SETTINGS, replica="here", **options)
+        self.acks: list[AdapterActivated | AdapterFailed] = []
+        self._acks.send = self.acks.append
+
+    def told(self) -> list[tuple[str, int]]:
+        return [(ack.type.removeprefix("adapter."), ack.generation) for ack in self.acks]
+
+
+def test_importing_the_client_loads_neither_faust_nor_torch_nor_librdkafka():
+    code = (
+        "import sys, streams.client;"
+        "print(sorted({'faust', 'mode', 'torch', 'confluent_kafka', 'river', 'learner'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
+
+
+def test_no_broker_answers_is_said_in_bounded_time():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(PublishError, match="perennial up") as caught:
+        Publisher(f"127.0.0.1:{port}", timeout_s=1)
+    assert f"127.0.0.1:{port}" in str(caught.value)
+
+
+def test_no_broker_is_set():
+    with pytest.raises(SettingsError, match="PERENNIAL_KAFKA"):
+        Publisher(settings=Settings(kafka=""))
+
+
+def test_no_store_is_set():
+    with pytest.raises(SettingsError, match="PERENNIAL_STORE"):
+        Subscriber(ADAPTER, MemoryBackend(), settings=Settings(store=""))
+
+
+def test_the_newest_version_is_served_and_the_one_before_is_gone(line: Line, store: FlakyStore):
+    backend = MemoryBackend()
+    seen: list[tuple[int, set[str]]] = []
+    with Harness(backend, store, on_activate=lambda s, t: seen.append((s.generation, set(t)))) as subscriber:
+        first = line.publish()
+        assert subscriber.wait_for(1, 20)
+        second = line.publish()
+        assert subscriber.wait_for(2, 20)
+        name = subscriber.name_of(second.version)
+        until(lambda: backend.list() == [name])
+        assert backend.active == name
+        assert subscriber.current is not None
+        assert subscriber.current.version == second.version
+        until(lambda: len(subscriber.acks) == 2)
+    stages = {"fetch", "verify", "load", "warm", "activate", "publish_to_served"}
+    assert seen == [(1, stages), (2, stages)]
+    assert subscriber.told() == [("activated", 1), ("activated", 2)]
+    assert set(subscriber.acks[0].stage_s) == stages
+    old = subscriber.name_of(first.version)
+    calls = [call for call, called in backend.calls if called == old]
+    assert calls == ["load", "warm", "activate", "drain", "unload"]
+
+
+def test_versions_that_were_passed_over_are_not_loaded(line: Line, store: FlakyStore):
+    for _ in range(5):
+        last = line.publish()
+    backend = MemoryBackend()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(5, 20)
+    assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(last.version)]
+
+
+def test_a_lower_generation_is_never_applied(line: Line, store: FlakyStore):
+    line.publish()
+    old = store.get(f"aliases/{ADAPTER}/live")
+    line.publish()
+    backend = MemoryBackend()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(2, 20)
+        served = backend.active
+        now = store.get(f"aliases/{ADAPTER}/live")
+        store.compare_and_swap(f"aliases/{ADAPTER}/live", old.data, now.etag)  # a store restored from a backup
+        looks = _count_looks(subscriber)
+        until(lambda: looks[0] >= 3)
+        assert backend.active == served
+        assert subscriber.generation == 2
+    assert subscriber.told() == [("activated", 2)]
+
+
+def _count_looks(subscriber: Subscriber) -> list[int]:
+    looks, original = [0], subscriber._registry.alias
+
+    def counted(adapter: str, alias: str = "live") -> AliasState | None:
+        looks[0] += 1
+        return original(adapter, alias)
+
+    subscriber._registry.alias = counted
+    return looks
+
+
+def test_a_damaged_version_is_refused_and_the_next_one_served(line: Line, store: FlakyStore):
+    good = line.publish()
+    backend = MemoryBackend()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(1, 20)
+        damage_next(line, store)
+        until(lambda: len([a for a in subscriber.acks if isinstance(a, AdapterFailed)]) == 2)
+        assert backend.active == subscriber.name_of(good.version)
+        assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(good.version)]
+        last = line.publish()
+        assert subscriber.wait_for(3, 20)
+        assert backend.active == subscriber.name_of(last.version)
+    failed = [ack for ack in subscriber.acks if isinstance(ack, AdapterFailed)]
+    assert {ack.generation for ack in failed} == {2}
+    assert "IntegrityError" in failed[0].error
+
+
+def damage_next(line: Line, store: FlakyStore) -> None:
+    """Publish a version, one bit of whose weights is flipped before any subscriber can read them."""
+    held = store.fails
+    store.fails = lambda key: key.startswith("aliases/") and threading.current_thread().name.startswith("subscriber")
+    state = line.publish()
+    digest = line.registry.manifest(ADAPTER, state.version).weights.digest
+    stored = store.get(blob_key(digest))
+    data = bytearray(stored.data)
+    data[-1] ^= 1
+    store.compare_and_swap(blob_key(digest), bytes(data), stored.etag)
+    store.fails = held
+
+
+def test_a_store_that_comes_back_late_is_waited_for(line: Line, store: FlakyStore):
+    failures = 0
+
+    def down(key: str) -> bool:
+        nonlocal failures
+        failures += key.startswith("blobs/")
+        return key.startswith("blobs/") and failures <= 12  # more often than a broken version is tried
+
+    backend = MemoryBackend()
+    state = line.publish()
+    store.fails = down
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(1, 30)
+        assert backend.active == subscriber.name_of(state.version)
+    assert subscriber.told() == [("failed", 1), ("activated", 1)]
+
+
+@pytest.mark.parametrize("call", ["load", "warm", "activate"])
+def test_a_backend_that_fails_keeps_the_version_before(line: Line, store: FlakyStore, call: str):
+    backend = MemoryBackend()
+    first = line.publish()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(1, 20)
+        backend.fails = lambda called, _name: called == call
+        second = line.publish()
+        until(lambda: ("failed", 2) in subscriber.told())
+        assert backend.active == subscriber.name_of(first.version)
+        until(lambda: subscriber.told().count(("failed", 2)) == 2)  # at first, and when it is given up
+        assert subscriber.name_of(second.version) not in backend.list()
+        tried = len(backend.calls)
+        looks = _count_looks(subscriber)
+        until(lambda: looks[0] >= 3)
+        assert len(backend.calls) == tried
+    assert subscriber.current is not None
+    assert subscriber.current.generation == 1
+
+
+def test_a_backend_that_fails_once_is_tried_again(line: Line, store: FlakyStore):
+    backend = MemoryBackend()
+    backend.fails = lambda called, _name: called == "load" and [c for c, _ in backend.calls].count("load") == 1
+    line.publish()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(1, 20)
+    assert subscriber.told() == [("failed", 1), ("activated", 1)]
+
+
+def test_a_version_of_another_base_is_refused(store: FlakyStore):
+    Line(store, ADAPTER, base_sha256="sha256:" + "c" * 64).publish()
+    backend = MemoryBackend()
+    with Harness(backend, store) as subscriber:
+        until(lambda: subscriber.acks)
+        assert backend.calls == []
+    assert "another base" in subscriber.acks[0].error
+
+
+def test_a_revocation_is_done_only_when_the_version_is_gone(line: Line, store: FlakyStore):
+    backend = MemoryBackend()
+    first = line.publish()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(1, 20)
+        revoked = subscriber.name_of(first.version)
+        backend.busy.add(revoked)
+        line.registry.revoke(ADAPTER, first.version, "erased")
+        second = line.publish(kind="forget")
+        assert subscriber.wait_for(2, 20)
+        assert backend.active == subscriber.name_of(second.version)
+        until(lambda: ("failed", 2) in subscriber.told())
+        assert ("activated", 2) not in subscriber.told()
+        backend.busy.clear()
+        until(lambda: ("activated", 2) in subscriber.told())
+        assert backend.list() == [subscriber.name_of(second.version)]
+
+
+def test_a_revoked_version_is_not_put_into_service(line: Line, store: FlakyStore):
+    state = line.publish()
+    line.registry.revoke(ADAPTER, state.version, "erased")
+    backend = MemoryBackend()
+    with Harness(backend, store) as subscriber:
+        until(lambda: subscriber.acks)
+        assert backend.calls == []
+        assert "revoked" in subscriber.acks[0].error
+
+
+def test_a_retired_adapter_is_unloaded_and_comes_back(line: Line, store: FlakyStore):
+    backend = MemoryBackend()
+    line.publish()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(1, 20)
+        line.registry.retire(ADAPTER, "live", "moved", line.registry.alias(ADAPTER).version)
+        assert subscriber.wait_for(2, 20)
+        until(lambda: backend.list() == [])
+        assert backend.active is None
+        assert subscriber.current is None
+        until(lambda: ("activated", 2) in subscriber.told())
+        back = line.publish()
+        assert subscriber.wait_for(3, 20)
+        assert backend.active == subscriber.name_of(back.version)
+
+
+def test_what_an_earlier_process_left_is_tidied_but_never_before_there_is_better(line: Line, store: FlakyStore):
+    backend = MemoryBackend()
+    left, strange = f"{ADAPTER}@{'0' * 64}", f"acme/other@{'0' * 64}"
+    backend.held = {left: b"", strange: b""}
+    backend.active = left
+    with Harness(backend, store) as subscriber:
+        looks = _count_looks(subscriber)
+        until(lambda: looks[0] >= 2)
+        assert backend.list() == sorted([left, strange])
+        state = line.publish()
+        assert subscriber.wait_for(1, 20)
+        until(lambda: backend.list() == sorted([strange, subscriber.name_of(state.version)]))
+
+
+def test_a_callback_that_fails_does_not_stop_the_service(line: Line, store: FlakyStore):
+    def failing(_state: object, _stage_s: object) -> None:
+        raise ValueError("mine")
+
+    with Harness(MemoryBackend(), store, on_activate=failing) as subscriber:
+        line.publish()
+        assert subscriber.wait_for(1, 20)
+        line.publish()
+        assert subscriber.wait_for(2, 20)
+
+
+def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(line: Line, store: FlakyStore):
+    line.publish()
+    stop = threading.Event()
+    subscriber = Harness(MemoryBackend(), store)
+    thread = threading.Thread(target=subscriber.run, args=(stop,))
+    thread.start()
+    assert subscriber.wait_for(1, 20)
+    stop.set()
+    thread.join(20)
+    assert not thread.is_alive()
+    other = Harness(MemoryBackend(), store).start()
+    with pytest.raises(SubscriberError, match="started before"):
+        other.start()
+    other.close()
+
+
+def test_an_unreachable_broker_leaves_polling(line: Line, store: FlakyStore):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    line.publish()
+    with Subscriber(
+        ADAPTER, MemoryBackend(), kafka=f"127.0.0.1:{port}", store=store, settings=SETTINGS, replica="here"
+    ) as subscriber:
+        assert subscriber.wait_for(1, 60)

@@ -1,0 +1,91 @@
+"""The retain role on a real store, without a broker: what one adapter or one request does to all the others."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key, digest_of, stored_name
+from perennial.storage.registry.manifest import BlobRef, LearnedExample
+from perennial.streams.events.cloudevents import WireError
+from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
+from perennial.streams.observe.metrics import Metrics
+from perennial.streams.retain import service as retain
+from perennial.streams.retain.service import RetainService, StoreFacts
+from perennial.streams.settings import Settings
+from tests.versions import Line, safetensors_of
+
+
+@pytest.fixture
+def store(tmp_path):
+    return DirectoryStore(tmp_path, fsync=False)
+
+
+@pytest.fixture
+def given(store):
+    sent = []
+
+    async def send(event: object, _: str) -> None:
+        sent.append(event)
+
+    acks = SimpleNamespace(lagging=lambda *_: [])
+    settings = Settings(clock_settle_s=0.001, _env_file=None)
+    return RetainService(settings, Metrics("retain"), StoreFacts(settings, store, acks), send), sent
+
+
+def learn(store, adapter: str) -> str:
+    """A version that learned one example whose life is over; the digest of its micro-batch."""
+    example = ExampleAccepted(
+        adapter=adapter, example_id="0" * 32, kind="document", document_id="d", learn=True, text="secret",
+        retention_class="PT1S",
+        origin=Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=0, timestamp_ms=1),
+    )  # fmt: skip
+    line, weights = Line(store, adapter), safetensors_of(1)
+    body = Batch(adapter=adapter, cut=0, examples=[example], skipped=[]).model_dump_json(by_alias=True).encode()
+    learned = LearnedExample(example_id=example.example_id, partition="p", offset=0, tokens=1)
+    ref = BlobRef(digest=digest_of(body), size_bytes=len(body))
+    manifest = line.manifest(weights).model_copy(update={"batch": ref, "learned": [learned]})
+    line.registry.publish(manifest, [weights, body], lambda _: None)
+    return ref.digest
+
+
+def erase(request_id: str) -> RetentionRequested:
+    return RetentionRequested(
+        request_id=request_id,
+        kind="erase",
+        adapter="acme/a",
+        selector=Selector(subjects=[request_id]),
+        requested_by="ann",
+    )
+
+
+def test_a_damaged_micro_batch_stops_the_calendar_of_no_other_adapter(store, given, caplog):
+    retention, sent = given
+    digest = learn(store, "acme/a")
+    learn(store, "acme/b")
+    (store.root / stored_name(blob_key(digest))).write_bytes(b"secret, but damaged")
+    asyncio.run(retention.tick())
+    assert [event.adapter for event in sent if event.type == "forget.requested"] == ["acme/b"]
+    (said,) = caplog.messages
+    assert "acme/a" in said
+    assert digest in said
+    assert "secret" not in said
+
+
+def test_a_full_book_refuses_requests_one_by_one_and_goes_on_with_those_it_has(store, given, monkeypatch):
+    retention, sent = given
+    monkeypatch.setattr(retain, "REQUESTS_BOOK_BYTES", 1000)
+    monkeypatch.setattr(retain, "CALENDAR_BOOK_BYTES", 1000)
+    learn(store, "acme/b")
+    asyncio.run(retention.receive(erase("r0"), 1))
+    asyncio.run(retention.receive(erase("r1"), 1))
+    with pytest.raises(WireError, match="full"):
+        asyncio.run(retention.receive(erase("r2"), 1))
+    assert {event.request_id for event in sent} == {"r0", "r1"}
+    asyncio.run(retention.receive(erase("r0"), 1))
+    sent.clear()
+    asyncio.run(retention.tick())
+    assert sent == []
