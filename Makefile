@@ -67,7 +67,7 @@ lock: $(READY)
 
 schema: $(READY)
 	$(BIN)/python -m tools.generate_schemas
-	$(BIN)/python -m perennial.streams.settings
+	$(BIN)/python -m tools.generate_readme_table
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis out

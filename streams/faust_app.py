@@ -91,8 +91,8 @@ class Guards:
 def build_app(settings: Settings, metrics: Metrics, store: ObjectStore, guards: Guards, folder: Path) -> Any:
     """The application with its agents. folder: an empty one, for what Faust insists on writing."""
     app = faust.App(
-        settings.topic("curate"),
-        broker=[f"kafka://{server.strip()}" for server in settings.require_kafka().split(",")],
+        settings.kafka.topic("curate"),
+        broker=[f"kafka://{server.strip()}" for server in settings.kafka.require_bootstrap().split(",")],
         store="memory://",
         datadir=str(folder),
         web_enabled=False,
@@ -117,7 +117,7 @@ def build_app(settings: Settings, metrics: Metrics, store: ObjectStore, guards: 
 
 def _add_retain(app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, guard: Guard) -> None:
     agent = RetainAgent(app, settings, metrics, store)
-    topic = app.topic(settings.topic(retain_agent.TOPIC), key_type=bytes, value_type=bytes)
+    topic = app.topic(settings.kafka.topic(retain_agent.TOPIC), key_type=bytes, value_type=bytes)
 
     @app.agent(topic, name="retain", concurrency=1)  # type: ignore[untyped-decorator]
     async def retain(stream: Any) -> None:
@@ -133,7 +133,7 @@ def _add_retain(app: Any, settings: Settings, metrics: Metrics, store: ObjectSto
 
 def _add_curate(app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, guard: Guard) -> None:
     curation = CurateAgent(app, settings, metrics, store)
-    topic = app.topic(settings.topic(curate_agent.TOPIC), key_type=bytes, value_type=bytes)
+    topic = app.topic(settings.kafka.topic(curate_agent.TOPIC), key_type=bytes, value_type=bytes)
 
     @app.agent(topic, name="curate", concurrency=1)  # type: ignore[untyped-decorator]
     async def curate(stream: Any) -> None:
@@ -163,7 +163,7 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     read_any_header_name()
-    store = open_store(settings.require_store())
+    store = open_store(settings.store.require_uri(), settings.s3)
     with tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder:
         asyncio.run(_run(settings, stop, metrics, store, Path(folder)))
 

@@ -68,14 +68,16 @@ def run_learner(
     Raises PerennialError where the store or Kafka stay away; then nothing of the job in hand was committed.
     """
     identify(settings, [TOPIC, "adapter-updates", "retention-status", "dead-letters"])
-    store = open_store(settings.require_store())
+    store = open_store(settings.store.require_uri(), settings.s3)
     store.probe()
-    lineage = make_lineage(settings, store, base or load_base(settings.base, settings.device, settings.threads), lock)
+    lineage = make_lineage(
+        settings, store, base or load_base(settings.model.base, settings.model.device, settings.model.threads), lock
+    )
     with (
         ConfirmingProducer(settings, "learner", metrics, _now) as outbox,
         GroupConsumer(settings, TOPIC, "learner", max_records=1) as inbox,
         # A fresh thread has torch's own idea of how many threads to use.
-        ThreadPoolExecutor(1, "training", initializer=make_deterministic, initargs=(settings.threads,)) as pool,
+        ThreadPoolExecutor(1, "training", initializer=make_deterministic, initargs=(settings.model.threads,)) as pool,
     ):
         Learner(settings, lineage, inbox, outbox, metrics, stop).run(pool)
 
@@ -84,14 +86,14 @@ def make_lineage(
     settings: Settings, store: ObjectStore, base: Base, lock: AbstractContextManager[Any] | None = None
 ) -> VersionWriter:
     """Put the learner's parts together over a store and a base."""
-    make_deterministic(settings.threads)
+    make_deterministic(settings.model.threads)
     registry = Registry(store, nonce=lambda: uuid4().hex, now=_now, failpoint=failpoint)
     codec = ExampleTokenizer(base.tokenizer)
-    general = GeneralText(general_texts("train"), general_texts("anchor"), codec, settings.row_tokens)
+    general = GeneralText(general_texts("train"), general_texts("anchor"), codec, settings.training.row_tokens)
     with lock or nullcontext():  # another role may be putting its own slot into the shared base
-        lora = Lora(base, LoraConfig(settings.rank, settings.alpha))
+        lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha))
     updater = Updater(lora, codec, general, Recipe.of(settings), lock)
-    return VersionWriter(registry, updater, base, threads=settings.threads, now=_now, failpoint=failpoint)
+    return VersionWriter(registry, updater, base, threads=settings.model.threads, now=_now, failpoint=failpoint)
 
 
 class Learner:
@@ -169,11 +171,13 @@ class Learner:
     def _job_of(self, envelope: Envelope) -> JobResult:
         job = envelope.event
         if isinstance(job, UpdateRequested):
-            return self._first_sight(self._lineage.update(job, self._settings.alias), job.adapter, self._settings.alias)
+            return self._first_sight(
+                self._lineage.update(job, self._settings.serving.alias), job.adapter, self._settings.serving.alias
+            )
         if isinstance(job, RollbackRequested):
             return self._first_sight(self._lineage.rollback(job), job.adapter, job.alias)
         if isinstance(job, ForgetRequested):
-            return self._forgetter.forget(job, self._settings.alias)
+            return self._forgetter.forget(job, self._settings.serving.alias)
         raise JobError("unsupported", f"{envelope.type} is not supported by this learner", got=envelope.type)
 
     def _first_sight(self, done: JobResult, adapter: str, alias: str) -> JobResult:

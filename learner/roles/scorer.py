@@ -48,17 +48,17 @@ def run_scorer(
     Raises PerennialError where Kafka stays away; what was not acknowledged was not committed.
     """
     identify(settings, [TOPIC, "scored-examples", "dead-letters"])
-    base = base or load_base(settings.base, settings.device, settings.threads)
-    make_deterministic(settings.threads)
-    registry = Registry(open_store(settings.require_store()), nonce=lambda: uuid4().hex, now=_now)
+    base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
+    make_deterministic(settings.model.threads)
+    registry = Registry(open_store(settings.store.require_uri(), settings.s3), nonce=lambda: uuid4().hex, now=_now)
     scorer = Scorer(base, settings, lock)
     with (
         AdapterCache(
-            registry, settings.alias, base.digest, scorer.lora.shapes,
-            poll_s=settings.poll_s, clock=time.monotonic, metrics=metrics,
+            registry, settings.serving.alias, base.digest, scorer.lora.shapes,
+            poll_s=settings.serving.poll_s, clock=time.monotonic, metrics=metrics,
         ) as live,
         ConfirmingProducer(settings, "scorer", metrics, _now) as outbox,
-        GroupConsumer(settings, TOPIC, "scorer", max_records=4 * settings.score_batch) as inbox,
+        GroupConsumer(settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch) as inbox,
     ):  # fmt: skip
         while not stop.is_set():
             records = inbox.poll(POLL_S)
@@ -89,11 +89,11 @@ class Scorer:
 
     def __init__(self, base: Base, settings: Settings, lock: AbstractContextManager[Any] | None = None) -> None:
         self._codec = ExampleTokenizer(base.tokenizer)
-        self._row_tokens = min(settings.max_tokens, base.max_positions)
-        self._max_rows = settings.score_batch
+        self._row_tokens = min(settings.model.max_tokens, base.max_positions)
+        self._max_rows = settings.model.score_batch
         self._lock = lock or threading.RLock()
         with self._lock:  # another role may be putting its own slot into the shared base
-            self.lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="scorer")
+            self.lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="scorer")
 
     def score(self, examples: Sequence[ExampleAccepted], live: Mapping[str, LiveAdapter]) -> list[ExampleScored]:
         """One scored event per example, in order.

@@ -19,11 +19,11 @@ class Evaluator:
     """A base of its own with one LoRA slot, into which a version is put to be measured."""
 
     def __init__(self, settings: Settings, store: ObjectStore) -> None:
-        base = load_base(settings.base, settings.device, settings.threads)
+        base = load_base(settings.model.base, settings.model.device, settings.model.threads)
         self._store = store
-        self._row_tokens = settings.row_tokens
+        self._row_tokens = settings.training.row_tokens
         self._codec = ExampleTokenizer(base.tokenizer)
-        self._lora = Lora(base, LoraConfig(settings.rank, settings.alpha), slot="probe")
+        self._lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="probe")
 
     def loss(self, manifest: Manifest | None, texts: Sequence[str]) -> float:
         """Mean loss in nats per token on the beginnings of the texts, under a version; None: the frozen base."""

@@ -63,7 +63,8 @@ class Recipe:
     @classmethod
     def of(cls, settings: Settings) -> Recipe:
         """The recipe that the settings describe."""
-        return cls(**{name: getattr(settings, name) for name in cls.__dataclass_fields__ if name != "warmup_steps"})
+        values = {**settings.training.model_dump(), **settings.gate.model_dump()}
+        return cls(**values)
 
     def config(self) -> dict[str, float | int]:
         """The recipe as a manifest holds it."""

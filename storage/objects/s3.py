@@ -3,10 +3,6 @@
 minio-py has no parameter for conditions and sends unknown metadata as `x-amz-meta-*`, which overwrites; so
 writes go to a presigned PUT address with the condition as a header. The only file that imports minio and
 urllib3.
-
-Settings: PERENNIAL_S3_ENDPOINT (host:port or URL), _REGION, _SECURE, _ACCESS_KEY, _SECRET_KEY, _SESSION_TOKEN
-(each of the last three also as _FILE), _CA_FILE; where one is empty, AWS_ENDPOINT_URL_S3, AWS_ENDPOINT_URL,
-AWS_REGION, AWS_DEFAULT_REGION, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_CA_BUNDLE.
 """
 
 from __future__ import annotations
@@ -16,10 +12,9 @@ import contextlib
 import hashlib
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -32,6 +27,7 @@ from urllib3.exceptions import HTTPError
 from perennial.storage.errors import ConflictError, NotFoundError, StoreError, StoreUnavailableError
 from perennial.storage.objects.keys import check_prefix, key_of, stored_name
 from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, StoredObject, probe_conditional_writes, too_large
+from perennial.storage.objects.s3_settings import S3Settings
 
 _PUT_LIFE = timedelta(minutes=15)
 _TIMEOUT = urllib3.Timeout(connect=5.0, read=60.0)
@@ -243,85 +239,48 @@ class MinioStore:
         )
 
 
-def open_minio(uri: str, env: Mapping[str, str], http: urllib3.PoolManager | None = None) -> MinioStore:
-    """The store at `s3://bucket/prefix`, reached as `env` says; StoreError where a setting is not usable."""
+def open_minio(uri: str, s3: S3Settings, http: urllib3.PoolManager | None = None) -> MinioStore:
+    """Open the store at `s3://bucket/prefix`.
+
+    Args:
+        uri: address of the bucket and the prefix in it.
+        s3: how the server is reached.
+        http: the connection pool; by default one of its own with TLS checks on.
+
+    Raises:
+        StoreError: a setting or the address is not usable.
+    """
     address = urlsplit(uri)
     prefix = check_prefix(address.path.strip("/") + "/")[:-1] if address.path.strip("/") else ""
-    endpoint, secure = _endpoint(env)
-    access = _secret(env, "ACCESS_KEY", "AWS_ACCESS_KEY_ID")
-    secret = _secret(env, "SECRET_KEY", "AWS_SECRET_ACCESS_KEY")
-    if not access or not secret:
-        raise StoreError(
-            f"no credentials for {uri}",
-            got=f"{'an' if access else 'no'} access key, {'a' if secret else 'no'} secret key",
-            allowed="PERENNIAL_S3_ACCESS_KEY and PERENNIAL_S3_SECRET_KEY, each also as _FILE; or "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-            remedy="set both",
-        )
-    ca_file = env.get("PERENNIAL_S3_CA_FILE") or env.get("AWS_CA_BUNDLE") or env.get("SSL_CERT_FILE")
+    endpoint, secure = s3.address()
+    access_key, secret_key, session_token = s3.credentials()
     http = http or urllib3.PoolManager(
         timeout=_TIMEOUT,
         retries=False,
         maxsize=32,
         cert_reqs="CERT_REQUIRED",
-        ca_certs=ca_file or certifi.where(),
+        ca_certs=s3.ca_file or certifi.where(),
     )
     try:
         client = Minio(
             endpoint,
-            access_key=access,
-            secret_key=secret,
-            session_token=_secret(env, "SESSION_TOKEN", "AWS_SESSION_TOKEN") or None,
+            access_key=access_key,
+            secret_key=secret_key,
+            session_token=session_token or None,
             secure=secure,
-            region=_first(env, "PERENNIAL_S3_REGION", "AWS_REGION", "AWS_DEFAULT_REGION") or "us-east-1",
+            region=s3.region,
             http_client=http,
         )
         # checks the bucket's name and sends nothing
         client.get_presigned_url("GET", address.netloc, "x", expires=_PUT_LIFE)
     except ValueError as error:
         raise StoreError(
-            "not a usable S3 address", got=f"{uri} at {endpoint}", allowed=str(error),
-            remedy="mend PERENNIAL_STORE or PERENNIAL_S3_ENDPOINT",
-        ) from error  # fmt: skip
-    return MinioStore(client, http, address.netloc, prefix)
-
-
-def _endpoint(env: Mapping[str, str]) -> tuple[str, bool]:
-    given = _first(env, "PERENNIAL_S3_ENDPOINT", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or "s3.amazonaws.com"
-    wish = env.get("PERENNIAL_S3_SECURE", "").strip().lower()
-    if wish not in {"", "1", "0", "true", "false", "yes", "no"}:
-        raise StoreError("PERENNIAL_S3_SECURE is not usable", got=wish, allowed="true or false", remedy="mend it")
-    parts = urlsplit(given if "://" in given else f"//{given}")
-    if parts.scheme not in {"", "http", "https"} or not parts.netloc or parts.path.strip("/") or "@" in parts.netloc:
-        raise StoreError(
-            "PERENNIAL_S3_ENDPOINT is not usable",
-            got=parts.netloc.rpartition("@")[2],
-            allowed="host:port, or http(s)://host:port without a path or credentials",
-            remedy="mend it",
-        )
-    secure = wish in {"1", "true", "yes"} if wish else parts.scheme != "http"
-    return parts.netloc, secure
-
-
-def _secret(env: Mapping[str, str], name: str, fallback: str) -> str:
-    variable = f"PERENNIAL_S3_{name}"
-    path = env.get(f"{variable}_FILE")
-    if env.get(variable):
-        return env[variable]
-    if not path:
-        return env.get(fallback, "")
-    try:
-        return Path(path).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise StoreError(
-            f"{variable}_FILE cannot be read",
-            got=f"{path}: {error}",
-            remedy="mount the file where it is expected",
+            "not a usable S3 address",
+            got=f"{uri} at {endpoint}",
+            allowed=str(error),
+            remedy="correct PERENNIAL_STORE or PERENNIAL_S3_ENDPOINT",
         ) from error
-
-
-def _first(env: Mapping[str, str], *names: str) -> str:
-    return next((env[name] for name in names if env.get(name)), "")
+    return MinioStore(client, http, address.netloc, prefix)
 
 
 def _again(status: int) -> bool:

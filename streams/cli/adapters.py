@@ -24,7 +24,11 @@ from perennial.streams.settings import Settings
 
 def open_registry(settings: Settings) -> Registry:
     """The registry in the settings' store."""
-    return Registry(open_store(settings.require_store()), nonce=lambda: uuid.uuid4().hex, now=lambda: datetime.now(UTC))
+    return Registry(
+        open_store(settings.store.require_uri(), settings.s3),
+        nonce=lambda: uuid.uuid4().hex,
+        now=lambda: datetime.now(UTC),
+    )
 
 
 def short(version: str | None) -> str:
@@ -38,7 +42,7 @@ def list_adapters(*, as_json: bool) -> int:
     registry = open_registry(settings)
     rows = []
     for adapter in registry.adapters():
-        alias, head = registry.alias(adapter, settings.alias), registry.head(adapter)
+        alias, head = registry.alias(adapter, settings.serving.alias), registry.head(adapter)
         rows.append({
             "adapter": adapter,
             "generation": alias.generation if alias else 0,
@@ -77,7 +81,7 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
-    alias, head = registry.alias(adapter, settings.alias), registry.head(adapter)
+    alias, head = registry.alias(adapter, settings.serving.alias), registry.head(adapter)
     manifest = registry.manifest(adapter, alias.version) if alias else (head.manifest if head else None)
     if manifest is None:
         return 4
@@ -117,7 +121,7 @@ def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
-    alias = registry.alias(adapter, settings.alias)
+    alias = registry.alias(adapter, settings.serving.alias)
     rows: list[dict[str, Any]] = []
     for seq, version in registry.versions(adapter, newest_first=True, limit=limit):
         manifest = registry.manifest(adapter, version)
@@ -153,18 +157,18 @@ def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_js
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
-    before = registry.alias(adapter, settings.alias)
+    before = registry.alias(adapter, settings.serving.alias)
     target = _resolve(registry, adapter, to) if to else None
     job = RollbackRequested(
-        job_id=f"rollback-{uuid.uuid4().hex}", adapter=adapter, alias=settings.alias, version=target,
+        job_id=f"rollback-{uuid.uuid4().hex}", adapter=adapter, alias=settings.serving.alias, version=target,
         requested_by="command line", reason=reason,
     )  # fmt: skip
-    with Publisher(settings.require_kafka(), settings=settings) as publisher:
+    with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
         publisher.publish(job).result(30)
     deadline = time.monotonic() + wait_s
     state = before
     while time.monotonic() < deadline:
-        state = registry.alias(adapter, settings.alias)
+        state = registry.alias(adapter, settings.serving.alias)
         if state and (before is None or state.generation > before.generation) and state.kind == "rolled_back":
             break
         time.sleep(0.2)

@@ -20,7 +20,7 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
     """Print both answers."""
     settings = connected_settings()
     registry = open_registry(settings)
-    alias = registry.alias(adapter, settings.alias)
+    alias = registry.alias(adapter, settings.serving.alias)
     if alias is None:
         raise NotFoundError(
             "this adapter has no live version",
@@ -33,9 +33,9 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
         from perennial.learner.serving.peft_backend import PeftBackend
 
         manifest = registry.manifest(adapter, alias.version)
-        weights = get_blob(open_store(settings.require_store()), manifest.weights.digest)
+        weights = get_blob(open_store(settings.store.require_uri(), settings.s3), manifest.weights.digest)
         backend = PeftBackend(
-            load_base(settings.base, settings.device, settings.threads),
+            load_base(settings.model.base, settings.model.device, settings.model.threads),
             LoraConfig(manifest.rank, int(manifest.config["alpha"] or 0)),
         )
         plain = backend.generate(prompt, max_new_tokens=max_new_tokens)

@@ -35,7 +35,7 @@ def _python(_: Settings) -> Finding:
 
 
 def _disk(settings: Settings) -> Finding:
-    folder = settings.data_dir
+    folder = settings.store.data_dir
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -52,7 +52,7 @@ def _jars(_: Settings) -> Finding:
 def _broker(settings: Settings) -> Finding:
     from kafka import KafkaAdminClient
 
-    bootstrap = settings.require_kafka()
+    bootstrap = settings.kafka.require_bootstrap()
     admin = KafkaAdminClient(bootstrap_servers=bootstrap.split(","), bootstrap_timeout_ms=5000)
     try:
         cluster = admin.describe_cluster()
@@ -78,7 +78,7 @@ def _topics(settings: Settings) -> Finding:
 
 
 def _store(settings: Settings) -> Finding:
-    store = open_store(settings.require_store())
+    store = open_store(settings.store.require_uri(), settings.s3)
     store.probe()
     return Finding("store", True, f"{store.uri}: create-if-absent and compare-and-swap hold")
 
@@ -86,7 +86,7 @@ def _store(settings: Settings) -> Finding:
 def _base(settings: Settings) -> Finding:
     from perennial.learner.model.base import load_base
 
-    base = load_base(settings.base, settings.device, settings.threads)
+    base = load_base(settings.model.base, settings.model.device, settings.model.threads)
     size = sum(p.numel() for p in base.model.parameters()) / 1e6
     return Finding("base", True, f"{base.name}, {size:.1f} M parameters, {base.dtype}, {base.digest[:19]}…")
 
@@ -96,11 +96,11 @@ def _device(settings: Settings) -> Finding:
 
     if torch.cuda.is_available():
         return Finding("device", True, f"cuda: {torch.cuda.get_device_name()}")
-    wanted_cuda = settings.device == "cuda"
+    wanted_cuda = settings.model.device == "cuda"
     return Finding(
         "device",
         not wanted_cuda,
-        f"cpu, {settings.threads} threads (no CUDA device)",
+        f"cpu, {settings.model.threads} threads (no CUDA device)",
         "set PERENNIAL_DEVICE=auto or mend the driver",
     )
 

@@ -49,7 +49,7 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
-    lines = explanation(registry, adapter, settings.alias)
+    lines = explanation(registry, adapter, settings.serving.alias)
     if document is not None:
         lines = [line for line in lines if line.document_id == document]
         if not lines:

@@ -67,7 +67,7 @@ class FlowReader:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        bootstrap = settings.require_kafka().split(",")
+        bootstrap = settings.kafka.require_bootstrap().split(",")
         try:
             self.consumer = KafkaConsumer(
                 bootstrap_servers=bootstrap,
@@ -78,7 +78,7 @@ class FlowReader:
             self.admin = KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=5000)
         except KafkaError as error:
             raise BrokerUnreachableError(
-                got=f"{settings.kafka}: {error}",
+                got=f"{settings.kafka.bootstrap}: {error}",
                 remedy="is it running? `perennial doctor` checks it; PERENNIAL_KAFKA says where it is",
             ) from error
         self.registry: Registry = open_registry(settings)
@@ -102,7 +102,7 @@ class FlowReader:
             return self._look()
         except KafkaError as error:
             raise BrokerUnreachableError(
-                got=f"{self.settings.kafka}: {error}", remedy="`perennial doctor` checks it"
+                got=f"{self.settings.kafka.bootstrap}: {error}", remedy="`perennial doctor` checks it"
             ) from error
 
     def _look(self) -> Flow:
@@ -110,14 +110,14 @@ class FlowReader:
         known = self.consumer.topics()
         partitions: list[TopicPartition] = []
         for name in TOPICS:
-            topic = self.settings.topic(name)
+            topic = self.settings.kafka.topic(name)
             if topic in known:
                 partitions += [TopicPartition(topic, p) for p in self.consumer.partitions_for_topic(topic) or ()]
             else:
                 flow.missing_topics.append(topic)
         ends: dict[TopicPartition, int] = self.consumer.end_offsets(partitions)
         for name in TOPICS:
-            flow.written[name] = sum(end for tp, end in ends.items() if tp.topic == self.settings.topic(name))
+            flow.written[name] = sum(end for tp, end in ends.items() if tp.topic == self.settings.kafka.topic(name))
         flow.lag = {role: self._lag(role, names, ends) for role, names in GROUPS.items()}
         self._read_acks(partitions)
         adapters = list(islice(self.registry.adapters(), _MAX_ADAPTERS + 1))
@@ -126,12 +126,12 @@ class FlowReader:
         return flow
 
     def _lag(self, role: str, names: tuple[str, ...], ends: dict[TopicPartition, int]) -> int:
-        group = self.settings.topic(role)
+        group = self.settings.kafka.topic(role)
         try:
             offsets: dict[TopicPartition, Any] = self.admin.list_group_offsets(group).get(group, {})
         except GroupIdNotFoundError:
             offsets = {}
-        topics = {self.settings.topic(name) for name in names}
+        topics = {self.settings.kafka.topic(name) for name in names}
         return sum(
             max(0, end - (offsets[tp].offset if tp in offsets and offsets[tp].offset >= 0 else 0))
             for tp, end in ends.items()
@@ -139,7 +139,7 @@ class FlowReader:
         )
 
     def _read_acks(self, partitions: list[TopicPartition]) -> None:
-        topic = self.settings.topic("adapter-acks")
+        topic = self.settings.kafka.topic("adapter-acks")
         wanted = [tp for tp in partitions if tp.topic == topic]
         if wanted and wanted != self._ack_partitions:
             self.consumer.assign(wanted)
@@ -155,7 +155,7 @@ class FlowReader:
                     self._acks[record.key] = event
 
     def _adapter(self, name: str) -> AdapterLine:
-        alias, head = self.registry.alias(name, self.settings.alias), self.registry.head(name)
+        alias, head = self.registry.alias(name, self.settings.serving.alias), self.registry.head(name)
         gate = head.manifest.gate if head else {}
         acks = [ack for ack in self._acks.values() if ack.adapter == name]
         before, after = gate.get("held_out_before"), gate.get("held_out_after")

@@ -180,7 +180,7 @@ def _ask(
         request_id=f"{_NAMES[kind]}-{uuid.uuid4().hex[:16]}", kind=kind, adapter=pattern, selector=selector,
         requested_by="command line", reason=reason,
     )  # fmt: skip
-    with Publisher(settings.require_kafka(), settings=settings) as publisher:
+    with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
         publisher.publish(request).result(30)
     console = Console(stderr=True)
     console.print(f"asked: {request.request_id}", highlight=False)
@@ -236,7 +236,7 @@ def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps([event.model_dump(mode="json") for event in events]))
         return 0
-    records = load_ledger(open_store(settings.store))[0].records if settings.store else {}
+    records = load_ledger(open_store(settings.store.uri, settings.s3))[0].records if settings.store.uri else {}
     table = Table("request", "state", "examples", "detail", show_lines=True)
     table.columns[0].overflow = "fold"  # an id that is cut short cannot be asked for
     colours = {"closed": "green", "failed": "red", "held": "yellow"}
@@ -274,10 +274,10 @@ class Statuses:
     def __init__(self, settings: Settings) -> None:
         try:
             self._consumer: Any = connect(
-                KafkaConsumer, settings.require_kafka(), _CONNECT_S, group_id=None, enable_auto_commit=False,
+                KafkaConsumer, settings.kafka.require_bootstrap(), _CONNECT_S, group_id=None, enable_auto_commit=False,
                 auto_offset_reset="earliest",
             )  # fmt: skip
-            topic = settings.topic(_TOPIC)
+            topic = settings.kafka.topic(_TOPIC)
             numbers = self._consumer.partitions_for_topic(topic) or ()
             if not numbers:
                 self._consumer.close()
@@ -287,7 +287,7 @@ class Statuses:
             self._consumer.seek_to_beginning(*self._partitions)
         except (KafkaError, ValueError, OSError) as error:
             raise BrokerUnreachableError(
-                got=f"{settings.kafka}: {error}", remedy="`perennial doctor` checks it"
+                got=f"{settings.kafka.bootstrap}: {error}", remedy="`perennial doctor` checks it"
             ) from error
 
     def __enter__(self) -> Self:

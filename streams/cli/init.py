@@ -26,8 +26,8 @@ def initialise(*, wait_s: float, as_json: bool) -> int:
     StoreError where the store ignores conditional writes.
     """
     settings = connected_settings()
-    settings.require_kafka()
-    store = open_store(settings.require_store())
+    settings.kafka.require_bootstrap()
+    store = open_store(settings.store.require_uri(), settings.s3)
     deadline_s = time.monotonic() + wait_s
     _persist(store.probe, deadline_s)
     reports = _persist(lambda: provision(settings), deadline_s)

@@ -43,7 +43,7 @@ def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) ->
 
     with (
         _lines(file) as (lines, total),
-        Publisher(settings.require_kafka(), settings=settings) as publisher,
+        Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher,
         Progress(
             SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             console=console, disable=not console.is_terminal,

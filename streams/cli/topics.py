@@ -15,7 +15,7 @@ from perennial.streams.kafka.topics import provision
 def create_topics(*, dry_run: bool, as_json: bool) -> int:
     """Make what is missing; exit code 1 where an existing topic differs."""
     settings = connected_settings()
-    settings.require_kafka()
+    settings.kafka.require_bootstrap()
     reports = provision(settings, dry_run=dry_run)
     differing = [report for report in reports if report.differences]
     if as_json:

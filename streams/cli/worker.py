@@ -38,12 +38,12 @@ def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
             "no such role", got=", ".join(unknown), allowed=", ".join(ROLES), remedy="name one of these"
         )
     settings = load_settings()
-    settings.require_kafka()
+    settings.kafka.require_bootstrap()
     if set(roles) - {"intake"}:
-        settings.require_store()
+        settings.store.require_uri()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLine("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
-    logging.basicConfig(handlers=[handler], level=settings.log_level.upper())
+    logging.basicConfig(handlers=[handler], level=settings.observe.log_level.upper())
     for noisy in ("kafka", "aiokafka", "faust", "mode", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if parent_pid:
@@ -53,7 +53,11 @@ def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     metrics = Metrics("+".join(roles), settings)
-    server = serve_metrics(metrics, settings.metrics_host, settings.metrics_port) if settings.metrics_port else None
+    server = (
+        serve_metrics(metrics, settings.observe.metrics_host, settings.observe.metrics_port)
+        if settings.observe.metrics_port
+        else None
+    )
     try:
         return _run_all(_bodies(roles, settings, stop, metrics), stop)
     finally:
@@ -70,7 +74,7 @@ def _bodies(
     if {"scorer", "learner"} <= set(roles):
         from perennial.learner.model.base import load_base
 
-        base = load_base(settings.base, settings.device, settings.threads)
+        base = load_base(settings.model.base, settings.model.device, settings.model.threads)
     for role in dict.fromkeys(roles):
         if role == "intake":
             from perennial.streams.intake.service import run_intake

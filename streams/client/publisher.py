@@ -100,7 +100,7 @@ class Publisher:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._settings = settings or load_settings()
-        self._bootstrap = kafka or self._settings.require_kafka()
+        self._bootstrap = kafka or self._settings.kafka.require_bootstrap()
         self._source = source
         self._timeout_s = timeout_s
         self._now = now
@@ -179,7 +179,7 @@ class Publisher:
                 allowed=error.allowed,
                 remedy=f"{error.remedy}; nothing was sent",
             ) from error
-        topic = self._settings.topic(event.topic)
+        topic = self._settings.kafka.topic(event.topic)
         with self._lock:
             if self._closed:
                 raise PublishError("the publisher is closed", remedy="publish before close() or the end of `with`")

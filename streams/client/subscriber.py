@@ -93,7 +93,7 @@ class Subscriber:
     """Follows `adapter`'s alias with a backend, from the compacted topic and by polling the alias itself.
 
     kafka, store: addresses, by default PERENNIAL_KAFKA and PERENNIAL_STORE; without a broker it polls every
-    `settings.poll_s` and acknowledges nothing. replica: the name in acknowledgements. on_activate(update, stage_s)
+    `settings.serving.poll_s` and acknowledges nothing. replica: the name in acknowledgements. on_activate(update, stage_s)
     runs after a version is served; stage_s has seconds per stage: fetch, verify, load, warm, activate,
     publish_to_served. drain_s: the longest that one look waits for requests on the version before, which is tried
     again at the next. Only higher generations are applied. Thread-safe. Raises SettingsError where no store is set.
@@ -117,7 +117,7 @@ class Subscriber:
     ) -> None:
         self.settings = settings or load_settings()
         self.adapter = adapter
-        self.alias = alias or self.settings.alias
+        self.alias = alias or self.settings.serving.alias
         self.replica = replica or f"{socket.gethostname()}-{os.getpid()}"[:256]
         if not 0 < len(self.replica) <= 256 or not self.replica.isprintable():
             raise SubscriberError("not a replica's name", got=self.replica, allowed="1 to 256 printable characters")
@@ -128,14 +128,14 @@ class Subscriber:
         self._clock = clock
         self._now = now
         if store is None or isinstance(store, str):
-            store = open_store(store or self.settings.require_store())
+            store = open_store(store or self.settings.store.require_uri(), self.settings.s3)
         self._store = store
         self._registry = Registry(store, nonce=lambda: uuid4().hex, now=now)
-        bootstrap = kafka or self.settings.kafka
+        bootstrap = kafka or self.settings.kafka.bootstrap
         owner = f"{adapter}#{self.alias}"
         self._prefix = f"{adapter if self.alias == 'live' else owner}@"
-        self._updates = Updates(bootstrap, self.settings.topic("adapter-updates"), owner, self._metrics)
-        self._acks = Acks(bootstrap, self.settings.topic, now)
+        self._updates = Updates(bootstrap, self.settings.kafka.topic("adapter-updates"), owner, self._metrics)
+        self._acks = Acks(bootstrap, self.settings.kafka.topic, now)
 
         self._changed = threading.Condition()
         self._current: Current | None = None
@@ -225,7 +225,7 @@ class Subscriber:
 
     def _look(self) -> None:
         """Read the alias and do what it asks; sets when to look again."""
-        self._due_s = self._clock() + self.settings.poll_s
+        self._due_s = self._clock() + self.settings.serving.poll_s
         try:
             state = self._registry.alias(self.adapter, self.alias)
         except StoreError as error:
@@ -346,7 +346,7 @@ class Subscriber:
         last = self._attempts >= MAX_ATTEMPTS and not waits_for_store
         if not last:
             retry_s = _FIRST_RETRY_S * 2.0 ** min(self._attempts - 1, 20)
-            self._due_s = self._clock() + min(retry_s, self.settings.poll_s)
+            self._due_s = self._clock() + min(retry_s, self.settings.serving.poll_s)
         elif state is not None:
             self._given_up = state.generation
         else:
@@ -399,7 +399,7 @@ class Subscriber:
             self._settle()
             return
         _log.warning("%s: a version before is still held (%s): %s", self.adapter, reason, left)
-        self._due_s = min(self._due_s, self._clock() + max(_FIRST_RETRY_S, self.settings.poll_s / 10))
+        self._due_s = min(self._due_s, self._clock() + max(_FIRST_RETRY_S, self.settings.serving.poll_s / 10))
         if self._owed is not None and self._attempts == 0:
             self._attempts = 1
             held = SubscriberError("the version before is still held", got=reason, remedy="it is tried again")

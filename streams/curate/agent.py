@@ -211,7 +211,7 @@ class CurateAgent:
 
     async def _make_room(self) -> None:
         """Let go of the adapter unused for longest; what is pending there is cut before its time."""
-        while len(self._curators) >= self._settings.max_adapters:
+        while len(self._curators) >= self._settings.curate.max_adapters:
             adapter, curator = next(iter(self._curators.items()))
             if not curator.idle:
                 await self._save_due(curator, curator.due(_steady_ms() + self._policy.max_age_ms))
@@ -302,7 +302,7 @@ class CurateAgent:
     async def _report(self, now_ms: int) -> None:
         lag = 0
         for tp in self._app.consumer.assignment():
-            if tp.topic != self._settings.topic(TOPIC):
+            if tp.topic != self._settings.kafka.topic(TOPIC):
                 continue
             line = self._lines.get(tp)
             at = line.next_offset if line is not None else await self._app.consumer.position(tp)
@@ -347,7 +347,7 @@ class CurateAgent:
 
     async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
         """Publish and wait for the broker's acknowledgement by all in-sync replicas."""
-        await self._app.producer.send_and_wait(self._settings.topic(topic), key, value, None, None, headers)
+        await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, None, None, headers)
         self._metrics.events_out(topic)
 
 

@@ -63,12 +63,12 @@ class CutPolicy:
     def of(cls, settings: Settings) -> CutPolicy:
         """The policy that the settings ask for."""
         return cls(
-            settings.max_batch_tokens,
-            settings.max_batch_examples,
-            settings.min_batch_examples,
-            int(settings.max_age_s * 1000),
-            settings.cooldown_examples,
-            settings.detector_window,
+            settings.curate.max_batch_tokens,
+            settings.curate.max_batch_examples,
+            settings.curate.min_batch_examples,
+            int(settings.curate.max_age_s * 1000),
+            settings.curate.cooldown_examples,
+            settings.curate.detector_window,
         )
 
 

@@ -79,8 +79,8 @@ class _Saved:
     """The progress in the store."""
 
     def __init__(self, settings: Settings) -> None:
-        topic = settings.topic(TOPIC)
-        self.store = open_store(settings.require_store())
+        topic = settings.kafka.topic(TOPIC)
+        self.store = open_store(settings.store.require_uri(), settings.s3)
         self._key = f"{STATE_PREFIX}{topic}"
         self._topic_id = identify(settings, [TOPIC]).topic_ids[topic]
         self._etag: str | None = None
@@ -112,7 +112,7 @@ class DeadLetters:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._topic = settings.topic(TOPIC)
+        self._topic = settings.kafka.topic(TOPIC)
         self._saved = _Saved(settings)
         self._consumer = _consumer(settings, _MAX_BATCH)
         self._partitions = _partitions(self._consumer, self._topic)
@@ -198,7 +198,7 @@ class Redriver:
         self._settings = settings
         self._rate = rate
         self._monotonic = monotonic
-        self._topic = settings.topic(TOPIC)
+        self._topic = settings.kafka.topic(TOPIC)
         self._batch = min(_MAX_BATCH, max(1, int(rate))) if rate else _MAX_BATCH
         self._saved = _Saved(settings)
         self._consumer = _consumer(settings, self._batch)
@@ -289,7 +289,7 @@ class Redriver:
         return len(done) - len(never)
 
     def _send(self, back: Resend) -> Any:
-        topic = self._settings.topic(back.topic)
+        topic = self._settings.kafka.topic(back.topic)
         known = self._producer.partitions_for(topic)
         partition = back.partition if back.partition in known else None  # a topic made again may have fewer
         headers = [(name, raw or b"") for name, raw in back.headers]  # kafka-python writes no null header
@@ -298,7 +298,7 @@ class Redriver:
 
 def _letter(record: Any, settings: Settings) -> DeadLetterRecord:
     return read_dead_letter(
-        record.partition, record.offset, record.key, record.value, record.headers, settings.topic_prefix
+        record.partition, record.offset, record.key, record.value, record.headers, settings.kafka.topic_prefix
     )
 
 
@@ -306,9 +306,9 @@ def _consumer(settings: Settings, batch: int) -> Any:
     with _kafka(settings):
         return connect(
             KafkaConsumer,
-            settings.require_kafka(),
+            settings.kafka.require_bootstrap(),
             _CONNECT_S,
-            client_id=settings.topic("dlq"),
+            client_id=settings.kafka.topic("dlq"),
             group_id=None,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
@@ -322,9 +322,9 @@ def _producer(settings: Settings) -> Any:
     with _kafka(settings):
         return connect(
             KafkaProducer,
-            settings.require_kafka(),
+            settings.kafka.require_bootstrap(),
             _CONNECT_S,
-            client_id=settings.topic("dlq"),
+            client_id=settings.kafka.topic("dlq"),
             acks="all",
             # An idempotent producer is dead after one record too large for its topic. A retry here may send twice,
             # as a crash may: the window drops it.
@@ -363,6 +363,6 @@ def _kafka(settings: Settings) -> Iterator[None]:
     except (KafkaError, OSError) as error:
         raise KafkaUnavailableError(
             "Kafka did not do what was asked", got=f"{type(error).__name__}: {error}",
-            allowed=f"a broker at {settings.kafka}",
+            allowed=f"a broker at {settings.kafka.bootstrap}",
             remedy="see that the broker runs, then run it again: what was not saved is sent again and dropped",
         ) from error  # fmt: skip

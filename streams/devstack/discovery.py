@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.settings import Settings, load_settings
 
 
@@ -42,22 +43,24 @@ def running(data_dir: Path) -> dict[str, object] | None:
 def connected_settings(**overrides: object) -> Settings:
     """Settings, with broker and store of a running `perennial up` where none are set."""
     settings = load_settings(**overrides)
-    if settings.kafka and settings.store:
+    if settings.kafka.bootstrap and settings.store.uri:
         return settings
-    facts = running(settings.data_dir) or {}
-    found = {
-        name: facts[name]
-        for name in ("kafka", "store", "topic_prefix")
-        if facts.get(name) and not getattr(settings, name)
+    facts = running(settings.store.data_dir) or {}
+    set_here = {
+        "kafka": settings.kafka.bootstrap,
+        "store": settings.store.uri,
+        "topic_prefix": settings.kafka.topic_prefix,
     }
+    found = {name: facts[name] for name, value in set_here.items() if facts.get(name) and not value}
     if "store" in found:
-        _adopt(facts.get("s3"))
-    return settings.model_copy(update=found)
+        found["s3"] = S3Settings.from_env({**os.environ, **_s3_variables(facts.get("s3"))})
+    return settings.replace(**found)
 
 
-def _adopt(variables: object) -> None:
-    """Make this process reach the server of a running `perennial up`; its keys are in files that the variables name."""
-    if isinstance(variables, dict):
-        for name, value in variables.items():
-            if isinstance(value, str) and (str(name).startswith("PERENNIAL_S3_") or name == "AWS_SESSION_TOKEN"):
-                os.environ[name] = value
+def _s3_variables(announced: object) -> dict[str, str]:
+    """Return the variables that reach the server of a running `perennial up`; its keys are in files that they name."""
+    return {
+        str(name): value
+        for name, value in (announced.items() if isinstance(announced, dict) else ())
+        if isinstance(value, str) and (str(name).startswith("PERENNIAL_S3_") or name == "AWS_SESSION_TOKEN")
+    }

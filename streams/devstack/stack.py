@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
 
 from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.devstack.discovery import announce, running, withdraw
 from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
@@ -45,20 +47,21 @@ class Stack:
 
     def start(self) -> None:
         """Start everything and wait until every role is healthy."""
-        found: dict[str, object] = {}
-        if not self.settings.kafka:
+        found: dict[str, Any] = {}
+        if not self.settings.kafka.bootstrap:
             self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.say).start()
             found["kafka"] = self.broker.bootstrap
             self.say(f"Apache Kafka runs at {self.broker.bootstrap}")
-        if not self.settings.store and self.minio:
+        if not self.settings.store.uri and self.minio:
             self.server = MinioServer(self.data_dir / "minio", self.say)
             self.server.start()
             found["store"] = STORE_URI
-        elif not self.settings.store:
+        elif not self.settings.store.uri:
             found["store"] = str(self.data_dir / "store")
-        self.settings = self.settings.model_copy(update=found)
         environment = {**(self.environment or {}), **self.s3_environment}
-        open_store(self.settings.store, {**os.environ, **environment}).probe()
+        s3 = S3Settings.from_env({**os.environ, **environment})
+        self.settings = self.settings.replace(s3=s3, **found)
+        open_store(self.settings.store.uri, s3).probe()
         made = [report.name for report in provision(self.settings) if report.created]
         self.say(f"{len(made)} topics made" if made else "all topics were there")
         self.supervisor = Supervisor(self.settings, self.data_dir / "logs", self.roles, environment, on_event=self.say)
@@ -85,7 +88,7 @@ class Stack:
 def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store: str | None = None) -> int:
     """Run until SIGINT or SIGTERM. Raises SettingsError where it already runs in this data folder."""
     settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
-    other = running(settings.data_dir)
+    other = running(settings.store.data_dir)
     if other:
         raise SettingsError(
             "perennial already runs in this data folder",
@@ -102,7 +105,7 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
         stop.set()
 
     roles = ("intake", "streams", "scorer+learner") if shared_model else ROLES
-    stack = Stack(settings, settings.data_dir, port, roles, minio=minio)
+    stack = Stack(settings, settings.store.data_dir, port, roles, minio=minio)
     with console.status("starting") as spinner:
 
         def say(line: str) -> None:
@@ -124,9 +127,9 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
             stack.tend()
     finally:
         console.print("stopping: intake, streams, scorer, learner, broker")
-        withdraw(settings.data_dir)
+        withdraw(settings.store.data_dir)
         stack.stop()
-        console.print("stopped; everything learned is kept in " + str(settings.data_dir))
+        console.print("stopped; everything learned is kept in " + str(settings.store.data_dir))
     return 0
 
 
@@ -136,17 +139,17 @@ def _choose_store(settings: Settings, store: str | None) -> tuple[Settings, bool
     A data folder stays with the kind of store that it began with: offsets and objects belong together.
     Raises SettingsError where another kind is asked for.
     """
-    in_folder, in_minio = settings.data_dir / "store", settings.data_dir / "minio"
+    in_folder, in_minio = settings.store.data_dir / "store", settings.store.data_dir / "minio"
     if store == "minio":
         if in_folder.exists():
             raise SettingsError(
                 "this data folder keeps its objects in a folder", got="--store minio", allowed=str(in_folder),
                 remedy="leave out --store, or name another --data-dir",
             )  # fmt: skip
-        return settings.model_copy(update={"store": ""}), True
+        return settings.replace(store=""), True
     if store:
-        return settings.model_copy(update={"store": store}), False
-    return settings, not settings.store and in_minio.exists() and not in_folder.exists()
+        return settings.replace(store=store), False
+    return settings, not settings.store.uri and in_minio.exists() and not in_folder.exists()
 
 
 def _announce(stack: Stack, console: Console) -> None:
@@ -155,19 +158,19 @@ def _announce(stack: Stack, console: Console) -> None:
         return
     ports = {name: role.port for name, role in supervisor.children.items()}
     announce(
-        settings.data_dir, kafka=settings.kafka, store=settings.store, topic_prefix=settings.topic_prefix, metrics=ports,
+        settings.store.data_dir, kafka=settings.kafka.bootstrap, store=settings.store.uri, topic_prefix=settings.kafka.topic_prefix, metrics=ports,
         s3=stack.s3_environment,
     )  # fmt: skip
     lines = [
-        f"Kafka     {settings.kafka}",
-        f"store     {settings.store}",
+        f"Kafka     {settings.kafka.bootstrap}",
+        f"store     {settings.store.uri}",
         *(f"          {name}={value}" for name, value in stack.s3_environment.items() if value),
-        f"logs      {settings.data_dir / 'logs'}",
+        f"logs      {settings.store.data_dir / 'logs'}",
         *(f"metrics   http://127.0.0.1:{port}/metrics  ({name})" for name, port in ports.items()),
         "",
         "publish   perennial publish documents FILE.jsonl",
         """          echo '{"adapter":"acme/support","document_id":"1","text":"…"}' \\""",
-        f"            | kcat -b {settings.kafka} -t {settings.topic('documents')} -P",
+        f"            | kcat -b {settings.kafka.bootstrap} -t {settings.kafka.topic('documents')} -P",
         "look      perennial watch     perennial status     perennial adapters ls",
         "stop      Ctrl-C",
     ]

@@ -59,14 +59,6 @@ def die_with_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def settings_environment(settings: Settings) -> dict[str, str]:
-    """The environment that gives a child process the same settings."""
-    env = {}
-    for name, value in settings.model_dump(mode="json").items():
-        env[f"PERENNIAL_{name.upper()}"] = str(value)
-    return env
-
-
 def health(port: int, timeout_s: float = 1.0) -> dict[str, object] | None:
     """What /healthz of a role says, with `ok` set; None where nothing answers."""
     try:
@@ -151,7 +143,7 @@ class Supervisor:
             port = free_port()
             env = {
                 **os.environ,
-                **settings_environment(self.settings),
+                **self.settings.environment(),
                 "PERENNIAL_METRICS_PORT": str(port),
                 "PYTHONUNBUFFERED": "1",
                 **self.environment,

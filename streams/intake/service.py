@@ -138,10 +138,10 @@ class Intake:
         self._refused: Counter[str] = Counter()
         self._observed_s = 0.0
         self._batch_was_full = False
-        self._examples = settings.topic(EXAMPLES)
-        self._dead_letters = settings.topic(DEAD_LETTERS)
-        self._topics = {settings.topic(name): name for name in SOURCES}
-        common = {"bootstrap.servers": settings.require_kafka(), "client.id": settings.topic("intake")}
+        self._examples = settings.kafka.topic(EXAMPLES)
+        self._dead_letters = settings.kafka.topic(DEAD_LETTERS)
+        self._topics = {settings.kafka.topic(name): name for name in SOURCES}
+        common = {"bootstrap.servers": settings.kafka.require_bootstrap(), "client.id": settings.kafka.topic("intake")}
         self._admin = AdminClient(common, logger=_client_log)
         try:
             _identify(self._admin, [*self._topics, self._examples, self._dead_letters])
@@ -149,7 +149,7 @@ class Intake:
             raise _unavailable(settings, error) from error
         self._producer = Producer({**common, **PRODUCER, "on_delivery": self._on_delivery}, logger=_client_log)
         self._consumer = Consumer(
-            {**common, **CONSUMER, "group.id": group or settings.topic("intake")}, logger=_client_log
+            {**common, **CONSUMER, "group.id": group or settings.kafka.topic("intake")}, logger=_client_log
         )
         self._consumer.subscribe(list(self._topics), on_assign=self._on_assign, on_revoke=self._on_revoke)
 
@@ -180,7 +180,7 @@ class Intake:
 
     def _consume(self) -> list[Message]:
         """One batch. A lone record goes through at once: nothing waits for the batch to fill."""
-        size = self._settings.intake_batch
+        size = self._settings.intake.intake_batch
         if self._batch_was_full:
             messages = self._consumer.consume(size, _GATHER_S)
         else:
@@ -338,7 +338,7 @@ class Intake:
                 raise KafkaException(each.error)
             low, high = _patiently(partial(consumer.get_watermark_offsets, each, timeout=_CALL_S))
             resume_at = each.offset if low <= each.offset <= high else low
-            each.offset = max(low, resume_at - self._settings.dedupe_window)
+            each.offset = max(low, resume_at - self._settings.intake.dedupe_window)
             self._partitions[each.topic, each.partition] = self._partition(each, ids, resume_at)
         consumer.assign(committed)
         self._observed_s = 0.0
@@ -348,7 +348,7 @@ class Intake:
         topic = self._topics[start.topic]
         cluster_id, topic_ids = (ids.cluster_id, ids.topic_ids) if ids else ("", {})
         origin = OriginPartition(cluster_id, start.topic, topic_ids[start.topic], start.partition, topic)
-        acceptor = Acceptor(origin, self._settings.dedupe_window, self._settings.learn_turns)
+        acceptor = Acceptor(origin, self._settings.intake.dedupe_window, self._settings.curate.learn_turns)
         return _Partition(topic, acceptor, resume_at, start.offset)
 
     def _on_revoke(self, _: Consumer, __: list[TopicPartition]) -> None:
@@ -447,5 +447,5 @@ def _undelivered(error: KafkaError) -> DeliveryError:
 
 def _unavailable(settings: Settings, error: KafkaException) -> PerennialError:
     return KafkaUnavailableError(
-        got=str(error), allowed=f"a broker at {settings.kafka}", remedy="see that the broker runs"
+        got=str(error), allowed=f"a broker at {settings.kafka.bootstrap}", remedy="see that the broker runs"
     )

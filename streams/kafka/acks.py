@@ -67,10 +67,10 @@ class AckReader:
         return replicas_behind(self._acks, adapter, alias, generation, revoked)
 
     def _read(self) -> None:
-        topic = self._settings.topic(_TOPIC)
+        topic = self._settings.kafka.topic(_TOPIC)
         if self._consumer is None:
             self._consumer = connect(
-                KafkaConsumer, self._settings.require_kafka(), _TIMEOUT_S, group_id=None, enable_auto_commit=False,
+                KafkaConsumer, self._settings.kafka.require_bootstrap(), _TIMEOUT_S, group_id=None, enable_auto_commit=False,
                 auto_offset_reset="earliest",
             )  # fmt: skip
             self._acks.clear()

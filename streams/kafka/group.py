@@ -54,7 +54,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
 
     def __init__(self, settings: Settings, topic: str, group: str, max_records: int) -> None:
         self._topic = topic
-        self._name = settings.topic(topic)
+        self._name = settings.kafka.topic(topic)
         self._epochs: Counter[TopicPartition] = Counter()
         self._held: set[TopicPartition] = set()
         self._rebalancing = False
@@ -62,10 +62,10 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         try:
             self._consumer: Any = connect(
                 KafkaConsumer,
-                settings.require_kafka(),
+                settings.kafka.require_bootstrap(),
                 CONNECT_S,
-                client_id=settings.topic(group),
-                group_id=settings.topic(group),
+                client_id=settings.kafka.topic(group),
+                group_id=settings.kafka.topic(group),
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
                 # Eager: on_partitions_assigned then names all that is held, by which what left is told.
@@ -200,9 +200,9 @@ class ConfirmingProducer:
         try:
             self._producer: Any = connect(
                 KafkaProducer,
-                settings.require_kafka(),
+                settings.kafka.require_bootstrap(),
                 CONNECT_S,
-                client_id=settings.topic(role),
+                client_id=settings.kafka.topic(role),
                 acks="all",
                 enable_idempotence=True,
                 delivery_timeout_ms=DELIVERY_TIMEOUT_MS,
@@ -236,7 +236,7 @@ class ConfirmingProducer:
 
     def _send(self, topic: str, key: bytes | None, value: bytes | None, headers: list[Any]) -> None:
         try:
-            future = self._producer.send(self._settings.topic(topic), key=key, value=value, headers=headers)
+            future = self._producer.send(self._settings.kafka.topic(topic), key=key, value=value, headers=headers)
         except KafkaError as error:
             raise _undelivered(topic, error) from error
         self._pending.append((topic, future))
@@ -269,7 +269,7 @@ def _unreachable(settings: Settings, error: Exception) -> KafkaLinkError:
     return KafkaLinkError(
         "Kafka does not answer",
         got=f"{type(error).__name__}: {error}",
-        allowed=f"a broker at {settings.kafka}",
+        allowed=f"a broker at {settings.kafka.bootstrap}",
         remedy="see that the broker runs",
     )
 

@@ -64,7 +64,7 @@ class TopicSpec:
 
     def partitions(self, settings: Settings) -> int:
         """How many partitions `provision` gives it."""
-        return settings.partitions if self.partitioned else 1
+        return settings.kafka.partitions if self.partitioned else 1
 
 
 def _deleted(
@@ -151,7 +151,7 @@ def provision(settings: Settings, dry_run: bool = False) -> list[TopicReport]:
     """
     with _admin(settings) as admin:
         existing = set(admin.list_topics())
-        names = {settings.topic(name): spec for name, spec in TOPICS.items()}
+        names = {settings.kafka.topic(name): spec for name, spec in TOPICS.items()}
         missing = {name: spec for name, spec in names.items() if name not in existing}
         if missing and not dry_run:
             created = _create(admin, missing, settings)
@@ -175,7 +175,7 @@ def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterI
     with _admin(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
         existing = set(admin.list_topics())
-        wanted = [settings.topic(name) for name in (names if names is not None else TOPICS)]
+        wanted = [settings.kafka.topic(name) for name in (names if names is not None else TOPICS)]
         missing = sorted(set(wanted) - existing)
         if missing and names is not None:
             raise missing_topics(missing)
@@ -201,11 +201,11 @@ def _admin(settings: Settings) -> Iterator[Any]:
     from kafka.admin import KafkaAdminClient
     from kafka.errors import KafkaError
 
-    servers = settings.require_kafka()
+    servers = settings.kafka.require_bootstrap()
     try:
         admin = KafkaAdminClient(
             bootstrap_servers=servers.split(","),
-            client_id=settings.topic("topics"),
+            client_id=settings.kafka.topic("topics"),
             bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
         )
         try:
@@ -225,7 +225,7 @@ def _create(admin: Any, missing: Mapping[str, TopicSpec], settings: Settings) ->
     wanted = {
         name: {
             "num_partitions": spec.partitions(settings),
-            "replication_factor": settings.replication,
+            "replication_factor": settings.kafka.replication,
             "configs": dict(spec.configs),
         }
         for name, spec in missing.items()

@@ -50,7 +50,7 @@ class Metrics:
     ) -> None:
         self.role = role
         self.registry = CollectorRegistry()
-        self.stall_after_s = settings.stall_s if settings else DEFAULT_STALL_S
+        self.stall_after_s = settings.observe.stall_s if settings else DEFAULT_STALL_S
         self._clock = clock
         self._lock = threading.Lock()
         self._label_values: dict[str, set[str]] = {}

@@ -42,7 +42,7 @@ class RetainAgent:
         self._app = app
         self._settings = settings
         self._metrics = metrics
-        self._topic = settings.topic(TOPIC)
+        self._topic = settings.kafka.topic(TOPIC)
         self._acks = AckReader(settings)
         self._retention = RetainService(settings, metrics, StoreFacts(settings, store, self._acks), self._send)
         self._revoked: int | None = None
@@ -111,5 +111,5 @@ class RetainAgent:
         await self._produce(event.topic, record.key, record.value, record.headers)
 
     async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
-        await self._app.producer.send_and_wait(self._settings.topic(topic), key, value, None, None, headers)
+        await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, None, None, headers)
         self._metrics.events_out(topic)

@@ -66,7 +66,7 @@ class StoreFacts:
         self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
         self._index = ExampleIndex(self.registry)
         self._acks = acks
-        self._alias = settings.alias
+        self._alias = settings.serving.alias
         self._adapters: list[str] = []
         self._listed_s: float | None = None
 
@@ -120,7 +120,7 @@ class RetainService:
         self._facts = facts
         self._store = facts.store
         self._send = send
-        self._settle_ms = int(settings.clock_settle_s * 1000)
+        self._settle_ms = int(settings.retain.clock_settle_s * 1000)
         self._wall_ms = wall_ms
         self._monotonic_ms = monotonic_ms
         self._clock: ClockGuard | None = None

@@ -104,7 +104,9 @@ class Bench:
         self.rng = random.Random(f"forgetting {seed}")
         self.folder = folder
         self.store = DirectoryStore(folder / "store")
-        self.line: VersionWriter = make_lineage(settings, self.store, load_base(settings.base, "cpu", settings.threads))
+        self.line: VersionWriter = make_lineage(
+            settings, self.store, load_base(settings.model.base, "cpu", settings.model.threads)
+        )
         self.forgetter = ForgetExecutor(self.line, _now, lambda _: None)
         found = package_docstrings(PACKAGE, examples + HELD_OUT)
         texts = [(name, f"{name}: {text}"[:TEXT_CHARS]) for name, text in found]

@@ -77,7 +77,7 @@ def main() -> int:
 
 
 def _settings() -> Settings:
-    return Settings(topic_prefix=PREFIX, partitions=1, intake_batch=BATCH, _env_file=None)  # type: ignore[call-arg]
+    return Settings.of(topic_prefix=PREFIX, partitions=1, intake_batch=BATCH, env_file=None)  # type: ignore[call-arg]
 
 
 @contextmanager
@@ -113,14 +113,14 @@ def _publish(settings: Settings, events: int) -> float:
     from perennial.streams.kafka.topics import provision
 
     provision(settings)
-    producer = Producer({"bootstrap.servers": settings.kafka, "linger.ms": 50, "acks": "all"})
+    producer = Producer({"bootstrap.servers": settings.kafka.bootstrap, "linger.ms": 50, "acks": "all"})
     rng, total = random.Random(0), 0
     for number in range(events):
         value = _document(number, rng)
         total += len(value)
         while True:
             try:
-                producer.produce(settings.topic("documents"), value, partition=0)
+                producer.produce(settings.kafka.topic("documents"), value, partition=0)
                 break
             except BufferError:
                 producer.poll(0.1)
@@ -172,9 +172,9 @@ def _summary(found: dict[str, list[dict[str, float]]], events: int, size_bytes: 
 def _end(settings: Settings) -> int:
     from confluent_kafka import Consumer, TopicPartition
 
-    consumer = Consumer({"bootstrap.servers": settings.kafka, "group.id": f"{PREFIX}look"})
+    consumer = Consumer({"bootstrap.servers": settings.kafka.bootstrap, "group.id": f"{PREFIX}look"})
     try:
-        high: int = consumer.get_watermark_offsets(TopicPartition(settings.topic("examples"), 0), timeout=20)[1]
+        high: int = consumer.get_watermark_offsets(TopicPartition(settings.kafka.topic("examples"), 0), timeout=20)[1]
     finally:
         consumer.close()
     return high
@@ -213,9 +213,9 @@ def _acceptor(settings: Settings) -> Acceptor:
     from perennial.streams.kafka.topics import identify
 
     ids = identify(settings, ["documents"])
-    topic = settings.topic("documents")
+    topic = settings.kafka.topic("documents")
     origin = OriginPartition(ids.cluster_id, topic, ids.topic_ids[topic], 0, "documents")
-    return Acceptor(origin, settings.dedupe_window, settings.learn_turns)
+    return Acceptor(origin, settings.intake.dedupe_window, settings.curate.learn_turns)
 
 
 def _perennial(settings: Settings, events: int, group: str, watch: Stopwatch) -> None:
@@ -248,12 +248,12 @@ def _quix(settings: Settings, events: int, group: str, watch: Stopwatch) -> None
             return bytes(value.value)
 
     app = Application(
-        settings.kafka, consumer_group=group, auto_offset_reset="earliest", commit_every=BATCH, commit_interval=5.0,
+        settings.kafka.bootstrap, consumer_group=group, auto_offset_reset="earliest", commit_every=BATCH, commit_interval=5.0,
         producer_extra_config={"acks": "all", "enable.idempotence": True, "partitioner": "murmur2_random"},
         loglevel="WARNING", auto_create_topics=False, state_dir=tempfile.mkdtemp(prefix="bench-quix-"),
     )  # fmt: skip
-    documents = app.topic(settings.topic("documents"), value_deserializer="bytes", key_deserializer="bytes")
-    examples = app.topic(settings.topic("examples"), value_serializer=Value(), key_serializer="bytes")
+    documents = app.topic(settings.kafka.topic("documents"), value_deserializer="bytes", key_deserializer="bytes")
+    examples = app.topic(settings.kafka.topic("examples"), value_serializer=Value(), key_serializer="bytes")
     acceptor = _acceptor(settings)
 
     done = 0
@@ -289,13 +289,17 @@ def _faust(settings: Settings, events: int, group: str, watch: Stopwatch) -> Non
     import faust
 
     app = faust.App(
-        group, broker=f"kafka://{settings.kafka}", value_serializer="raw", web_enabled=False, topic_disable_leader=True,
+        group, broker=f"kafka://{settings.kafka.bootstrap}", value_serializer="raw", web_enabled=False, topic_disable_leader=True,
         producer_acks=-1, producer_linger=0.005, producer_max_request_size=2**21, broker_commit_every=BATCH,
         consumer_auto_offset_reset="earliest", stream_wait_empty=False, datadir=tempfile.mkdtemp(),
         producer_partitioner=None,
     )  # fmt: skip
-    documents = app.topic(settings.topic("documents"), value_type=bytes, value_serializer="raw", key_serializer="raw")
-    examples = app.topic(settings.topic("examples"), value_type=bytes, value_serializer="raw", key_serializer="raw")
+    documents = app.topic(
+        settings.kafka.topic("documents"), value_type=bytes, value_serializer="raw", key_serializer="raw"
+    )
+    examples = app.topic(
+        settings.kafka.topic("examples"), value_type=bytes, value_serializer="raw", key_serializer="raw"
+    )
     acceptor = _acceptor(settings)
     ended = asyncio.Event()
 

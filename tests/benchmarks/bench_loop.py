@@ -71,11 +71,14 @@ def main() -> None:
     try:
         stack.start()
         settings = stack.settings
-        backend = PeftBackend(load_base(settings.base, settings.device, 1), LoraConfig(settings.rank, settings.alpha))
+        backend = PeftBackend(
+            load_base(settings.model.base, settings.model.device, 1),
+            LoraConfig(settings.training.rank, settings.training.alpha),
+        )
         follower = Follower(settings, ("adapter-updates",), times.on_event)
         subscriber = Subscriber(ADAPTER, backend, settings=settings, replica="bench", on_activate=times.on_activate)
         subscriber.start()
-        publishing = threading.Thread(target=publish, args=(settings.kafka, arguments.per_s, stop))
+        publishing = threading.Thread(target=publish, args=(settings.kafka.bootstrap, arguments.per_s, stop))
         publishing.start()
         deadline = time.monotonic() + arguments.limit_s
         said = 0

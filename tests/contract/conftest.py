@@ -12,6 +12,7 @@ import pytest
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.objects.s3_settings import S3Settings
 from tests.services import start_minio
 
 StoreFactory = Callable[[], ObjectStore]
@@ -40,7 +41,7 @@ def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> StoreFactory:
     uri = f"s3://perennial-{uuid.uuid4().hex[:12]}/some/prefix"
 
     def opened() -> ObjectStore:
-        return open_store(uri, environment)
+        return open_store(uri, S3Settings.from_env(environment))
 
     first = opened()
     first.probe()

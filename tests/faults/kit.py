@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from perennial.streams.devstack.supervisor import ROLES, settings_environment
+from perennial.streams.devstack.supervisor import ROLES
 from perennial.streams.settings import Settings
 from tests.faults.parts import SESSION_S
 
@@ -64,7 +64,7 @@ class Crew:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([*PRELOADED])
         self._folder = folder
-        self._environment = {**environment, **settings_environment(settings), "PERENNIAL_METRICS_PORT": "0"}
+        self._environment = {**environment, **settings.environment(), "PERENNIAL_METRICS_PORT": "0"}
         self._processes: dict[str, BaseProcess] = {}
         folder.mkdir(parents=True, exist_ok=True)
 

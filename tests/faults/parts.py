@@ -47,12 +47,12 @@ def child(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A role as a process of its own with a short session, killed at the end. more: code that runs before the role."""
     code = (
-        "import json, sys, threading\n"
+        "import sys, threading\n"
         "from perennial.streams.observe.metrics import Metrics\n"
         "from perennial.streams.settings import Settings\n"
         + _ROLES[role].format(session_ms=int(SESSION_S * 1000))
         + more
-        + f"\nrun(Settings(**json.loads(sys.argv[1])), threading.Event(), Metrics('{role}'))\n"
+        + f"\nrun(Settings.model_validate_json(sys.argv[1]), threading.Event(), Metrics('{role}'))\n"
     )
     env = {**os.environ, **(environment or {}), "PERENNIAL_FAILPOINT": failpoint}
     process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], cwd=ROOT, env=env)
@@ -76,9 +76,9 @@ def is_stopped(process: subprocess.Popen[bytes]) -> bool:
 
 def read_to_end(settings: Settings, topic: str) -> list[Any]:
     """Every record of a topic, in order per partition."""
-    consumer = KafkaConsumer(bootstrap_servers=settings.kafka, enable_auto_commit=False)
+    consumer = KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap, enable_auto_commit=False)
     try:
-        name = settings.topic(topic)
+        name = settings.kafka.topic(topic)
         partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
         consumer.assign(partitions)
         consumer.seek_to_beginning(*partitions)

@@ -53,7 +53,7 @@ class Stack:
         self.minio = MinioServer(folder / "minio")
         self.supervisors: list[Supervisor] = []
         self._folder = folder
-        self.settings = Settings()
+        self.settings = Settings.of()
 
     def start(self) -> None:
         self.broker.start()

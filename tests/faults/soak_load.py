@@ -196,7 +196,7 @@ class Load(threading.Thread):
                 if producer is None:  # retired, for it lost an event; the next publish would make another
                     self._close()
                     return
-                self._under_way.append((what, producer.send(self._settings.topic("documents"), raw, key=b"junk")))
+                self._under_way.append((what, producer.send(self._settings.kafka.topic("documents"), raw, key=b"junk")))
             else:
                 self._under_way.append((what, self._publisher.publish(event)._future))
         except (PublishError, KafkaError, ValueError):  # perhaps never sent at all

@@ -161,10 +161,10 @@ def _look(settings: Settings, registry: Any) -> _Seen:
     letters, job_letters = set(), []
     for record in parts.read_to_end(settings, "dead-letters"):
         letter = read_dead_letter(
-            record.partition, record.offset, record.key, record.value, record.headers, settings.topic_prefix
+            record.partition, record.offset, record.key, record.value, record.headers, settings.kafka.topic_prefix
         )
         if letter.source in _INPUTS:
-            letters.add((f"{settings.topic(letter.source)}/{letter.held.partition}", letter.held.offset))
+            letters.add((f"{settings.kafka.topic(letter.source)}/{letter.held.partition}", letter.held.offset))
         else:
             job_letters.append(f"{letter.source}: {letter.held.reason}: {letter.held.detail}"[:400])
     lines = {adapter: read_line(registry, adapter) for adapter in ADAPTERS}
@@ -191,11 +191,13 @@ def _committed(settings: Settings) -> dict[tuple[str, int], int]:
     """The next offset of every role, by topic and partition."""
     found: dict[tuple[str, int], int] = {}
     for group in set(_GROUPS.values()):
-        consumer = connect(KafkaConsumer, settings.kafka, 10, group_id=settings.topic(group), enable_auto_commit=False)
+        consumer = connect(
+            KafkaConsumer, settings.kafka.bootstrap, 10, group_id=settings.kafka.topic(group), enable_auto_commit=False
+        )
         try:
             for topic in (name for name, theirs in _GROUPS.items() if theirs == group):
-                for number in consumer.partitions_for_topic(settings.topic(topic)):
-                    at = consumer.committed(TopicPartition(settings.topic(topic), number))
+                for number in consumer.partitions_for_topic(settings.kafka.topic(topic)):
+                    at = consumer.committed(TopicPartition(settings.kafka.topic(topic), number))
                     found[topic, number] = at or 0
         finally:
             consumer.close()

@@ -16,6 +16,7 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry, manifest_key
 from perennial.streams.client.publisher import Subscriber
@@ -40,7 +41,7 @@ def store(request, tmp_path):
         return
     server = start_minio(tmp_path / "minio")
     try:
-        made = open_store(f"s3://perennial-{uuid.uuid4().hex[:12]}", server.environment())
+        made = open_store(f"s3://perennial-{uuid.uuid4().hex[:12]}", S3Settings.from_env(server.environment()))
         made.probe()
         yield made
     finally:
@@ -56,7 +57,7 @@ def test_flipped_bytes_are_refused_by_learner_and_subscriber(store, record_fault
     following = jobs.update(store, 2, documents(*range(8, 12)))
     head = line.registry.head(ADAPTER)
     first = line.registry.manifest(ADAPTER, head.manifest.parent)
-    state, settings, metrics = line.registry.alias(ADAPTER), Settings(_env_file=None), Metrics("subscriber")
+    state, settings, metrics = line.registry.alias(ADAPTER), Settings.of(env_file=None), Metrics("subscriber")
     assert all((head.manifest.optimizer, head.manifest.replay, first.batch))
     served = (manifest_key(ADAPTER, head.version), blob_key(head.manifest.weights.digest))
     keys = [
@@ -103,7 +104,7 @@ def line_kept(line, manifest: Manifest, batch: str):
 def test_a_flipped_byte_ends_in_dead_letters_and_the_learner_goes_on(broker, topic_prefix, tmp_path, record_fault):
     given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
     provision(given)
-    files = DirectoryStore(Path(given.store))
+    files = DirectoryStore(Path(given.store.uri))
     cuts = [jobs.update(files, cut, documents(4 * cut, 4 * cut + 1)) for cut in range(3)]
     registry = Registry(files, nonce=lambda: "n", now=now)
     with parts.child("learner", given, "learner.publish:1", parts.FEW_TEXTS) as learner:
@@ -112,7 +113,7 @@ def test_a_flipped_byte_ends_in_dead_letters_and_the_learner_goes_on(broker, top
         assert learner.wait(90) == -signal.SIGKILL
     assert registry.alias(ADAPTER).generation == 1
     assert parts.envelopes(given, "adapter-updates") == []
-    polling = given.model_copy(update={"poll_s": 0.2})
+    polling = given.replace(poll_s=0.2)
     began = time.monotonic()
     with Subscriber(ADAPTER, MemoryBackend(None), settings=polling, store=files) as subscriber:
         assert subscriber.wait_for(1, 30), "the alias is the truth, the event a hint"

@@ -112,7 +112,7 @@ class Bench:
     def settled(self, adapter: str) -> bool:
         """Whether the head accounts for the last acknowledged document and is what is served."""
         head = self.registry.head(adapter)
-        state = self.registry.alias(adapter, self.settings.alias)
+        state = self.registry.alias(adapter, self.settings.serving.alias)
         if head is None or state is None or state.version != head.version:
             return False
         return max(head.manifest.marks.values(), default=-1) >= self.acked[adapter][-1][1]
@@ -159,17 +159,17 @@ def bench(broker, topic_prefix, tmp_path, monkeypatch):
         environment = server.environment()
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        settings = Settings(
+        settings = Settings.of(
             kafka=broker.bootstrap, topic_prefix=topic_prefix, store="s3://perennial/crash", partitions=1, threads=1,
             max_batch_examples=PER_CUT, min_batch_examples=PER_CUT + 1, max_batch_tokens=100_000, max_age_s=3600,
             steps=1, rows=4, row_tokens=48, max_tokens=48, anchor_rows=1, max_general_rise_nats=50, min_gain_nats=-50,
             learning_rate=1e-3, poll_s=1,
         )  # fmt: skip
-        open_store(settings.store).probe()
+        open_store(settings.store.uri).probe()
         provision(settings)
         crew = Crew(settings, tmp_path / "roles", environment)
         crew.start()
-        with Publisher(settings.kafka, settings=settings) as publisher:
+        with Publisher(settings.kafka.bootstrap, settings=settings) as publisher:
             yield Bench(settings, open_registry(settings), crew, publisher, random.Random("crash"), {})
     finally:
         crew.stop()
@@ -178,7 +178,9 @@ def bench(broker, topic_prefix, tmp_path, monkeypatch):
 
 def from_scratch(bench: Bench, adapter: str, folder: Path, gone: str | None = None) -> scratch.Scratch:
     """Train what the publisher's log says, cut by cut, without kills; examples as intake accepted them."""
-    line = make_lineage(bench.settings, DirectoryStore(folder), load_base("shipped", "cpu", bench.settings.threads))
+    line = make_lineage(
+        bench.settings, DirectoryStore(folder), load_base("shipped", "cpu", bench.settings.model.threads)
+    )
     known: dict[int, ExampleAccepted] = {}
     version: str | None = bench.registry.head(adapter).version
     while version is not None:

@@ -66,7 +66,7 @@ def test_an_erasure_that_is_accepted_while_its_example_is_learned(given, tmp_pat
     record_fault(found)
     assert (found.lost, found.learned_twice, stale, knowing) == (0, 0, [], [])
     assert forgetting.oracle(given, tmp_path, cuts, {1, 6}).equals(line.head(ADAPTER).manifest)
-    assert readable(Path(given.store), ["secret001", "secret006"]) == []
+    assert readable(Path(given.store.uri), ["secret001", "secret006"]) == []
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_hold_that_comes_while_the_erasure_is_carried_out(given, tmp_path, rec
                 (
                     place,
                     statuses[-1],
-                    bool(readable(Path(given.store), [text])),
+                    bool(readable(Path(given.store.uri), [text])),
                     load_quarantine(store, ADAPTER).entry(f"r{number}").done,
                 )
             )
@@ -107,5 +107,5 @@ def test_a_hold_that_comes_while_the_erasure_is_carried_out(given, tmp_path, rec
     assert (found.lost, found.learned_twice, stale) == (0, 0, [])
     head = forgetting.registry(given).head(ADAPTER)
     assert forgetting.oracle(given, tmp_path, cuts, {5, 9}).equals(head.manifest)
-    assert readable(Path(given.store), ["secret005", "secret009"]) == []
+    assert readable(Path(given.store.uri), ["secret005", "secret009"]) == []
     assert list(store.list("forgotten/")) == []

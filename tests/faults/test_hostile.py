@@ -57,22 +57,22 @@ def poison() -> list[tuple[bytes | None, list[tuple[str, bytes | None]]]]:
 
 @pytest.fixture
 def settings(broker, topic_prefix):
-    found = Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=1, _env_file=None)
+    found = Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=1, env_file=None)
     provision(found)
     return found
 
 
 def test_a_poison_pill_stalls_its_partition_for_a_second_at_most(settings, record_fault):
     """Each pill with a good event behind it: how long that one takes to come out, beside one with nothing before it."""
-    producer = Producer({"bootstrap.servers": settings.kafka, "message.max.bytes": 4_000_000, "linger.ms": 0})
-    consumer = KafkaConsumer(bootstrap_servers=settings.kafka, enable_auto_commit=False, fetch_max_wait_ms=20)
-    partition = TopicPartition(settings.topic("examples"), 0)
+    producer = Producer({"bootstrap.servers": settings.kafka.bootstrap, "message.max.bytes": 4_000_000, "linger.ms": 0})
+    consumer = KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap, enable_auto_commit=False, fetch_max_wait_ms=20)
+    partition = TopicPartition(settings.kafka.topic("examples"), 0)
     consumer.assign([partition])
     consumer.seek_to_beginning(partition)
     arrived: list[str] = []
 
     def passes(number: int, pill: tuple[bytes | None, list[tuple[str, bytes | None]]] | None) -> float:
-        topic = settings.topic("documents")
+        topic = settings.kafka.topic("documents")
         if pill is not None:
             producer.produce(topic, pill[0], partition=0, headers=pill[1])
             producer.flush(30)

@@ -20,6 +20,7 @@ from perennial.learner.roles import learner as worker
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.registry import Registry
 from perennial.streams.client.publisher import Publisher, PublishError, Receipt, Subscriber
 from perennial.streams.devstack.kafka_broker import EmbeddedBroker
@@ -89,7 +90,7 @@ class Flow:
                 failed += 1
             else:
                 self.acked.append(
-                    (f"{found.topic.removeprefix(self.settings.topic_prefix)}/{found.partition}", found.offset)
+                    (f"{found.topic.removeprefix(self.settings.kafka.topic_prefix)}/{found.partition}", found.offset)
                 )
         return failed
 
@@ -123,7 +124,7 @@ def flow(broker_jars, tmp_path_factory) -> Iterator[Flow]:
         stack.callback(server.stop)
         environment = server.environment()
         settings = small_settings(kafka.bootstrap, "", STORE_URI)
-        store = open_store(STORE_URI, {**os.environ, **environment})
+        store = open_store(STORE_URI, S3Settings.from_env(environment))
         store.probe()
         provision(settings)
         supervisor = Supervisor(settings, root / "logs", environment=environment)
@@ -153,7 +154,7 @@ def check(flow: Flow, fault: str, recovery_s: float, record_fault: Callable[[Row
 
 
 def test_a_broker_that_is_killed_and_comes_back(flow, record_fault):
-    with Publisher(flow.settings.kafka, settings=flow.settings) as publisher:
+    with Publisher(flow.settings.kafka.bootstrap, settings=flow.settings) as publisher:
         receipts = flow.publish(publisher, 40)
         publisher.flush(30)
         receipts += flow.publish(publisher, 20)
@@ -173,7 +174,7 @@ def test_a_broker_that_is_killed_and_comes_back(flow, record_fault):
 
 
 def test_a_publisher_closed_over_a_broker_that_hangs_ends_every_promise_and_its_thread(flow):
-    publisher = Publisher(flow.settings.kafka, settings=flow.settings, timeout_s=2)
+    publisher = Publisher(flow.settings.kafka.bootstrap, settings=flow.settings, timeout_s=2)
     assert flow.count(flow.publish(publisher, 1)) == 0
     sender = publisher._producer._sender
     os.kill(flow.broker.pid, signal.SIGSTOP)
@@ -192,7 +193,7 @@ def test_a_publisher_closed_over_a_broker_that_hangs_ends_every_promise_and_its_
 
 
 def test_a_store_that_is_down_for_a_minute(flow, record_fault):
-    with Publisher(flow.settings.kafka, settings=flow.settings) as publisher:
+    with Publisher(flow.settings.kafka.bootstrap, settings=flow.settings) as publisher:
         receipts = flow.publish(publisher, 40)
         publisher.flush(30)
         os.killpg(flow.server._process.pid, signal.SIGKILL)
@@ -211,7 +212,7 @@ def test_a_disk_that_is_full_under_the_broker(flow, record_fault):
     if os.geteuid() != 0:
         missing_service("a small disk can be mounted by root alone")
     before = len(flow.acked)
-    publisher = Publisher(flow.settings.kafka, settings=flow.settings)
+    publisher = Publisher(flow.settings.kafka.bootstrap, settings=flow.settings)
     ballast = parts.fill(flow.disk, 64 * 1024)
     receipts = flow.publish(publisher, 400)
     failed = flow.count(receipts) + 400 - len(receipts)
@@ -220,7 +221,7 @@ def test_a_disk_that_is_full_under_the_broker(flow, record_fault):
     ballast.unlink()
     flow.broker.stop()
     flow.broker.start()
-    with Publisher(flow.settings.kafka, settings=flow.settings) as again:
+    with Publisher(flow.settings.kafka.bootstrap, settings=flow.settings) as again:
         assert flow.count(flow.publish(again, 10)) == 0
     recovery_s = flow.settle()
     check(flow, "disk full under the broker", recovery_s, record_fault)
@@ -231,9 +232,9 @@ def test_a_disk_that_is_full_under_the_broker(flow, record_fault):
 def test_a_disk_that_is_full_under_the_directory_store(broker, topic_prefix, tmp_path, record_fault):
     """The learner waits for room; what it was about to publish comes whole or not at all."""
     with parts.small_disk(tmp_path / "disk", 8) as disk:
-        given = kit.settings(broker.bootstrap, topic_prefix, tmp_path).model_copy(update={"store": str(disk / "store")})
+        given = kit.settings(broker.bootstrap, topic_prefix, tmp_path).replace(store=str(disk / "store"))
         provision(given)
-        store = DirectoryStore(Path(given.store))
+        store = DirectoryStore(Path(given.store.uri))
         cuts = [
             jobs.update(store, cut, [tiny.document(n, f"parrot {n} sings") for n in range(4 * cut, 4 * cut + 4)])
             for cut in range(3)

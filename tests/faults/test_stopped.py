@@ -40,13 +40,13 @@ def _few_texts_and_short_sessions(monkeypatch):
 
 
 def registry(settings: Settings) -> Registry:
-    return Registry(DirectoryStore(Path(settings.store)), nonce=lambda: "n", now=worker._now)
+    return Registry(DirectoryStore(Path(settings.store.uri)), nonce=lambda: "n", now=worker._now)
 
 
 def job(settings: Settings, cut: int):
     """Cut n has documents 4n to 4n + 3."""
     examples = [tiny.document(n, f"the blue parrot {n} sings at noon") for n in range(4 * cut, 4 * cut + 4)]
-    return jobs.update(DirectoryStore(Path(settings.store)), cut, examples)
+    return jobs.update(DirectoryStore(Path(settings.store.uri)), cut, examples)
 
 
 def row(fault: str, cases: list[Settings], cuts: int, recovery_s: float) -> tuple[Row, list[str]]:
@@ -80,7 +80,9 @@ def test_a_learner_stopped_past_its_session_publishes_nothing_stale(broker, topi
             parts.wait_stopped(process)
         with ExitStack() as others:
             for given in cases.values():
-                own = load_base(given.base, "cpu", 1)  # not in the threads: transformers loads one model at a time
+                own = load_base(
+                    given.model.base, "cpu", 1
+                )  # not in the threads: transformers loads one model at a time
                 others.enter_context(
                     kit.running(lambda stop, given=given, own=own: run_learner(given, stop, Metrics("learner"), own))
                 )
@@ -205,13 +207,13 @@ def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch,
 @pytest.mark.slow
 def test_an_intake_stopped_past_its_session_reorders_nothing(broker, topic_prefix, record_fault):
     """Stopped with a batch half sent; another intake takes its partitions over, and then it sends the rest."""
-    given = Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, intake_batch=40, _env_file=None)
+    given = Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, intake_batch=40, env_file=None)
     provision(given)
-    client = KafkaProducer(bootstrap_servers=given.kafka)
+    client = KafkaProducer(bootstrap_servers=given.kafka.bootstrap)
 
     def publish(first: int, last: int) -> None:
         for number in range(first, last):
-            client.send(given.topic("documents"), intaking.document(number), partition=number % 2)
+            client.send(given.kafka.topic("documents"), intaking.document(number), partition=number % 2)
         client.flush()
 
     publish(0, 200)

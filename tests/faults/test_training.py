@@ -40,7 +40,7 @@ def given(broker, topic_prefix, tmp_path, monkeypatch):
 def cut(settings, number: int, mark: str):
     """A micro-batch of four documents; `mark` is a letter that occurs in no other text."""
     documents = [tiny.document(4 * number + n, f"{mark} the blue parrot sings at noon") for n in range(4)]
-    return jobs.update(DirectoryStore(Path(settings.store)), number, documents)
+    return jobs.update(DirectoryStore(Path(settings.store.uri)), number, documents)
 
 
 def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(given, monkeypatch, record_fault):
@@ -75,7 +75,7 @@ def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(give
         began = time.monotonic()
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == len(kinds), "and the last one")
         recovery_s = time.monotonic() - began
-    line = Registry(DirectoryStore(Path(given.store)), nonce=lambda: "n", now=worker._now)
+    line = Registry(DirectoryStore(Path(given.store.uri)), nonce=lambda: "n", now=worker._now)
     found = account(line, [ADAPTER])
     letters = kit.letters(given, 1)
     dead = {("documents/0", offset) for offset in range(16, 20)}

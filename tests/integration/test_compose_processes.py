@@ -268,8 +268,8 @@ def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypat
         for key, value in env.items():
             if key.startswith("PERENNIAL_S3_"):
                 monkeypatch.setenv(key, value)
-        settings = Settings(_env_file=None, kafka=env["PERENNIAL_KAFKA"], store=env["PERENNIAL_STORE"])
-        with Publisher(settings.kafka, settings=settings) as publisher:
+        settings = Settings.of(env_file=None, kafka=env["PERENNIAL_KAFKA"], store=env["PERENNIAL_STORE"])
+        with Publisher(settings.kafka.bootstrap, settings=settings) as publisher:
             for number in range(DOCUMENTS):
                 text = f"note {number}: what is learned here goes through every service of the file, once"
                 publisher.document(adapter="acme/compose", document_id=str(number), text=text)
@@ -281,7 +281,7 @@ def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypat
             ) >= DOCUMENTS,
             240, lambda: "\n".join(f"{name}: {services.log(name)}" for name in compose.ROLE_SERVICES),
         )  # fmt: skip
-        assert next(iter(open_store(settings.store).list("manifests/")))
+        assert next(iter(open_store(settings.store.uri).list("manifests/")))
         assert {name: services.end(name) for name in compose.ROLE_SERVICES} == dict.fromkeys(compose.ROLE_SERVICES, 0)
     finally:
         broker.stop()

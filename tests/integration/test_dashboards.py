@@ -31,6 +31,7 @@ from kafka import KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 
 from perennial.storage.objects.s3 import open_minio
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.publisher import Publisher, Subscriber
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
@@ -195,8 +196,8 @@ class Shelf:
 
 def small_settings(kafka: str, prefix: str, store: Path) -> Settings:
     """Updates that take a fraction of a second: what is judged is whether they are seen."""
-    return Settings(
-        _env_file=None, kafka=kafka, topic_prefix=prefix, store=str(store), partitions=2, threads=1,
+    return Settings.of(
+        env_file=None, kafka=kafka, topic_prefix=prefix, store=str(store), partitions=2, threads=1,
         max_batch_examples=12, max_batch_tokens=600, max_age_s=3, steps=1, rows=4, row_tokens=48, max_tokens=48,
         anchor_rows=2, max_general_rise_nats=50, min_gain_nats=-50, learning_rate=1e-4, poll_s=1,
     )  # fmt: skip
@@ -231,13 +232,13 @@ class Life:
 
     def unreadable(self, producer: KafkaProducer) -> None:
         for number in range(UNREADABLE):
-            producer.send(self.settings.topic("documents"), b"{not json %d" % number)
+            producer.send(self.settings.kafka.topic("documents"), b"{not json %d" % number)
         producer.flush(30)
 
     def from_hours_ago(self, producer: KafkaProducer) -> None:
         """What waited in the broker for hours; the topic must take our word for the time, and otherwise never does."""
-        admin = KafkaAdminClient(bootstrap_servers=self.settings.kafka)
-        documents, told = self.settings.topic("documents"), {"message.timestamp.type": "CreateTime"}
+        admin = KafkaAdminClient(bootstrap_servers=self.settings.kafka.bootstrap)
+        documents, told = self.settings.kafka.topic("documents"), {"message.timestamp.type": "CreateTime"}
         admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, documents, told)])
         admin.close()
         for number in range(BACK_FILL):
@@ -309,9 +310,15 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
             supervisor.wait_healthy(180)
             life = Life(settings, supervisor)
             with (
-                Publisher(settings.kafka, settings=settings) as publisher,
+                Publisher(settings.kafka.bootstrap, settings=settings) as publisher,
                 Subscriber(SERVED, Shelf(), settings=settings, metrics=following),
-                Subscriber(SERVED, Shelf(), store=open_minio("s3://nowhere", nowhere), settings=settings, metrics=lost),
+                Subscriber(
+                    SERVED,
+                    Shelf(),
+                    store=open_minio("s3://nowhere", S3Settings.from_env(nowhere)),
+                    settings=settings,
+                    metrics=lost,
+                ),
             ):
                 life.begin(publisher)
                 life.unreadable(producer)
@@ -323,7 +330,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                 )
                 life.refuse()
                 for _ in range(3):  # an update each
-                    life.documents(publisher, REFUSED, settings.max_batch_examples)
+                    life.documents(publisher, REFUSED, settings.curate.max_batch_examples)
                 left = look_until(lambda left: all(ask.of_forgetting for ask in left), "the loop", TIMEOUT_S)
                 unexpected = [ask for ask in left if not ask.of_forgetting]
                 assert not unexpected, "without data:\n" + table(unexpected)

@@ -44,7 +44,7 @@ WORDS = [
 
 def small_settings(kafka: str, prefix: str, store: str | Path) -> Settings:
     """Updates that take a fraction of a second: the guarantee does not depend on how much is learned."""
-    return Settings(
+    return Settings.of(
         kafka=kafka, topic_prefix=prefix, store=str(store), partitions=2, threads=1, max_batch_examples=12,
         max_batch_tokens=600, max_age_s=3, steps=1, rows=4, row_tokens=48, max_tokens=48, anchor_rows=2,
         max_general_rise_nats=50, min_gain_nats=-50, learning_rate=1e-4, poll_s=1,
@@ -68,7 +68,7 @@ def test_every_example_is_learned_once_though_each_role_is_killed_in_turn(broker
         supervisor.wait_healthy()
         registry = open_registry(settings)
         receipts = []
-        with Publisher(settings.kafka, settings=settings) as publisher:
+        with Publisher(settings.kafka.bootstrap, settings=settings) as publisher:
             for part, victim in enumerate((*ROLES, None)):
                 for number in range(part * EVENTS_BETWEEN, (part + 1) * EVENTS_BETWEEN):
                     adapter, document = rng.choice(ADAPTERS), f"doc-{number}"

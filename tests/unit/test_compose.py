@@ -16,12 +16,13 @@ import typer.main
 import yaml
 
 from perennial.storage.objects.s3 import open_minio
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.cli.app import app
 from perennial.streams.devstack.kafka_config import DEVELOPMENT
 from perennial.streams.devstack.kafka_jars import KAFKA_VERSION
 from perennial.streams.devstack.supervisor import ROLES
 from perennial.streams.observe.metrics import Metrics, serve_metrics
-from perennial.streams.settings import Settings
+from perennial.streams.settings import Settings, all_fields
 from tests import compose
 from tests.services import missing_service
 from tools import generate_dashboards as script
@@ -71,26 +72,16 @@ def test_commands_of_our_services_exist(name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_variables_of_our_services_are_settings_or_the_stores(name):
-    fields = {f"PERENNIAL_{field.upper()}" for field in Settings.model_fields}
+    fields = {variable for _, variable, _ in all_fields()}
     environment = compose.environment(SERVICES[name])
     of_store = {key: value for key, value in environment.items() if key.startswith("PERENNIAL_S3_")}
     assert set(environment) - set(of_store) <= fields
     values = {key.removeprefix("PERENNIAL_").lower(): value for key, value in environment.items() if key in fields}
-    settings = Settings(_env_file=None, **values)
-    assert settings.require_kafka() in advertised()
-    read: set[str] = set()
-
-    class Recorder(dict):
-        def get(self, key: str, default: str | None = None) -> str | None:
-            read.add(key)
-            return super().get(key, default)
-
-        def __getitem__(self, key: str) -> str:
-            read.add(key)
-            return super().__getitem__(key)
-
-    open_minio(settings.require_store(), Recorder(of_store))
-    assert set(of_store) <= read
+    settings = Settings.of(env_file=None, **values)
+    assert settings.kafka.require_bootstrap() in advertised()
+    open_minio(settings.store.require_uri(), S3Settings.from_env(of_store))
+    known = {str(name) for field in S3Settings.model_fields.values() for name in field.validation_alias.choices}
+    assert set(of_store) <= known
 
 
 def advertised() -> list[str]:

@@ -18,11 +18,11 @@ class Follower:
 
     def __init__(self, settings: Settings, topics: Sequence[str], on_event: Callable[[Event], None]) -> None:
         self._settings = settings
-        self._names = {settings.topic(name): name for name in topics}
+        self._names = {settings.kafka.topic(name): name for name in topics}
         self._on_event = on_event
         self._stop = threading.Event()
         self._consumer: Any = KafkaConsumer(
-            bootstrap_servers=settings.require_kafka().split(","),
+            bootstrap_servers=settings.kafka.require_bootstrap().split(","),
             enable_auto_commit=False,
             auto_offset_reset="earliest",
         )

@@ -206,10 +206,12 @@ class ForgetDemo:
         """The weights that the demo's subscriber serves, once it serves what the alias points at."""
         with self._waiting("the subscriber to serve the live version") as waiting:
             while True:
-                state = ledger.registry.alias(PEOPLE, self.settings.alias)
+                state = ledger.registry.alias(PEOPLE, self.settings.serving.alias)
                 current = subscriber.current
                 if state is not None and current is not None and current.generation == state.generation:
-                    return get_blob(open_store(self.settings.require_store()), current.manifest.weights.digest)
+                    return get_blob(
+                        open_store(self.settings.store.require_uri(), self.settings.s3), current.manifest.weights.digest
+                    )
                 waiting()
 
     @contextmanager
@@ -229,7 +231,7 @@ class ForgetDemo:
 
     def _cuts(self, ledger: LearnedExamples) -> list[Batch]:
         """What each update was given, in order; read while the store still has it."""
-        store = open_store(self.settings.require_store())
+        store = open_store(self.settings.store.require_uri(), self.settings.s3)
         return [
             Batch.model_validate_json(get_blob(store, manifest.batch.digest))
             for _, manifest in ledger.versions
@@ -245,7 +247,7 @@ class ForgetDemo:
         from perennial.learner.versions.micro_batches import BatchRows
 
         settings, store = self.settings, DirectoryStore(self.folder / "never-saw")
-        base = load_base(settings.base, settings.device, settings.threads)
+        base = load_base(settings.model.base, settings.model.device, settings.model.threads)
         updater = make_lineage(settings, store, base).updater
         rows = BatchRows(store, updater.rows)
         state = TrainingState(updater.lora.init_state(PEOPLE, updater.recipe.seed), None, ())
@@ -265,7 +267,7 @@ class ForgetDemo:
     ) -> dict[str, dict[str, float]]:
         from perennial.learner.serving.evaluate import Evaluator
 
-        probe = Evaluator(self.settings, open_store(self.settings.require_store()))
+        probe = Evaluator(self.settings, open_store(self.settings.store.require_uri(), self.settings.s3))
         with self.console.status("measuring what was forgotten and what was not"):
             return {
                 model: {name: probe.loss_of(weights, texts) for name, texts in groups.items()}
@@ -274,7 +276,7 @@ class ForgetDemo:
 
     def _readable(self, secrets: Collection[str]) -> list[str]:
         """Files of the store that hold one of the secrets."""
-        root = Path(self.settings.require_store())
+        root = Path(self.settings.store.require_uri())
         found = []
         for path in root.rglob("*"):
             with suppress(FileNotFoundError, IsADirectoryError):  # a role may just be replacing it

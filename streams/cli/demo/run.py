@@ -222,7 +222,7 @@ class Demo:
         answering, _ = self._subscribe(SUPPORT)
         library = LearnedExamples(registry, LIBRARY)
         ends: list[int] = []
-        with Publisher(settings.kafka, settings=settings) as publisher:
+        with Publisher(settings.kafka.bootstrap, settings=settings) as publisher:
             published, began = 0, time.monotonic()
             for domain in DOMAINS:
                 say(f"[bold]publishing {self.documents} documents of {domain} to {LIBRARY}[/]")
@@ -251,8 +251,8 @@ class Demo:
         from perennial.learner.serving.peft_backend import PeftBackend
 
         settings = self.stack.settings
-        base = load_base(settings.base, settings.device, 1)
-        backend = PeftBackend(base, LoraConfig(settings.rank, settings.alpha))
+        base = load_base(settings.model.base, settings.model.device, 1)
+        backend = PeftBackend(base, LoraConfig(settings.training.rank, settings.training.alpha))
         subscriber = Subscriber(adapter, backend, settings=settings, replica="demo", on_activate=self.watcher.on_served)
         subscriber.start()
         self._closers.append(subscriber.close)
@@ -315,7 +315,7 @@ class Demo:
         from perennial.learner.serving.evaluate import Evaluator
 
         settings = self.stack.settings
-        probe = Evaluator(settings, open_store(settings.store))
+        probe = Evaluator(settings, open_store(settings.store.uri, settings.s3))
         groups = {**self.held_out, "general": general_texts("heldout")[:GENERAL]}
         promoted = [manifest for _, manifest in ledger.versions if manifest.outcome == "promoted"]
         change_at = sum(manifest.outcome == "promoted" for _, manifest in ledger.versions[: ends[0]])

@@ -25,6 +25,7 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.keys import blob_key, check_key, digest_of, key_of, stored_name
 from perennial.storage.objects.object_store import ObjectStore, get_blob, put_blob
 from perennial.storage.objects.s3 import open_minio
+from perennial.storage.objects.s3_settings import S3Settings
 
 WRITERS = 32
 ROUNDS = 20
@@ -395,7 +396,7 @@ class Dropping(urllib3.PoolManager):
 
 def test_a_server_that_ignores_conditions_is_refused(s3_environment):
     with Deaf() as pool:
-        store = open_minio("s3://perennial-deaf/x", s3_environment, pool)
+        store = open_minio("s3://perennial-deaf/x", S3Settings.from_env(s3_environment), pool)
         with pytest.raises(StoreError) as refused:
             store.probe()
         assert "RELEASE.2025-09-07T16-13-09Z" in refused.value.remedy
@@ -404,7 +405,7 @@ def test_a_server_that_ignores_conditions_is_refused(s3_environment):
 
 def test_a_lost_answer_is_resolved_by_reading_back(s3_environment):
     with Dropping(retries=False) as pool:
-        store = open_minio("s3://perennial-dropping/x", s3_environment, pool)
+        store = open_minio("s3://perennial-dropping/x", S3Settings.from_env(s3_environment), pool)
         store.probe()
         pool.losing = 3
         etag = store.compare_and_swap("a", b"mine 1", None)
@@ -420,7 +421,7 @@ def test_a_lost_answer_is_resolved_by_reading_back(s3_environment):
 
 
 def test_no_server_is_said_so_without_leaking_a_signature():
-    store = open_store("s3://bucket/x", {**KEYS, "PERENNIAL_S3_ENDPOINT": "http://127.0.0.1:9"})
+    store = open_store("s3://bucket/x", S3Settings.from_env({**KEYS, "PERENNIAL_S3_ENDPOINT": "http://127.0.0.1:9"}))
     for call in (lambda: store.put_if_absent("a", b""), lambda: store.compare_and_swap("a", b"", None),
                  lambda: store.get("a"), lambda: list(store.list(""))):  # fmt: skip
         with pytest.raises(StoreUnavailableError) as refused:
@@ -431,7 +432,9 @@ def test_no_server_is_said_so_without_leaking_a_signature():
 
 
 def test_wrong_credentials_are_said_so(s3_environment):
-    store = open_store("s3://perennial-denied/x", {**s3_environment, "PERENNIAL_S3_SECRET_KEY": "wrong-secret"})
+    store = open_store(
+        "s3://perennial-denied/x", S3Settings.from_env({**s3_environment, "PERENNIAL_S3_SECRET_KEY": "wrong-secret"})
+    )
     for call in (lambda: store.put_if_absent("a", b""), lambda: store.get("a"), store.probe):
         with pytest.raises(StoreError) as refused:
             call()
@@ -440,7 +443,7 @@ def test_wrong_credentials_are_said_so(s3_environment):
 
 
 def test_a_missing_bucket_is_said_so(s3_environment):
-    store = open_store("s3://perennial-missing/x", s3_environment)
+    store = open_store("s3://perennial-missing/x", S3Settings.from_env(s3_environment))
     with pytest.raises(StoreError) as refused:
         store.put_if_absent("a", b"")
     assert "perennial-missing" in refused.value.remedy
@@ -456,7 +459,7 @@ def test_settings_come_from_files_and_from_the_usual_names(tmp_path):
     usual = {"AWS_ACCESS_KEY_ID": "from-aws", "AWS_SECRET_ACCESS_KEY": "x", "AWS_REGION": "eu-central-1"}
 
     def opened(env: dict[str, str]) -> str:
-        store = open_minio("s3://bucket/some/prefix/", env)
+        store = open_minio("s3://bucket/some/prefix/", S3Settings.from_env(env))
         assert store.uri == "s3://bucket/some/prefix"
         return store._client.get_presigned_url("GET", "bucket", "x")
 
@@ -483,7 +486,7 @@ def test_settings_come_from_files_and_from_the_usual_names(tmp_path):
 )
 def test_settings_that_are_not_usable_are_said_so(env):
     with pytest.raises(StoreError) as refused:
-        open_store("s3://bucket/x", env)
+        open_store("s3://bucket/x", S3Settings.from_env(env))
     assert refused.value.remedy
     assert "s3cr3t" not in str(refused.value)
 
@@ -491,11 +494,11 @@ def test_settings_that_are_not_usable_are_said_so(env):
 @pytest.mark.parametrize("uri", ["s3://", "s3://B/x", "s3://bucket/../x", "s3://bucket/a b"])
 def test_bucket_addresses_that_are_not_usable_are_said_so(uri):
     with pytest.raises(StoreError):
-        open_store(uri, KEYS)
+        open_store(uri, S3Settings.from_env(KEYS))
 
 
 @pytest.mark.parametrize("uri", ["s3://AKIA:s3cr3t@bucket/x", "https://me:s3cr3t@host/bucket", "s3://s3cr3t@bucket"])
 def test_credentials_in_an_address_are_refused_and_not_shown(uri):
     with pytest.raises(StoreError, match="credentials") as refused:
-        open_store(uri, KEYS)
+        open_store(uri, S3Settings.from_env(KEYS))
     assert "s3cr3t" not in str(refused.value)

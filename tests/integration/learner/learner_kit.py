@@ -29,7 +29,7 @@ def base_folder(root: Path) -> Path:
 
 
 def settings(bootstrap: str, prefix: str, root: Path, **more: Any) -> Settings:
-    return Settings(
+    return Settings.of(
         kafka=bootstrap, topic_prefix=prefix, store=str(root / "store"), base=str(base_folder(root)), threads=1,
         device="cpu", partitions=1, rank=4, alpha=8, steps=1, rows=4, row_tokens=32, max_tokens=32, anchor_rows=1,
         learning_rate=5e-3, max_general_rise_nats=50, min_gain_nats=-50, poll_s=0.2,
@@ -41,24 +41,26 @@ def send(given: Settings, *events: Event | tuple[str, bytes], traceparent: str |
     """Publish events; (topic, bytes) is sent as it is."""
     from datetime import UTC, datetime
 
-    producer = connect(KafkaProducer, given.kafka, 10, acks="all")
+    producer = connect(KafkaProducer, given.kafka.bootstrap, 10, acks="all")
     try:
         for event in events:
             if isinstance(event, tuple):
-                producer.send(given.topic(event[0]), value=event[1], key=b"k").get(30)
+                producer.send(given.kafka.topic(event[0]), value=event[1], key=b"k").get(30)
                 continue
             record = encode(event, id="test", source="test", time=datetime.now(UTC), traceparent=traceparent)
-            producer.send(given.topic(event.topic), key=record.key, value=record.value, headers=record.headers).get(30)
+            producer.send(
+                given.kafka.topic(event.topic), key=record.key, value=record.value, headers=record.headers
+            ).get(30)
     finally:
         producer.close()
 
 
 def read(given: Settings, topic: str, count: int, timeout_s: float = 60) -> list[Any]:
     """The first records of a one-partition topic; fewer where the time runs out."""
-    consumer = connect(KafkaConsumer, given.kafka, 10, group_id=None, enable_auto_commit=False)
+    consumer = connect(KafkaConsumer, given.kafka.bootstrap, 10, group_id=None, enable_auto_commit=False)
     records: list[Any] = []
     try:
-        partition = TopicPartition(given.topic(topic), 0)
+        partition = TopicPartition(given.kafka.topic(topic), 0)
         consumer.assign([partition])
         consumer.seek_to_beginning(partition)
         deadline = time.monotonic() + timeout_s
@@ -83,9 +85,11 @@ def letters(given: Settings, count: int) -> list[tuple[str, bytes | None]]:
 
 
 def committed(given: Settings, topic: str, group: str) -> int:
-    consumer = connect(KafkaConsumer, given.kafka, 10, group_id=given.topic(group), enable_auto_commit=False)
+    consumer = connect(
+        KafkaConsumer, given.kafka.bootstrap, 10, group_id=given.kafka.topic(group), enable_auto_commit=False
+    )
     try:
-        return consumer.committed(TopicPartition(given.topic(topic), 0)) or 0
+        return consumer.committed(TopicPartition(given.kafka.topic(topic), 0)) or 0
     finally:
         consumer.close()
 

@@ -13,6 +13,7 @@ from perennial.learner.roles.learner import make_lineage, run_learner
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.quarantine import LegalHold, QuarantineEntry, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import AdapterPromoted, AdapterRetired, AdapterRevoked, ForgetRequested, Selector
@@ -42,7 +43,7 @@ def _few_general_texts(monkeypatch):
 
 
 def store_of(settings: Settings) -> DirectoryStore:
-    return DirectoryStore(Path(settings.store))
+    return DirectoryStore(Path(settings.store.uri))
 
 
 def registry(settings: Settings) -> Registry:
@@ -72,7 +73,7 @@ def erase(settings: Settings, name: str, *numbers: int) -> ForgetRequested:
 def oracle(settings: Settings, tmp: Path, cuts, gone: set[int]) -> scratch.Scratch:
     """What training from scratch comes to, with the worker's own parts over a store of its own."""
     store = DirectoryStore(tmp / "oracle", fsync=False)
-    updater = make_lineage(settings, store, load_base(settings.base, "cpu", 1)).updater
+    updater = make_lineage(settings, store, load_base(settings.model.base, "cpu", 1)).updater
     kept = {cut: [e for e in examples if e.origin.offset not in gone] for cut, examples in cuts.items()}
     return scratch.train(updater, store, ADAPTER, kept)
 
@@ -94,7 +95,7 @@ def test_an_erasure_is_told_twice_and_its_states_are_told_before_the_commit(give
     assert statuses[1].version == updates[4].version
     head = registry(given).head(ADAPTER)
     assert oracle(given, tmp_path, cuts, {5, 9}).equals(head.manifest)
-    assert unit.readable(Path(given.store), ["secret005", "secret009"]) == []
+    assert unit.readable(Path(given.store.uri), ["secret005", "secret009"]) == []
     done = load_quarantine(store_of(given), ADAPTER).entry("r1").done
     assert (done.version, done.generation, done.examples, done.failure) == (head.version, 5, 2, "")
 
@@ -112,7 +113,7 @@ def test_an_update_behind_an_erasure_does_not_learn_it(given, tmp_path):
     assert [event.generation for event in updates] == [1, 1, 2]
     head = registry(given).head(ADAPTER).manifest
     assert oracle(given, tmp_path, cuts, {1, 6}).equals(head)
-    assert unit.readable(Path(given.store), ["secret001", "secret006"]) == []
+    assert unit.readable(Path(given.store.uri), ["secret001", "secret006"]) == []
 
 
 @pytest.mark.usefixtures("_few_general_texts")
@@ -126,10 +127,10 @@ def test_a_held_job_is_said_to_be_held_and_one_that_cannot_be_done_to_have_faile
         (status,) = (envelope.event for envelope in kit.envelopes(given, "retention-status", 1))
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 2, "the job is committed")
     assert (status.state, status.examples) == ("held", 1)
-    assert unit.readable(Path(given.store), ["secret002"])
+    assert unit.readable(Path(given.store.uri), ["secret002"])
     assert load_quarantine(store_of(given), ADAPTER).entry("r1").done is None
     update_quarantine(store_of(given), ADAPTER, lambda found: found.with_holds([]))
-    other = given.model_copy(update={"rank": 2})
+    other = given.replace(rank=2)
     kit.send(given, held)
     with kit.running(lambda stop: run_learner(other, stop, Metrics("learner"))):
         statuses = [envelope.event for envelope in kit.envelopes(given, "retention-status", 2)]
@@ -158,7 +159,9 @@ def test_no_object_version_of_a_bucket_holds_what_was_erased(tmp_path):
 
     server = start_minio(tmp_path)
     try:
-        store = open_store(f"s3://perennial-{uuid.uuid4().hex[:12]}/some/prefix", server.environment())
+        store = open_store(
+            f"s3://perennial-{uuid.uuid4().hex[:12]}/some/prefix", S3Settings.from_env(server.environment())
+        )
         store.probe()
         store._client.set_bucket_versioning(store._bucket, VersioningConfig(ENABLED))
         line, cuts = unit.lineage(store), unit.documents(1, 12)

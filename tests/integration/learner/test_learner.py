@@ -46,7 +46,7 @@ def given(broker, topic_prefix, tmp_path):
 
 
 def registry(settings: Settings) -> Registry:
-    return Registry(DirectoryStore(Path(settings.store)), nonce=lambda: "n", now=worker._now)
+    return Registry(DirectoryStore(Path(settings.store.uri)), nonce=lambda: "n", now=worker._now)
 
 
 def documents(*numbers: int):
@@ -54,7 +54,7 @@ def documents(*numbers: int):
 
 
 def job(settings: Settings, cut: int, *numbers: int, **more):
-    return jobs.update(DirectoryStore(Path(settings.store)), cut, documents(*numbers), **more)
+    return jobs.update(DirectoryStore(Path(settings.store.uri)), cut, documents(*numbers), **more)
 
 
 def learned(settings: Settings) -> list[int]:
@@ -84,7 +84,7 @@ def test_a_job_is_learned_announced_and_committed(given):
 
 def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(given):
     missing = job(given, 1, 8, 9)
-    DirectoryStore(Path(given.store)).delete(blob_key(missing.batch.digest))
+    DirectoryStore(Path(given.store.uri)).delete(blob_key(missing.batch.digest))
     strange = job(given, 1, 0, 1).model_copy(update={"cut": 7, "batch": job(given, 2, 2, 3).batch})
     back = RollbackRequested(job_id="r", adapter="nobody/here", requested_by="ann")
     bad = (missing, ("adapter-jobs", b"{not json"), ("adapter-jobs", b'{"a":1}'), strange, back)
@@ -99,7 +99,7 @@ def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(gi
 
 
 def test_a_refused_version_is_not_announced(given):
-    strict = given.model_copy(update={"min_gain_nats": 50.0})
+    strict = given.replace(min_gain_nats=50.0)
     kit.send(given, job(given, 1, 0, 1, 2, 3))
     with kit.running(lambda stop: run_learner(strict, stop, Metrics("learner"))):
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the job is committed")
@@ -168,7 +168,7 @@ def test_a_store_that_stays_away_ends_the_role_and_nothing_is_lost(given, monkey
 
 
 def test_both_roles_share_one_base_in_one_process(given):
-    shared, lock = load_base(given.base, "cpu", 1), threading.RLock()
+    shared, lock = load_base(given.model.base, "cpu", 1), threading.RLock()
     examples = documents(*range(8))
     kit.send(given, *examples)
     learner = partial(run_learner, given, metrics=Metrics("learner"), base=shared, lock=lock)
@@ -184,7 +184,7 @@ def test_both_roles_share_one_base_in_one_process(given):
     alone = registry(given)
     assert len(updates) == 2
     # What a shared base computes is what a base of its own would have computed.
-    other = given.model_copy(update={"store": given.store + "-alone", "topic_prefix": given.topic_prefix + "x"})
+    other = given.replace(store=given.store.uri + "-alone", topic_prefix=given.kafka.topic_prefix + "x")
     provision(other)
     kit.send(other, job(other, 1, 0, 1, 2, 3), job(other, 2, 4, 5, 6, 7))
     with kit.running(lambda stop: run_learner(other, stop, Metrics("learner"))):

@@ -40,9 +40,9 @@ NEVER_S = 3600.0
 
 @pytest.fixture
 def settings(broker, topic_prefix: str, tmp_path: Path) -> Settings:
-    made = Settings(
+    made = Settings.of(
         kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=3, store=str(tmp_path / "store"),
-        poll_s=NEVER_S, _env_file=None,
+        poll_s=NEVER_S, env_file=None,
     )  # fmt: skip
     provision(made)
     return made
@@ -50,7 +50,7 @@ def settings(broker, topic_prefix: str, tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def line(settings: Settings) -> Line:
-    return Line(DirectoryStore(Path(settings.store), fsync=False), ADAPTER)
+    return Line(DirectoryStore(Path(settings.store.uri), fsync=False), ADAPTER)
 
 
 def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -62,9 +62,9 @@ def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
 
 def everything(settings: Settings, topic: str) -> list[tuple[Any, wire.Envelope]]:
     """All records of a topic, with what they say."""
-    consumer = KafkaConsumer(bootstrap_servers=settings.kafka, auto_offset_reset="earliest")
+    consumer = KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap, auto_offset_reset="earliest")
     try:
-        name = settings.topic(topic)
+        name = settings.kafka.topic(topic)
         partitions = [TopicPartition(name, number) for number in consumer.partitions_for_topic(name)]
         consumer.assign(partitions)
         ends = consumer.end_offsets(partitions)
@@ -80,13 +80,13 @@ def everything(settings: Settings, topic: str) -> list[tuple[Any, wire.Envelope]
 @pytest.fixture
 def announce(settings: Settings) -> Iterator[Callable[..., None]]:
     """Sends the event of a generation, as a learner does."""
-    producer = KafkaProducer(bootstrap_servers=settings.kafka)
+    producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
 
     def send(line: Line, state: AliasState, **changes: Any) -> None:
         manifest = line.registry.manifest(state.adapter, state.version)
         event = promoted(manifest, state).model_copy(update=changes)
         record = wire.encode(event, id="test", source="test", time=datetime.now(UTC))
-        topic = settings.topic("adapter-updates")
+        topic = settings.kafka.topic("adapter-updates")
         producer.send(topic, key=record.key, value=record.value, headers=record.headers).get(timeout=30)
 
     yield send
@@ -119,7 +119,7 @@ def test_what_is_published_comes_back_as_it_was_said(settings: Settings):
     assert first.event_id == again.event_id != other.event_id
     found = everything(settings, "documents")
     assert sorted((r.partition, r.offset) for r, _ in found) == sorted((p.partition, p.offset) for p in places)
-    assert places[0].topic == settings.topic("documents")
+    assert places[0].topic == settings.kafka.topic("documents")
     expected = DocumentObserved(adapter=ADAPTER, document_id="d1", text="Grüße 👋", subjects=["ada"])
     assert [envelope.event for _, envelope in found].count(expected) == 2
     assert {envelope.id for _, envelope in found if envelope.event == expected} == {first.event_id}
@@ -169,7 +169,7 @@ def test_what_is_not_valid_is_refused_before_anything_is_sent(settings: Settings
 
 
 def test_a_topic_that_is_not_there_is_said_in_bounded_time_with_the_command_that_makes_it(broker, topic_prefix: str):
-    nowhere = Settings(kafka=broker.bootstrap, topic_prefix=f"{topic_prefix}none-", _env_file=None)
+    nowhere = Settings.of(kafka=broker.bootstrap, topic_prefix=f"{topic_prefix}none-", env_file=None)
     with (
         Publisher(settings=nowhere, timeout_s=1) as publisher,
         pytest.raises(PublishError, match="perennial topics create"),
@@ -180,7 +180,7 @@ def test_a_topic_that_is_not_there_is_said_in_bounded_time_with_the_command_that
 def test_closing_says_what_was_not_delivered_and_a_closed_publisher_takes_nothing(settings: Settings):
     publisher = Publisher(settings=settings)
     publisher.document(adapter=ADAPTER, document_id="d1", text="x").result(30)
-    future = publisher._producer.send(settings.topic("documents"), key=b"k", value=b"v")
+    future = publisher._producer.send(settings.kafka.topic("documents"), key=b"k", value=b"v")
     publisher._accepted += 1  # an event whose acknowledgement never came
     future.get(timeout=30)
     with pytest.raises(PublishError, match="1 of 2 events"):
@@ -211,7 +211,7 @@ def test_a_subscriber_that_comes_late_starts_from_the_topic(
     for _ in range(3):
         state = line.publish()
         announce(line, state)
-    store = LateStore(Path(settings.store), fsync=False)
+    store = LateStore(Path(settings.store.uri), fsync=False)
     backend = MemoryBackend()
     with Subscriber(ADAPTER, backend, store=store, settings=settings, replica="r1") as subscriber:
         original = subscriber._updates._generation
@@ -277,7 +277,7 @@ def test_an_event_behind_the_alias_brings_the_alias(settings: Settings, line: Li
 
 def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, line: Line):
     backend = MemoryBackend()
-    polling = settings.model_copy(update={"poll_s": 0.2})
+    polling = settings.replace(poll_s=0.2)
     with Subscriber(ADAPTER, backend, settings=polling, replica="r1") as subscriber:
         assert not subscriber.wait_for(1, 0.5)
         for generation in (1, 2):
@@ -308,7 +308,7 @@ def test_damaged_weights_are_refused_and_said(settings: Settings, line: Line, an
 
 
 def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, line: Line, settings: Settings):
-    nowhere = settings.model_copy(update={"topic_prefix": f"{topic_prefix}none-", "poll_s": 0.2})
+    nowhere = settings.replace(topic_prefix=f"{topic_prefix}none-", poll_s=0.2)
     line.publish()
     with Subscriber(ADAPTER, MemoryBackend(), settings=nowhere, replica="r1") as subscriber:
         assert subscriber.wait_for(1, 30)
@@ -319,9 +319,9 @@ def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, line: Line, s
 def test_the_five_lines_of_the_readme(
     settings: Settings, line: Line, announce: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("PERENNIAL_KAFKA", settings.kafka)
-    monkeypatch.setenv("PERENNIAL_STORE", settings.store)
-    monkeypatch.setenv("PERENNIAL_TOPIC_PREFIX", settings.topic_prefix)
+    monkeypatch.setenv("PERENNIAL_KAFKA", settings.kafka.bootstrap)
+    monkeypatch.setenv("PERENNIAL_STORE", settings.store.uri)
+    monkeypatch.setenv("PERENNIAL_TOPIC_PREFIX", settings.kafka.topic_prefix)
     monkeypatch.chdir(tmp_path)
 
     from perennial.streams.client.publisher import Publisher

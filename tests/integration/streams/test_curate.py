@@ -66,8 +66,7 @@ class Bench:
 
     def start(self, failpoint: str = "") -> subprocess.Popen[bytes]:
         env = {key: value for key, value in os.environ.items() if not key.startswith("PERENNIAL_")}
-        for name in self.settings.model_fields_set:
-            env[f"PERENNIAL_{name.upper()}"] = str(getattr(self.settings, name))
+        env |= self.settings.environment()
         if failpoint:
             env["PERENNIAL_FAILPOINT"] = failpoint
         with self.log.open("ab") as log:
@@ -76,8 +75,8 @@ class Bench:
         return child
 
     def publish(self, events) -> None:
-        producer = KafkaProducer(bootstrap_servers=self.settings.kafka, acks="all")
-        topic = self.settings.topic("scored-examples")
+        producer = KafkaProducer(bootstrap_servers=self.settings.kafka.bootstrap, acks="all")
+        topic = self.settings.kafka.topic("scored-examples")
         for event in events:
             if isinstance(event, bytes):
                 producer.send(topic, key=b"acme/a", value=event)
@@ -89,7 +88,7 @@ class Bench:
 
     def read(self, name: str) -> list:
         consumer = KafkaConsumer(
-            self.settings.topic(name), bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest",
+            self.settings.kafka.topic(name), bootstrap_servers=self.settings.kafka.bootstrap, auto_offset_reset="earliest",
             enable_auto_commit=False, consumer_timeout_ms=1500, group_id=None,
         )  # fmt: skip
         records = list(consumer)
@@ -105,7 +104,7 @@ class Bench:
         return sorted(found.values(), key=lambda job: (job.adapter, job.cut))
 
     def batches(self) -> list[Batch]:
-        store = DirectoryStore(Path(self.settings.store))
+        store = DirectoryStore(Path(self.settings.store.uri))
         return [Batch.model_validate_json(get_blob(store, job.batch.digest)) for job in self.jobs()]
 
     def learned(self) -> Counter[str]:
@@ -127,7 +126,7 @@ class Bench:
 @pytest.fixture
 def bench(broker, topic_prefix, tmp_path):
     made = Bench(
-        Settings(
+        Settings.of(
             kafka=broker.bootstrap, topic_prefix=topic_prefix, store=str(tmp_path / "store"), partitions=2,
             max_batch_tokens=TOKENS * 20, max_age_s=3.0, min_batch_examples=4,
         ),
@@ -155,7 +154,7 @@ def test_a_body_that_a_kill_left_behind_holds_no_text_that_is_erased_before_the_
     bench.publish(scored(n) for n in range(20))
     dead = bench.start(failpoint="curate.blob")
     assert dead.wait(PATIENCE_S) == -signal.SIGKILL, bench.log.read_text()
-    store = DirectoryStore(Path(bench.settings.store))
+    store = DirectoryStore(Path(bench.settings.store.uri))
     erase = QuarantineEntry(
         request_id="r1", job_id="j1", kind="erase", selector={"document_ids": ["d3"]}, until_ms=1_000_000
     )
@@ -229,8 +228,7 @@ def test_poison_goes_to_dead_letters_and_what_is_behind_goes_through(bench):
 
 
 def test_more_adapters_than_fit_in_memory_are_all_cut(bench):
-    bench.settings = bench.settings.model_copy(update={"max_adapters": 2})
-    bench.settings.model_fields_set.add("max_adapters")
+    bench.settings = bench.settings.replace(max_adapters=2)
     child = bench.start()
     bench.publish(scored(n, adapter=f"acme/{'abcde'[n % 5]}") for n in range(50))
     bench.wait(lambda: bench.learned().total() >= 50)
@@ -243,7 +241,7 @@ def test_more_adapters_than_fit_in_memory_are_all_cut(bench):
 def test_signals_alone_make_no_job_and_are_recorded_by_the_next(bench):
     child = bench.start()
     bench.publish(scored(n, learn=False) for n in range(5))
-    store = DirectoryStore(Path(bench.settings.store))
+    store = DirectoryStore(Path(bench.settings.store.uri))
     bench.wait(lambda: store.exists("state/curate/acme/a"))
     assert len(json.loads(store.get("state/curate/acme/a").data)["carried"]) == 5
     assert bench.jobs() == []

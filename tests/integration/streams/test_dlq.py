@@ -36,8 +36,8 @@ NEW_FIELD = "a field of the next version"
 
 @pytest.fixture
 def settings(broker, topic_prefix, tmp_path):
-    found = Settings(
-        kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, store=str(tmp_path / "store"), _env_file=None
+    found = Settings.of(
+        kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, store=str(tmp_path / "store"), env_file=None
     )
     provision(found)
     return found
@@ -45,7 +45,7 @@ def settings(broker, topic_prefix, tmp_path):
 
 @pytest.fixture
 def producer(settings):
-    client = KafkaProducer(bootstrap_servers=settings.kafka, max_request_size=4_000_000)
+    client = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap, max_request_size=4_000_000)
     yield client
     client.close()
 
@@ -56,7 +56,9 @@ def document(number, adapter="acme/support"):
 
 def publish(producer, settings, values, partition=None, headers=None):
     sent = [
-        producer.send(settings.topic("documents"), value=value, partition=partition, headers=headers or [], key=b"any")
+        producer.send(
+            settings.kafka.topic("documents"), value=value, partition=partition, headers=headers or [], key=b"any"
+        )
         for value in values
     ]
     return [(each.partition, each.offset) for each in (future.get(timeout=WAIT_S) for future in sent)]
@@ -107,14 +109,16 @@ def intake(settings):
 
 def client(settings, group=None):
     return KafkaConsumer(
-        bootstrap_servers=settings.kafka, enable_auto_commit=False, group_id=settings.topic(group) if group else None
+        bootstrap_servers=settings.kafka.bootstrap,
+        enable_auto_commit=False,
+        group_id=settings.kafka.topic(group) if group else None,
     )
 
 
 def lag(settings):
     consumer = client(settings, "intake")
     try:
-        topic = settings.topic("documents")
+        topic = settings.kafka.topic("documents")
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
         ends = consumer.end_offsets(partitions)
         return sum(ends[each] - (consumer.committed(each) or 0) for each in partitions)
@@ -125,7 +129,7 @@ def lag(settings):
 def read_all(settings, name):
     consumer = client(settings)
     try:
-        topic = settings.topic(name)
+        topic = settings.kafka.topic(name)
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
         consumer.assign(partitions)
         consumer.seek_to_beginning()
@@ -156,8 +160,8 @@ def rehearsed(settings, selection=None, max_replays=3):
 
 def perennial(settings, *arguments: str, check=True, **environment: str):
     env = {
-        **os.environ, "PERENNIAL_KAFKA": settings.kafka, "PERENNIAL_TOPIC_PREFIX": settings.topic_prefix,
-        "PERENNIAL_STORE": settings.store, "COLUMNS": "200", **environment,
+        **os.environ, "PERENNIAL_KAFKA": settings.kafka.bootstrap, "PERENNIAL_TOPIC_PREFIX": settings.kafka.topic_prefix,
+        "PERENNIAL_STORE": settings.store.uri, "COLUMNS": "200", **environment,
     }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "perennial.streams.cli", *arguments],
@@ -233,7 +237,7 @@ def test_what_was_erased_since_is_not_sent_again(settings, producer):
     ]  # fmt: skip
     for entry in entries:
         update_quarantine(
-            open_store(settings.store), "acme/support", lambda found, entry=entry: found.with_entry(entry)
+            open_store(settings.store.uri), "acme/support", lambda found, entry=entry: found.with_entry(entry)
         )
     assert rehearsed(settings).left == {"erased": 1}
     report = replay(settings)
@@ -262,10 +266,10 @@ def test_letters_of_inside_topics_and_foreign_records_stay(settings, producer):
         )
         return {"value": value, "headers": headers}
 
-    letters = [refused("scored-examples"), refused(settings.topic("adapter-jobs")), {"value": b"foreign"},
+    letters = [refused("scored-examples"), refused(settings.kafka.topic("adapter-jobs")), {"value": b"foreign"},
                refused("documents", b"x" * 3_000_000)]  # fmt: skip
     for letter in letters:
-        producer.send(settings.topic("dead-letters"), partition=0, **letter).get(timeout=WAIT_S)
+        producer.send(settings.kafka.topic("dead-letters"), partition=0, **letter).get(timeout=WAIT_S)
     expected = {"inside": 2, "unreadable": 1, "cut": 1}
     assert rehearsed(settings).left == expected
     assert replay(settings).left == expected
@@ -291,7 +295,9 @@ def test_a_letter_too_large_for_its_topic_does_not_stop_the_others(settings, pro
             offset=1,
             at=NOW,
         )
-        producer.send(settings.topic("dead-letters"), value=value, headers=headers, partition=0).get(timeout=WAIT_S)
+        producer.send(settings.kafka.topic("dead-letters"), value=value, headers=headers, partition=0).get(
+            timeout=WAIT_S
+        )
     report = replay(settings)
     assert (report.sent.total(), report.left) == (1, {"too large for its topic": 1})
     assert [record.value for record in read_all(settings, "documents")] == [b"[]"]
@@ -357,4 +363,4 @@ def test_the_command_shows_what_there_is(settings, producer):
 
 def test_missing_topics_are_said(broker, topic_prefix, tmp_path):
     with pytest.raises(TopicError, match="topics are missing"):
-        DeadLetters(Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, store=str(tmp_path), _env_file=None))
+        DeadLetters(Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, store=str(tmp_path), env_file=None))

@@ -65,14 +65,16 @@ class Figures:
 
 @pytest.fixture
 def settings(broker, topic_prefix):
-    found = Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, dedupe_window=200, _env_file=None)
+    found = Settings.of(
+        kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, dedupe_window=200, env_file=None
+    )
     provision(found)
     return found
 
 
 @pytest.fixture
 def producer(settings):
-    client = KafkaProducer(bootstrap_servers=settings.kafka, max_request_size=4_000_000)
+    client = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap, max_request_size=4_000_000)
     yield client
     client.close()
 
@@ -107,9 +109,9 @@ def wait_for(condition):
 
 def read_all(settings, name):
     """Every record of a topic, in order per partition."""
-    consumer = KafkaConsumer(bootstrap_servers=settings.kafka, enable_auto_commit=False)
+    consumer = KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap, enable_auto_commit=False)
     try:
-        topic = settings.topic(name)
+        topic = settings.kafka.topic(name)
         partitions = [TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic)]
         consumer.assign(partitions)
         consumer.seek_to_beginning()
@@ -128,8 +130,8 @@ def examples(settings):
 
 
 def committed(settings):
-    admin = KafkaAdminClient(bootstrap_servers=settings.kafka)
-    group = settings.topic("intake")
+    admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
+    group = settings.kafka.topic("intake")
     try:
         offsets = admin.list_group_offsets([group])[group]
         return {(each.topic, each.partition): found.offset for each, found in offsets.items()}
@@ -145,7 +147,7 @@ def document(number, text=None, adapter="acme/support"):
 
 def publish(producer, settings, values, topic="documents", partition=None, headers=None):
     sent = [
-        producer.send(settings.topic(topic), value=value, partition=partition, headers=headers or [])
+        producer.send(settings.kafka.topic(topic), value=value, partition=partition, headers=headers or [])
         for value in values
     ]
     producer.flush()
@@ -182,7 +184,7 @@ def test_documents_and_interactions_become_examples(settings, producer):
     origins = {(event.origin.partition, event.origin.offset) for event in events if event.kind == "document"}
     assert origins == {(each.partition, each.offset) for each in sent}
     assert {event.origin.topic_id for event in events if event.kind == "document"} == {
-        ids.topic_ids[settings.topic("documents")]
+        ids.topic_ids[settings.kafka.topic("documents")]
     }
     assert {event.origin.cluster_id for event in events} == {ids.cluster_id}
     # The other clients of the house must place the same key on the same partition.
@@ -199,10 +201,10 @@ def test_what_is_refused_goes_to_dead_letters_whole(settings, producer):
             return b"\xff\xfe"
 
     good = document(1)
-    librdkafka = LibrdkafkaProducer({"bootstrap.servers": settings.kafka})
+    librdkafka = LibrdkafkaProducer({"bootstrap.servers": settings.kafka.bootstrap})
     for value in (b"\xffnot json", good, None):
         headers = [("trace", b"\x00\xff"), ("none", None)]
-        librdkafka.produce(settings.topic("documents"), value, partition=0, headers=headers)
+        librdkafka.produce(settings.kafka.topic("documents"), value, partition=0, headers=headers)
     librdkafka.flush(WAIT_S)
     publish(producer, settings, [good], partition=1, headers=[("ce_id", b"1")])
     publish(producer, settings, [good] * 20, partition=1, headers=[(Evil("x"), b"1")])
@@ -216,7 +218,7 @@ def test_what_is_refused_goes_to_dead_letters_whole(settings, producer):
     ]  # fmt: skip
     first = next(each for each in letters if each.reason == "not-utf8")
     assert (first.value, first.headers) == (b"\xffnot json", [("trace", b"\x00\xff"), ("none", None)])
-    assert (first.topic, first.stage) == (settings.topic("documents"), "intake")
+    assert (first.topic, first.stage) == (settings.kafka.topic("documents"), "intake")
     oversized = next(each for each in letters if each.reason == "oversize")
     assert len(oversized.value) == 1024 * 1024 + 1
     assert figures.counts["refused", "oversize"] == 1
@@ -247,7 +249,7 @@ def test_duplicates_are_dropped_across_a_restart_and_changed_texts_are_not(setti
 
 def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_path, monkeypatch):
     with EmbeddedBroker(tmp_path / "broker") as own:
-        settings = Settings(kafka=own.bootstrap, partitions=1, stall_s=1.0, _env_file=None)
+        settings = Settings.of(kafka=own.bootstrap, partitions=1, stall_s=1.0, env_file=None)
         provision(settings)
         metrics = Metrics("intake", settings)
         with running(settings, metrics):
@@ -255,7 +257,7 @@ def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_pat
             # The broker hangs once the document was read: nothing more can be observed.
             hang = {"intake.consume": lambda: os.kill(own.pid, signal.SIGSTOP)}
             monkeypatch.setattr(intake, "failpoint", lambda name: hang.pop(name, int)())
-            client = KafkaProducer(bootstrap_servers=settings.kafka)
+            client = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
             publish(client, settings, [document(1)], partition=0)
             wait_for(lambda: not metrics.health()[0])
             os.kill(own.pid, signal.SIGCONT)
@@ -270,7 +272,7 @@ def child(settings, **environment: str):
         "from perennial.streams.settings import load_settings;"
         "run_intake(load_settings(), threading.Event(), Metrics('intake'))"
     )
-    names = {f"PERENNIAL_{name.upper()}": str(getattr(settings, name)) for name in settings.model_fields_set}
+    names = settings.environment()
     return subprocess.Popen([sys.executable, "-c", program], env={**os.environ, **names, **environment})
 
 
@@ -290,7 +292,7 @@ def assert_in_order_without_gaps(settings, expected):
 
 
 def test_a_second_member_takes_over_without_loss(settings, producer):
-    settings = settings.model_copy(update={"intake_batch": 20})
+    settings = settings.replace(intake_batch=20)
     with running(settings):
         publish(producer, settings, [document(n) for n in range(100)], partition=0)
         other = child(settings, PERENNIAL_INTAKE_BATCH="20")
@@ -306,12 +308,12 @@ def test_a_second_member_takes_over_without_loss(settings, producer):
 
 
 def test_a_write_that_fails_stops_the_role_and_leaves_no_gap(settings, producer):
-    admin = KafkaAdminClient(bootstrap_servers=settings.kafka)
-    admin.delete_topics([settings.topic("examples")])
-    while settings.topic("examples") in admin.list_topics():
+    admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
+    admin.delete_topics([settings.kafka.topic("examples")])
+    while settings.kafka.topic("examples") in admin.list_topics():
         time.sleep(0.05)
     options = {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "30000"}}
-    admin.create_topics({settings.topic("examples"): options}, wait_for_metadata=True)
+    admin.create_topics({settings.kafka.topic("examples"): options}, wait_for_metadata=True)
     admin.close()
     noise = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(20_000))  # does not compress below the limit
     publish(producer, settings, [document(n) for n in range(10)], partition=0)
@@ -320,18 +322,18 @@ def test_a_write_that_fails_stops_the_role_and_leaves_no_gap(settings, producer)
     publish(producer, settings, [document(10, noise), *(document(n) for n in range(11, 50))], partition=0)
     with pytest.raises(DeliveryError, match=r"MSG_SIZE_TOO_LARGE|GAPLESS|FATAL"):
         run_intake(settings, threading.Event(), Figures())
-    assert committed(settings)[settings.topic("documents"), 0] == 10
+    assert committed(settings)[settings.kafka.topic("documents"), 0] == 10
     assert [event.origin.offset for event in examples(settings)] == list(range(10))
 
 
 def test_aborted_transactions_are_not_learned_and_markers_are_no_lag(settings):
     client = LibrdkafkaProducer({
-        "bootstrap.servers": settings.kafka, "transactional.id": settings.topic("test"), "partitioner": "murmur2_random",
+        "bootstrap.servers": settings.kafka.bootstrap, "transactional.id": settings.kafka.topic("test"), "partitioner": "murmur2_random",
     })  # fmt: skip
     client.init_transactions(WAIT_S)
     for number, end in ((1, client.abort_transaction), (2, client.commit_transaction), (3, client.abort_transaction)):
         client.begin_transaction()
-        client.produce(settings.topic("documents"), document(number), partition=0)
+        client.produce(settings.kafka.topic("documents"), document(number), partition=0)
         client.flush(WAIT_S)
         end(WAIT_S)
     with running(settings) as figures:
@@ -341,9 +343,9 @@ def test_aborted_transactions_are_not_learned_and_markers_are_no_lag(settings):
 
 
 def test_missing_topics_and_a_missing_broker_are_said(broker, monkeypatch):
-    nowhere = Settings(kafka=broker.bootstrap, topic_prefix="nobody-made-these-", _env_file=None)
+    nowhere = Settings.of(kafka=broker.bootstrap, topic_prefix="nobody-made-these-", env_file=None)
     with pytest.raises(TopicError, match="nobody-made-these-examples"):
         run_intake(nowhere, threading.Event(), Figures())
     monkeypatch.setattr(intake, "_CALL_S", 1)
     with pytest.raises(KafkaUnavailableError):
-        run_intake(Settings(kafka="127.0.0.1:9", _env_file=None), threading.Event(), Figures())
+        run_intake(Settings.of(kafka="127.0.0.1:9", env_file=None), threading.Event(), Figures())

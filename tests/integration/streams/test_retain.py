@@ -87,12 +87,11 @@ class Bench:
 
     @property
     def store(self) -> DirectoryStore:
-        return DirectoryStore(Path(self.settings.store))
+        return DirectoryStore(Path(self.settings.store.uri))
 
     def start(self, failpoint: str = "") -> subprocess.Popen[bytes]:
         env = {key: value for key, value in os.environ.items() if not key.startswith("PERENNIAL_")}
-        for name in self.settings.model_fields_set:
-            env[f"PERENNIAL_{name.upper()}"] = str(getattr(self.settings, name))
+        env |= self.settings.environment()
         if failpoint:
             env["PERENNIAL_FAILPOINT"] = failpoint
         with self.log.open("ab") as log:
@@ -119,20 +118,20 @@ class Bench:
         return line.registry.publish(manifest, [weights, data], lambda _: None).version
 
     def publish(self, *events: object) -> None:
-        producer = KafkaProducer(bootstrap_servers=self.settings.kafka, acks="all")
+        producer = KafkaProducer(bootstrap_servers=self.settings.kafka.bootstrap, acks="all")
         for event in events:
             if isinstance(event, bytes):
-                producer.send(self.settings.topic("retention"), key=ADAPTER.encode(), value=event)
+                producer.send(self.settings.kafka.topic("retention"), key=ADAPTER.encode(), value=event)
                 continue
             record = encode(event, id="x", source="test", time=datetime.now(UTC))
-            topic = self.settings.topic(event.topic)
+            topic = self.settings.kafka.topic(event.topic)
             producer.send(topic, key=record.key, value=record.value, headers=record.headers)
         producer.flush(30)
         producer.close()
 
     def read(self, name: str) -> list:
         consumer = KafkaConsumer(
-            self.settings.topic(name), bootstrap_servers=self.settings.kafka, auto_offset_reset="earliest",
+            self.settings.kafka.topic(name), bootstrap_servers=self.settings.kafka.bootstrap, auto_offset_reset="earliest",
             enable_auto_commit=False, consumer_timeout_ms=700, group_id=None,
         )  # fmt: skip
         records = list(consumer)
@@ -165,7 +164,7 @@ class Bench:
 @pytest.fixture
 def bench(broker, topic_prefix, tmp_path):
     made = Bench(
-        Settings(
+        Settings.of(
             kafka=broker.bootstrap, topic_prefix=topic_prefix, store=str(tmp_path / "store"), partitions=2,
             max_age_s=1.0,
         ),
@@ -221,12 +220,12 @@ def test_no_bytes_in_the_topic_end_the_role(bench):
 
     bench.learn(example(1))
     child = bench.start()
-    topic = bench.settings.topic("retention")
+    topic = bench.settings.kafka.topic("retention")
     for codec in ("none", "gzip", "snappy", "lz4", "zstd"):
-        producer = LibrdkafkaProducer({"bootstrap.servers": bench.settings.kafka, "compression.type": codec})
+        producer = LibrdkafkaProducer({"bootstrap.servers": bench.settings.kafka.bootstrap, "compression.type": codec})
         producer.produce(topic, b"x" * 2000, ADAPTER.encode(), headers=[("none", None)])
         producer.flush(30)
-    evil = KafkaProducer(bootstrap_servers=bench.settings.kafka, acks="all")
+    evil = KafkaProducer(bootstrap_servers=bench.settings.kafka.bootstrap, acks="all")
     for value in (b"{}", erase(1).model_dump_json().encode()):
         evil.send(topic, key=ADAPTER.encode(), value=value, headers=[(Evil("x"), b"1")])
     evil.flush(30)
@@ -309,7 +308,7 @@ def test_the_command_line_asks_and_follows_until_it_is_closed(bench):
     bench.learn(example(1))
     bench.start()
     env = {key: value for key, value in os.environ.items() if not key.startswith("PERENNIAL_")}
-    env |= {f"PERENNIAL_{n.upper()}": str(getattr(bench.settings, n)) for n in bench.settings.model_fields_set}
+    env |= bench.settings.environment()
     command = [sys.executable, "-m", "perennial.streams.cli", "forget"]
     asked = subprocess.Popen(
         [*command, "--adapter", ADAPTER, "--document", "d1", "--wait-s", str(PATIENCE_S), "--json"],

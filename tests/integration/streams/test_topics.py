@@ -16,7 +16,7 @@ from perennial.streams.settings import Settings
 
 @pytest.fixture
 def settings(broker, topic_prefix):
-    return Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=3, _env_file=None)
+    return Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=3, env_file=None)
 
 
 def test_missing_topics_are_made_with_their_configs(settings):
@@ -24,7 +24,7 @@ def test_missing_topics_are_made_with_their_configs(settings):
     assert [report.created for report in dry] == [True] * len(TOPICS)
 
     first = provision(settings)
-    assert {report.name for report in first} == {settings.topic(name) for name in TOPICS}
+    assert {report.name for report in first} == {settings.kafka.topic(name) for name in TOPICS}
     assert all(report.created for report in first)
 
     second = provision(settings)
@@ -32,8 +32,8 @@ def test_missing_topics_are_made_with_their_configs(settings):
 
 
 def test_what_differs_is_reported_and_left_alone(settings):
-    admin = KafkaAdminClient(bootstrap_servers=settings.kafka)
-    name = settings.topic("adapter-updates")
+    admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
+    name = settings.kafka.topic("adapter-updates")
     admin.create_topics({name: {"num_partitions": 2, "replication_factor": 1, "configs": {"cleanup.policy": "delete"}}})
     admin.close()
 
@@ -48,10 +48,10 @@ def test_ids_tell_a_topic_made_again_from_the_one_before(settings):
     provision(settings)
     before = identify(settings, ["documents"])
     assert before == identify(settings, ["documents"])
-    assert set(identify(settings).topic_ids) == {settings.topic(name) for name in TOPICS}
+    assert set(identify(settings).topic_ids) == {settings.kafka.topic(name) for name in TOPICS}
 
-    name = settings.topic("documents")
-    admin = KafkaAdminClient(bootstrap_servers=settings.kafka)
+    name = settings.kafka.topic("documents")
+    admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
     admin.delete_topics([name])
     while name in admin.list_topics():
         time.sleep(0.05)
@@ -72,7 +72,7 @@ def test_a_missing_topic_is_named(settings):
 def test_no_broker_is_our_error():
     program = (
         "import streams.topics as topics; from perennial.streams.settings import Settings; topics.BOOTSTRAP_TIMEOUT_MS = 500\n"
-        "try: topics.provision(Settings(kafka='127.0.0.1:9'))\n"
+        "try: topics.provision(Settings.of(kafka='127.0.0.1:9'))\n"
         "except topics.KafkaUnavailableError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

@@ -19,6 +19,7 @@ import pytest
 
 from perennial.storage.errors import StoreError
 from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.devstack.discovery import running
 from perennial.streams.devstack.minio_server import MODULE, STORE_URI, MinioServer, MinioServerError, find_minio
 from perennial.streams.devstack.stack import Stack, _choose_store
@@ -117,7 +118,7 @@ def test_the_whole_loop_runs_on_a_minio_of_its_own(minio, broker_jars, tmp_path)
         assert json.loads(published.stdout)["delivered"] == 24, published.stderr
         facts = running(data_dir)
         assert facts["store"] == STORE_URI
-        store = open_store(STORE_URI, facts["s3"])
+        store = open_store(STORE_URI, S3Settings.from_env(facts["s3"]))
         wait_until(lambda: any(store.list("aliases/acme/a/")), 150, f"a promoted version; logs in {data_dir / 'logs'}")
         (line,) = json.loads(perennial(data_dir, "adapters", "ls", "--json").stdout)
         assert (line["adapter"], line["last_outcome"]) == ("acme/a", "promoted")
@@ -146,7 +147,7 @@ def test_a_server_keeps_its_objects_and_keys_and_comes_back_at_its_address(minio
     server = MinioServer(tmp_path / "minio", said.append)
     server.start()
     try:
-        store = open_store(STORE_URI, server.environment())
+        store = open_store(STORE_URI, S3Settings.from_env(server.environment()))
         store.probe()
         assert store.put_if_absent("a/b", b"kept")
         with pytest.raises(MinioServerError, match="another MinIO"):
@@ -163,7 +164,7 @@ def test_a_server_keeps_its_objects_and_keys_and_comes_back_at_its_address(minio
         server.stop()
     server.start()
     try:
-        assert open_store(STORE_URI, server.environment()).get("a/b").data == b"kept"
+        assert open_store(STORE_URI, S3Settings.from_env(server.environment())).get("a/b").data == b"kept"
     finally:
         server.stop()
     assert any("restarting" in line for line in said)
@@ -250,7 +251,7 @@ def test_a_server_that_ignores_conditions_is_refused_before_any_role_starts(
     binary.chmod(0o700)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     stack = Stack(
-        Settings(kafka=broker.bootstrap, topic_prefix=topic_prefix, _env_file=None), tmp_path / "data", minio=True
+        Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, env_file=None), tmp_path / "data", minio=True
     )
     try:
         with pytest.raises(StoreError, match="ignores conditional writes") as error:
@@ -287,12 +288,12 @@ def test_a_data_folder_stays_with_its_kind_of_store(tmp_path):
     assert refused.returncode == 2
     assert "keeps its objects in a folder" in refused.stderr
 
-    settings = Settings(store="", data_dir=tmp_path / "other", _env_file=None)
+    settings = Settings.of(store="", data_dir=tmp_path / "other", env_file=None)
     assert _choose_store(settings, None) == (settings, False)
     assert _choose_store(settings, "minio") == (settings, True)
     (tmp_path / "other" / "minio").mkdir(parents=True)
     assert _choose_store(settings, None) == (settings, True)
-    elsewhere = settings.model_copy(update={"store": "s3://elsewhere"})
+    elsewhere = settings.replace(store="s3://elsewhere")
     assert _choose_store(elsewhere, None) == (elsewhere, False)
     assert _choose_store(settings, "s3://elsewhere") == (elsewhere, False)
 

@@ -23,7 +23,7 @@ from tests import tiny
 
 LIMITS = GateLimits(min_gain_nats=0.0, max_general_rise_nats=0.15)
 RECIPE = replace(
-    Recipe.of(Settings()), rank=4, alpha=8, learning_rate=5e-3, warmup_steps=2, steps=6, rows=8, row_tokens=32,
+    Recipe.of(Settings.of()), rank=4, alpha=8, learning_rate=5e-3, warmup_steps=2, steps=6, rows=8, row_tokens=32,
     replay_size=16, anchor_rows=4, max_general_rise_nats=10.0, held_out_share=0.25,
 )  # fmt: skip
 GENERAL = [f"plain words number {number} about nothing" for number in range(12)]
@@ -232,7 +232,7 @@ def test_anchors_rotate_and_the_bases_loss_is_measured_once(monkeypatch: pytest.
 
 
 def test_the_shipped_base_answers_as_corrected_after_a_few_updates() -> None:
-    recipe = Recipe.of(Settings())
+    recipe = Recipe.of(Settings.of())
     updater = make(recipe, base=load_base("shipped", "cpu", 1))
     parent = first(updater)
     asked, wanted = "What does frobnicate do?", "It turns blue parrots into seven small keys."

@@ -21,7 +21,7 @@ from perennial.streams.settings import Settings
 from tests import tiny
 from tests.versions import Line
 
-SETTINGS = Settings(rank=4, alpha=8, max_tokens=32, score_batch=2)
+SETTINGS = Settings.of(rank=4, alpha=8, max_tokens=32, score_batch=2)
 VERSION = "sha256:" + "a" * 64
 
 

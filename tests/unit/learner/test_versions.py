@@ -36,7 +36,7 @@ from perennial.streams.settings import Settings
 from tests import jobs, tiny
 
 ADAPTER = "acme/support"
-SETTINGS = Settings(
+SETTINGS = Settings.of(
     rank=4, alpha=8, learning_rate=5e-3, steps=2, rows=4, row_tokens=32, anchor_rows=2, max_general_rise_nats=50,
     min_gain_nats=-50, replay_size=64,
 )  # fmt: skip
@@ -48,13 +48,13 @@ def lineage(
     store: ObjectStore, base_seed: int = 0, failpoint: Callable[[str], None] | None = None, **more: Any
 ) -> VersionWriter:
     make_deterministic(1)
-    settings = SETTINGS.model_copy(update=more)
+    settings = SETTINGS.replace(**more)
     base = tiny.base(base_seed)
     codec = ExampleTokenizer(base.tokenizer)
     registry = Registry(store, nonce=lambda: f"n{next(_serial)}", now=now, failpoint=failpoint or (lambda _: None))
     updater = Updater(
-        Lora(base, LoraConfig(settings.rank, settings.alpha)), codec,
-        GeneralText(GENERAL, GENERAL, codec, settings.row_tokens), Recipe.of(settings),
+        Lora(base, LoraConfig(settings.training.rank, settings.training.alpha)), codec,
+        GeneralText(GENERAL, GENERAL, codec, settings.training.row_tokens), Recipe.of(settings),
     )  # fmt: skip
     return VersionWriter(registry, updater, base, threads=1, now=now, failpoint=failpoint or (lambda _: None))
 

@@ -53,7 +53,7 @@ def delivery(number: int) -> SimpleNamespace:
 
 @pytest.fixture
 def given(tmp_path):
-    settings = Settings(max_age_s=0.05, _env_file=None)
+    settings = Settings.of(max_age_s=0.05, env_file=None)
     store, app = DirectoryStore(tmp_path, fsync=False), App()
     return CurateAgent(app, settings, Metrics("curate"), store), app, store
 

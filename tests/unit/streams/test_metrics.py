@@ -125,7 +125,7 @@ def test_the_headline_age_grows_while_nobody_reports_and_falls_to_zero():
 
 def test_health_starts_then_stalls_only_while_work_waits_and_nothing_moves():
     clock = Clock()
-    metrics = Metrics("learner", Settings(stall_s=120), clock=clock)
+    metrics = Metrics("learner", Settings.of(stall_s=120), clock=clock)
     assert metrics.health()[1]["status"] == "starting"
     metrics.waiting(False)
     clock.now_s += 10_000
@@ -150,7 +150,7 @@ def test_health_starts_then_stalls_only_while_work_waits_and_nothing_moves():
 
 def test_the_server_answers_its_two_paths_and_nothing_else():
     clock = Clock()
-    metrics = Metrics("scorer", Settings(stall_s=5), clock=clock)
+    metrics = Metrics("scorer", Settings.of(stall_s=5), clock=clock)
     metrics.events_in("examples")
     with serve_metrics(metrics, "127.0.0.1", 0) as server:
         status, body, kind = get(server.port, "/metrics")

@@ -23,7 +23,7 @@ from perennial.streams.settings import Settings, SettingsError
 from tests.versions import Line, MemoryBackend
 
 ADAPTER = "acme/support"
-SETTINGS = Settings(poll_s=0.05)
+SETTINGS = Settings.of(poll_s=0.05)
 
 
 def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
@@ -85,12 +85,12 @@ def test_no_broker_answers_is_said_in_bounded_time():
 
 def test_no_broker_is_set():
     with pytest.raises(SettingsError, match="PERENNIAL_KAFKA"):
-        Publisher(settings=Settings(kafka=""))
+        Publisher(settings=Settings.of(kafka=""))
 
 
 def test_no_store_is_set():
     with pytest.raises(SettingsError, match="PERENNIAL_STORE"):
-        Subscriber(ADAPTER, MemoryBackend(), settings=Settings(store=""))
+        Subscriber(ADAPTER, MemoryBackend(), settings=Settings.of(store=""))
 
 
 def test_the_newest_version_is_served_and_the_one_before_is_gone(line: Line, store: FlakyStore):

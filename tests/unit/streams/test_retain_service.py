@@ -32,7 +32,7 @@ def given(store):
         sent.append(event)
 
     acks = SimpleNamespace(lagging=lambda *_: [])
-    settings = Settings(clock_settle_s=0.001, _env_file=None)
+    settings = Settings.of(clock_settle_s=0.001, env_file=None)
     return RetainService(settings, Metrics("retain"), StoreFacts(settings, store, acks), send), sent
 
 

@@ -10,7 +10,7 @@ from perennial.streams.settings import Settings
 
 def test_a_role_waits_longer_after_each_short_life_and_not_after_a_long_one(tmp_path):
     now = 1000.0
-    supervisor = Supervisor(Settings(_env_file=None), tmp_path, ("intake",), clock=lambda: now)
+    supervisor = Supervisor(Settings.of(env_file=None), tmp_path, ("intake",), clock=lambda: now)
     role = supervisor.children["intake"]
     role.command = [sys.executable, "-S", "-c", ""]
     supervisor.start()
