@@ -16,6 +16,7 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
+from perennial.streams.cli.tables import short_version
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import RollbackRequested
@@ -29,11 +30,6 @@ def open_registry(settings: Settings) -> Registry:
         nonce=lambda: uuid.uuid4().hex,
         now=lambda: datetime.now(UTC),
     )
-
-
-def short(version: str | None) -> str:
-    """The first twelve hex digits of a digest, enough to tell versions apart."""
-    return version.removeprefix("sha256:")[:12] if version else "-"
 
 
 def list_adapters(*, as_json: bool) -> int:
@@ -60,7 +56,7 @@ def list_adapters(*, as_json: bool) -> int:
     table = Table("adapter", "generation", "live version", "versions made", "last outcome", "live since")
     for row in rows:
         table.add_row(
-            str(row["adapter"]), str(row["generation"]), short(row["version"]),  # type: ignore[arg-type]
+            str(row["adapter"]), str(row["generation"]), short_version(row["version"]),  # type: ignore[arg-type]
             str(row["versions"]), str(row["last_outcome"] or "-"), str(row["published_at"] or "-"),
         )  # fmt: skip
     Console().print(table)
@@ -139,7 +135,7 @@ def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
         before, after = gate.get("held_out_before"), gate.get("held_out_after")
         rise = _difference(gate.get("anchor_after"), gate.get("anchor_base"))
         table.add_row(
-            str(row["seq"]), short(row["version"]) + (" [green]live[/]" if row["live"] else ""), row["kind"],
+            str(row["seq"]), short_version(row["version"]) + (" [green]live[/]" if row["live"] else ""), row["kind"],
             row["outcome"] if row["outcome"] == "promoted" else f"{row['outcome']}: {row['reason']}",
             str(row["examples"]), str(row["tokens"]),
             f"{before:.3f} → {after:.3f}" if isinstance(before, float) and isinstance(after, float) else "-", rise,
@@ -176,7 +172,7 @@ def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_js
     if as_json:
         print(json.dumps({"job_id": job.job_id, "moved": moved, "alias": _alias_facts(state)}))
     elif moved and state:
-        Console().print(f"{adapter} is at {short(state.version)} again, generation {state.generation}")
+        Console().print(f"{adapter} is at {short_version(state.version)} again, generation {state.generation}")
     elif wait_s:
         Console(stderr=True).print(
             f"the rollback was asked for ({job.job_id}) but is not live after {wait_s:.0f} s: is a learner running? "

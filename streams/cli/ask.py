@@ -12,7 +12,8 @@ from rich.panel import Panel
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import get_blob
-from perennial.streams.cli.adapters import open_registry, short
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.cli.tables import short_version
 from perennial.streams.devstack.discovery import connected_settings
 
 
@@ -49,7 +50,9 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
         Columns(
             [
                 Panel(escape(plain), title="frozen base", width=56),
-                Panel(escape(learned), title=f"{adapter} @ {short(alias.version)}", width=56, border_style="green"),
+                Panel(
+                    escape(learned), title=f"{adapter} @ {short_version(alias.version)}", width=56, border_style="green"
+                ),
             ]
         )
     )

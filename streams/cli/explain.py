@@ -15,7 +15,8 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import Registry
-from perennial.streams.cli.adapters import open_registry, require_adapter, short
+from perennial.streams.cli.adapters import open_registry, require_adapter
+from perennial.streams.cli.tables import short_version
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.retain.example_index import ExampleIndex
 from perennial.streams.retain.ledger import StoredExample, expires_ms, policies_on
@@ -74,7 +75,7 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
             gate = f"{line.gate_before_nats:.3f} → {line.gate_after_nats:.3f} nats"
         table.add_row(
             escape(line.document_id or "-"), f"{escape(line.topic)}[{line.partition}]@{line.offset}".replace("[", r"\["),
-            _minutes(line.published_at) or "-", f"{line.seq} {short(line.version)} {line.outcome}", gate,
+            _minutes(line.published_at) or "-", f"{line.seq} {short_version(line.version)} {line.outcome}", gate,
             f"[{colours.get(line.state, 'default')}]{line.state}[/]",
             "-" if line.state == _ERASED else _minutes(line.expires_at) or "for ever",
         )  # fmt: skip

@@ -18,8 +18,9 @@ from rich.table import Table
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry
-from perennial.streams.cli.adapters import open_registry, short
+from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.flow import BrokerUnreachableError
+from perennial.streams.cli.tables import short_version
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.cloudevents import WireError, decode
@@ -97,7 +98,7 @@ def show_plan(pattern: str, selector: Selector, *, as_json: bool) -> int:
         for item in examples[:_SHOWN]:
             table.add_row(
                 escape(item["document_id"]), item["published_at"],
-                f"{item['seq']} {short(item['version'])}" if item["learned"] else "not learned",
+                f"{item['seq']} {short_version(item['version'])}" if item["learned"] else "not learned",
                 "yes" if item["held"] else "no",
             )  # fmt: skip
         console.print(table)

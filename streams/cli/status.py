@@ -11,8 +11,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from perennial.streams.cli.adapters import short
 from perennial.streams.cli.flow import GROUPS, Flow, FlowReader
+from perennial.streams.cli.tables import short_version
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.topics import TOPICS
 
@@ -69,7 +69,7 @@ def render(flow: Flow, before: Flow | None) -> RenderableType:
         if line.held_out_before_nats is not None and line.held_out_after_nats is not None:
             loss = f"{line.held_out_before_nats:.3f} → {line.held_out_after_nats:.3f} nats"
         adapters.add_row(
-            line.adapter, str(line.generation), short(line.version), str(line.seq), line.outcome, loss,
+            line.adapter, str(line.generation), short_version(line.version), str(line.seq), line.outcome, loss,
             str(line.served_by), f"[red]{line.failing}[/]" if line.failing else "0",
         )  # fmt: skip
     parts: list[RenderableType] = [flow_table]

@@ -25,13 +25,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import AliasState
-from perennial.streams.cli.adapters import open_registry, short
+from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.forgetting import PEOPLE, ForgetDemo, Statuses
 from perennial.streams.cli.demo.latency import stage_seconds
 from perennial.streams.cli.demo.ledger import LearnedExamples
 from perennial.streams.cli.demo.report import DemoReport, Forgetting, draw, print_report
 from perennial.streams.cli.demo.texts import package_docstrings
+from perennial.streams.cli.tables import short_version
 from perennial.streams.client.publisher import Publisher, Subscriber
 from perennial.streams.devstack.stack import Stack
 from perennial.streams.events.models import (
@@ -98,13 +99,13 @@ class Watcher:
                 f"held-out {before:.3f} → {after:.3f}" if isinstance(before, float) and isinstance(after, float) else ""
             )
             self.say(
-                f"[green]promoted[/]  {event.adapter} generation {event.generation} {short(event.version)}: "
+                f"[green]promoted[/]  {event.adapter} generation {event.generation} {short_version(event.version)}: "
                 f"{event.learned.examples} examples, {event.learned.tokens} tokens {loss}"
             )
 
         elif isinstance(event, AdapterRevoked):
             self.say(
-                f"[red]revoked[/]   {event.adapter} generation {event.generation} {short(event.version)} "
+                f"[red]revoked[/]   {event.adapter} generation {event.generation} {short_version(event.version)} "
                 "takes the place of versions that must not be served any more"
             )
         elif isinstance(event, RetentionProgressed) and self.statuses.add(event):
