@@ -245,7 +245,7 @@ class Learner:
 
     def _refuse(self, record: ConsumedRecord, reason: str, detail: str, envelope: Envelope | None = None) -> None:
         _log.warning("job at %s/%d refused: %s: %s", record.partition, record.offset, reason, detail)
-        self._outbox.refuse(record, reason, detail)
+        self._outbox.send_dead_letter(record, reason, detail)
         job = envelope.event if envelope else None
         if isinstance(job, UpdateRequested):
             self._lineage.refused(job)

@@ -150,7 +150,7 @@ def _decoded(records: Sequence[ConsumedRecord], outbox: ConfirmingProducer) -> l
             envelope = decode(record.value, record.headers, TOPIC)
         except WireError as error:
             _log.warning("record %d/%d refused: %s", record.partition, record.offset, error)
-            outbox.refuse(record, error.reason, error.detail)
+            outbox.send_dead_letter(record, error.reason, error.detail)
             continue
         envelopes.append(envelope)
     return envelopes

@@ -41,7 +41,7 @@ from perennial.streams.deadletters.model import (
 )
 from perennial.streams.events.cloudevents import MAX_DEAD_LETTER_BYTES
 from perennial.streams.kafka.connect import close_producer, connect
-from perennial.streams.kafka.topics import KafkaUnavailableError, identify, missing_topics
+from perennial.streams.kafka.topics import KafkaUnavailableError, identify, missing_topics_error
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings, SettingsError
 
@@ -337,7 +337,7 @@ def _producer(settings: Settings) -> Any:
 def _partitions(consumer: Any, topic: str) -> list[TopicPartition]:
     numbers = sorted(consumer.partitions_for_topic(topic) or ())
     if not numbers:
-        raise missing_topics([topic])
+        raise missing_topics_error([topic])
     return [TopicPartition(topic, number) for number in numbers]
 
 

@@ -30,7 +30,7 @@ from perennial.storage.errors import PerennialError
 from perennial.storage.failpoints import failpoint
 from perennial.streams.events.cloudevents import MAX_DEAD_LETTER_BYTES, MAX_HEADER_BYTES, Headers, dead_letter
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition, Refused
-from perennial.streams.kafka.topics import ClusterIds, KafkaUnavailableError, missing_topics, topic_id
+from perennial.streams.kafka.topics import ClusterIds, KafkaUnavailableError, missing_topics_error, topic_id
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.intake")
@@ -411,7 +411,7 @@ def _check(error: KafkaError) -> None:
         log.warning("reading: %s", error)
         return
     if error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}:  # noqa: SLF001
-        raise missing_topics([error.str()])
+        raise missing_topics_error([error.str()])
     raise ConsumeError(
         got=f"{error.name()}: {error.str()}", allowed="records", remedy="see the broker's log; restart intake"
     )
@@ -433,7 +433,7 @@ def _identify(admin: AdminClient, names: Sequence[str]) -> ClusterIds:
             high, low = raw.get_most_significant_bits(), raw.get_least_significant_bits()
             found[name] = topic_id(uuid.UUID(int=((high % 2**64) << 64) | (low % 2**64)))
     if missing:
-        raise missing_topics(sorted(missing))
+        raise missing_topics_error(sorted(missing))
     return ClusterIds(str(cluster.cluster_id), found)
 
 

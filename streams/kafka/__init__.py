@@ -1,1 +1,1 @@
-"""Topics, connections and consumer groups: what every role needs to speak Kafka."""
+"""Topics, connections, consumer groups and producers: the Kafka code that the roles share."""

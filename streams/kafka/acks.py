@@ -1,4 +1,7 @@
-"""What every replica acknowledged last: the compacted topic adapter-acks, read whole without a group."""
+"""Read the latest acknowledgement of every replica from the compacted topic `adapter-acks`, without a consumer group.
+
+Used by the retention role, which closes a request only when no replica serves a revoked version any more.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +31,21 @@ def replicas_behind(
     generation: int,
     revoked: Collection[str],
 ) -> list[str]:
-    """Replicas that may still serve a revoked version of the adapter, sorted.
+    """Return the replicas that may still serve a revoked version of the adapter.
 
-    Those whose last word is that they serve one from before `generation`, and those that could not take a version:
-    what they serve instead is not known, and a failure at a revocation means that the version before is still held.
+    These are the replicas whose latest acknowledgement names a revoked version of an earlier generation, and all
+    replicas whose latest acknowledgement is a failure: what such a replica serves is not known, and a failure during
+    a revocation means that it still holds the version before.
+
+    Args:
+        acks: The latest acknowledgement per record key (`adapter#replica`).
+        adapter: The adapter's name.
+        alias: The alias that the replicas follow.
+        generation: The alias's generation since which the revoked versions are no longer served.
+        revoked: Ids of the revoked versions. Where it is empty, no replica is behind.
+
+    Returns:
+        Names of the replicas, sorted.
     """
     return sorted(
         ack.replica
@@ -43,7 +57,13 @@ def replicas_behind(
 
 
 class AckReader:
-    """Reads the topic when asked, at most once a second, and keeps the last word of each replica. Not thread-safe."""
+    """Reads `adapter-acks` on request, at most once a second, and keeps each replica's latest acknowledgement.
+
+    Not thread-safe.
+
+    Args:
+        settings: Names the brokers and the topic prefix. The connection is opened at the first read.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
@@ -52,7 +72,20 @@ class AckReader:
         self._read_s: float | None = None
 
     def lagging(self, adapter: str, alias: str, generation: int, revoked: Collection[str]) -> list[str]:
-        """See replicas_behind. Raises KafkaUnavailableError."""
+        """Return the replicas that may still serve a revoked version, after reading the topic to its end.
+
+        Args:
+            adapter: The adapter's name.
+            alias: The alias that the replicas follow.
+            generation: The alias's generation since which the revoked versions are no longer served.
+            revoked: Ids of the revoked versions.
+
+        Returns:
+            Names of the replicas, sorted; see `replicas_behind`.
+
+        Raises:
+            KafkaUnavailableError: The topic cannot be read to its end within 10 seconds.
+        """
         if self._read_s is None or time.monotonic() - self._read_s >= _FRESH_S:
             try:
                 self._read()
@@ -61,7 +94,7 @@ class AckReader:
                 raise KafkaUnavailableError(
                     f"{_TOPIC} cannot be read",
                     got=f"{type(error).__name__}: {error}",
-                    remedy="see that the broker runs",
+                    remedy="check that the broker runs",
                 ) from error
             self._read_s = time.monotonic()
         return replicas_behind(self._acks, adapter, alias, generation, revoked)
@@ -84,23 +117,23 @@ class AckReader:
         while any(self._consumer.position(partition) < end for partition, end in ends.items()):
             for batch in self._consumer.poll(timeout_ms=200).values():
                 for record in batch:
-                    self._take(record)
+                    self._apply(record)
             if time.monotonic() > deadline:
                 raise KafkaUnavailableError(f"{topic} was not read to its end in {_TIMEOUT_S:g} s")
 
-    def _take(self, record: Any) -> None:
-        if record.value is None:  # the replica is gone, somebody said
+    def _apply(self, record: Any) -> None:
+        if record.value is None:  # a tombstone: the replica was reported to be no longer there
             self._acks.pop(record.key, None)
             return
         try:
             event = decode(record.value, record.headers, _TOPIC).event
-        except WireError:  # of a newer version, or of nobody: it says nothing of a replica
+        except WireError:  # written by a newer version or by another program: it says nothing about a replica
             return
         if isinstance(event, AdapterActivated | AdapterFailed):
             self._acks[record.key] = event
 
     def close(self) -> None:
-        """Leave the broker."""
+        """Close the connection to the broker; a later read opens a new one."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
             with suppress(KafkaError, OSError):

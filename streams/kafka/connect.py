@@ -1,4 +1,4 @@
-"""Makes kafka-python clients that fail fast and leave nothing behind where no broker answers."""
+"""Create kafka-python clients that fail fast, and that leave no thread or socket behind where no broker answers."""
 
 from __future__ import annotations
 
@@ -14,52 +14,83 @@ _log = logging.getLogger("perennial.kafka")
 
 
 def connect(make: Callable[..., Any], bootstrap: str, timeout_s: float, **config: Any) -> Any:
-    """`make` (KafkaProducer, KafkaConsumer) with this configuration, connected. bootstrap: host:port[,host:port].
+    """Create a connected kafka-python client.
 
-    Raises KafkaError or ValueError where no broker answers within the time.
+    There is one attempt; the caller decides whether to try again.
+
+    Args:
+        make: The client's class: KafkaProducer or KafkaConsumer.
+        bootstrap: Brokers as `host:port[,host:port]`.
+        timeout_s: Seconds that connecting may take.
+        **config: Further configuration of the client.
+
+    Returns:
+        The client.
+
+    Raises:
+        KafkaError: No broker answers within the time.
+        ValueError: The brokers or the configuration are not valid.
     """
     servers = require_listener(bootstrap, timeout_s)
-    clients: list[Any] = []
+    networks: list[Any] = []
 
-    def network(**options: Any) -> Any:
-        clients.append(KafkaNetClient(**options))
-        return clients[-1]
+    def make_network(**options: Any) -> Any:
+        networks.append(KafkaNetClient(**options))
+        return networks[-1]
 
     try:
         return make(
             bootstrap_servers=servers,
             bootstrap_timeout_ms=max(1, int(timeout_s * 1000)),
-            allow_auto_create_topics=False,  # a made-up topic would have the wrong partitions and retention
-            kafka_client=network,
+            allow_auto_create_topics=False,  # such a topic would have the wrong partition count and retention
+            kafka_client=make_network,
             **config,
         )
     except BaseException:
-        for client in clients:  # a constructor that fails leaves its thread and sockets running
-            client.close()
+        # kafka-python 3.0.12: a constructor that raises leaves the thread and the sockets of its network client running.
+        for network in networks:
+            network.close()
         raise
 
 
 def close_producer(producer: Any, timeout_s: float) -> None:
-    """Close a KafkaProducer; what was not delivered within the time has failed then.
+    """Close a KafkaProducer. Records that are not delivered within the time have failed.
 
-    Hazard: kafka-python 3.0.12 gives up closing where the flush that it begins with times out. Its thread would go on
-    for ever, at its connections too, and no promise of a delivery would end.
+    Hazard: `KafkaProducer.close` of kafka-python 3.0.12 begins with a flush (since dpkp/kafka-python#2537), and where
+    that flush times out it raises before it stops the sender. The sender's thread would run on for ever, keep its
+    connections, and no delivery future would ever complete.
+
+    Args:
+        producer: The producer to close.
+        timeout_s: Seconds to wait for outstanding deliveries.
     """
     try:
         producer.close(timeout=timeout_s)
     except (KafkaError, OSError) as error:
-        _log.debug("a producer is closed by force: %s", error)
+        _log.debug("a producer did not close in time and is closed by force: %s", error)
         producer._sender.force_close()  # noqa: SLF001 - there is no public way
-        producer._closed = True  # noqa: SLF001 - or the collector would close it again, and print what that raises
+        # Otherwise the producer's finaliser would call close() again and print what it raises.
+        producer._closed = True  # noqa: SLF001
 
 
 def require_listener(bootstrap: str, timeout_s: float) -> list[str]:
-    """The servers named, once one of them took a TCP connection. Raises KafkaConnectionError, ValueError.
+    """Return the brokers as a list once one of them accepts a TCP connection.
 
-    Comes before any client, for kafka-python leaks a socket with every attempt that is refused.
+    Call it before creating a kafka-python client: kafka-python 3.0.12 leaks a socket with every refused attempt.
+
+    Args:
+        bootstrap: Brokers as `host:port[,host:port]`.
+        timeout_s: Seconds for all attempts together.
+
+    Returns:
+        The brokers, each as `host:port`.
+
+    Raises:
+        KafkaConnectionError: No broker accepts a connection.
+        ValueError: A part is not `host:port`.
     """
     servers = [part.strip() for part in bootstrap.split(",") if part.strip()]
-    said: list[str] = []
+    failures: list[str] = []
     for server in servers:
         host, _, port = server.rpartition(":")
         if not host or not port.isdigit():
@@ -67,7 +98,7 @@ def require_listener(bootstrap: str, timeout_s: float) -> list[str]:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s / len(servers)).close()
         except (OSError, OverflowError) as error:
-            said.append(f"{server}: {error}")
+            failures.append(f"{server}: {error}")
         else:
             return servers
-    raise KafkaConnectionError("; ".join(said) or "no address is given")
+    raise KafkaConnectionError("; ".join(failures) or "no address is given")

@@ -1,4 +1,4 @@
-"""The two ends on Kafka that scorer and learner share: records in, with what is still ours to commit; events out."""
+"""The Kafka input and output of scorer and learner: a group member that reads one topic, and a confirming producer."""
 
 from __future__ import annotations
 
@@ -33,12 +33,22 @@ REBALANCE_POLL_S = 1.0
 
 
 class KafkaLinkError(PerennialError):
-    """Kafka did not take or give what it had to."""
+    """Records cannot be read, committed or delivered."""
 
 
 @dataclass(frozen=True)
 class ConsumedRecord:
-    """One Kafka record. epoch: how often its partition had left this member when it was read."""
+    """One Kafka record, as a group member read it.
+
+    Attributes:
+        topic: The topic's name without the prefix.
+        partition: The partition's number.
+        offset: The record's offset.
+        key: The record's key.
+        value: The record's value; None is a tombstone.
+        headers: The record's headers in their order.
+        epoch: How many times the partition had been taken from this member before the record was read.
+    """
 
     topic: str
     partition: int
@@ -50,15 +60,28 @@ class ConsumedRecord:
 
 
 class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-python has no types
-    """A group member on one topic. Nothing is committed but by `commit`, and only where the partition is still ours."""
+    """A member of a consumer group that reads one topic.
+
+    Offsets are committed by `commit` only, and only for partitions that have stayed with this member since the record
+    was read. The on_partitions methods are called by kafka-python on its own thread, so they only keep count.
+
+    Args:
+        settings: Names the brokers and the topic prefix.
+        topic: The topic's name without the prefix.
+        group: The consumer group's name without the prefix.
+        max_records: The most records that one poll returns.
+
+    Raises:
+        KafkaLinkError: No broker answers.
+    """
 
     def __init__(self, settings: Settings, topic: str, group: str, max_records: int) -> None:
         self._topic = topic
         self._name = settings.kafka.topic(topic)
         self._epochs: Counter[TopicPartition] = Counter()
-        self._held: set[TopicPartition] = set()
+        self._assigned: set[TopicPartition] = set()
         self._rebalancing = False
-        self._owed: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the record before it
+        self._uncommitted: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the record before it
         try:
             self._consumer: Any = connect(
                 KafkaConsumer,
@@ -68,7 +91,8 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
                 group_id=settings.kafka.topic(group),
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
-                # Eager: on_partitions_assigned then names all that is held, by which what left is told.
+                # An eager protocol: on_partitions_assigned then names every partition of this member, so that the
+                # ones that were taken away are known by their absence.
                 partition_assignment_strategy=[RangePartitionAssignor],
                 max_poll_records=max_records,
                 session_timeout_ms=SESSION_TIMEOUT_MS,
@@ -76,51 +100,57 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
                 max_partition_fetch_bytes=MAX_FETCH_BYTES,
                 metadata_max_age_ms=METADATA_AGE_MS,
             )
-            # Without the topic's metadata the first assignment would be empty until the next refresh.
+            # Load the topic's metadata now: without it the first assignment is empty until the next refresh.
             self._consumer.partitions_for_topic(self._name)
         except (KafkaError, ValueError, OSError) as error:
             raise _unreachable(settings, error) from error
         self._consumer.subscribe([self._name], listener=self)
 
-    # kafka-python calls these on its own thread: they only count.
-
     def on_partitions_revoked(self, _revoked: Iterable[TopicPartition]) -> None:
-        """Nothing goes yet: a partition that comes back in the same rebalance keeps its position here, unlike in Java.
+        """Note that a rebalance has begun; give up no partition yet.
 
-        Were its records dropped now, nobody would read them again.
+        Hazard: unlike in Java, a partition that returns to this member in the same rebalance keeps its position. If its
+        records were dropped here, no member would read them again.
         """
         self._rebalancing = True
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Records of partitions that did not come back are no longer ours: another member begins at the last commit."""
-        now_held = set(assigned)
-        self._epochs.update(self._held - now_held)
-        self._held = now_held
+        """Raise the epoch of partitions that did not return: another member reads them from the last commit on."""
+        now_assigned = set(assigned)
+        self._epochs.update(self._assigned - now_assigned)
+        self._assigned = now_assigned
         self._rebalancing = False
 
     def on_partitions_lost(self, lost: Iterable[TopicPartition]) -> None:
-        """The group went on without this member; what it had read is another's now."""
+        """Raise the epoch of partitions that the group gave to others after it had expelled this member."""
         self._epochs.update(lost)
-        self._held -= set(lost)
+        self._assigned -= set(lost)
 
     def poll(self, timeout_s: float) -> list[ConsumedRecord]:
-        """What came within the time, in the order of its partition; also keeps the group membership.
+        """Return the records that arrive within the time, and keep the membership in the group.
 
-        It may take a second longer while the group rebalances.
+        Args:
+            timeout_s: Seconds to wait for records. While the group rebalances, up to one second longer.
+
+        Returns:
+            Records in the order of their offsets within each partition.
+
+        Raises:
+            KafkaLinkError: The topic cannot be read.
         """
         if self._rebalancing:
-            # kafka-python 3.0.12 drops a join that ends between two polls. Unless it is asked to join again it may
-            # take itself for a member with its heartbeat off: it would be put out of the group and never know.
+            # kafka-python 3.0.12 discards the answer to a join request that arrives between two polls. It may then
+            # believe that it is a member while its heartbeat is off, be expelled and never notice. Ask to join again.
             self._consumer._coordinator.request_rejoin()  # noqa: SLF001 - there is no public way
             timeout_s = max(timeout_s, REBALANCE_POLL_S)
         try:
             batches = self._consumer.poll(timeout_ms=max(1, int(timeout_s * 1000)))
         except KafkaError as error:
             raise KafkaLinkError(
-                f"{self._name} cannot be read", got=str(error), remedy="see that the broker runs"
+                f"{self._name} cannot be read", got=str(error), remedy="check that the broker runs"
             ) from error
-        if self._owed and not self._rebalancing:
-            self._settle()
+        if self._uncommitted and not self._rebalancing:
+            self._commit_pending()
         return [
             ConsumedRecord(
                 self._topic, record.partition, record.offset, record.key, record.value,
@@ -131,45 +161,58 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         ]  # fmt: skip
 
     def owns(self, record: ConsumedRecord) -> bool:
-        """Whether the record's partition has stayed with this member since the record was read."""
+        """Return whether the record's partition has stayed with this member since the record was read."""
         return self._epochs[TopicPartition(self._name, record.partition)] == record.epoch
 
     def commit(self, records: Iterable[ConsumedRecord]) -> None:
-        """Commit past these records, except on partitions that were taken away meanwhile.
+        """Commit the offsets behind these records, except in partitions that were taken away meanwhile.
 
-        While the group rebalances nothing can be committed: it is done in a later poll then, if the partition stays.
+        During a rebalance nothing can be committed. A later poll then commits, for partitions that stay.
+
+        Args:
+            records: Records that are fully handled, in the order of their offsets within each partition.
+
+        Raises:
+            KafkaLinkError: The offsets cannot be committed.
         """
         for record in records:
             if self.owns(record):
-                self._owed[TopicPartition(self._name, record.partition)] = (record.offset + 1, record.epoch)
-        self._settle()
+                partition = TopicPartition(self._name, record.partition)
+                self._uncommitted[partition] = (record.offset + 1, record.epoch)
+        self._commit_pending()
 
-    def _settle(self) -> None:
-        self._owed = {at: owed for at, owed in self._owed.items() if self._epochs[at] == owed[1]}
-        if not self._owed:
+    def _commit_pending(self) -> None:
+        self._uncommitted = {
+            partition: (offset, epoch)
+            for partition, (offset, epoch) in self._uncommitted.items()
+            if self._epochs[partition] == epoch
+        }
+        if not self._uncommitted:
             return
+        offsets = {partition: OffsetAndMetadata(offset, "", -1) for partition, (offset, _) in self._uncommitted.items()}
         try:
-            self._consumer.commit({at: OffsetAndMetadata(offset, "", -1) for at, (offset, _) in self._owed.items()})
+            self._consumer.commit(offsets)
         except (CommitFailedError, RebalanceInProgressError) as error:
-            # Should the partitions go, the records come again at the next owner and are recognised by their marks.
-            _log.debug("offsets wait, the group is rebalancing: %s", error)
+            # If the partitions move to another member, it reads the records again and recognises them as handled by
+            # the high-water marks.
+            _log.debug("offsets are committed later, the group is rebalancing: %s", error)
         except KafkaError as error:
             raise KafkaLinkError(
-                "offsets cannot be committed", got=str(error), remedy="see that the broker runs; nothing is lost"
+                "offsets cannot be committed", got=str(error), remedy="check that the broker runs; nothing is lost"
             ) from error
         else:
-            self._owed = {}
+            self._uncommitted = {}
 
     def pause(self) -> None:
-        """Fetch nothing from any partition held now; polling then only keeps the membership."""
+        """Stop fetching from the partitions of this member; `poll` then only keeps the membership."""
         self._consumer.pause(*self._consumer.assignment())
 
     def resume(self) -> None:
-        """Fetch again."""
+        """Fetch again from all paused partitions."""
         self._consumer.resume(*self._consumer.paused())
 
     def lag(self) -> int:
-        """How many records of the partitions held are published and not read, as far as the last fetch told."""
+        """Return how many records of this member's partitions are not read yet, as of the last fetch."""
         total = 0
         for partition in self._consumer.assignment():
             end = self._consumer.highwater(partition)
@@ -189,7 +232,17 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
 
 
 class ConfirmingProducer:
-    """An idempotent producer that counts a record as sent only when every replica in sync has it."""
+    """An idempotent producer that counts a record as sent only when every in-sync replica has it.
+
+    Args:
+        settings: Names the brokers and the topic prefix.
+        role: The role's name: part of the events' source, and the stage of its dead letters.
+        metrics: Counts the events sent and the records refused.
+        now: Returns the time, with its zone, that is written into dead letters.
+
+    Raises:
+        KafkaLinkError: No broker answers.
+    """
 
     def __init__(self, settings: Settings, role: str, metrics: Metrics, now: Callable[[], datetime]) -> None:
         self._settings = settings
@@ -213,12 +266,32 @@ class ConfirmingProducer:
             raise _unreachable(settings, error) from error
 
     def send(self, event: Event, *, id: str, time: datetime, traceparent: str | None = None) -> None:  # noqa: A002
-        """Hand an event to the producer; `flush` tells whether it arrived."""
+        """Queue an event for sending; `flush` waits for its acknowledgement.
+
+        Args:
+            event: The event.
+            id: The CloudEvents id.
+            time: The CloudEvents time, with its zone.
+            traceparent: The W3C trace context, left out where it is None.
+
+        Raises:
+            KafkaLinkError: The producer does not take the record.
+            WireError: The event cannot be encoded.
+        """
         record = encode(event, id=id, source=f"perennial/{self._role}", time=time, traceparent=traceparent)
         self._send(event.topic, record.key, record.value, record.headers)
 
-    def refuse(self, record: ConsumedRecord, reason: str, detail: str) -> None:
-        """Put a record that cannot be handled into the dead letters."""
+    def send_dead_letter(self, record: ConsumedRecord, reason: str, detail: str) -> None:
+        """Queue a record that cannot be handled for the topic `dead-letters`.
+
+        Args:
+            record: The record, as it was read.
+            reason: A short identifier of the reason, such as `bad-field`.
+            detail: What was found and what is allowed.
+
+        Raises:
+            KafkaLinkError: The producer does not take the record.
+        """
         value, headers = dead_letter(
             record.value,
             record.headers,
@@ -231,7 +304,7 @@ class ConfirmingProducer:
             at=self._now(),
         )
         self._metrics.refused(reason)
-        # kafka-python cannot write a header without a value; a record must not stop the flow by having one.
+        # kafka-python cannot write a header without a value, which other clients can: write an empty one instead.
         self._send("dead-letters", record.key, value, [(name, raw or b"") for name, raw in headers])
 
     def _send(self, topic: str, key: bytes | None, value: bytes | None, headers: list[Any]) -> None:
@@ -242,7 +315,11 @@ class ConfirmingProducer:
         self._pending.append((topic, future))
 
     def flush(self) -> None:
-        """Wait until all that was handed over is acknowledged. Raises KafkaLinkError where one record was not."""
+        """Wait until every queued record is acknowledged.
+
+        Raises:
+            KafkaLinkError: A record was not delivered.
+        """
         pending, self._pending = self._pending, []
         sent: Counter[str] = Counter()
         for topic, future in pending:
@@ -255,7 +332,7 @@ class ConfirmingProducer:
             self._metrics.events_out(topic, count)
 
     def close(self) -> None:
-        """Drop the connection; what was not flushed may be lost and is sent again after a restart."""
+        """Close the connection. Records that were not flushed may be lost; a restarted role sends them again."""
         close_producer(self._producer, 2)
 
     def __enter__(self) -> Self:
@@ -270,7 +347,7 @@ def _unreachable(settings: Settings, error: Exception) -> KafkaLinkError:
         "Kafka does not answer",
         got=f"{type(error).__name__}: {error}",
         allowed=f"a broker at {settings.kafka.bootstrap}",
-        remedy="see that the broker runs",
+        remedy="check that the broker runs",
     )
 
 
@@ -278,5 +355,5 @@ def _undelivered(topic: str, error: Exception) -> KafkaLinkError:
     return KafkaLinkError(
         f"an event for {topic} was not delivered",
         got=f"{type(error).__name__}: {error}",
-        remedy="see that the broker runs and the topic exists; nothing was committed, nothing is lost",
+        remedy="check that the broker runs and that the topic exists; nothing was committed, nothing is lost",
     )

@@ -1,7 +1,8 @@
-"""Every topic with its configs; makes those that are missing and says what differs in those that exist.
+"""Specify every topic with its configs, create missing topics, and report how existing ones differ.
 
-Records are placed by murmur2 over the key, as Java's default partitioner does: kafka-python does so by itself,
-librdkafka only with `partitioner=murmur2_random`. With another partitioner one key would live on two partitions.
+All producers choose the partition by murmur2 over the key, as Java's default partitioner does. kafka-python does so by
+default, librdkafka only with `partitioner=murmur2_random`. With a mixture, records of one key would be in two
+partitions and lose their order.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from perennial.streams.events.models import EVENTS
 from perennial.streams.settings import Settings
 
 _UNCOMPRESSED = {"compression.type": "uncompressed"}
-"""The broker unpacks what it is sent: kafka-python and aiokafka cannot read lz4, snappy or zstd without further packages,
-so that one compressed record by another's producer would end whoever reads the topic, for good."""
+"""Makes the broker decompress what it receives. Hazard: kafka-python and aiokafka cannot read lz4, snappy or zstd without
+further packages. One record that another program compressed would stop every reader of the topic for good."""
 _MINUTE_MS = 60_000
 _DAY_MS = 24 * 60 * _MINUTE_MS
 _BATCH_OVERHEAD_BYTES = 4 * 1024
@@ -40,7 +41,7 @@ Cleanup = Literal["delete", "compact"]
 
 
 class TopicError(PerennialError):
-    """A topic is not as it has to be."""
+    """A topic is missing, or cannot be created as specified."""
 
 
 class KafkaUnavailableError(PerennialError):
@@ -49,7 +50,15 @@ class KafkaUnavailableError(PerennialError):
 
 @dataclass(frozen=True)
 class TopicSpec:
-    """A topic as it should be. partitioned: has the settings' partition count, else one. name: without prefix."""
+    """The specification of a topic.
+
+    Attributes:
+        name: The topic's name without the prefix.
+        key: What the records' keys are, for the documentation.
+        cleanup: The cleanup policy.
+        configs: The topic's configs.
+        partitioned: Whether the topic has the settings' partition count; otherwise it has one partition.
+    """
 
     name: str
     key: str
@@ -59,15 +68,15 @@ class TopicSpec:
 
     @property
     def event_types(self) -> tuple[str, ...]:
-        """The types of events that the topic carries."""
+        """CloudEvents types of the topic's events."""
         return tuple(name for name, model in EVENTS.items() if model.topic == self.name)
 
     def partitions(self, settings: Settings) -> int:
-        """How many partitions `provision` gives it."""
+        """Return the number of partitions that `provision` gives the topic."""
         return settings.kafka.partitions if self.partitioned else 1
 
 
-def _deleted(
+def _deleting_topic(
     name: str, key: str, *, retention_ms: int = WEEK_MS, max_message_bytes: int = MAX_INSIDE_MESSAGE_BYTES,
     broker_time: bool = False, any_codec: bool = False,
 ) -> TopicSpec:  # fmt: skip
@@ -78,22 +87,22 @@ def _deleted(
         "max.message.bytes": str(max_message_bytes),
     }
     if broker_time:
-        # A producer's clock decides nothing: expiry and the age of what is unlearned count from the append.
+        # Expiry and age are measured by the broker's clock at the append, so that a producer's clock decides nothing.
         configs["message.timestamp.type"] = "LogAppendTime"
     return TopicSpec(name, key, "delete", MappingProxyType(configs))
 
 
-def _compacted(name: str, key: str) -> TopicSpec:
+def _compacted_topic(name: str, key: str) -> TopicSpec:
     configs = {
         **_UNCOMPRESSED,
         "cleanup.policy": "compact",
         "max.message.bytes": str(MAX_INSIDE_MESSAGE_BYTES),
-        # The active segment is never compacted, so it is kept small and short; a reader at the start reads little.
+        # The active segment is never compacted. A small, short one leaves little for a reader that starts anew.
         "segment.bytes": str(4 * 1024 * 1024),
         "segment.ms": str(10 * _MINUTE_MS),
         "min.cleanable.dirty.ratio": "0.05",
         "max.compaction.lag.ms": str(60 * _MINUTE_MS),
-        # A reader that was away for less than this still sees that a key was deleted.
+        # A reader that was away for less time than this still sees the tombstone of a deleted key.
         "delete.retention.ms": str(WEEK_MS),
     }
     return TopicSpec(name, key, "compact", MappingProxyType(configs))
@@ -102,33 +111,36 @@ def _compacted(name: str, key: str) -> TopicSpec:
 TOPICS: Mapping[str, TopicSpec] = MappingProxyType({
     spec.name: spec
     for spec in (
-        _deleted(
+        _deleting_topic(
             "documents", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True, any_codec=True
         ),
-        _deleted(
+        _deleting_topic(
             "interactions", "any", max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES, broker_time=True, any_codec=True
         ),
-        _deleted("examples", "adapter"),
-        _deleted("scored-examples", "adapter"),
-        _deleted("drift", "adapter", retention_ms=30 * _DAY_MS),
-        _deleted("adapter-jobs", "adapter"),
-        _deleted(
+        _deleting_topic("examples", "adapter"),
+        _deleting_topic("scored-examples", "adapter"),
+        _deleting_topic("drift", "adapter", retention_ms=30 * _DAY_MS),
+        _deleting_topic("adapter-jobs", "adapter"),
+        _deleting_topic(
             "retention", "any", retention_ms=3650 * _DAY_MS, max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES,
             broker_time=True,
         ),
-        _compacted("retention-status", "request id"),
-        _compacted("adapter-updates", "adapter#alias"),
-        _compacted("adapter-acks", "adapter#replica"),
-        _deleted("dead-letters", "source key", retention_ms=30 * _DAY_MS, max_message_bytes=MAX_DEAD_LETTER_BYTES),
+        _compacted_topic("retention-status", "request id"),
+        _compacted_topic("adapter-updates", "adapter#alias"),
+        _compacted_topic("adapter-acks", "adapter#replica"),
+        _deleting_topic("dead-letters", "source key", retention_ms=30 * _DAY_MS, max_message_bytes=MAX_DEAD_LETTER_BYTES),
     )
 })  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TopicReport:
-    """What provision found. name: with prefix. created: it was missing (and was made, unless on a dry run).
+    """The result of `provision` for one topic.
 
-    differences: how an existing topic is not as specified, one line for a config or the partition count.
+    Attributes:
+        name: The topic's name with the prefix.
+        created: Whether the topic was missing. It was then created, except on a dry run.
+        differences: How an existing topic differs from its specification, one line per config or partition count.
     """
 
     name: str
@@ -138,16 +150,31 @@ class TopicReport:
 
 @dataclass(frozen=True)
 class ClusterIds:
-    """The ids that tell a cluster and its topics from others of the same name. topic_ids: by full name."""
+    """The ids that distinguish a cluster and its topics from others of the same name.
+
+    Attributes:
+        cluster_id: The cluster's id.
+        topic_ids: Topic ids by name with the prefix.
+    """
 
     cluster_id: str
     topic_ids: Mapping[str, str]
 
 
 def provision(settings: Settings, dry_run: bool = False) -> list[TopicReport]:
-    """Create the topics that are missing; report, never alter, how existing ones differ.
+    """Create missing topics, and report how existing ones differ from their specification without altering them.
 
-    dry_run: create nothing. Raises KafkaUnavailableError, TopicError, SettingsError.
+    Args:
+        settings: Name the brokers, the topic prefix, the partition count and the replication factor.
+        dry_run: Create nothing.
+
+    Returns:
+        One report per topic.
+
+    Raises:
+        KafkaUnavailableError: Kafka does not answer.
+        TopicError: A topic cannot be created.
+        SettingsError: No brokers are set.
     """
     with _admin(settings) as admin:
         existing = set(admin.list_topics())
@@ -168,9 +195,19 @@ def provision(settings: Settings, dry_run: bool = False) -> list[TopicReport]:
 
 
 def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterIds:
-    """The ids of the cluster and of topics. names: without prefix; all that exist of TOPICS if None.
+    """Return the ids of the cluster and of topics.
 
-    Raises TopicError where a named topic does not exist, KafkaUnavailableError, SettingsError.
+    Args:
+        settings: Name the brokers and the topic prefix.
+        names: Topic names without the prefix; None means every topic of TOPICS that exists.
+
+    Returns:
+        The ids.
+
+    Raises:
+        TopicError: A topic of `names` does not exist.
+        KafkaUnavailableError: Kafka does not answer.
+        SettingsError: No brokers are set.
     """
     with _admin(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
@@ -178,21 +215,21 @@ def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterI
         wanted = [settings.kafka.topic(name) for name in (names if names is not None else TOPICS)]
         missing = sorted(set(wanted) - existing)
         if missing and names is not None:
-            raise missing_topics(missing)
+            raise missing_topics_error(missing)
         found = [name for name in wanted if name in existing]
         topics = admin.describe_topics(found) if found else []
     return ClusterIds(cluster_id, {topic["name"]: topic_id(topic["topic_id"]) for topic in topics})
 
 
-def missing_topics(names: Sequence[str]) -> TopicError:
-    """The error that says which topics have to be made."""
+def missing_topics_error(names: Sequence[str]) -> TopicError:
+    """Return the error that names the topics that must be created."""
     return TopicError(
         "topics are missing", got=", ".join(names), allowed="existing topics", remedy="run `perennial topics create`"
     )
 
 
 def topic_id(raw: uuid.UUID | str) -> str:
-    """A topic's id as manifests and origins write it: a UUID in hexadecimal with dashes."""
+    """Return a topic's id as manifests and origins write it: a UUID in hexadecimal with dashes."""
     return str(raw if isinstance(raw, uuid.UUID) else uuid.UUID(raw))
 
 
@@ -214,12 +251,14 @@ def _admin(settings: Settings) -> Iterator[Any]:
             admin.close()
     except KafkaError as error:
         raise KafkaUnavailableError(
-            got=f"{type(error).__name__}: {error}", allowed=f"a broker at {servers}", remedy="see that the broker runs"
+            got=f"{type(error).__name__}: {error}",
+            allowed=f"a broker at {servers}",
+            remedy="check that the broker runs",
         ) from error
 
 
 def _create(admin: Any, missing: Mapping[str, TopicSpec], settings: Settings) -> set[str]:
-    """Create topics. Returns the names of those that no other process created in between."""
+    """Create topics. Return the names of those that no other process created in the meantime."""
     from kafka.errors import TopicAlreadyExistsError
 
     wanted = {
@@ -240,8 +279,8 @@ def _create(admin: Any, missing: Mapping[str, TopicSpec], settings: Settings) ->
             raise TopicError(
                 f"topic {topic['name']} cannot be created",
                 got=topic.get("error_message") or f"Kafka error {code}",
-                allowed="a topic with the configs of streams/topics.py",
-                remedy="see the broker's limits (replication, authorisation)",
+                allowed="a topic with the configs of streams/kafka/topics.py",
+                remedy="check the broker's limits (replication, authorisation)",
             )
     admin.wait_for_topics(list(missing))
     return created

@@ -1,4 +1,4 @@
-"""Topics on a real broker: made once, never altered, and what differs is said."""
+"""Topics on a real broker: created once, never altered, and differences are reported."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def settings(broker, topic_prefix):
     return Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=3, env_file=None)
 
 
-def test_missing_topics_are_made_with_their_configs(settings):
+def test_missing_topics_are_created_with_their_configs(settings):
     dry = provision(settings, dry_run=True)
     assert [report.created for report in dry] == [True] * len(TOPICS)
 
@@ -31,7 +31,7 @@ def test_missing_topics_are_made_with_their_configs(settings):
     assert [(report.created, report.differences) for report in second] == [(False, ())] * len(TOPICS)
 
 
-def test_what_differs_is_reported_and_left_alone(settings):
+def test_differences_are_reported_and_not_altered(settings):
     admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
     name = settings.kafka.topic("adapter-updates")
     admin.create_topics({name: {"num_partitions": 2, "replication_factor": 1, "configs": {"cleanup.policy": "delete"}}})
@@ -44,7 +44,7 @@ def test_what_differs_is_reported_and_left_alone(settings):
         assert "cleanup.policy is delete, should be compact" in reports[name].differences
 
 
-def test_ids_tell_a_topic_made_again_from_the_one_before(settings):
+def test_a_recreated_topic_has_another_id(settings):
     provision(settings)
     before = identify(settings, ["documents"])
     assert before == identify(settings, ["documents"])
@@ -63,15 +63,16 @@ def test_ids_tell_a_topic_made_again_from_the_one_before(settings):
     assert uuid.UUID(after.topic_ids[name])
 
 
-def test_a_missing_topic_is_named(settings):
+def test_a_missing_topic_is_named_in_the_error(settings):
     with pytest.raises(TopicError, match="documents") as error:
         identify(settings, ["documents"])
     assert "perennial topics create" in error.value.remedy
 
 
-def test_no_broker_is_our_error():
+def test_an_unreachable_broker_raises_kafka_unavailable():
     program = (
-        "import streams.topics as topics; from perennial.streams.settings import Settings; topics.BOOTSTRAP_TIMEOUT_MS = 500\n"
+        "from perennial.streams.kafka import topics; from perennial.streams.settings import Settings\n"
+        "topics.BOOTSTRAP_TIMEOUT_MS = 500\n"
         "try: topics.provision(Settings.of(kafka='127.0.0.1:9'))\n"
         "except topics.KafkaUnavailableError as error: print(error)"
     )
