@@ -297,7 +297,10 @@ class Selector(BaseModel):
 
 
 class RetentionRequested(_Outside):
-    """What must be forgotten or held, when, and how provably."""
+    """A request to forget or to hold examples, or to take a version out of service.
+
+    half_life and assurance are in the model so that retain can refuse a request that gives them, with a reason.
+    """
 
     type: ClassVar[str] = "retention.requested"
     topic: ClassVar[str] = "retention"
@@ -308,7 +311,7 @@ class RetentionRequested(_Outside):
     superseded_by: Id | None = None
     half_life: RetentionClass | None = None
     time_to_live: RetentionClass | None = None
-    assurance: Assurance = "exact"
+    assurance: Assurance | None = None
     requested_by: Name
     reason: Annotated[str, Field(max_length=1024)] = ""
     due_at: AwareDatetime | None = None
@@ -354,8 +357,6 @@ class ForgetRequested(Event):
     example_ids: Annotated[list[str], Field(max_length=10_000)] = []
     until_ms: int
     suppress: bool = True
-    assurance: Assurance = "exact"
-    due_at: AwareDatetime | None = None
     reason: str = ""
 
     def key(self) -> str:

@@ -20,6 +20,7 @@ from perennial.streams.events.models import (
     Selector,
     duration_s,
 )
+from perennial.streams.retention.kinds import KINDS
 
 ITSELF: Final = "perennial/retain"
 MAX_IDS: Final = 10_000
@@ -234,7 +235,7 @@ def _unordered(selector: Selector | None) -> dict[str, object] | None:
 
 def overdue(book: RequestLedger, now_ms: int) -> int:
     """How many open requests should have come to their end by now."""
-    waits = [r for r in book.records.values() if r.open and r.request.kind not in {"hold", "policy"}]
+    waits = [r for r in book.records.values() if r.open and not KINDS[r.request.kind].stays_in_force]
     return sum((ms_of(record.request.due_at) or now_ms + 1) <= now_ms for record in waits)
 
 

@@ -31,6 +31,7 @@ from perennial.streams.retain.clock import ClockGuard
 from perennial.streams.retain.example_index import ExampleIndex
 from perennial.streams.retain.ledger import RequestLedger, StoredExample, calendar, count_states, overdue
 from perennial.streams.retain.state_machine import AliasPosition, Change, RequestProcessor
+from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.retain")
@@ -150,7 +151,7 @@ class RetainService:
 
     def _refuse_if_full(self, book: RequestLedger, request: RetentionRequested) -> None:
         """Raises WireError: a request in the dead letters can be sent again, one that ends the role takes all with it."""
-        if request.request_id in book.records or request.kind == "release":
+        if request.request_id in book.records or KINDS[request.kind].accepted_when_full:
             return
         size_bytes = len(book.to_bytes())
         if size_bytes > REQUESTS_BOOK_BYTES:
@@ -259,7 +260,7 @@ class RetainService:
             old = before.records.get(name)
             if (old is None or old.state != record.state) and record.state in {"closed", "failed"}:
                 log.info("%s %s: %s: %s", record.request.kind, name, record.state, record.detail)
-                if record.state == "closed" and record.request.kind in {"erase", "expire", "supersede"}:
+                if record.state == "closed" and KINDS[record.request.kind].job == "forget":
                     self._metrics.forgot(record.examples, (self._wall_ms() - record.received_ms) / 1000)
 
     def _report(self, book: RequestLedger, now_ms: int) -> None:

@@ -10,11 +10,11 @@ the guarded one of streams/clock.py.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
-from typing import Final, Protocol
+from typing import ClassVar, Final, Protocol
 
 from perennial.storage.registry.quarantine import LegalHold, Quarantine, QuarantineEntry, RequestOutcome
 from perennial.streams.events.cloudevents import WireError
@@ -22,6 +22,7 @@ from perennial.streams.events.models import (
     PERMANENT,
     Event,
     ForgetRequested,
+    RetentionKind,
     RetentionProgressed,
     RetentionRequested,
     RetentionState,
@@ -39,6 +40,7 @@ from perennial.streams.retain.ledger import (
     plain,
     same_holds,
 )
+from perennial.streams.retention.kinds import KINDS, refusal_of
 
 KEEP_MS: Final = 30 * 86_400_000
 """How long an ended request stays: longer than an example of before can be under way, at a week per topic."""
@@ -46,7 +48,6 @@ KEEP_OWN: Final = 256
 """How many ended expiries of the calendar's own stay: a stream under a policy makes one after another, for ever."""
 RESEND_MS: Final = 86_400_000
 """After so long without an end a job is sent again: it may have left its topic while no learner ran."""
-_FORGETS: Final = frozenset({"erase", "expire", "supersede"})
 
 
 @dataclass(frozen=True)
@@ -128,22 +129,16 @@ class RequestProcessor:
                 raise WireError("bad-field", "request_id", got=request.request_id, allowed="an id not used before")
             self._say(before)
             return
-        wrong = problem(request, self.book, received_ms)
+        rules = KINDS[request.kind]
         record = RequestRecord(request=request, received_ms=received_ms, until_ms=received_ms)
-        if request.kind == "expire" and request.due_at is not None:
+        if rules.due_at == "start" and request.due_at is not None:
             record = record.model_copy(update={"until_ms": max(received_ms, ms_of(request.due_at) or 0)})
         self.add(record)
-        if wrong:
-            self._end(record, "failed", wrong)
-        elif request.kind == "policy":
-            self._policy(record)
-        elif request.kind == "hold":
-            self._move(record, "executed", "in force until it is released")
-        elif request.kind == "release":
-            released = [r for r in self.book.standing("hold") if same_holds(r.request, request)]
-            for hold in released:
-                self._lift(hold, f"released by {request.request_id}")
-            self._end(record, "closed", f"released {len(released)} holds")
+        refusal = refusal_of(request, received_ms)
+        if refusal:
+            self._end(record, "failed", refusal)
+        elif rules.job is None:
+            self._WITHOUT_JOB[request.kind](self, record)
 
     def add(self, record: RequestRecord) -> None:
         """Take a request into the book: it is accepted."""
@@ -159,6 +154,29 @@ class RequestProcessor:
             self._end(record, "closed", "what it names no longer ends by policy")
         else:
             self._move(record, "executed", "in force until it is replaced")
+
+    def _hold(self, record: RequestRecord) -> None:
+        self._move(record, "executed", "in force until it is released")
+
+    def _release(self, record: RequestRecord) -> None:
+        request, holds = record.request, self.book.standing("hold")
+        released = [hold for hold in holds if same_holds(hold.request, request)]
+        if not released:
+            listed = ", ".join(hold.request.request_id for hold in holds[:10]) or "none"
+            self._end(
+                record, "failed",
+                "no hold stands for this adapter and selector; "
+                f"release takes both as the hold gave them; holds: {listed}",
+            )  # fmt: skip
+            return
+        for hold in released:
+            self._lift(hold, f"released by {request.request_id}")
+        self._end(record, "closed", f"released {len(released)} holds")
+
+    _WITHOUT_JOB: ClassVar[dict[RetentionKind, Callable[[RequestProcessor, RequestRecord], None]]] = {
+        "policy": _policy, "hold": _hold, "release": _release,
+    }  # fmt: skip
+    """What carries out the kinds that lead to no job."""
 
     def _lift(self, hold: RequestRecord, detail: str) -> None:
         hold = self._end(hold, "closed", detail)
@@ -180,9 +198,10 @@ class RequestProcessor:
             if only is not None and name not in only:
                 continue
             late = record.is_pattern and record.state == "closed"  # an adapter of the pattern may be new
-            if record.request.kind in _FORGETS and (record.open or late):
+            job = KINDS[record.request.kind].job
+            if job == "forget" and (record.open or late):
                 self._forget(record, facts)
-            elif record.request.kind == "revoke" and record.open:
+            elif job == "rollback" and record.open:
                 self._revoke(record, facts)
         self._prune()
 
@@ -195,7 +214,8 @@ class RequestProcessor:
             )
 
     def _forget(self, record: RequestRecord, facts: Facts) -> None:
-        due_ms = ms_of(record.request.due_at) if record.request.kind == "expire" else None
+        starts_later = KINDS[record.request.kind].due_at == "start"
+        due_ms = ms_of(record.request.due_at) if starts_later else None
         if due_ms is not None and self.now_ms < due_ms:
             return
         targets = _targets(record, facts)
@@ -280,7 +300,7 @@ class RequestProcessor:
             self._move(record, "held", "a hold stands on what it means")
         elif "waiting" in phases:
             self._move(record, "accepted", f"waits until {record.request.superseded_by} is learned")
-        elif "sent" in phases and record.request.kind == "revoke":
+        elif "sent" in phases and KINDS[record.request.kind].job == "rollback":
             self._move(record, "accepted", "the learner has the job")
         elif "sent" in phases:
             self._move(record, "quarantined", "no update learns it; the learner has the job")
@@ -300,7 +320,7 @@ class RequestProcessor:
             for replica in facts.lagging(name, progress.generation)
         ]
         if not behind:
-            self._end(record, "closed", "forgotten" if record.request.kind in _FORGETS else "revoked")
+            self._end(record, "closed", KINDS[record.request.kind].done)
             if record.example_ids:  # nothing that was learned comes back under its old mark
                 self.changes += [self._change(name, drop=(record.request.request_id,)) for name in adapters]
         else:
@@ -317,7 +337,7 @@ class RequestProcessor:
             and not (record.state == "failed" and record.adapters)
         ]
         for record in gone:
-            if record.request.kind in _FORGETS:
+            if KINDS[record.request.kind].job == "forget":
                 drop = (record.request.request_id,)
                 self.changes += [self._change(adapter, drop=drop) for adapter in record.adapters]
         # Their entries went when they were closed, and an example that comes due again is a new request.
@@ -365,39 +385,6 @@ class RequestProcessor:
         )  # fmt: skip
 
 
-def problem(request: RetentionRequested, book: RequestLedger, received_ms: int) -> str:
-    """Why a request makes no sense, and what to ask for instead; empty where it does."""
-    kind, selector = request.kind, request.selector
-    due_ms = ms_of(request.due_at)
-    if kind == "decay":
-        return "decay needs slices; use a policy with time_to_live"
-    if request.half_life is not None:
-        return "half_life belongs to decay; leave it out"
-    if request.time_to_live is not None and kind != "policy":
-        return "time_to_live belongs to a policy; use kind policy, or expire with due_at"
-    if request.superseded_by is not None and kind != "supersede":
-        return "superseded_by belongs to supersede; leave it out, or use kind supersede"
-    if kind == "policy":
-        if selector is None or selector.retention_class is None or request.time_to_live is None:
-            return (
-                "a policy needs selector.retention_class (`permanent` for documents that name none) and "
-                "time_to_live (for example P30D; `permanent` ends an earlier policy with the same selector)"
-            )
-    elif kind in {"erase", "expire", "supersede"} and selector is None:
-        return f"{kind} needs a selector: document_ids, subjects, sources, retention_class or before"
-    if kind == "supersede" and (request.superseded_by is None or request.adapter.endswith("*")):
-        return "supersede needs superseded_by, the id of the new document, and one adapter"
-    if kind == "revoke" and selector is not None:
-        return "revoke takes back the live version as a whole; to forget examples use erase with this selector"
-    if kind == "hold" and due_ms is not None and due_ms <= received_ms:
-        return "the hold's due_at, when it ends by itself, is over; leave it out or name a later time"
-    if kind == "release" and not any(same_holds(hold.request, request) for hold in book.standing("hold")):
-        standing = [hold.request.request_id for hold in book.standing("hold")]
-        said = ", ".join(standing[:10]) or "none"
-        return f"no hold stands for this adapter and selector; release takes both as the hold gave them; holds: {said}"
-    return ""
-
-
 def _targets(record: RequestRecord, facts: Facts) -> list[str]:
     """The adapters of a request: the one it names, or those of its pattern that the store knows."""
     if not record.is_pattern:
@@ -420,6 +407,5 @@ def _job(record: RequestRecord, adapter: str, until_ms: int) -> ForgetRequested:
     return ForgetRequested(
         job_id=job_id_of(request.request_id, adapter), request_id=request.request_id, kind=request.kind,
         adapter=adapter, selector=request.selector, example_ids=record.example_ids, until_ms=until_ms,
-        suppress=request.kind != "expire", assurance=request.assurance, due_at=request.due_at,
-        reason=request.reason,
+        suppress=KINDS[request.kind].suppresses_text, reason=request.reason,
     )  # fmt: skip

@@ -33,6 +33,7 @@ from perennial.streams.events.models import (
 from perennial.streams.kafka.connect import connect
 from perennial.streams.retain.ledger import RequestLedger, expires_ms, meanings_of_holds
 from perennial.streams.retain.service import load_ledger
+from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 from tests.faults import parts
 from tests.faults.soak_load import ADAPTERS, Load
@@ -100,7 +101,7 @@ def judge(settings: Settings, load: Load) -> Verdict:
     open_requests = [
         f"{name}: {record.state}: {record.detail}"
         for name, record in seen.book.records.items()
-        if record.request.kind not in {"hold", "policy"} and record.state not in {"closed", "held"}
+        if not KINDS[record.request.kind].stays_in_force and record.state not in {"closed", "held"}
     ]
     wrong = {
         "lost or counted twice": [
@@ -128,7 +129,7 @@ def judge(settings: Settings, load: Load) -> Verdict:
         "acknowledged": len(log), **{name.replace(" ", "_"): n for name, n in terms.items()},
         "unknown": load.unknown, "unacknowledged_in_topics": len(set(seen.values) - log),
         "versions": sum(1 for adapter in ADAPTERS for _ in registry.versions(adapter)),
-        "requests": len(load.asked), "erasures_closed": sum(kind in {"erase", "expire", "supersede"} for kind in kinds),
+        "requests": len(load.asked), "erasures_closed": sum(KINDS[kind].job == "forget" for kind in kinds),
         **{what.replace(" ", "_"): len(found) for what, found in wrong.items()},
     }  # fmt: skip
     unsettled = bool(seen.lagging or terms[PENDING] or any(wrong.values()))

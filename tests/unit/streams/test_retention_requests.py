@@ -238,7 +238,10 @@ def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
     [
         (request("erase"), "selector"),
         (request("expire"), "selector"),
-        (request("decay", half_life="P30D"), "slices"),
+        (request("decay", selector=doc(1)), "decay is not supported"),
+        (request("decay", half_life="P30D"), "use kind policy"),
+        (request("erase", selector=doc(1), half_life="P30D"), "half_life is not supported"),
+        *((request("erase", selector=doc(1), assurance=a), "leave it out") for a in ("exact", "behavioural", "ranking")),
         (request("supersede", selector=doc(1)), "superseded_by"),
         (request("supersede", adapter="acme/*", selector=doc(1), superseded_by="d2"), "one adapter"),
         (request("policy", selector={"sources": ["crm"]}, time_to_live="P1D"), "retention_class"),
@@ -247,7 +250,7 @@ def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
         (request("revoke", selector=doc(1)), "erase"),
         (request("erase", selector=doc(1), time_to_live="P1D"), "policy"),
         (request("erase", selector=doc(1), superseded_by="d2"), "supersede"),
-        (request("hold", selector=doc(1), due_at=datetime(1970, 1, 1, tzinfo=UTC)), "over"),
+        (request("hold", selector=doc(1), due_at=datetime(1970, 1, 1, tzinfo=UTC)), "in the past"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_fails_with_a_reason_and_does_nothing(world, bad, said):
