@@ -9,18 +9,19 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-faults soak bench-loop bench-intake bench-forgetting lock schema clean
+.PHONY: help setup demo test lint unit test-faults test-faults-short soak bench-loop bench-intake bench-forgetting lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
-	@echo 'make test          linters, types, import law, all tests (starts a real Apache Kafka)'
+	@echo 'make test          linters, types, import contracts, all tests, one kill per failpoint (a real Apache Kafka)'
 	@echo 'make test-faults   kill -9 at every failpoint RUNS=2 times, and every other fault; a table'
 	@echo 'make soak          MINUTES=10 of load, random faults and erasures; what became of every event, by SEED='
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
 	@echo 'make bench-forgetting  erasures against training from scratch'
 	@echo 'make lock          requirements.lock again from pyproject.toml'
-	@echo 'make schema        docs/schema, docs/asyncapi.json and the README table again from the code'
+	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
+	@echo 'make dashboards    deploy/grafana/dashboards again from tools/generate_dashboards.py'
 
 setup: $(READY)
 
@@ -36,10 +37,11 @@ $(READY): requirements.lock requirements-uv.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/perennial demo
 
-test: lint unit test-faults
+test: lint unit test-faults-short
 
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -48,6 +50,9 @@ unit: $(READY)
 
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults --runs $(RUNS)
+
+test-faults-short: $(READY)
+	$(BIN)/python -m tests.faults --runs 1
 
 soak: $(READY)
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
@@ -68,6 +73,9 @@ lock: $(READY)
 schema: $(READY)
 	$(BIN)/python -m tools.generate_schemas
 	$(BIN)/python -m tools.generate_readme_table
+
+dashboards: $(READY)
+	$(BIN)/python -m tools.generate_dashboards
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis out
