@@ -1,1 +1,97 @@
-"""Keep language models learning from Kafka, and make them forget on request."""
+"""Keep language models learning from Kafka, and make them forget on request.
+
+Publish what a model should learn with `Publisher`; serve what it learned with `Subscriber` and a backend. Every name is
+imported at its first use, so that `import perennial` and the import of any single module stay cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from perennial.extras import MissingExtraError
+    from perennial.learner.serving.peft_backend import PeftBackend as PeftBackend
+    from perennial.storage.errors import PerennialError
+    from perennial.streams.client.backend import Backend, BackendError
+    from perennial.streams.client.directory_backend import DirectoryBackend
+    from perennial.streams.client.publisher import Delivery, Publisher, PublishError, Receipt
+    from perennial.streams.client.subscriber import Subscriber, SubscriberError
+    from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested
+    from perennial.streams.settings import Settings, load_settings
+
+    __version__: str
+
+# PeftBackend is left out: `from perennial import *` must not fail in an environment without the extra `worker`.
+__all__ = [
+    "Backend",
+    "BackendError",
+    "Delivery",
+    "DirectoryBackend",
+    "DocumentObserved",
+    "InteractionObserved",
+    "MissingExtraError",
+    "PerennialError",
+    "PublishError",
+    "Publisher",
+    "Receipt",
+    "RetentionRequested",
+    "Settings",
+    "Subscriber",
+    "SubscriberError",
+    "__version__",
+    "load_settings",
+]
+
+_MODULE_OF = {
+    "Backend": "streams.client.backend",
+    "BackendError": "streams.client.backend",
+    "Delivery": "streams.client.publisher",
+    "DirectoryBackend": "streams.client.directory_backend",
+    "DocumentObserved": "streams.events.models",
+    "InteractionObserved": "streams.events.models",
+    "MissingExtraError": "extras",
+    "PeftBackend": "learner.serving.peft_backend",
+    "PerennialError": "storage.errors",
+    "PublishError": "streams.client.publisher",
+    "Publisher": "streams.client.publisher",
+    "Receipt": "streams.client.publisher",
+    "RetentionRequested": "streams.events.models",
+    "Settings": "streams.settings",
+    "Subscriber": "streams.client.subscriber",
+    "SubscriberError": "streams.client.subscriber",
+    "load_settings": "streams.settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562).
+
+    Raises:
+        AttributeError: The package has no such name.
+        MissingExtraError: The name is `PeftBackend` and the extra `worker` is not installed.
+    """
+    if name == "__version__":
+        return _installed_version()
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "PeftBackend":
+        from perennial.extras import require_extra
+
+        require_extra("worker", f"{__name__}.{name}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("perennial-lm")
+    except PackageNotFoundError:
+        return "0+unknown"

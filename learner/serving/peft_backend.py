@@ -14,13 +14,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from perennial.storage.registry.manifest import Manifest
-from perennial.streams.client.directory_backend import BackendError, DirectoryBackend
+from perennial.streams.client.backend import BackendError
 
 if TYPE_CHECKING:
     from perennial.learner.model.base import Base
     from perennial.learner.model.lora import Lora, LoraConfig
-
-__all__ = ["BackendError", "DirectoryBackend", "PeftBackend"]
 
 
 @dataclass(eq=False)

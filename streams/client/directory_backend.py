@@ -14,20 +14,16 @@ from pathlib import Path
 
 import orjson
 
-from perennial.storage.errors import PerennialError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
+from perennial.streams.client.backend import BackendError
 
 _SEGMENT = r"[a-z0-9][a-z0-9._-]*"
 _NAME = re.compile(rf"(?P<adapter>{_SEGMENT}(?:/{_SEGMENT}){{0,3}})(?:#(?P<alias>{_SEGMENT}))?@(?P<hex>[0-9a-f]{{64}})")
 _LOADING, _UNLOADING = ".loading-", ".unloading-"
 _STALE_S = 3600.0
 _HEX = re.compile(r"[0-9a-f]{64}")
-
-
-class BackendError(PerennialError):
-    """A backend cannot do what a subscriber asks."""
 
 
 class DirectoryBackend:

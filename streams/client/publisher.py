@@ -21,15 +21,10 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from pydantic import ValidationError
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.client.subscriber import Backend, Current, Subscriber, SubscriberError
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, WireError, encode
 from perennial.streams.events.models import DocumentObserved, Event, InteractionObserved, RetentionRequested
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
 from perennial.streams.settings import Settings, load_settings
-
-__all__ = [
-    "Backend", "Current", "Delivery", "PublishError", "Publisher", "Receipt", "Subscriber", "SubscriberError",
-]  # fmt: skip
 
 _SLICE_S = 0.1
 _RECORD_ROOM_BYTES = 64 * 1024

@@ -14,9 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Protocol, Self
+from typing import Self
 from uuid import uuid4
 
 from perennial.storage.errors import IntegrityError, PerennialError, StoreError
@@ -26,6 +25,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
+from perennial.streams.client.backend import Backend, Current
 from perennial.streams.client.subscriber_kafka import Acks, Updates
 from perennial.streams.events.models import AdapterActivated, AdapterFailed
 from perennial.streams.observe.metrics import Metrics
@@ -42,48 +42,6 @@ _MAX_ERROR_CHARS = 1000
 
 class SubscriberError(PerennialError):
     """A version cannot be served here."""
-
-
-class Backend(Protocol):
-    """Where adapter versions are served: a model in this process, a server, a folder.
-
-    A name stands for one immutable version and is never given to another, so nothing is ever reloaded in place.
-    Every call is made by one thread. What a call raises leaves the version that was active before in service.
-    """
-
-    base_sha256: str | None
-    """Digest of the base model; None where the backend does not know it."""
-
-    def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
-        """Hold the version ready; `weights` are safetensors whose digest was checked. Loading it twice is no error."""
-
-    def warm(self, name: str) -> None:
-        """Do what makes the first request as fast as the second."""
-
-    def activate(self, name: str) -> None:
-        """Serve the version to every request that begins from now on; those under way finish on the version before."""
-
-    def drain(self, name: str, timeout_s: float) -> bool:
-        """Wait until no request uses the version. False where some still do after the time."""
-
-    def unload(self, name: str) -> None:
-        """Remove the version, out of memory too; an active one goes out of service first. A name not held is no error.
-
-        Raises PerennialError while requests still use it.
-        """
-
-    def list(self) -> list[str]:
-        """The names held, from a look at what is really there."""
-
-
-@dataclass(frozen=True)
-class Current:
-    """What a subscriber serves: version digest, alias generation, the backend's name for it, its manifest."""
-
-    version: str
-    generation: int
-    name: str
-    manifest: Manifest
 
 
 OnActivate = Callable[[AliasState, Mapping[str, float]], None]

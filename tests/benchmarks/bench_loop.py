@@ -27,7 +27,8 @@ from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.latency import stage_seconds, summarise
 from perennial.streams.cli.demo.ledger import LearnedExamples
 from perennial.streams.cli.demo.texts import package_docstrings
-from perennial.streams.client.publisher import Publisher, Subscriber
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.stack import Stack
 from perennial.streams.events.models import AdapterPromoted, Event
 from perennial.streams.settings import load_settings

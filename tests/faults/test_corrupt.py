@@ -19,7 +19,7 @@ from perennial.storage.objects.object_store import get_blob
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry, manifest_key
-from perennial.streams.client.publisher import Subscriber
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.kafka.topics import provision
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings

@@ -22,7 +22,8 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.registry import Registry
-from perennial.streams.client.publisher import Publisher, PublishError, Receipt, Subscriber
+from perennial.streams.client.publisher import Publisher, PublishError, Receipt
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
 from perennial.streams.devstack.supervisor import Supervisor

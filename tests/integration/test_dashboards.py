@@ -33,7 +33,8 @@ from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from perennial.storage.objects.s3 import open_minio
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.manifest import Manifest
-from perennial.streams.client.publisher import Publisher, Subscriber
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import DocumentObserved

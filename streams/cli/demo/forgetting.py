@@ -25,7 +25,8 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob, put_blob
 from perennial.streams.cli.demo.ledger import LearnedExamples
 from perennial.streams.cli.demo.report import Forgetting
-from perennial.streams.client.publisher import Publisher, Subscriber
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events.models import Batch, ExampleAccepted, RetentionProgressed, RetentionRequested, Selector
 from perennial.streams.settings import Settings
 

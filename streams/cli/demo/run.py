@@ -33,7 +33,8 @@ from perennial.streams.cli.demo.ledger import LearnedExamples
 from perennial.streams.cli.demo.report import DemoReport, Forgetting, draw, print_report
 from perennial.streams.cli.demo.texts import package_docstrings
 from perennial.streams.cli.tables import short_version
-from perennial.streams.client.publisher import Publisher, Subscriber
+from perennial.streams.client.publisher import Publisher
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.stack import Stack
 from perennial.streams.events.models import (
     AdapterPromoted,

@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from perennial.learner.serving.peft_backend import BackendError, DirectoryBackend, PeftBackend
+from perennial.learner.serving.peft_backend import PeftBackend
 from perennial.storage.errors import IntegrityError, PerennialError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.manifest import Manifest
+from perennial.streams.client.backend import BackendError
+from perennial.streams.client.directory_backend import DirectoryBackend
 from tests.versions import Line, MemoryBackend, safetensors_of
 
 ADAPTER = "acme/support"
@@ -311,9 +313,7 @@ def test_a_folder_keeps_a_version_for_its_grace_time(tmp_path: Path):
 
 
 def test_the_folder_needs_no_torch():
-    code = (
-        "import sys; from perennial.learner.serving.peft_backend import DirectoryBackend; print('torch' in sys.modules)"
-    )
+    code = "import sys; from perennial import DirectoryBackend; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "False"
 

@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
-from perennial.learner.serving.peft_backend import DirectoryBackend
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import StoredObject
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState
-from perennial.streams.client.publisher import Publisher, PublishError, Subscriber
+from perennial.streams.client.directory_backend import DirectoryBackend
+from perennial.streams.client.publisher import Publisher, PublishError
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events import cloudevents as wire
 from perennial.streams.events.models import (
     AdapterActivated,
@@ -333,7 +334,7 @@ def test_the_five_lines_of_the_readme(
     announce(line, state)
     stop = threading.Event()
 
-    from perennial.streams.client.publisher import Subscriber
+    from perennial.streams.client.subscriber import Subscriber
 
     subscriber = Subscriber("acme/support", DirectoryBackend("served"))
     thread = threading.Thread(target=subscriber.run, args=(stop,))

@@ -1,0 +1,90 @@
+"""The protocol between a subscriber and whatever serves its adapter versions.
+
+Implement `Backend` to serve versions in another way than the backends that come with the package. The module imports
+neither Kafka nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from perennial.storage.errors import PerennialError
+from perennial.storage.registry.manifest import Manifest
+
+
+class BackendError(PerennialError):
+    """A backend cannot do what a subscriber asks."""
+
+
+class Backend(Protocol):
+    """Serves adapter versions: in a model of this process, through a server, or as files.
+
+    A name stands for one immutable version and is never given to another version, so no version is ever reloaded in
+    place. A subscriber makes all calls from one thread. When a call raises, the version that was active before the
+    call stays in service.
+
+    Attributes:
+        base_sha256: Digest of the base model that is served, as `sha256:<64 hex>`. None if the backend does not know
+            it; then the subscriber accepts versions of every base.
+    """
+
+    base_sha256: str | None
+
+    def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
+        """Hold the version ready, but do not serve it yet. Loading the same version twice is not an error.
+
+        Args:
+            name: Name of the version, `<adapter>@<64 hex>` or `<adapter>#<alias>@<64 hex>`.
+            weights: The LoRA weights as a safetensors file. The subscriber has checked their digest.
+            manifest: The manifest of the version.
+        """
+
+    def warm(self, name: str) -> None:
+        """Do what makes the first request on the version as fast as the second."""
+
+    def activate(self, name: str) -> None:
+        """Serve the version to every request that begins from now on.
+
+        Requests that began before the call finish on the version that was active then.
+        """
+
+    def drain(self, name: str, timeout_s: float) -> bool:
+        """Wait until no request uses the version.
+
+        Args:
+            name: Name of the version.
+            timeout_s: Longest wait in seconds.
+
+        Returns:
+            False if requests still use the version after the wait.
+        """
+
+    def unload(self, name: str) -> None:
+        """Remove the version, from memory too. An active version goes out of service first.
+
+        Removing a name that is not held is not an error.
+
+        Raises:
+            PerennialError: Requests still use the version.
+        """
+
+    def list(self) -> list[str]:
+        """Return the names of all versions held, read from the place that holds them and not from a list of calls."""
+
+
+@dataclass(frozen=True)
+class Current:
+    """The version that a subscriber serves now.
+
+    Attributes:
+        version: Digest of the version's manifest, `sha256:<64 hex>`.
+        generation: Generation of the alias that named the version.
+        name: The backend's name of the version.
+        manifest: The manifest of the version.
+    """
+
+    version: str
+    generation: int
+    name: str
+    manifest: Manifest
