@@ -12,7 +12,8 @@ from hashlib import sha256
 
 from perennial.learner.model.lora import to_safetensors
 from perennial.learner.training.replay_buffer import index_to_bytes
-from perennial.learner.training.update import TrainingState, Updater
+from perennial.learner.training.state import TrainingState
+from perennial.learner.training.update import Updater
 from perennial.learner.versions.micro_batches import BatchRows
 from perennial.storage.objects.object_store import ObjectStore, put_blob
 from perennial.storage.registry.manifest import Manifest
@@ -37,7 +38,7 @@ class Scratch:
 
 def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int, Sequence[ExampleAccepted]]) -> Scratch:
     """Learn the cuts by number, in order; an empty one is left out."""
-    state = TrainingState(updater.lora.init_state(adapter, updater.recipe.seed), None, ())
+    state = TrainingState(updater.lora.init_state(adapter, updater.recipe.seed))
     rows = BatchRows(store, updater.rows)
     outcomes = []
     for cut, examples in cuts.items():
@@ -48,11 +49,11 @@ def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int,
         found = updater.update(state, examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
         outcomes.append(found.outcome)
         if found.outcome == "promoted":
-            state = TrainingState(found.state, found.optimizer, found.replay)
+            state = found.state
     return Scratch(
-        weights=_digest(to_safetensors(state.state)),
+        weights=_digest(to_safetensors(state.weights)),
         optimizer=_digest(to_safetensors(state.optimizer)) if state.optimizer else None,
-        replay=_digest(index_to_bytes(state.replay)) if state.replay else None,
+        replay=_digest(index_to_bytes(state.replay_index)) if state.replay_index else None,
         outcomes=tuple(outcomes),
         state=state,
     )

@@ -13,8 +13,9 @@ from datetime import datetime
 from functools import partial
 
 from perennial.learner.forgetting.scan import Traces, find_examples
+from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.trainer import make_deterministic
-from perennial.learner.training.update import Recipe, TrainingState, Updater, UpdateResult
+from perennial.learner.training.update import Recipe, Updater, UpdateResult
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.garbage_collection import delete_unreferenced, load_history
@@ -31,7 +32,6 @@ from perennial.learner.versions.history import (
     without_examples,
 )
 from perennial.learner.versions.micro_batches import BatchRows, JobError, load_batch, skipped_example
-from perennial.learner.versions.state_blobs import StateRefs, to_blobs
 from perennial.learner.versions.update_job import JobResult, VersionWriter
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.keys import digest_of
@@ -290,8 +290,7 @@ class ForgetExecutor:
             return _Made(None, None, state, to_blobs(state)[0])
         manifest = before.manifest
         state, _ = self._lineage.state_at(Head(manifest.seq, before.version, manifest), adapter)
-        refs = manifest.weights, manifest.optimizer, manifest.replay
-        return _Made(before, _promoted(before), state, refs)
+        return _Made(before, _promoted(before), state, StateRefs.of_manifest(manifest))
 
     def _again(
         self, job: ForgetRequested, made: _Made, step: RecordedVersion, gone: Mapping[str, Collection[OriginOffset]]
@@ -325,7 +324,7 @@ class ForgetExecutor:
         )
         state, refs = made.state, made.refs
         if candidate.outcome == "promoted":
-            state = TrainingState(candidate.state, candidate.optimizer, candidate.replay)
+            state = candidate.state
             refs, new = to_blobs(state)
             blobs |= new
         elif made.step is None:
@@ -381,7 +380,7 @@ class ForgetExecutor:
                 "outcome": candidate.outcome, "reason": reason, "parent": made.promoted,
                 "head": made.step.version if made.step else None, "code": self._lineage.code, "batch": batch,
                 "learned": list(learned) if promoted else [], "skipped": skipped,
-                "weights": refs[0], "optimizer": refs[1], "replay": refs[2], "gate": candidate.gate,
+                **refs.manifest_fields(), "gate": candidate.gate,
                 "tokens": candidate.tokens, "published_from_ms": min(times, default=None),
                 "published_to_ms": max(times, default=None),
             }

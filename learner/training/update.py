@@ -27,6 +27,7 @@ from perennial.learner.training.replay_buffer import (
     seeded_random,
     update_replay_index,
 )
+from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import TrainConfig, TrainResult, train
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
@@ -72,23 +73,12 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class TrainingState:
-    """The state that an update trains from. No optimizer: the adapter's first update."""
-
-    state: Tensors
-    optimizer: Tensors | None
-    replay: tuple[ReplayEntry, ...]
-
-
-@dataclass(frozen=True)
 class UpdateResult:
-    """What an update came to. A refused one carries its parent's state on."""
+    """The result of an update; a refused one carries its parent's state on."""
 
     outcome: Literal["promoted", "refused"]
     reason: gate.GateReason
-    state: Tensors
-    optimizer: Tensors | None
-    replay: tuple[ReplayEntry, ...]
+    state: TrainingState
     gate: dict[str, float | int | str | None]
     tokens: int
 
@@ -178,7 +168,7 @@ class Updater:
         new = [] if held else rng.sample(train_rows, min(MEASURED_ROWS, len(train_rows)))
         anchors = self.general.anchors(rng, recipe.anchor_rows)
         base = mean_nats(self.general.base_losses(self.lora, anchors, self.lock))
-        self.lora.load(parent.state)
+        self.lora.load(parent.weights)
         held_was, new_was, anchor_was = self._measure(held_rows, new, anchors)
         strain = gate.general_loss_pressure(base, _mean(anchor_was), self._limits) if anchors else 0.0
         main = self._schedule(train_rows, parent, replayed, recipe.steps, rng, strain)
@@ -193,8 +183,8 @@ class Updater:
             "strain": strain,
             "steps": len(main.steps) + len(closing.steps),
         }
-        result = self._train(parent.state, parent.optimizer, main)
-        verdict = self._judge_training(result, parent.state)
+        result = self._train(parent.weights, parent.optimizer, main)
+        verdict = self._judge_training(result, parent.weights)
         if verdict.promote and held:
             measured = gate.gain(held_was, *self._measure(held_rows))
             figures |= _figures_of("held_out", measured)
@@ -203,7 +193,7 @@ class Updater:
         if verdict.promote and closing.steps:
             result = self._train(result.state, result.optimizer, closing)
             tokens += result.tokens
-            verdict = self._judge_training(result, parent.state)
+            verdict = self._judge_training(result, parent.weights)
         if verdict.promote:
             new_is, anchor_is = self._measure(new, anchors)
             figures["anchor_after"] = _mean(anchor_is)
@@ -216,12 +206,10 @@ class Updater:
         figures["reason"] = verdict.reason
         record = gate.rounded(figures)
         if not verdict.promote:
-            return UpdateResult(
-                "refused", verdict.reason, parent.state, parent.optimizer, parent.replay, record, tokens
-            )
+            return UpdateResult("refused", verdict.reason, parent, record, tokens)
         learned = (ReplayEntry(example.example_id, batch) for example in examples)
-        kept = update_replay_index(parent.replay, learned, recipe.replay_size, recipe.seed)
-        return UpdateResult("promoted", "ok", result.state, result.optimizer, kept, record, tokens)
+        kept = update_replay_index(parent.replay_index, learned, recipe.replay_size, recipe.seed)
+        return UpdateResult("promoted", "ok", TrainingState(result.state, result.optimizer, kept), record, tokens)
 
     @property
     def _limits(self) -> gate.GateLimits:
@@ -245,7 +233,7 @@ class Updater:
             self.recipe.replay_share * (1 - strain / 2),
             general + strain * max(0.0, STRAINED_GENERAL_SHARE - general),
         )
-        return build_schedule(new, parent.replay, replayed, self.general.draw, mix, rng)
+        return build_schedule(new, parent.replay_index, replayed, self.general.draw, mix, rng)
 
     def _train(self, state: Tensors, optimizer: Tensors | None, rows: TrainingSchedule) -> TrainResult:
         recipe = self.recipe

@@ -10,13 +10,13 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from perennial.learner.model.base import Base
-from perennial.learner.model.lora import Tensors, from_safetensors
 from perennial.learner.model.tokenization import TokenRow
-from perennial.learner.training.replay_buffer import ReplayEntry, index_from_bytes
-from perennial.learner.training.trainer import optimizer_from_bytes
-from perennial.learner.training.update import TrainingState, Updater, UpdateResult
+from perennial.learner.training.replay_buffer import ReplayEntry
+from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
+from perennial.learner.training.update import Updater, UpdateResult
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
+from perennial.learner.versions.engine import code_digest
 from perennial.learner.versions.garbage_collection import delete_unreferenced
 from perennial.learner.versions.history import batch_to_bytes, origin_offset, without_examples
 from perennial.learner.versions.micro_batches import (
@@ -27,7 +27,6 @@ from perennial.learner.versions.micro_batches import (
     select_new_examples,
     skipped_example,
 )
-from perennial.learner.versions.state_blobs import code_digest, state_key, to_blobs
 from perennial.storage.errors import ConflictError, NotFoundError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
@@ -90,7 +89,7 @@ class VersionWriter:
         self._failpoint = failpoint
         self.code = code_digest()
         self.rows = BatchRows(self._store, updater.rows)
-        self._states: OrderedDict[str, TrainingState] = OrderedDict()
+        self._states: OrderedDict[StateRefs, TrainingState] = OrderedDict()
 
     # ---- jobs
 
@@ -208,9 +207,8 @@ class VersionWriter:
 
         No target: the state before anything was learned, which nothing is served of. parent: what it names.
         """
-        like, weights = target or head.manifest, None
-        if target is None:
-            (weights, _, _), _ = to_blobs(self.initial(like.adapter, like.seed))
+        like = target or head.manifest
+        refs = StateRefs.of_manifest(target) if target else to_blobs(self.initial(like.adapter, like.seed))[0]
         # The head too: a job that is done again over a line that went on makes another version, not its first one.
         config = {**like.config, "job_id": job_id, "kind": kind, "head": head.version}
         return like.model_copy(
@@ -220,15 +218,14 @@ class VersionWriter:
                 "update_id": update_id(like.adapter, parent, head.manifest.marks, config),
                 "batch": None, "cut": None, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
                 "gate": target.gate if target else {}, "marks": head.manifest.marks, "threads": self.threads,
-                "weights": weights or like.weights, "optimizer": like.optimizer if target else None,
-                "replay": like.replay if target else None,
+                **refs.manifest_fields(),
                 "published_from_ms": None, "published_to_ms": None,
             }
         )  # fmt: skip
 
     def initial(self, adapter: str, seed: int) -> TrainingState:
         """The state before anything was learned."""
-        return TrainingState(self.updater.lora.init_state(adapter, seed), None, ())
+        return TrainingState(self.updater.lora.init_state(adapter, seed))
 
     def standing(self, adapter: str, alias: str) -> AdapterUpdate | None:
         """Finish a publish that was cut off, and give the event of where the alias stands; None without a version."""
@@ -267,22 +264,16 @@ class VersionWriter:
             return self.initial(adapter, self.updater.recipe.seed), None
         manifest = head.manifest
         version = head.version if manifest.outcome == "promoted" else manifest.parent
-        key = state_key(manifest.weights, manifest.optimizer, manifest.replay)
-        parent = self._states.get(key)
+        refs = StateRefs.of_manifest(manifest)
+        parent = self._states.get(refs)
         if parent is None:
-            shapes = self.updater.lora.shapes
-            weights = from_safetensors(get_blob(self._store, manifest.weights.digest), shapes)
-            optimizer: Tensors | None = None
-            if manifest.optimizer:
-                optimizer = optimizer_from_bytes(get_blob(self._store, manifest.optimizer.digest), shapes)
-            replay = index_from_bytes(get_blob(self._store, manifest.replay.digest)) if manifest.replay else ()
-            parent = TrainingState(weights, optimizer, replay)
-        self._remember(key, parent)
+            parent = load_state(refs, lambda ref: get_blob(self._store, ref.digest), self.updater.lora.shapes)
+        self._remember(refs, parent)
         return parent, version
 
-    def _remember(self, key: str, state: TrainingState) -> None:
-        self._states[key] = state
-        self._states.move_to_end(key)
+    def _remember(self, refs: StateRefs, state: TrainingState) -> None:
+        self._states[refs] = state
+        self._states.move_to_end(refs)
         while len(self._states) > STATES_KEPT:
             self._states.popitem(last=False)
 
@@ -318,15 +309,13 @@ class VersionWriter:
                 parent, fresh, adapter=job.adapter, cut=job.cut, batch=ref.digest, replayed=replayed
             )
         promoted = candidate is not None and candidate.outcome == "promoted"
-        state = parent
-        if candidate is not None and promoted:
-            state = TrainingState(candidate.state, candidate.optimizer, candidate.replay)
         if promoted or head is None:
-            (weights, optimizer, replay), made = to_blobs(state)
+            state = candidate.state if candidate else parent
+            refs, made = to_blobs(state)
             blobs |= made
-            self._remember(state_key(weights, optimizer, replay), state)
+            self._remember(refs, state)
         else:
-            weights, optimizer, replay = head.manifest.weights, head.manifest.optimizer, head.manifest.replay
+            refs = StateRefs.of_manifest(head.manifest)
         recipe = self.updater.recipe
         config: dict[str, Scalar] = {**recipe.config()}
         learned = fresh if promoted else []
@@ -360,9 +349,9 @@ class VersionWriter:
             skipped=[*skipped, *refused],
             dropped=dropped,
             marks=after,
-            weights=weights,
-            optimizer=optimizer,
-            replay=replay,
+            weights=refs.weights,
+            optimizer=refs.optimizer,
+            replay=refs.replay_index,
             gate=candidate.gate if candidate else {},
             tokens=candidate.tokens if candidate else 0,
             rank=recipe.rank,
@@ -408,8 +397,9 @@ class VersionWriter:
     def drop(self, digests: Collection[str]) -> None:
         """Let go of what this process still has in memory of blobs that were deleted."""
         self.rows.drop(digests)
-        for key in [key for key in self._states if not set(key.split()).isdisjoint(digests)]:
-            del self._states[key]
+        deleted = set(digests)
+        for refs in [refs for refs in self._states if not deleted.isdisjoint(refs.digests())]:
+            del self._states[refs]
 
     def verifier(self, blobs: Mapping[str, bytes]) -> Callable[[Manifest], None]:
         """The trial load. Bytes in hand need no second read: the registry compared the stored ones by digest."""
@@ -418,12 +408,7 @@ class VersionWriter:
             def read(ref: BlobRef) -> bytes:
                 return blobs.get(ref.digest) or get_blob(self._store, ref.digest)
 
-            shapes = self.updater.lora.shapes
-            from_safetensors(read(manifest.weights), shapes)
-            if manifest.optimizer:
-                optimizer_from_bytes(read(manifest.optimizer), shapes)
-            if manifest.replay:
-                index_from_bytes(read(manifest.replay))
+            load_state(StateRefs.of_manifest(manifest), read, self.updater.lora.shapes)
 
         return verify
 

@@ -248,7 +248,7 @@ class Bench:
             raise ValueError("nothing was learned")
         updater = self.line.updater
         state, _ = self.line.state_at(Head(head.seq, head.version, head.manifest), ADAPTER)
-        updater.lora.load(state.state)
+        updater.lora.load(state.weights)
         return mean_nats(row_losses(updater.lora, self.probe, pad=updater.codec.pad, adapted=True))
 
     def readable(self) -> int:

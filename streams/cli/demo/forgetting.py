@@ -244,14 +244,14 @@ class ForgetDemo:
         from perennial.learner.model.base import load_base
         from perennial.learner.model.lora import to_safetensors
         from perennial.learner.roles.learner import make_lineage
-        from perennial.learner.training.update import TrainingState
+        from perennial.learner.training.state import TrainingState
         from perennial.learner.versions.micro_batches import BatchRows
 
         settings, store = self.settings, DirectoryStore(self.folder / "never-saw")
         base = load_base(settings.model.base, settings.model.device, settings.model.threads)
         updater = make_lineage(settings, store, base).updater
         rows = BatchRows(store, updater.rows)
-        state = TrainingState(updater.lora.init_state(PEOPLE, updater.recipe.seed), None, ())
+        state = TrainingState(updater.lora.init_state(PEOPLE, updater.recipe.seed))
         for cut in cuts:
             kept: list[ExampleAccepted] = [example for example in cut.examples if example.document_id not in gone]
             if not kept:
@@ -260,8 +260,8 @@ class ForgetDemo:
             digest = put_blob(store, body.encode())
             found = updater.update(state, kept, adapter=PEOPLE, cut=cut.cut, batch=digest, replayed=rows)
             if found.outcome == "promoted":
-                state = TrainingState(found.state, found.optimizer, found.replay)
-        return base, to_safetensors(state.state)
+                state = found.state
+        return base, to_safetensors(state.weights)
 
     def _losses(
         self, models: Mapping[str, bytes | None], groups: Mapping[str, Sequence[str]]

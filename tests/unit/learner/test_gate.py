@@ -15,8 +15,9 @@ from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, tex
 from perennial.learner.training import gate
 from perennial.learner.training.gate import GateLimits
 from perennial.learner.training.replay_buffer import ReplayEntry
+from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import make_deterministic
-from perennial.learner.training.update import GeneralText, Recipe, TrainingState, Updater, UpdateResult
+from perennial.learner.training.update import GeneralText, Recipe, Updater, UpdateResult
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 from tests import tiny
@@ -37,7 +38,7 @@ def make(recipe: Recipe = RECIPE, anchor: list[str] = GENERAL, base: Base | None
 
 
 def first(updater: Updater) -> TrainingState:
-    return TrainingState(updater.lora.init_state("acme/support", updater.recipe.seed), None, ())
+    return TrainingState(updater.lora.init_state("acme/support", updater.recipe.seed))
 
 
 def documents(count: int, start: int = 0) -> list[ExampleAccepted]:
@@ -147,8 +148,8 @@ def test_an_update_learns_and_says_by_how_much() -> None:
     assert figures["held_out_after"] < figures["held_out_before"]
     assert 1 <= figures["held_out_examples"] <= 4
     assert figures["anchor_base"] == pytest.approx(figures["anchor_before"], abs=1e-5)
-    assert {kept.example_id for kept in done.replay} == {f"{n:032x}" for n in range(8)}
-    assert done.optimizer is not None
+    assert {kept.example_id for kept in done.state.replay_index} == {f"{n:032x}" for n in range(8)}
+    assert done.state.optimizer is not None
 
 
 def test_held_out_examples_are_learned_too() -> None:
@@ -162,7 +163,7 @@ def test_held_out_examples_are_learned_too() -> None:
     assert done.tokens > without.tokens - sum(row.tokens for e in examples for row in updater.rows(e))
     changed = [tiny.document(n, "wholly other text here") if n in held else e for n, e in enumerate(examples)]
     changed = [e.model_copy(update={"document_id": examples[n].document_id}) for n, e in enumerate(changed)]
-    assert to_safetensors(run(updater, parent, changed).state) != to_safetensors(done.state)
+    assert to_safetensors(run(updater, parent, changed).state.weights) != to_safetensors(done.state.weights)
 
 
 def test_few_examples_are_judged_by_their_own_fall() -> None:
@@ -176,7 +177,7 @@ def test_few_examples_are_judged_by_their_own_fall() -> None:
 def test_the_same_update_gives_the_same_bytes() -> None:
     one, two = make(), make()
     first_done, again = run(one, first(one), documents(8)), run(two, first(two), documents(8))
-    assert to_safetensors(first_done.state) == to_safetensors(again.state)
+    assert to_safetensors(first_done.state.weights) == to_safetensors(again.state.weights)
     assert first_done.gate == again.gate
     assert run(one, first(one), documents(8)).gate == again.gate
 
@@ -188,9 +189,9 @@ def test_a_rise_of_general_loss_is_refused_and_leaves_the_parent_as_it_was() -> 
     done = run(updater, parent, documents(8))
     assert (done.outcome, done.reason) == ("refused", "general-rise")
     assert done.gate["anchor_after"] > done.gate["anchor_base"]
-    assert done.state is parent.state
-    assert done.optimizer is None
-    assert done.replay == ()
+    assert done.state is parent
+    assert done.state.optimizer is None
+    assert done.state.replay_index == ()
 
 
 def test_a_harmful_update_is_refused() -> None:
@@ -240,8 +241,8 @@ def test_the_shipped_base_answers_as_corrected_after_a_few_updates() -> None:
     for cut in range(1, 9):
         done = run(updater, parent, [tiny.correction(cut, asked, wanted)], cut)
         assert done.outcome == "promoted", done.gate
-        parent = TrainingState(done.state, done.optimizer, done.replay)
-        updater.lora.load(parent.state)
+        parent = done.state
+        updater.lora.load(parent.weights)
         if answer(updater, prompt) == wanted:
             return
     pytest.fail(f"after 8 updates it says {answer(updater, prompt)!r}: {done.gate}")
