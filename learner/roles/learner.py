@@ -205,7 +205,9 @@ class Learner:
         if done.event is not None:
             self._announce_latest(done.event, envelope.traceparent)
         for status in done.statuses:
-            self._outbox.send(status, id=status_id(status), time=status.at, traceparent=envelope.traceparent)
+            self._outbox.send(
+                status, event_id=status_id(status), occurred_at=status.at, traceparent=envelope.traceparent
+            )
         self._outbox.flush()
         if done.close is not None:
             done.close()
@@ -215,7 +217,9 @@ class Learner:
         self._count(envelope, done)
 
     def _announce(self, event: AdapterUpdate, traceparent: str | None) -> None:
-        self._outbox.send(event, id=alias_event_id(event), time=event.published_at, traceparent=traceparent)
+        self._outbox.send(
+            event, event_id=alias_event_id(event), occurred_at=event.published_at, traceparent=traceparent
+        )
         self._metrics.generation(event.adapter, event.generation)
 
     def _announce_latest(self, event: AdapterUpdate, traceparent: str | None) -> None:
@@ -255,7 +259,7 @@ class Learner:
             status = RetentionProgressed(
                 request_id=job.request_id, adapter=job.adapter, kind=job.kind, state="failed", detail=said, at=_now()
             )
-            self._outbox.send(status, id=status_id(status), time=status.at)
+            self._outbox.send(status, event_id=status_id(status), occurred_at=status.at)
             self._outbox.flush()
             mark = Mark(at_ms=int(status.at.timestamp() * 1000), failure=said)
             finish_entry(self._lineage.registry.store, job.adapter, job.request_id, mark)

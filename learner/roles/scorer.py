@@ -75,7 +75,7 @@ def run_scorer(
             metrics.stage_s("score", time.perf_counter() - began)
             failpoint("scorer.score")
             for envelope, event in zip(envelopes, scored, strict=True):
-                outbox.send(event, id=_event_id(event), time=_now(), traceparent=envelope.traceparent)
+                outbox.send(event, event_id=_event_id(event), occurred_at=_now(), traceparent=envelope.traceparent)
             outbox.flush()
             failpoint("scorer.produce")
             inbox.commit(records)

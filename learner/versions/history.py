@@ -64,7 +64,7 @@ class ForgetTarget:
     def _trace(self, example: ExampleAccepted) -> ExampleMatch:
         held = self._screen.held_by(example) is not None
         erased = self._screen.erases(example)
-        if self._job.means(example):
+        if self._job.matches(example):
             erased = erased or self._job.suppress
             ends: str | None = self._job.request_id
             wants = ends

@@ -166,7 +166,7 @@ class Publisher:
         value = event.model_dump_json(by_alias=True).encode()
         event_id = sha256(f"{event.type}\n".encode() + value).hexdigest()[:32]
         try:
-            encoded = encode(event, id=event_id, source=self._source, time=self._now())
+            encoded = encode(event, event_id=event_id, source=self._source, occurred_at=self._now())
         except WireError as error:
             raise PublishError(
                 f"{event.type}: {error.message}",

@@ -139,7 +139,7 @@ class Acks:
                 ack = self._pending[0]
                 value_id = sha256(ack.model_dump_json().encode()).hexdigest()[:32]
                 source = f"perennial-subscriber/{ack.replica}"
-                record = encode(ack, id=value_id, source=source, time=self._now())
+                record = encode(ack, event_id=value_id, source=source, occurred_at=self._now())
                 sent = self._producer.send(self._topic, key=record.key, value=record.value, headers=record.headers)
                 sent.get(timeout=_TIMEOUT_MS / 1000)
                 self._pending.popleft()

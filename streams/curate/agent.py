@@ -28,7 +28,8 @@ from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, put_blob
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher, OffsetLine
-from perennial.streams.events.cloudevents import Encoded, WireError, dead_letter, decode, encode
+from perennial.streams.events.cloudevents import Encoded, WireError, decode, encode
+from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.models import BlobRef, CutReason, DriftDetected, Event, ExampleScored, UpdateRequested
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
@@ -325,7 +326,7 @@ class CurateAgent:
 
     async def _refuse(self, error: WireError, value: bytes | None, headers: Any, message: Any) -> None:
         log.warning("refused %s[%d]@%d: %s", TOPIC, message.partition, message.offset, error.reason)
-        letter, letter_headers = dead_letter(
+        letter, letter_headers = encode_dead_letter(
             value, headers, reason=error.reason, stage="curate", detail=error.detail, topic=TOPIC,
             partition=message.partition, offset=message.offset, at=_now(),
         )  # fmt: skip
@@ -333,14 +334,14 @@ class CurateAgent:
         self._metrics.refused(error.reason)
 
     async def _send_job(self, job: UpdateRequested) -> None:
-        await self._send(job, encode(job, id=job.job_id, source=SOURCE, time=job.cut_at))
+        await self._send(job, encode(job, event_id=job.job_id, source=SOURCE, occurred_at=job.cut_at))
         failpoint("curate.produce")
 
     async def _send_drift(self, drift: DriftDetected) -> None:
         log.info("drift of %s in %s: %.3f to %.3f", drift.signal, drift.adapter, drift.before, drift.after)
         self._metrics.drift(drift.signal, drift.detector, drift.adapter)
         event_id = f"{drift.adapter}:{drift.signal}:{drift.examples_seen}"
-        await self._send(drift, encode(drift, id=event_id, source=SOURCE, time=_now()))
+        await self._send(drift, encode(drift, event_id=event_id, source=SOURCE, occurred_at=_now()))
 
     async def _send(self, event: Event, encoded: Encoded) -> None:
         await self._produce(event.topic, encoded.key, encoded.value, encoded.headers)

@@ -19,14 +19,8 @@ from typing import Any, Literal, NamedTuple, Self
 import orjson
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import (
-    MAX_VALUE_BYTES,
-    REPLAYS_HEADER,
-    DeadLetter,
-    WireError,
-    parse_dead_letter,
-    replays_of,
-)
+from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, REDRIVES_HEADER, WireError
+from perennial.streams.events.dead_letter import DeadLetter, decode_dead_letter, redrive_count
 from perennial.streams.events.models import DEFAULT_TYPES, PERMANENT, ExampleAccepted, Origin
 from perennial.streams.settings import SettingsError
 
@@ -89,12 +83,12 @@ def read_dead_letter(
 ) -> DeadLetterRecord:  # fmt: skip
     """A record of the dead-letters topic, whatever it is. prefix: of topic names; some roles record it, some do not."""
     try:
-        held = parse_dead_letter(value, headers)
+        held = decode_dead_letter(value, headers)
     except WireError as error:
         held = _NOWHERE._replace(value=value, headers=list(headers or ()), detail=error.detail)
         return DeadLetterRecord(partition, offset, key, held, "", 0, readable=False)
     source = held.topic.removeprefix(prefix) if prefix and held.topic not in DEFAULT_TYPES else held.topic
-    return DeadLetterRecord(partition, offset, key, held, source, replays_of(held.headers), readable=True)
+    return DeadLetterRecord(partition, offset, key, held, source, redrive_count(held.headers), readable=True)
 
 
 def example_of(letter: DeadLetterRecord) -> ExampleAccepted:
@@ -152,8 +146,8 @@ def resend(letter: DeadLetterRecord) -> Resend:
             f"letter {letter.place} may not go back", got=letter.source, allowed=", ".join(REPLAYABLE),
             remedy="publish its origin again",
         )  # fmt: skip
-    headers = [(name, raw) for name, raw in letter.held.headers if name != REPLAYS_HEADER]
-    headers.append((REPLAYS_HEADER, str(letter.replays + 1).encode()))
+    headers = [(name, raw) for name, raw in letter.held.headers if name != REDRIVES_HEADER]
+    headers.append((REDRIVES_HEADER, str(letter.replays + 1).encode()))
     return Resend(letter.source, letter.held.partition, letter.key, letter.held.value, headers)
 
 

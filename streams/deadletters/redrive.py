@@ -39,7 +39,7 @@ from perennial.streams.deadletters.model import (
     read_dead_letter,
     resend,
 )
-from perennial.streams.events.cloudevents import MAX_DEAD_LETTER_BYTES
+from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
 from perennial.streams.kafka.connect import close_producer, connect
 from perennial.streams.kafka.topics import KafkaUnavailableError, identify, missing_topics_error
 from perennial.streams.retention.quarantine_filter import QuarantineFilter

@@ -1,8 +1,10 @@
-"""CloudEvents 1.0 on Kafka: bytes and headers in, events out, and back. Limits are checked before anything is parsed.
+"""Encode events as CloudEvents 1.0 Kafka records, and decode records into events.
 
-Read: binary mode (`ce_*` headers, JSON value), structured mode (content type `application/cloudevents+json`) and
-plain JSON without `ce_*` headers. Written: binary mode. Whatever the bytes are, decode raises nothing but WireError.
-Source: CloudEvents 1.0.2, its Kafka protocol binding 1.0.2 and JSON event format; W3C Trace Context.
+`decode` reads binary mode (`ce_*` headers, JSON value), structured mode (content type `application/cloudevents+json`)
+and plain JSON without `ce_*` headers. `encode` writes binary mode. Sizes and nesting are checked before anything is
+parsed, and whatever the bytes are, `decode` raises nothing but WireError.
+
+Sources: CloudEvents 1.0.2, its Kafka protocol binding 1.0.2 and JSON event format; W3C Trace Context.
 """
 
 from __future__ import annotations
@@ -21,17 +23,15 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.events.models import DEFAULT_TYPES, EVENTS, Event
 
 MAX_VALUE_BYTES = 1024 * 1024
-"""Of a value that outside producers write."""
+"""Largest value that a producer outside the project may write."""
 MAX_INSIDE_VALUE_BYTES = MAX_VALUE_BYTES + 64 * 1024
-"""Of a value that Perennial writes: an outside value in its envelope (JSON escapes never grow on the way)."""
-MAX_DEAD_LETTER_BYTES = 2 * 1024 * 1024
-"""Of a dead letter with its headers and key: an oversized record still fits, with what we say of it."""
+"""Largest value that Perennial writes: an outside value and the fields around it. JSON escapes never grow on the way."""
 MAX_DEPTH = 32
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16 * 1024
 MAX_ATTRIBUTE_CHARS = 1024
-REPLAYS_HEADER = "perennial-replays"
-"""How often a record was sent again from the dead letters; kept when it is refused again."""
+REDRIVES_HEADER = "perennial-replays"
+"""Counts how often a record was redriven from the dead letters; kept when the record is refused again."""
 
 Reason = Literal[
     "tombstone", "oversize", "too-deep", "not-utf8", "not-json", "not-object",
@@ -49,18 +49,25 @@ _REMEDIES: dict[str, str] = {
 
 
 class WireError(PerennialError):
-    """An event cannot be read or written."""
+    """An event cannot be read or written.
+
+    Args:
+        reason: Slug of the cause, for metrics and dead letters.
+        message: What is wrong: usually the name of the field, header or attribute.
+        got: The offending value; texts are shortened.
+        allowed: Which values would be accepted.
+    """
 
     def __init__(self, reason: Reason, message: str, *, got: object = None, allowed: object = None) -> None:
         self.reason: Reason = reason
-        shown = got if got is None or isinstance(got, int | float) else _shorten(got)
+        shown = got if got is None or isinstance(got, int | float) else shorten(got)
         super().__init__(
-            message, got=shown, allowed=allowed, remedy=_REMEDIES.get(reason, "mend the event and publish it again")
+            message, got=shown, allowed=allowed, remedy=_REMEDIES.get(reason, "correct the event and publish it again")
         )
 
     @property
     def detail(self) -> str:
-        """What is wrong, what came and what is allowed, for a dead letter's header."""
+        """Return what is wrong, what came in and what is allowed, for the header of a dead letter."""
         parts = [self.message]
         if self.got is not None:
             parts.append(f"got: {self.got}")
@@ -70,7 +77,16 @@ class WireError(PerennialError):
 
 
 class Envelope(NamedTuple):
-    """An event with its CloudEvents attributes."""
+    """An event with its CloudEvents attributes.
+
+    Attributes:
+        id: CloudEvents id; of a plain event the SHA-256 of its value.
+        source: CloudEvents source; of a plain event the topic.
+        type: Event type, a key of `EVENTS`.
+        time: When the event occurred, in UTC, where the record says so.
+        event: The parsed event.
+        traceparent: W3C trace context, where the record has a valid one.
+    """
 
     id: str
     source: str
@@ -88,24 +104,10 @@ class Encoded(NamedTuple):
     headers: list[tuple[str, bytes]]
 
 
-class DeadLetter(NamedTuple):
-    """What a dead letter holds: the record as it came, and why and where it was refused."""
-
-    value: bytes | None
-    headers: list[tuple[str, bytes | None]]
-    reason: str
-    stage: str
-    detail: str
-    topic: str
-    partition: int
-    offset: int
-    at: datetime
-
-
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 _OUTSIDE_TOPICS = frozenset(DEFAULT_TYPES)
-# Possessive, and with the closing quote optional: every quote ends the scan or moves it on, so it stays linear.
+# Possessive quantifiers and an optional closing quote: the scan never goes back, so hostile input takes linear time.
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(b for b in range(256) if b not in b"[]{}")
 _STEP = [1 if b in b"[{" else -1 for b in range(256)]
@@ -116,17 +118,28 @@ _STRUCTURED_CONTENT = "application/cloudevents+json"
 
 
 def decode(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
-    """Read one record.
+    """Decode one Kafka record.
 
-    value: the record's bytes. headers: as Kafka gave them. topic: its name without the prefix.
-    Raises WireError, whose `reason` is a slug.
+    Args:
+        value: The record's value.
+        headers: The record's headers as the Kafka client gave them.
+        topic: Name of the topic without the prefix.
+
+    Returns:
+        The event with its CloudEvents attributes.
+
+    Raises:
+        WireError: The record is not a valid event of this topic; `reason` is a slug.
     """
-    envelope = read(value, headers, topic)
+    envelope = decode_without_id(value, headers, topic)
     return envelope if envelope.id else envelope._replace(id=sha256(value or b"").hexdigest())
 
 
-def read(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
-    """As decode, but the id of a plain event is left empty: the hash is a tenth of the work. Raises WireError."""
+def decode_without_id(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
+    """Decode one Kafka record as `decode` does, but leave the id of a plain event empty.
+
+    The hash that would be its id takes a tenth of the time, and intake does not need it.
+    """
     value = check_size(value, topic)
     if not headers:
         return _decode_plain(value, topic)
@@ -145,41 +158,44 @@ def read(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
 
 
 def encode(
-    event: Event,
-    *,
-    id: str,  # noqa: A002
-    source: str,
-    time: datetime,
-    traceparent: str | None = None,
+    event: Event, *, event_id: str, source: str, occurred_at: datetime, traceparent: str | None = None
 ) -> Encoded:
-    """Write an event in binary mode.
+    """Encode an event as a Kafka record in binary mode.
 
-    id, source: CloudEvents attributes, no control characters. time: aware. traceparent: W3C, left out if None.
-    Raises WireError where the record would not be read back.
+    Args:
+        event: The event; it gives the record's key, value and type.
+        event_id: CloudEvents `id`: 1 to 1,024 characters without control characters.
+        source: CloudEvents `source`, with the same limits.
+        occurred_at: CloudEvents `time`; it must have a time zone.
+        traceparent: W3C trace context; left out where None.
+
+    Raises:
+        WireError: `decode` would refuse the record.
     """
-    headers = binary_headers(event.type, id=id, source=source, time=time, traceparent=traceparent)
+    headers = binary_headers(
+        event.type, event_id=event_id, source=source, occurred_at=occurred_at, traceparent=traceparent
+    )
     value = check_size(event.model_dump_json(by_alias=True).encode(), event.topic)
     return Encoded(event.key().encode(), value, headers)
 
 
 def binary_headers(
-    event_type: str,
-    *,
-    id: str,  # noqa: A002
-    source: str,
-    time: datetime,
-    traceparent: str | None = None,
+    event_type: str, *, event_id: str, source: str, occurred_at: datetime, traceparent: str | None = None
 ) -> list[tuple[str, bytes]]:
-    """The headers of binary mode. Raises WireError where an attribute would not be read back."""
-    if time.tzinfo is None:
-        raise WireError("bad-attribute", "time", got=str(time), allowed="a time with its zone")
+    """Return the headers of binary mode; the arguments are those of `encode`.
+
+    Raises:
+        WireError: `decode` would refuse one of the attributes.
+    """
+    if occurred_at.tzinfo is None:
+        raise WireError("bad-attribute", "time", got=str(occurred_at), allowed="a time with its zone")
     headers = [
         ("content-type", b"application/json"),
         ("ce_specversion", b"1.0"),
         ("ce_type", event_type.encode()),
-        ("ce_id", _attribute("id", id).encode()),
+        ("ce_id", _attribute("id", event_id).encode()),
         ("ce_source", _attribute("source", source).encode()),
-        ("ce_time", time.astimezone(UTC).isoformat().encode()),
+        ("ce_time", occurred_at.astimezone(UTC).isoformat().encode()),
     ]
     if traceparent is not None:
         if not _TRACEPARENT.fullmatch(traceparent):
@@ -189,7 +205,15 @@ def binary_headers(
 
 
 def check_size(value: bytes | None, topic: str) -> bytes:
-    """The value, once its size and depth are within the limits; nothing has parsed it yet. Raises WireError."""
+    """Return the value unparsed after checking its size and its nesting.
+
+    Args:
+        value: A record's value.
+        topic: Name of the topic without the prefix; outside topics have the smaller limit.
+
+    Raises:
+        WireError: The value is null, too large or nested too deeply.
+    """
     if value is None:
         raise WireError("tombstone", "the value is null", allowed="a JSON object")
     limit = MAX_VALUE_BYTES if topic in _OUTSIDE_TOPICS else MAX_INSIDE_VALUE_BYTES
@@ -204,7 +228,11 @@ def check_size(value: bytes | None, topic: str) -> bytes:
 
 
 def parse_event(value: bytes, event_type: str, topic: str) -> Event:
-    """A JSON value as the event of a type, which must belong to the topic. Raises WireError."""
+    """Parse a JSON value as an event of the given type.
+
+    Raises:
+        WireError: The type is unknown or of another topic, or the value does not fit the model.
+    """
     model = EVENTS.get(event_type)
     if model is None:
         raise WireError("unknown-type", "type", got=event_type, allowed=_types_of(topic))
@@ -217,68 +245,9 @@ def parse_event(value: bytes, event_type: str, topic: str) -> Event:
     return event
 
 
-def dead_letter(
-    value: bytes | None,
-    headers: Headers | None,
-    *,
-    reason: str,
-    stage: str,
-    detail: str,
-    topic: str,
-    partition: int,
-    offset: int,
-    at: datetime,
-) -> tuple[bytes | None, list[tuple[str, bytes | None]]]:
-    """A refused record as a dead letter: its bytes and headers untouched, ours after them.
-
-    reason: slug. stage: role that refused it. detail: at most 2,000 characters are kept. at: aware.
-    What no dead letter can hold is cut, and the detail says so: a record must not stop the flow by its size.
-    """
-    value, headers, cut = _fitted(value, list(headers or ()))
-    detail = cut + detail
-    ours = (reason, stage, _shorten(detail, 2000), topic, str(partition), str(offset), at.astimezone(UTC).isoformat())
-    extra = [(f"perennial-{name}", text.encode("utf-8", "replace")) for name, text in zip(_OURS, ours, strict=True)]
-    return value, [*headers, *extra]
-
-
-def _fitted(
-    value: bytes | None, headers: list[tuple[str, bytes | None]]
-) -> tuple[bytes | None, list[tuple[str, bytes | None]], str]:
-    """Value and headers within the size of a dead letter, and what was cut."""
-    room = MAX_DEAD_LETTER_BYTES - 2 * MAX_HEADER_BYTES
-    size = sum(4 * len(name) + len(raw or b"") + 10 for name, raw in headers)
-    cut = ""
-    if size > room // 4:
-        cut = f"{len(headers)} headers of {size} bytes were cut; "
-        headers = [header for header in headers if header[0] == REPLAYS_HEADER and len(header[1] or b"") < 20][:1]
-        size = 100
-    if value is not None and len(value) > room - size:
-        value, cut = value[: room - size], f"{cut}the value of {len(value)} bytes was cut; "
-    return value, headers, cut
-
-
-_OURS = ("reason", "stage", "detail", "topic", "partition", "offset", "at")
-
-
-def parse_dead_letter(value: bytes | None, headers: Headers | None) -> DeadLetter:
-    """What dead_letter wrote, with the original value and headers. Raises WireError("not-a-dead-letter")."""
-    ours = list(headers or ())[-len(_OURS) :]
-    if [name for name, _ in ours] != [f"perennial-{name}" for name in _OURS]:
-        names = ", ".join(name for name, _ in ours)
-        raise WireError("not-a-dead-letter", "last headers", got=names, allowed="those that dead_letter writes")
-    try:
-        reason, stage, detail, topic, partition, offset, at = ((raw or b"").decode() for _, raw in ours)
-        return DeadLetter(
-            value, list(headers or ())[: -len(_OURS)], reason, stage, detail, topic,
-            int(partition), int(offset), datetime.fromisoformat(at),
-        )  # fmt: skip
-    except ValueError as error:
-        raise WireError("not-a-dead-letter", "headers of a dead letter", got=str(error)) from None
-
-
 def _checked_headers(headers: Headers) -> dict[str, bytes]:
-    # A replay adds one header to what was within the limit.
-    if len(headers) > MAX_HEADERS and len(headers) - any(name == REPLAYS_HEADER for name, _ in headers) > MAX_HEADERS:
+    # A redrive adds one header to a record that may have been at the limit already.
+    if len(headers) > MAX_HEADERS and len(headers) - any(name == REDRIVES_HEADER for name, _ in headers) > MAX_HEADERS:
         raise WireError("too-many-headers", "headers", got=len(headers), allowed=f"at most {MAX_HEADERS}")
     found: dict[str, bytes] = {}
     size = 0
@@ -286,21 +255,13 @@ def _checked_headers(headers: Headers) -> dict[str, bytes]:
         size += len(name) + (len(raw) if raw else 0)
         if name.startswith("ce_") or name == _CONTENT_TYPE:
             if raw is None or name in found:
-                raise WireError("bad-header", f"header {_shorten(name)}", got="null" if raw is None else "twice")
+                raise WireError("bad-header", f"header {shorten(name)}", got="null" if raw is None else "twice")
             found[name] = raw
         elif name == "traceparent" and raw is not None:
             found.setdefault(name, raw)
     if size > MAX_HEADER_BYTES:
         raise WireError("too-many-headers", "bytes of headers", got=size, allowed=f"at most {MAX_HEADER_BYTES}")
     return found
-
-
-def replays_of(headers: Headers | None) -> int:
-    """How often a record was sent again; 0 where nothing or nonsense says so. Only a last header counts, as we write it."""
-    if not headers or headers[-1][0] != REPLAYS_HEADER:
-        return 0
-    raw = headers[-1][1] or b""
-    return int(raw) if len(raw) <= 9 and raw.isdigit() else 0
 
 
 def _decode_plain(value: bytes, topic: str, trace: bytes | None = None) -> Envelope:
@@ -405,7 +366,7 @@ def _time(text: str) -> datetime:
 
 
 def _trace(raw: bytes | None) -> str | None:
-    """A traceparent, or None: by W3C an invalid one is ignored, never an error."""
+    """Return the traceparent, or None where it is invalid: W3C says to ignore an invalid one, not to fail."""
     if raw is None or len(raw) > 64:
         return None
     text = raw.decode("latin-1")
@@ -425,14 +386,14 @@ def _not_json(value: bytes, message: str) -> WireError:
         value.decode()
     except UnicodeDecodeError as error:
         return WireError("not-utf8", f"byte {error.start} of the value", got=value[error.start : error.start + 8].hex())
-    return WireError("not-json", "the value", got=value[:120], allowed=f"a JSON object ({_shorten(message)})")
+    return WireError("not-json", "the value", got=value[:120], allowed=f"a JSON object ({shorten(message)})")
 
 
 def _from_pydantic(error: ValidationError, value: bytes, model: type[Event]) -> WireError:
-    """The first of pydantic's complaints as ours; fields that are missing come first, then those unknown."""
+    """Return pydantic's most useful complaint as a WireError: missing fields first, then unknown ones, then the rest."""
     found = error.errors(include_url=False, include_context=False)
     first = min(found, key=lambda e: _ORDER.get(e["type"], 2))
-    field = _shorten(".".join(str(part) for part in first["loc"]))
+    field = shorten(".".join(str(part) for part in first["loc"]))
     match first["type"]:
         case "json_invalid":
             return _not_json(value, first["msg"])
@@ -453,7 +414,8 @@ def _fields(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _shorten(value: object, limit: int = 120) -> str:
+def shorten(value: object, limit: int = 120) -> str:
+    """Return a value as text of at most `limit` characters; the text says where it was cut, and is valid UTF-8."""
     text = value if isinstance(value, str) else repr(value)
     cut = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
     return cut.encode("utf-8", "replace").decode()

@@ -362,8 +362,8 @@ class ForgetRequested(Event):
     def key(self) -> str:
         return self.adapter
 
-    def means(self, example: ExampleAccepted) -> bool:
-        """Whether the example is to be forgotten."""
+    def matches(self, example: ExampleAccepted) -> bool:
+        """Return True where the example must be forgotten."""
         if example.origin.timestamp_ms > self.until_ms:
             return False
         return example.example_id in self.example_ids or (self.selector is not None and self.selector.matches(example))

@@ -28,7 +28,8 @@ from confluent_kafka.admin import AdminClient
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.failpoints import failpoint
-from perennial.streams.events.cloudevents import MAX_DEAD_LETTER_BYTES, MAX_HEADER_BYTES, Headers, dead_letter
+from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, Headers
+from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES, encode_dead_letter
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition, Refused
 from perennial.streams.kafka.topics import ClusterIds, KafkaUnavailableError, missing_topics_error, topic_id
 from perennial.streams.settings import Settings
@@ -233,7 +234,7 @@ class Intake:
             _check(error)
 
     def _send_dead_letter(self, message: Message, headers: Headers | None, refused: Refused) -> None:
-        value, all_headers = dead_letter(
+        value, all_headers = encode_dead_letter(
             message.value(),
             headers,
             reason=refused.reason,

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, TypeAlias
 import orjson
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import Envelope, Headers, Reason, WireError, read, replays_of
+from perennial.streams.events.cloudevents import Envelope, Headers, Reason, WireError, decode_without_id
+from perennial.streams.events.dead_letter import redrive_count
 from perennial.streams.events.models import (
     PERMANENT,
     DocumentObserved,
@@ -114,7 +115,7 @@ class Acceptor:
         self._last_offset = offset
         at_ms = min(max(timestamp_ms, 0), MAX_TIMESTAMP_MS)
         try:
-            envelope = read(value, headers, self._topic)
+            envelope = decode_without_id(value, headers, self._topic)
             fields, text = _example_of(envelope, self._learn_turns)
             expires_at = fields.get("expires_at")
             if expires_at is not None:
@@ -124,7 +125,7 @@ class Acceptor:
         adapter, kind, document_id = fields["adapter"], fields["kind"], fields["document_id"]
         identity = orjson.dumps([adapter, kind, document_id, sha256(text).hexdigest()])
         example_id = sha256(identity).hexdigest()[:32]
-        replays = replays_of(headers)
+        replays = redrive_count(headers)
         before, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"], replays)
         # A rebuilt window also holds what an older version refused, so a replay repeats only a replay as late as itself.
         if before is not None and before[3] >= replays:

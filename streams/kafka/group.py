@@ -15,7 +15,8 @@ from kafka.errors import CommitFailedError, KafkaError, RebalanceInProgressError
 from kafka.structs import OffsetAndMetadata
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import MAX_DEAD_LETTER_BYTES, dead_letter, encode
+from perennial.streams.events.cloudevents import encode
+from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES, encode_dead_letter
 from perennial.streams.events.models import Event
 from perennial.streams.kafka.connect import close_producer, connect
 from perennial.streams.observe.metrics import Metrics
@@ -265,20 +266,22 @@ class ConfirmingProducer:
         except (KafkaError, ValueError, OSError) as error:
             raise _unreachable(settings, error) from error
 
-    def send(self, event: Event, *, id: str, time: datetime, traceparent: str | None = None) -> None:  # noqa: A002
+    def send(self, event: Event, *, event_id: str, occurred_at: datetime, traceparent: str | None = None) -> None:
         """Queue an event for sending; `flush` waits for its acknowledgement.
 
         Args:
             event: The event.
-            id: The CloudEvents id.
-            time: The CloudEvents time, with its zone.
+            event_id: The CloudEvents id.
+            occurred_at: The CloudEvents time, with its zone.
             traceparent: The W3C trace context, left out where it is None.
 
         Raises:
             KafkaLinkError: The producer does not take the record.
             WireError: The event cannot be encoded.
         """
-        record = encode(event, id=id, source=f"perennial/{self._role}", time=time, traceparent=traceparent)
+        record = encode(
+            event, event_id=event_id, source=f"perennial/{self._role}", occurred_at=occurred_at, traceparent=traceparent
+        )
         self._send(event.topic, record.key, record.value, record.headers)
 
     def send_dead_letter(self, record: ConsumedRecord, reason: str, detail: str) -> None:
@@ -292,7 +295,7 @@ class ConfirmingProducer:
         Raises:
             KafkaLinkError: The producer does not take the record.
         """
-        value, headers = dead_letter(
+        value, headers = encode_dead_letter(
             record.value,
             record.headers,
             reason=reason,

@@ -15,12 +15,8 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import (
-    MAX_DEAD_LETTER_BYTES,
-    MAX_HEADER_BYTES,
-    MAX_INSIDE_VALUE_BYTES,
-    MAX_VALUE_BYTES,
-)
+from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES
+from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
 from perennial.streams.events.models import EVENTS
 from perennial.streams.settings import Settings
 

@@ -18,7 +18,8 @@ from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it shi
 from perennial.storage.errors import PerennialError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.streams.events.cloudevents import WireError, dead_letter, decode, encode
+from perennial.streams.events.cloudevents import WireError, decode, encode
+from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.models import Event, RetentionRequested
 from perennial.streams.kafka.acks import AckReader
 from perennial.streams.observe.metrics import Metrics
@@ -99,7 +100,7 @@ class RetainAgent:
 
     async def _refuse(self, error: WireError, message: Any) -> None:
         log.warning("refused %s[%d]@%d: %s", TOPIC, message.partition, message.offset, error.reason)
-        letter, headers = dead_letter(
+        letter, headers = encode_dead_letter(
             message.value, message.headers, reason=error.reason, stage="retain", detail=error.detail, topic=TOPIC,
             partition=message.partition, offset=message.offset, at=datetime.fromtimestamp(time.time(), UTC),
         )  # fmt: skip
@@ -107,7 +108,7 @@ class RetainAgent:
         self._metrics.refused(error.reason)
 
     async def _send(self, event: Event, event_id: str) -> None:
-        record = encode(event, id=event_id, source=SOURCE, time=datetime.fromtimestamp(time.time(), UTC))
+        record = encode(event, event_id=event_id, source=SOURCE, occurred_at=datetime.fromtimestamp(time.time(), UTC))
         await self._produce(event.topic, record.key, record.value, record.headers)
 
     async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:

@@ -241,7 +241,7 @@ class RequestProcessor:
         if until_ms is None:
             return found
         job = _job(record, adapter, until_ms)
-        meant = [item for item in known if job.means(item.example)]
+        meant = [item for item in known if job.matches(item.example)]
         holds = meanings_of_holds(self.book, adapter)
         held = any(means(item.example) for item in meant for means in holds)
         phase: Phase = "held" if held else "sent"

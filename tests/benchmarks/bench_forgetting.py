@@ -184,7 +184,7 @@ class Bench:
             job_id=f"job-{number}", request_id=f"request-{number}", adapter=ADAPTER,
             until_ms=self.known[-1].origin.timestamp_ms, **fields,
         )  # fmt: skip
-        return kind, job, {example.document_id for example in left if job.means(example)}
+        return kind, job, {example.document_id for example in left if job.matches(example)}
 
     def forget(self, number: int) -> Outcome:
         """Have one request carried out as retain and learner do, then train from scratch without it."""

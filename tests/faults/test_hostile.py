@@ -110,7 +110,9 @@ def seeds() -> list[tuple[bytes, list[tuple[str, bytes | None]], str]]:
     )  # fmt: skip
     made = []
     for event in events:
-        binary = encode(event, id="1", source="/fuzz", time=NOW, traceparent=f"00-{'4b' * 16}-{'f0' * 8}-01")
+        binary = encode(
+            event, event_id="1", source="/fuzz", occurred_at=NOW, traceparent=f"00-{'4b' * 16}-{'f0' * 8}-01"
+        )
         whole = {"specversion": "1.0", "type": event.type, "id": "1", "source": "/fuzz", "time": NOW.isoformat(),
                  "data": json.loads(binary.value)}  # fmt: skip
         made += [

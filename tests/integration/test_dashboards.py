@@ -245,7 +245,7 @@ class Life:
         for number in range(BACK_FILL):
             text = f"hours ago {number}: " + " ".join(self.rng.choices(WORDS, k=24))
             event = DocumentObserved(adapter=LATE, document_id=f"late-{number}", text=text)
-            record = encode(event, id=f"late-{number}", source="/tests", time=datetime.now(UTC))
+            record = encode(event, event_id=f"late-{number}", source="/tests", occurred_at=datetime.now(UTC))
             producer.send(
                 documents, key=record.key, value=record.value, headers=record.headers,
                 timestamp_ms=int(time.time() * 1000) - HOURS_AGO_MS,

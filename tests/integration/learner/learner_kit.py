@@ -47,7 +47,9 @@ def send(given: Settings, *events: Event | tuple[str, bytes], traceparent: str |
             if isinstance(event, tuple):
                 producer.send(given.kafka.topic(event[0]), value=event[1], key=b"k").get(30)
                 continue
-            record = encode(event, id="test", source="test", time=datetime.now(UTC), traceparent=traceparent)
+            record = encode(
+                event, event_id="test", source="test", occurred_at=datetime.now(UTC), traceparent=traceparent
+            )
             producer.send(
                 given.kafka.topic(event.topic), key=record.key, value=record.value, headers=record.headers
             ).get(30)

@@ -86,7 +86,7 @@ def announce(settings: Settings) -> Iterator[Callable[..., None]]:
     def send(line: Line, state: AliasState, **changes: Any) -> None:
         manifest = line.registry.manifest(state.adapter, state.version)
         event = promoted(manifest, state).model_copy(update=changes)
-        record = wire.encode(event, id="test", source="test", time=datetime.now(UTC))
+        record = wire.encode(event, event_id="test", source="test", occurred_at=datetime.now(UTC))
         topic = settings.kafka.topic("adapter-updates")
         producer.send(topic, key=record.key, value=record.value, headers=record.headers).get(timeout=30)
 

@@ -22,7 +22,8 @@ from kafka import KafkaConsumer, KafkaProducer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
-from perennial.streams.events.cloudevents import decode, encode, parse_dead_letter
+from perennial.streams.events.cloudevents import decode, encode
+from perennial.streams.events.dead_letter import decode_dead_letter
 from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin, UpdateRequested
 from perennial.streams.faust_app import Guard, InterruptedStepError
 from perennial.streams.kafka.topics import provision
@@ -81,7 +82,7 @@ class Bench:
             if isinstance(event, bytes):
                 producer.send(topic, key=b"acme/a", value=event)
                 continue
-            record = encode(event, id=event.example.example_id, source="test", time=datetime.now(UTC))
+            record = encode(event, event_id=event.example.example_id, source="test", occurred_at=datetime.now(UTC))
             producer.send(topic, key=record.key, value=record.value, headers=record.headers)
         producer.flush(30)
         producer.close()
@@ -221,7 +222,7 @@ def test_poison_goes_to_dead_letters_and_what_is_behind_goes_through(bench):
     bench.publish([scored(0), b"{not json", scored(1), b"\xff", scored(2)])
     bench.wait(lambda: bench.learned().total() >= 3)
     assert set(bench.learned()) == {"d0", "d1", "d2"}, bench.log.read_text()
-    letters = [parse_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    letters = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
     assert [letter.value for letter in letters] == [b"{not json", b"\xff"]
     assert {(letter.stage, letter.topic) for letter in letters} == {("curate", "scored-examples")}
     assert [job.reason for job in bench.jobs()] == ["age"]

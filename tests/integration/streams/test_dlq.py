@@ -21,7 +21,8 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.deadletters.model import DeadLetterError, Selection
 from perennial.streams.deadletters.redrive import DeadLetters, Redriver, rehearse
-from perennial.streams.events.cloudevents import REPLAYS_HEADER, dead_letter, decode
+from perennial.streams.events.cloudevents import REDRIVES_HEADER, decode
+from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.intake.service import run_intake
 from perennial.streams.intake.validation import Acceptor, Decision, Refused
 from perennial.streams.kafka.topics import TopicError, provision
@@ -192,7 +193,7 @@ def test_letters_are_learned_once_after_an_upgrade_though_replays_are_killed(set
         assert killed.returncode == -9, killed.stderr
     report = replay(settings)
     assert report.sent.total() < 11
-    again = [record for record in read_all(settings, "documents") if dict(record.headers).get(REPLAYS_HEADER)]
+    again = [record for record in read_all(settings, "documents") if dict(record.headers).get(REDRIVES_HEADER)]
     assert len(again) > 11
     assert {record.partition for record in again} == {place[0] for place in sent}
     with intake(settings):
@@ -209,7 +210,7 @@ def test_a_letter_that_stays_wrong_is_counted_and_ends_in_quarantine(settings, p
         with intake(settings):
             pass
         newest = max(read_all(settings, "documents"), key=lambda record: record.offset)
-        assert newest.headers == [("trace", b"\x00\xff"), ("empty", b""), (REPLAYS_HEADER, str(times).encode())]
+        assert newest.headers == [("trace", b"\x00\xff"), ("empty", b""), (REDRIVES_HEADER, str(times).encode())]
         assert newest.key == b"any"
     report = replay(settings)
     assert (report.sent.total(), report.left) == (0, {"quarantined": 1})
@@ -255,13 +256,13 @@ def test_filters_leave_the_others_for_later_and_nothing_goes_twice(settings, pro
     assert rehearsed(settings).sent == {("not-utf8", "intake"): 6, ("missing-field", "intake"): 2}
     assert replay(settings).sent == {("not-utf8", "intake"): 6, ("missing-field", "intake"): 2}
     assert replay(settings).sent.total() == 0
-    sent_again = [record for record in read_all(settings, "documents") if dict(record.headers).get(REPLAYS_HEADER)]
+    sent_again = [record for record in read_all(settings, "documents") if dict(record.headers).get(REDRIVES_HEADER)]
     assert len(sent_again) == 18
 
 
 def test_letters_of_inside_topics_and_foreign_records_stay(settings, producer):
     def refused(topic: str, value: bytes = b"{}") -> dict[str, Any]:
-        value, headers = dead_letter(
+        value, headers = encode_dead_letter(
             value, [], reason="bad-field", stage="curate", detail="d", topic=topic, partition=0, offset=1, at=NOW
         )
         return {"value": value, "headers": headers}
@@ -284,7 +285,7 @@ def test_letters_of_inside_topics_and_foreign_records_stay(settings, producer):
 
 def test_a_letter_too_large_for_its_topic_does_not_stop_the_others(settings, producer):
     for original in (b"x" * 1_500_000, b"[]"):
-        value, headers = dead_letter(
+        value, headers = encode_dead_letter(
             original,
             [],
             reason="oversize",
@@ -322,7 +323,7 @@ def test_a_replay_ends_where_another_one_took_over(settings, producer):
     thread.join(WAIT_S)
     assert [error.message for error in errors] == ["another replay runs"]
     assert 1 <= taken_over < 5
-    sent = [record for record in read_all(settings, "documents") if dict(record.headers).get(REPLAYS_HEADER)]
+    sent = [record for record in read_all(settings, "documents") if dict(record.headers).get(REDRIVES_HEADER)]
     assert 5 <= len(sent) <= 6
     assert replay(settings).sent.total() == 0
 

@@ -23,7 +23,8 @@ from kafka.partitioner import murmur2
 
 from perennial.storage.errors import PerennialError
 from perennial.streams.devstack.kafka_broker import EmbeddedBroker
-from perennial.streams.events.cloudevents import decode, encode, parse_dead_letter
+from perennial.streams.events.cloudevents import decode, encode
+from perennial.streams.events.dead_letter import decode_dead_letter
 from perennial.streams.events.models import InteractionObserved
 from perennial.streams.intake import service as intake
 from perennial.streams.intake.service import DeliveryError, run_intake
@@ -160,7 +161,7 @@ def test_documents_and_interactions_become_examples(settings, producer):
     correction = InteractionObserved(
         adapter="acme", interaction_id="i1", prompt="2+2?", response="5", correction="4", rating=-1
     )
-    written = encode(correction, id="7", source="/test", time=datetime(2026, 1, 1, tzinfo=UTC))
+    written = encode(correction, event_id="7", source="/test", occurred_at=datetime(2026, 1, 1, tzinfo=UTC))
     publish(producer, settings, [written.value], "interactions", headers=written.headers)
     rating = {"adapter": "acme", "interaction_id": "i2", "prompt": "p", "response": "r", "rating": 1}
     structured = {"specversion": "1.0", "type": "interaction.observed", "id": "8", "source": "/test", "data": rating}
@@ -211,7 +212,7 @@ def test_what_is_refused_goes_to_dead_letters_whole(settings, producer):
     publish(producer, settings, [b"x" * (1024 * 1024 + 1)], partition=1)
     with running(settings) as figures:
         wait_for(lambda: sum(committed(settings).values()) == 25)
-    letters = [parse_dead_letter(record.value, record.headers) for record in read_all(settings, "dead-letters")]
+    letters = [decode_dead_letter(record.value, record.headers) for record in read_all(settings, "dead-letters")]
     assert sorted((each.partition, each.offset, each.reason) for each in letters) == [
         (0, 0, "not-utf8"), (0, 2, "tombstone"), (1, 0, "missing-attribute"),
         *((1, offset, "bad-header") for offset in range(1, 21)), (1, 21, "oversize"),

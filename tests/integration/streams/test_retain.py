@@ -21,7 +21,8 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry, load_quarantine
-from perennial.streams.events.cloudevents import decode, encode, parse_dead_letter
+from perennial.streams.events.cloudevents import decode, encode
+from perennial.streams.events.dead_letter import decode_dead_letter
 from perennial.streams.events.models import (
     AdapterActivated,
     Batch,
@@ -123,7 +124,7 @@ class Bench:
             if isinstance(event, bytes):
                 producer.send(self.settings.kafka.topic("retention"), key=ADAPTER.encode(), value=event)
                 continue
-            record = encode(event, id="x", source="test", time=datetime.now(UTC))
+            record = encode(event, event_id="x", source="test", occurred_at=datetime.now(UTC))
             topic = self.settings.kafka.topic(event.topic)
             producer.send(topic, key=record.key, value=record.value, headers=record.headers)
         producer.flush(30)
@@ -191,7 +192,7 @@ def test_an_erase_is_quarantined_handed_over_and_closed_when_no_replica_serves_w
     (job,) = bench.events("adapter-jobs")
     assert isinstance(job, ForgetRequested)
     assert (job.job_id, job.request_id, job.kind) == (job_id_of("r1", ADAPTER), "r1", "erase")
-    assert job.means(example(1))
+    assert job.matches(example(1))
     quarantine = load_quarantine(bench.store, ADAPTER)
     assert QuarantineFilter(quarantine).blocks(example(1))
     assert quarantine.suppressed == [text_hash(example(1))]
@@ -231,7 +232,7 @@ def test_no_bytes_in_the_topic_end_the_role(bench):
     evil.flush(30)
     evil.close()
     bench.wait_for("quarantined")
-    letters = [parse_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    letters = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
     assert [letter.reason for letter in letters] == ["not-json"] * 5 + ["missing-field"]
     assert letters[-1].headers == [("\\xff\\xfe", b"1")]
     assert child.poll() is None
@@ -296,7 +297,7 @@ def test_bad_requests_are_told_apart_from_broken_ones(bench):
     bench.wait_for("accepted", "r4")
     assert bench.states() == ["accepted", "failed"]
     assert bench.states("r2") == ["accepted", "failed"]
-    letters = [parse_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    letters = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
     assert [(letter.reason, letter.stage) for letter in letters] == [("not-json", "retain"), ("bad-field", "retain")]
     jobs = bench.events("adapter-jobs")
     assert [job.request_id for job in jobs if isinstance(job, ForgetRequested)] == ["r3"]

@@ -44,7 +44,7 @@ def example(number: int) -> ExampleAccepted:
 
 def delivery(number: int) -> SimpleNamespace:
     event = ExampleScored(example=example(number), tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
-    record = encode(event, id=str(number), source="test", time=curate._now())
+    record = encode(event, event_id=str(number), source="test", occurred_at=curate._now())
     message = SimpleNamespace(
         generation_id=1, tp="scored-examples-0", offset=number, value=record.value, headers=record.headers
     )

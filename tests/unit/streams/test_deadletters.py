@@ -23,7 +23,8 @@ from perennial.streams.deadletters.model import (
     resend,
     state_of,
 )
-from perennial.streams.events.cloudevents import MAX_HEADERS, REPLAYS_HEADER, WireError, dead_letter, decode
+from perennial.streams.events.cloudevents import MAX_HEADERS, REDRIVES_HEADER, WireError, decode
+from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.intake.validation import Accepted, Acceptor, Duplicate, OriginPartition
 from perennial.streams.settings import SettingsError
 
@@ -35,7 +36,7 @@ def letter(
     value=DOCUMENT, headers=None, *, reason="unknown-field", stage="intake", topic="x-documents", offset=7, at=NOW,
     key=b"k", partition=1,
 ):  # fmt: skip
-    value, headers = dead_letter(
+    value, headers = encode_dead_letter(
         value, headers, reason=reason, stage=stage, detail="d", topic=topic, partition=partition, offset=41, at=at
     )
     return read_dead_letter(0, offset, key, value, headers, "x-")
@@ -43,9 +44,9 @@ def letter(
 
 def test_what_goes_back_is_what_came_and_one_more_replay():
     before = [("ce_id", b"1"), ("trace", b"\x00\xff"), ("none", None)]
-    back = resend(letter(headers=[(REPLAYS_HEADER, b"7"), *before]))  # not one of ours: ours is the last
+    back = resend(letter(headers=[(REDRIVES_HEADER, b"7"), *before]))  # not one of ours: ours is the last
     assert (back.topic, back.partition, back.key, back.value) == ("documents", 1, b"k", DOCUMENT)
-    assert back.headers == [*before, (REPLAYS_HEADER, b"1")]
+    assert back.headers == [*before, (REDRIVES_HEADER, b"1")]
 
 
 def test_the_count_grows_through_refusal_after_refusal():
@@ -55,12 +56,12 @@ def test_the_count_grows_through_refusal_after_refusal():
         assert found.replays == replays
         assert state_of(found, replayed=False, max_replays=3) == ("quarantined" if replays == 3 else "waiting")
         _, _, _, value, headers = resend(found)
-    assert headers == [("a", b"b"), (REPLAYS_HEADER, b"4")]
+    assert headers == [("a", b"b"), (REDRIVES_HEADER, b"4")]
 
 
 def test_the_count_survives_headers_that_no_letter_can_hold():
     headers = [("h" * 100, b"x" * 1000)] * 500
-    found = letter(headers=[*headers, (REPLAYS_HEADER, b"2")])
+    found = letter(headers=[*headers, (REDRIVES_HEADER, b"2")])
     assert found.replays == 2
     assert state_of(found, replayed=False, max_replays=3) == "cut"
     assert state_of(letter(b"x" * 3_000_000), replayed=False, max_replays=3) == "cut"
@@ -68,15 +69,15 @@ def test_the_count_survives_headers_that_no_letter_can_hold():
 
 def test_a_replay_may_have_one_header_more_than_the_limit():
     full = [(f"h{n}", b"") for n in range(MAX_HEADERS)]
-    assert decode(DOCUMENT, [*full, (REPLAYS_HEADER, b"1")], "documents").event.document_id == "1"
-    for headers in ([*full, ("other", b"")], [*full, (REPLAYS_HEADER, b"1"), (REPLAYS_HEADER, b"1")]):
+    assert decode(DOCUMENT, [*full, (REDRIVES_HEADER, b"1")], "documents").event.document_id == "1"
+    for headers in ([*full, ("other", b"")], [*full, (REDRIVES_HEADER, b"1"), (REDRIVES_HEADER, b"1")]):
         with pytest.raises(WireError, match="headers"):
             decode(DOCUMENT, headers, "documents")
 
 
 @pytest.mark.parametrize("forged", [b"", b"-1", b"x", b"\xff", b"9" * 400, None])
 def test_a_count_that_is_nonsense_is_none(forged):
-    assert letter(headers=[(REPLAYS_HEADER, forged)]).replays == 0
+    assert letter(headers=[(REDRIVES_HEADER, forged)]).replays == 0
 
 
 def test_only_topics_of_outside_producers_take_letters_back():
@@ -142,7 +143,7 @@ def test_places():
 def test_a_batch_is_sorted_out():
     batch = [
         letter(offset=0), letter(offset=1, reason="not-json"), letter(offset=2, topic="examples"), letter(offset=3),
-        letter(offset=4, headers=[(REPLAYS_HEADER, b"3")]), letter(offset=5), letter(offset=6),
+        letter(offset=4, headers=[(REDRIVES_HEADER, b"3")]), letter(offset=5), letter(offset=6),
     ]  # fmt: skip
     progress = RedriveProgress()
     progress.add(3, 4)
@@ -204,7 +205,7 @@ def test_a_window_rebuilt_by_a_newer_version_lets_a_replay_through_once():
     decided = [
         type(rebuilt.accept(DOCUMENT, headers, offset, 1))
         for offset, headers in enumerate([
-            None, [(REPLAYS_HEADER, b"1")], [(REPLAYS_HEADER, b"1")], [(REPLAYS_HEADER, b"2")], None, [(REPLAYS_HEADER, b"2")],
+            None, [(REDRIVES_HEADER, b"1")], [(REDRIVES_HEADER, b"1")], [(REDRIVES_HEADER, b"2")], None, [(REDRIVES_HEADER, b"2")],
         ])
     ]  # fmt: skip
     assert decided == [Accepted, Accepted, Duplicate, Accepted, Duplicate, Duplicate]

@@ -53,7 +53,7 @@ def accepted(value, origin=DOCUMENTS, **options: object):
 
 @given(event_of(DocumentObserved), st.integers(0, 2**62), st.integers(-(2**63), 2**63))
 def test_a_document_becomes_an_example(event, offset, timestamp_ms):
-    written = encode(event, id="1", source="/s", time=datetime(2026, 1, 1, tzinfo=UTC), traceparent=TRACE)
+    written = encode(event, event_id="1", source="/s", occurred_at=datetime(2026, 1, 1, tzinfo=UTC), traceparent=TRACE)
     decision = acceptor().accept(written.value, written.headers, offset, timestamp_ms)
     at_ms = min(max(timestamp_ms, 0), MAX_TIMESTAMP_MS)
     if isinstance(decision, Refused):
@@ -77,7 +77,7 @@ def test_a_document_becomes_an_example(event, offset, timestamp_ms):
 
 @given(event_of(InteractionObserved), st.booleans())
 def test_an_interaction_becomes_an_example(event, learn_turns):
-    written = encode(event, id="1", source="/s", time=datetime(2026, 1, 1, tzinfo=UTC))
+    written = encode(event, event_id="1", source="/s", occurred_at=datetime(2026, 1, 1, tzinfo=UTC))
     decision = acceptor(INTERACTIONS, learn_turns=learn_turns).accept(written.value, written.headers, 5, 0)
     if isinstance(decision, Refused):
         assert decision.reason == "bad-field"

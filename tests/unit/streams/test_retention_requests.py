@@ -132,7 +132,7 @@ class World:
             if not isinstance(job, ForgetRequested):
                 continue
             screen = QuarantineFilter(self.quarantine(job.adapter))
-            meant = [k for k in self.known(job.adapter) if job.means(k.example)]
+            meant = [k for k in self.known(job.adapter) if job.matches(k.example)]
             if any(screen.held_by(k.example) for k in meant):
                 continue
             for k in meant if not failure else ():
