@@ -1,1 +1,1 @@
-"""The intake role: validate what producers publish, drop repeats, re-key by adapter."""
+"""The intake role: validate the records of outside producers, drop duplicates, and key them by adapter."""

@@ -1,9 +1,9 @@
-"""What intake decides about one record, as a pure function of the record and of the partition's last offsets.
+"""Decide about one record: accept it as an example, drop it as a duplicate, or refuse it. No I/O.
 
-Owns the window in which repeats are dropped and the making of `example.accepted`. The window is defined by the log
-itself: a record is a repeat if the same example (adapter, kind, document id, text) occurred at one of the last
-`window` offsets of the same partition, whether or not that occurrence was itself dropped. So a window is rebuilt,
-to the same state, by passing the last `window` offsets through `accept` again.
+A decision depends on the record and on the records at the last `window` offsets of its partition. A record is a
+duplicate if the same example (adapter, kind, document id, text) occurred at one of those offsets, whether or not that
+occurrence was itself dropped. The window is thus defined by the log alone: passing the last `window` offsets through
+`Acceptor.accept` again rebuilds the same state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from perennial.streams.events.models import (
 
 SOURCE = "/perennial/intake"
 MAX_TIMESTAMP_MS = 253_402_300_799_999
-"""The last millisecond of year 9999: a producer's clock may say more, but no later step could write it as a date."""
+"""The last millisecond of year 9999. A producer's clock may run beyond it, but later steps could not write it as a date."""
 
 _FIXED_HEADERS: list[tuple[str, bytes]] = [
     ("content-type", b"application/json"),
@@ -39,11 +39,19 @@ _FIXED_HEADERS: list[tuple[str, bytes]] = [
 
 
 class OffsetOrderError(PerennialError):
-    """Offsets of a partition must grow."""
+    """A record's offset is not greater than the offset before it."""
 
 
 class OriginPartition(NamedTuple):
-    """The partition that records come from. topic: its name without the prefix decides which events may come."""
+    """The partition that records are read from.
+
+    Attributes:
+        cluster_id: The cluster's id.
+        full_topic: The topic's name with the prefix.
+        topic_id: The topic's id.
+        partition: The partition's number.
+        topic: The topic's name without the prefix; it decides which types of events are allowed.
+    """
 
     cluster_id: str
     full_topic: str
@@ -53,7 +61,14 @@ class OriginPartition(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """A new example, ready to produce: value is an `example.accepted` in JSON, headers are binary mode."""
+    """A new example, ready to be produced.
+
+    Attributes:
+        example_id: The example's id.
+        key: The record's key: the adapter's name.
+        value: The event `example.accepted` in JSON.
+        headers: CloudEvents headers in binary mode.
+    """
 
     example_id: str
     key: bytes
@@ -62,14 +77,19 @@ class Accepted(NamedTuple):
 
 
 class Duplicate(NamedTuple):
-    """The same example occurred before, at `offset`."""
+    """The same example occurred within the window, most recently at `offset`."""
 
     example_id: str
     offset: int
 
 
 class Refused(NamedTuple):
-    """The record is not usable. reason: slug. detail: what came and what is allowed."""
+    """The record cannot become an example.
+
+    Attributes:
+        reason: A short identifier.
+        detail: What was found and what is allowed.
+    """
 
     reason: Reason
     detail: str
@@ -79,9 +99,12 @@ Decision: TypeAlias = Accepted | Duplicate | Refused
 
 
 class Acceptor:
-    """Decides about the records of one origin partition, in offset order.
+    """Decides about the records of one origin partition, in the order of their offsets.
 
-    window: offsets within which a repeat is dropped. learn_turns: whether a bare turn is learned.
+    Args:
+        origin: The partition.
+        window: The number of offsets within which a duplicate is dropped.
+        learn_turns: Whether a turn without a correction is learned.
     """
 
     def __init__(self, origin: OriginPartition, window: int, learn_turns: bool) -> None:
@@ -95,84 +118,96 @@ class Acceptor:
         self._window = window
         self._learn_turns = learn_turns
         self._last_offset = -1
-        self._occurrences: deque[_Seen] = deque()
-        self._seen: dict[str, _Seen] = {}
-        self._latest: dict[tuple[str, str], _Seen] = {}
-        self._time = (-1, b"")
+        self._occurrences: deque[_Occurrence] = deque()
+        self._by_example: dict[str, _Occurrence] = {}
+        self._by_document: dict[tuple[str, str], _Occurrence] = {}
+        self._last_time = (-1, b"")  # the last record's time in ms, and as it is written into a header
 
     def __len__(self) -> int:
-        """Examples in the window."""
-        return len(self._seen)
+        """Return the number of different examples in the window."""
+        return len(self._by_example)
 
     def accept(self, value: bytes | None, headers: Headers | None, offset: int, timestamp_ms: int) -> Decision:
-        """Decide about one record.
+        """Decide about one record. Invalid bytes are Refused and never raise an exception.
 
-        offset: greater than the one before. timestamp_ms: the record's; outside years 1970 to 9999 it is clamped.
-        Raises OffsetOrderError; hostile bytes are Refused, never an exception.
+        Args:
+            value: The record's value.
+            headers: The record's headers.
+            offset: The record's offset, greater than that of the record before.
+            timestamp_ms: The record's time in ms since the epoch. It is clamped to the years 1970 to 9999.
+
+        Returns:
+            The decision.
+
+        Raises:
+            OffsetOrderError: The offset is not greater than the one before.
         """
         if offset <= self._last_offset:
-            raise OffsetOrderError(got=offset, allowed=f"more than {self._last_offset}", remedy="rebuild the window")
+            raise OffsetOrderError(
+                got=offset, allowed=f"more than {self._last_offset}", remedy="restart intake, which rebuilds the window"
+            )
         self._last_offset = offset
         at_ms = min(max(timestamp_ms, 0), MAX_TIMESTAMP_MS)
         try:
             envelope = decode_without_id(value, headers, self._topic)
-            fields, text = _example_of(envelope, self._learn_turns)
+            fields, content = _example_of(envelope, self._learn_turns)
             expires_at = fields.get("expires_at")
             if expires_at is not None:
-                _refuse_expired(expires_at, at_ms)
+                _require_not_expired(expires_at, at_ms)
         except WireError as error:
             return Refused(error.reason, error.detail)
         adapter, kind, document_id = fields["adapter"], fields["kind"], fields["document_id"]
-        identity = orjson.dumps([adapter, kind, document_id, sha256(text).hexdigest()])
+        identity = orjson.dumps([adapter, kind, document_id, sha256(content).hexdigest()])
         example_id = sha256(identity).hexdigest()[:32]
-        replays = redrive_count(headers)
-        before, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"], replays)
-        # A rebuilt window also holds what an older version refused, so a replay repeats only a replay as late as itself.
-        if before is not None and before[3] >= replays:
-            return Duplicate(example_id, before[0])
+        redrives = redrive_count(headers)
+        previous, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"], redrives)
+        # A rebuilt window also holds records that an older version of this code refused. Such a record comes back by a
+        # redrive and must not count as a duplicate of itself, so an occurrence with fewer redrives does not hide it.
+        if previous is not None and previous[3] >= redrives:
+            return Duplicate(example_id, previous[0])
         fields["example_id"] = example_id
         if revised is not None:
             fields["revises"] = revised[1]
         fields["origin"] = {**self._origin, "offset": offset, "timestamp_ms": at_ms}
-        if at_ms != self._time[0]:  # records of one batch share their time
-            self._time = (at_ms, datetime.fromtimestamp(at_ms / 1000, UTC).isoformat().encode())
-        out = [*_FIXED_HEADERS, ("ce_id", example_id.encode()), ("ce_time", self._time[1])]
+        if at_ms != self._last_time[0]:  # records of one batch often share their time
+            self._last_time = (at_ms, datetime.fromtimestamp(at_ms / 1000, UTC).isoformat().encode())
+        out = [*_FIXED_HEADERS, ("ce_id", example_id.encode()), ("ce_time", self._last_time[1])]
         if envelope.traceparent is not None:
             out.append(("ce_traceparent", envelope.traceparent.encode()))
         return Accepted(example_id, adapter.encode(), orjson.dumps(fields), out)
 
     def _remember(
-        self, offset: int, example_id: str, document: tuple[str, str], learn: bool, replays: int
-    ) -> tuple[_Seen | None, _Seen | None]:
-        """Put an occurrence into the window. Returns the one before of the example, and of what it revises."""
+        self, offset: int, example_id: str, document: tuple[str, str], learn: bool, redrives: int
+    ) -> tuple[_Occurrence | None, _Occurrence | None]:
+        """Add an occurrence to the window. Return the example's occurrence before, and that of the example it revises."""
         first, occurrences = offset - self._window, self._occurrences
         while occurrences and occurrences[0][0] < first:
-            gone = occurrences.popleft()
-            if self._seen.get(gone[1]) is gone:
-                del self._seen[gone[1]]
-            if self._latest.get(gone[2]) is gone:
-                del self._latest[gone[2]]
-        before = self._seen.get(example_id)
-        seen = (offset, example_id, document, replays if before is None else max(before[3], replays))
-        occurrences.append(seen)
-        self._seen[example_id] = seen
+            expired = occurrences.popleft()
+            if self._by_example.get(expired[1]) is expired:
+                del self._by_example[expired[1]]
+            if self._by_document.get(expired[2]) is expired:
+                del self._by_document[expired[2]]
+        previous = self._by_example.get(example_id)
+        added = (offset, example_id, document, redrives if previous is None else max(previous[3], redrives))
+        occurrences.append(added)
+        self._by_example[example_id] = added
         if not learn:
-            return before, None
-        revised = self._latest.get(document)
-        self._latest[document] = seen
-        return before, revised
+            return previous, None
+        revised = self._by_document.get(document)
+        self._by_document[document] = added
+        return previous, revised
 
 
-_Seen: TypeAlias = tuple[int, str, tuple[str, str], int]
-"""An occurrence: offset, example id, (adapter, document id), most replays of the example so far."""
+_Occurrence: TypeAlias = tuple[int, str, tuple[str, str], int]
+"""Offset, example id, (adapter, document id), most redrives of the example so far. Plain tuples: one is made per record."""
 
 
 def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], bytes]:
-    """Fields of the example, without id and origin, and the bytes that make two examples the same."""
+    """Return the example's fields without id and origin, and its content: bytes that are equal for equal examples."""
     event = envelope.event
     if isinstance(event, DocumentObserved):
         text = event.text
-        _refuse_blank("text", text)
+        _require_not_blank("text", text)
         fields = {
             "adapter": event.adapter, "kind": "document", "document_id": event.document_id, "learn": True, "text": text,
         }  # fmt: skip
@@ -182,9 +217,9 @@ def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], 
             fields["domain"] = event.domain
         if event.supersedes:
             fields["supersedes"] = event.supersedes
-        same = text.encode()
+        content = text.encode()
     elif isinstance(event, InteractionObserved):
-        fields, same = _interaction(event, learn_turns)
+        fields, content = _interaction(event, learn_turns)
     else:
         raise WireError("wrong-topic", "type", got=envelope.type, allowed="document.observed, interaction.observed")
     if event.subjects:
@@ -195,24 +230,28 @@ def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], 
         fields["expires_at"] = event.expires_at
     if event.observed_at is not None:
         fields["observed_at"] = event.observed_at
-    return fields, same
+    return fields, content
 
 
 def _interaction(event: InteractionObserved, learn_turns: bool) -> tuple[dict[str, Any], bytes]:
-    """A correction is learned; a bare turn by policy alone; a rating is a signal, and a changed rating a new one."""
-    _refuse_blank("prompt", event.prompt)
+    """Return the fields and the content bytes of an interaction's example.
+
+    A correction is always learned, a turn without one only where the settings say so. A rating alone is not learned: it
+    is a signal, and a changed rating is a new signal.
+    """
+    _require_not_blank("prompt", event.prompt)
     kind: ExampleKind
     answer = event.response
-    same: list[object] = [event.prompt, answer]
+    content: list[object] = [event.prompt, answer]
     if event.correction is not None:
-        _refuse_blank("correction", event.correction)
+        _require_not_blank("correction", event.correction)
         kind, learn, answer = "correction", True, event.correction
-        same = [event.prompt, answer]
+        content = [event.prompt, answer]
     elif learn_turns and not answer.isspace():
         kind, learn = "turn", True
     elif event.rating is not None:
         kind, learn = "rating", False
-        same = [event.prompt, answer, event.rating]
+        content = [event.prompt, answer, event.rating]
     else:
         kind, learn = "turn", False
     fields: dict[str, Any] = {
@@ -221,14 +260,14 @@ def _interaction(event: InteractionObserved, learn_turns: bool) -> tuple[dict[st
     }  # fmt: skip
     if event.rating is not None:
         fields["rating"] = event.rating
-    return fields, orjson.dumps(same)
+    return fields, orjson.dumps(content)
 
 
-def _refuse_expired(expires_at: datetime, at_ms: int) -> None:
+def _require_not_expired(expires_at: datetime, at_ms: int) -> None:
     if expires_at.timestamp() * 1000 <= at_ms:
         raise WireError("expired", "expires_at", got=expires_at.isoformat(), allowed="a time after its publication")
 
 
-def _refuse_blank(field: str, text: str) -> None:
+def _require_not_blank(field: str, text: str) -> None:
     if text.isspace():
         raise WireError("bad-field", field, got=text, allowed="text that is not only white space")

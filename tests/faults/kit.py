@@ -54,7 +54,7 @@ def _shorten_sessions() -> None:
 
     transport.SESSION_TIMEOUT_MS = int(SESSION_S * 1000)
     agents.SESSION_S = SESSION_S
-    intake.CONSUMER = {**intake.CONSUMER, "session.timeout.ms": int(SESSION_S * 1000)}
+    intake.CONSUMER_CONFIG = {**intake.CONSUMER_CONFIG, "session.timeout.ms": int(SESSION_S * 1000)}
 
 
 class Crew:

@@ -1,4 +1,4 @@
-"""Intake on a real broker: what comes out, what survives kills, restarts and rebalances, and what is refused."""
+"""Intake on a real broker: its output, its dead letters, and that kills, restarts and rebalances lose nothing."""
 
 from __future__ import annotations
 
@@ -26,8 +26,10 @@ from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import decode_dead_letter
 from perennial.streams.events.models import InteractionObserved
+from perennial.streams.intake import librdkafka
 from perennial.streams.intake import service as intake
-from perennial.streams.intake.service import DeliveryError, run_intake
+from perennial.streams.intake.librdkafka import DeliveryError
+from perennial.streams.intake.service import run_intake
 from perennial.streams.kafka.topics import KafkaUnavailableError, TopicError, identify, provision
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
@@ -35,7 +37,7 @@ from perennial.streams.settings import Settings
 WAIT_S = 60
 
 
-class Figures:
+class RecordedMetrics:
     """Metrics that a test can read."""
 
     def __init__(self) -> None:
@@ -55,7 +57,7 @@ class Figures:
         self.lags[topic] = events
 
     def oldest_age_s(self, seconds):
-        self.counts["aged"] = seconds
+        self.counts["oldest_age_s"] = seconds
 
     def waiting(self, waits):
         self.counts["waiting"] = waits
@@ -81,19 +83,19 @@ def producer(settings):
 
 
 @contextmanager
-def running(settings, figures=None):
-    figures, stop, errors = figures or Figures(), threading.Event(), []
+def running(settings, metrics=None):
+    metrics, stop, errors = metrics or RecordedMetrics(), threading.Event(), []
 
     def body() -> None:
         try:
-            run_intake(settings, stop, figures)
+            run_intake(settings, stop, metrics)
         except PerennialError as error:
             errors.append(error)
 
     thread = threading.Thread(target=body)
     thread.start()
     try:
-        yield figures
+        yield metrics
     finally:
         stop.set()
         thread.join(WAIT_S)
@@ -168,10 +170,10 @@ def test_documents_and_interactions_become_examples(settings, producer):
     publish(producer, settings, [json.dumps(structured).encode()], "interactions",
             headers=[("content-type", b"application/cloudevents+json")])  # fmt: skip
 
-    with running(settings) as figures:
-        wait_for(lambda: figures.counts["out", "examples"] == 14)
-        wait_for(lambda: figures.lags == {"documents": 0, "interactions": 0})
-    assert (figures.counts["in", "documents"], figures.counts["in", "interactions"]) == (12, 2)
+    with running(settings) as metrics:
+        wait_for(lambda: metrics.counts["out", "examples"] == 14)
+        wait_for(lambda: metrics.lags == {"documents": 0, "interactions": 0})
+    assert (metrics.counts["in", "documents"], metrics.counts["in", "interactions"]) == (12, 2)
 
     records = read_all(settings, "examples")
     events = [decode(record.value, record.headers, "examples").event for record in records]
@@ -188,14 +190,14 @@ def test_documents_and_interactions_become_examples(settings, producer):
         ids.topic_ids[settings.kafka.topic("documents")]
     }
     assert {event.origin.cluster_id for event in events} == {ids.cluster_id}
-    # The other clients of the house must place the same key on the same partition.
+    # Every client of the project must choose the same partition for the same key.
     for record in records:
         assert record.partition == (murmur2(record.key) & 0x7FFFFFFF) % 2
     assert sum(committed(settings).values()) == 14
 
 
-def test_what_is_refused_goes_to_dead_letters_whole(settings, producer):
-    class Evil(str):
+def test_refused_records_go_to_dead_letters_unchanged(settings, producer):
+    class BytesNotUtf8(str):
         __slots__ = ()
 
         def encode(self, *_: object) -> bytes:
@@ -208,44 +210,44 @@ def test_what_is_refused_goes_to_dead_letters_whole(settings, producer):
         librdkafka.produce(settings.kafka.topic("documents"), value, partition=0, headers=headers)
     librdkafka.flush(WAIT_S)
     publish(producer, settings, [good], partition=1, headers=[("ce_id", b"1")])
-    publish(producer, settings, [good] * 20, partition=1, headers=[(Evil("x"), b"1")])
+    publish(producer, settings, [good] * 20, partition=1, headers=[(BytesNotUtf8("x"), b"1")])
     publish(producer, settings, [b"x" * (1024 * 1024 + 1)], partition=1)
-    with running(settings) as figures:
+    with running(settings) as metrics:
         wait_for(lambda: sum(committed(settings).values()) == 25)
-    letters = [decode_dead_letter(record.value, record.headers) for record in read_all(settings, "dead-letters")]
-    assert sorted((each.partition, each.offset, each.reason) for each in letters) == [
+    dead_letters = [decode_dead_letter(record.value, record.headers) for record in read_all(settings, "dead-letters")]
+    assert sorted((each.partition, each.offset, each.reason) for each in dead_letters) == [
         (0, 0, "not-utf8"), (0, 2, "tombstone"), (1, 0, "missing-attribute"),
         *((1, offset, "bad-header") for offset in range(1, 21)), (1, 21, "oversize"),
     ]  # fmt: skip
-    first = next(each for each in letters if each.reason == "not-utf8")
+    first = next(each for each in dead_letters if each.reason == "not-utf8")
     assert (first.value, first.headers) == (b"\xffnot json", [("trace", b"\x00\xff"), ("none", None)])
     assert (first.topic, first.stage) == (settings.kafka.topic("documents"), "intake")
-    oversized = next(each for each in letters if each.reason == "oversize")
+    oversized = next(each for each in dead_letters if each.reason == "oversize")
     assert len(oversized.value) == 1024 * 1024 + 1
-    assert figures.counts["refused", "oversize"] == 1
+    assert metrics.counts["refused", "oversize"] == 1
     assert [event.document_id for event in examples(settings)] == ["d1"]
 
 
 def test_duplicates_are_dropped_across_a_restart_and_changed_texts_are_not(settings, producer):
     publish(producer, settings, [document(n % 30) for n in range(60)], partition=0)
-    with running(settings) as figures:
-        wait_for(lambda: figures.counts["in", "documents"] == 60)
+    with running(settings) as metrics:
+        wait_for(lambda: metrics.counts["in", "documents"] == 60)
     assert len(examples(settings)) == 30
 
     publish(producer, settings, [document(n) for n in range(30)], partition=0)
     publish(producer, settings, [document(0, "changed")], partition=0)
-    with running(settings) as figures:
-        wait_for(lambda: figures.counts["in", "documents"] == 31)
-    assert figures.counts["out", "examples"] == 1
+    with running(settings) as metrics:
+        wait_for(lambda: metrics.counts["in", "documents"] == 31)
+    assert metrics.counts["out", "examples"] == 1
     last = examples(settings)[-1]
     assert (last.text, last.origin.offset) == ("changed", 90)
     assert last.revises == next(event.example_id for event in examples(settings) if event.document_id == "d0")
 
     publish(producer, settings, [document(n) for n in range(1000, 1200)], partition=0)
     publish(producer, settings, [document(1)], partition=0)  # last seen 260 offsets ago, outside the window of 200
-    with running(settings) as figures:
-        wait_for(lambda: figures.counts["in", "documents"] == 201)
-    assert figures.counts["out", "examples"] == 201
+    with running(settings) as metrics:
+        wait_for(lambda: metrics.counts["in", "documents"] == 201)
+    assert metrics.counts["out", "examples"] == 201
 
 
 def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_path, monkeypatch):
@@ -254,8 +256,8 @@ def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_pat
         provision(settings)
         metrics = Metrics("intake", settings)
         with running(settings, metrics):
-            wait_for(lambda: metrics.health()[1]["status"] == "ok")  # it has looked, and nothing waits
-            # The broker hangs once the document was read: nothing more can be observed.
+            wait_for(lambda: metrics.health()[1]["status"] == "ok")  # it has measured the lag, and nothing waits
+            # The broker hangs once the document was read, so intake cannot measure the lag any more.
             hang = {"intake.consume": lambda: os.kill(own.pid, signal.SIGSTOP)}
             monkeypatch.setattr(intake, "failpoint", lambda name: hang.pop(name, int)())
             client = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
@@ -278,14 +280,14 @@ def child(settings, **environment: str):
 
 
 def assert_in_order_without_gaps(settings, expected):
-    """Whatever was said twice: per origin partition, a record comes only after all that were before it."""
+    """Assert that per origin partition a record is written only after all before it; repeats are allowed."""
     by_key = defaultdict(list)
     for event in examples(settings):
         by_key[event.origin.partition].append(event.origin.offset)
     assert {number: len(set(offsets)) for number, offsets in by_key.items()} == expected
     for offsets in by_key.values():
-        news = list(dict.fromkeys(offsets))
-        assert news == sorted(news)
+        first_seen = list(dict.fromkeys(offsets))
+        assert first_seen == sorted(first_seen)
         high = -1
         for offset in offsets:
             assert offset <= high + 1
@@ -305,7 +307,7 @@ def test_a_second_member_takes_over_without_loss(settings, producer):
         wait_for(lambda: sum(committed(settings).values()) == 400)
     assert_in_order_without_gaps(settings, {0: 250, 1: 150})
     digests = [sha256(event.model_dump_json().encode()).hexdigest() for event in examples(settings)]
-    assert len(set(digests)) == 400  # what was said twice was said in the same words
+    assert len(set(digests)) == 400  # what was written twice was written with the same bytes
 
 
 def test_a_write_that_fails_stops_the_role_and_leaves_no_gap(settings, producer):
@@ -318,11 +320,11 @@ def test_a_write_that_fails_stops_the_role_and_leaves_no_gap(settings, producer)
     admin.close()
     noise = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(20_000))  # does not compress below the limit
     publish(producer, settings, [document(n) for n in range(10)], partition=0)
-    with running(settings) as figures:
-        wait_for(lambda: figures.counts["out", "examples"] == 10)
+    with running(settings) as metrics:
+        wait_for(lambda: metrics.counts["out", "examples"] == 10)
     publish(producer, settings, [document(10, noise), *(document(n) for n in range(11, 50))], partition=0)
     with pytest.raises(DeliveryError, match=r"MSG_SIZE_TOO_LARGE|GAPLESS|FATAL"):
-        run_intake(settings, threading.Event(), Figures())
+        run_intake(settings, threading.Event(), RecordedMetrics())
     assert committed(settings)[settings.kafka.topic("documents"), 0] == 10
     assert [event.origin.offset for event in examples(settings)] == list(range(10))
 
@@ -337,16 +339,16 @@ def test_aborted_transactions_are_not_learned_and_markers_are_no_lag(settings):
         client.produce(settings.kafka.topic("documents"), document(number), partition=0)
         client.flush(WAIT_S)
         end(WAIT_S)
-    with running(settings) as figures:
-        wait_for(lambda: figures.counts["out", "examples"] == 1)
-        wait_for(lambda: figures.lags["documents"] == 0)
+    with running(settings) as metrics:
+        wait_for(lambda: metrics.counts["out", "examples"] == 1)
+        wait_for(lambda: metrics.lags["documents"] == 0)
     assert [event.document_id for event in examples(settings)] == ["d2"]
 
 
-def test_missing_topics_and_a_missing_broker_are_said(broker, monkeypatch):
+def test_missing_topics_and_an_unreachable_broker_raise_errors(broker, monkeypatch):
     nowhere = Settings.of(kafka=broker.bootstrap, topic_prefix="nobody-made-these-", env_file=None)
     with pytest.raises(TopicError, match="nobody-made-these-examples"):
-        run_intake(nowhere, threading.Event(), Figures())
-    monkeypatch.setattr(intake, "_CALL_S", 1)
+        run_intake(nowhere, threading.Event(), RecordedMetrics())
+    monkeypatch.setattr(librdkafka, "CALL_TIMEOUT_S", 1)
     with pytest.raises(KafkaUnavailableError):
-        run_intake(Settings.of(kafka="127.0.0.1:9", env_file=None), threading.Event(), Figures())
+        run_intake(Settings.of(kafka="127.0.0.1:9", env_file=None), threading.Event(), RecordedMetrics())

@@ -1,4 +1,4 @@
-"""What intake accepts: pure decisions, checked against a plain model of the window and against the event models."""
+"""Intake's decisions, checked against a simple model of the window and against the event models."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_an_interaction_becomes_an_example(event, learn_turns):
     assert example.subjects == event.subjects
 
 
-def test_the_same_text_again_is_a_duplicate_and_a_changed_text_a_revision():
+def test_a_repeated_text_is_a_duplicate_and_a_changed_text_a_revision():
     window = acceptor()
     first = example_of(window.accept(document("one"), None, 0, AT_MS))
     assert window.accept(document("one"), None, 1, AT_MS) == Duplicate(first.example_id, 0)
@@ -124,8 +124,8 @@ def test_the_window_is_counted_in_offsets(gap):
 
 def test_refused_records_are_not_in_the_window():
     window = acceptor()
-    gone = document(expires_at="2001-01-01T00:00:00Z")
-    assert isinstance(window.accept(gone, None, 0, AT_MS), Refused)
+    expired = document(expires_at="2001-01-01T00:00:00Z")
+    assert isinstance(window.accept(expired, None, 0, AT_MS), Refused)
     assert isinstance(window.accept(document(), None, 1, AT_MS), Accepted)
 
 
@@ -143,13 +143,13 @@ records = st.lists(
 
 @settings(max_examples=200)
 @given(records, st.integers(0, 60))
-def test_a_window_rebuilt_from_the_log_decides_as_the_one_that_went_on(steps, crash_at):
+def test_a_window_rebuilt_from_the_log_decides_like_the_original(steps, crash_at):
     offset, log = 0, []
     for distance, value in steps:
         offset += distance
         log.append((offset, value))
-    going_on = acceptor(window=20)
-    decisions = [going_on.accept(value, None, offset, AT_MS) for offset, value in log]
+    original = acceptor(window=20)
+    decisions = [original.accept(value, None, offset, AT_MS) for offset, value in log]
 
     at = log[min(crash_at, len(log) - 1)][0] if log else 0
     rebuilt = acceptor(window=20)
@@ -163,7 +163,7 @@ def test_a_window_rebuilt_from_the_log_decides_as_the_one_that_went_on(steps, cr
 
 @settings(max_examples=200)
 @given(records)
-def test_duplicates_are_those_that_a_plain_search_finds(steps):
+def test_duplicates_are_what_a_linear_search_finds(steps):
     window, offset, before = acceptor(window=20), 0, []
     for distance, value in steps:
         offset += distance
@@ -184,7 +184,7 @@ def test_memory_is_bounded_by_the_window():
     assert len(window) == 11
 
 
-def test_a_rating_is_a_signal_and_a_changed_rating_a_new_one():
+def test_a_rating_is_a_signal_and_a_changed_rating_a_new_signal():
     window = acceptor(INTERACTIONS)
     first = example_of(window.accept(interaction(rating=0.5), None, 0, AT_MS))
     assert (first.kind, first.learn, first.rating) == ("rating", False, 0.5)
@@ -204,7 +204,7 @@ def test_a_correction_revises_a_learned_turn():
     assert example_of(window.accept(interaction(correction="c"), None, 1, AT_MS)).revises == turn.example_id
 
 
-def test_where_prompt_ends_and_answer_begins_matters():
+def test_the_boundary_between_prompt_and_answer_is_part_of_the_identity():
     one, other = (accepted(interaction(prompt=p, correction=a), INTERACTIONS) for p, a in (("ab", "c"), ("a", "bc")))
     assert one.example_id != other.example_id
 
@@ -224,7 +224,7 @@ def test_where_prompt_ends_and_answer_begins_matters():
          b'{"request_id":"1","kind":"erase","adapter":"a","requested_by":"me"}', "wrong-topic"),
     ],
 )  # fmt: skip
-def test_what_is_refused(origin, value, reason):
+def test_invalid_records_are_refused(origin, value, reason):
     decision = acceptor(origin).accept(value, None, 0, AT_MS)
     assert isinstance(decision, Refused)
     assert decision.reason == reason
@@ -249,15 +249,15 @@ def test_an_example_always_fits_its_topic(text):
     assert example_of(decision).text == text
 
 
-def test_offsets_must_grow():
+def test_offsets_must_increase():
     window = acceptor()
     window.accept(document(), None, 5, AT_MS)
     with pytest.raises(OffsetOrderError):
         window.accept(document(), None, 5, AT_MS)
 
 
-def test_example_ids_stay_what_they_are():
-    # Manifests and forgetting refer to examples by these: a change of the formula would orphan them.
+def test_example_ids_do_not_change():
+    # Manifests and forgetting refer to examples by these ids: with another formula they would find none.
     def example_id(kind: str, document_id: str, text: str) -> str:
         parts = ["acme", kind, document_id, sha256(text.encode()).hexdigest()]
         return sha256(json.dumps(parts, separators=(",", ":")).encode()).hexdigest()[:32]

@@ -1,0 +1,202 @@
+"""How intake uses librdkafka: client configurations, calls that need care, and which errors are fatal."""
+
+from __future__ import annotations
+
+import logging
+import operator
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
+from confluent_kafka.admin import AdminClient
+
+from perennial.storage.errors import PerennialError
+from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
+from perennial.streams.kafka.topics import ClusterIds, KafkaUnavailableError, missing_topics_error, topic_id
+from perennial.streams.settings import Settings
+
+log = logging.getLogger("perennial.intake")
+client_log = log.getChild("librdkafka")
+client_log.addFilter(lambda record: "gapless.guarantee is experimental" not in record.getMessage())
+
+CALL_TIMEOUT_S = 10.0
+_RETRY_FOR_S = 30.0
+_RETRY_WAIT_S = 0.2
+
+PRODUCER_CONFIG: Mapping[str, Any] = {
+    "enable.idempotence": True,
+    "enable.gapless.guarantee": True,
+    "message.timeout.ms": 0,
+    "acks": "all",
+    "partitioner": "murmur2_random",  # the same partition for a key as Java's and kafka-python's default partitioners
+    "compression.type": "none",  # kafka-python and aiokafka cannot read lz4 or zstd without further packages
+    "linger.ms": 5,
+    "message.max.bytes": MAX_DEAD_LETTER_BYTES,
+    "queue.buffering.max.kbytes": 131_072,
+    "delivery.report.only.error": True,
+}
+"""The producer: acknowledged by all in-sync replicas, in order, without gaps."""
+
+CONSUMER_CONFIG: Mapping[str, Any] = {
+    "enable.partition.eof": True,
+    "enable.auto.commit": False,
+    "enable.auto.offset.store": False,
+    "auto.offset.reset": "earliest",
+    "partition.assignment.strategy": "range",
+    "session.timeout.ms": 10_000,
+    "heartbeat.interval.ms": 2_000,
+    "queued.max.messages.kbytes": 65_536,
+    "fetch.queue.backoff.ms": 50,
+}
+"""The consumer: offsets are committed by the service alone."""
+
+# librdkafka's own error codes begin with an underscore and have no public name.
+LOST_GROUP = frozenset({
+    KafkaError.ILLEGAL_GENERATION, KafkaError.UNKNOWN_MEMBER_ID, KafkaError.REBALANCE_IN_PROGRESS,
+    KafkaError._ASSIGNMENT_LOST, KafkaError._STATE,  # noqa: SLF001
+})  # fmt: skip
+"""Codes of a commit that fails because the group is rebalancing, or has given the partitions to another member."""
+_RECOVERING = frozenset({
+    KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT,  # noqa: SLF001
+    KafkaError._MAX_POLL_EXCEEDED,  # noqa: SLF001  # the rebalance that follows assigns the partitions anew
+})  # fmt: skip
+"""Codes of a consumer error from which librdkafka recovers by itself."""
+_TEMPORARY = frozenset({
+    KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_COORDINATOR,
+    KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.REQUEST_TIMED_OUT,
+    KafkaError._TRANSPORT, KafkaError._TIMED_OUT, KafkaError._WAIT_COORD,  # noqa: SLF001
+})  # fmt: skip
+"""Codes of a call that may succeed when it is repeated: a leader or a coordinator is being elected."""
+
+Answer = TypeVar("Answer")
+
+
+class DeliveryError(PerennialError):
+    """Kafka did not accept a record."""
+
+
+class ConsumeError(PerennialError):
+    """Records cannot be read from Kafka."""
+
+
+message_headers = operator.methodcaller("headers")
+"""Return the headers of a Message; raise UnicodeDecodeError or SystemError where a header's name is not UTF-8.
+
+Hazard: for such a name confluent-kafka 2.12 returns tuples with a null pointer and leaves its exception pending.
+CPython's specialised method call does not check for a pending exception, so `message.headers()` would crash the process
+or raise at some later line. `methodcaller` uses the checked call, which raises SystemError at once.
+"""
+
+
+def cluster_ids(admin: AdminClient, names: Sequence[str]) -> ClusterIds:
+    """Return the ids of the cluster and of topics.
+
+    Args:
+        admin: A client of the cluster.
+        names: Topic names with the prefix.
+
+    Returns:
+        The ids.
+
+    Raises:
+        TopicError: A topic does not exist.
+        KafkaException: Kafka does not answer within CALL_TIMEOUT_S.
+    """
+    cluster = admin.describe_cluster(request_timeout=CALL_TIMEOUT_S).result()
+    found: dict[str, str] = {}
+    missing = []
+    for name, future in admin.describe_topics(TopicCollection(list(names)), request_timeout=CALL_TIMEOUT_S).items():
+        try:
+            raw = future.result().topic_id
+        except KafkaException as error:
+            if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
+                raise
+            missing.append(name)
+        else:
+            high, low = raw.get_most_significant_bits(), raw.get_least_significant_bits()
+            found[name] = topic_id(uuid.UUID(int=((high % 2**64) << 64) | (low % 2**64)))
+    if missing:
+        raise missing_topics_error(sorted(missing))
+    return ClusterIds(str(cluster.cluster_id), found)
+
+
+def committed_offsets(consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
+    """Return the partitions with the group's committed offsets; negative where none is committed.
+
+    Raises:
+        KafkaException: An offset cannot be read within half a minute.
+    """
+    committed: list[TopicPartition] = _retry(lambda: consumer.committed(partitions, timeout=CALL_TIMEOUT_S))
+    for each in committed:
+        if each.error is not None:
+            raise KafkaException(each.error)
+    return committed
+
+
+def log_bounds(consumer: Consumer, partition: TopicPartition) -> tuple[int, int]:
+    """Return the first offset of a partition's log, and the offset behind its last record.
+
+    Raises:
+        KafkaException: The offsets cannot be read within half a minute.
+    """
+    bounds: tuple[int, int] = _retry(partial(consumer.get_watermark_offsets, partition, timeout=CALL_TIMEOUT_S))
+    return bounds
+
+
+def commit_offsets(consumer: Consumer, offsets: list[TopicPartition]) -> None:
+    """Commit offsets and wait until the broker has stored them.
+
+    Raises:
+        KafkaException: They cannot be committed within half a minute; its code is in LOST_GROUP where the group is
+            rebalancing.
+    """
+    _retry(lambda: consumer.commit(offsets=offsets, asynchronous=False))
+
+
+def _retry(call: Callable[[], Answer]) -> Answer:
+    """Repeat a call while it fails with a code of _TEMPORARY, for _RETRY_FOR_S at most."""
+    # tenacity or stamina would need about as many lines for this one loop with a fixed wait, and be one more dependency.
+    deadline_s = time.monotonic() + _RETRY_FOR_S
+    while True:
+        try:
+            return call()
+        except KafkaException as error:
+            if error.args[0].code() not in _TEMPORARY or time.monotonic() > deadline_s:
+                raise
+            time.sleep(_RETRY_WAIT_S)
+
+
+def raise_unless_recovering(error: KafkaError) -> None:
+    """Log a consumer error from which librdkafka recovers by itself, and raise any other.
+
+    Raises:
+        TopicError: The topic does not exist.
+        ConsumeError: Any other error.
+    """
+    if error.code() in _RECOVERING or error.retriable():
+        log.warning("reading from Kafka: %s", error)
+        return
+    if error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}:  # noqa: SLF001
+        raise missing_topics_error([error.str()])
+    raise ConsumeError(
+        got=f"{error.name()}: {error.str()}", allowed="records", remedy="see the broker's log; restart intake"
+    )
+
+
+def delivery_error(error: KafkaError) -> DeliveryError:
+    """Return the error that reports a record that Kafka did not accept."""
+    return DeliveryError(
+        got=f"{error.name()}: {error.str()}",
+        allowed="an acknowledgement by all replicas",
+        remedy="repair the broker or the topic (see `perennial topics create`), then restart intake: nothing is lost",
+    )
+
+
+def unavailable_error(settings: Settings, error: KafkaException) -> KafkaUnavailableError:
+    """Return the error that reports a broker that does not answer."""
+    return KafkaUnavailableError(
+        got=str(error), allowed=f"a broker at {settings.kafka.bootstrap}", remedy="check that the broker runs"
+    )
