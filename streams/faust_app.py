@@ -1,9 +1,9 @@
 """The Faust application: its agents, and how they run and end. The only file that imports faust.
 
-Hazards of Faust that shape the agents (streams/curate.py, streams/retain_agent.py), all read in its source:
+Hazards of Faust that shape the agents (streams/curate/agent.py, streams/retain/agent.py), all read in its source:
 - an agent that raises acknowledges what it was given, so nothing here raises: a fatal error parks the agent and ends
   the application, and `run_streams` raises it;
-- acknowledging out of order commits past what is pending (see OffsetLine);
+- acknowledging out of order commits past what is pending (see streams/curate/offsets.py);
 - every rebalance revokes all partitions and rewinds those it gives back to their committed offset, so all that is in
   memory belongs to one generation of the group and is dropped with it.
 """

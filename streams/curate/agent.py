@@ -1,11 +1,20 @@
-"""The curate agent's hold on Faust: scored examples in; micro-batches to the store, jobs and drift out.
+"""The curate agent: read scored examples, store micro-batches, publish jobs and drift.
 
-Order per cut: the name of the batch's body in `state/cutting/<adapter>`, the body, the state object
-`state/curate/<adapter>` by compare-and-swap (the commit point, which also fences a process that lost its partitions
-unawares), the job, then the acknowledgements. On restore the job in the state is sent again as soon as a delivery that
-it covers comes back, for only then may it never have been sent; and a body that was named but never committed is
-deleted, for its text would be where no forgetting looks.
-Needs faust only as an argument; its hazards are told in streams/agents.py.
+The order of the steps of a cut is fixed, so that a crash at any point loses nothing and learns nothing twice:
+
+1. the name of the micro-batch's body, in `state/cutting/<adapter>`;
+2. the body, as a blob;
+3. the adapter's state, in `state/curate/<adapter>`, by compare-and-swap. This commits the cut. It also stops a process
+   that lost its partitions without noticing;
+4. the job, to the topic adapter-jobs;
+5. the acknowledgement of the deliveries that the cut covers.
+
+A crash between 3 and 4 leaves a job that is stored but possibly not published. Its deliveries were not acknowledged, so
+they arrive again; the first one that the restored state covers makes the agent publish the job again. A crash between
+1 and 3 leaves a body that no cut names. It is deleted when the adapter is loaded, because no forgetting would find the
+texts in it.
+
+This module does not import Faust; it is given the application. streams/faust_app.py describes the hazards of Faust.
 """
 
 from __future__ import annotations
@@ -13,9 +22,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Collection
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeAlias
 
@@ -27,7 +37,8 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, put_blob
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
-from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher, OffsetLine
+from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
+from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.events.cloudevents import Encoded, WireError, decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.models import BlobRef, CutReason, DriftDetected, Event, ExampleScored, UpdateRequested
@@ -47,11 +58,11 @@ Delivery: TypeAlias = tuple[Any, int]
 
 
 class CurateError(PerennialError):
-    """The curate agent got what it cannot handle."""
+    """The curate agent received an event that it cannot handle."""
 
 
 class _Cutting(BaseModel):
-    """The body that is being written, and of which cut."""
+    """The body that is being written, and the number of its cut."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     cut: int
@@ -59,17 +70,60 @@ class _Cutting(BaseModel):
 
 
 def state_key(adapter: str) -> str:
-    """Where curate keeps what it knows of an adapter."""
+    """Return the object key of an adapter's curate state."""
     return f"state/curate/{adapter}"
 
 
 def cutting_key(adapter: str) -> str:
-    """Where curate names a body before it writes it."""
+    """Return the object key that names an adapter's body while it is being written."""
     return f"state/cutting/{adapter}"
 
 
+@dataclass
+class _Adapter:
+    """Everything that this process holds of one adapter.
+
+    Attributes:
+        batcher: the pending examples and the decision when to cut.
+        state_etag: etag of the object at `state_key`; None: it does not exist.
+        cutting_etag: etag of the object at `cutting_key`; None: it does not exist.
+        unconfirmed: the state was loaded, so it is not known whether its last job was published.
+    """
+
+    batcher: MicroBatcher[Delivery]
+    state_etag: str | None = None
+    cutting_etag: str | None = None
+    unconfirmed: bool = False
+
+
+@dataclass
+class _Session:
+    """Everything in memory that belongs to one generation of the consumer group.
+
+    Attributes:
+        generation: the generation; None: nothing was received yet.
+        adapters: the loaded adapters, least recently used first.
+        waiting: names of the adapters with pending deliveries, longest waiting first.
+        offsets: the unacknowledged deliveries of each input partition.
+    """
+
+    generation: int | None = None
+    adapters: OrderedDict[str, _Adapter] = field(default_factory=OrderedDict)
+    waiting: dict[str, None] = field(default_factory=dict)
+    offsets: dict[Any, OffsetTracker[Any]] = field(default_factory=dict)
+
+
 class CurateAgent:
-    """The state of the curate agent in one process: curators, etags and offsets of one group generation."""
+    """Cut the scored examples of every assigned adapter into micro-batches, for one process.
+
+    `receive` and `tick` must not run at the same time (faust_app.Guard sees to that).
+
+    Args:
+        app: the Faust application, of which consumer, producer and `consumer_generation_id` are used.
+        settings: topics, bounds of a micro-batch and number of adapters in memory.
+        metrics: the figures of the role.
+        store: the object store.
+    """
 
     def __init__(self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore) -> None:
         self._app = app
@@ -77,50 +131,46 @@ class CurateAgent:
         self._metrics = metrics
         self._store = store
         self._policy = CutPolicy.of(settings)
-        self._generation: int | None = None
+        self._session = _Session()
         self._revoked: int | None = None
-        self._curators: OrderedDict[str, MicroBatcher[Delivery]] = OrderedDict()
-        self._etags: dict[str, str | None] = {}
-        self._cutting: dict[str, str | None] = {}  # etags of what is under cutting_key
-        self._unconfirmed: set[str] = set()  # restored: whether the last job went out is not known
-        self._waiting: dict[str, None] = {}  # adapters with something pending, oldest first
-        self._lines: dict[Any, OffsetLine[Any]] = {}
         self._ticks = 0
         self._assigned = False
 
     def assign(self) -> None:
-        """Partitions were given: from now on it can be told how many events wait."""
+        """Note that partitions were assigned. From now on the lag can be measured."""
         self._assigned = True
         self._metrics.waiting(False)
 
     def revoke(self) -> None:
-        """All partitions were taken: what is in memory belongs to a generation that is over."""
+        """Note that all partitions were revoked. What is in memory belongs to a generation that has ended."""
         self._assigned = False
         self._revoked = self._app.consumer_generation_id
 
     def _is_current(self, generation: int | None) -> bool:
         return generation == self._app.consumer_generation_id and generation != self._revoked
 
-    def _drop_stale(self) -> None:
-        """Drop what an ended generation left."""
-        if self._generation is not None and not self._is_current(self._generation):
-            self._generation = None
-            for kept in (self._curators, self._etags, self._cutting, self._unconfirmed, self._waiting, self._lines):
-                kept.clear()
+    def _drop_ended_session(self) -> None:
+        if self._session.generation is not None and not self._is_current(self._session.generation):
+            self._session = _Session()
 
     async def receive(self, event: Any) -> None:
-        """Take one delivery."""
+        """Process one delivery from scored-examples.
+
+        Raises:
+            CurateError: the event is of another type.
+            PerennialError: the store or its content is not usable.
+        """
         message = event.message
-        self._drop_stale()
+        self._drop_ended_session()
         if not self._is_current(message.generation_id):
-            return  # it will be delivered again to whoever has the partition now
-        self._generation = message.generation_id
+            return  # it will be delivered again to the process that has the partition now
+        self._session.generation = message.generation_id
         failpoint("curate.receive")
         tp, offset = message.tp, message.offset
-        if not self._lines.setdefault(tp, OffsetLine()).add(offset, event):
+        if not self._session.offsets.setdefault(tp, OffsetTracker()).add(offset, event):
             return
         value, headers = message.value, message.headers
-        event.value = message.value = None  # the line may hold the event for as long as the oldest example waits
+        event.value = message.value = None  # the tracker may hold the event for as long as the oldest example waits
         self._metrics.events_in(TOPIC)
         try:
             scored = decode(value, headers, TOPIC).event
@@ -130,207 +180,238 @@ class CurateAgent:
             return
         if not isinstance(scored, ExampleScored):
             raise CurateError("an event of another type", got=type(scored).__name__, allowed=ExampleScored.__name__)
-        await self._offer(scored, (tp, offset))
+        name = scored.example.adapter
+        await self._ensure_loaded(name)
+        await self._offer(name, [(scored, (tp, offset))])
         self._metrics.progress()
 
-    async def _offer(self, scored: ExampleScored, delivery: Delivery) -> None:
-        adapter = scored.example.adapter
-        curator = await self._curator(adapter)
-        offer = curator.offer(scored, delivery, _steady_ms())
-        if offer.covered:
-            if adapter in self._unconfirmed and curator.last_job is not None:
-                await self._send_job(curator.last_job)
-            self._unconfirmed.discard(adapter)
-            self._acknowledge([delivery])
-            return
-        self._waiting.setdefault(adapter)
-        for drift in offer.drifts:
-            await self._send_drift(drift)
-        if offer.reason is not None:
-            await self._cut(curator, offer.reason)
+    async def tick(self) -> None:
+        """Cut the adapters whose oldest example has waited long enough. On every fourth call, report lag and age."""
+        self._drop_ended_session()
+        session, now_ms = self._session, _monotonic_ms()
+        while session.waiting:
+            name = next(iter(session.waiting))
+            due = session.adapters[name].batcher.due(now_ms)
+            if due is None:
+                break
+            await self._save_due(name, due)
+        self._ticks += 1
+        if self._ticks % 4 == 0 and self._assigned:
+            with suppress(KafkaError):  # a rebalance may begin meanwhile
+                await self._report(_wall_clock_ms())
 
-    async def _curator(self, adapter: str) -> MicroBatcher[Delivery]:
-        curator = self._curators.get(adapter)
-        if curator is None:
-            await self._make_room()
-            curator = await self._load(adapter)
-            self._curators[adapter] = curator
-        self._curators.move_to_end(adapter)
-        return curator
+    # The hot path: offer, cut, store.
 
-    async def _load(self, adapter: str) -> MicroBatcher[Delivery]:
-        while True:
-            curator = await asyncio.to_thread(self._restore, adapter)
-            try:
-                await asyncio.to_thread(self._clear, curator)
-            except ConflictError:
-                continue  # whoever was here before goes on still
-            if self._etags[adapter] is not None:
-                self._unconfirmed.add(adapter)
-            return curator
+    async def _offer(
+        self, name: str, deliveries: Iterable[tuple[ExampleScored, Delivery]], redelivered: Iterable[Delivery] = ()
+    ) -> None:
+        """Offer deliveries to a loaded adapter, and cut whenever its policy asks for it.
 
-    def _restore(self, adapter: str) -> MicroBatcher[Delivery]:
-        try:
-            stored = self._store.get(state_key(adapter), MAX_STATE_BYTES)
-        except NotFoundError:
-            self._etags[adapter] = None
-            return MicroBatcher(adapter, self._policy)
-        self._etags[adapter] = stored.etag
-        return MicroBatcher.restore(adapter, self._policy, stored.data)
-
-    def _clear(self, curator: MicroBatcher[Delivery]) -> None:
-        """Delete the body that a process before this one wrote, or was about to write, and did not commit.
-
-        Hazard: that process may go on. So the state is replaced first: it can then never commit a cut with that body.
+        If another process has cut the adapter meanwhile, its state is loaded and what is pending is offered again.
+        Nothing is missing then: the pending deliveries are a part of the log without holes, so they contain all that
+        lies beyond the other process's high-water marks.
         """
-        adapter = curator.adapter
-        key = cutting_key(adapter)
-        try:
-            stored = self._store.get(key, MAX_CUTTING_BYTES)
-        except NotFoundError:
-            self._cutting[adapter] = None
-            return
-        self._cutting[adapter] = stored.etag
-        try:
-            left = _Cutting.model_validate_json(stored.data)
-        except ValidationError as error:
-            raise IntegrityError(
-                f"{key} is not readable", got=stored.data[:100], allowed="a cut and its body",
-                remedy="delete the object once the blob that it names is deleted",
-            ) from error  # fmt: skip
-        if left.cut < curator.cuts:
-            return
-        self._etags[adapter] = self._store.compare_and_swap(state_key(adapter), curator.fence(), self._etags[adapter])
-        self._store.delete(blob_key(left.batch.digest))
+        queue, repeated = deque(deliveries), list(redelivered)
+        while queue:
+            adapter = self._session.adapters[name]
+            scored, delivery = queue.popleft()
+            offer = adapter.batcher.offer(scored, delivery, _monotonic_ms())
+            if offer.covered:
+                await self._confirm_last_job(adapter)
+                self._acknowledge([delivery])
+                continue
+            self._session.waiting.setdefault(name)
+            for drift in offer.drifts:
+                await self._send_drift(drift)
+            if offer.reason is not None and not await self._cut(adapter, offer.reason):
+                pending, again = await self._reload(adapter)
+                queue.extendleft(reversed(pending))
+                repeated += again
+        if repeated:
+            batcher = self._session.adapters[name].batcher
+            if batcher.idle:
+                self._acknowledge(repeated)
+            else:
+                batcher.add_redelivered(repeated)
 
-    def _write_body(self, body: bytes, job: UpdateRequested) -> None:
-        """The body, once its name is known to whoever comes after a crash. Raises ConflictError."""
-        name = _Cutting(cut=job.cut, batch=job.batch).model_dump_json().encode()
-        held = self._cutting[job.adapter]
-        self._cutting[job.adapter] = self._store.compare_and_swap(cutting_key(job.adapter), name, held)
-        put_blob(self._store, body)
+    async def _save_due(self, name: str, due: Literal["age", "flush"] | None) -> None:
+        """Cut or flush a loaded adapter now."""
+        adapter = self._session.adapters[name]
+        saved = await (self._save(adapter, adapter.batcher.flush()) if due == "flush" else self._cut(adapter, "age"))
+        if not saved:
+            await self._offer(name, *await self._reload(adapter))
 
-    async def _make_room(self) -> None:
-        """Let go of the adapter unused for longest; what is pending there is cut before its time."""
-        while len(self._curators) >= self._settings.curate.max_adapters:
-            adapter, curator = next(iter(self._curators.items()))
-            if not curator.idle:
-                await self._save_due(curator, curator.due(_steady_ms() + self._policy.max_age_ms))
-            curator = self._curators[adapter]
-            if curator.idle:
-                del self._curators[adapter], self._etags[adapter], self._cutting[adapter]
-                self._unconfirmed.discard(adapter)
+    async def _cut(self, adapter: _Adapter, reason: CutReason) -> bool:
+        """Cut what is pending, without what is in quarantine. Return False on a write conflict."""
+        blocked = await asyncio.to_thread(self._blocked, adapter.batcher)
+        return await self._save(adapter, adapter.batcher.cut(_now(), reason, blocked))
 
-    async def _cut(self, curator: MicroBatcher[Delivery], reason: CutReason) -> None:
-        blocked = await asyncio.to_thread(self._blocked, curator)
-        await self._save(curator, curator.cut(_now(), reason, blocked))
+    async def _save(self, adapter: _Adapter, cut: Cut) -> bool:
+        """Store a cut, publish its job, acknowledge its deliveries. Return False on a write conflict.
 
-    async def _save_due(self, curator: MicroBatcher[Delivery], due: Literal["age", "flush"] | None) -> None:
-        if due == "flush":
-            await self._save(curator, curator.flush())
-        else:
-            await self._cut(curator, "age")
-
-    def _blocked(self, curator: MicroBatcher[Delivery]) -> Collection[str]:
-        """Ids of the pending examples that must not be learned. Their texts never reach the store.
-
-        What is to be forgotten for good is gone before any version could know it, so here its text is suppressed.
+        Hazard: the order body, state, job, acknowledgements must stay (see the module's docstring).
         """
-        quarantine = load_quarantine(self._store, curator.adapter)
-        if not (quarantine.entries or quarantine.suppressed):
-            return ()
-        screen = QuarantineFilter(quarantine)
-        blocked = {example.example_id: example for example in curator.pending if screen.blocks(example)}
-        erased = [text for example in blocked.values() if screen.erases(example) and (text := text_hash(example))]
-        if erased:
-            update_quarantine(self._store, curator.adapter, lambda found: found.suppressing(erased))
-        return blocked.keys()
-
-    async def _save(self, curator: MicroBatcher[Delivery], cut: Cut) -> None:
-        """Body, state, job, acknowledgements: in this order a crash at any point loses and doubles nothing."""
-        adapter = curator.adapter
+        name = adapter.batcher.adapter
         try:
             if cut.body is not None and cut.job is not None:
-                await asyncio.to_thread(self._write_body, cut.body, cut.job)
+                await asyncio.to_thread(self._write_body, adapter, cut.body, cut.job)
                 failpoint("curate.blob")
-            self._etags[adapter] = await asyncio.to_thread(
-                self._store.compare_and_swap, state_key(adapter), cut.state, self._etags[adapter]
+            adapter.state_etag = await asyncio.to_thread(
+                self._store.compare_and_swap, state_key(name), cut.state, adapter.state_etag
             )
         except ConflictError:
             self._metrics.store_error("curate.conflict")
-            await self._reload(curator)
-            return
+            return False
         failpoint("curate.state")
         if cut.job is not None:
             await self._send_job(cut.job)
             self._metrics.cut(cut.job.reason, cut.job.examples, cut.job.tokens)
-        self._unconfirmed.discard(adapter)
-        self._waiting.pop(adapter, None)
-        self._acknowledge(curator.saved())
+        adapter.unconfirmed = False
+        self._session.waiting.pop(name, None)
+        self._acknowledge(adapter.batcher.apply(cut))
         self._metrics.progress()
+        return True
 
-    async def _reload(self, curator: MicroBatcher[Delivery]) -> None:
-        """Another process cut this adapter meanwhile: take its state over, and what is pending beyond it.
+    def _write_body(self, adapter: _Adapter, body: bytes, job: UpdateRequested) -> None:
+        """Write the body after its name, so that it is found after a crash. Raise ConflictError if another wrote."""
+        name = _Cutting(cut=job.cut, batch=job.batch).model_dump_json().encode()
+        adapter.cutting_etag = self._store.compare_and_swap(cutting_key(job.adapter), name, adapter.cutting_etag)
+        put_blob(self._store, body)
 
-        What is pending is a part of the log without holes, so what lies beyond the new marks is all there.
+    def _blocked(self, batcher: MicroBatcher[Delivery]) -> Collection[str]:
+        """Return the ids of the pending examples that are in quarantine. Their texts never reach the store.
+
+        No version will know an example that is blocked here, so the job that erases it will not find its text. The
+        text of an example to be erased is therefore suppressed here.
         """
-        adapter = curator.adapter
-        self._waiting.pop(adapter, None)
-        self._curators[adapter] = await self._load(adapter)
-        for scored, delivery in curator.tail():
-            await self._offer(scored, delivery)
-        again = curator.redelivered()
-        if self._curators[adapter].idle:
-            self._acknowledge(again)
-        else:
-            self._curators[adapter].adopt(again)
+        quarantine = load_quarantine(self._store, batcher.adapter)
+        if not (quarantine.entries or quarantine.suppressed):
+            return ()
+        quarantine_filter = QuarantineFilter(quarantine)
+        blocked = {
+            example.example_id: example for example in batcher.pending_examples if quarantine_filter.blocks(example)
+        }
+        erased = [
+            text for example in blocked.values() if quarantine_filter.erases(example) and (text := text_hash(example))
+        ]
+        if erased:
+            update_quarantine(self._store, batcher.adapter, lambda found: found.suppressing(erased))
+        return blocked.keys()
 
-    async def tick(self) -> None:
-        """Cut what has waited long enough; every fourth time, report."""
-        self._drop_stale()
-        now_ms = _steady_ms()
-        while self._waiting:
-            curator = self._curators[next(iter(self._waiting))]
-            due = curator.due(now_ms)
-            if due is None:
-                break
-            await self._save_due(curator, due)
-        self._ticks += 1
-        if self._ticks % 4 == 0 and self._assigned:
-            with suppress(KafkaError):  # a rebalance that began meanwhile
-                await self._report(_now_ms())
+    async def _confirm_last_job(self, adapter: _Adapter) -> None:
+        """Publish the last job of a loaded state once more, because it may never have been published."""
+        last_job = adapter.batcher.history.last_job
+        if adapter.unconfirmed and last_job is not None:
+            await self._send_job(last_job)
+        adapter.unconfirmed = False
+
+    # Adapters in memory: load, reload, evict.
+
+    async def _ensure_loaded(self, name: str) -> None:
+        """Load an adapter if it is not in memory, and mark it as the most recently used."""
+        adapters = self._session.adapters
+        if name not in adapters:
+            await self._make_room()
+            adapters[name] = await self._load(name)
+        adapters.move_to_end(name)
+
+    async def _make_room(self) -> None:
+        """Evict the least recently used adapter if memory is full. What is pending there is cut early."""
+        adapters = self._session.adapters
+        while len(adapters) >= self._settings.curate.max_adapters:
+            name = next(iter(adapters))
+            batcher = adapters[name].batcher
+            if not batcher.idle:
+                await self._save_due(name, batcher.due(_monotonic_ms() + self._policy.max_age_ms))
+            if adapters[name].batcher.idle:
+                del adapters[name]
+
+    async def _load(self, name: str) -> _Adapter:
+        while True:
+            adapter = await asyncio.to_thread(self._restore, name)
+            try:
+                await asyncio.to_thread(self._delete_uncommitted_body, adapter)
+            except ConflictError:
+                continue  # the process that had the adapter before is still writing
+            adapter.unconfirmed = adapter.state_etag is not None
+            return adapter
+
+    def _restore(self, name: str) -> _Adapter:
+        try:
+            stored = self._store.get(state_key(name), MAX_STATE_BYTES)
+        except NotFoundError:
+            return _Adapter(MicroBatcher(name, self._policy))
+        return _Adapter(MicroBatcher.restore(name, self._policy, stored.data), stored.etag)
+
+    def _delete_uncommitted_body(self, adapter: _Adapter) -> None:
+        """Delete the body that an earlier process wrote, or was about to write, and did not commit.
+
+        Hazard: that process may still be running. The state is therefore replaced first, so that its compare-and-swap
+        fails and it can never commit a cut with that body. Raise ConflictError if it committed before.
+        """
+        batcher = adapter.batcher
+        key = cutting_key(batcher.adapter)
+        try:
+            stored = self._store.get(key, MAX_CUTTING_BYTES)
+        except NotFoundError:
+            return
+        adapter.cutting_etag = stored.etag
+        try:
+            left = _Cutting.model_validate_json(stored.data)
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{key} is not readable", got=stored.data[:100], allowed="the number of a cut and the digest of its body",
+                remedy="delete the object, after the blob that it names",
+            ) from error  # fmt: skip
+        if left.cut < batcher.history.cuts:
+            return
+        fence = batcher.fence()
+        adapter.state_etag = self._store.compare_and_swap(state_key(batcher.adapter), fence.state, adapter.state_etag)
+        batcher.apply(fence)
+        self._store.delete(blob_key(left.batch.digest))
+
+    async def _reload(self, adapter: _Adapter) -> tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]:
+        """Replace an adapter by what is stored. Return its pending deliveries, to be offered again, and redeliveries."""
+        batcher = adapter.batcher
+        self._session.waiting.pop(batcher.adapter, None)
+        self._session.adapters[batcher.adapter] = await self._load(batcher.adapter)
+        return batcher.pending_deliveries(), batcher.redelivered()
+
+    # Kafka: acknowledgements, events, lag.
+
+    def _acknowledge(self, deliveries: Iterable[Delivery]) -> None:
+        if not self._is_current(self._session.generation):
+            return
+        offsets = self._session.offsets
+        touched = []
+        for tp, offset in deliveries:
+            offsets[tp].complete(offset)
+            touched.append(tp)
+        for tp in dict.fromkeys(touched):
+            for event in offsets[tp].releasable():
+                event.ack()
+        failpoint("curate.ack")
 
     async def _report(self, now_ms: int) -> None:
         lag = 0
         for tp in self._app.consumer.assignment():
             if tp.topic != self._settings.kafka.topic(TOPIC):
                 continue
-            line = self._lines.get(tp)
-            at = line.next_offset if line is not None else await self._app.consumer.position(tp)
-            lag += max(0, (self._app.consumer.highwater(tp) or 0) - (at or 0))
+            tracker = self._session.offsets.get(tp)
+            position = tracker.next_offset if tracker is not None else await self._app.consumer.position(tp)
+            lag += max(0, (self._app.consumer.highwater(tp) or 0) - (position or 0))
         self._metrics.lag(TOPIC, lag)
-        oldest = [c.oldest_origin_ms for c in map(self._curators.__getitem__, list(self._waiting)[:1])]
-        self._metrics.oldest_age_s(max(0.0, (now_ms - oldest[0]) / 1000) if oldest and oldest[0] else 0.0)
-
-    def _acknowledge(self, deliveries: list[Delivery]) -> None:
-        if not self._is_current(self._generation):
-            return
-        touched = []
-        for tp, offset in deliveries:
-            self._lines[tp].done(offset)
-            touched.append(tp)
-        for tp in dict.fromkeys(touched):
-            for event in self._lines[tp].ready():
-                event.ack()
-        failpoint("curate.ack")
+        longest_waiting = next(iter(self._session.waiting), None)
+        oldest_ms = self._session.adapters[longest_waiting].batcher.oldest_origin_ms if longest_waiting else None
+        self._metrics.oldest_age_s(max(0.0, (now_ms - oldest_ms) / 1000) if oldest_ms else 0.0)
 
     async def _refuse(self, error: WireError, value: bytes | None, headers: Any, message: Any) -> None:
         log.warning("refused %s[%d]@%d: %s", TOPIC, message.partition, message.offset, error.reason)
-        letter, letter_headers = encode_dead_letter(
+        record, record_headers = encode_dead_letter(
             value, headers, reason=error.reason, stage="curate", detail=error.detail, topic=TOPIC,
             partition=message.partition, offset=message.offset, at=_now(),
         )  # fmt: skip
-        await self._produce("dead-letters", message.key, letter, letter_headers)
+        await self._produce("dead-letters", message.key, record, record_headers)
         self._metrics.refused(error.reason)
 
     async def _send_job(self, job: UpdateRequested) -> None:
@@ -347,7 +428,7 @@ class CurateAgent:
         await self._produce(event.topic, encoded.key, encoded.value, encoded.headers)
 
     async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
-        """Publish and wait for the broker's acknowledgement by all in-sync replicas."""
+        """Publish a record and wait until all in-sync replicas have acknowledged it."""
         await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, None, None, headers)
         self._metrics.events_out(topic)
 
@@ -356,10 +437,13 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _steady_ms() -> int:
-    """For how long an example waits: a wall clock that is set back would keep every adapter's from being cut."""
+def _monotonic_ms() -> int:
+    """Return the clock that measures how long examples wait, in milliseconds.
+
+    Hazard: by a wall clock that is set back, no adapter would be cut until the clock has caught up.
+    """
     return time.monotonic_ns() // 1_000_000
 
 
-def _now_ms() -> int:
+def _wall_clock_ms() -> int:
     return time.time_ns() // 1_000_000

@@ -1,12 +1,17 @@
-"""When to cut a micro-batch, and what state a cut leaves: one adapter's state machine. Pure: clock is an argument.
+"""Decide when to cut a micro-batch of one adapter, and what to store with the cut. No I/O; time is an argument.
 
-An example is counted by its origin. `marks` (in the saved state) say what earlier cuts cover; `seen` (in memory) what
-arrived since. At or below the mark: covered, drop it. At or below `seen`: a redelivery of what is still pending. So an
-example is in exactly one cut however often it is delivered, given that deliveries of one adapter and origin partition
-come in order and without holes. Cuts on size are a function of the examples alone, so a replay makes the same cuts.
+Each example is identified by its origin (partition and offset). The stored high-water marks (`marks` in the JSON) say
+which origins earlier cuts cover; the origins in memory say what arrived since. An example at or below the stored mark
+is covered and is dropped. An example at or below the mark in memory is a redelivery of a pending one. So each example
+is in exactly one cut, however often it is delivered, provided that the deliveries of one adapter and origin partition
+arrive in order and without holes. Cuts for size depend on the examples alone, so a replay of the log makes the same
+cuts.
 
-Bounded per adapter: at most max_batch_examples and MAX_SKIPPED pending, RECENT_IDS ids of 8 bytes, the monitor's
-windows, one mark per origin partition.
+Nothing is changed by making a cut: `MicroBatcher.cut` returns what to store, and `MicroBatcher.apply` adopts it once
+it is stored.
+
+Memory per adapter is bounded: at most `max_batch_examples` and MAX_SKIPPED pending deliveries, RECENT_IDS ids of
+8 bytes, the windows of the drift monitor, and one mark per origin partition.
 """
 
 from __future__ import annotations
@@ -14,9 +19,8 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections import deque
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, Literal, TypeVar
 
@@ -50,7 +54,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class CutPolicy:
-    """The bounds of a micro-batch. window: detector inputs kept per signal."""
+    """The bounds of a micro-batch.
+
+    Attributes:
+        max_tokens: pending tokens that cut a micro-batch.
+        max_examples: pending examples that cut a micro-batch.
+        min_examples: pending examples below which drift does not cut.
+        max_age_ms: age of the oldest pending delivery that cuts a micro-batch, in milliseconds.
+        cooldown_examples: examples after a new live version in which drift does not cut.
+        window: values per signal that are kept to rebuild its drift detectors.
+    """
 
     max_tokens: int
     max_examples: int
@@ -61,7 +74,7 @@ class CutPolicy:
 
     @classmethod
     def of(cls, settings: Settings) -> CutPolicy:
-        """The policy that the settings ask for."""
+        """Return the policy that the settings describe."""
         return cls(
             settings.curate.max_batch_tokens,
             settings.curate.max_batch_examples,
@@ -74,7 +87,13 @@ class CutPolicy:
 
 @dataclass(frozen=True)
 class Offer:
-    """What became of an offered example. covered: an earlier cut has it, acknowledge it now."""
+    """The result of offering one delivery.
+
+    Attributes:
+        covered: an earlier cut covers the example; acknowledge the delivery now.
+        drifts: drift that this example revealed, to be published.
+        reason: why to cut now; None: do not cut.
+    """
 
     covered: bool
     drifts: tuple[DriftDetected, ...] = ()
@@ -82,16 +101,49 @@ class Offer:
 
 
 @dataclass(frozen=True)
+class CutHistory:
+    """What the cuts so far leave behind.
+
+    Attributes:
+        cuts: number of cuts; also the number of the next cut.
+        fences: number of times that the state was rewritten only to invalidate the etag of another process.
+        high_water_marks: the highest covered offset per origin partition.
+        carried: examples that are not learned and that the next micro-batch will list as skipped.
+        last_job: the job of the last cut; None before the first.
+    """
+
+    cuts: int = 0
+    fences: int = 0
+    high_water_marks: Mapping[str, int] = field(default_factory=dict)
+    carried: tuple[BatchSkip, ...] = ()
+    last_job: UpdateRequested | None = None
+
+
+@dataclass(frozen=True)
 class Cut:
-    """What to write, in this order: the batch's body, the state, the job. body is None where only skips are saved."""
+    """What to store and publish, in this order: the body, the state, the job.
+
+    Attributes:
+        body: the bytes of the micro-batch; None if only the state is stored.
+        state: the bytes of the adapter's new state.
+        job: the job that names the body; None if only the state is stored.
+        history: the part of the new state that `MicroBatcher.apply` adopts.
+    """
 
     body: bytes | None
     state: bytes
     job: UpdateRequested | None
+    history: CutHistory
 
 
 class RecentIds:
-    """The last RECENT_IDS example ids, 8 bytes of each; two that share them by chance: 2**-52 per new example."""
+    """The last RECENT_IDS example ids, of which the first 8 bytes are kept.
+
+    Two different ids share these bytes with a probability of 2**-52 per new example.
+
+    Args:
+        data: ids that `to_bytes` returned.
+    """
 
     def __init__(self, data: bytes = b"") -> None:
         loaded = np.frombuffer(data, dtype="<u8").astype(np.uint64)[-RECENT_IDS:]
@@ -100,7 +152,7 @@ class RecentIds:
         self._added = len(loaded)
 
     def add(self, example_id: str) -> bool:
-        """Remember the id; False where it was there already."""
+        """Add an id. Return False if it is present already."""
         key = np.uint64(int(example_id[:16], 16))
         held = min(self._added, len(self._ring))
         if bool((self._ring[:held] == key).any()):
@@ -116,7 +168,7 @@ class RecentIds:
         return True
 
     def to_bytes(self) -> bytes:
-        """Oldest first, 8 bytes each, little endian."""
+        """Return the ids from oldest to newest, each as 8 bytes in little-endian order."""
         if self._added <= len(self._ring):
             return self._ring[: self._added].astype("<u8").tobytes()
         return np.roll(self._ring, -(self._added % len(self._ring))).astype("<u8").tobytes()
@@ -124,83 +176,99 @@ class RecentIds:
 
 @dataclass
 class _Pending(Generic[T]):
-    """What arrived since the last save, in order of arrival."""
+    """What arrived since the last cut was applied, in order of arrival.
 
-    tail: list[tuple[ExampleScored, T]] = field(default_factory=list)
-    again: list[T] = field(default_factory=list)
+    Attributes:
+        deliveries: the first delivery of each example, with the caller's token.
+        redelivered: tokens of further deliveries of the same examples.
+        examples: the examples to learn.
+        sizes: the number of tokens of each of these examples.
+        tokens: the sum of `sizes`.
+        skipped: the examples that are not learned.
+        high_water_marks: the highest offset per origin partition.
+        since_ms: when the first delivery was offered.
+    """
+
+    deliveries: list[tuple[ExampleScored, T]] = field(default_factory=list)
+    redelivered: list[T] = field(default_factory=list)
     examples: list[ExampleAccepted] = field(default_factory=list)
-    skipped: list[BatchSkip] = field(default_factory=list)
-    tokens: int = 0
     sizes: list[int] = field(default_factory=list)
+    tokens: int = 0
+    skipped: list[BatchSkip] = field(default_factory=list)
+    high_water_marks: dict[str, int] = field(default_factory=dict)
     since_ms: int | None = None
 
 
 class MicroBatcher(Generic[T]):
-    """Decides for one adapter. T: the caller's token for a delivery, given back once it may be acknowledged.
+    """Collect the examples of one adapter and decide when to cut a micro-batch. T is the caller's token of a delivery.
 
-    The caller saves what `cut` or `flush` gives, and calls `saved` only then; where saving fails with a conflict it
-    restores a new Curator from the store and offers it `tail()` again.
+    The caller stores what `cut`, `flush` or `fence` returns and calls `apply` only after the store accepted it. It
+    offers nothing between the two calls. If the store reports a conflict, the caller restores a new MicroBatcher from
+    the store and offers it `pending_deliveries()` again.
+
+    Args:
+        adapter: the adapter's name.
+        policy: the bounds of a micro-batch.
     """
 
     def __init__(self, adapter: str, policy: CutPolicy) -> None:
         self.adapter = adapter
         self.policy = policy
-        self.cuts = 0
-        self._fences = 0
-        self.marks: dict[str, int] = {}
-        self.last_job: UpdateRequested | None = None
-        self._seen: dict[str, int] = {}
+        self.history = CutHistory()
         self._recent = RecentIds()
-        self._carried: list[BatchSkip] = []
         self._monitor = DriftMonitor(policy.window)
         self._generation = 0
         self._cooldown = 0
-        self._armed: DriftDetected | None = None
+        self._armed: DriftDetected | None = None  # drift that cuts as soon as min_examples are pending
         self._pending: _Pending[T] = _Pending()
 
     @property
     def idle(self) -> bool:
-        """Nothing is pending: the saved state says all that this object knows."""
-        return not self._pending.tail
+        """True if nothing is pending, so that the stored state is complete."""
+        return not self._pending.deliveries
 
     @property
-    def pending(self) -> list[ExampleAccepted]:
+    def pending_examples(self) -> list[ExampleAccepted]:
         """The examples that the next cut would learn."""
         return list(self._pending.examples)
 
     @property
-    def since_ms(self) -> int | None:
-        """When the oldest pending delivery was offered."""
-        return self._pending.since_ms
-
-    @property
     def oldest_origin_ms(self) -> int | None:
-        """When the oldest pending example was first published."""
-        return min((scored.example.origin.timestamp_ms for scored, _ in self._pending.tail), default=None)
+        """When the oldest pending example was first published, in milliseconds since 1970; None if idle."""
+        return min((scored.example.origin.timestamp_ms for scored, _ in self._pending.deliveries), default=None)
 
-    def tail(self) -> list[tuple[ExampleScored, T]]:
-        """All deliveries that the saved state does not cover, in order."""
-        return list(self._pending.tail)
+    def pending_deliveries(self) -> list[tuple[ExampleScored, T]]:
+        """Return all deliveries that the stored state does not cover, in order, without redeliveries."""
+        return list(self._pending.deliveries)
 
     def redelivered(self) -> list[T]:
-        """Tokens of further deliveries of what is in the tail."""
-        return list(self._pending.again)
+        """Return the tokens of further deliveries of the pending examples."""
+        return list(self._pending.redelivered)
 
-    def adopt(self, tokens: list[T]) -> None:
-        """Give these tokens back with the next save, or the pending that they repeat were acknowledged alone."""
-        self._pending.again.extend(tokens)
+    def add_redelivered(self, tokens: list[T]) -> None:
+        """Add tokens of redeliveries, which the next `apply` returns.
+
+        Hazard: a redelivery must not be acknowledged before the pending example that it repeats is stored.
+        """
+        self._pending.redelivered.extend(tokens)
 
     def offer(self, scored: ExampleScored, token: T, now_ms: int) -> Offer:
-        """Take one delivery; the answer says whether to cut now."""
+        """Take one delivery and decide whether to cut now.
+
+        Args:
+            scored: the example with its losses.
+            token: identifies the delivery; returned once it may be acknowledged.
+            now_ms: a monotonic clock, in milliseconds.
+        """
         example, pending = scored.example, self._pending
         partition, offset = example.origin.partition_key(), example.origin.offset
-        if offset <= self.marks.get(partition, -1):
+        if offset <= self.history.high_water_marks.get(partition, -1):
             return Offer(covered=True)
-        if offset <= self._seen.get(partition, -1):
-            pending.again.append(token)
+        if offset <= pending.high_water_marks.get(partition, -1):
+            pending.redelivered.append(token)
             return Offer(covered=False)
-        self._seen[partition] = offset
-        pending.tail.append((scored, token))
+        pending.high_water_marks[partition] = offset
+        pending.deliveries.append((scored, token))
         if pending.since_ms is None:
             pending.since_ms = now_ms
         if not self._recent.add(example.example_id):
@@ -216,6 +284,7 @@ class MicroBatcher(Generic[T]):
         return Offer(covered=False, drifts=tuple(drifts), reason=self._due_by_content())
 
     def _watch(self, scored: ExampleScored) -> list[DriftDetected]:
+        """Feed the drift monitor, and arm a cut if it reports drift that is worth one."""
         example = scored.example
         if scored.live_generation > self._generation:
             self._generation = scored.live_generation
@@ -242,24 +311,37 @@ class MicroBatcher(Generic[T]):
         return found
 
     def _due_by_content(self) -> CutReason | None:
-        """Size or drift: what follows from the examples alone."""
+        """Return the reason to cut that follows from the examples alone."""
         pending = self._pending
         examples = len(pending.examples)
-        skipped = len(self._carried) + len(pending.skipped)
+        skipped = len(self.history.carried) + len(pending.skipped)
         if pending.tokens >= self.policy.max_tokens or examples >= self.policy.max_examples or skipped >= MAX_SKIPPED:
             return "size"
         return "drift" if self._armed is not None and examples >= self.policy.min_examples else None
 
     def due(self, now_ms: int) -> Literal["age", "flush"] | None:
-        """Whether the oldest delivery waited long enough: for a cut, or for a save where only skips are pending."""
+        """Return what to do because the oldest pending delivery has waited for `max_age_ms`.
+
+        Args:
+            now_ms: the clock that `offer` was given, in milliseconds.
+
+        Returns:
+            "age": call `cut`. "flush": nothing pending is to be learned, call `flush`. None: wait.
+        """
         pending = self._pending
         if pending.since_ms is None or now_ms - pending.since_ms < self.policy.max_age_ms:
             return None
         return "age" if pending.examples else "flush"
 
     def cut(self, now: datetime, reason: CutReason, blocked: Collection[str] = ()) -> Cut:
-        """The micro-batch of all that is pending; without what expired by `now`, or is named in `blocked`."""
-        pending = self._pending
+        """Return the micro-batch of everything that is pending, and the state after it.
+
+        Args:
+            now: the time of the cut; examples that expired by then are skipped.
+            reason: the reason that the job states.
+            blocked: ids of examples that are in quarantine; they are skipped.
+        """
+        pending, history = self._pending, self.history
         left_out: dict[str, Literal["quarantined", "expired"]]
         left_out = {example.example_id: "quarantined" for example in pending.examples if example.example_id in blocked}
         left_out |= {example.example_id: "expired" for example in pending.examples if _expired(example, now)}
@@ -267,16 +349,16 @@ class MicroBatcher(Generic[T]):
         kept = [(example, size) for example, size in sized if example.example_id not in left_out]
         examples = [example for example, _ in kept]
         leaving = [example for example in pending.examples if example.example_id in left_out]
-        skipped = self._carried + pending.skipped + [_skip(e, left_out[e.example_id]) for e in leaving]
-        batch = Batch(adapter=self.adapter, cut=self.cuts, examples=examples, skipped=skipped)
+        skipped = [*history.carried, *pending.skipped, *(_skip(e, left_out[e.example_id]) for e in leaving)]
+        batch = Batch(adapter=self.adapter, cut=history.cuts, examples=examples, skipped=skipped)
         body = batch.model_dump_json(by_alias=True).encode()
         digest = digest_of(body)
         origins = [example.origin for example in examples]
         times = [origin.timestamp_ms for origin in origins or [skip.origin for skip in skipped]]
-        self.last_job = UpdateRequested(
-            job_id="sha256:" + hashlib.sha256(f"{self.adapter}\n{self.cuts}\n{digest}".encode()).hexdigest(),
+        job = UpdateRequested(
+            job_id="sha256:" + hashlib.sha256(f"{self.adapter}\n{history.cuts}\n{digest}".encode()).hexdigest(),
             adapter=self.adapter,
-            cut=self.cuts,
+            cut=history.cuts,
             batch=BlobRef(digest=digest, size_bytes=len(body)),
             examples=len(examples),
             skipped=len(skipped),
@@ -288,114 +370,91 @@ class MicroBatcher(Generic[T]):
             newest_ms=max(times, default=0),
             cut_at=now,
         )
-        self.cuts += 1
-        self._carried = []
-        self._armed = None
-        return Cut(body, self._snapshot(), self.last_job)
+        return self._cut(replace(history, cuts=history.cuts + 1, carried=(), last_job=job), body, job)
 
     def flush(self) -> Cut:
-        """Only skips are pending: carry them to the next cut, so that their deliveries may be acknowledged."""
-        self._carried = self._carried + self._pending.skipped
-        return Cut(None, self._snapshot(), None)
+        """Return a state that carries the pending skips to the next micro-batch, so that they can be acknowledged."""
+        return self._cut(replace(self.history, carried=(*self.history.carried, *self._pending.skipped)))
 
-    def fence(self) -> bytes:
-        """The saved state in other bytes, so that who still holds the one before cannot replace it."""
-        self._fences += 1
-        return self._snapshot()
+    def fence(self) -> Cut:
+        """Return the same state as different bytes. Storing it makes the etag that another process holds outdated."""
+        return self._cut(replace(self.history, fences=self.history.fences + 1))
 
-    def saved(self) -> list[T]:
-        """The state of the last cut or flush is in the store: tokens that may be acknowledged; nothing is pending."""
-        tokens = [token for _, token in self._pending.tail] + self._pending.again
-        self._pending = _Pending()
-        return tokens
-
-    def _snapshot(self) -> bytes:
-        """The state in which nothing is pending; rebuilds the detectors so that this object is in it too."""
-        self.marks = {**self.marks, **self._seen}
-        self._seen = {}
-        self._monitor.canonicalise()
-        return orjson.dumps(
+    def _cut(self, history: CutHistory, body: bytes | None = None, job: UpdateRequested | None = None) -> Cut:
+        marks = {**history.high_water_marks, **self._pending.high_water_marks}
+        history = replace(history, high_water_marks=marks)
+        armed = self._armed if job is None else None
+        state = orjson.dumps(
             {
                 "version": STATE_VERSION,
                 "adapter": self.adapter,
-                "cuts": self.cuts,
-                "fences": self._fences,
-                "marks": self.marks,
+                "cuts": history.cuts,
+                "fences": history.fences,
+                "marks": marks,
                 "recent": base64.b64encode(self._recent.to_bytes()).decode(),
-                "carried": [skip.model_dump(mode="json") for skip in self._carried],
+                "carried": [skip.model_dump(mode="json") for skip in history.carried],
                 "generation": self._generation,
                 "cooldown": self._cooldown,
-                "armed": None if self._armed is None else self._armed.model_dump(mode="json"),
+                "armed": None if armed is None else armed.model_dump(mode="json"),
                 "monitor": self._monitor.state(),
-                "job": None if self.last_job is None else self.last_job.model_dump(mode="json"),
+                "job": None if history.last_job is None else history.last_job.model_dump(mode="json"),
             },
             option=orjson.OPT_SORT_KEYS,
         )
+        return Cut(body, state, job, history)
+
+    def apply(self, cut: Cut) -> list[T]:
+        """Adopt a cut that the store accepted.
+
+        The drift detectors are rebuilt from their kept inputs, as in `restore`, so that this object and one that is
+        restored from the stored state decide alike.
+
+        Args:
+            cut: what `cut`, `flush` or `fence` returned last.
+
+        Returns:
+            The tokens of all deliveries that may be acknowledged now; nothing is pending any more.
+        """
+        tokens = [token for _, token in self._pending.deliveries] + self._pending.redelivered
+        self._pending = _Pending()
+        self.history = cut.history
+        if cut.job is not None:
+            self._armed = None
+        self._monitor.canonicalise()
+        return tokens
 
     @classmethod
     def restore(cls, adapter: str, policy: CutPolicy, state: bytes) -> MicroBatcher[T]:
-        """The curator that saved this state. Raises IntegrityError where it is not one, or another adapter's."""
+        """Return the batcher that a stored state describes.
+
+        Raises:
+            IntegrityError: the bytes are not a state of this version, or they belong to another adapter.
+        """
         try:
             data: dict[str, Any] = orjson.loads(state)
             if data["version"] != STATE_VERSION or data["adapter"] != adapter:
-                raise ValueError(f"version {data['version']} of adapter {data['adapter']}")  # noqa: TRY301 - told below
-            curator: MicroBatcher[T] = cls(adapter, policy)
-            curator.cuts, curator._fences = int(data["cuts"]), int(data.get("fences", 0))
-            curator.marks = {str(partition): int(offset) for partition, offset in data["marks"].items()}
-            curator._recent = RecentIds(base64.b64decode(data["recent"], validate=True))
-            curator._carried = [BatchSkip.model_validate(skip) for skip in data["carried"]]
-            curator._generation, curator._cooldown = int(data["generation"]), int(data["cooldown"])
+                raise ValueError(f"version {data['version']} of adapter {data['adapter']}")  # noqa: TRY301 - see below
             armed, job = data["armed"], data["job"]
-            curator._armed = None if armed is None else DriftDetected.model_validate(armed)
-            curator.last_job = None if job is None else UpdateRequested.model_validate(job)
-            curator._monitor = DriftMonitor.from_state(data["monitor"], policy.window)
+            batcher: MicroBatcher[T] = cls(adapter, policy)
+            batcher.history = CutHistory(
+                cuts=int(data["cuts"]),
+                fences=int(data.get("fences", 0)),
+                high_water_marks={str(partition): int(offset) for partition, offset in data["marks"].items()},
+                carried=tuple(BatchSkip.model_validate(skip) for skip in data["carried"]),
+                last_job=None if job is None else UpdateRequested.model_validate(job),
+            )
+            batcher._recent = RecentIds(base64.b64decode(data["recent"], validate=True))
+            batcher._generation, batcher._cooldown = int(data["generation"]), int(data["cooldown"])
+            batcher._armed = None if armed is None else DriftDetected.model_validate(armed)
+            batcher._monitor = DriftMonitor.from_state(data["monitor"], policy.window)
         except (orjson.JSONDecodeError, binascii.Error, ValidationError, KeyError, TypeError, ValueError) as error:
             raise IntegrityError(
-                f"the saved state of adapter {adapter} is not readable",
+                f"the stored curate state of adapter {adapter} is not readable",
                 got=f"{type(error).__name__}: {error}",
-                allowed=f"a state of version {STATE_VERSION} that curate wrote",
+                allowed=f"a state of version {STATE_VERSION} that curate wrote for this adapter",
                 remedy="upgrade to the version that wrote it; without the state, curate cannot tell what it has cut",
             ) from error
-        return curator
-
-
-class OffsetLine(Generic[T]):
-    """Deliveries of one input partition, given back for acknowledgement in order and without holes.
-
-    Hazard: Faust commits past a hole of one offset, and past any hole before its first commit, so nothing may be
-    acknowledged before everything below it is.
-    """
-
-    def __init__(self) -> None:
-        self._line: deque[tuple[int, T]] = deque()
-        self._done: set[int] = set()
-        self.next_offset: int | None = None
-
-    def add(self, offset: int, item: T) -> bool:
-        """Take a delivery; False where this offset was here before. Raises IntegrityError where offsets are missing."""
-        if self.next_offset is not None and offset < self.next_offset:
-            return False
-        if self.next_offset is not None and offset > self.next_offset:
-            raise IntegrityError(
-                "the consumer left offsets out",
-                got=offset,
-                allowed=self.next_offset,
-                remedy="restart the role: it resumes at the committed offset, and nothing was acknowledged past it",
-            )
-        self.next_offset = offset + 1
-        self._line.append((offset, item))
-        return True
-
-    def done(self, offset: int) -> None:
-        """What was delivered at this offset is safe."""
-        self._done.add(offset)
-
-    def ready(self) -> Iterator[T]:
-        """The items that may be acknowledged now, each once, in order."""
-        while self._line and self._line[0][0] in self._done:
-            offset, item = self._line.popleft()
-            self._done.discard(offset)
-            yield item
+        return batcher
 
 
 def _skip(example: ExampleAccepted, reason: Literal["signal", "duplicate", "expired", "quarantined"]) -> BatchSkip:
@@ -407,8 +466,9 @@ def _expired(example: ExampleAccepted, now: datetime) -> bool:
 
 
 def _highest(origins: list[Origin]) -> dict[str, int]:
-    marks: dict[str, int] = {}
+    """Return the highest offset per origin partition."""
+    highest: dict[str, int] = {}
     for origin in origins:
         partition = origin.partition_key()
-        marks[partition] = max(marks.get(partition, -1), origin.offset)
-    return marks
+        highest[partition] = max(highest.get(partition, -1), origin.offset)
+    return highest

@@ -1,4 +1,4 @@
-"""The curator's decisions: each example in exactly one cut, whatever is delivered twice, lost or restored."""
+"""MicroBatcher: each example is in exactly one cut, whatever is delivered twice, lost or restored."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import json
 import random
 from collections import Counter
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perennial.storage.errors import IntegrityError
-from perennial.streams.curate.batcher import MAX_SKIPPED, RECENT_IDS, CutPolicy, MicroBatcher, OffsetLine, RecentIds
+from perennial.streams.curate.batcher import MAX_SKIPPED, RECENT_IDS, CutPolicy, MicroBatcher, RecentIds
+from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -37,67 +39,93 @@ def documents(cut) -> list[str]:
 
 
 def test_cuts_exactly_when_tokens_or_examples_reach_their_bound():
-    curator = MicroBatcher("a", POLICY)
-    assert [curator.offer(scored(n), n, 0).reason for n in range(8)] == [None] * 7 + ["size"]
-    curator.cut(NOW, "size")
-    curator.saved()
-    assert [curator.offer(scored(n, tokens=40), n, 0).reason for n in range(8, 11)] == [None, None, "size"]
+    batcher = MicroBatcher("a", POLICY)
+    assert [batcher.offer(scored(n), n, 0).reason for n in range(8)] == [None] * 7 + ["size"]
+    batcher.apply(batcher.cut(NOW, "size"))
+    assert [batcher.offer(scored(n, tokens=40), n, 0).reason for n in range(8, 11)] == [None, None, "size"]
 
 
 def test_a_job_says_what_the_batch_holds():
-    curator = MicroBatcher("a", POLICY)
+    batcher = MicroBatcher("a", POLICY)
     for n in range(3):
-        curator.offer(scored(n), n, 0)
-    curator.offer(scored(3, learn=False), 3, 0)
-    curator.offer(scored(4, expires=NOW), 4, 0)
-    cut = curator.cut(NOW, "age")
+        batcher.offer(scored(n), n, 0)
+    batcher.offer(scored(3, learn=False), 3, 0)
+    batcher.offer(scored(4, expires=NOW), 4, 0)
+    cut = batcher.cut(NOW, "age")
     batch = Batch.model_validate_json(cut.body)
     job = cut.job
     assert (job.cut, job.examples, job.skipped, job.tokens, job.reason) == (0, 3, 2, 30, "age")
     assert (job.oldest_ms, job.newest_ms, job.batch.size_bytes) == (0, 2, len(cut.body))
     assert job.marks == {"c/t/documents/0": 4}
     assert [(skip.origin.offset, skip.reason) for skip in batch.skipped] == [(3, "signal"), (4, "expired")]
-    assert curator.saved() == [0, 1, 2, 3, 4]
-    assert curator.idle
+    assert batcher.apply(cut) == [0, 1, 2, 3, 4]
+    assert batcher.idle
+
+
+def test_a_cut_that_is_not_stored_changes_nothing():
+    batcher, untouched = MicroBatcher("a", POLICY), MicroBatcher("a", POLICY)
+    for n in range(6):
+        for each in (batcher, untouched):
+            each.offer(scored(n, learn=n != 1), n, 0)
+    first = batcher.cut(NOW, "size", {scored(3).example.example_id})
+    assert [batcher.cut(NOW, "size", {scored(3).example.example_id}) for _ in range(3)] == [first] * 3
+    batcher.flush()
+    batcher.fence()
+    assert batcher.history == untouched.history
+    assert batcher.cut(NOW, "age") == untouched.cut(NOW, "age")
+    assert batcher.pending_deliveries() == untouched.pending_deliveries()
+    assert not batcher.idle
+
+
+def test_a_fence_changes_only_the_bytes():
+    batcher = MicroBatcher("a", POLICY)
+    batcher.offer(scored(0), 0, 0)
+    cut = batcher.cut(NOW, "age")
+    restored = MicroBatcher.restore("a", POLICY, cut.state)
+    fence = restored.fence()
+    assert (fence.body, fence.job, restored.apply(fence)) == (None, None, [])
+    assert {k: v for k, v in json.loads(fence.state).items() if k != "fences"} == {
+        k: v for k, v in json.loads(cut.state).items() if k != "fences"
+    }
+    assert restored.fence().state != fence.state != cut.state
 
 
 def test_what_expires_later_is_learned():
-    curator = MicroBatcher("a", POLICY)
-    curator.offer(scored(0, expires=NOW + timedelta(seconds=1)), 0, 0)
-    assert documents(curator.cut(NOW, "age")) == ["d0"]
+    batcher = MicroBatcher("a", POLICY)
+    batcher.offer(scored(0, expires=NOW + timedelta(seconds=1)), 0, 0)
+    assert documents(batcher.cut(NOW, "age")) == ["d0"]
 
 
 def test_a_redelivery_counts_once_and_both_deliveries_are_given_back():
-    curator = MicroBatcher("a", POLICY)
+    batcher = MicroBatcher("a", POLICY)
     for token, n in enumerate((0, 1, 0, 1, 2)):
-        assert not curator.offer(scored(n), token, 0).covered
-    cut = curator.cut(NOW, "age")
+        assert not batcher.offer(scored(n), token, 0).covered
+    cut = batcher.cut(NOW, "age")
     assert documents(cut) == ["d0", "d1", "d2"]
-    assert sorted(curator.saved()) == [0, 1, 2, 3, 4]
-    assert curator.offer(scored(1), 5, 0).covered
+    assert sorted(batcher.apply(cut)) == [0, 1, 2, 3, 4]
+    assert batcher.offer(scored(1), 5, 0).covered
 
 
 def test_the_same_example_from_another_partition_is_a_duplicate():
-    curator = MicroBatcher("a", POLICY)
-    curator.offer(scored(0, identity=7), 0, 0)
-    curator.cut(NOW, "age")
-    curator.saved()
-    curator.offer(scored(5, partition=1, identity=7), 1, 0)
-    curator.offer(scored(6, partition=1), 2, 0)
-    batch = Batch.model_validate_json(curator.cut(NOW, "age").body)
+    batcher = MicroBatcher("a", POLICY)
+    batcher.offer(scored(0, identity=7), 0, 0)
+    batcher.apply(batcher.cut(NOW, "age"))
+    batcher.offer(scored(5, partition=1, identity=7), 1, 0)
+    batcher.offer(scored(6, partition=1), 2, 0)
+    batch = Batch.model_validate_json(batcher.cut(NOW, "age").body)
     assert [example.document_id for example in batch.examples] == ["d6"]
     assert [skip.reason for skip in batch.skipped] == ["duplicate"]
 
 
-def test_age_counts_from_the_first_delivery_and_skips_alone_are_only_saved():
-    curator = MicroBatcher("a", POLICY)
-    curator.offer(scored(0, learn=False), 0, 5000)
-    assert curator.due(5999) is None
-    assert curator.due(6000) == "flush"
-    saved = curator.flush()
-    assert (saved.body, saved.job) == (None, None)
-    assert curator.saved() == [0]
-    restored = MicroBatcher.restore("a", POLICY, saved.state)
+def test_age_counts_from_the_first_delivery_and_skips_alone_make_no_job():
+    batcher = MicroBatcher("a", POLICY)
+    batcher.offer(scored(0, learn=False), 0, 5000)
+    assert batcher.due(5999) is None
+    assert batcher.due(6000) == "flush"
+    flushed = batcher.flush()
+    assert (flushed.body, flushed.job) == (None, None)
+    assert batcher.apply(flushed) == [0]
+    restored = MicroBatcher.restore("a", POLICY, flushed.state)
     assert restored.offer(scored(0, learn=False), 1, 0).covered
     restored.offer(scored(1), 2, 7000)
     assert restored.due(8000) == "age"
@@ -106,63 +134,63 @@ def test_age_counts_from_the_first_delivery_and_skips_alone_are_only_saved():
 
 
 def test_many_skips_make_a_cut_without_examples():
-    curator = MicroBatcher("a", POLICY)
-    reasons = [curator.offer(scored(n, learn=False), n, 0).reason for n in range(MAX_SKIPPED)]
+    batcher = MicroBatcher("a", POLICY)
+    reasons = [batcher.offer(scored(n, learn=False), n, 0).reason for n in range(MAX_SKIPPED)]
     assert reasons == [None] * (MAX_SKIPPED - 1) + ["size"]
-    job = curator.cut(NOW, "size").job
+    job = batcher.cut(NOW, "size").job
     assert (job.examples, job.skipped, job.marks) == (0, MAX_SKIPPED, {"c/t/documents/0": MAX_SKIPPED - 1})
 
 
 BIG = CutPolicy(max_tokens=10**9, max_examples=10**9, min_examples=3, max_age_ms=1000, cooldown_examples=16, window=512)
 
 
-def run_drift(curator, start, count, loss, generation=0):
+def run_drift(batcher, start, count, loss, generation=0):
     rng = random.Random(start)
     reasons = []
     for n in range(start, start + count):
-        offer = curator.offer(scored(n, loss=rng.gauss(loss, 0.3), generation=generation), n, 0)
+        offer = batcher.offer(scored(n, loss=rng.gauss(loss, 0.3), generation=generation), n, 0)
         reasons.append(offer.reason)
         if n % 40 == 39 or offer.reason:
-            curator.cut(NOW, offer.reason or "age")
-            curator.saved()
+            batcher.apply(batcher.cut(NOW, offer.reason or "age"))
     return reasons
 
 
 def test_drift_cuts_once_enough_examples_are_pending():
-    curator = MicroBatcher("a", BIG)
-    assert set(run_drift(curator, 0, 400, 3.0)) == {None}
-    reasons = run_drift(curator, 400, 100, 5.0)
+    batcher = MicroBatcher("a", BIG)
+    assert set(run_drift(batcher, 0, 400, 3.0)) == {None}
+    reasons = run_drift(batcher, 400, 100, 5.0)
     assert "drift" in reasons
-    assert curator.cuts > 0
+    assert batcher.history.cuts > 0
 
 
 def test_drift_does_not_cut_in_the_cool_down_after_a_swap():
     cooling = CutPolicy(10**9, 10**9, 3, 1000, cooldown_examples=10**6, window=512)
-    curator = MicroBatcher("a", cooling)
-    run_drift(curator, 0, 400, 3.0, generation=1)
+    batcher = MicroBatcher("a", cooling)
+    run_drift(batcher, 0, 400, 3.0, generation=1)
     found = []
     rng = random.Random(1)
     for n in range(400, 600):
-        offer = curator.offer(scored(n, loss=rng.gauss(6.0, 0.3), generation=2 if n == 400 else 1), n, 0)
+        offer = batcher.offer(scored(n, loss=rng.gauss(6.0, 0.3), generation=2 if n == 400 else 1), n, 0)
         found += offer.drifts
         assert offer.reason is None
     assert {drift.signal for drift in found} >= {"base_loss"}
 
 
-def test_a_restored_curator_goes_on_like_the_live_one():
+def test_a_restored_batcher_goes_on_like_the_live_one():
     live = MicroBatcher("a", POLICY)
     for n in range(5):
         live.offer(scored(n), n, 0)
     cut = live.cut(NOW, "age")
-    live.saved()
+    live.apply(cut)
     restored = MicroBatcher.restore("a", POLICY, cut.state)
-    assert restored.last_job == cut.job
+    assert restored.history.last_job == cut.job
     for n in range(5, 300):
         left, right = (c.offer(scored(n, loss=3 + (n > 200)), n, 0) for c in (live, restored))
         assert left == right
         if left.reason:
-            assert live.cut(NOW, left.reason) == restored.cut(NOW, right.reason)
-            assert live.saved() == restored.saved()
+            one, other = live.cut(NOW, left.reason), restored.cut(NOW, right.reason)
+            assert one == other
+            assert live.apply(one) == restored.apply(other)
 
 
 @settings(max_examples=40, deadline=None)
@@ -178,33 +206,33 @@ def test_crashes_and_redeliveries_at_random_leave_each_example_in_one_cut(seed):
         at[partition] += 1
         if rng.random() < 0.1:  # the hop before crashed and writes the end of its log again
             log.extend(log[-rng.randint(1, 5) :])
-    state, committed, batches, line = None, 0, {}, OffsetLine()
+    state, committed, batches, tracker = None, 0, {}, OffsetTracker()
     position, crashes = 0, 0
-    curator = MicroBatcher("a", POLICY)
+    batcher = MicroBatcher("a", POLICY)
     while position < len(log):
         if rng.random() < 0.06 and crashes < 8:
             crashes += 1
-            position, line = committed, OffsetLine()
-            curator = MicroBatcher("a", POLICY) if state is None else MicroBatcher.restore("a", POLICY, state)
+            position, tracker = committed, OffsetTracker()
+            batcher = MicroBatcher("a", POLICY) if state is None else MicroBatcher.restore("a", POLICY, state)
             continue
-        line.add(position, position)
+        tracker.add(position, position)
         partition, offset = log[position]
-        offer = curator.offer(scored(offset, partition=partition, identity=offset * 2 + partition), position, 0)
+        offer = batcher.offer(scored(offset, partition=partition, identity=offset * 2 + partition), position, 0)
         done = [position] if offer.covered else []
         position += 1
-        if offer.reason or (position == len(log) and not curator.idle):
-            cut = curator.cut(NOW, offer.reason or "age")
-            if rng.random() < 0.2 and crashes < 8:  # before the state is saved: as if it had not been cut
+        if offer.reason or (position == len(log) and not batcher.idle):
+            cut = batcher.cut(NOW, offer.reason or "age")
+            if rng.random() < 0.2 and crashes < 8:  # before the state is stored: as if it had not been cut
                 crashes += 1
-                position, line = committed, OffsetLine()
-                curator = MicroBatcher("a", POLICY) if state is None else MicroBatcher.restore("a", POLICY, state)
+                position, tracker = committed, OffsetTracker()
+                batcher = MicroBatcher("a", POLICY) if state is None else MicroBatcher.restore("a", POLICY, state)
                 continue
             state = cut.state
             assert batches.setdefault(cut.job.cut, cut.body) == cut.body
-            done += curator.saved()
+            done += batcher.apply(cut)
         for token in done:
-            line.done(token)
-        for token in line.ready():
+            tracker.complete(token)
+        for token in tracker.releasable():
             committed = token + 1
     learned = Counter(
         (e.origin.partition, e.origin.offset)
@@ -214,10 +242,24 @@ def test_crashes_and_redeliveries_at_random_leave_each_example_in_one_cut(seed):
     assert learned == Counter({(partition, offset): 1 for partition, count in at.items() for offset in range(count)})
 
 
+def test_a_state_that_an_earlier_release_stored_is_restored_and_written_again_alike():
+    """The file was written before cuts were split from their application; new fields must have defaults."""
+    stored = (Path(__file__).parent / "data/curate_state_v1.json").read_bytes()
+    policy = CutPolicy(400, 60, 3, 1000, 16, 64)
+    batcher = MicroBatcher.restore("acme/a", policy, stored)
+    assert (batcher.history.cuts, batcher.history.fences) == (36, 5)
+    assert batcher.history.high_water_marks == {"c/t/documents/0": 699, "c/t/documents/1": 698}
+    assert batcher.history.last_job.cut == 35
+    data = json.loads(stored)
+    assert json.loads(batcher.fence().state) == data | {"fences": 6}
+    assert batcher.offer(scored(699), 0, 0).covered
+    assert not batcher.offer(scored(700), 0, 0).covered
+
+
 def test_a_state_of_another_adapter_or_of_nothing_is_refused():
-    curator = MicroBatcher("a", POLICY)
-    curator.offer(scored(0), 0, 0)
-    state = curator.cut(NOW, "age").state
+    batcher = MicroBatcher("a", POLICY)
+    batcher.offer(scored(0), 0, 0)
+    state = batcher.cut(NOW, "age").state
     with pytest.raises(IntegrityError):
         MicroBatcher.restore("b", POLICY, state)
     for junk in (b"", b"[]", b"{}", state[:-9], json.dumps({**json.loads(state), "recent": "%"}).encode()):
@@ -238,13 +280,13 @@ def test_recent_ids_forget_the_oldest_only_and_survive_bytes():
 
 
 def test_deliveries_are_acknowledged_in_order_and_without_holes():
-    line = OffsetLine()
+    tracker = OffsetTracker()
     for offset in (5, 6, 7):
-        assert line.add(offset, offset)
-    assert not line.add(6, 6)
-    line.done(6)
-    assert list(line.ready()) == []
-    line.done(5)
-    assert list(line.ready()) == [5, 6]
+        assert tracker.add(offset, offset)
+    assert not tracker.add(6, 6)
+    tracker.complete(6)
+    assert list(tracker.releasable()) == []
+    tracker.complete(5)
+    assert list(tracker.releasable()) == [5, 6]
     with pytest.raises(IntegrityError):
-        line.add(9, 9)
+        tracker.add(9, 9)

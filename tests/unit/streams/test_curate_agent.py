@@ -1,4 +1,4 @@
-"""curate's hold on the store and the clock, without a broker: what is kept out, and how long an example waits."""
+"""The curate agent without a broker: conflicts with another process, quarantine, and how long an example waits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from perennial.storage.errors import ConflictError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.events.cloudevents import encode
-from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
+from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import text_hash
 from perennial.streams.settings import Settings
@@ -22,7 +23,7 @@ DAY_S = 86_400
 
 
 class App:
-    """What curate asks of a Faust application: it notes what is sent."""
+    """The parts of a Faust application that curate uses; it records what is sent."""
 
     consumer_generation_id = 1
 
@@ -34,21 +35,24 @@ class App:
         self.sent.append(topic)
 
 
-def example(number: int) -> ExampleAccepted:
+def example(number: int, adapter: str = ADAPTER) -> ExampleAccepted:
     return ExampleAccepted(
-        adapter=ADAPTER, example_id=f"{number:032x}"[::-1], kind="document", document_id=f"d{number}", learn=True,
+        adapter=adapter, example_id=f"{number:032x}"[::-1], kind="document", document_id=f"d{number}", learn=True,
         text=f"text {number}",
         origin=Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=number, timestamp_ms=number),
     )  # fmt: skip
 
 
-def delivery(number: int) -> SimpleNamespace:
-    event = ExampleScored(example=example(number), tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
+def delivery(
+    number: int, acknowledged: list[int] | None = None, offset: int | None = None, adapter: str = ADAPTER
+) -> SimpleNamespace:
+    event = ExampleScored(example=example(number, adapter), tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
     record = encode(event, event_id=str(number), source="test", occurred_at=curate._now())
     message = SimpleNamespace(
-        generation_id=1, tp="scored-examples-0", offset=number, value=record.value, headers=record.headers
-    )
-    return SimpleNamespace(message=message, ack=lambda: None)
+        generation_id=1, tp="scored-examples-0", offset=number if offset is None else offset,
+        value=record.value, headers=record.headers,
+    )  # fmt: skip
+    return SimpleNamespace(message=message, ack=lambda: acknowledged is None or acknowledged.append(message.offset))
 
 
 @pytest.fixture
@@ -59,21 +63,21 @@ def given(tmp_path):
 
 
 def test_a_clock_that_is_set_back_keeps_no_example_waiting(given, monkeypatch):
-    curation, app, _ = given
+    agent, app, _ = given
     real_ns = curate.time.time_ns
 
     async def scenario() -> None:
-        await curation.receive(delivery(1))
+        await agent.receive(delivery(1))
         monkeypatch.setattr(curate.time, "time_ns", lambda: real_ns() - DAY_S * 1_000_000_000)
         await asyncio.sleep(0.1)
-        await curation.tick()
+        await agent.tick()
 
     asyncio.run(scenario())
     assert app.sent == ["adapter-jobs"]
 
 
 def test_a_text_is_kept_out_for_good_by_an_erasure_behind_an_expiry(given):
-    curation, _, store = given
+    agent, _, store = given
     entries = [
         QuarantineEntry(
             request_id=kind, job_id=kind, kind=kind, selector={"document_ids": ["d1"]}, until_ms=1000,
@@ -85,9 +89,89 @@ def test_a_text_is_kept_out_for_good_by_an_erasure_behind_an_expiry(given):
         update_quarantine(store, ADAPTER, lambda quarantine, entry=entry: quarantine.with_entry(entry))
 
     async def scenario() -> None:
-        await curation.receive(delivery(1))
+        await agent.receive(delivery(1))
         await asyncio.sleep(0.1)
-        await curation.tick()
+        await agent.tick()
 
     asyncio.run(scenario())
     assert load_quarantine(store, ADAPTER).suppressed == [text_hash(example(1))]
+
+
+def another_process(store: DirectoryStore, max_age_s: float = 0.05) -> tuple[CurateAgent, App]:
+    app = App()
+    return CurateAgent(app, Settings.of(max_age_s=max_age_s, env_file=None), Metrics("curate"), store), app
+
+
+def learned(store: DirectoryStore) -> list[str]:
+    """Ids of the documents in all micro-batches that are stored, sorted."""
+    bodies = [path.read_bytes() for path in (store.root / "blobs").rglob("*") if path.is_file()]
+    return sorted(e.document_id for body in bodies for e in Batch.model_validate_json(body).examples)
+
+
+def test_after_a_write_conflict_only_what_the_other_process_left_is_cut(given):
+    """Two processes hold the partition; the slower one also got a redelivery of an example that the other has cut."""
+    agent, app, store = given
+    acknowledged: list[int] = []
+
+    async def scenario() -> None:
+        await agent.receive(delivery(1, acknowledged))
+        other, other_app = another_process(store)
+        for number in (1, 2):
+            await other.receive(delivery(number))
+        for number, offset in ((2, 2), (3, 3), (1, 4)):
+            await agent.receive(delivery(number, acknowledged, offset))
+        await asyncio.sleep(0.1)
+        await other.tick()
+        assert other_app.sent == ["adapter-jobs"]
+        await agent.tick()
+        assert acknowledged == [1, 2]
+        assert app.sent == ["adapter-jobs"]  # the other process's job, once more: it may not have been published
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert app.sent == ["adapter-jobs"] * 2
+    assert acknowledged == [1, 2, 3, 4]
+    assert learned(store) == ["d1", "d2", "d3"]
+
+
+def test_conflicts_while_pending_examples_are_offered_again_end(given, monkeypatch):
+    """Each cut of the reloaded adapter meets one more conflict; every example is still cut once, in order."""
+    _, app, store = given
+    settings = Settings.of(max_age_s=0.05, max_batch_examples=2, env_file=None)
+    agent = CurateAgent(app, settings, Metrics("curate"), store)
+    acknowledged: list[int] = []
+    swap, conflicts = store.compare_and_swap, []
+
+    def contested(key: str, data: bytes, etag: str | None) -> str:
+        if key.startswith("state/curate/") and len(conflicts) < 5:
+            conflicts.append(key)
+            raise ConflictError
+        return swap(key, data, etag)
+
+    monkeypatch.setattr(store, "compare_and_swap", contested)
+
+    async def scenario() -> None:
+        for number in range(6):
+            await agent.receive(delivery(number, acknowledged))
+
+    asyncio.run(scenario())
+    assert len(conflicts) == 5
+    assert app.sent == ["adapter-jobs"] * 3
+    assert acknowledged == [0, 1, 2, 3, 4, 5]
+    assert learned(store) == [f"d{number}" for number in range(6)]
+
+
+def test_an_evicted_adapter_leaves_no_example_behind(given):
+    _, app, store = given
+    agent = CurateAgent(app, Settings.of(max_adapters=1, max_age_s=60, env_file=None), Metrics("curate"), store)
+    acknowledged: list[int] = []
+
+    async def scenario() -> None:
+        for number, adapter in enumerate(("acme/a", "acme/b", "acme/a")):
+            await agent.receive(delivery(number, acknowledged, adapter=adapter))
+
+    asyncio.run(scenario())
+    assert app.sent == ["adapter-jobs"] * 2
+    assert acknowledged == [0, 1]
+    assert learned(store) == ["d0", "d1"]
