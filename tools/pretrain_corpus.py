@@ -17,7 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from perennial.learner.model.base import MIN_TEXT_CHARS, docstrings_of, general_texts, split_of, stdlib_docstrings
+from perennial.learner.model.general_text import (
+    MIN_TEXT_CHARS,
+    docstrings_of,
+    general_texts,
+    split_of,
+    stdlib_docstrings,
+)
 
 BOS, EOS, PAD, USER, ASSISTANT = SPECIAL_TOKENS = (
     "<|bos|>",

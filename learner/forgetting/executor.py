@@ -13,8 +13,8 @@ from datetime import datetime
 from functools import partial
 
 from perennial.learner.forgetting.scan import Traces, find_examples
+from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
-from perennial.learner.training.trainer import make_deterministic
 from perennial.learner.training.update import Recipe, Updater, UpdateResult
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict

@@ -6,19 +6,14 @@ version, and whoever loads an adapter compares it first.
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import functools
-import gc
 import hashlib
-import inspect
 import json
 import re
-import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -35,8 +30,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from perennial.storage.errors import PerennialError
-
-Split = Literal["train", "heldout", "anchor"]
 
 SHIPPED_NAME = "shipped"
 SHIPPED_FOLDER = Path(__file__).parent / "shipped" / "base-v1"
@@ -60,13 +53,6 @@ IDENTITY_FILES = (
 # A model without a position table (recurrent, ALiBi) states no limit; rows are cut to this then.
 FALLBACK_POSITIONS = 2048
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?")
-
-MIN_TEXT_CHARS = 40
-# Tests hold fixtures rather than prose; the other trees are tables, vendored grammars or an application,
-# and parsing them doubles the time.
-SKIPPED_TREES = frozenset(
-    {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "encodings", "pydoc_data", "turtledemo"}
-)
 
 
 class BaseModelError(PerennialError):
@@ -283,76 +269,3 @@ def _check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
 def _max_positions(model: Any) -> int:
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) and limit > 0 else FALLBACK_POSITIONS
-
-
-def split_of(text: str) -> Split:
-    """Assign a text to 90 % train, 5 % held-out, 5 % anchor by its SHA-256, so every run agrees."""
-    bucket = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 100
-    if bucket < 90:
-        return "train"
-    return "heldout" if bucket < 95 else "anchor"
-
-
-def _walk_definitions(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.AST]]:
-    """Yield (dotted name, node) of classes and functions; into `if`/`try` blocks, not function bodies."""
-    for node in body:
-        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            name = f"{prefix}.{node.name}"
-            yield name, node
-            if isinstance(node, ast.ClassDef):
-                yield from _walk_definitions(node.body, name)
-        elif isinstance(node, ast.If | ast.Try):
-            yield from _walk_definitions(node.body, prefix)
-            yield from _walk_definitions(node.orelse, prefix)
-            for handler in getattr(node, "handlers", ()):
-                yield from _walk_definitions(handler.body, prefix)
-
-
-def docstrings_of(source: bytes, module: str) -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, cleaned docstring) of a module's source; raises SyntaxError as `ast.parse` does."""
-    tree = ast.parse(source)
-    for name, node in ((module, tree), *_walk_definitions(tree.body, module)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            raw = ast.get_docstring(node, clean=False)
-            if raw is not None:
-                yield name, inspect.cleandoc(raw)
-
-
-@functools.cache
-def stdlib_docstrings() -> tuple[tuple[str, str], ...]:
-    """Collect (dotted name, text) of the standard library's docstrings, each text once, ordered by path.
-
-    Parsed from source, nothing imported; texts have at least `MIN_TEXT_CHARS` characters. The set
-    follows from the Python that runs, so a different Python release gives slightly different texts.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    names: dict[str, str] = {}
-    # Parsing makes millions of acyclic nodes: the cyclic collector would take half of the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).parts
-            if SKIPPED_TREES.intersection(parts):
-                continue
-            module = ".".join((*parts[:-1], path.stem)).removesuffix(".__init__")
-            for name, text in docstrings_of(path.read_bytes(), module):
-                if len(text) >= MIN_TEXT_CHARS:
-                    names.setdefault(text, name)
-    finally:
-        if collecting:
-            gc.enable()
-    return tuple((name, text) for text, name in names.items())
-
-
-@functools.cache
-def _texts_by_split() -> dict[Split, tuple[str, ...]]:
-    split: dict[Split, list[str]] = {"train": [], "heldout": [], "anchor": []}
-    for _, text in stdlib_docstrings():
-        split[split_of(text)].append(text)
-    return {key: tuple(texts) for key, texts in split.items()}
-
-
-def general_texts(split: Split) -> list[str]:
-    """Give the general texts of a split, in a fixed order: replay (train), measure (heldout), guard (anchor)."""
-    return list(_texts_by_split()[split])

@@ -18,11 +18,13 @@ from typing import Any
 from uuid import uuid4
 
 from perennial.learner.forgetting.executor import ForgetExecutor
-from perennial.learner.model.base import Base, general_texts, load_base
+from perennial.learner.model.base import Base, load_base
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.model.general_text import GeneralText, general_texts
 from perennial.learner.model.lora import AdapterError, Lora, LoraConfig
+from perennial.learner.model.loss import OutOfMemoryError
 from perennial.learner.model.tokenization import ExampleTokenizer
-from perennial.learner.training.trainer import OutOfMemoryError, make_deterministic
-from perennial.learner.training.update import GeneralText, Recipe, Updater
+from perennial.learner.training.update import Recipe, Updater
 from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
 from perennial.learner.versions.micro_batches import JobError
 from perennial.learner.versions.update_job import JobResult, VersionWriter

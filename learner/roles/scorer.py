@@ -13,11 +13,11 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid4, uuid5
 
 from perennial.learner.model.base import Base, load_base
+from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.loss import mean_nats, row_losses
 from perennial.learner.model.tokenization import ExampleError, ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, LiveAdapter
-from perennial.learner.training.trainer import make_deterministic
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry

@@ -6,7 +6,6 @@ carried from update to update, so a micro-batch continues the run instead of sta
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -15,13 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from perennial.learner.model.lora import Lora, Tensors, load_tensors
-from perennial.learner.model.loss import OutOfMemoryError, autocast, fewer_rows, ran_out, token_losses
+from perennial.learner.model.loss import autocast, fewer_rows, ran_out, token_losses
 from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
-
-__all__ = [
-    "OutOfMemoryError", "TrainConfig", "TrainResult", "make_deterministic", "optimizer_from_bytes", "steps_taken", "train",
-]  # fmt: skip
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = "step"
@@ -49,13 +44,6 @@ class TrainResult:
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     tokens: int
-
-
-def make_deterministic(threads: int) -> None:
-    """Make torch repeatable in this process: thread count and deterministic kernels are part of a version's recipe."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True)
 
 
 def steps_taken(optimizer: Mapping[str, torch.Tensor] | None) -> int:

@@ -9,15 +9,15 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from hashlib import sha256
 from random import Random
 from typing import Literal
 
 import torch
 
+from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
-from perennial.learner.model.loss import RowLoss, mean_nats, row_losses, row_token_losses
-from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows, text_rows
+from perennial.learner.model.loss import mean_nats, row_token_losses
+from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
 from perennial.learner.training.replay_buffer import (
     BatchComposition,
@@ -36,7 +36,6 @@ CLOSING_STEPS = 1
 WARMUP_STEPS = 10
 MEASURED_ROWS = 8
 """Where nothing is held out, so many of the rows that are trained are measured before and after."""
-ANCHOR_POOL = 256
 STRAINED_GENERAL_SHARE = 0.5
 
 
@@ -81,52 +80,6 @@ class UpdateResult:
     state: TrainingState
     gate: dict[str, float | int | str | None]
     tokens: int
-
-
-class GeneralText:
-    """The base's own kind of text: rows to mix into training, and rotating anchor rows with the base's loss on them.
-
-    For a base other than the shipped one these texts stand in for a general sample.
-    """
-
-    def __init__(self, train: Sequence[str], anchor: Sequence[str], codec: ExampleTokenizer, row_tokens: int) -> None:
-        self._codec = codec
-        self._row_tokens = row_tokens
-        self._train = train
-        self._anchor = sorted(anchor, key=lambda text: sha256(text.encode()).digest())[:ANCHOR_POOL]
-        self._rows: dict[str, list[TokenRow]] = {}
-        self._base: dict[TokenRow, RowLoss] = {}
-
-    def _rows_of(self, text: str) -> list[TokenRow]:
-        rows = self._rows.get(text)
-        if rows is None:
-            rows = self._rows[text] = text_rows(text, self._codec, self._row_tokens)
-        return rows
-
-    def cut_to(self, row_tokens: int) -> GeneralText:
-        """The same texts in rows of another length."""
-        if row_tokens == self._row_tokens:
-            return self
-        return GeneralText(self._train, self._anchor, self._codec, row_tokens)
-
-    def draw(self, rng: Random) -> TokenRow | None:
-        """A row to train on; None without texts."""
-        return rng.choice(self._rows_of(rng.choice(self._train))) if self._train else None
-
-    def anchors(self, rng: Random, count: int) -> list[TokenRow]:
-        """The anchor rows of one update."""
-        texts = rng.sample(self._anchor, min(count, len(self._anchor)))
-        return [rng.choice(self._rows_of(text)) for text in texts]
-
-    def base_losses(
-        self, lora: Lora, rows: Sequence[TokenRow], lock: AbstractContextManager[object] | None
-    ) -> list[RowLoss]:
-        """The frozen base's loss on anchor rows, computed once per row and process."""
-        fresh = [row for row in dict.fromkeys(rows) if row not in self._base]
-        # One at a time: in a batch the last bits would follow from what was asked for before.
-        losses = row_losses(lora, fresh, pad=self._codec.pad, adapted=False, max_rows=1, lock=lock)
-        self._base.update(zip(fresh, losses, strict=True))
-        return [self._base[row] for row in rows]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """What the server that roles are forked from has imported and read before; nothing here starts a thread."""
 
-from perennial.learner.model.base import general_texts
+from perennial.learner.model.general_text import general_texts
 from perennial.learner.roles import learner, scorer
 from perennial.streams import faust_app
 from perennial.streams.intake import service

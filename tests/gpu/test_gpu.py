@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from perennial.learner.model.base import load_base
+from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig, is_finite
 from perennial.learner.model.loss import mean_nats, row_losses
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
-from perennial.learner.training.trainer import TrainConfig, make_deterministic, train
+from perennial.learner.training.trainer import TrainConfig, train
 
 pytestmark = [
     pytest.mark.gpu,

@@ -313,7 +313,7 @@ class Demo:
         answers: dict[str, str],
         forgetting: Forgetting,
     ) -> DemoReport:
-        from perennial.learner.model.base import general_texts
+        from perennial.learner.model.general_text import general_texts
         from perennial.learner.serving.evaluate import Evaluator
 
         settings = self.stack.settings

@@ -18,7 +18,7 @@ def package_docstrings(package: str, count: int) -> tuple[tuple[str, str], ...]:
 
     Raises NotFoundError where the package is not installed or has fewer.
     """
-    from perennial.learner.model.base import docstrings_of
+    from perennial.learner.model.general_text import docstrings_of
 
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from perennial.learner.model import base as base_module
+from perennial.learner.model import general_text
 from perennial.learner.model.base import load_base
 from perennial.learner.roles import learner as worker
 from perennial.learner.roles.learner import run_learner
@@ -35,7 +35,7 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 def _few_general_texts(monkeypatch):
     """Reading the standard library's texts takes seconds; the fault tests kill processes that do it for real."""
     monkeypatch.setattr(worker, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
-    assert base_module.general_texts
+    assert general_text.general_texts
 
 
 @pytest.fixture

@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.learner.model.base import Base, load_base
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from perennial.learner.training import gate
 from perennial.learner.training.gate import GateLimits
 from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
-from perennial.learner.training.trainer import make_deterministic
-from perennial.learner.training.update import GeneralText, Recipe, Updater, UpdateResult
+from perennial.learner.training.update import Recipe, Updater, UpdateResult
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 from tests import tiny

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
-from perennial.learner.model.loss import mean_nats, row_losses, token_losses
+from perennial.learner.model.loss import OutOfMemoryError, mean_nats, row_losses, token_losses
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from perennial.learner.training import trainer as training
 from perennial.learner.training.replay_buffer import (
@@ -24,7 +25,7 @@ from perennial.learner.training.replay_buffer import (
     seeded_random,
     update_replay_index,
 )
-from perennial.learner.training.trainer import OutOfMemoryError, TrainConfig, optimizer_from_bytes, steps_taken, train
+from perennial.learner.training.trainer import TrainConfig, optimizer_from_bytes, steps_taken, train
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
 from tests import tiny
@@ -34,7 +35,7 @@ TEXTS = ("the cat sat on the mat", "a dog ran after the cat and sat", "mats are 
 
 
 def fresh() -> tuple[Lora, list[TokenRow]]:
-    training.make_deterministic(1)
+    make_deterministic(1)
     lora = Lora(tiny.base(), LoraConfig(4, 8))
     codec = ExampleTokenizer(lora.base.tokenizer)
     return lora, [row for text in TEXTS for row in text_rows(text, codec, 16)]

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.training.replay_buffer import index_from_bytes
-from perennial.learner.training.trainer import make_deterministic
-from perennial.learner.training.update import GeneralText, Recipe, Updater
+from perennial.learner.training.update import Recipe, Updater
 from perennial.learner.versions.micro_batches import JobError
 from perennial.learner.versions.update_job import VersionWriter
 from perennial.storage.errors import ConflictError
