@@ -1,8 +1,9 @@
-"""Subscribers: follow one alias and keep a backend serving the version that it points at.
+"""`Subscriber` follows one alias and keeps a backend serving the version that the alias names.
 
-Owns when something is fetched, checked, activated, retried and acknowledged. What "serving" means is a Backend's
-business. The alias in the object store is the truth; an event on adapter-updates only says when to look, so a lost,
-late, repeated or forged event changes nothing but the time of the next look.
+This module decides when a version is fetched, checked, activated, retried and acknowledged; `subscriber_state` holds the
+state machine. How a version is served is the backend's business. The alias in the object store is the truth. An event
+on `adapter-updates` only says when to look at it, so a lost, late, repeated or forged event changes nothing but the time
+of the next look.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.client.backend import Backend, Current
 from perennial.streams.client.subscriber_kafka import Acks, Updates
+from perennial.streams.client.subscriber_state import Progress, RetryPolicy, State
 from perennial.streams.events.models import AdapterActivated, AdapterFailed
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings, load_settings
@@ -34,8 +36,7 @@ from perennial.streams.settings import Settings, load_settings
 _log = logging.getLogger("perennial.subscriber")
 
 MAX_WEIGHTS_BYTES = 2 * 1024**3
-MAX_ATTEMPTS = 5
-_FIRST_RETRY_S = 0.2
+RETRY = RetryPolicy(max_attempts=5, first_s=0.2)
 _TICK_S = 0.2
 _MAX_ERROR_CHARS = 1000
 
@@ -48,13 +49,44 @@ OnActivate = Callable[[AliasState, Mapping[str, float]], None]
 
 
 class Subscriber:
-    """Follows `adapter`'s alias with a backend, from the compacted topic and by polling the alias itself.
+    """Follows the alias of one adapter and keeps a backend serving the version that the alias names.
 
-    kafka, store: addresses, by default PERENNIAL_KAFKA and PERENNIAL_STORE; without a broker it polls every
-    `settings.serving.poll_s` and acknowledges nothing. replica: the name in acknowledgements. on_activate(update, stage_s)
-    runs after a version is served; stage_s has seconds per stage: fetch, verify, load, warm, activate,
-    publish_to_served. drain_s: the longest that one look waits for requests on the version before, which is tried
-    again at the next. Only higher generations are applied. Thread-safe. Raises SettingsError where no store is set.
+    A subscriber hears of changes from the compacted topic `adapter-updates` and polls the alias too, every
+    `settings.serving.poll_s` seconds. Without a broker it only polls, and acknowledges nothing. It applies only higher
+    generations of the alias. Use it in a `with` block, or call `run` in a thread of your own. Thread-safe.
+
+    >>> import tempfile
+    >>> from perennial import MemoryBackend, Settings, Subscriber
+    >>> from perennial.testing import publish_version
+    >>> store, settings = tempfile.TemporaryDirectory(), Settings.of(poll_s=0.05, kafka="")
+    >>> backend = MemoryBackend()
+    >>> with Subscriber("acme/support", backend, store=store.name, settings=settings) as subscriber:
+    ...     version = publish_version(store.name, "acme/support")  # in earnest, a learner does this
+    ...     subscriber.wait_for(generation=1, timeout_s=30)
+    True
+    >>> backend.active == subscriber.name_of(version)
+    True
+    >>> store.cleanup()
+
+    Args:
+        adapter: Name of the adapter, for example `acme/support`.
+        backend: What serves the versions.
+        kafka: Bootstrap servers, `host:port[,host:port]`. Default: PERENNIAL_KAFKA.
+        store: The object store or its address. Default: PERENNIAL_STORE.
+        settings: Settings to use instead of those of the environment.
+        alias: The alias to follow. Default: `settings.serving.alias`.
+        replica: Name of this subscriber in acknowledgements, up to 256 characters. Default: host name and process id.
+        metrics: Where to count. Default: a registry of its own.
+        on_activate: Called as `on_activate(state, stage_s)` after a version is served; `stage_s` has the seconds of each
+            stage: fetch, verify, load, warm, activate, publish_to_served. What it raises is logged and ignored.
+        drain_s: Longest time that one look waits for requests on the version before, in seconds. The next look waits
+            again.
+        clock: Monotonic clock in seconds.
+        now: The wall clock.
+
+    Raises:
+        SettingsError: No store is set.
+        SubscriberError: `replica` is not a printable name.
     """
 
     def __init__(
@@ -97,58 +129,71 @@ class Subscriber:
 
         self._changed = threading.Condition()
         self._current: Current | None = None
-        self._generation = 0
-        self._wanted = 0
-        self._attempts = 0
-        self._failing = 0
-        self._given_up = 0
-        self._due_s = 0.0
-        self._owed: AdapterActivated | None = None
-        self._untidy = True  # what a process before this one left in the backend
+        self._progress = Progress()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def current(self) -> Current | None:
-        """What is served now; None before the first version and after the adapter was retired."""
+        """The version that is served now. None before the first version and after the adapter was retired."""
         with self._changed:
             return self._current
 
     @property
     def generation(self) -> int:
-        """The alias generation that was applied last; 0: none."""
+        """The generation of the alias that was applied last. 0 before the first one."""
         with self._changed:
-            return self._generation
+            return self._progress.served
 
     def wait_for(self, generation: int, timeout_s: float) -> bool:
-        """Wait until that generation or a later one was applied. False where the time ends."""
+        """Wait until a generation, or a later one, is applied.
+
+        Args:
+            generation: Generation of the alias.
+            timeout_s: Longest wait in seconds.
+
+        Returns:
+            False if it was not applied in time.
+        """
         with self._changed:
-            return self._changed.wait_for(lambda: self._generation >= generation, timeout_s)
+            return self._changed.wait_for(lambda: self._progress.served >= generation, timeout_s)
 
     def name_of(self, version: str) -> str:
-        """The backend's name of a version: `adapter@<64 hex>`, with `#alias` before the `@` for another than live."""
+        """Return the backend's name of a version.
+
+        Args:
+            version: Digest of the version's manifest, `sha256:<64 hex>`.
+
+        Returns:
+            `<adapter>@<64 hex>`, or `<adapter>#<alias>@<64 hex>` for another alias than `live`.
+        """
         return f"{self._prefix}{version.removeprefix('sha256:')}"
 
     def run(self, stop: threading.Event | None = None) -> None:
-        """Follow the alias until `stop` is set (None: until close() is called, or for ever)."""
+        """Follow the alias in this thread.
+
+        Args:
+            stop: Ends the call when it is set. None: `close` ends the call.
+        """
         stop = stop or self._stop
         try:
             while not stop.is_set():
-                if self._clock() >= self._due_s:
+                if self._clock() >= self._progress.due_s:
                     self._look()
                 self._acks.tick(self._clock())
-                wait_s = max(0.0, min(_TICK_S, self._due_s - self._clock()))
-                heard = self._updates.poll(wait_s, self._clock(), stop)
-                if heard > max(self._generation, self._wanted):
-                    self._wanted = heard
-                    self._due_s = 0.0
+                wait_s = max(0.0, min(_TICK_S, self._progress.due_s - self._clock()))
+                self._progress = self._progress.heard(self._updates.poll(wait_s, self._clock(), stop))
         finally:
             self._updates.close()
             self._acks.close()
 
     def start(self) -> Self:
-        """Follow the alias in a thread; close() ends it."""
+        """Follow the alias in a new thread until `close`.
+
+        Raises:
+            SubscriberError: The subscriber was started before.
+        """
         if self._thread is not None:
             raise SubscriberError("the subscriber was started before", remedy="make a new one")
         self._thread = threading.Thread(target=self._run_in_thread, name=f"subscriber {self.adapter}", daemon=True)
@@ -164,7 +209,14 @@ class Subscriber:
             raise
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Stop following; the backend goes on serving what it has. Raises SubscriberError if an error had ended it."""
+        """Stop following the alias. The backend goes on serving the version that it has.
+
+        Args:
+            timeout_s: Longest wait for the thread to end, in seconds.
+
+        Raises:
+            SubscriberError: An error had ended the thread, or the thread did not end in time.
+        """
         self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout_s)
@@ -182,59 +234,59 @@ class Subscriber:
         self.close()
 
     def _look(self) -> None:
-        """Read the alias and do what it asks; sets when to look again."""
-        self._due_s = self._clock() + self.settings.serving.poll_s
+        """Read the alias, do what its state asks for, and set the time of the next look."""
+        self._progress = self._progress.looking(self._clock() + self.settings.serving.poll_s)
         try:
-            state = self._registry.alias(self.adapter, self.alias)
+            alias = self._registry.alias(self.adapter, self.alias)
         except StoreError as error:
             self._metrics.store_error("alias")
-            self._fail(None, error, {})
+            self._progress = self._progress.unreadable()
+            self._retry_look(error)
             return
-        if self._untidy:
-            self._tidy()
-        found = state.generation if state else 0
-        if state and found > self._generation and found != self._given_up:
+        if self._progress.leftovers:
+            self._unload_leftovers()
+        self._progress = self._progress.saw(alias.generation if alias else 0)
+        if alias is not None and self._progress.state is State.BEHIND:
             self._metrics.waiting(True)
-            self._take(state)
-        elif found < self._wanted and self._wanted > self._generation:  # the event came before the alias is seen
-            self._fail(None, None, {})
-        elif found <= self._generation:
+            self._apply(alias)
+        elif self._progress.state is State.EXPECTING:
+            self._retry_look(None)
+        elif self._progress.state is State.FOLLOWING:
             self._metrics.waiting(False)
 
-    def _take(self, state: AliasState) -> None:
+    def _apply(self, alias: AliasState) -> None:
+        """Serve the version that the alias names, or nothing if the adapter is retired, and acknowledge it."""
         stage_s: dict[str, float] = {}
         try:
-            current = None if state.kind == "retired" else self._serve(state, stage_s)
-        except Exception as error:  # noqa: BLE001 - backends are anybody's code: it ends in adapter.failed
-            self._fail(state, error, stage_s)
+            current = None if alias.kind == "retired" else self._serve(alias, stage_s)
+        except Exception as error:  # noqa: BLE001 - a backend may raise anything; it is reported as adapter.failed
+            self._retry_version(alias, error, stage_s)
             return
+        ack = AdapterActivated(
+            adapter=self.adapter, alias=self.alias, replica=self.replica, generation=alias.generation,
+            version=alias.version, stage_s=stage_s, published_at=alias.published_at, at=self._now(),
+        )  # fmt: skip
         with self._changed:
             self._current = current
-            self._generation = state.generation
+            self._progress = self._progress.applied(alias.generation, ack)
             self._changed.notify_all()
-        self._attempts = self._failing = self._given_up = 0
-        self._metrics.generation(self.adapter, state.generation)
+        self._metrics.generation(self.adapter, alias.generation)
         self._metrics.progress()
         self._metrics.waiting(False)
-        self._owed = AdapterActivated(
-            adapter=self.adapter, alias=self.alias, replica=self.replica, generation=state.generation,
-            version=state.version, stage_s=stage_s, published_at=state.published_at, at=self._now(),
-        )  # fmt: skip
-        if state.kind not in {"revoked", "retired"}:  # those are done only when the version before is gone
-            self._settle()
+        if alias.kind not in {"revoked", "retired"}:  # those are done only when the version before is unloaded
+            self._acknowledge()
         if self._on_activate is not None and current is not None:
             try:
-                self._on_activate(state, stage_s)
-            except Exception:  # noqa: BLE001 - anybody's code, and no reason to stop serving
+                self._on_activate(alias, stage_s)
+            except Exception:  # noqa: BLE001 - the user's code may raise anything; the version is served all the same
                 _log.exception("%s: on_activate failed; the version is served", self.adapter)
-        self._untidy = True
-        self._tidy()
+        self._unload_leftovers()
 
-    def _serve(self, state: AliasState, stage_s: dict[str, float]) -> Current:
-        name = self.name_of(state.version)
+    def _serve(self, alias: AliasState, stage_s: dict[str, float]) -> Current:
+        name = self.name_of(alias.version)
         with self._timed("fetch", stage_s):
-            manifest = self._manifest(state)
-        if self._current is None or self._current.version != state.version:
+            manifest = self._manifest(alias)
+        if self._current is None or self._current.version != alias.version:
             with self._timed("fetch", stage_s):
                 weights = self._fetch(manifest)
             with self._timed("verify", stage_s):
@@ -247,17 +299,17 @@ class Subscriber:
                 with self._timed("activate", stage_s):
                     self._backend.activate(name)
             except Exception:
-                with suppress(Exception):  # what failed is told; the version before is still active
+                with suppress(Exception):  # the first error is reported; the version before is still active
                     self._backend.unload(name)
                 raise
-        stage_s["publish_to_served"] = max(0.0, (self._now() - state.published_at).total_seconds())
-        return Current(state.version, state.generation, name, manifest)
+        stage_s["publish_to_served"] = max(0.0, (self._now() - alias.published_at).total_seconds())
+        return Current(alias.version, alias.generation, name, manifest)
 
-    def _manifest(self, state: AliasState) -> Manifest:
-        manifest = self._registry.manifest(self.adapter, state.version)
+    def _manifest(self, alias: AliasState) -> Manifest:
+        manifest = self._registry.manifest(self.adapter, alias.version)
         if self._registry.is_revoked(self.adapter, manifest.seq):
             raise StoreError(
-                f"{state.version} is revoked and still live", remedy="forget it or roll back: `perennial rollback`"
+                f"{alias.version} is revoked and still live", remedy="roll back: `perennial adapters rollback`"
             )
         base_sha256 = self._backend.base_sha256
         if base_sha256 is not None and base_sha256 != manifest.base_sha256:
@@ -282,7 +334,7 @@ class Subscriber:
                 "the weights are not those that the manifest names",
                 got=f"{found} ({len(weights)} bytes)",
                 allowed=f"{manifest.weights.digest} ({manifest.weights.size_bytes} bytes)",
-                remedy="restore the object from a copy, or roll back: `perennial rollback`",
+                remedy="restore the object from a copy, or roll back: `perennial adapters rollback`",
             )
         check_safetensors(weights)
 
@@ -295,28 +347,38 @@ class Subscriber:
             stage_s[stage] = stage_s.get(stage, 0.0) + self._clock() - begin_s
             self._metrics.stage_s(stage, stage_s[stage])
 
-    def _fail(self, state: AliasState | None, error: Exception | None, stage_s: Mapping[str, float]) -> None:
-        """Look again soon, and say what failed: at first, and when a version is given up."""
-        asked = state.generation if state else self._wanted
-        self._attempts = self._attempts + 1 if asked == self._failing else 1
-        self._failing = asked
-        waits_for_store = isinstance(error, StoreError) and not isinstance(error, IntegrityError)
-        last = self._attempts >= MAX_ATTEMPTS and not waits_for_store
-        if not last:
-            retry_s = _FIRST_RETRY_S * 2.0 ** min(self._attempts - 1, 20)
-            self._due_s = self._clock() + min(retry_s, self.settings.serving.poll_s)
-        elif state is not None:
-            self._given_up = state.generation
-        else:
-            self._wanted = 0  # the event was ahead of any alias: polling goes on
-        if error is None:
-            return
-        level = logging.ERROR if last or self._attempts == 1 else logging.DEBUG
-        _log.log(level, "%s: attempt %d failed: %s", self.adapter, self._attempts, error)
-        if waits_for_store:
+    def _retry_look(self, error: StoreError | None) -> None:
+        """Look at the alias again soon: it could not be read, or does not show a generation that an event named."""
+        endless = error is not None and not isinstance(error, IntegrityError)
+        first_or_last = self._schedule_retry(self._progress.announced, endless=endless)
+        if error is not None:
+            self._log_attempt(error, first_or_last=first_or_last)
+            if endless:
+                self._metrics.store_error("fetch")
+
+    def _retry_version(self, alias: AliasState, error: Exception, stage_s: Mapping[str, float]) -> None:
+        """Try to serve the version again soon, or give it up; report the first and the last failure."""
+        endless = isinstance(error, StoreError) and not isinstance(error, IntegrityError)
+        first_or_last = self._schedule_retry(alias.generation, endless=endless)
+        self._log_attempt(error, first_or_last=first_or_last)
+        if endless:
             self._metrics.store_error("fetch")
-        if state is not None and (last or self._attempts == 1):
-            self._send_failed(state.generation, state.version, state.published_at, stage_s, error)
+        if first_or_last:
+            self._send_failed(alias.generation, alias.version, alias.published_at, stage_s, error)
+
+    def _schedule_retry(self, generation: int, *, endless: bool) -> bool:
+        """Set the time of the next attempt, or give up. Return whether this was the first attempt or the last."""
+        self._progress = self._progress.failed(generation)
+        delay_s = RETRY.delay_s(self._progress.attempts, endless=endless)
+        if delay_s is None:
+            self._progress = self._progress.gave_up()
+        else:
+            self._progress = self._progress.retry_at(self._clock() + min(delay_s, self.settings.serving.poll_s))
+        return delay_s is None or self._progress.attempts == 1
+
+    def _log_attempt(self, error: Exception, *, first_or_last: bool) -> None:
+        level = logging.ERROR if first_or_last else logging.DEBUG
+        _log.log(level, "%s: attempt %d failed: %s", self.adapter, self._progress.attempts, error)
 
     def _send_failed(
         self, generation: int, version: str, published_at: datetime, stage_s: Mapping[str, float], error: Exception
@@ -329,39 +391,44 @@ class Subscriber:
             )
         )  # fmt: skip
 
-    def _settle(self) -> None:
-        """Send the acknowledgement that is owed."""
-        if self._owed is not None:
-            self._acks.send(self._owed)
-            self._metrics.ack(self.adapter, self._owed.stage_s)
-            self._owed = None
+    def _acknowledge(self) -> None:
+        """Send the acknowledgement that is owed, if there is one."""
+        owed = self._progress.owed
+        if owed is not None:
+            self._acks.send(owed)
+            self._metrics.ack(self.adapter, owed.stage_s)
+            self._progress = self._progress.acknowledged()
 
-    def _tidy(self) -> None:
-        """Unload every version of this alias that is not current, and look that it is gone; else again at next look."""
+    def _unload_leftovers(self) -> None:
+        """Unload every version of this alias that is not served, and check that the backend holds none any more.
+
+        What cannot be unloaded is tried again at the next look. An acknowledgement that is still owed is sent when
+        nothing is left.
+        """
         current = self.current
-        if current is None and self._generation == 0:
-            return  # a process before this one may have left a version in service: keep it until there is a better one
+        if current is None and self._progress.served == 0:
+            return  # a process before this one may have left a version in service: keep it until there is a newer one
         kept = current.name if current else None
         reason = "requests still use it"
         left: list[str] = []
         try:
             for name in self._held(kept):
-                # Nothing is current when it was retired: then requests come until it is unloaded.
+                # A retired adapter has no version that new requests could use: they come until it is unloaded.
                 if kept is None or self._backend.drain(name, self._drain_s):
                     self._backend.unload(name)
             left = self._held(kept)
-        except Exception as error:  # noqa: BLE001 - backends are anybody's code: it ends in adapter.failed
+        except Exception as error:  # noqa: BLE001 - a backend may raise anything; it is reported as adapter.failed
             reason, left = str(error), ["?"]
-        self._untidy = bool(left)
         if not left:
-            self._settle()
+            self._progress = self._progress.unloaded()
+            self._acknowledge()
             return
         _log.warning("%s: a version before is still held (%s): %s", self.adapter, reason, left)
-        self._due_s = min(self._due_s, self._clock() + max(_FIRST_RETRY_S, self.settings.serving.poll_s / 10))
-        if self._owed is not None and self._attempts == 0:
-            self._attempts = 1
+        owed, reported = self._progress.owed, self._progress.owed_reported
+        retry_s = self._clock() + max(RETRY.first_s, self.settings.serving.poll_s / 10)
+        self._progress = self._progress.still_held(retry_s)
+        if owed is not None and not reported:
             held = SubscriberError("the version before is still held", got=reason, remedy="it is tried again")
-            owed = self._owed
             self._send_failed(owed.generation, owed.version, owed.published_at, owed.stage_s, held)
 
     def _held(self, kept: str | None) -> list[str]:
