@@ -102,11 +102,11 @@ def explanation(registry: Registry, adapter: str, alias: str) -> list[Line]:
     live = _lineage(registry, adapter, alias, manifests)
     screen = QuarantineFilter(load_quarantine(registry.store, adapter))
     book = load_ledger(registry.store)[0]
-    selectors, times_s = policies_on(book, adapter)
+    policies = policies_on(book, adapter)
     lines = []
     for item in known:
         manifest = manifests.get(item.version) or registry.manifest(adapter, item.version)
-        end_ms = expires_ms(item.example, selectors, times_s)
+        end_ms = expires_ms(item.example, policies)
         lines.append(_line(item, manifest, _state(item, screen, live), end_ms))
     seen = {item.example.example_id for item in known}
     for _, version in registry.versions(adapter):

@@ -27,7 +27,7 @@ from perennial.streams.events.cloudevents import WireError, decode
 from perennial.streams.events.models import AdapterPattern, RetentionProgressed, RetentionRequested, Selector
 from perennial.streams.kafka.connect import connect
 from perennial.streams.retain.example_index import ExampleIndex
-from perennial.streams.retain.ledger import RequestLedger, RequestRecord, StoredExample, covers, meanings_of_holds
+from perennial.streams.retain.ledger import RequestLedger, RequestRecord, StoredExample, covers, hold_matchers
 from perennial.streams.retain.service import load_ledger
 from perennial.streams.settings import Settings, SettingsError
 
@@ -123,12 +123,12 @@ def _plan(registry: Registry, book: RequestLedger, adapter: str, selector: Selec
         if knew or learned & ids:
             knew.append(version)
             replayed += has_batch
-    holds = meanings_of_holds(book, adapter)
+    holds = hold_matchers(book, adapter)
     return {
         "adapter": adapter,
         "versions": knew,
         "replayed": replayed,
-        "examples": [_facts(item, any(means(item.example) for means in holds)) for item in meant],
+        "examples": [_facts(item, any(matches(item.example) for matches in holds)) for item in meant],
     }
 
 

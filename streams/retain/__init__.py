@@ -1,1 +1,1 @@
-"""The retain agent: carry retention requests from acceptance to their end."""
+"""The retain role: carry retention requests from acceptance to their end."""

@@ -1,8 +1,9 @@
-"""The retain agent's hold on Faust: deliveries in, acknowledgements out, and which process keeps the calendar.
+"""The retain agent: take deliveries of `retention` from Faust, acknowledge them, and run the calendar in one process.
 
-One request is carried out to its end before the next is taken, and acknowledged only then, so what is acknowledged
-has no holes. The process that has partition 0 of `retention` keeps the calendar; where two believe so for a moment,
-the book's compare-and-swap lets one turn stand, and the other sent the same jobs under the same names.
+Each request's step is performed whole before the next request is taken, and its record is acknowledged only then, so
+the acknowledged offsets have no gaps. The process that has partition 0 of `retention` runs the calendar. Two processes
+may both believe for a moment that they have it: the ledger's compare-and-swap then accepts one step, and the other has
+only sent the same jobs under the same ids.
 """
 
 from __future__ import annotations
@@ -33,50 +34,53 @@ TICK_S: Final = 1.0
 
 
 class RetainError(PerennialError):
-    """The retain agent got what it cannot handle."""
+    """The retain agent got an event that it cannot handle."""
 
 
 class RetainAgent:
-    """One process's part in the retain role."""
+    """One process of the retain role.
+
+    Args:
+        app: The Faust application.
+        settings: Topics, alias and clock.
+        metrics: Where figures go.
+        store: The object store.
+    """
 
     def __init__(self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
         self._topic = settings.kafka.topic(TOPIC)
-        self._acks = AckReader(settings)
-        self._retention = RetainService(settings, metrics, StoreFacts(settings, store, self._acks), self._send)
+        facts = StoreFacts(settings, store, AckReader(settings))
+        self._service = RetainService(settings, metrics, facts, self._send)
         self._revoked: int | None = None
         self._assigned = False
 
     def assign(self) -> None:
-        """Partitions were given."""
+        """Note that partitions were assigned."""
         self._assigned = True
 
     def revoke(self) -> None:
-        """All partitions were taken."""
+        """Note that all partitions were revoked."""
         self._assigned = False
         self._revoked = self._app.consumer_generation_id
-
-    def close(self) -> None:
-        """Leave the broker."""
-        self._acks.close()
 
     def _is_current(self, generation: int | None) -> bool:
         return generation == self._app.consumer_generation_id and generation != self._revoked
 
     async def receive(self, event: Any) -> None:
-        """Take one delivery of `retention`."""
+        """Handle one delivery of `retention` and acknowledge it."""
         message = event.message
         if not self._is_current(message.generation_id):
-            return  # it will be delivered again to whoever has the partition now
+            return  # the process that has the partition now gets it again
         failpoint("retain.receive")
         self._metrics.events_in(TOPIC)
         try:
             request = decode(message.value, message.headers, TOPIC).event
             if not isinstance(request, RetentionRequested):
                 raise RetainError("an event of another type", got=type(request).__name__)
-            await self._retention.receive(request, int(message.timestamp * 1000))
+            await self._service.receive(request, int(message.timestamp * 1000))
         except WireError as error:
             await self._refuse(error, message)
         if self._is_current(message.generation_id):
@@ -85,26 +89,26 @@ class RetainAgent:
         self._metrics.progress()
 
     async def tick(self) -> None:
-        """Keep the calendar if it is this process's to keep."""
+        """Run the calendar if this process has partition 0, and set the lag metric."""
         if not self._assigned:
             return
         partitions = [tp for tp in self._app.consumer.assignment() if tp.topic == self._topic]
         if any(tp.partition == 0 for tp in partitions):
-            await self._retention.tick()
-        with suppress(KafkaError):  # a rebalance that began meanwhile
+            await self._service.tick()
+        with suppress(KafkaError):  # a rebalance may have begun
             lag = 0
             for tp in partitions:
-                at = await self._app.consumer.position(tp)
-                lag += max(0, (self._app.consumer.highwater(tp) or 0) - (at or 0))
+                position = await self._app.consumer.position(tp)
+                lag += max(0, (self._app.consumer.highwater(tp) or 0) - (position or 0))
             self._metrics.lag(TOPIC, lag)
 
     async def _refuse(self, error: WireError, message: Any) -> None:
         log.warning("refused %s[%d]@%d: %s", TOPIC, message.partition, message.offset, error.reason)
-        letter, headers = encode_dead_letter(
+        value, headers = encode_dead_letter(
             message.value, message.headers, reason=error.reason, stage="retain", detail=error.detail, topic=TOPIC,
             partition=message.partition, offset=message.offset, at=datetime.fromtimestamp(time.time(), UTC),
         )  # fmt: skip
-        await self._produce("dead-letters", message.key, letter, headers)
+        await self._produce("dead-letters", message.key, value, headers)
         self._metrics.refused(error.reason)
 
     async def _send(self, event: Event, event_id: str) -> None:

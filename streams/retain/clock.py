@@ -1,4 +1,4 @@
-"""A clock that nothing is deleted too early by: what the wall clock showed all through a settling time. Pure."""
+"""Wall clock that ignores sudden forward jumps, so that a misconfigured clock cannot expire data early. Pure."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ MAX_GAP_MS: Final = 60_000
 
 
 class ClockGuard:
-    """Wall time that believes a step forward only after it stood for `settle_ms`, and a step back at once.
+    """Wall time that accepts a step forward only after it lasted for `settle_ms`, and a step back at once.
 
-    It follows the offset of the wall clock from the monotonic one, taking the least that was seen in the settling
-    time: so however the clock is set, what it gives is never ahead of the wall, nor of a clock that was set back
-    within the settling time. last_ms: what it gave last before a restart; what is more than MAX_GAP_MS later counts
-    as a step forward, for a restart cannot tell a pause from a clock set forward. None: the first start ever.
+    The guard watches the difference between the wall clock and the monotonic clock and uses the smallest difference
+    of the settling time. However the wall clock is set, the guarded time is never ahead of it, nor ahead of a wall
+    clock that was set back within the settling time.
+
+    Args:
+        settle_ms: How long a step forward must last, in milliseconds.
+        last_ms: The guarded time that was saved before a restart; None at the first start ever. A wall clock that is
+            more than MAX_GAP_MS later counts as stepped forward, because a restart cannot tell a pause from a changed
+            clock.
+        wall_ms: The wall clock now, in milliseconds since 1970.
+        monotonic_ms: The monotonic clock now.
     """
 
     def __init__(self, settle_ms: int, last_ms: int | None, wall_ms: int, monotonic_ms: int) -> None:
         self._settle_ms = settle_ms
-        self._offsets: deque[tuple[int, int]] = deque()  # (seen at, offset), both rising
+        self._offsets: deque[tuple[int, int]] = deque()  # (seen at, wall - monotonic), both rising
         if last_ms is not None and wall_ms > last_ms + MAX_GAP_MS:
             self._offsets.append((monotonic_ms, last_ms - monotonic_ms))
         self.now_ms(wall_ms, monotonic_ms)
 
     def now_ms(self, wall_ms: int, monotonic_ms: int) -> int:
-        """The time to judge by, from what both clocks show now."""
+        """Return the guarded time in milliseconds since 1970.
+
+        Args:
+            wall_ms: The wall clock now, in milliseconds since 1970.
+            monotonic_ms: The monotonic clock now.
+        """
         offset = wall_ms - monotonic_ms
         while self._offsets and self._offsets[-1][1] > offset:
             self._offsets.pop()
         if not self._offsets or self._offsets[-1][1] < offset:
             self._offsets.append((monotonic_ms, offset))
-        # the second has stood since it was seen, so once that is long enough the first says nothing more
+        # The second difference has lasted since it was seen: once that is long enough, the first no longer counts.
         while len(self._offsets) > 1 and self._offsets[1][0] <= monotonic_ms - self._settle_ms:
             self._offsets.popleft()
         return monotonic_ms + self._offsets[0][1]
-
-    @property
-    def settled(self) -> bool:
-        """Whether it shows the wall's own time."""
-        return len(self._offsets) == 1

@@ -1,7 +1,8 @@
-"""Which examples the store has of an adapter: read from the micro-batches of its line, their texts let go at once.
+"""Index of the examples that the store has of an adapter, read from the micro-batches of its versions.
 
-Also examples of refused updates count: their text is in the store. Batches that were erased are simply not there;
-one that is damaged is left out and told, for one bad object must not stop the calendar of every other adapter.
+Examples of refused updates are included, for their text is in the store too. Texts are not kept in memory. Erased
+micro-batches are simply missing. A damaged one is left out and logged: one bad object must not stop the calendar of
+every other adapter.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ DEFAULT_MAX_EXAMPLES: Final = 200_000
 
 
 @dataclass
-class _Line:
-    """What is known of one adapter up to its version at `seq`."""
+class _AdapterIndex:
+    """The examples of one adapter, read up to its version with sequence number `seq`."""
 
     seq: int = 0
     version: str = ""
@@ -38,51 +39,63 @@ class _Line:
 
 
 class ExampleIndex:
-    """The known examples by adapter. Keeps those of adapters used last, about `max_examples` in all.
+    """The stored examples by adapter, with a cache of the adapters used last. Not thread-safe.
 
-    A line that only grew by updates is read from where it was left; anything else is read anew. Not thread-safe.
+    An adapter that only got updates since the last read is read from there on; after any other change it is read
+    again from the beginning.
+
+    Args:
+        registry: The registry to read.
+        max_examples: About how many examples the cache holds, over all adapters.
     """
 
     def __init__(self, registry: Registry, max_examples: int = DEFAULT_MAX_EXAMPLES) -> None:
         self._registry = registry
         self._max_examples = max_examples
-        self._lines: OrderedDict[str, _Line] = OrderedDict()
+        self._cache: OrderedDict[str, _AdapterIndex] = OrderedDict()
 
     def of(self, adapter: str) -> list[StoredExample]:
-        """The examples of the adapter as its line stands now, by seq. Raises StoreError."""
+        """Return the adapter's examples as of its newest version, oldest first.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
         head = self._registry.head(adapter)
         if head is None:
             return []
-        line = self._lines.get(adapter)
-        if line is None or line.version != head.version:
-            line = self._refresh(adapter, line or _Line(), head.seq, head.version)
-            self._lines[adapter] = line
-        self._lines.move_to_end(adapter)
-        total = sum(len(kept.examples) for kept in self._lines.values())
-        while total > self._max_examples and len(self._lines) > 1:
-            total -= len(self._lines.popitem(last=False)[1].examples)
-        return list(line.examples.values())
+        index = self._cache.get(adapter)
+        if index is None or index.version != head.version:
+            index = self._refresh(adapter, index or _AdapterIndex(), head.seq, head.version)
+            self._cache[adapter] = index
+        self._cache.move_to_end(adapter)
+        total = sum(len(cached.examples) for cached in self._cache.values())
+        while total > self._max_examples and len(self._cache) > 1:
+            total -= len(self._cache.popitem(last=False)[1].examples)
+        return list(index.examples.values())
 
-    def _refresh(self, adapter: str, line: _Line, seq: int, version: str) -> _Line:
-        newer = list(self._registry.versions(adapter, limit=max(0, seq - line.seq)))[::-1]
-        manifests = [self._registry.manifest(adapter, name) for _, name in newer]
-        if line.seq and all(manifest.kind == "update" for manifest in manifests):
-            for (_, name), manifest in zip(newer, manifests, strict=True):
-                self._add(line, name, manifest, stands=True)
+    def _refresh(self, adapter: str, index: _AdapterIndex, seq: int, version: str) -> _AdapterIndex:
+        newer = list(self._registry.versions(adapter, limit=max(0, seq - index.seq)))[::-1]
+        manifests = [self._registry.manifest(adapter, version_id) for _, version_id in newer]
+        if index.seq and all(manifest.kind == "update" for manifest in manifests):
+            for (_, version_id), manifest in zip(newer, manifests, strict=True):
+                self._add(index, version_id, manifest, may_be_live=True)
         else:
-            line = _Line()
+            index = _AdapterIndex()
             revoked = {revocation.version for revocation in self._registry.revocations(adapter)}
-            for name, manifest in self._history(adapter, version):
-                self._add(line, name, manifest, stands=name not in revoked)
-        line.seq, line.version = seq, version
-        return line
+            for version_id, manifest in self._history(adapter, version):
+                self._add(index, version_id, manifest, may_be_live=version_id not in revoked)
+        index.seq, index.version = seq, version
+        return index
 
     def _history(self, adapter: str, head: str) -> Iterator[tuple[str, Manifest]]:
-        """Every version of the line, and those off it that the newest stems from (made anew by a forgetting)."""
+        """Yield every numbered version, then those that only the newest one's recorded schedule leads to.
+
+        A forgetting rebuilds versions without giving them a number; the schedule names them.
+        """
         seen = set()
-        for _, name in self._registry.versions(adapter, newest_first=False):
-            seen.add(name)
-            yield name, self._registry.manifest(adapter, name)
+        for _, version_id in self._registry.versions(adapter, newest_first=False):
+            seen.add(version_id)
+            yield version_id, self._registry.manifest(adapter, version_id)
         before = self._registry.manifest(adapter, head).schedule_parent
         while before is not None:
             manifest = self._registry.manifest(adapter, before)
@@ -90,7 +103,7 @@ class ExampleIndex:
                 yield before, manifest
             before = manifest.schedule_parent
 
-    def _add(self, line: _Line, version: str, manifest: Manifest, *, stands: bool) -> None:
+    def _add(self, index: _AdapterIndex, version: str, manifest: Manifest, *, may_be_live: bool) -> None:
         if manifest.batch is None:
             return
         try:
@@ -99,21 +112,20 @@ class ExampleIndex:
         except NotFoundError:  # erased
             return
         except (IntegrityError, ValidationError):
-            log.error(  # noqa: TRY400 - what is wrong is where, not what was found there: that may be a text
+            log.error(  # noqa: TRY400 - the traceback would show the damaged bytes, and they may be text
                 "%s: micro-batch %s of version %s is damaged: restore it from a copy, or nothing in it can expire",
                 manifest.adapter, manifest.batch.digest, version,
             )  # fmt: skip
             return
-        learned = {item.example_id for item in manifest.learned} if stands and _was_promoted(manifest) else set()
+        promoted = may_be_live and manifest.outcome == "promoted"
+        learned = {item.example_id for item in manifest.learned} if promoted else set()
         for example in batch.examples:
-            name = example.example_id
-            before = line.examples.get(name)
+            example_id = example.example_id
+            before = index.examples.get(example_id)
             if before is None:
                 bare = example.model_copy(update={"text": None, "prompt": None, "answer": None})
-                line.examples[name] = StoredExample(bare, text_hash(example), manifest.seq, version, name in learned)
-            elif name in learned and not before.learned:
-                line.examples[name] = replace(before, seq=manifest.seq, version=version, learned=True)
-
-
-def _was_promoted(manifest: Manifest) -> bool:
-    return manifest.outcome == "promoted"
+                index.examples[example_id] = StoredExample(
+                    bare, text_hash(example), manifest.seq, version, example_id in learned
+                )
+            elif example_id in learned and not before.learned:
+                index.examples[example_id] = replace(before, seq=manifest.seq, version=version, learned=True)

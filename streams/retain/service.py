@@ -1,7 +1,8 @@
-"""The retain role without Kafka's consumer: keeps the book in the store, performs turns, tells the time.
+"""The retain role without Kafka's consumer: keep the ledger in the store and perform the steps of the state machine.
 
-Per turn: quarantines, then events, then the book by compare-and-swap, then the caller acknowledges. A crash after
-any step repeats the turn: quarantines and the book are idempotent, jobs carry the same names again.
+The order of one step: change the quarantines, send the events, save the ledger by compare-and-swap; then the caller
+acknowledges the Kafka record. A crash at any point repeats the step, which does no harm: changes of quarantines and of
+the ledger are idempotent, and the jobs have the same ids again.
 """
 
 from __future__ import annotations
@@ -30,28 +31,29 @@ from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.clock import ClockGuard
 from perennial.streams.retain.example_index import ExampleIndex
 from perennial.streams.retain.ledger import RequestLedger, StoredExample, calendar, count_states, overdue
-from perennial.streams.retain.state_machine import AliasPosition, Change, RequestProcessor
+from perennial.streams.retain.state_machine import AliasPosition, QuarantineChange, RequestProcessor
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.retain")
 
-BOOK_KEY: Final = "retention/state"
+LEDGER_KEY: Final = "retention/state"
 CLOCK_KEY: Final = "retention/clock"
 SOURCE: Final = "perennial/retain"
-MAX_BOOK_BYTES: Final = 64 << 20
-CALENDAR_BOOK_BYTES: Final = MAX_BOOK_BYTES // 2
-"""A book larger than that takes no more requests of the calendar's own; what is due waits."""
-REQUESTS_BOOK_BYTES: Final = MAX_BOOK_BYTES // 8 * 7
-"""A book larger than that takes no more requests of others, but releases; the rest is for the progress of those in it."""
+MAX_LEDGER_BYTES: Final = 64 << 20
+CALENDAR_LEDGER_BYTES: Final = MAX_LEDGER_BYTES // 2
+"""A larger ledger takes no more requests of the calendar; examples that are due wait."""
+REQUESTS_LEDGER_BYTES: Final = MAX_LEDGER_BYTES // 8 * 7
+"""A larger ledger takes no more requests, except releases; the rest is room for the progress of those in it."""
 ADAPTERS_EVERY_S: Final = 15.0
 CLOCK_EVERY_S: Final = 20.0
-LOOK_S: Final = 1.0
-_MIN_LOOKS: Final = 16
+CALENDAR_BUDGET_S: Final = 1.0
+"""About how long one tick may look at adapters for the calendar; the next tick goes on from there."""
+_MIN_ADAPTERS_PER_TICK: Final = 16
 _ATTEMPTS: Final = 16
 
 Send = Callable[[Event, str], Awaitable[None]]
-"""Publishes an event under an id and waits for the broker's acknowledgement."""
+"""Publish an event under a CloudEvents id and wait for the broker's acknowledgement."""
 
 
 class _Clock(BaseModel):
@@ -60,7 +62,13 @@ class _Clock(BaseModel):
 
 
 class StoreFacts:
-    """What turns ask, answered from the store and from adapter-acks."""
+    """Answer what steps ask (see `Facts`) from the store and from the topic adapter-acks.
+
+    Args:
+        settings: The alias whose replicas count.
+        store: The object store.
+        acks: A reader of what replicas acknowledged.
+    """
 
     def __init__(self, settings: Settings, store: ObjectStore, acks: AckReader) -> None:
         self.store = store
@@ -72,41 +80,50 @@ class StoreFacts:
         self._listed_s: float | None = None
 
     def adapters(self) -> list[str]:
-        """Every adapter with a version or with a cut micro-batch; listed anew every so often."""
+        """Return every adapter with a version or a cut micro-batch; listed at most every ADAPTERS_EVERY_S seconds."""
         if self._listed_s is None or time.monotonic() - self._listed_s >= ADAPTERS_EVERY_S:
             cut = (key.removeprefix("state/curate/") for key in self.store.list("state/curate/"))
             self._adapters = sorted({*self.registry.adapters(), *cut})
             self._listed_s = time.monotonic()
         return self._adapters
 
-    def known(self, adapter: str) -> Sequence[StoredExample]:
-        """See Facts."""
+    def examples(self, adapter: str) -> Sequence[StoredExample]:
+        """See `Facts`."""
         return self._index.of(adapter)
 
-    def done(self, adapter: str, request_id: str) -> RequestOutcome | None:
-        """See Facts."""
+    def outcome(self, adapter: str, request_id: str) -> RequestOutcome | None:
+        """See `Facts`."""
         entry = load_quarantine(self.store, adapter).entry(request_id)
         return entry.done if entry else None
 
     def live(self, adapter: str) -> AliasPosition:
-        """See Facts."""
+        """See `Facts`."""
         state = self.registry.alias(adapter, self._alias)
         if state is None:
             return AliasPosition(None, 0)
         return AliasPosition(None if state.kind == "retired" else state.version, state.generation)
 
     def is_revoked(self, adapter: str, version: str) -> bool:
-        """See Facts."""
+        """See `Facts`."""
         return self.registry.is_revoked(adapter, self.registry.manifest(adapter, version).seq)
 
     def lagging(self, adapter: str, generation: int) -> Sequence[str]:
-        """See Facts."""
+        """See `Facts`."""
         revoked = {revocation.version for revocation in self.registry.revocations(adapter)}
         return self._acks.lagging(adapter, self._alias, generation, revoked)
 
 
 class RetainService:
-    """The book, its turns and its clock, in one process. send: see Send. wall_ms, monotonic_ms: the clocks."""
+    """The ledger, its steps and its clock, in one process.
+
+    Args:
+        settings: The settling time of the clock.
+        metrics: Where figures go.
+        facts: The state of the store and of the replicas.
+        send: Publishes an event; see `Send`.
+        wall_ms: The wall clock, in milliseconds since 1970.
+        monotonic_ms: The monotonic clock, in milliseconds.
+    """
 
     def __init__(
         self,
@@ -130,93 +147,110 @@ class RetainService:
         self._next_adapter = ""
 
     async def receive(self, request: RetentionRequested, received_ms: int) -> None:
-        """Take one request and carry it as far as it goes now.
+        """Accept one request and carry it as far as it goes now.
 
-        Raises WireError where its id is another's, and where the book is full.
+        Args:
+            request: The request as it came from the topic.
+            received_ms: When the broker took it, in milliseconds since 1970.
+
+        Raises:
+            WireError: Another request had the same id, or the ledger is full.
+            ConflictError: Other writers kept changing the ledger.
         """
         for _ in range(_ATTEMPTS):
             now_ms = await asyncio.to_thread(self._now_ms)
-            book, etag = await asyncio.to_thread(self._load)
-            self._refuse_if_full(book, request)
-            turn = RequestProcessor(book, now_ms, self._at())
-            turn.receive(request, received_ms)
-            await asyncio.to_thread(turn.advance, self._facts, {request.request_id})
+            ledger, etag = await asyncio.to_thread(self._load)
+            self._refuse_if_full(ledger, request)
+            step = RequestProcessor(ledger, now_ms, self._at())
+            step.receive(request, received_ms)
+            await asyncio.to_thread(step.advance, self._facts, {request.request_id})
             try:
-                await self._perform(book, turn, etag)
+                await self._perform(ledger, step, etag)
             except ConflictError:
                 self._metrics.store_error("retain.conflict")
                 continue
             return
-        raise ConflictError(f"too many writers change {BOOK_KEY}", remedy="restarting loses nothing")
+        raise ConflictError(f"too many writers change {LEDGER_KEY}", remedy="restart the role; nothing is lost")
 
-    def _refuse_if_full(self, book: RequestLedger, request: RetentionRequested) -> None:
-        """Raises WireError: a request in the dead letters can be sent again, one that ends the role takes all with it."""
-        if request.request_id in book.records or KINDS[request.kind].accepted_when_full:
+    def _refuse_if_full(self, ledger: RequestLedger, request: RetentionRequested) -> None:
+        """Raise WireError if the ledger has no room.
+
+        A request in the dead letters can be sent again; a ledger over its limit would end the role and stop every
+        request.
+        """
+        if request.request_id in ledger.records or KINDS[request.kind].accepted_when_full:
             return
-        size_bytes = len(book.to_bytes())
-        if size_bytes > REQUESTS_BOOK_BYTES:
+        size_bytes = len(ledger.to_bytes())
+        if size_bytes > REQUESTS_LEDGER_BYTES:
             raise WireError(
-                "oversize", "the book of retention requests is full", got=f"{size_bytes} bytes",
-                allowed=f"{REQUESTS_BOOK_BYTES} bytes; send it again once others are done, or name more in each request",
+                "oversize", "the ledger of retention requests is full", got=f"{size_bytes} bytes",
+                allowed=f"{REQUESTS_LEDGER_BYTES} bytes; send the request again once others are closed, or name more "
+                "examples in each request",
             )  # fmt: skip
 
     async def tick(self) -> None:
-        """See what fell due, go on with what is open, tell the figures."""
-        book, etag = await asyncio.to_thread(self._load)
-        turn = RequestProcessor(book, await asyncio.to_thread(self._now_ms), self._at())
-        if len(book.to_bytes()) <= CALENDAR_BOOK_BYTES:
-            await asyncio.to_thread(self._look, turn)
+        """Run the calendar, go on with open requests, and set the metrics."""
+        ledger, etag = await asyncio.to_thread(self._load)
+        step = RequestProcessor(ledger, await asyncio.to_thread(self._now_ms), self._at())
+        if len(ledger.to_bytes()) <= CALENDAR_LEDGER_BYTES:
+            await asyncio.to_thread(self._run_calendar, step)
         else:
             self._metrics.store_error("retain.full")
-            log.error("the book of retention requests is full: nothing new expires until some are done")
+            log.error("the ledger of retention requests is full: no further example expires until requests are closed")
         try:
-            await asyncio.to_thread(turn.advance, self._facts)
-        except KafkaUnavailableError as error:  # acknowledgements can wait for the broker
+            await asyncio.to_thread(step.advance, self._facts)
+        except KafkaUnavailableError as error:  # the acknowledgements of replicas can wait for the broker
             log.warning("%s", error)
             return
         try:
-            await self._perform(book, turn, etag)
-        except ConflictError:  # another process took a request meanwhile: the next tick starts from there
+            await self._perform(ledger, step, etag)
+        except ConflictError:  # another process took a request in the meantime: the next tick starts from there
             self._metrics.store_error("retain.conflict")
             return
-        await asyncio.to_thread(self._save_clock, turn.now_ms)
-        self._report(turn.book, turn.now_ms)
+        await asyncio.to_thread(self._save_clock, step.now_ms)
+        self._report(step.ledger, step.now_ms)
 
-    def _look(self, turn: RequestProcessor) -> None:
-        """Put what the calendar says of some adapters into the turn, going on at the next tick where time ran out."""
+    def _run_calendar(self, step: RequestProcessor) -> None:
+        """Add what the calendar says of some adapters; the next tick goes on with the adapters after them."""
         names = self._facts.adapters()
         began = time.monotonic()
         start = next((i for i, name in enumerate(names) if name > self._next_adapter), 0)
         for number, adapter in enumerate(names[start:] + names[:start]):
-            if number >= _MIN_LOOKS and time.monotonic() - began > LOOK_S:
+            if number >= _MIN_ADAPTERS_PER_TICK and time.monotonic() - began > CALENDAR_BUDGET_S:
                 break
-            for record in calendar(turn.book, adapter, self._facts.known(adapter), turn.now_ms):
-                turn.add(record)
+            for record in calendar(step.ledger, adapter, self._facts.examples(adapter), step.now_ms):
+                step.add(record)
             self._next_adapter = adapter
 
-    async def _perform(self, before: RequestLedger, turn: RequestProcessor, etag: str | None) -> None:
-        for change in turn.changes:
+    async def _perform(self, before: RequestLedger, step: RequestProcessor, etag: str | None) -> None:
+        """Apply the step's changes, send its events, then replace the ledger.
+
+        Raises:
+            ConflictError: Another process replaced the ledger first.
+            IntegrityError: The ledger would grow over its limit.
+        """
+        for change in step.changes:
             await asyncio.to_thread(self._apply, change)
-        if turn.changes:
+        if step.changes:
             failpoint("retain.quarantine")
-        for event in turn.events:
+        for event in step.events:
             await self._send(event, _event_id(event))
-        if turn.events:
+        if step.events:
             failpoint("retain.send")
-        if turn.book != before:
-            book = turn.book.model_copy(update={"revision": before.revision + 1})
-            data = book.to_bytes()
-            if len(data) > MAX_BOOK_BYTES:
+        if step.ledger != before:
+            ledger = step.ledger.model_copy(update={"revision": before.revision + 1})
+            data = ledger.to_bytes()
+            if len(data) > MAX_LEDGER_BYTES:
                 raise IntegrityError(
-                    "the book of retention requests is full", got=f"{len(data)} bytes",
-                    allowed=f"{MAX_BOOK_BYTES} bytes", remedy="let the learner work off what is open",
+                    "the ledger of retention requests is full", got=f"{len(data)} bytes",
+                    allowed=f"{MAX_LEDGER_BYTES} bytes", remedy="let the learner work off the open requests",
                 )  # fmt: skip
-            await asyncio.to_thread(self._store.compare_and_swap, BOOK_KEY, data, etag)
+            await asyncio.to_thread(self._store.compare_and_swap, LEDGER_KEY, data, etag)
             failpoint("retain.state")
-            self._count(before, book)
+            self._count(before, ledger)
             self._metrics.progress()
 
-    def _apply(self, change: Change) -> None:
+    def _apply(self, change: QuarantineChange) -> None:
         update_quarantine(self._store, change.adapter, change.apply)
 
     def _load(self) -> tuple[RequestLedger, str | None]:
@@ -224,18 +258,18 @@ class RetainService:
 
     def _now_ms(self) -> int:
         if self._clock is None:
-            shown_ms = None
+            last_ms = None
             try:
                 stored = self._store.get(CLOCK_KEY, 1024)
-                shown_ms, self._clock_etag = _Clock.model_validate_json(stored.data).shown_ms, stored.etag
+                last_ms, self._clock_etag = _Clock.model_validate_json(stored.data).shown_ms, stored.etag
             except NotFoundError:
                 pass
             except ValidationError as error:
                 raise IntegrityError(
                     f"{CLOCK_KEY} is not readable", got=str(error),
-                    remedy="delete the object: expiry then waits for nothing but the clock",
+                    remedy="delete the object: the clock is then taken as it is, as at a first start",
                 ) from error  # fmt: skip
-            self._clock = ClockGuard(self._settle_ms, shown_ms, self._wall_ms(), self._monotonic_ms())
+            self._clock = ClockGuard(self._settle_ms, last_ms, self._wall_ms(), self._monotonic_ms())
         return self._clock.now_ms(self._wall_ms(), self._monotonic_ms())
 
     def _save_clock(self, now_ms: int) -> None:
@@ -244,7 +278,7 @@ class RetainService:
         data = _Clock(shown_ms=now_ms).model_dump_json().encode()
         try:
             self._clock_etag = self._store.compare_and_swap(CLOCK_KEY, data, self._clock_etag)
-        except ConflictError:  # whoever had the calendar before, or has it after this process
+        except ConflictError:  # the process that had the calendar before, or has it after this one, wrote it
             try:
                 self._clock_etag = self._store.get(CLOCK_KEY, 1024).etag
             except NotFoundError:
@@ -255,39 +289,43 @@ class RetainService:
     def _at(self) -> datetime:
         return datetime.fromtimestamp(self._wall_ms() / 1000, UTC)
 
-    def _count(self, before: RequestLedger, book: RequestLedger) -> None:
-        for name, record in book.records.items():
-            old = before.records.get(name)
+    def _count(self, before: RequestLedger, ledger: RequestLedger) -> None:
+        for request_id, record in ledger.records.items():
+            old = before.records.get(request_id)
             if (old is None or old.state != record.state) and record.state in {"closed", "failed"}:
-                log.info("%s %s: %s: %s", record.request.kind, name, record.state, record.detail)
+                log.info("%s %s: %s: %s", record.request.kind, request_id, record.state, record.detail)
                 if record.state == "closed" and KINDS[record.request.kind].job == "forget":
                     self._metrics.forgot(record.examples, (self._wall_ms() - record.received_ms) / 1000)
 
-    def _report(self, book: RequestLedger, now_ms: int) -> None:
-        records = list(book.records.values())
+    def _report(self, ledger: RequestLedger, now_ms: int) -> None:
+        records = list(ledger.records.values())
         for state, count in count_states(records).items():
             self._metrics.forget_requests(state, count)
-        self._metrics.forget_overdue(overdue(book, now_ms))
+        self._metrics.forget_overdue(overdue(ledger, now_ms))
         self._metrics.quarantined(sum(r.examples for r in records if r.state in {"held", "quarantined"}))
 
 
 def load_ledger(store: ObjectStore) -> tuple[RequestLedger, str | None]:
-    """The book of retention requests and its etag; an empty one where none was written. Raises IntegrityError."""
+    """Return the ledger of retention requests and its etag; an empty one and None where none was written.
+
+    Raises:
+        IntegrityError: The object is not a ledger of this version.
+    """
     try:
-        stored = store.get(BOOK_KEY, MAX_BOOK_BYTES)
+        stored = store.get(LEDGER_KEY, MAX_LEDGER_BYTES)
     except NotFoundError:
         return RequestLedger(), None
     try:
         return RequestLedger.model_validate_json(stored.data), stored.etag
     except ValidationError as error:
         raise IntegrityError(
-            f"{BOOK_KEY} does not hold a book of this version", got=stored.data[:100], allowed="schema_version 1",
+            f"{LEDGER_KEY} does not hold a ledger of this version", got=stored.data[:100], allowed="schema_version 1",
             remedy="restore it from a copy, or upgrade to the version that wrote it",
         ) from error  # fmt: skip
 
 
 def _event_id(event: Any) -> str:
-    """Jobs are told apart by their names; what is said of a request, by what is said."""
+    """Return the id of a job as it is, and for a status a hash of its content."""
     if isinstance(event, ForgetRequested | RollbackRequested):
         return event.job_id
     return sha256(event.model_dump_json().encode()).hexdigest()[:32]

@@ -1,11 +1,12 @@
-"""What becomes of retention requests: what each turn over the book writes, sends and changes. Pure.
+"""The state machine of retention requests: what one step writes, sends and changes. Pure.
 
-A turn takes the book and what the store says, and gives the book as it will be, changes to quarantines, and
-events. The caller performs the changes, then sends the events, then saves the book: every change is idempotent
-and every job has a name made from its request, so a turn that was cut off anywhere is simply taken again.
+A step takes the ledger and facts from the store. It returns, in a `RequestProcessor`, the ledger as it will be,
+changes to quarantines, and events. The caller applies the changes, then sends the events, then saves the ledger. Every
+change is idempotent and the name of every job follows from its request, so a step that was cut off anywhere is simply
+repeated.
 
-Holds win: a job is made only while no hold stands on any example that the store has and the job means. Time is
-the guarded one of streams/clock.py.
+Holds win: a job is sent only while no hold is on any stored example that the job would forget. `now_ms` is the time of
+the guarded clock (streams/retain/clock.py). The tables of phases and states are in streams/retain/transitions.py.
 """
 
 from __future__ import annotations
@@ -30,65 +31,88 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.retain.ledger import (
     AdapterProgress,
-    Phase,
     RequestLedger,
     RequestRecord,
     StoredExample,
     covers,
-    meanings_of_holds,
-    ms_of,
-    plain,
+    epoch_ms,
+    hold_matchers,
     same_holds,
+    selector_json,
 )
-from perennial.streams.retention.kinds import KINDS, refusal_of
+from perennial.streams.retain.transitions import (
+    FORGET_TRANSITIONS,
+    REQUEST_STATES,
+    ROLLBACK_TRANSITIONS,
+    Action,
+    Observation,
+    Summary,
+    furthest_behind,
+)
+from perennial.streams.retention.kinds import KINDS, Job, refusal_of
 
 KEEP_MS: Final = 30 * 86_400_000
-"""How long an ended request stays: longer than an example of before can be under way, at a week per topic."""
+"""How long an ended request is kept: longer than an earlier example can be under way, at a week per topic."""
 KEEP_OWN: Final = 256
-"""How many ended expiries of the calendar's own stay: a stream under a policy makes one after another, for ever."""
+"""How many closed expiries of the calendar are kept: on an endless stream a policy makes one after another."""
 RESEND_MS: Final = 86_400_000
-"""After so long without an end a job is sent again: it may have left its topic while no learner ran."""
+"""A job without an end is sent again after this time: its topic may have deleted it while no learner ran."""
+_MAX_DETAIL_CHARS: Final = 2000
+_MAX_LISTED: Final = 5
 
 
 @dataclass(frozen=True)
 class AliasPosition:
-    """What an alias points at; version None where nothing is live."""
+    """Where an alias points.
+
+    Attributes:
+        version: The live version; None where nothing is live.
+        generation: The alias's count of changes.
+    """
 
     version: str | None
     generation: int
 
 
 class Facts(Protocol):
-    """What a turn asks of the store and of the acknowledgements."""
+    """What a step asks of the store and of the acknowledgements of replicas."""
 
     def adapters(self) -> Iterable[str]:
-        """Every adapter that has anything in the store."""
+        """Return every adapter that has anything in the store."""
         ...
 
-    def known(self, adapter: str) -> Sequence[StoredExample]:
-        """The examples whose text the store has."""
+    def examples(self, adapter: str) -> Sequence[StoredExample]:
+        """Return the adapter's examples whose text the store has."""
         ...
 
-    def done(self, adapter: str, request_id: str) -> RequestOutcome | None:
-        """What the learner noted on the request's entry."""
+    def outcome(self, adapter: str, request_id: str) -> RequestOutcome | None:
+        """Return what the learner recorded on the request's quarantine entry; None while it is not done."""
         ...
 
     def live(self, adapter: str) -> AliasPosition:
-        """Where the alias points."""
+        """Return where the adapter's alias points."""
         ...
 
     def is_revoked(self, adapter: str, version: str) -> bool:
-        """Whether the version was revoked."""
+        """Return whether the version was revoked."""
         ...
 
     def lagging(self, adapter: str, generation: int) -> Sequence[str]:
-        """Replicas that may still serve a revoked version, as far as that generation replaces it."""
+        """Return the replicas that may still serve a revoked version that this generation replaces."""
         ...
 
 
 @dataclass(frozen=True)
-class Change:
-    """What to make of an adapter's quarantine: exactly these holds, one more entry, more suppressed, some entries less."""
+class QuarantineChange:
+    """A change of one adapter's quarantine.
+
+    Attributes:
+        adapter: The adapter.
+        holds: Exactly the holds that are on the adapter from now on.
+        entry: An entry to add.
+        suppress: Hashes of texts to suppress.
+        drop: Ids of requests whose entries go.
+    """
 
     adapter: str
     holds: tuple[LegalHold, ...]
@@ -97,7 +121,7 @@ class Change:
     drop: tuple[str, ...] = ()
 
     def apply(self, quarantine: Quarantine) -> Quarantine:
-        """The quarantine with the change; the same again where it has it already."""
+        """Return the quarantine with the change; an equal one where it has the change already."""
         quarantine = quarantine.with_holds(self.holds)
         if self.entry is not None:
             quarantine = quarantine.with_entry(self.entry)
@@ -105,34 +129,51 @@ class Change:
 
 
 def job_id_of(request_id: str, adapter: str) -> str:
-    """The name of the job that a request makes for an adapter: always the same."""
+    """Return the id of the job that a request makes for an adapter; always the same for the same two."""
     return "sha256:" + sha256(f"{request_id}\n{adapter}".encode()).hexdigest()
 
 
 @dataclass
 class RequestProcessor:
-    """One turn over the book. now_ms: guarded. at: the time that statuses carry."""
+    """One step over the ledger; collects its effects for the caller to perform.
 
-    book: RequestLedger
+    Attributes:
+        ledger: The ledger, replaced as the step goes on.
+        now_ms: The guarded time, in milliseconds since 1970.
+        at: The time that published states carry.
+        changes: Changes of quarantines to apply first.
+        events: Events to send after the changes.
+    """
+
+    ledger: RequestLedger
     now_ms: int
     at: datetime
-    changes: list[Change] = field(default_factory=list)
+    changes: list[QuarantineChange] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
 
-    # ---- taking requests
+    # ---- accepting requests
 
     def receive(self, request: RetentionRequested, received_ms: int) -> None:
-        """Take a request; one that was taken before only has its state said again. Raises WireError."""
-        before = self.book.records.get(request.request_id)
+        """Accept or refuse a request; for a redelivered one only publish its state again.
+
+        Args:
+            request: The request as it came from the topic.
+            received_ms: When the broker took it, in milliseconds since 1970.
+
+        Raises:
+            WireError: Another request had the same id.
+        """
+        before = self.ledger.records.get(request.request_id)
         if before is not None:
             if before.request != request:
                 raise WireError("bad-field", "request_id", got=request.request_id, allowed="an id not used before")
-            self._say(before)
+            self._publish_state(before)
             return
         rules = KINDS[request.kind]
-        record = RequestRecord(request=request, received_ms=received_ms, until_ms=received_ms)
+        until_ms = received_ms
         if rules.due_at == "start" and request.due_at is not None:
-            record = record.model_copy(update={"until_ms": max(received_ms, ms_of(request.due_at) or 0)})
+            until_ms = max(received_ms, epoch_ms(request.due_at) or 0)
+        record = RequestRecord(request=request, received_ms=received_ms, until_ms=until_ms)
         self.add(record)
         refusal = refusal_of(request, received_ms)
         if refusal:
@@ -141,239 +182,249 @@ class RequestProcessor:
             self._WITHOUT_JOB[request.kind](self, record)
 
     def add(self, record: RequestRecord) -> None:
-        """Take a request into the book: it is accepted."""
-        self._put(record)
-        self._say(record)
+        """Add an accepted request to the ledger and publish its state."""
+        self._replace(record)
+        self._publish_state(record)
 
     def _policy(self, record: RequestRecord) -> None:
         request = record.request
-        for other in self.book.standing("policy"):
+        for other in self.ledger.in_force("policy"):
             if (other.request.adapter, other.request.selector) == (request.adapter, request.selector):
                 self._end(other, "closed", f"replaced by {request.request_id}")
         if request.time_to_live == PERMANENT:
-            self._end(record, "closed", "what it names no longer ends by policy")
+            self._end(record, "closed", "the policy with this adapter and selector is ended")
         else:
-            self._move(record, "executed", "in force until it is replaced")
+            self._set_state(record, "executed", "in force until another policy replaces it")
 
     def _hold(self, record: RequestRecord) -> None:
-        self._move(record, "executed", "in force until it is released")
+        self._set_state(record, "executed", "in force until it is released")
 
     def _release(self, record: RequestRecord) -> None:
-        request, holds = record.request, self.book.standing("hold")
+        request, holds = record.request, self.ledger.in_force("hold")
         released = [hold for hold in holds if same_holds(hold.request, request)]
         if not released:
             listed = ", ".join(hold.request.request_id for hold in holds[:10]) or "none"
             self._end(
                 record, "failed",
-                "no hold stands for this adapter and selector; "
-                f"release takes both as the hold gave them; holds: {listed}",
+                "no hold in force has this adapter and selector; a release must name both as the hold named them; "
+                f"holds in force: {listed}",
             )  # fmt: skip
             return
         for hold in released:
-            self._lift(hold, f"released by {request.request_id}")
+            self._end_hold(hold, f"released by {request.request_id}")
         self._end(record, "closed", f"released {len(released)} holds")
 
     _WITHOUT_JOB: ClassVar[dict[RetentionKind, Callable[[RequestProcessor, RequestRecord], None]]] = {
         "policy": _policy, "hold": _hold, "release": _release,
     }  # fmt: skip
-    """What carries out the kinds that lead to no job."""
+    """The functions that carry out the kinds whose `job` is None."""
 
-    def _lift(self, hold: RequestRecord, detail: str) -> None:
+    def _end_hold(self, hold: RequestRecord, detail: str) -> None:
         hold = self._end(hold, "closed", detail)
         self.changes += [self._change(adapter) for adapter in hold.adapters]
 
-    # ---- going on
+    # ---- going on with open requests
 
     def advance(self, facts: Facts, only: Collection[str] | None = None) -> None:
-        """Do whatever can be done now for every open request, holds first. only: for these request ids alone."""
-        for hold in self.book.standing("hold"):
+        """Do whatever can be done now for every open request, holds first.
+
+        Args:
+            facts: The state of the store and of the replicas.
+            only: Ids of the requests to go on with; None: all.
+        """
+        for hold in self.ledger.in_force("hold"):
             if only is not None and hold.request.request_id not in only:
                 continue
-            end_ms = ms_of(hold.request.due_at)
+            end_ms = epoch_ms(hold.request.due_at)
             if end_ms is not None and end_ms <= self.now_ms:
-                self._lift(hold, "its time ended")
+                self._end_hold(hold, "its due_at is reached")
             else:
-                self._spread(hold, facts)
-        for name, record in list(self.book.records.items()):
-            if only is not None and name not in only:
+                self._add_new_adapters_to_hold(hold, facts)
+        for request_id, record in list(self.ledger.records.items()):
+            if only is not None and request_id not in only:
                 continue
-            late = record.is_pattern and record.state == "closed"  # an adapter of the pattern may be new
             job = KINDS[record.request.kind].job
-            if job == "forget" and (record.open or late):
-                self._forget(record, facts)
+            reopens = record.is_pattern and record.state == "closed"  # an adapter that fits the pattern may be new
+            if job == "forget" and (record.open or reopens):
+                self._advance_forget(record, facts)
             elif job == "rollback" and record.open:
-                self._revoke(record, facts)
+                self._advance_rollback(record, facts)
         self._prune()
 
-    def _spread(self, hold: RequestRecord, facts: Facts) -> None:
-        new = [adapter for adapter in _targets(hold, facts) if adapter not in hold.adapters]
+    def _add_new_adapters_to_hold(self, hold: RequestRecord, facts: Facts) -> None:
+        new = [adapter for adapter in _adapters_of(hold, facts) if adapter not in hold.adapters]
         if new:
             self.changes += [self._change(adapter) for adapter in new]
-            self._put(
-                hold.model_copy(update={"adapters": hold.adapters | dict.fromkeys(new, AdapterProgress(phase="done"))})
-            )
+            progress = dict.fromkeys(new, AdapterProgress(phase="done"))
+            self._replace(hold.model_copy(update={"adapters": hold.adapters | progress}))
 
-    def _forget(self, record: RequestRecord, facts: Facts) -> None:
-        starts_later = KINDS[record.request.kind].due_at == "start"
-        due_ms = ms_of(record.request.due_at) if starts_later else None
-        if due_ms is not None and self.now_ms < due_ms:
+    def _advance_forget(self, record: RequestRecord, facts: Facts) -> None:
+        if KINDS[record.request.kind].due_at == "start" and self.now_ms < (epoch_ms(record.request.due_at) or 0):
             return
-        targets = _targets(record, facts)
+        targets = _adapters_of(record, facts)
         if not record.open and all(adapter in record.adapters for adapter in targets):
             return
         adapters = dict(record.adapters)
         for adapter in targets:
-            found = adapters.get(adapter, AdapterProgress(phase="waiting"))
-            if found.phase in {"waiting", "held", "sent"}:
-                adapters[adapter] = self._forget_in(adapter, record, found, facts)
-        self._settle(record, adapters, facts)
+            progress = adapters.get(adapter, AdapterProgress(phase="waiting"))
+            if progress.phase in {"waiting", "held", "sent"}:
+                adapters[adapter] = self._forget_step(adapter, record, progress, facts)
+        self._update_state("forget", record, adapters, facts)
 
-    def _forget_in(self, adapter: str, record: RequestRecord, found: AdapterProgress, facts: Facts) -> AdapterProgress:
-        request = record.request
-        done = facts.done(adapter, request.request_id) if found.phase != "waiting" else None
-        if done is not None:
+    def _forget_step(
+        self, adapter: str, record: RequestRecord, progress: AdapterProgress, facts: Facts
+    ) -> AdapterProgress:
+        """Take one step of FORGET_TRANSITIONS and return the adapter's progress after it."""
+        outcome = facts.outcome(adapter, record.request.request_id) if progress.phase != "waiting" else None
+        if outcome is not None:
+            seen = Observation.FAILED if outcome.failure else Observation.DONE
             return AdapterProgress(
-                phase="failed" if done.failure else "done", until_ms=found.until_ms, examples=done.examples,
-                version=done.version, generation=done.generation, detail=done.failure,
+                phase=FORGET_TRANSITIONS[progress.phase, seen].phase, until_ms=progress.until_ms,
+                examples=outcome.examples, version=outcome.version, generation=outcome.generation,
+                detail=outcome.failure,
             )  # fmt: skip
-        known = facts.known(adapter)
-        until_ms = found.until_ms or _until_ms(record, known)
+        stored = facts.examples(adapter)
+        until_ms = _until_ms(record, stored) if progress.phase == "waiting" else progress.until_ms
         if until_ms is None:
-            return found
-        job = _job(record, adapter, until_ms)
-        meant = [item for item in known if job.matches(item.example)]
-        holds = meanings_of_holds(self.book, adapter)
-        held = any(means(item.example) for item in meant for means in holds)
-        phase: Phase = "held" if held else "sent"
-        sent_ms = found.sent_ms
-        if not held and (found.phase != "sent" or sent_ms + RESEND_MS <= self.now_ms):
+            return progress.model_copy(
+                update={"phase": FORGET_TRANSITIONS[progress.phase, Observation.NOT_READY].phase}
+            )
+        job = _forget_job(record, adapter, until_ms)
+        selected = [item for item in stored if job.matches(item.example)]
+        transition = FORGET_TRANSITIONS[progress.phase, self._observe_job(adapter, selected, progress)]
+        if Action.SEND_JOB in transition.actions:
             self.events.append(job)
-            sent_ms = self.now_ms
-        if phase != found.phase:
-            entry = QuarantineEntry(
-                request_id=request.request_id, job_id=job.job_id, kind=request.kind, selector=plain(job.selector),
-                example_ids=record.example_ids, until_ms=until_ms, suppress=job.suppress,
-            )  # fmt: skip
-            hashes = {item.text_hash for item in meant if item.text_hash} if job.suppress and not held else set()
-            self.changes.append(self._change(adapter, entry, frozenset(hashes)))
-        return AdapterProgress(phase=phase, until_ms=until_ms, sent_ms=sent_ms, examples=len(meant))
+        if Action.QUARANTINE in transition.actions:
+            suppress = job.suppress and Action.SUPPRESS in transition.actions
+            hashes = {item.text_hash for item in selected if item.text_hash} if suppress else set()
+            self.changes.append(self._change(adapter, _entry_of(job), frozenset(hashes)))
+        sent_ms = self.now_ms if Action.SEND_JOB in transition.actions else progress.sent_ms
+        return AdapterProgress(phase=transition.phase, until_ms=until_ms, sent_ms=sent_ms, examples=len(selected))
 
-    def _revoke(self, record: RequestRecord, facts: Facts) -> None:
+    def _observe_job(self, adapter: str, selected: Sequence[StoredExample], progress: AdapterProgress) -> Observation:
+        holds = hold_matchers(self.ledger, adapter)
+        if any(matches(item.example) for item in selected for matches in holds):
+            return Observation.HELD
+        if progress.phase == "sent" and progress.sent_ms + RESEND_MS <= self.now_ms:
+            return Observation.OVERDUE
+        return Observation.READY
+
+    def _advance_rollback(self, record: RequestRecord, facts: Facts) -> None:
         adapters = dict(record.adapters)
-        for adapter in _targets(record, facts):
-            found, live = adapters.get(adapter), facts.live(adapter)
-            if found is None and live.version is None:
-                nothing = "nothing is live: there is no version to revoke; see `perennial adapters show`"
-                if not record.is_pattern:
-                    adapters[adapter] = AdapterProgress(phase="failed", detail=nothing)
-            elif found is None:
-                adapters[adapter] = self._send_revocation(
-                    record, adapter, AdapterProgress(phase="sent", version=live.version, generation=live.generation)
+        for adapter in _adapters_of(record, facts):
+            progress = adapters.get(adapter)
+            if progress is None and record.is_pattern and facts.live(adapter).version is None:
+                continue  # a pattern takes what is live, wherever something is
+            if progress is None or progress.phase == "sent":
+                adapters[adapter] = self._rollback_step(
+                    adapter, record, progress or AdapterProgress(phase="waiting"), facts
                 )
-            elif (
-                found.phase == "sent"
-                and facts.is_revoked(adapter, found.version or "")
-                and live.version != found.version
-                and live.generation > (found.generation or 0)
-            ):
-                adapters[adapter] = AdapterProgress(phase="done", version=live.version, generation=live.generation)
-            elif found.phase == "sent" and found.sent_ms + RESEND_MS <= self.now_ms:
-                adapters[adapter] = self._send_revocation(record, adapter, found)
-        self._settle(record, adapters, facts)
+        self._update_state("rollback", record, adapters, facts)
 
-    def _send_revocation(self, record: RequestRecord, adapter: str, progress: AdapterProgress) -> AdapterProgress:
+    def _rollback_step(
+        self, adapter: str, record: RequestRecord, progress: AdapterProgress, facts: Facts
+    ) -> AdapterProgress:
+        """Take one step of ROLLBACK_TRANSITIONS and return the adapter's progress after it."""
+        live = facts.live(adapter)
+        seen = self._observe_rollback(adapter, progress, live, facts)
+        transition = ROLLBACK_TRANSITIONS[progress.phase, seen]
+        changed: dict[str, object] = {"phase": transition.phase}
+        if seen is Observation.FAILED:
+            changed["detail"] = "nothing is live: there is no version to revoke; see `perennial adapters show`"
+        elif progress.phase == "waiting" or seen is Observation.DONE:
+            changed |= {"version": live.version, "generation": live.generation}
+        after = progress.model_copy(update=changed)
+        if Action.SEND_JOB not in transition.actions:
+            return after
         request = record.request
         self.events.append(
             RollbackRequested(
-                job_id=job_id_of(request.request_id, adapter), adapter=adapter, version=progress.version,
+                job_id=job_id_of(request.request_id, adapter), adapter=adapter, version=after.version,
                 requested_by=request.requested_by, reason=request.reason, revoke=True,
             )
         )  # fmt: skip
-        return progress.model_copy(update={"sent_ms": self.now_ms})
+        return after.model_copy(update={"sent_ms": self.now_ms})
 
-    def _settle(self, record: RequestRecord, adapters: dict[str, AdapterProgress], facts: Facts) -> None:
-        """Put the adapters' progress together: the request is as far as the adapter that is furthest behind."""
+    def _observe_rollback(
+        self, adapter: str, progress: AdapterProgress, live: AliasPosition, facts: Facts
+    ) -> Observation:
+        if progress.phase == "waiting":
+            return Observation.FAILED if live.version is None else Observation.READY
+        replaced = live.version != progress.version and live.generation > (progress.generation or 0)
+        if replaced and facts.is_revoked(adapter, progress.version or ""):
+            return Observation.DONE
+        return Observation.OVERDUE if progress.sent_ms + RESEND_MS <= self.now_ms else Observation.READY
+
+    # ---- the state of the request as a whole
+
+    def _update_state(
+        self, job: Job, record: RequestRecord, adapters: dict[str, AdapterProgress], facts: Facts
+    ) -> None:
+        """Store the adapters' progress and publish the state that follows from REQUEST_STATES."""
         if adapters != record.adapters or not record.open:
-            record = self._put(record.model_copy(update={"adapters": adapters, "ended_ms": None}))
-        phases = {progress.phase for progress in adapters.values()}
-        if "held" in phases:
-            self._move(record, "held", "a hold stands on what it means")
-        elif "waiting" in phases:
-            self._move(record, "accepted", f"waits until {record.request.superseded_by} is learned")
-        elif "sent" in phases and KINDS[record.request.kind].job == "rollback":
-            self._move(record, "accepted", "the learner has the job")
-        elif "sent" in phases:
-            self._move(record, "quarantined", "no update learns it; the learner has the job")
-        elif "failed" in phases:
-            said = [f"{name}: {p.detail}" for name, p in adapters.items() if p.phase == "failed"]
-            self._end(record, "failed", "; ".join(said)[:2000])
-        elif not adapters:
-            self._end(record, "closed", "no adapter of that pattern has anything in the store")
-        else:
-            self._close(record, adapters, facts)
-
-    def _close(self, record: RequestRecord, adapters: Mapping[str, AdapterProgress], facts: Facts) -> None:
-        behind = [
-            replica
-            for name, progress in adapters.items()
-            if progress.generation is not None
-            for replica in facts.lagging(name, progress.generation)
-        ]
-        if not behind:
-            self._end(record, "closed", KINDS[record.request.kind].done)
-            if record.example_ids:  # nothing that was learned comes back under its old mark
-                self.changes += [self._change(name, drop=(record.request.request_id,)) for name in adapters]
-        else:
-            said = ", ".join(behind[:5]) + (f" and {len(behind) - 5} more" if len(behind) > 5 else "")
-            self._move(record, "published", f"waits for replicas to drop what knew it: {said}")
+            record = self._replace(record.model_copy(update={"adapters": adapters, "ended_ms": None}))
+        summary: Summary = furthest_behind(progress.phase for progress in adapters.values())
+        replicas = _lagging_replicas(adapters, facts) if summary == "done" else []
+        if replicas:
+            summary = "replicas lag"
+        step = REQUEST_STATES[job, summary]
+        detail = step.detail.format(
+            superseded_by=record.request.superseded_by, failures=_failures(adapters), replicas=_listed(replicas),
+            done=KINDS[record.request.kind].done,
+        )  # fmt: skip
+        self._set_state(record, step.state, detail[:_MAX_DETAIL_CHARS], self.now_ms if step.ends else None)
+        if summary == "done" and record.example_ids:
+            # Nothing that was learned comes back under its old high-water mark, so the entries can go.
+            self.changes += [self._change(adapter, drop=(record.request.request_id,)) for adapter in adapters]
 
     def _prune(self) -> None:
-        """Let go of what ended long ago; a forgetting that failed stays for a person to see to."""
-        gone = [
+        """Remove requests that ended long ago; a forgetting that failed stays for a person to see to."""
+        old = [
             record
-            for record in self.book.records.values()
+            for record in self.ledger.records.values()
             if record.ended_ms is not None
             and record.ended_ms + KEEP_MS <= self.now_ms
             and not (record.state == "failed" and record.adapters)
         ]
-        for record in gone:
+        for record in old:
             if KINDS[record.request.kind].job == "forget":
                 drop = (record.request.request_id,)
                 self.changes += [self._change(adapter, drop=drop) for adapter in record.adapters]
-        # Their entries went when they were closed, and an example that comes due again is a new request.
-        own = [r for r in self.book.records.values() if r.example_ids and r.state == "closed"]
-        gone += sorted(own, key=lambda record: record.ended_ms or 0)[:-KEEP_OWN]
-        if gone:
-            ids = {record.request.request_id for record in gone}
-            kept = {name: record for name, record in self.book.records.items() if name not in ids}
-            self.book = self.book.model_copy(update={"records": kept})
+        # The entries of these went when they were closed, and an example that comes due again is a new request.
+        own = [r for r in self.ledger.records.values() if r.example_ids and r.state == "closed"]
+        old += sorted(own, key=lambda record: record.ended_ms or 0)[:-KEEP_OWN]
+        if old:
+            ids = {record.request.request_id for record in old}
+            kept = {request_id: record for request_id, record in self.ledger.records.items() if request_id not in ids}
+            self.ledger = self.ledger.model_copy(update={"records": kept})
 
-    # ---- parts
+    # ---- helpers
 
     def _change(
         self, adapter: str, entry: QuarantineEntry | None = None, suppress: frozenset[str] = frozenset(), *,
         drop: tuple[str, ...] = (),
-    ) -> Change:  # fmt: skip
-        return Change(adapter, tuple(self.book.holds_on(adapter)), entry, suppress, drop)
+    ) -> QuarantineChange:  # fmt: skip
+        return QuarantineChange(adapter, tuple(self.ledger.holds_on(adapter)), entry, suppress, drop)
 
-    def _put(self, record: RequestRecord) -> RequestRecord:
-        records = self.book.records | {record.request.request_id: record}
-        self.book = self.book.model_copy(update={"records": records})
+    def _replace(self, record: RequestRecord) -> RequestRecord:
+        records = self.ledger.records | {record.request.request_id: record}
+        self.ledger = self.ledger.model_copy(update={"records": records})
         return record
 
-    def _move(
+    def _set_state(
         self, record: RequestRecord, state: RetentionState, detail: str, ended_ms: int | None = None
     ) -> RequestRecord:
+        """Store a new state and publish it; do nothing where the request has it already."""
         if (record.state, record.detail, record.ended_ms) == (state, detail, ended_ms):
             return record
-        record = self._put(record.model_copy(update={"state": state, "detail": detail, "ended_ms": ended_ms}))
-        self._say(record)
+        record = self._replace(record.model_copy(update={"state": state, "detail": detail, "ended_ms": ended_ms}))
+        self._publish_state(record)
         return record
 
     def _end(self, record: RequestRecord, state: RetentionState, detail: str) -> RequestRecord:
-        return self._move(record, state, detail, self.now_ms)
+        return self._set_state(record, state, detail, self.now_ms)
 
-    def _say(self, record: RequestRecord) -> None:
+    def _publish_state(self, record: RequestRecord) -> None:
         request = record.request
         versions = [p.version for p in record.adapters.values() if p.phase == "done" and p.version]
         self.events.append(
@@ -385,27 +436,52 @@ class RequestProcessor:
         )  # fmt: skip
 
 
-def _targets(record: RequestRecord, facts: Facts) -> list[str]:
-    """The adapters of a request: the one it names, or those of its pattern that the store knows."""
+def _adapters_of(record: RequestRecord, facts: Facts) -> list[str]:
+    """Return the adapter that the request names, or the adapters in the store that fit its pattern."""
     if not record.is_pattern:
         return [record.request.adapter]
-    found = (adapter for adapter in facts.adapters() if covers(record.request.adapter, adapter))
-    return sorted({*record.adapters, *found})
+    fitting = (adapter for adapter in facts.adapters() if covers(record.request.adapter, adapter))
+    return sorted({*record.adapters, *fitting})
 
 
-def _until_ms(record: RequestRecord, known: Sequence[StoredExample]) -> int | None:
-    """Up to when what it means was published; None while the document that supersedes is not learned."""
+def _until_ms(record: RequestRecord, stored: Sequence[StoredExample]) -> int | None:
+    """Return up to which publication time examples are selected; None while a superseding document is not learned."""
     new_id = record.request.superseded_by
     if new_id is None:
         return record.until_ms
-    new = [item.example.origin.timestamp_ms for item in known if item.learned and item.example.document_id == new_id]
+    new = [item.example.origin.timestamp_ms for item in stored if item.learned and item.example.document_id == new_id]
     return min(record.until_ms, max(new) - 1) if new else None
 
 
-def _job(record: RequestRecord, adapter: str, until_ms: int) -> ForgetRequested:
+def _forget_job(record: RequestRecord, adapter: str, until_ms: int) -> ForgetRequested:
     request = record.request
     return ForgetRequested(
         job_id=job_id_of(request.request_id, adapter), request_id=request.request_id, kind=request.kind,
         adapter=adapter, selector=request.selector, example_ids=record.example_ids, until_ms=until_ms,
         suppress=KINDS[request.kind].suppresses_text, reason=request.reason,
     )  # fmt: skip
+
+
+def _entry_of(job: ForgetRequested) -> QuarantineEntry:
+    return QuarantineEntry(
+        request_id=job.request_id, job_id=job.job_id, kind=job.kind, selector=selector_json(job.selector),
+        example_ids=job.example_ids, until_ms=job.until_ms, suppress=job.suppress,
+    )  # fmt: skip
+
+
+def _lagging_replicas(adapters: Mapping[str, AdapterProgress], facts: Facts) -> list[str]:
+    return [
+        replica
+        for adapter, progress in adapters.items()
+        if progress.generation is not None
+        for replica in facts.lagging(adapter, progress.generation)
+    ]
+
+
+def _failures(adapters: Mapping[str, AdapterProgress]) -> str:
+    return "; ".join(f"{name}: {p.detail}" for name, p in adapters.items() if p.phase == "failed")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MAX_LISTED
+    return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

@@ -31,7 +31,7 @@ from perennial.streams.events.models import (
     UpdateRequested,
 )
 from perennial.streams.kafka.connect import connect
-from perennial.streams.retain.ledger import RequestLedger, expires_ms, meanings_of_holds
+from perennial.streams.retain.ledger import RequestLedger, expires_ms, hold_matchers
 from perennial.streams.retain.service import load_ledger
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
@@ -266,10 +266,10 @@ def _overdue(seen: _Seen, learned: set[Place]) -> list[str]:
     """What is learned though its own fields ended its life a while ago, and no hold stands on it."""
     found = []
     for place, example in seen.accepted.items():
-        end_ms = expires_ms(example, (), ())
+        end_ms = expires_ms(example, ())
         if place not in learned or end_ms is None or end_ms > (time.time() - _OVERDUE_S) * 1000:
             continue
-        if not any(means(example) for means in meanings_of_holds(seen.book, example.adapter)):
+        if not any(matches(example) for matches in hold_matchers(seen.book, example.adapter)):
             found.append(f"{place[0]}@{place[1]} {example.document_id}")
     return found
 

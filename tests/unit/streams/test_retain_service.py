@@ -75,10 +75,10 @@ def test_a_damaged_micro_batch_stops_the_calendar_of_no_other_adapter(store, giv
     assert "secret" not in said
 
 
-def test_a_full_book_refuses_requests_one_by_one_and_goes_on_with_those_it_has(store, given, monkeypatch):
+def test_a_full_ledger_refuses_requests_one_by_one_and_goes_on_with_those_it_has(store, given, monkeypatch):
     retention, sent = given
-    monkeypatch.setattr(retain, "REQUESTS_BOOK_BYTES", 1000)
-    monkeypatch.setattr(retain, "CALENDAR_BOOK_BYTES", 1000)
+    monkeypatch.setattr(retain, "REQUESTS_LEDGER_BYTES", 1000)
+    monkeypatch.setattr(retain, "CALENDAR_LEDGER_BYTES", 1000)
     learn(store, "acme/b")
     asyncio.run(retention.receive(erase("r0"), 1))
     asyncio.run(retention.receive(erase("r1"), 1))

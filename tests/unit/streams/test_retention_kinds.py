@@ -8,6 +8,14 @@ import pytest
 
 from perennial.streams.events.models import RetentionKind, RetentionRequested, Selector
 from perennial.streams.retain.state_machine import RequestProcessor
+from perennial.streams.retain.transitions import (
+    FORGET_TRANSITIONS,
+    REQUEST_STATES,
+    ROLLBACK_TRANSITIONS,
+    Action,
+    Observation,
+    furthest_behind,
+)
 from perennial.streams.retention.kinds import KINDS, refusal_of
 
 
@@ -37,3 +45,26 @@ def test_a_request_by_the_row_is_accepted(row):
         **dict.fromkeys(row.requires, "P1D"),
     )  # fmt: skip
     assert refusal_of(request, 0) == row.refused_because
+
+
+def test_every_phase_that_is_not_the_end_has_a_way_on():
+    assert {(phase, seen) for phase, seen in FORGET_TRANSITIONS if phase in {"held", "sent"}} >= {
+        (phase, seen) for phase in ("held", "sent") for seen in (Observation.HELD, Observation.READY, Observation.DONE)
+    }
+    for table in (FORGET_TRANSITIONS, ROLLBACK_TRANSITIONS):
+        assert {transition.phase for transition in table.values()} - {phase for phase, _ in table} == {"done", "failed"}
+
+
+def test_a_job_is_sent_only_where_no_hold_stands_and_an_entry_is_written_before_the_first():
+    for (phase, seen), transition in FORGET_TRANSITIONS.items():
+        if Action.SEND_JOB in transition.actions:
+            assert seen in {Observation.READY, Observation.OVERDUE}
+            assert Action.QUARANTINE in transition.actions or phase == "sent"
+
+
+def test_every_phase_of_a_table_gives_the_request_a_state():
+    for job, table in (("forget", FORGET_TRANSITIONS), ("rollback", ROLLBACK_TRANSITIONS)):
+        for transition in table.values():
+            summary = furthest_behind([transition.phase])
+            assert (job, summary) in REQUEST_STATES
+        assert {(job, "no adapters"), (job, "replicas lag")} <= set(REQUEST_STATES)

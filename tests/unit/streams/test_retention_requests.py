@@ -67,9 +67,9 @@ def doc(*numbers: int) -> dict[str, list[str]]:
 class World:
     """A store in memory and a learner that does what the design asks of it: quarantine read at every job."""
 
-    book: RequestLedger = field(default_factory=RequestLedger)
+    ledger: RequestLedger = field(default_factory=RequestLedger)
     now_ms: int = 1000
-    examples: dict[str, dict[str, StoredExample]] = field(default_factory=dict)
+    stored: dict[str, dict[str, StoredExample]] = field(default_factory=dict)
     quarantines: dict[str, Quarantine] = field(default_factory=dict)
     alive: dict[str, AliasPosition] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)
@@ -80,20 +80,20 @@ class World:
 
     # facts
     def adapters(self) -> list[str]:
-        return sorted(self.examples)
+        return sorted(self.stored)
 
-    def known(self, adapter: str) -> list[StoredExample]:
-        return list(self.examples.get(adapter, {}).values())
+    def examples(self, adapter: str) -> list[StoredExample]:
+        return list(self.stored.get(adapter, {}).values())
 
     def quarantine(self, adapter: str) -> Quarantine:
         return self.quarantines.get(adapter, Quarantine(adapter=adapter))
 
-    def done(self, adapter: str, request_id: str) -> RequestOutcome | None:
+    def outcome(self, adapter: str, request_id: str) -> RequestOutcome | None:
         entry = self.quarantine(adapter).entry(request_id)
         return entry.done if entry else None
 
     def live(self, adapter: str) -> AliasPosition:
-        return self.alive.get(adapter, AliasPosition(V1, 1) if adapter in self.examples else AliasPosition(None, 0))
+        return self.alive.get(adapter, AliasPosition(V1, 1) if adapter in self.stored else AliasPosition(None, 0))
 
     def is_revoked(self, adapter: str, version: str) -> bool:
         return version in self.revoked
@@ -106,24 +106,24 @@ class World:
         for item in new:
             if not QuarantineFilter(self.quarantine(item.adapter)).blocks(item):
                 bare = item.model_copy(update={"text": None})
-                self.examples.setdefault(item.adapter, {})[item.example_id] = StoredExample(
+                self.stored.setdefault(item.adapter, {})[item.example_id] = StoredExample(
                     bare, text_hash(item), 1, V1, learned
                 )
 
-    def turn(self, *requests: RetentionRequested, received_ms: int | None = None) -> RequestProcessor:
-        turn = RequestProcessor(self.book, self.now_ms, AT)
+    def step(self, *requests: RetentionRequested, received_ms: int | None = None) -> RequestProcessor:
+        step = RequestProcessor(self.ledger, self.now_ms, AT)
         for one in requests:
-            turn.receive(one, self.now_ms if received_ms is None else received_ms)
+            step.receive(one, self.now_ms if received_ms is None else received_ms)
         for adapter in self.adapters():
-            for record in calendar(turn.book, adapter, self.known(adapter), self.now_ms):
-                turn.add(record)
-        turn.advance(self)
-        for change in turn.changes:
+            for record in calendar(step.ledger, adapter, self.examples(adapter), self.now_ms):
+                step.add(record)
+        step.advance(self)
+        for change in step.changes:
             self.quarantines[change.adapter] = change.apply(self.quarantine(change.adapter))
-        self.jobs += [event for event in turn.events if not isinstance(event, RetentionProgressed)]
-        self.said += [event for event in turn.events if isinstance(event, RetentionProgressed)]
-        self.book = RequestLedger.model_validate_json(turn.book.to_bytes())
-        return turn
+        self.jobs += [event for event in step.events if not isinstance(event, RetentionProgressed)]
+        self.said += [event for event in step.events if isinstance(event, RetentionProgressed)]
+        self.ledger = RequestLedger.model_validate_json(step.ledger.to_bytes())
+        return step
 
     def work(self, failure: str = "") -> None:
         """The learner: forgets what each job means, unless a hold is on any of it."""
@@ -131,12 +131,12 @@ class World:
             job = self.jobs.pop(0)
             if not isinstance(job, ForgetRequested):
                 continue
-            screen = QuarantineFilter(self.quarantine(job.adapter))
-            meant = [k for k in self.known(job.adapter) if job.matches(k.example)]
-            if any(screen.held_by(k.example) for k in meant):
+            quarantine_filter = QuarantineFilter(self.quarantine(job.adapter))
+            meant = [item for item in self.examples(job.adapter) if job.matches(item.example)]
+            if any(quarantine_filter.held_by(item.example) for item in meant):
                 continue
-            for k in meant if not failure else ():
-                self.forgotten.append(self.examples[job.adapter].pop(k.example.example_id).example)
+            for item in meant if not failure else ():
+                self.forgotten.append(self.stored[job.adapter].pop(item.example.example_id).example)
             done = RequestOutcome(
                 at_ms=self.now_ms, examples=len(meant), version=V2 if meant else None,
                 generation=2 if meant else None, failure=failure,
@@ -158,77 +158,77 @@ def world():
 
 
 def test_an_erase_is_quarantined_sent_done_and_closed(world):
-    world.turn(request("erase", selector=doc(1)))
+    world.step(request("erase", selector=doc(1)))
     assert world.states("erase") == ["accepted", "quarantined"]
     (job,) = world.jobs
     assert (job.request_id, job.adapter, job.until_ms, job.suppress) == ("erase", A, 1000, True)
     assert QuarantineFilter(world.quarantine(A)).blocks(example(1))
     assert not QuarantineFilter(world.quarantine(A)).blocks(example(1, at_ms=1001, text="new"))
     world.work()
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "closed"
     assert world.said[-1].version == V2
     assert world.said[-1].examples == 1
-    assert sorted(k.example.document_id for k in world.known(A)) == ["d2"]
+    assert sorted(item.example.document_id for item in world.examples(A)) == ["d2"]
     assert QuarantineFilter(world.quarantine(A)).suppresses(example(9, at_ms=10**9, text="text 1"))
 
 
 def test_a_second_delivery_only_says_the_state_again(world):
-    world.turn(request("erase", selector=doc(1)))
-    before, world.jobs = world.book, []
-    turn = world.turn(request("erase", selector=doc(1)), received_ms=7777)
-    assert world.book == before
-    assert (turn.changes, world.jobs) == ([], [])
+    world.step(request("erase", selector=doc(1)))
+    before, world.jobs = world.ledger, []
+    step = world.step(request("erase", selector=doc(1)), received_ms=7777)
+    assert world.ledger == before
+    assert (step.changes, world.jobs) == ([], [])
     assert world.states("erase")[-1] == "quarantined"
 
 
 def test_an_id_used_before_for_something_else_is_refused(world):
-    world.turn(request("erase", "r", selector=doc(1)))
+    world.step(request("erase", "r", selector=doc(1)))
     with pytest.raises(WireError, match="request_id"):
-        world.turn(request("erase", "r", selector=doc(2)))
+        world.step(request("erase", "r", selector=doc(2)))
 
 
 def test_it_is_closed_only_when_no_replica_may_serve_what_knew_it(world):
     world.behind = ["host-1"]
-    world.turn(request("erase", selector=doc(1)))
+    world.step(request("erase", selector=doc(1)))
     world.work()
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "published"
     assert "host-1" in world.said[-1].detail
     world.behind = []
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "closed"
 
 
 def test_an_erase_of_what_no_version_knew_still_blocks_what_is_under_way(world):
-    world.turn(request("erase", selector=doc(7)))
+    world.step(request("erase", selector=doc(7)))
     world.work()
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "closed"
     world.learn(example(7, at_ms=999))
-    assert "d7" not in {k.example.document_id for k in world.known(A)}
+    assert "d7" not in {item.example.document_id for item in world.examples(A)}
 
 
 def test_what_the_learner_cannot_do_is_failed_with_its_reason(world):
-    world.turn(request("erase", selector=doc(1)))
+    world.step(request("erase", selector=doc(1)))
     world.work(failure="the state before it is gone")
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "failed"
     assert "the state before it is gone" in world.said[-1].detail
 
 
 def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
     world.learn(example(3, adapter=B, subjects=["ann"]), example(4, adapter="other", subjects=["ann"]))
-    world.turn(request("erase", adapter="acme/*", selector={"subjects": ["ann"]}))
+    world.step(request("erase", adapter="acme/*", selector={"subjects": ["ann"]}))
     assert sorted(job.adapter for job in world.jobs) == [B, A]
     world.work()
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "closed"
     world.learn(example(5, adapter="acme/new", subjects=["ann"]))
-    world.turn()
+    world.step()
     assert [job.adapter for job in world.jobs] == ["acme/new"]
     world.work()
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "closed"
     assert {e.document_id for e in world.forgotten} == {"d1", "d3", "d5"}
 
@@ -254,60 +254,60 @@ def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_fails_with_a_reason_and_does_nothing(world, bad, said):
-    turn = world.turn(bad)
+    step = world.step(bad)
     assert world.states(bad.request_id) == ["accepted", "failed"]
     assert said in world.said[-1].detail
-    assert (turn.changes, world.jobs) == ([], [])
+    assert (step.changes, world.jobs) == ([], [])
 
 
 # ---- holds
 
 
 def test_an_erase_waits_for_the_hold_and_goes_on_when_it_is_released(world):
-    world.turn(request("hold", selector={"subjects": ["ann", "eve"]}))
-    world.turn(request("erase", selector=doc(1, 2)))
+    world.step(request("hold", selector={"subjects": ["ann", "eve"]}))
+    world.step(request("erase", selector=doc(1, 2)))
     assert world.states("erase")[-1] == "held"
     assert world.jobs == []
     assert not QuarantineFilter(world.quarantine(A)).blocks(example(1, subjects=["ann"]))
     assert QuarantineFilter(world.quarantine(A)).blocks(example(2, subjects=["bob"]))
-    world.turn(request("release", selector={"subjects": ["eve", "ann"]}))
+    world.step(request("release", selector={"subjects": ["eve", "ann"]}))
     assert world.states("hold")[-1] == "closed"
-    world.turn()
+    world.step()
     world.work()
-    world.turn()
+    world.step()
     assert world.states("erase")[-1] == "closed"
-    assert world.known(A) == []
+    assert world.examples(A) == []
     assert world.quarantine(A).holds == []
 
 
 def test_a_hold_that_comes_before_the_learner_takes_the_job_wins(world):
-    world.turn(request("erase", selector=doc(1)))
-    world.turn(request("hold", selector=doc(1)))
-    world.turn()
+    world.step(request("erase", selector=doc(1)))
+    world.step(request("hold", selector=doc(1)))
+    world.step()
     assert world.states("erase")[-1] == "held"
     world.work()
     assert world.forgotten == []
-    world.turn(request("release", selector=doc(1)))
-    world.turn()
+    world.step(request("release", selector=doc(1)))
+    world.step()
     world.work()
     assert [e.document_id for e in world.forgotten] == ["d1"]
 
 
 def test_a_hold_ends_by_itself_when_it_says_so(world):
     end = datetime.fromtimestamp(5, UTC)
-    world.turn(request("hold", selector=doc(1), due_at=end), request("erase", selector=doc(1)))
+    world.step(request("hold", selector=doc(1), due_at=end), request("erase", selector=doc(1)))
     world.now_ms = 4999
-    world.turn()
+    world.step()
     assert world.jobs == []
     world.now_ms = 5000
-    world.turn()
+    world.step()
     assert len(world.jobs) == 1
 
 
 def test_a_hold_of_a_pattern_reaches_adapters_made_later(world):
-    world.turn(request("hold", adapter="*", selector={"subjects": ["eve"]}))
+    world.step(request("hold", adapter="*", selector={"subjects": ["eve"]}))
     world.learn(example(5, adapter="acme/new", subjects=["eve"]))
-    world.turn()
+    world.step()
     assert [hold.request_id for hold in world.quarantine("acme/new").holds] == ["hold"]
 
 
@@ -326,16 +326,16 @@ def test_a_hold_of_a_pattern_reaches_adapters_made_later(world):
 def test_an_example_expires_at_the_earliest_of_its_ends_and_not_before(fields, due_ms):
     world = World(now_ms=due_ms - 1)
     world.learn(example(1, **fields), example(2))
-    world.turn()
+    world.step()
     assert world.jobs == []
     world.now_ms = due_ms
-    world.turn()
+    world.step()
     (job,) = world.jobs
     assert (job.kind, job.example_ids, job.suppress, job.until_ms) == ("expire", [f"{1:032x}"], False, due_ms)
     world.work()
-    world.turn()
+    world.step()
     assert world.states(job.request_id) == ["accepted", "quarantined", "closed"]
-    assert [k.example.document_id for k in world.known(A)] == ["d2"]
+    assert [item.example.document_id for item in world.examples(A)] == ["d2"]
     assert world.quarantine(A).entries == []
 
 
@@ -343,49 +343,49 @@ def test_what_falls_due_while_an_expiry_is_open_goes_with_the_next():
     world = World(now_ms=1200)
     world.learn(example(1, retention_class="PT1S"), example(2, at_ms=200, retention_class="PT1S"))
     world.learn(example(3, at_ms=900, retention_class="PT1S"))
-    world.turn()
+    world.step()
     world.now_ms = 5000
-    world.turn()
+    world.step()
     assert [len(job.example_ids) for job in world.jobs] == [2]
     world.work()
-    world.turn()
-    world.turn()
+    world.step()
+    world.step()
     assert [job.example_ids for job in world.jobs] == [[f"{3:032x}"]]
 
 
 def test_permanent_ends_by_a_policy_for_it_alone(world):
     world.learn(example(3, retention_class="P30D"))
-    world.turn(request("policy", "p1", selector={"retention_class": "P30D"}, time_to_live="P1D", adapter="acme/*"))
+    world.step(request("policy", "p1", selector={"retention_class": "P30D"}, time_to_live="P1D", adapter="acme/*"))
     world.now_ms = 100 + DAY_MS
-    world.turn()
+    world.step()
     assert [job.example_ids for job in world.jobs] == [[f"{3:032x}"]]
     world.work()
-    world.turn(request("policy", "p2", selector={"retention_class": "permanent"}, time_to_live="P1D", adapter="*"))
-    world.turn()
+    world.step(request("policy", "p2", selector={"retention_class": "permanent"}, time_to_live="P1D", adapter="*"))
+    world.step()
     assert [len(job.example_ids) for job in world.jobs] == [2]
 
 
 def test_a_policy_replaces_the_one_with_the_same_selector_and_permanent_ends_it(world):
     selector = {"retention_class": "permanent"}
-    world.turn(request("policy", "p1", selector=selector, time_to_live="P1D"))
-    world.turn(request("policy", "p2", selector=selector, time_to_live="P9D"))
+    world.step(request("policy", "p1", selector=selector, time_to_live="P1D"))
+    world.step(request("policy", "p2", selector=selector, time_to_live="P9D"))
     world.now_ms = 100 + DAY_MS
-    world.turn()
+    world.step()
     assert world.jobs == []
     assert world.states("p1")[-1] == "closed"
-    world.turn(request("policy", "p3", selector=selector, time_to_live="permanent"))
+    world.step(request("policy", "p3", selector=selector, time_to_live="permanent"))
     world.now_ms = 100 + 9 * DAY_MS
-    world.turn()
+    world.step()
     assert world.jobs == []
 
 
 def test_an_expire_request_waits_for_its_time(world):
     due = datetime.fromtimestamp(9, UTC)
-    world.turn(request("expire", selector={"sources": ["crm"]}, due_at=due))
+    world.step(request("expire", selector={"sources": ["crm"]}, due_at=due))
     assert world.states("expire") == ["accepted"]
     world.learn(example(3, at_ms=8000, source="crm"))
     world.now_ms = 9000
-    world.turn()
+    world.step()
     world.work()
     assert sorted(e.document_id for e in world.forgotten) == ["d2", "d3"]
 
@@ -393,12 +393,12 @@ def test_an_expire_request_waits_for_its_time(world):
 def test_held_examples_do_not_expire_until_released():
     world = World(now_ms=1000)
     world.learn(example(1, retention_class="PT1S"))
-    world.turn(request("hold"))
+    world.step(request("hold"))
     world.now_ms = 10_000
-    world.turn()
+    world.step()
     assert world.jobs == []
-    world.turn(request("release"))
-    world.turn()
+    world.step(request("release"))
+    world.step()
     assert len(world.jobs) == 1
 
 
@@ -406,96 +406,96 @@ def test_held_examples_do_not_expire_until_released():
 
 
 def test_the_old_is_erased_only_after_the_new_is_learned(world):
-    world.turn(request("supersede", selector=doc(1), superseded_by="d9"))
+    world.step(request("supersede", selector=doc(1), superseded_by="d9"))
     assert world.states("supersede") == ["accepted", "accepted"]
     world.learn(example(9, at_ms=2000), learned=False)
-    world.turn()
+    world.step()
     assert world.jobs == []
     world.learn(example(9, at_ms=2000))
-    world.turn()
+    world.step()
     (job,) = world.jobs
     assert (job.kind, job.until_ms) == ("supersede", 1000)
     world.work()
-    world.turn()
+    world.step()
     assert world.states("supersede")[-1] == "closed"
-    assert sorted(k.example.document_id for k in world.known(A)) == ["d2", "d9"]
+    assert sorted(item.example.document_id for item in world.examples(A)) == ["d2", "d9"]
 
 
 def test_a_document_that_names_what_it_supersedes_needs_no_request(world):
     world.learn(example(9, at_ms=2000, supersedes=["d1"]), example(1, at_ms=3000))
     world.learn(example(11, at_ms=500, document_id="d1"))
-    world.turn()
+    world.step()
     (job,) = world.jobs
     assert (job.kind, job.until_ms, job.request_id) == ("supersede", 1999, f"supersede-{9:032x}")
     world.work()
     assert [e.example_id for e in world.forgotten] == [f"{11:032x}"]
-    world.turn()
-    world.turn()
+    world.step()
+    world.step()
     assert world.jobs == []
 
 
 def test_a_revocation_names_the_live_version_and_ends_when_another_is_live(world):
-    world.turn(request("revoke"))
+    world.step(request("revoke"))
     (job,) = world.jobs
     assert (job.revoke, job.version, job.job_id) == (True, V1, job_id_of("revoke", A))
     world.alive[A] = AliasPosition(V2, 2)
-    world.turn()
+    world.step()
     assert world.states("revoke")[-1] == "accepted"
     world.revoked.add(V1)
-    world.turn()
+    world.step()
     assert world.states("revoke")[-1] == "closed"
     assert len(world.jobs) == 1
 
 
 def test_a_retired_adapter_is_closed_only_when_replicas_have_dropped_it(world):
-    world.turn(request("revoke"))
+    world.step(request("revoke"))
     world.alive[A], world.behind = AliasPosition(None, 2), ["host-1"]
     world.revoked.add(V1)
-    world.turn()
+    world.step()
     assert world.states("revoke")[-1] == "published"
     world.behind = []
-    world.turn()
+    world.step()
     assert world.states("revoke")[-1] == "closed"
 
 
 def test_revoking_where_nothing_is_live_fails(world):
-    world.turn(request("revoke", adapter="nobody"))
+    world.step(request("revoke", adapter="nobody"))
     assert world.states("revoke")[-1] == "failed"
 
 
-# ---- the book
+# ---- the ledger
 
 
 @pytest.mark.parametrize("asked", [request("erase", selector=doc(1)), request("revoke")])
 def test_a_job_that_never_came_to_its_end_is_sent_again(world, asked):
-    world.turn(asked)
+    world.step(asked)
     world.now_ms += RESEND_MS - 1
-    world.turn()
+    world.step()
     assert len(world.jobs) == 1
     world.now_ms += 1
-    world.turn()
-    world.turn()
+    world.step()
+    world.step()
     assert [job.job_id for job in world.jobs] == [job_id_of(asked.request_id, A)] * 2
 
 
 def test_ended_requests_go_after_a_while_and_their_entries_with_them(world):
-    world.turn(request("erase", selector=doc(1)))
+    world.step(request("erase", selector=doc(1)))
     world.work()
-    world.turn()
+    world.step()
     world.now_ms += KEEP_MS - 1
-    world.turn()
+    world.step()
     assert world.quarantine(A).entries
     world.now_ms += 1
-    world.turn()
-    assert world.book.records == {}
+    world.step()
+    assert world.ledger.records == {}
     assert world.quarantine(A).entries == []
     assert world.quarantine(A).suppressed
 
 
 def test_what_is_open_past_its_due_time_is_overdue(world):
-    world.turn(request("erase", selector=doc(1), due_at=datetime.fromtimestamp(5, UTC)))
-    assert overdue(world.book, 4999) == 0
-    assert overdue(world.book, 5000) == 1
+    world.step(request("erase", selector=doc(1), due_at=datetime.fromtimestamp(5, UTC)))
+    assert overdue(world.ledger, 4999) == 0
+    assert overdue(world.ledger, 5000) == 1
 
 
 @pytest.mark.parametrize(
@@ -538,48 +538,48 @@ def test_holds_win_in_any_order_and_what_was_asked_for_is_erased_in_the_end(step
         held = {n for numbers in holding for n in numbers}
         for job in world.jobs:
             assert job.job_id == job_id_of(job.request_id, job.adapter)
-        stored = {k.example.document_id for k in world.known(A)}
+        stored = {item.example.document_id for item in world.examples(A)}
         assert {f"d{n}" for n in held & there} <= stored
 
     for number, step in enumerate(steps):
-        there = {int(k.example.document_id[1:]) for k in world.known(A)}
+        there = {int(item.example.document_id[1:]) for item in world.examples(A)}
         world.now_ms += 10
         match step:
             case ("erase", list(numbers)):
                 asked |= set(numbers)
                 sent.append(request("erase", f"r{number}", selector=doc(*numbers)))
-                world.turn(sent[-1])
+                world.step(sent[-1])
             case ("hold", list(numbers)):
                 holding.append(numbers)
                 sent.append(request("hold", f"r{number}", selector=doc(*numbers)))
-                world.turn(sent[-1])
+                world.step(sent[-1])
             case ("release", int(which)) if holding:
                 numbers = holding[which % len(holding)]
                 holding = [other for other in holding if set(other) != set(numbers)]
                 sent.append(request("release", f"r{number}", selector=doc(*numbers)))
-                world.turn(sent[-1])
+                world.step(sent[-1])
             case ("learn", int(which)):
                 world.learn(example(which, at_ms=0))
             case ("tick",):
-                world.turn()
+                world.step()
             case ("work",):
                 world.work()
             case ("again", int(which)) if sent:
-                book, jobs = world.book.records.keys(), len(world.jobs)
-                turn = RequestProcessor(world.book, world.now_ms, AT)
-                turn.receive(sent[which % len(sent)], world.now_ms)
-                assert turn.book == world.book
-                assert (turn.changes, len(turn.events)) == ([], 1)
-                assert (world.book.records.keys(), len(world.jobs)) == (book, jobs)
+                ids, jobs = world.ledger.records.keys(), len(world.jobs)
+                processor = RequestProcessor(world.ledger, world.now_ms, AT)
+                processor.receive(sent[which % len(sent)], world.now_ms)
+                assert processor.ledger == world.ledger
+                assert (processor.changes, len(processor.events)) == ([], 1)
+                assert (world.ledger.records.keys(), len(world.jobs)) == (ids, jobs)
         check_jobs()
     for number, numbers in enumerate(holding):
-        world.turn(request("release", f"last{number}", selector=doc(*numbers)))
+        world.step(request("release", f"last{number}", selector=doc(*numbers)))
     for _ in range(4):
-        world.turn()
+        world.step()
         world.work()
-    world.turn()
+    world.step()
     world.learn(*(example(n, at_ms=0) for n in asked))
-    assert {k.example.document_id for k in world.known(A)}.isdisjoint(f"d{n}" for n in asked)
+    assert {item.example.document_id for item in world.examples(A)}.isdisjoint(f"d{n}" for n in asked)
     for one in sent:
         assert world.states(one.request_id)[-1] in {"closed", "failed"}
 
@@ -644,7 +644,7 @@ def test_no_example_expires_before_its_time_however_the_clock_jumps(walls, days)
         mono = look * SETTLE_MS // 3
         recent = [*recent[-3:], wall_days * DAY_MS - mono]
         world.now_ms = guard.now_ms(wall_days * DAY_MS, mono)
-        world.turn()
+        world.step()
         if world.jobs:
             assert min(recent) + mono >= days * DAY_MS
             return
@@ -654,11 +654,11 @@ def test_expiry_ignores_time_zones():
     moscow = datetime.fromtimestamp(60, UTC) + timedelta(0)
     world = World(now_ms=60_000)
     world.learn(example(1, expires_at=moscow.astimezone()))
-    world.turn()
+    world.step()
     assert len(world.jobs) == 1
 
 
-def test_a_policy_on_an_endless_stream_does_not_fill_the_book():
+def test_a_policy_on_an_endless_stream_does_not_fill_the_ledger():
     world = World()
     own = [
         record.model_copy(update={"state": "closed", "ended_ms": number})
@@ -667,6 +667,6 @@ def test_a_policy_on_an_endless_stream_does_not_fill_the_book():
             RequestLedger(), A, [StoredExample(example(number, retention_class="PT1S"), None, 1, V1, True)], DAY_MS
         )
     ]  # fmt: skip
-    world.book = RequestLedger(records={record.request.request_id: record for record in own})
-    world.turn()
-    assert {record.ended_ms for record in world.book.records.values()} == set(range(2 * KEEP_OWN, 3 * KEEP_OWN))
+    world.ledger = RequestLedger(records={record.request.request_id: record for record in own})
+    world.step()
+    assert {record.ended_ms for record in world.ledger.records.values()} == set(range(2 * KEEP_OWN, 3 * KEEP_OWN))

@@ -1,0 +1,122 @@
+"""Transition tables of retention requests: per adapter, and for a request as a whole. Pure data.
+
+A request that leads to jobs has a phase in each of its adapters. At every step retain observes something about the
+adapter and looks up (phase, observation) to get the next phase and what to do. The state that people see in
+`retention-status` follows from the phase of the adapter that is furthest behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final, Literal
+
+from perennial.streams.events.models import RetentionState
+from perennial.streams.retain.ledger import Phase
+from perennial.streams.retention.kinds import Job
+
+
+class Observation(StrEnum):
+    """The one thing that decides what happens next to a request in one adapter."""
+
+    NOT_READY = "the document that supersedes is not learned yet"
+    HELD = "a legal hold is on a stored example that the job would forget"
+    READY = "nothing is in the way of the job"
+    OVERDUE = "the job was sent so long ago that it may be lost"
+    DONE = "the job was carried out"
+    FAILED = "the job cannot be carried out"
+
+
+class Action(StrEnum):
+    """What a transition does, besides changing the phase."""
+
+    QUARANTINE = "write the request's quarantine entry, so that no update learns the examples"
+    SUPPRESS = "suppress the texts of the examples that the store has, if the kind suppresses texts"
+    SEND_JOB = "send the job to the learner"
+
+
+@dataclass(frozen=True, slots=True)
+class Transition:
+    """The next phase, and the actions on the way to it."""
+
+    phase: Phase
+    actions: frozenset[Action] = frozenset()
+
+
+def _to(phase: Phase, *actions: Action) -> Transition:
+    return Transition(phase, frozenset(actions))
+
+
+FORGET_TRANSITIONS: Final[Mapping[tuple[Phase, Observation], Transition]] = MappingProxyType({
+    ("waiting", Observation.NOT_READY): _to("waiting"),
+    ("waiting", Observation.HELD): _to("held", Action.QUARANTINE),
+    ("waiting", Observation.READY): _to("sent", Action.QUARANTINE, Action.SUPPRESS, Action.SEND_JOB),
+    ("held", Observation.HELD): _to("held"),
+    ("held", Observation.READY): _to("sent", Action.QUARANTINE, Action.SUPPRESS, Action.SEND_JOB),
+    ("held", Observation.DONE): _to("done"),  # the learner was faster than the hold
+    ("held", Observation.FAILED): _to("failed"),
+    ("sent", Observation.HELD): _to("held", Action.QUARANTINE),  # the learner asks for holds again before it begins
+    ("sent", Observation.READY): _to("sent"),
+    ("sent", Observation.OVERDUE): _to("sent", Action.SEND_JOB),
+    ("sent", Observation.DONE): _to("done"),
+    ("sent", Observation.FAILED): _to("failed"),
+})  # fmt: skip
+"""For kinds with `job="forget"`."""
+
+ROLLBACK_TRANSITIONS: Final[Mapping[tuple[Phase, Observation], Transition]] = MappingProxyType({
+    ("waiting", Observation.FAILED): _to("failed"),  # nothing is live
+    ("waiting", Observation.READY): _to("sent", Action.SEND_JOB),
+    ("sent", Observation.READY): _to("sent"),
+    ("sent", Observation.OVERDUE): _to("sent", Action.SEND_JOB),
+    ("sent", Observation.DONE): _to("done"),
+})  # fmt: skip
+"""For kinds with `job="rollback"`."""
+
+Summary = Phase | Literal["no adapters", "replicas lag"]
+"""The phase of the adapter that is furthest behind, or one of two special cases.
+
+`no adapters`: the request's pattern fits none. `replicas lag`: every adapter is done, but a replica may still serve a
+version that the request took out of service.
+"""
+_FURTHEST_BEHIND_FIRST: Final[tuple[Phase, ...]] = ("held", "waiting", "sent", "failed", "done")
+
+
+def furthest_behind(phases: Iterable[Phase]) -> Phase | Literal["no adapters"]:
+    """Return the phase that decides the state of the whole request."""
+    found = set(phases)
+    return next((phase for phase in _FURTHEST_BEHIND_FIRST if phase in found), "no adapters")
+
+
+@dataclass(frozen=True, slots=True)
+class RequestState:
+    """The state of a request as published in `retention-status`.
+
+    Attributes:
+        state: The published state.
+        detail: The published explanation, a template for `str.format` with the names superseded_by, failures,
+            replicas and done.
+        ends: The request is over.
+    """
+
+    state: RetentionState
+    detail: str
+    ends: bool = False
+
+
+_EITHER: Final[Mapping[Summary, RequestState]] = {
+    "failed": RequestState("failed", "{failures}", ends=True),
+    "no adapters": RequestState("closed", "no adapter of that pattern has anything in the store", ends=True),
+    "replicas lag": RequestState("published", "waits for replicas that may serve a version trained on it: {replicas}"),
+    "done": RequestState("closed", "{done}", ends=True),
+}
+REQUEST_STATES: Final[Mapping[tuple[Job, Summary], RequestState]] = MappingProxyType({
+    ("forget", "held"): RequestState("held", "waits: a legal hold is on examples that the request selects"),
+    ("forget", "waiting"): RequestState("accepted", "waits until {superseded_by} is learned"),
+    ("forget", "sent"): RequestState("quarantined", "no update learns it any more; the learner has the job"),
+    ("rollback", "sent"): RequestState("accepted", "the learner has the job"),
+    **{("forget", summary): state for summary, state in _EITHER.items()},
+    **{("rollback", summary): state for summary, state in _EITHER.items()},
+    ("rollback", "replicas lag"): RequestState("published", "waits for replicas that may serve it: {replicas}"),
+})  # fmt: skip
