@@ -1,16 +1,19 @@
-"""Drift of one adapter's stream: four signals, their detectors, and when a detection is worth a cut. Pure.
+"""Watch one adapter's stream for drift, and decide which drift is worth a micro-batch. No I/O.
 
-The signals: loss under the frozen base and under the live adapter (nats per token), divergence of the vocabulary,
-and rating errors. Three traps of river's detectors are closed here: one NaN disables ADWIN and Page-Hinkley for good
-(no value that is not finite reaches a detector), ADWIN depends on scale (values are standardised against a frozen
-reference), and autocorrelated losses raise false alarms (values go in as means of blocks).
+`DriftMonitor` turns each example into values of signals (losses, vocabulary, ratings), prepares the values and feeds
+them to the detectors. streams/curate/detectors.py has the detectors and the recipe for another one.
 
-Detectors are never stored. What they were fed is kept as plain numbers, and `canonicalise` rebuilds them from it; a
-process that does so at every cut and one that was restored from that cut are in the same state.
+Detectors are never stored. Their last inputs are kept as plain numbers, and `canonicalise` rebuilds the detectors from
+them. A process that does so at every cut and a process that was restored from that cut are therefore in the same state.
 
-Rule for cutting, `Shift.cuts`: a loss that moved by LOUD or more of the reference's standard deviations cuts alone;
-a smaller one cuts only if another family of signals (vocabulary, ratings) spoke within AGREE_EXAMPLES, before or after.
-Vocabulary or ratings never cut alone: a new subject that the model already predicts well needs no update.
+A detection cuts a micro-batch (`Shift.cuts`) if
+- a loss moved by LOUD or more standard deviations of its reference, or
+- a loss moved by less, and another family of signals (vocabulary, ratings) reported drift within AGREE_EXAMPLES
+  examples, before or after.
+Vocabulary and ratings never cut alone: a new subject that the model already predicts well needs no update.
+
+To add a signal: add its name to `detectors.Signal` and its family to FAMILIES, let `DriftMonitor.update` take its value,
+pass the value in `MicroBatcher._watch`, and give it a row in `detectors.DETECTORS`.
 """
 
 from __future__ import annotations
@@ -19,46 +22,47 @@ import math
 import re
 import statistics
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final
 from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
-from river.drift import ADWIN, PageHinkley
-from river.drift.binary import HDDMW
 
-Signal = Literal["base_loss", "live_loss", "vocabulary", "rating"]
+from perennial.streams.curate.detectors import DETECTORS, VOCABULARY_REFERENCE, DetectorSpec, Signal
 
-LOSS_BLOCK: Final = 8
-LOSS_REFERENCE: Final = 16
 WORD_BINS: Final = 256
 WORD_BLOCK: Final = 128
-VOCABULARY_BLOCKS: Final = 16
 CLIP: Final = 8.0
 LOUD: Final = 0.5
 AGREE_EXAMPLES: Final = 128
 AFTER_INPUTS: Final = 4
+FAMILIES: Final[Mapping[Signal, str]] = {
+    "base_loss": "loss",
+    "live_loss": "loss",
+    "vocabulary": "vocabulary",
+    "rating": "rating",
+}
 _WORD = re.compile(r"\w+")
-
-
-class Detector(Protocol):
-    """What river's detectors have in common; the flag lives for one update."""
-
-    @property
-    def drift_detected(self) -> bool:
-        """Whether the last update found drift."""
-        ...
-
-    def update(self, x: float) -> Any:
-        """Take one value; a NaN would disable the detector for good."""
-        ...
 
 
 @dataclass(frozen=True)
 class Shift:
-    """One detection. before, after: means in the signal's own unit. cuts: whether it is worth a micro-batch."""
+    """One detection.
+
+    Attributes:
+        signal: the signal that moved.
+        detector: the name of the detector that reported it.
+        before: mean of the signal before, in its own unit.
+        after: mean of the latest inputs, in the same unit.
+        cuts: True if the shift is worth a micro-batch.
+
+    Example:
+        >>> shift = Shift("base_loss", "ADWIN", before=3.0, after=4.5, cuts=True)
+        >>> shift.after - shift.before
+        1.5
+    """
 
     signal: Signal
     detector: str
@@ -67,116 +71,88 @@ class Shift:
     cuts: bool
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """How one signal is fed: values per block, blocks in the reference (0: fed as they are), inputs kept."""
-
-    signal: Signal
-    detector: str
-    make: Callable[[], Detector]
-    block: int
-    reference: int
-    kept_per_window: int = 1
-
-
-def _adwin() -> Detector:
-    detector: Detector = ADWIN(delta=0.02, clock=1, min_window_length=4, grace_period=8)
-    return detector
-
-
-def _page_hinkley() -> Detector:
-    detector: Detector = PageHinkley(min_instances=2, delta=0.5, threshold=12.0, mode="up")
-    return detector
-
-
-def _hddm_w() -> Detector:
-    detector: Detector = HDDMW()
-    return detector
-
-
-_PLANS: Final = (
-    _Plan("base_loss", "ADWIN", _adwin, LOSS_BLOCK, LOSS_REFERENCE, LOSS_BLOCK // 2),
-    _Plan("live_loss", "ADWIN", _adwin, LOSS_BLOCK, LOSS_REFERENCE, LOSS_BLOCK // 2),
-    _Plan("vocabulary", "PageHinkley", _page_hinkley, 1, VOCABULARY_BLOCKS, LOSS_BLOCK // 2),
-    _Plan("rating", "HDDM_W", _hddm_w, 1, 0, LOSS_BLOCK),  # river copies its state twice per update: 0.1 ms each
-)
-
-
 class _Feed:
-    """One signal's way from values to detections; bounded by the window, the block and the reference."""
+    """Prepare one signal's values for one detector, and keep the inputs that rebuild it.
 
-    def __init__(self, plan: _Plan, window: int) -> None:
-        self.plan = plan
-        self.kept: deque[float] = deque(maxlen=max(1, window // plan.kept_per_window))
+    Memory is bounded by the window, the block and the reference.
+    """
+
+    def __init__(self, spec: DetectorSpec, window: int) -> None:
+        self.spec = spec
+        self.kept: deque[float] = deque(maxlen=max(1, window // spec.values_per_kept))
         self.block: list[float] = []
         self.reference: list[float] = []
         self.centre, self.spread = 0.0, 1.0
-        self.detector = plan.make()
-        self.fed = False
-
-    def _freeze(self) -> None:
-        """Mean and standard deviation of a full reference, with a floor: a constant signal must not divide by zero."""
-        if self.plan.reference and len(self.reference) == self.plan.reference:
-            self.centre = statistics.fmean(self.reference)
-            self.spread = max(statistics.stdev(self.reference), 1e-3 * abs(self.centre), 1e-9)
+        self.detector = spec.make()
+        self.fed = False  # since the detector was rebuilt
 
     def add(self, value: float) -> tuple[float, float, float] | None:
-        """Take one finite value. (before, after, shift in standard deviations of values) where drift was found."""
+        """Take one finite value.
+
+        Returns:
+            If drift was found: mean before, mean after, and the shift in standard deviations of single values.
+        """
         self.block.append(value)
-        if len(self.block) < self.plan.block:
+        if len(self.block) < self.spec.block:
             return None
         mean = statistics.fmean(self.block)
         self.block = []
-        if len(self.reference) < self.plan.reference:
+        if len(self.reference) < self.spec.reference:
             self.reference.append(mean)
-            self._freeze()
+            self._freeze_reference()
             return None
         self.kept.append(mean)
         self.fed = True
         self.detector.update(self._scaled(mean))
         if not self.detector.drift_detected:
             return None
-        recent = list(self.kept)[-AFTER_INPUTS:]
-        after = statistics.fmean(recent)
-        if self.plan.reference:
+        after = statistics.fmean(list(self.kept)[-AFTER_INPUTS:])
+        if self.spec.reference:
             before = self.centre
-            moved = abs(after - before) / (self.spread * math.sqrt(self.plan.block))
+            moved = abs(after - before) / (self.spread * math.sqrt(self.spec.block))
         else:
             before, moved = statistics.fmean(self.kept), 0.0
         self.reset()
         return before, after, moved
 
+    def _freeze_reference(self) -> None:
+        """Compute mean and standard deviation once the reference is full."""
+        if self.spec.reference and len(self.reference) == self.spec.reference:
+            self.centre = statistics.fmean(self.reference)
+            # The floor keeps a constant signal from dividing by zero.
+            self.spread = max(statistics.stdev(self.reference), 1e-3 * abs(self.centre), 1e-9)
+
+    def _scaled(self, mean: float) -> float:
+        return max(-CLIP, min(CLIP, (mean - self.centre) / self.spread))
+
     def reset(self) -> None:
-        """Forget all: the values that follow are the new reference."""
+        """Start anew: the values that follow are the new reference."""
         self.kept.clear()
         self.block = []
         self.reference = []
         self.centre, self.spread = 0.0, 1.0
-        self.detector = self.plan.make()
+        self.detector = self.spec.make()
 
     def rebuild(self) -> None:
-        """Make the detector again from what was kept; detections while replaying were already reported."""
-        self.detector = self.plan.make()
+        """Make the detector again from the kept inputs. What it detects meanwhile was reported before."""
+        self.detector = self.spec.make()
         self.fed = False
         for mean in self.kept:
             self.detector.update(self._scaled(mean))
-
-    def _scaled(self, mean: float) -> float:
-        return max(-CLIP, min(CLIP, (mean - self.centre) / self.spread))
 
     def state(self) -> dict[str, list[float]]:
         return {"kept": list(self.kept), "block": list(self.block), "reference": list(self.reference)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.kept.extend(float(v) for v in state["kept"])
-        self.block = [float(v) for v in state["block"]][: self.plan.block]
-        self.reference = [float(v) for v in state["reference"]][: self.plan.reference]
-        self._freeze()
+        self.block = [float(v) for v in state["block"]][: self.spec.block]
+        self.reference = [float(v) for v in state["reference"]][: self.spec.reference]
+        self._freeze_reference()
         self.rebuild()
 
 
 class _Vocabulary:
-    """Hashed unigrams in blocks of WORD_BLOCK words; each block's divergence from a frozen reference histogram."""
+    """Count hashed words in blocks of WORD_BLOCK, and compare each block with a frozen reference histogram."""
 
     def __init__(self) -> None:
         self.reference: NDArray[np.int64] = np.zeros(WORD_BINS, dtype=np.int64)
@@ -184,22 +160,19 @@ class _Vocabulary:
         self.words = 0
 
     def add(self, text: str) -> list[float]:
-        """The divergences (nats) of the blocks that this text completes, at most one per WORD_BLOCK words."""
+        """Return the divergences (nats) of the blocks that this text completes, at most one per WORD_BLOCK words."""
         found = []
         for word in _WORD.findall(text.lower()):
             self.block[crc32(word.encode("utf-8", "replace")) % WORD_BINS] += 1
             self.words += 1
             if self.words % WORD_BLOCK == 0:
                 block = np.array(self.block, dtype=np.int64)
-                if self.words <= VOCABULARY_BLOCKS * WORD_BLOCK:
+                if self.words <= VOCABULARY_REFERENCE * WORD_BLOCK:
                     self.reference += block
                 else:
                     found.append(jensen_shannon_nats(block, self.reference))
                 self.block = [0] * WORD_BINS
         return found
-
-    def reset(self) -> None:
-        self.__init__()  # type: ignore[misc]  # no subclass: the three fields are made anew
 
     def state(self) -> dict[str, Any]:
         return {"reference": self.reference.tolist(), "block": list(self.block), "words": self.words}
@@ -213,23 +186,66 @@ class _Vocabulary:
 
 
 class DriftMonitor:
-    """The detectors of one adapter. window: detector inputs kept per signal; memory is bounded by it.
+    """Watch the signals of one adapter and report drift.
 
-    refused counts values that were not finite. seen counts calls of `update`.
+    The first examples make the reference of each signal; drift is a move away from it. After a detection the signal
+    gets a new reference from the examples that follow.
+
+    Args:
+        window: values per signal that are kept to rebuild its detectors. A larger window lets a restored monitor
+            remember more of a slow drift, and costs memory, bytes of stored state and time at every cut.
+        detectors: the detectors and what they watch.
+
+    Attributes:
+        seen: number of examples taken.
+        refused: number of values that were not finite and therefore not fed.
+
+    Example:
+        A base loss that rises from 3 to 5 nats per token is found, and is worth a micro-batch:
+
+        >>> import random
+        >>> rng, monitor, found = random.Random(0), DriftMonitor(window=512), []
+        >>> for number in range(500):
+        ...     loss = rng.gauss(3.0 if number < 400 else 5.0, 0.5)
+        ...     found += monitor.update(base_loss=loss, live_loss=None, text=None, rating=None)
+        >>> [(shift.signal, shift.detector, shift.cuts) for shift in found]
+        [('base_loss', 'ADWIN', True)]
+
+        The state is plain numbers, from which an equal monitor can be made:
+
+        >>> monitor.canonicalise()
+        >>> DriftMonitor.from_state(monitor.state(), window=512).state() == monitor.state()
+        True
     """
 
-    def __init__(self, window: int) -> None:
+    def __init__(self, window: int, detectors: Sequence[DetectorSpec] = DETECTORS) -> None:
         self.window = window
         self.seen = 0
         self.refused = 0
-        self._feeds: dict[str, _Feed] = {plan.signal: _Feed(plan, window) for plan in _PLANS}
+        self._feeds: dict[str, _Feed] = {}  # by their key in the stored state
+        self._feeds_of: dict[Signal, list[_Feed]] = {signal: [] for signal in FAMILIES}
         self._words = _Vocabulary()
-        self._last: dict[str, int] = {}  # family -> `seen` at its latest detection
+        self._last: dict[str, int] = {}  # family: `seen` at its latest detection
+        for spec in detectors:
+            for signal in spec.signals:
+                feed = _Feed(spec, window)
+                self._feeds[f"{signal}/{spec.name}" if self._feeds_of[signal] else signal] = feed
+                self._feeds_of[signal].append(feed)
 
     def update(
         self, *, base_loss: float | None, live_loss: float | None, text: str | None, rating: float | None
     ) -> list[Shift]:
-        """Take one example; what is None or not finite is left out. Detections in the order of the signals."""
+        """Take one example. Values that are None or not finite are left out.
+
+        Args:
+            base_loss: loss under the frozen base, in nats per token.
+            live_loss: loss under the live adapter, in nats per token.
+            text: the text, for the vocabulary.
+            rating: the rating, from -1 to 1; below 0 counts as an error.
+
+        Returns:
+            The detections, in the order of the signals.
+        """
         self.seen += 1
         values: list[tuple[Signal, float]] = []
         if base_loss is not None:
@@ -245,18 +261,23 @@ class DriftMonitor:
             if not math.isfinite(value):
                 self.refused += 1
                 continue
-            feed = self._feeds[signal]
-            found = feed.add(value)
-            if found is None:
-                continue
-            before, after, moved = found
-            if signal == "vocabulary":
-                self._words.reset()
-            shifts.append(Shift(signal, feed.plan.detector, before, after, self._cuts(signal, moved)))
+            for feed in self._feeds_of[signal]:
+                found = feed.add(value)
+                if found is not None:
+                    before, after, moved = found
+                    shifts.append(Shift(signal, feed.spec.name, before, after, self._cuts(signal, moved)))
+                    if signal == "vocabulary":
+                        self._restart_vocabulary()
         return shifts
 
+    def _restart_vocabulary(self) -> None:
+        """Start a new histogram, with which the values that its detectors saw cannot be compared."""
+        self._words = _Vocabulary()
+        for feed in self._feeds_of["vocabulary"]:
+            feed.reset()
+
     def _cuts(self, signal: Signal, moved: float) -> bool:
-        family = "loss" if signal.endswith("_loss") else signal
+        family = FAMILIES[signal]
         self._last[family] = self.seen
         if family == "loss" and moved >= LOUD:
             return True
@@ -264,39 +285,66 @@ class DriftMonitor:
         return "loss" in recent and len(recent) > 1
 
     def reset_live(self) -> None:
-        """A swap moved the live loss: start its reference anew, or the update would trigger the next."""
-        self._feeds["live_loss"].reset()
+        """Start the reference of the live loss anew, because a new live version moved it.
+
+        Without it, every update would look like drift and trigger the next update.
+        """
+        for feed in self._feeds_of["live_loss"]:
+            feed.reset()
 
     def canonicalise(self) -> None:
-        """Rebuild every detector from the kept inputs, as `from_state` does."""
+        """Rebuild every detector from its kept inputs, as `from_state` does."""
         for feed in self._feeds.values():
             if feed.fed:
                 feed.rebuild()
 
     def state(self) -> dict[str, Any]:
-        """Plain numbers for JSON; with it `from_state` makes a monitor like this one after `canonicalise`."""
+        """Return plain numbers for JSON, from which `from_state` makes an equal monitor once `canonicalise` ran."""
         return {
             "seen": self.seen,
             "refused": self.refused,
             "last": dict(self._last),
-            "signals": {name: feed.state() for name, feed in self._feeds.items()},
+            "signals": {key: feed.state() for key, feed in self._feeds.items()},
             "words": self._words.state(),
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], window: int) -> DriftMonitor:
-        """A monitor from what `state` gave. Raises KeyError, TypeError or ValueError where it is something else."""
-        monitor = cls(window)
+    def from_state(
+        cls, state: Mapping[str, Any], window: int, detectors: Sequence[DetectorSpec] = DETECTORS
+    ) -> DriftMonitor:
+        """Return a monitor from what `state` returned.
+
+        A detector that was added to the table since then starts empty. The inputs of one that was removed are dropped.
+
+        Raises:
+            KeyError, TypeError, ValueError: it is not such a state.
+        """
+        monitor = cls(window, detectors)
         monitor.seen, monitor.refused = int(state["seen"]), int(state["refused"])
         monitor._last = {str(name): int(at) for name, at in state["last"].items()}
-        for name, feed in monitor._feeds.items():
-            feed.load(state["signals"][name])
+        signals = dict(state["signals"])
+        for key, feed in monitor._feeds.items():
+            if key in signals:
+                feed.load(signals[key])
         monitor._words.load(state["words"])
         return monitor
 
 
 def jensen_shannon_nats(left: NDArray[np.int64], right: NDArray[np.int64]) -> float:
-    """Divergence of two histograms of counts (bins,), 0 to ln 2. Source: Lin 1991, doi 10.1109/18.61115."""
+    """Return the Jensen-Shannon divergence of two histograms, from 0 (proportional) to ln 2 (disjoint).
+
+    Args:
+        left: counts (bins,), not all zero.
+        right: counts (bins,), not all zero.
+
+    Source: Lin 1991, Divergence Measures Based on the Shannon Entropy, doi 10.1109/18.61115.
+
+    Example:
+        >>> jensen_shannon_nats(np.array([3, 1, 0]), np.array([6, 2, 0]))
+        0.0
+        >>> round(jensen_shannon_nats(np.array([1, 0]), np.array([0, 1])), 4)
+        0.6931
+    """
     p, q = left / left.sum(), right / right.sum()
     middle = (p + q) / 2
 

@@ -1,4 +1,4 @@
-"""Drift: what fires, what must not, and that a monitor made again from its numbers decides alike."""
+"""Drift: what is reported, what is not, and that a restored monitor decides like the one that stored its state."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import random
 import numpy as np
 import pytest
 
-from perennial.streams.curate.drift import DriftMonitor, Shift, jensen_shannon_nats
+from perennial.streams.curate.detectors import DETECTORS, DetectorSpec
+from perennial.streams.curate.drift import FAMILIES, DriftMonitor, Shift, jensen_shannon_nats
 
 WINDOW = 512
 SUBJECTS = [[f"{kind}{number}" for number in range(200)] for kind in ("law", "sea")]
@@ -125,3 +126,67 @@ def test_divergence_is_zero_for_equals_and_ln_2_for_strangers():
     left, right = np.array([1, 3, 0, 0]), np.array([0, 0, 2, 2])
     assert jensen_shannon_nats(left, left) == 0.0
     assert jensen_shannon_nats(left, right) == pytest.approx(math.log(2))
+
+
+# Every row of DETECTORS must pass these.
+
+by_row = pytest.mark.parametrize("spec", DETECTORS, ids=lambda spec: spec.name)
+
+
+def inputs(spec: DetectorSpec, count: int, *, moved: bool = False, seed: int = 0) -> list[float]:
+    """Inputs as a feed gives them: standardised, or 0 and 1 where there is no reference."""
+    rng = random.Random(seed)
+    if spec.reference:
+        return [rng.gauss(4.0 if moved else 0.0, 1.0) for _ in range(count)]
+    return [float(rng.random() < (0.7 if moved else 0.05)) for _ in range(count)]
+
+
+def alarms(detector, values: list[float]) -> list[int]:
+    found = []
+    for index, value in enumerate(values):
+        detector.update(value)
+        if detector.drift_detected:
+            found.append(index)
+    return found
+
+
+@by_row
+def test_a_detector_is_silent_on_a_steady_signal_and_soon_finds_one_that_moved(spec):
+    for seed in range(5):
+        steady = inputs(spec, 120, seed=seed)
+        assert alarms(spec.make(), steady) == []
+        found = alarms(spec.make(), steady + inputs(spec, 60, moved=True, seed=seed))
+        assert found
+        assert 120 <= found[0] < 160
+
+
+@by_row
+def test_a_detector_that_is_made_again_from_its_inputs_goes_on_alike(spec):
+    detector, rebuilt = spec.make(), spec.make()
+    steady, rest = inputs(spec, 60), inputs(spec, 100) + inputs(spec, 60, moved=True)
+    assert alarms(detector, steady) == alarms(rebuilt, steady)
+    assert alarms(detector, rest) == alarms(rebuilt, rest)
+
+
+@by_row
+def test_a_row_names_signals_that_exist_and_keeps_inputs(spec):
+    assert set(spec.signals) <= set(FAMILIES)
+    assert spec.block > 0
+    assert 0 < spec.values_per_kept <= WINDOW
+
+
+def test_the_inputs_of_the_first_detector_of_a_signal_are_stored_under_its_name():
+    """Stored states hold these keys: another one would lose what they remember."""
+    assert list(DriftMonitor(WINDOW).state()["signals"])[:4] == ["base_loss", "live_loss", "vocabulary", "rating"]
+
+
+def test_a_detector_that_is_added_starts_empty_on_an_earlier_state_and_reports_beside_the_others():
+    eager = DetectorSpec("Eager", DETECTORS[0].make, ("base_loss",), block=2, reference=4)
+    monitor = DriftMonitor(WINDOW)
+    feed(monitor, 300)
+    more = DriftMonitor.from_state(monitor.state(), WINDOW, (*DETECTORS, eager))
+    assert more.state()["signals"]["base_loss/Eager"] == {"kept": [], "block": [], "reference": []}
+    feed(more, 100, seed=1)
+    found = {(shift.signal, shift.detector) for _, shift in feed(more, 120, loss=6.0, seed=2)}
+    assert found >= {("base_loss", "ADWIN"), ("base_loss", "Eager"), ("live_loss", "ADWIN")}
+    assert DriftMonitor.from_state(more.state(), WINDOW).state()["signals"].keys() == monitor.state()["signals"].keys()

@@ -1,0 +1,168 @@
+"""The drift detectors, and the table that says which signals each of them watches.
+
+To add a detector:
+
+1. Write a function here that returns a new one: an object with `update(x)` and `drift_detected` (the protocol
+   `Detector`; every detector of river.drift fits). Its docstring has the idea, the parameters with their consequence,
+   an example that runs, and the paper.
+2. Append a row to DETECTORS. Append it at the end: the first row of a signal keeps its inputs in the stored state under
+   the signal's name, later rows under `signal/name`, so that a state stored before your change can still be restored.
+   The new detector starts empty then.
+3. Run `pytest tests/unit/streams/test_drift.py tests/unit/test_doctests.py`. The tests feed every row of the table with
+   a steady stream, a change, and a rebuild from the kept inputs.
+
+The name of the row appears in drift.detected events and in the metric perennial_drift_total. A detector only reports;
+streams/curate/drift.py decides whether a report is worth a micro-batch. To add a signal, see there.
+
+Three traps of river's detectors are closed before values reach them: one NaN disables ADWIN and Page-Hinkley for good
+(values that are not finite are dropped), ADWIN depends on the scale (values are standardised against a frozen
+reference), and autocorrelated losses raise false alarms (values go in as means of blocks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Protocol
+
+from river.drift import ADWIN, PageHinkley
+from river.drift.binary import HDDMW
+
+Signal = Literal["base_loss", "live_loss", "vocabulary", "rating"]
+"""What is watched: loss under the frozen base and under the live adapter (nats per token), divergence of the vocabulary
+(nats), and rating errors (1: the rating is negative, 0: it is not)."""
+
+LOSS_BLOCK: Final = 8
+LOSS_REFERENCE: Final = 16
+VOCABULARY_REFERENCE: Final = 16
+
+
+class Detector(Protocol):
+    """What DriftMonitor needs of a detector. The detectors of river.drift have it."""
+
+    @property
+    def drift_detected(self) -> bool:
+        """True if the last update found drift; it holds until the next update."""
+        ...
+
+    def update(self, x: float) -> Any:
+        """Take one finite value."""
+        ...
+
+
+@dataclass(frozen=True)
+class DetectorSpec:
+    """One row of the table: a detector, what it watches, and how its inputs are prepared.
+
+    A larger block or reference makes the detector slower to react and rarer to be wrong. After a detection all of it
+    starts anew: the values that follow are the new reference.
+
+    Attributes:
+        name: the detector's name in events and metrics.
+        make: returns a new detector.
+        signals: the signals that it watches, each with a detector of its own.
+        block: number of values whose mean is one input.
+        reference: number of first inputs that are not fed but give the mean and the standard deviation by which the
+            later ones are standardised. 0: inputs are fed as they are.
+        values_per_kept: `window // values_per_kept` inputs are kept to rebuild the detector. Larger where updates of
+            the detector are slow, because every cut rebuilds it.
+
+    Example:
+        A detector that looks at the live loss alone, example by example:
+
+        >>> from river.drift import KSWIN
+        >>> spec = DetectorSpec("KSWIN", lambda: KSWIN(seed=1), ("live_loss",), block=1, reference=16)
+        >>> detector = spec.make()
+        >>> found = []
+        >>> for number in range(200):
+        ...     _ = detector.update(float(number % 5) + 5.0 * (number >= 120))
+        ...     if detector.drift_detected:
+        ...         found.append(number)
+        >>> 120 <= found[0] < 150
+        True
+    """
+
+    name: str
+    make: Callable[[], Detector]
+    signals: tuple[Signal, ...]
+    block: int = 1
+    reference: int = 0
+    values_per_kept: int = 1
+
+
+def adwin() -> Detector:
+    """Return ADWIN: a window that shrinks when the means of its older and newer part differ too much.
+
+    It finds a change in either direction and needs no threshold in the signal's unit. `delta` is the probability of a
+    false alarm per test; a larger one reacts sooner. `clock=1` tests after every input, because an input is a block
+    already. `grace_period` and `min_window_length` are the inputs below which it is silent.
+
+    Source: Bifet and Gavaldà 2007, Learning from Time-Changing Data with Adaptive Windowing,
+    doi 10.1137/1.9781611972771.42.
+
+    Example:
+        >>> detector = adwin()
+        >>> alarms = []
+        >>> for number in range(80):
+        ...     _ = detector.update((-1.0) ** number + 4.0 * (number >= 40))
+        ...     if detector.drift_detected:
+        ...         alarms.append(number)
+        >>> alarms[0]
+        47
+    """
+    detector: Detector = ADWIN(delta=0.02, clock=1, min_window_length=4, grace_period=8)
+    return detector
+
+
+def page_hinkley() -> Detector:
+    """Return Page-Hinkley: the sum by which values exceed their running mean, which drift makes grow.
+
+    It watches for a rise only: a vocabulary that comes closer to the reference is no drift. Inputs are standardised:
+    `delta` is the rise that is tolerated, and `threshold` the sum that raises the alarm, both in standard deviations
+    of the reference. A larger threshold means fewer and later alarms.
+
+    Source: Page 1954, Continuous Inspection Schemes, doi 10.1093/biomet/41.1-2.100.
+
+    Example:
+        >>> detector = page_hinkley()
+        >>> alarms = []
+        >>> for number in range(80):
+        ...     _ = detector.update((-1.0) ** number + 4.0 * (number >= 40))
+        ...     if detector.drift_detected:
+        ...         alarms.append(number)
+        >>> alarms[0]
+        43
+    """
+    detector: Detector = PageHinkley(min_instances=2, delta=0.5, threshold=12.0, mode="up")
+    return detector
+
+
+def hddm_w() -> Detector:
+    """Return HDDM_W: the weighted mean of errors (0 or 1), which must not exceed its lowest value by a bound.
+
+    Recent errors weigh more, so a rate of errors that creeps up is found too. It has no parameter here: river's
+    defaults bound the false alarms at 0.1 %.
+
+    Source: Frías-Blanco et al. 2015, Online and Non-Parametric Drift Detection Methods Based on Hoeffding's Bounds,
+    doi 10.1109/TKDE.2014.2345382.
+
+    Example:
+        >>> detector = hddm_w()
+        >>> alarms = []
+        >>> for number in range(400):
+        ...     _ = detector.update(float(number % (10 if number < 200 else 2) == 0))
+        ...     if detector.drift_detected:
+        ...         alarms.append(number)
+        >>> 200 <= alarms[0] < 260
+        True
+    """
+    detector: Detector = HDDMW()
+    return detector
+
+
+DETECTORS: Final[tuple[DetectorSpec, ...]] = (
+    DetectorSpec("ADWIN", adwin, ("base_loss", "live_loss"), LOSS_BLOCK, LOSS_REFERENCE, LOSS_BLOCK // 2),
+    DetectorSpec("PageHinkley", page_hinkley, ("vocabulary",), 1, VOCABULARY_REFERENCE, LOSS_BLOCK // 2),
+    # river copies HDDM_W's state twice per update, which takes 0.1 ms: fewer inputs are kept.
+    DetectorSpec("HDDM_W", hddm_w, ("rating",), 1, 0, LOSS_BLOCK),
+)
