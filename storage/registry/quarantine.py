@@ -1,10 +1,12 @@
-"""What must not be learned: one object per adapter, replaced by compare-and-swap.
+"""What one adapter must not learn: an object that is replaced by compare-and-swap.
 
-An entry names examples that are to be forgotten; it is written before anything else is done about them, marked as
-done by whoever forgot them, and removed once nothing published before its `until_ms` can arrive any more. A hold
-exempts examples from entries. `suppressed` lists texts that must never be learned again, by hash. Retain writes
-entries and holds, the learner `done` and `suppressed`; curate and the learner read. Selectors are plain JSON
-here: what they mean is said in streams/quarantine.py.
+An entry names examples to forget. It is written before anything else is done about them, marked as done by the learner
+that forgot them, and removed once nothing published before its `until_ms` can arrive any more. A hold exempts examples
+from entries. `suppressed` lists, by hash, texts that must never be learned again.
+
+retain writes entries and holds. The learner marks entries as done. retain, curate and the learner add suppressed texts.
+curate, the learner and redrive read. Selectors are plain JSON here; streams/retention/quarantine_filter.py says which
+examples they match.
 """
 
 from __future__ import annotations
@@ -15,29 +17,33 @@ from typing import Annotated, Any, Literal, Self
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
+from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.compare_and_swap import update_object
 from perennial.storage.registry.manifest import AdapterName, Digest
 from perennial.storage.registry.records import check_adapter
 
 MAX_QUARANTINE_BYTES = 64 << 20
 TEXT_HASH_CHARS = 32
-_ATTEMPTS = 64
 _Id = Annotated[str, Field(min_length=1, max_length=1024)]
 TextHash = Annotated[str, Field(pattern=rf"^[0-9a-f]{{{TEXT_HASH_CHARS}}}$")]
 
 
 class _Part(BaseModel):
-    # What is not understood here could be an order to forget: refuse it.
+    # An unknown field could be an order to forget that a newer version wrote: refuse it.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class RequestOutcome(_Part):
-    """How an entry came to its end.
+    """How the learner ended an entry.
 
-    examples: how many the line had. version: what is live since, None where nothing is or nothing changed.
-    generation: of the alias after the swap; None where it was not moved, for the line had none of them. failure:
-    why it could not be done, empty where it was.
+    Attributes:
+        at_ms: When, in milliseconds since 1970.
+        examples: How many matching examples the adapter's versions had learned or the store held.
+        version: The version that became live; None where nothing is live or nothing changed.
+        generation: The alias's generation after the change; None where the alias was not moved, because no version
+            had learned an example of the entry.
+        failure: Why the entry could not be carried out; empty where it was.
     """
 
     at_ms: int
@@ -48,7 +54,18 @@ class RequestOutcome(_Part):
 
 
 class QuarantineEntry(_Part):
-    """Examples to forget: those listed, and those the selector means, that were published up to `until_ms`."""
+    """Examples to forget: those listed, and those that the selector matches, published up to `until_ms`.
+
+    Attributes:
+        request_id: The retention request that asked for it.
+        job_id: The job that carries it out.
+        kind: The kind of the request.
+        selector: A `Selector` as JSON; None: only the listed examples.
+        example_ids: Examples that are named one by one.
+        until_ms: The latest publication time, in milliseconds since 1970.
+        suppress: The texts must never be learned again.
+        done: How the entry ended; None while it is open.
+    """
 
     request_id: _Id
     job_id: _Id
@@ -61,9 +78,13 @@ class QuarantineEntry(_Part):
 
 
 class LegalHold(_Part):
-    """Examples that nothing may erase while the hold stands. selector None: all. until_ms: for people to see.
+    """Examples that nothing may erase. Every hold in the object is in force: retain removes those that ended.
 
-    Whether a hold has ended is decided by retain's guarded clock, which then removes it; every hold here stands.
+    Attributes:
+        request_id: The retention request that asked for it.
+        selector: A `Selector` as JSON; None: all examples of the adapter.
+        until_ms: When the hold will end by itself, for people to see. Readers must not judge by it: only retain's
+            guarded clock does.
     """
 
     request_id: _Id
@@ -72,7 +93,16 @@ class LegalHold(_Part):
 
 
 class Quarantine(_Part):
-    """The whole object. revision grows with every change, so that no two states have equal bytes."""
+    """The whole object of one adapter.
+
+    Attributes:
+        schema_version: The version of this format.
+        adapter: The adapter.
+        revision: Grows with every change, so that no two states have equal bytes.
+        entries: Examples to forget.
+        holds: Examples to keep.
+        suppressed: Hashes of texts that must never be learned again.
+    """
 
     schema_version: Literal[1] = 1
     adapter: AdapterName
@@ -82,17 +112,17 @@ class Quarantine(_Part):
     suppressed: list[TextHash] = []
 
     def entry(self, request_id: str) -> QuarantineEntry | None:
-        """The entry of that request."""
+        """Return the entry of a request, or None."""
         return next((entry for entry in self.entries if entry.request_id == request_id), None)
 
     def with_entry(self, entry: QuarantineEntry) -> Self:
-        """With the entry, unless its request has one already: an entry never changes but by being done."""
+        """Return a copy with the entry; unchanged if its request has one, for an entry only changes by `finished`."""
         if self.entry(entry.request_id) is not None:
             return self
         return self.model_copy(update={"entries": [*self.entries, entry]})
 
     def finished(self, request_id: str, done: RequestOutcome) -> Self:
-        """With the entry marked as done; the first mark stands."""
+        """Return a copy with the request's entry marked as done; the first outcome stays."""
         marked = [
             entry.model_copy(update={"done": done}) if entry.request_id == request_id and not entry.done else entry
             for entry in self.entries
@@ -100,67 +130,79 @@ class Quarantine(_Part):
         return self if marked == self.entries else self.model_copy(update={"entries": marked})
 
     def without(self, request_ids: Iterable[str]) -> Self:
-        """Without these requests' entries."""
-        gone = set(request_ids)
-        kept = [entry for entry in self.entries if entry.request_id not in gone]
+        """Return a copy without the entries of these requests."""
+        dropped = set(request_ids)
+        kept = [entry for entry in self.entries if entry.request_id not in dropped]
         return self if len(kept) == len(self.entries) else self.model_copy(update={"entries": kept})
 
     def with_holds(self, holds: Iterable[LegalHold]) -> Self:
-        """With exactly these holds."""
+        """Return a copy with exactly these holds."""
         wanted = sorted(holds, key=lambda hold: hold.request_id)
         return self if wanted == self.holds else self.model_copy(update={"holds": wanted})
 
     def suppressing(self, text_hashes: Iterable[str]) -> Self:
-        """With these texts suppressed too."""
+        """Return a copy in which these texts are suppressed too."""
         wanted = sorted({*self.suppressed, *text_hashes})
         return self if wanted == self.suppressed else self.model_copy(update={"suppressed": wanted})
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON."""
+        """Return canonical JSON."""
         return orjson.dumps(self.model_dump(mode="json"), option=orjson.OPT_SORT_KEYS)
 
 
 def quarantine_key(adapter: str) -> str:
-    """Where an adapter's quarantine lies. Raises StoreError where the name is not usable."""
+    """Return the key of an adapter's quarantine.
+
+    Raises:
+        StoreError: The name is not an adapter's.
+    """
     return f"quarantine/{check_adapter(adapter)}"
 
 
 def load_quarantine(store: ObjectStore, adapter: str) -> Quarantine:
-    """The adapter's quarantine as it is now, an empty one where none was written. Raises IntegrityError."""
+    """Return the adapter's quarantine as it is now; an empty one where none was written.
+
+    Raises:
+        IntegrityError: The object is not readable.
+    """
     return _load(store, adapter)[0]
 
 
 def update_quarantine(store: ObjectStore, adapter: str, change: Callable[[Quarantine], Quarantine]) -> Quarantine:
-    """Apply a change atomically; the quarantine as it then is. Nothing is written where nothing changed.
+    """Apply a change atomically and return the quarantine as it then is. Nothing is written where nothing changed.
 
-    change: a pure function of the current state, called again after a conflict. Raises ConflictError where other
-    writers keep coming first, IntegrityError where the object is not readable or would grow too large.
+    Args:
+        store: The store that holds the quarantine.
+        adapter: The adapter.
+        change: A pure function of the current quarantine. It is called again after a conflict.
+
+    Raises:
+        ConflictError: Other writers were first at every attempt.
+        IntegrityError: The object is not readable or would grow too large.
     """
-    for _ in range(_ATTEMPTS):
-        found, etag = _load(store, adapter)
+
+    def counted(found: Quarantine) -> Quarantine:
         wanted = change(found)
-        if wanted == found:
-            return found
-        wanted = wanted.model_copy(update={"revision": found.revision + 1})
-        data = wanted.to_bytes()
-        if len(data) > MAX_QUARANTINE_BYTES:
-            raise IntegrityError(
-                f"the quarantine of {adapter} would grow too large",
-                got=f"{len(data)} bytes",
-                allowed=f"{MAX_QUARANTINE_BYTES} bytes",
-                remedy="let the learner work off the open requests first: `perennial forget status`",
-            )
-        try:
-            store.compare_and_swap(quarantine_key(adapter), data, etag)
-        except ConflictError:
-            continue
-        return wanted
-    raise ConflictError(f"too many writers change {quarantine_key(adapter)}", remedy="do it again")
+        return found if wanted == found else wanted.model_copy(update={"revision": found.revision + 1})
+
+    return update_object(store, quarantine_key(adapter), lambda: _load(store, adapter), counted, _bounded_bytes)
 
 
 def finish_entry(store: ObjectStore, adapter: str, request_id: str, done: RequestOutcome) -> Quarantine:
-    """Record that a request was carried out for the adapter, or could not be; the first record stands."""
+    """Record how a request ended for the adapter; the first record stays."""
     return update_quarantine(store, adapter, lambda quarantine: quarantine.finished(request_id, done))
+
+
+def _bounded_bytes(quarantine: Quarantine) -> bytes:
+    data = quarantine.to_bytes()
+    if len(data) > MAX_QUARANTINE_BYTES:
+        raise IntegrityError(
+            f"the quarantine of {quarantine.adapter} would grow too large",
+            got=f"{len(data)} bytes",
+            allowed=f"{MAX_QUARANTINE_BYTES} bytes",
+            remedy="let the learner work off the open requests first: `perennial forget status`",
+        )
+    return data
 
 
 def _load(store: ObjectStore, adapter: str) -> tuple[Quarantine, str | None]:
@@ -176,7 +218,7 @@ def _load(store: ObjectStore, adapter: str) -> tuple[Quarantine, str | None]:
             f"{key} does not hold a quarantine of this version",
             got=stored.data[:100],
             allowed="schema_version 1",
-            remedy="restore it from a copy, or upgrade: without it nobody knows what must not be learned",
+            remedy="restore it from a copy, or upgrade; without it, forgotten examples would be learned again",
         ) from error
     if found.adapter != adapter:
         raise IntegrityError(f"{key} is another adapter's quarantine", got=found.adapter, allowed=adapter)

@@ -1,7 +1,7 @@
-"""Whether an example may be learned: what the entries, holds and suppressed texts of a quarantine mean. Pure.
+"""The filter that says whether an example may be learned, by a quarantine's entries, holds and suppressed texts. Pure.
 
-curate asks at every cut, so that quarantined text does not reach a batch; the learner asks at every update, with
-the object read afresh, and its word is final.
+curate asks at every cut, so that quarantined text does not reach a micro-batch. The learner asks at every update, with
+the quarantine read again, and its answer is the final one.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from perennial.streams.events.models import ExampleAccepted, Selector
 
 
 def text_hash(example: ExampleAccepted) -> str | None:
-    """What a text is suppressed by: the same for the same text under any id; None where there is no text.
+    """Return the hash that a text is suppressed by; None where the example has no text.
 
-    First 32 hex digits of SHA-256 over the document's text, or over prompt, NUL and answer.
+    Equal texts have equal hashes under any document id: the first 32 hex digits of SHA-256 over the document's text,
+    or over prompt, NUL and answer.
     """
     if example.text is not None:
         material = example.text
@@ -28,50 +29,55 @@ def text_hash(example: ExampleAccepted) -> str | None:
 
 
 class QuarantineFilter:
-    """A quarantine, ready to be asked about many examples."""
+    """A quarantine, prepared for many questions.
+
+    Args:
+        quarantine: The quarantine as it was loaded.
+    """
 
     def __init__(self, quarantine: Quarantine) -> None:
         self._suppressed = frozenset(quarantine.suppressed)
-        self._entries = [(entry, _meaning_of_entry(entry)) for entry in quarantine.entries]
-        self._holds = [(hold, _meaning_of_hold(hold)) for hold in quarantine.holds]
+        self._entries = [(entry, _entry_matcher(entry)) for entry in quarantine.entries]
+        self._holds = [(hold, _hold_matcher(hold)) for hold in quarantine.holds]
 
     def held_by(self, example: ExampleAccepted) -> str | None:
-        """The request id of a hold on the example: while it stands, the example must not be erased."""
-        return next((hold.request_id for hold, means in self._holds if means(example)), None)
+        """Return the request id of a hold on the example; while there is one, the example must not be erased."""
+        return next((hold.request_id for hold, matches in self._holds if matches(example)), None)
 
     def entry_of(self, example: ExampleAccepted) -> QuarantineEntry | None:
-        """The first entry that means the example; None where there is none or a hold exempts it.
+        """Return the first entry that matches the example; None where there is none or a hold exempts the example.
 
-        A hold does not undo what was carried out before it: an entry that is done goes on blocking what comes late.
+        A hold does not undo what was carried out before it: an entry that is done still blocks examples that arrive
+        late.
         """
         found = self._entries_of(example)
         return found[0] if found else None
 
     def erases(self, example: ExampleAccepted) -> bool:
-        """Whether its text is to be kept out for good: by any entry that means it, be another one the first."""
+        """Return whether any matching entry, not only the first one, wants the text suppressed for good."""
         return any(entry.suppress for entry in self._entries_of(example))
 
     def _entries_of(self, example: ExampleAccepted) -> list[QuarantineEntry]:
-        found = [entry for entry, means in self._entries if means(example)]
+        found = [entry for entry, matches in self._entries if matches(example)]
         if found and self.held_by(example) is not None:
             found = [entry for entry in found if entry.done is not None]
         return found
 
     def suppresses(self, example: ExampleAccepted) -> bool:
-        """Whether the same text was erased before."""
+        """Return whether an equal text was erased before."""
         return bool(self._suppressed) and text_hash(example) in self._suppressed
 
     def blocks(self, example: ExampleAccepted) -> bool:
-        """Whether the example must not be learned."""
+        """Return whether the example must not be learned."""
         return self.suppresses(example) or self.entry_of(example) is not None
 
 
 def blocks(quarantine: Quarantine, example: ExampleAccepted) -> bool:
-    """Whether the example must not be learned; use a Screen for many examples."""
+    """Return whether the example must not be learned; for many examples use one `QuarantineFilter`."""
     return QuarantineFilter(quarantine).blocks(example)
 
 
-def _meaning_of_entry(entry: QuarantineEntry) -> Callable[[ExampleAccepted], bool]:
+def _entry_matcher(entry: QuarantineEntry) -> Callable[[ExampleAccepted], bool]:
     selector = None if entry.selector is None else Selector.model_validate(entry.selector)
     ids = frozenset(entry.example_ids)
     return lambda example: (
@@ -80,7 +86,7 @@ def _meaning_of_entry(entry: QuarantineEntry) -> Callable[[ExampleAccepted], boo
     )
 
 
-def _meaning_of_hold(hold: LegalHold) -> Callable[[ExampleAccepted], bool]:
+def _hold_matcher(hold: LegalHold) -> Callable[[ExampleAccepted], bool]:
     if hold.selector is None:
         return lambda _: True
     return Selector.model_validate(hold.selector).matches

@@ -1,12 +1,13 @@
-"""The quarantine object: idempotent changes that survive races, and what its entries, holds and hashes mean."""
+"""The quarantine object: idempotent changes that survive races, and what its entries, holds and hashes block."""
 
 from __future__ import annotations
 
+import re
 import threading
 
 import pytest
 
-from perennial.storage.errors import IntegrityError, StoreError
+from perennial.storage.errors import ConflictError, IntegrityError, StoreError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.quarantine import (
     LegalHold,
@@ -154,3 +155,12 @@ def test_the_hash_of_a_text_tells_prompt_from_answer():
         example(1, prompt="a", answer="bc", **turn)
     )
     assert text_hash(example(1, kind="rating", text=None, rating=1.0)) is None
+
+
+def test_a_writer_that_is_never_first_gives_up(store, monkeypatch):
+    def taken(*_: object) -> str:
+        raise ConflictError
+
+    monkeypatch.setattr(store, "compare_and_swap", taken)
+    with pytest.raises(ConflictError, match=re.escape(quarantine_key(ADAPTER))):
+        update_quarantine(store, ADAPTER, lambda q: q.with_entry(entry()))
