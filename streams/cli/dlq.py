@@ -17,16 +17,10 @@ from rich.progress import Progress as Bar
 from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from perennial.streams.deadletters.model import (
-    DeadLetterRecord,
-    RedriveReport,
-    Selection,
-    is_done,
-    parse_place,
-    parse_since,
-    state_of,
-)
-from perennial.streams.deadletters.redrive import DeadLetters, Redriver, rehearse
+from perennial.streams.deadletters.model import DeadLetterRecord, Selection, parse_position, parse_since
+from perennial.streams.deadletters.plan import RedriveReport, is_handled, redrive_state
+from perennial.streams.deadletters.reader import DeadLetterReader
+from perennial.streams.deadletters.redrive import Redriver
 from perennial.streams.devstack.discovery import connected_settings
 
 _SHOWN_BYTES = 4096
@@ -44,12 +38,12 @@ def list_letters(chosen: Selection, *, limit: int, max_replays: int, as_json: bo
     """The newest `limit` letters that are meant, and how many there are by state. Memory: one fetch and these lines."""
     lines: deque[dict[str, Any]] = deque(maxlen=limit)
     states: Counter[str] = Counter()
-    with DeadLetters(connected_settings()) as letters:
-        progress = letters.progress()
-        for letter in letters.scan(chosen.since):
+    with DeadLetterReader(connected_settings()) as reader:
+        progress = reader.progress()
+        for letter in reader.scan(chosen.since):
             if chosen.matches(letter):
-                replayed = is_done(letter, progress)
-                state = state_of(letter, replayed=replayed, max_replays=max_replays)
+                handled = is_handled(letter, progress)
+                state = redrive_state(letter, handled=handled, max_redrives=max_replays)
                 states[state] += 1
                 lines.append(_line(letter, state))
     if as_json:
@@ -72,11 +66,11 @@ def list_letters(chosen: Selection, *, limit: int, max_replays: int, as_json: bo
 
 def show_letter(place: str, *, max_replays: int, as_json: bool) -> int:
     """Everything about one letter; of a long value the beginning."""
-    partition, offset = parse_place(place)
-    with DeadLetters(connected_settings()) as letters:
-        letter = letters.letter(partition, offset)
-        replayed = is_done(letter, letters.progress())
-    held, state = letter.held, state_of(letter, replayed=replayed, max_replays=max_replays)
+    partition, offset = parse_position(place)
+    with DeadLetterReader(connected_settings()) as reader:
+        letter = reader.read(partition, offset)
+        handled = is_handled(letter, reader.progress())
+    held, state = letter.dead_letter, redrive_state(letter, handled=handled, max_redrives=max_replays)
     if as_json:
         value = None if held.value is None else base64.b64encode(held.value).decode()
         headers = [[name, None if raw is None else base64.b64encode(raw).decode()] for name, raw in held.headers]
@@ -84,9 +78,9 @@ def show_letter(place: str, *, max_replays: int, as_json: bool) -> int:
         return 0
     console = Console(highlight=False, soft_wrap=True)
     facts = {
-        "place": letter.place, "reason": held.reason, "detail": held.detail, "refused by": held.stage,
+        "place": letter.position, "reason": held.reason, "detail": held.detail, "refused by": held.stage,
         "refused at": held.at.isoformat(), "came from": f"{held.topic} {held.partition}:{held.offset}",
-        "key": _text(letter.key), "adapter": letter.adapter, "replays": letter.replays, "state": state,
+        "key": _text(letter.key), "adapter": letter.adapter, "replays": letter.redrives, "state": state,
     }  # fmt: skip
     for name, found in facts.items():
         console.print(f"[bold]{name:<11}[/] {_clean(str(found))}")
@@ -104,8 +98,8 @@ def replay_letters(
     """Send letters back; exit code 130 where Ctrl-C ended it early: what was sent is saved, so run it again."""
     settings = connected_settings()
     if dry_run:
-        with DeadLetters(settings) as letters:
-            report = rehearse(letters, chosen, max_replays=max_replays, limit=limit)
+        with DeadLetterReader(settings) as reader:
+            report = reader.dry_run(chosen, max_redrives=max_replays, limit=limit)
         _say(report, "would be replayed", as_json=as_json)
         return 0
     stop = threading.Event()
@@ -119,7 +113,7 @@ def replay_letters(
         with Redriver(settings, rate=rate) as replayer, bar:
             task = bar.add_task("", total=None)
             report = replayer.run(
-                chosen, max_replays=max_replays, limit=limit, stop=stop, on_sent=lambda n: bar.advance(task, n)
+                chosen, max_redrives=max_replays, limit=limit, stop=stop, on_sent=lambda n: bar.advance(task, n)
             )
     finally:
         for number, handler in before.items():
@@ -156,10 +150,10 @@ def _say(report: RedriveReport, what: str, *, as_json: bool) -> None:
 
 def _line(letter: DeadLetterRecord, state: str) -> dict[str, Any]:
     return {
-        "place": letter.place, "at": letter.held.at.isoformat(), "reason": letter.held.reason[:_SHOWN_CHARS],
-        "stage": letter.held.stage[:_SHOWN_CHARS], "from": letter.source[:_SHOWN_CHARS],
-        "from_partition": letter.held.partition, "from_offset": letter.held.offset, "adapter": letter.adapter,
-        "replays": letter.replays, "state": state,
+        "place": letter.position, "at": letter.dead_letter.at.isoformat(), "reason": letter.dead_letter.reason[:_SHOWN_CHARS],
+        "stage": letter.dead_letter.stage[:_SHOWN_CHARS], "from": letter.source_topic[:_SHOWN_CHARS],
+        "from_partition": letter.dead_letter.partition, "from_offset": letter.dead_letter.offset, "adapter": letter.adapter,
+        "replays": letter.redrives, "state": state,
     }  # fmt: skip
 
 

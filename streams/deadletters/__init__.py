@@ -1,1 +1,1 @@
-"""Dead letters: read them, select them, and send them back to their topics (redrive)."""
+"""Dead letters: read and select them, and send them back to the topics that they came from (redrive)."""

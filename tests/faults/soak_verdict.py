@@ -164,10 +164,15 @@ def _look(settings: Settings, registry: Any) -> _Seen:
         letter = read_dead_letter(
             record.partition, record.offset, record.key, record.value, record.headers, settings.kafka.topic_prefix
         )
-        if letter.source in _INPUTS:
-            letters.add((f"{settings.kafka.topic(letter.source)}/{letter.held.partition}", letter.held.offset))
+        if letter.source_topic in _INPUTS:
+            letters.add(
+                (
+                    f"{settings.kafka.topic(letter.source_topic)}/{letter.dead_letter.partition}",
+                    letter.dead_letter.offset,
+                )
+            )
         else:
-            job_letters.append(f"{letter.source}: {letter.held.reason}: {letter.held.detail}"[:400])
+            job_letters.append(f"{letter.source_topic}: {letter.dead_letter.reason}: {letter.dead_letter.detail}"[:400])
     lines = {adapter: read_line(registry, adapter) for adapter in ADAPTERS}
     carried = {place for adapter in ADAPTERS for place in _carried(registry.store, adapter)}
     contents = {place: _content(value) for place, value in values.items()}

@@ -1,4 +1,4 @@
-"""Dead letters on a real broker: replayed once, counted, resumed after a kill, left in quarantine, and seen as they are."""
+"""Dead letters on a real broker: redriven once, counted, resumed after a kill, quarantined, and shown by the command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.deadletters.model import DeadLetterError, Selection
-from perennial.streams.deadletters.redrive import DeadLetters, Redriver, rehearse
+from perennial.streams.deadletters.reader import DeadLetterReader
+from perennial.streams.deadletters.redrive import Redriver
 from perennial.streams.events.cloudevents import REDRIVES_HEADER, decode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.intake.service import run_intake
@@ -67,7 +68,7 @@ def publish(producer, settings, values, partition=None, headers=None):
 
 @pytest.fixture
 def old_version(monkeypatch):
-    """An intake that refuses what the next version knows; undo it for the upgrade."""
+    """Make intake refuse what the next version accepts, as long as the context lasts."""
 
     @contextmanager
     def refusing() -> Iterator[None]:
@@ -87,7 +88,7 @@ def old_version(monkeypatch):
 
 @contextmanager
 def intake(settings):
-    """Intake until it has decided about everything that is published now."""
+    """Run intake until it has decided about every record that was published."""
     stop, failed = threading.Event(), []
 
     def body() -> None:
@@ -149,14 +150,14 @@ def examples(settings):
     return sorted(event.document_id for event in events)
 
 
-def replay(settings, selection=None, **options: Any):
-    with Redriver(settings, rate=0) as replayer:
-        return replayer.run(selection or Selection(), **{"max_replays": 3, **options})
+def redrive(settings, selection=None, **options: Any):
+    with Redriver(settings, rate=0) as redriver:
+        return redriver.run(selection or Selection(), **{"max_redrives": 3, **options})
 
 
-def rehearsed(settings, selection=None, max_replays=3):
-    with DeadLetters(settings) as letters:
-        return rehearse(letters, selection or Selection(), max_replays=max_replays)
+def dry_run(settings, selection=None, max_redrives=3):
+    with DeadLetterReader(settings) as reader:
+        return reader.dry_run(selection or Selection(), max_redrives=max_redrives)
 
 
 def perennial(settings, *arguments: str, check=True, **environment: str):
@@ -177,51 +178,52 @@ def perennial(settings, *arguments: str, check=True, **environment: str):
     return done
 
 
-def test_letters_are_learned_once_after_an_upgrade_though_replays_are_killed(settings, producer, old_version):
+def test_dead_letters_are_learned_once_after_an_upgrade_though_redrives_are_killed(settings, producer, old_version):
     with old_version(), intake(settings):
         sent = publish(producer, settings, [document(n) for n in range(20)])
     refused = [f"d{n}" for n in (1, *range(10, 20))]
     assert examples(settings) == sorted({f"d{n}" for n in range(20)} - set(refused))
 
-    report = rehearsed(settings)
+    report = dry_run(settings)
     assert (report.sent, report.left) == ({("unknown-field", "intake"): 11}, {})
     assert len(read_all(settings, "documents")) == 20
 
-    # Sent and acknowledged, and killed before that was saved: the next run sends the same again. Or just after it.
-    for place in ("dlq.send:2", "dlq.save:2"):
-        killed = perennial(settings, "dlq", "replay", "--rate", "4", check=False, PERENNIAL_FAILPOINT=place)
+    # Killed after the records were acknowledged, before or just after the progress was saved. In the first case the next
+    # run sends the same records again.
+    for failpoint in ("dlq.send:2", "dlq.save:2"):
+        killed = perennial(settings, "dlq", "replay", "--rate", "4", check=False, PERENNIAL_FAILPOINT=failpoint)
         assert killed.returncode == -9, killed.stderr
-    report = replay(settings)
+    report = redrive(settings)
     assert report.sent.total() < 11
     again = [record for record in read_all(settings, "documents") if dict(record.headers).get(REDRIVES_HEADER)]
     assert len(again) > 11
-    assert {record.partition for record in again} == {place[0] for place in sent}
+    assert {record.partition for record in again} == {partition for partition, _ in sent}
     with intake(settings):
         pass
     assert examples(settings) == sorted(f"d{n}" for n in range(20))
-    assert replay(settings).sent.total() == 0
+    assert redrive(settings).sent.total() == 0
 
 
-def test_a_letter_that_stays_wrong_is_counted_and_ends_in_quarantine(settings, producer):
+def test_a_record_that_is_refused_again_and_again_ends_in_quarantine(settings, producer):
     with intake(settings):
         publish(producer, settings, [b"\xff"], headers=[("trace", b"\x00\xff"), ("empty", b"")])
     for times in range(1, 4):
-        assert replay(settings).sent == {("not-utf8", "intake"): 1}
+        assert redrive(settings).sent == {("not-utf8", "intake"): 1}
         with intake(settings):
             pass
         newest = max(read_all(settings, "documents"), key=lambda record: record.offset)
         assert newest.headers == [("trace", b"\x00\xff"), ("empty", b""), (REDRIVES_HEADER, str(times).encode())]
         assert newest.key == b"any"
-    report = replay(settings)
+    report = redrive(settings)
     assert (report.sent.total(), report.left) == (0, {"quarantined": 1})
     assert len(read_all(settings, "documents")) == 4
     listed = json.loads(perennial(settings, "dlq", "ls", "--json").stdout)
     assert listed["states"] == {"replayed": 3, "quarantined": 1}
     assert [letter["replays"] for letter in sorted(listed["letters"], key=lambda each: each["replays"])] == [0, 1, 2, 3]
-    assert replay(settings, max_replays=4).sent.total() == 1
+    assert redrive(settings, max_redrives=4).sent.total() == 1
 
 
-def test_what_was_erased_since_is_not_sent_again(settings, producer):
+def test_dead_letters_erased_meanwhile_are_not_sent_back(settings, producer):
     about = [[], ["person-17"], ["person-18"]]
     values = [
         json.dumps({**json.loads(document(n)), "subjects": subjects, "unknown": 1}).encode()
@@ -240,40 +242,40 @@ def test_what_was_erased_since_is_not_sent_again(settings, producer):
         update_quarantine(
             open_store(settings.store.uri), "acme/support", lambda found, entry=entry: found.with_entry(entry)
         )
-    assert rehearsed(settings).left == {"erased": 1}
-    report = replay(settings)
+    assert dry_run(settings).left == {"erased": 1}
+    report = redrive(settings)
     assert (report.sent.total(), report.left) == (2, {"erased": 1})
     assert [json.loads(record.value)["document_id"] for record in read_all(settings, "documents")].count("d1") == 1
 
 
-def test_filters_leave_the_others_for_later_and_nothing_goes_twice(settings, producer):
+def test_filters_leave_the_others_for_later_and_nothing_is_sent_twice(settings, producer):
     with intake(settings):
         for n in range(6):
             publish(producer, settings, [b"\xff", b"[]", b'{"adapter": "b/c"}', document(n)])
-    assert replay(settings, Selection(reason="not-object")).sent == {("not-object", "intake"): 6}
-    assert replay(settings, Selection(reason="not-object")).sent.total() == 0
-    assert replay(settings, Selection(adapter="b/*"), limit=4).sent == {("missing-field", "intake"): 4}
-    assert rehearsed(settings).sent == {("not-utf8", "intake"): 6, ("missing-field", "intake"): 2}
-    assert replay(settings).sent == {("not-utf8", "intake"): 6, ("missing-field", "intake"): 2}
-    assert replay(settings).sent.total() == 0
+    assert redrive(settings, Selection(reason="not-object")).sent == {("not-object", "intake"): 6}
+    assert redrive(settings, Selection(reason="not-object")).sent.total() == 0
+    assert redrive(settings, Selection(adapter="b/*"), limit=4).sent == {("missing-field", "intake"): 4}
+    assert dry_run(settings).sent == {("not-utf8", "intake"): 6, ("missing-field", "intake"): 2}
+    assert redrive(settings).sent == {("not-utf8", "intake"): 6, ("missing-field", "intake"): 2}
+    assert redrive(settings).sent.total() == 0
     sent_again = [record for record in read_all(settings, "documents") if dict(record.headers).get(REDRIVES_HEADER)]
     assert len(sent_again) == 18
 
 
-def test_letters_of_inside_topics_and_foreign_records_stay(settings, producer):
+def test_dead_letters_of_internal_topics_and_foreign_records_are_left(settings, producer):
     def refused(topic: str, value: bytes = b"{}") -> dict[str, Any]:
         value, headers = encode_dead_letter(
             value, [], reason="bad-field", stage="curate", detail="d", topic=topic, partition=0, offset=1, at=NOW
         )
         return {"value": value, "headers": headers}
 
-    letters = [refused("scored-examples"), refused(settings.kafka.topic("adapter-jobs")), {"value": b"foreign"},
+    dead_letters = [refused("scored-examples"), refused(settings.kafka.topic("adapter-jobs")), {"value": b"foreign"},
                refused("documents", b"x" * 3_000_000)]  # fmt: skip
-    for letter in letters:
-        producer.send(settings.kafka.topic("dead-letters"), partition=0, **letter).get(timeout=WAIT_S)
+    for record in dead_letters:
+        producer.send(settings.kafka.topic("dead-letters"), partition=0, **record).get(timeout=WAIT_S)
     expected = {"inside": 2, "unreadable": 1, "cut": 1}
-    assert rehearsed(settings).left == expected
-    assert replay(settings).left == expected
+    assert dry_run(settings).left == expected
+    assert redrive(settings).left == expected
     for topic in ("scored-examples", "adapter-jobs", "documents"):
         assert read_all(settings, topic) == []
     states = json.loads(perennial(settings, "dlq", "ls", "--json").stdout)["states"]
@@ -283,7 +285,7 @@ def test_letters_of_inside_topics_and_foreign_records_stay(settings, producer):
     assert len(shown) < 10_000
 
 
-def test_a_letter_too_large_for_its_topic_does_not_stop_the_others(settings, producer):
+def test_a_record_too_large_for_its_topic_does_not_stop_the_others(settings, producer):
     for original in (b"x" * 1_500_000, b"[]"):
         value, headers = encode_dead_letter(
             original,
@@ -299,52 +301,52 @@ def test_a_letter_too_large_for_its_topic_does_not_stop_the_others(settings, pro
         producer.send(settings.kafka.topic("dead-letters"), value=value, headers=headers, partition=0).get(
             timeout=WAIT_S
         )
-    report = replay(settings)
+    report = redrive(settings)
     assert (report.sent.total(), report.left) == (1, {"too large for its topic": 1})
     assert [record.value for record in read_all(settings, "documents")] == [b"[]"]
 
 
-def test_a_replay_ends_where_another_one_took_over(settings, producer):
+def test_a_redrive_ends_when_another_one_takes_over(settings, producer):
     with intake(settings):
         publish(producer, settings, [b"\xff"] * 5, partition=0)
     errors, began, stop = [], threading.Event(), threading.Event()
 
-    def slowly() -> None:
-        with Redriver(settings, rate=1) as replayer:
+    def redrive_slowly() -> None:
+        with Redriver(settings, rate=1) as redriver:
             try:
-                replayer.run(Selection(), max_replays=3, stop=stop, on_sent=lambda _n: began.set())
+                redriver.run(Selection(), max_redrives=3, stop=stop, on_sent=lambda _n: began.set())
             except DeadLetterError as error:
                 errors.append(error)
 
-    thread = threading.Thread(target=slowly)
+    thread = threading.Thread(target=redrive_slowly)
     thread.start()
     assert began.wait(WAIT_S)
-    taken_over = replay(settings).sent.total()
+    taken_over = redrive(settings).sent.total()
     thread.join(WAIT_S)
-    assert [error.message for error in errors] == ["another replay runs"]
+    assert [error.message for error in errors] == ["another redrive runs"]
     assert 1 <= taken_over < 5
     sent = [record for record in read_all(settings, "documents") if dict(record.headers).get(REDRIVES_HEADER)]
     assert 5 <= len(sent) <= 6
-    assert replay(settings).sent.total() == 0
+    assert redrive(settings).sent.total() == 0
 
 
-def test_a_replay_that_is_stopped_goes_on_later(settings, producer):
+def test_a_stopped_redrive_goes_on_later(settings, producer):
     with intake(settings):
         publish(producer, settings, [b"\xff"] * 3, partition=0)
     stop = threading.Event()
-    with Redriver(settings, rate=1) as replayer:
-        report = replayer.run(Selection(), max_replays=3, stop=stop, on_sent=lambda _n: stop.set())
+    with Redriver(settings, rate=1) as redriver:
+        report = redriver.run(Selection(), max_redrives=3, stop=stop, on_sent=lambda _n: stop.set())
     assert (report.sent.total(), report.stopped) == (1, True)
-    assert replay(settings).sent.total() == 2
+    assert redrive(settings).sent.total() == 2
 
 
-def test_the_command_shows_what_there_is(settings, producer):
+def test_the_command_lists_shows_and_sends_dead_letters(settings, producer):
     with intake(settings):
         publish(producer, settings, [b"\xff\x1b[31m", b'{"adapter":"a","x":"\\u001b[31m"}'], partition=1)
     listed = json.loads(perennial(settings, "dlq", "ls", "--json", "--reason", "not-utf8", "--since", "1h").stdout)
-    (line,) = listed["letters"]
-    assert (line["from"], line["from_partition"], line["from_offset"], line["state"]) == ("documents", 1, 0, "waiting")
-    shown = perennial(settings, "dlq", "show", line["place"]).stdout
+    (row,) = listed["letters"]
+    assert (row["from"], row["from_partition"], row["from_offset"], row["state"]) == ("documents", 1, 0, "waiting")
+    shown = perennial(settings, "dlq", "show", row["place"]).stdout
     assert "ff 1b 5b 33 31 6d" in shown
     assert "\x1b" not in shown
     table = perennial(settings, "dlq", "ls").stdout
@@ -356,12 +358,14 @@ def test_the_command_shows_what_there_is(settings, producer):
     whole = perennial(settings, "dlq", "replay", "--rate", "0", "--json").stdout
     assert json.loads(whole)["sent"] == 2
     missing = perennial(settings, "dlq", "show", "0:999", check=False)
-    assert (missing.returncode, "no such letter" in missing.stderr) == (4, True)
+    assert (missing.returncode, "no such dead letter" in missing.stderr) == (4, True)
     assert perennial(settings, "dlq", "show", "x", check=False).returncode == 2
-    with DeadLetters(settings) as letters, pytest.raises(NotFoundError):
-        letters.letter(7, 0)
+    with DeadLetterReader(settings) as reader, pytest.raises(NotFoundError):
+        reader.read(7, 0)
 
 
-def test_missing_topics_are_said(broker, topic_prefix, tmp_path):
+def test_missing_topics_raise(broker, topic_prefix, tmp_path):
     with pytest.raises(TopicError, match="topics are missing"):
-        DeadLetters(Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, store=str(tmp_path), env_file=None))
+        DeadLetterReader(
+            Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, store=str(tmp_path), env_file=None)
+        )

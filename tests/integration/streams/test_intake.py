@@ -27,9 +27,9 @@ from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import decode_dead_letter
 from perennial.streams.events.models import InteractionObserved
 from perennial.streams.intake import librdkafka
-from perennial.streams.intake import service as intake
 from perennial.streams.intake.librdkafka import DeliveryError
 from perennial.streams.intake.service import run_intake
+from perennial.streams.intake.validation import Acceptor
 from perennial.streams.kafka.topics import KafkaUnavailableError, TopicError, identify, provision
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
@@ -258,10 +258,18 @@ def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_pat
         with running(settings, metrics):
             wait_for(lambda: metrics.health()[1]["status"] == "ok")  # it has measured the lag, and nothing waits
             # The broker hangs once the document was read, so intake cannot measure the lag any more.
-            hang = {"intake.consume": lambda: os.kill(own.pid, signal.SIGSTOP)}
-            monkeypatch.setattr(intake, "failpoint", lambda name: hang.pop(name, int)())
+            accept, published = Acceptor.accept, threading.Event()
+
+            def hang_and_accept(self, *record):
+                monkeypatch.setattr(Acceptor, "accept", accept)
+                assert published.wait(WAIT_S)
+                os.kill(own.pid, signal.SIGSTOP)
+                return accept(self, *record)
+
+            monkeypatch.setattr(Acceptor, "accept", hang_and_accept)
             client = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
             publish(client, settings, [document(1)], partition=0)
+            published.set()
             wait_for(lambda: not metrics.health()[0])
             os.kill(own.pid, signal.SIGCONT)
             wait_for(lambda: metrics.health()[0])
