@@ -1,11 +1,12 @@
-"""The Faust application: its agents, and how they run and end. The only file that imports faust.
+"""Run the agents curate and retain as one Faust application. The only file that imports faust.
 
-Hazards of Faust that shape the agents (streams/curate/agent.py, streams/retain/agent.py), all read in its source:
-- an agent that raises acknowledges what it was given, so nothing here raises: a fatal error parks the agent and ends
-  the application, and `run_streams` raises it;
-- acknowledging out of order commits past what is pending (see streams/curate/offsets.py);
-- every rebalance revokes all partitions and rewinds those it gives back to their committed offset, so all that is in
-  memory belongs to one generation of the group and is dropped with it.
+Three hazards of Faust, found in its source, shape the agents (streams/curate/agent.py, streams/retain/agent.py):
+
+- When an agent raises an exception, Faust acknowledges the record that the agent was handling. So no agent raises. A
+  fatal error blocks the agent and ends the application, and `run_streams` raises the error.
+- Acknowledging out of order commits offsets past records that are not handled yet (see streams/curate/offsets.py).
+- Every rebalance revokes all partitions, and rewinds those that it returns to their committed offsets. So the state in
+  memory belongs to one generation of the group and is dropped at the end of that generation.
 """
 
 from __future__ import annotations
@@ -37,22 +38,27 @@ from perennial.streams.settings import Settings
 COMMIT_INTERVAL_S: Final = 1.0
 SESSION_S: Final = 10.0
 STOP_S: Final = 5.0
-_UNTIL_STOPPED: Final = 0.05
+_POLL_S: Final = 0.05
 
 
 class StreamsError(PerennialError):
-    """The Faust application ended by itself."""
+    """The Faust application ended without being told to."""
 
 
 class InterruptedStepError(StreamsError):
-    """A step was cancelled half-way, so the state in memory may not be what is in the store."""
+    """A step was interrupted, so the state in memory may differ from the state in the store."""
 
 
 class Guard:
-    """One step at a time on the shared state, and a clear end on what cannot be handled: parked, never raised.
+    """Runs an agent's steps one at a time, and none after a step that failed.
 
-    Hazard: a step that did not come to its end (an error, or a cancellation on stopping) leaves the state in memory
-    behind what it may have written; another step on it would count examples twice. So none runs after it.
+    A failure is kept in `failure` and blocks the agent; it is not raised, because Faust would acknowledge the record.
+
+    Hazard: after a step that did not complete (an error, or a cancellation when the application stops), the state in
+    memory may be older than what the step has stored. Another step on that state would count examples twice.
+
+    Attributes:
+        failure: The first error of a step, None while there is none.
     """
 
     def __init__(self) -> None:
@@ -61,35 +67,59 @@ class Guard:
         self._in_step = False
 
     async def __call__(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Run a step; where it fails, remember why and never return, so that Faust acknowledges nothing."""
+        """Run a step. Where it fails, keep the error and never return, so that Faust acknowledges nothing.
+
+        Args:
+            step: The coroutine function to call.
+        """
         async with self._lock:
             try:
                 if self._in_step:
-                    raise InterruptedStepError  # noqa: TRY301 - parked below like any other failure
+                    raise InterruptedStepError  # noqa: TRY301 - kept below like any other failure
                 self._in_step = True
                 await step()
                 self._in_step = False
-                return  # noqa: TRY300 - nothing here may be left undone
-            except Exception as error:  # noqa: BLE001 - the agent's boundary: nothing may reach Faust
+            except Exception as error:  # noqa: BLE001 - no exception may reach Faust
                 self.failure = self.failure or error
+            else:
+                return
         await asyncio.Event().wait()
 
 
 @dataclass(frozen=True)
 class Guards:
-    """One per agent, so that neither waits for the other's store."""
+    """One guard per agent, so that neither agent waits for the other's calls to the store.
+
+    Attributes:
+        curate: The guard of curate's state.
+        retain: The guard of retain's state.
+    """
 
     curate: Guard = field(default_factory=Guard)
     retain: Guard = field(default_factory=Guard)
 
     @property
     def failure(self) -> Exception | None:
-        """What one of them could not handle."""
+        """The error of the agent that failed, None while none has failed."""
         return self.curate.failure or self.retain.failure
 
 
 def build_app(settings: Settings, metrics: Metrics, store: ObjectStore, guards: Guards, folder: Path) -> Any:
-    """The application with its agents. folder: an empty one, for what Faust insists on writing."""
+    """Return the Faust application with its agents.
+
+    Args:
+        settings: The installation's settings.
+        metrics: Where the agents report what they do.
+        store: The object store.
+        guards: Run the agents' steps.
+        folder: An empty folder for the files that Faust always writes.
+
+    Returns:
+        The application, not yet started.
+
+    Raises:
+        SettingsError: No brokers are set.
+    """
     app = faust.App(
         settings.kafka.topic("curate"),
         broker=[f"kafka://{server.strip()}" for server in settings.kafka.require_bootstrap().split(",")],
@@ -132,19 +162,19 @@ def _add_retain(app: Any, settings: Settings, metrics: Metrics, store: ObjectSto
 
 
 def _add_curate(app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, guard: Guard) -> None:
-    curation = CurateAgent(app, settings, metrics, store)
+    agent = CurateAgent(app, settings, metrics, store)
     topic = app.topic(settings.kafka.topic(curate_agent.TOPIC), key_type=bytes, value_type=bytes)
 
     @app.agent(topic, name="curate", concurrency=1)  # type: ignore[untyped-decorator]
     async def curate(stream: Any) -> None:
         async for event in stream.noack().events():
-            await guard(partial(curation.receive, event))
+            await guard(partial(agent.receive, event))
 
     @app.timer(interval=curate_agent.TICK_S)  # type: ignore[untyped-decorator]
     async def tick() -> None:
-        await guard(curation.tick)
+        await guard(agent.tick)
 
-    _follow_partitions(app, curation)
+    _follow_partitions(app, agent)
 
 
 def _follow_partitions(app: Any, agent: CurateAgent | RetainAgent) -> None:
@@ -159,7 +189,17 @@ def _follow_partitions(app: Any, agent: CurateAgent | RetainAgent) -> None:
 
 
 def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> None:
-    """Run the agents until `stop` is set. Raises PerennialError where they cannot go on."""
+    """Run the agents until they are told to stop.
+
+    Args:
+        settings: The installation's settings.
+        stop: Ends the agents when set.
+        metrics: Where the agents report what they do.
+
+    Raises:
+        PerennialError: An agent cannot go on, or the application ended by itself. Nothing is lost: a restart continues
+            at the last commit.
+    """
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     read_any_header_name()
@@ -177,7 +217,7 @@ async def _run(settings: Settings, stop: threading.Event, metrics: Metrics, stor
         while not stop.is_set() and guards.failure is None and not app.should_stop:
             if starting.done():
                 starting.result()
-            await asyncio.sleep(_UNTIL_STOPPED)
+            await asyncio.sleep(_POLL_S)
     finally:
         with suppress(TimeoutError, asyncio.CancelledError):
             await asyncio.wait_for(app.stop(), STOP_S)
@@ -188,10 +228,10 @@ async def _run(settings: Settings, stop: threading.Event, metrics: Metrics, stor
             raise failure
         raise StreamsError(
             f"an agent failed: {type(failure).__name__}: {failure}",
-            remedy="the traceback says where; a restart loses nothing",
+            remedy="see the traceback; a restart loses nothing",
         ) from failure
     if not stop.is_set():
         raise StreamsError(
             "the Faust application ended by itself", got=repr(getattr(app, "_crash_reason", None)),
-            remedy="check that the broker is up and that the topics exist; restarting loses nothing",
+            remedy="check that the broker runs and that the topics exist; a restart loses nothing",
         )  # fmt: skip
