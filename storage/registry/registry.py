@@ -296,7 +296,7 @@ class Registry:
         """Record that a version must not be served; the first reason stands. Raises NotFoundError."""
         manifest = self.manifest(adapter, version)
         if not self._is_version(manifest, version):
-            raise NotFoundError(f"{version} is not a version of {adapter}", remedy="see `perennial versions`")
+            raise NotFoundError(f"{version} is not a version of {adapter}", remedy="see `perennial adapters history`")
         key = revocation_key(adapter, manifest.seq)
         revocation = Revocation(
             adapter=adapter, version=version, seq=manifest.seq, reason=reason, revoked_at=self._now()

@@ -1,4 +1,4 @@
-"""The command line: `perennial`. The only place that may import everything, each part inside its command."""
+"""The command line `perennial`: the only part that may import everything, each part inside its own command."""
 
 from perennial.streams.cli.app import app, main
 

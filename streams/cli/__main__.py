@@ -1,4 +1,4 @@
-"""`python -m perennial.streams.cli`: the same as the installed `perennial`."""
+"""Run `python -m perennial.streams.cli`, which is the same as the installed command `perennial`."""
 
 from perennial.streams.cli.app import main
 

@@ -1,4 +1,4 @@
-"""`perennial adapters`: what the registry knows of each adapter."""
+"""The commands `perennial adapters ls`, `show`, `history` and `rollback`: what the registry stores of each adapter."""
 
 from __future__ import annotations
 
@@ -10,21 +10,36 @@ from itertools import islice
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
-from perennial.streams.cli.tables import short_version
+from perennial.streams.cli.tables import Column, print_facts, print_table, short_time, short_version, shown_version
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import RollbackRequested
 from perennial.streams.settings import Settings
 
+_MAX_NAMED_ADAPTERS = 10
+_DELIVERY_TIMEOUT_S = 30
+_POLL_S = 0.2
+
+_LIST_COLUMNS = (
+    Column("adapter"), Column("generation", 1, right=True), Column("live version", shorten=short_version),
+    Column("versions made", 2, right=True), Column("last outcome", 1), Column("live since", 3, shorten=short_time),
+)  # fmt: skip
+_HISTORY_COLUMNS = (
+    Column("seq", right=True), Column("version", shorten=short_version), Column("live", 1), Column("kind", 4),
+    Column("outcome"), Column("reason", 2, wraps=True), Column("examples", 5, right=True),
+    Column("tokens", 6, right=True), Column("held-out loss before → after", 3, wraps=True),
+    Column("general text rise", 4, right=True),
+)  # fmt: skip
+
 
 def open_registry(settings: Settings) -> Registry:
-    """The registry in the settings' store."""
+    """Return the registry in the store that the settings name."""
     return Registry(
         open_store(settings.store.require_uri(), settings.s3),
         nonce=lambda: uuid.uuid4().hex,
@@ -33,10 +48,10 @@ def open_registry(settings: Settings) -> Registry:
 
 
 def list_adapters(*, as_json: bool) -> int:
-    """A line per adapter."""
+    """Print one row per adapter and return the exit code."""
     settings = connected_settings()
     registry = open_registry(settings)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for adapter in registry.adapters():
         alias, head = registry.alias(adapter, settings.serving.alias), registry.head(adapter)
         rows.append({
@@ -53,27 +68,29 @@ def list_adapters(*, as_json: bool) -> int:
     if not rows:
         Console(stderr=True).print("no adapter has a version yet: publish documents first, then `perennial watch`")
         return 0
-    table = Table("adapter", "generation", "live version", "versions made", "last outcome", "live since")
-    for row in rows:
-        table.add_row(
-            str(row["adapter"]), str(row["generation"]), short_version(row["version"]),  # type: ignore[arg-type]
-            str(row["versions"]), str(row["last_outcome"] or "-"), str(row["published_at"] or "-"),
-        )  # fmt: skip
-    Console().print(table)
+    print_table(_LIST_COLUMNS, [["-" if value is None else str(value) for value in row.values()] for row in rows])
     return 0
 
 
 def require_adapter(registry: Registry, adapter: str) -> None:
-    """Raises NotFoundError where the adapter has no version."""
+    """Check that the adapter has a version.
+
+    Raises:
+        NotFoundError: It has none.
+    """
     if registry.head(adapter) is None:
-        known = ", ".join(islice(registry.adapters(), 10)) or "none yet"
+        known = ", ".join(islice(registry.adapters(), _MAX_NAMED_ADAPTERS)) or "none yet"
         raise NotFoundError(
             "no such adapter", got=adapter, allowed=f"known adapters: {known}", remedy="see `perennial adapters ls`"
         )
 
 
 def show_adapter(adapter: str, *, as_json: bool) -> int:
-    """Everything about the live version and the head of the line."""
+    """Print the live version of an adapter, or its newest where none is live, and return the exit code.
+
+    Raises:
+        NotFoundError: The adapter has no version.
+    """
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
@@ -84,10 +101,7 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"alias": _alias_facts(alias), "manifest": json.loads(manifest.to_bytes())}))
         return 0
-    table = Table(show_header=False, box=None)
-    for name, value in {**_alias_facts(alias), **_facts(manifest)}.items():
-        table.add_row(f"[bold]{name}[/]", str(value))
-    Console().print(table)
+    print_facts({"adapter": adapter, **_alias_facts(alias), **_facts(manifest)})
     return 0
 
 
@@ -102,7 +116,7 @@ def _alias_facts(alias: AliasState | None) -> dict[str, object]:
 
 def _facts(manifest: Manifest) -> dict[str, object]:
     facts: dict[str, object] = {
-        "outcome": f"{manifest.outcome} ({manifest.reason})", "seq": manifest.seq, "kind": manifest.kind,
+        "outcome": f"{manifest.outcome} ({manifest.reason})", "seq": manifest.seq, "made by": manifest.kind,
         "parent": manifest.parent, "base": f"{manifest.base_model} {manifest.base_sha256}",
         "learned": f"{len(manifest.learned)} examples, {manifest.tokens} tokens",
         "skipped": len(manifest.skipped), "weights": f"{manifest.weights.digest}, {manifest.weights.size_bytes} bytes",
@@ -113,7 +127,11 @@ def _facts(manifest: Manifest) -> dict[str, object]:
 
 
 def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
-    """The line of versions, newest first."""
+    """Print the versions of an adapter, newest first, and return the exit code.
+
+    Raises:
+        NotFoundError: The adapter has no version.
+    """
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
@@ -129,19 +147,19 @@ def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps(rows))
         return 0
-    table = Table("seq", "version", "kind", "outcome", "examples", "tokens", "held-out before → after", "general rise")
-    for row in rows:
-        gate = row["gate"]
-        before, after = gate.get("held_out_before"), gate.get("held_out_after")
-        rise = _difference(gate.get("anchor_after"), gate.get("anchor_base"))
-        table.add_row(
-            str(row["seq"]), short_version(row["version"]) + (" [green]live[/]" if row["live"] else ""), row["kind"],
-            row["outcome"] if row["outcome"] == "promoted" else f"{row['outcome']}: {row['reason']}",
-            str(row["examples"]), str(row["tokens"]),
-            f"{before:.3f} → {after:.3f}" if isinstance(before, float) and isinstance(after, float) else "-", rise,
-        )  # fmt: skip
-    Console().print(table)
+    print_table(_HISTORY_COLUMNS, [_history_row(row) for row in rows])
     return 0
+
+
+def _history_row(row: dict[str, Any]) -> list[str | Text]:
+    gate = row["gate"]
+    before, after = gate.get("held_out_before"), gate.get("held_out_after")
+    losses = f"{before:.3f} → {after:.3f}" if isinstance(before, float) and isinstance(after, float) else "-"
+    return [
+        str(row["seq"]), row["version"], Text("live", "green") if row["live"] else "", row["kind"], row["outcome"],
+        row["reason"], str(row["examples"]), str(row["tokens"]), losses,
+        _difference(gate.get("anchor_after"), gate.get("anchor_base")),
+    ]  # fmt: skip
 
 
 def _difference(after: object, before: object) -> str:
@@ -149,7 +167,21 @@ def _difference(after: object, before: object) -> str:
 
 
 def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_json: bool) -> int:
-    """Ask for a rollback and wait until the alias moved; exit code 1 where it did not in time."""
+    """Request a rollback and wait until the alias has changed.
+
+    Args:
+        adapter: Name of the adapter.
+        to: Version to make live, or its unique beginning; None for the version that was live before.
+        reason: Recorded in the job.
+        wait_s: Seconds to wait for the alias; 0 returns at once.
+        as_json: Print JSON instead of text.
+
+    Returns:
+        The exit code: 1 where the alias did not change in time.
+
+    Raises:
+        NotFoundError: The adapter or the version does not exist, or several versions begin like `to`.
+    """
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
@@ -160,33 +192,36 @@ def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_js
         requested_by="command line", reason=reason,
     )  # fmt: skip
     with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
-        publisher.publish(job).result(30)
+        publisher.publish(job).result(_DELIVERY_TIMEOUT_S)
     deadline = time.monotonic() + wait_s
     state = before
     while time.monotonic() < deadline:
         state = registry.alias(adapter, settings.serving.alias)
         if state and (before is None or state.generation > before.generation) and state.kind == "rolled_back":
             break
-        time.sleep(0.2)
+        time.sleep(_POLL_S)
     moved = bool(state and (before is None or state.generation > before.generation))
     if as_json:
         print(json.dumps({"job_id": job.job_id, "moved": moved, "alias": _alias_facts(state)}))
     elif moved and state:
-        Console().print(f"{adapter} is at {short_version(state.version)} again, generation {state.generation}")
+        console = Console(highlight=False)
+        version = shown_version(state.version, console)
+        console.print(f"{adapter} is at {version} again, generation {state.generation}", soft_wrap=True, markup=False)
     elif wait_s:
-        Console(stderr=True).print(
-            f"the rollback was asked for ({job.job_id}) but is not live after {wait_s:.0f} s: is a learner running? "
-            "`perennial status` shows the jobs that wait"
-        )
+        Console(stderr=True, highlight=False).print(
+            f"the rollback was requested ({job.job_id}) but is not live after {wait_s:.0f} s: is a learner running? "
+            "`perennial status` shows the waiting jobs", soft_wrap=True, markup=False,
+        )  # fmt: skip
     return 0 if moved or not wait_s else 1
 
 
 def _resolve(registry: Registry, adapter: str, prefix: str) -> str:
+    """Return the one version of the adapter whose digest begins with the prefix."""
     wanted = prefix.removeprefix("sha256:")
     found = [version for _, version in registry.versions(adapter) if version.removeprefix("sha256:").startswith(wanted)]
     if len(found) != 1:
         raise NotFoundError(
-            "no such version" if not found else "more than one version begins so",
-            got=prefix, allowed="a version of `perennial adapters history`, or its unique beginning",
+            "several versions begin like this" if found else "no such version", got=prefix,
+            allowed="a version of this adapter, or its unique beginning", remedy="see `perennial adapters history`",
         )  # fmt: skip
     return found[0]

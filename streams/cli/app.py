@@ -1,7 +1,22 @@
-"""The commands of `perennial`, each a thin reader of arguments over a module of its own.
+"""The commands of `perennial`: each one declares its arguments here and calls a function in a module of its own.
 
-Exit codes: 0 done; 1 something is wrong with what was looked at or sent; 2 the command or a setting is not usable;
-3 a service (broker, store) cannot be reached; 4 what was asked for does not exist; 130 interrupted.
+Exit codes: 0 done; 1 something is wrong with what was inspected or sent; 2 the command or a setting is not usable;
+3 a service (broker, store) cannot be reached; 4 the named object does not exist; 130 interrupted.
+
+Add a command: write `streams/cli/NAME.py` with a function that takes plain values, prints, and returns the exit code;
+then add one section here.
+
+    @app.command()
+    def name(adapter: AdapterName, json_: Json = False) -> None:
+        '''Say in one sentence what the command does; this is its help.'''
+        from perennial.streams.cli.name import run_name
+
+        raise typer.Exit(run_name(adapter, as_json=json_))
+
+- Import inside the function: `perennial --help` must not load torch, Kafka clients or the store.
+- Give every argument and option a help text; declare the common ones once, below.
+- Raise a PerennialError for whatever a user can correct; `main` prints it without a traceback and sets the exit code.
+- Print tables by `streams/cli/tables.py`, and print everything as one JSON value with `--json`.
 """
 
 from __future__ import annotations
@@ -18,16 +33,16 @@ from perennial.storage.errors import NotFoundError, PerennialError, StoreUnavail
 from perennial.streams.cli.forget_app import forget_app
 
 app = typer.Typer(
-    help="Keeps language models learning from Kafka, and makes them forget on purpose.",
+    help="Keep language models learning from Kafka, and make them forget on request.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-topics_app = typer.Typer(help="The topics on the broker.", no_args_is_help=True)
-publish_app = typer.Typer(help="Publish JSON lines, each confirmed by the broker.", no_args_is_help=True)
-adapters_app = typer.Typer(help="Adapters and their versions.", no_args_is_help=True)
-dlq_app = typer.Typer(help="Dead letters: what was refused, and its way back.", no_args_is_help=True)
+topics_app = typer.Typer(help="Create and check the topics on the broker.", no_args_is_help=True)
+publish_app = typer.Typer(help="Publish files of JSON lines; the broker confirms each line.", no_args_is_help=True)
+adapters_app = typer.Typer(help="Show adapters and their versions, or roll one back.", no_args_is_help=True)
+dlq_app = typer.Typer(help="Show refused records (dead letters), or send them back.", no_args_is_help=True)
 app.add_typer(topics_app, name="topics")
 app.add_typer(publish_app, name="publish")
 app.add_typer(adapters_app, name="adapters")
@@ -36,17 +51,23 @@ app.add_typer(forget_app, name="forget")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]
-Reason = Annotated[str, typer.Option(help="Only letters refused for this reason.")]
-Stage = Annotated[str, typer.Option(help="Only letters refused by this role.")]
-Source = Annotated[str, typer.Option("--topic", help="Only letters from this topic.")]
-AdapterPattern = Annotated[str, typer.Option("--adapter", help="Only letters of this adapter; * stands for anything.")]
-Since = Annotated[str, typer.Option(help="Only letters refused since: 30m, 12h, 7d, or an ISO 8601 time.")]
-MaxReplays = Annotated[int, typer.Option(min=1, help="Replays after which a letter stays, in quarantine.")]
+JsonLines = Annotated[str, typer.Argument(help="File of JSON lines; - reads standard input.")]
+DefaultAdapter = Annotated[str | None, typer.Option("--adapter", help="Adapter for lines that name none.")]
+Reason = Annotated[str, typer.Option(help="Only dead letters with this reason.")]
+Stage = Annotated[str, typer.Option(help="Only dead letters that this role refused.")]
+Source = Annotated[str, typer.Option("--topic", help="Only dead letters from this topic.")]
+AdapterPattern = Annotated[
+    str, typer.Option("--adapter", help="Only dead letters of this adapter; * stands for any text.")
+]
+Since = Annotated[str, typer.Option(help="Only dead letters refused since: 30m, 12h, 7d or an ISO 8601 time.")]
+MaxReplays = Annotated[
+    int, typer.Option(min=1, help="Number of replays after which a dead letter stays in quarantine.")
+]
 errors = Console(stderr=True)
 
 
 def print_error(error: PerennialError) -> None:
-    """What went wrong, what came in, what is allowed and what to do, a line each."""
+    """Print an error for a person: what is wrong, what came in, what is allowed and what to do, one per line."""
     errors.print(f"[bold red]error:[/] {_escape(error.message)}", soft_wrap=True)
     for label, value in (("got", error.got), ("allowed", error.allowed), ("remedy", error.remedy)):
         if value is not None and value != "":  # a value may be unhashable
@@ -60,11 +81,12 @@ def _escape(text: str) -> str:
 
 
 def main() -> None:
-    """Entry point of the installed command."""
-    # Before torch loads: OpenMP threads that spin while they wait triple a step's time where processes share cores.
+    """Run the command line and exit with its exit code; this is the entry point of the installed `perennial`."""
+    # Set before torch loads: OpenMP threads that spin while they wait triple the time of a training step where several
+    # processes share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        app(prog_name="perennial")
     except PerennialError as error:
         print_error(error)
         if isinstance(error, StoreUnavailableError):
@@ -79,12 +101,12 @@ def main() -> None:
 
 @app.command()
 def demo(
-    quick: Annotated[bool, typer.Option(help="Fewer documents, for a first look; the bounds are not judged.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the plot and the figures.")] = Path("out"),
-    keep: Annotated[bool, typer.Option(help="Keep the topics and objects afterwards, and say where.")] = False,
+    quick: Annotated[bool, typer.Option(help="Use fewer documents and do not judge the result.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the plot and the measured values.")] = Path("out"),
+    keep: Annotated[bool, typer.Option(help="Keep the topics and objects, and print where they are.")] = False,
     json_: Json = False,
 ) -> None:
-    """Show the whole loop on real text: a broker, every role, an adapter that lives through a change of domain."""
+    """Run the whole loop on real text, with a broker of its own: an adapter learns, drifts, forgets and is served."""
     from perennial.streams.cli.demo.run import run_demo
 
     raise typer.Exit(run_demo(quick=quick, out=out, keep=keep, as_json=json_))
@@ -93,13 +115,17 @@ def demo(
 @app.command()
 def up(
     data_dir: Annotated[Path | None, typer.Option(help="Folder for topics, objects and logs.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port of the embedded broker.")] = None,
-    shared_model: Annotated[bool, typer.Option(help="Scorer and learner in one process, sharing the base.")] = False,
+    port: Annotated[
+        int | None, typer.Option(help="Port of the embedded broker; default: the last one, or a free one.")
+    ] = None,
+    shared_model: Annotated[
+        bool, typer.Option(help="Run scorer and learner in one process that loads the base model once.")
+    ] = False,
     store: Annotated[
-        str | None, typer.Option(help="`minio`: a MinIO server of its own; or as PERENNIAL_STORE.")
+        str | None, typer.Option(help="`minio` starts a MinIO server; anything else is a store as in PERENNIAL_STORE.")
     ] = None,
 ) -> None:
-    """Run an embedded broker and all roles until Ctrl-C; what was learned is kept."""
+    """Run an embedded broker and every role until Ctrl-C; the next start continues with the same data."""
     from perennial.streams.devstack.stack import run_up
 
     raise typer.Exit(run_up(data_dir=data_dir, port=port, shared_model=shared_model, store=store))
@@ -107,10 +133,10 @@ def up(
 
 @app.command()
 def worker(
-    roles: Annotated[list[str], typer.Argument(help="intake, streams, scorer, learner; several share one process.")],
+    roles: Annotated[list[str], typer.Argument(help="One or several of intake, streams, scorer, learner.")],
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
 ) -> None:
-    """Run one role (or several in one process) until SIGTERM."""
+    """Run one role, or several in one process, until SIGTERM."""
     from perennial.streams.cli.worker import run_worker
 
     raise typer.Exit(run_worker(roles, parent_pid=parent))
@@ -118,10 +144,10 @@ def worker(
 
 @app.command("init")
 def initialise(
-    wait_s: Annotated[float, typer.Option(help="How long to wait for broker and store to answer.")] = 0,
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait for broker and store to answer.")] = 0,
     json_: Json = False,
 ) -> None:
-    """Make topics and bucket where they are missing, and prove the store's conditional writes; safe to repeat."""
+    """Create missing topics and the bucket, and test the store's conditional writes; safe to repeat."""
     from perennial.streams.cli.init import initialise
 
     raise typer.Exit(initialise(wait_s=wait_s, as_json=json_))
@@ -129,10 +155,12 @@ def initialise(
 
 @topics_app.command("create")
 def topics_create(
-    dry_run: Annotated[bool, typer.Option(help="Only say what would be made and what differs.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Change nothing; print what would be created and what differs.")
+    ] = False,
     json_: Json = False,
 ) -> None:
-    """Make the topics that are missing, and say which existing ones differ from what the project needs."""
+    """Create the missing topics, and print which existing ones differ from what Perennial needs."""
     from perennial.streams.cli.topics import create_topics
 
     raise typer.Exit(create_topics(dry_run=dry_run, as_json=json_))
@@ -140,11 +168,11 @@ def topics_create(
 
 @publish_app.command("documents")
 def publish_documents(
-    file: Annotated[str, typer.Argument(help="JSON lines, - for standard input.")],
-    adapter: Annotated[str | None, typer.Option(help="Adapter of lines that name none.")] = None,
+    file: JsonLines,
+    adapter: DefaultAdapter = None,
     json_: Json = False,
 ) -> None:
-    """Publish documents: a JSON object a line with adapter, document_id and text."""
+    """Publish documents: one JSON object per line with adapter, document_id and text."""
     from perennial.streams.cli.publish import publish_file
 
     raise typer.Exit(publish_file("documents", file, adapter=adapter, as_json=json_))
@@ -152,11 +180,11 @@ def publish_documents(
 
 @publish_app.command("interactions")
 def publish_interactions(
-    file: Annotated[str, typer.Argument(help="JSON lines, - for standard input.")],
-    adapter: Annotated[str | None, typer.Option(help="Adapter of lines that name none.")] = None,
+    file: JsonLines,
+    adapter: DefaultAdapter = None,
     json_: Json = False,
 ) -> None:
-    """Publish interactions: a JSON object a line with adapter, interaction_id, prompt, response and correction."""
+    """Publish interactions: one JSON object per line with adapter, interaction_id, prompt, response and correction."""
     from perennial.streams.cli.publish import publish_file
 
     raise typer.Exit(publish_file("interactions", file, adapter=adapter, as_json=json_))
@@ -164,7 +192,7 @@ def publish_interactions(
 
 @adapters_app.command("ls")
 def adapters_ls(json_: Json = False) -> None:
-    """All adapters with their live version."""
+    """List all adapters with their live version."""
     from perennial.streams.cli.adapters import list_adapters
 
     raise typer.Exit(list_adapters(as_json=json_))
@@ -172,7 +200,7 @@ def adapters_ls(json_: Json = False) -> None:
 
 @adapters_app.command("show")
 def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
-    """One adapter: what is live, what it learned, through which gate."""
+    """Show the live version of one adapter: what it learned, and the measurements of its gate."""
     from perennial.streams.cli.adapters import show_adapter
 
     raise typer.Exit(show_adapter(adapter, as_json=json_))
@@ -181,10 +209,10 @@ def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
 @adapters_app.command("history")
 def adapters_history(
     adapter: AdapterName,
-    limit: Annotated[int, typer.Option(help="Versions to show, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(help="Most versions to show, newest first.")] = 20,
     json_: Json = False,
 ) -> None:
-    """The line of versions, refused ones and their reasons included."""
+    """List the versions of an adapter, refused ones and their reasons included."""
     from perennial.streams.cli.adapters import show_history
 
     raise typer.Exit(show_history(adapter, limit=limit, as_json=json_))
@@ -193,9 +221,13 @@ def adapters_history(
 @adapters_app.command("rollback")
 def adapters_rollback(
     adapter: AdapterName,
-    to: Annotated[str | None, typer.Option(help="Version to go back to; without it the one live before.")] = None,
-    reason: Annotated[str, typer.Option(help="Recorded with the rollback.")] = "asked for on the command line",
-    wait_s: Annotated[float, typer.Option(help="How long to wait until it is live; 0: do not wait.")] = 60,
+    to: Annotated[
+        str | None, typer.Option(help="Version to make live, or its beginning; default: the one that was live before.")
+    ] = None,
+    reason: Annotated[
+        str, typer.Option(help="Text that is recorded with the rollback.")
+    ] = "requested on the command line",
+    wait_s: Annotated[float, typer.Option(help="Seconds to wait until the version is live; 0 does not wait.")] = 60,
     json_: Json = False,
 ) -> None:
     """Make an earlier version live again."""
@@ -207,52 +239,54 @@ def adapters_rollback(
 @dlq_app.command("ls")
 def dlq_ls(
     reason: Reason = "", stage: Stage = "", topic: Source = "", adapter: AdapterPattern = "", since: Since = "",
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Letters to show, the newest.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most dead letters to show, the newest.")] = 50,
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
-    """What was refused: why, by whom, from where, and whether a replay would send it back."""
-    from perennial.streams.cli.dlq import list_letters, selection
+    """List dead letters: why and by which role they were refused, and whether a replay would send them."""
+    from perennial.streams.cli.dlq import list_dead_letters, selection
 
     chosen = selection(reason=reason, stage=stage, topic=topic, adapter=adapter, since=since)
-    raise typer.Exit(list_letters(chosen, limit=limit, max_replays=max_replays, as_json=json_))
+    raise typer.Exit(list_dead_letters(chosen, limit=limit, max_replays=max_replays, as_json=json_))
 
 
 @dlq_app.command("show")
 def dlq_show(
-    place: Annotated[str, typer.Argument(metavar="PARTITION:OFFSET", help="Place of the letter, as `dlq ls` shows it.")],
+    position: Annotated[
+        str, typer.Argument(metavar="PARTITION:OFFSET", help="Position of the dead letter, as `dlq ls` prints it.")
+    ],
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
-    """One letter with its headers and value."""
-    from perennial.streams.cli.dlq import show_letter
+    """Show one dead letter with its headers and value."""
+    from perennial.streams.cli.dlq import show_dead_letter
 
-    raise typer.Exit(show_letter(place, max_replays=max_replays, as_json=json_))
+    raise typer.Exit(show_dead_letter(position, max_replays=max_replays, as_json=json_))
 
 
 @dlq_app.command("replay")
 def dlq_replay(
     reason: Reason = "", stage: Stage = "", topic: Source = "", adapter: AdapterPattern = "", since: Since = "",
-    dry_run: Annotated[bool, typer.Option(help="Only count what would be sent, by reason.")] = False,
-    rate: Annotated[float, typer.Option(min=0, help="Letters per second; 0: as fast as it goes.")] = 50,
-    limit: Annotated[int, typer.Option(min=0, help="Letters at most; 0: all.")] = 0,
+    dry_run: Annotated[bool, typer.Option(help="Send nothing; count by reason what would be sent.")] = False,
+    rate: Annotated[float, typer.Option(min=0, help="Records per second; 0 for no limit.")] = 50,
+    limit: Annotated[int, typer.Option(min=0, help="Most records to send; 0 for all.")] = 0,
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
-    """Send letters back to their topics, counted and at a steady rate; goes on where an earlier replay ended."""
-    from perennial.streams.cli.dlq import replay_letters, selection
+    """Send dead letters back to their topics at a steady rate; continues where an earlier replay ended."""
+    from perennial.streams.cli.dlq import replay_dead_letters, selection
 
     chosen = selection(reason=reason, stage=stage, topic=topic, adapter=adapter, since=since)
     raise typer.Exit(
-        replay_letters(chosen, dry_run=dry_run, rate=rate, max_replays=max_replays, limit=limit, as_json=json_)
+        replay_dead_letters(chosen, dry_run=dry_run, rate=rate, max_replays=max_replays, limit=limit, as_json=json_)
     )
 
 
 @app.command()
 def explain(
     adapter: AdapterName,
-    document: Annotated[str | None, typer.Option(help="Only this document or interaction.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Examples to show, those of the newest versions.")] = 50,
+    document: Annotated[str | None, typer.Option(help="Only the document or interaction with this id.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Most examples to show, those of the newest versions first.")] = 50,
     json_: Json = False,
 ) -> None:
-    """What it learned: which events, from where, in which version, through which gate, and until when."""
+    """List what an adapter learned: from which event, in which version, and when it expires."""
     from perennial.streams.cli.explain import explain as explain_adapter
 
     raise typer.Exit(explain_adapter(adapter, document=document, limit=limit, as_json=json_))
@@ -261,11 +295,11 @@ def explain(
 @app.command()
 def ask(
     adapter: AdapterName,
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 48,
+    prompt: Annotated[str, typer.Argument(help="Text to answer.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 48,
     json_: Json = False,
 ) -> None:
-    """Ask the frozen base and the live adapter the same, side by side."""
+    """Answer a prompt with the frozen base model and with the live adapter, side by side."""
     from perennial.streams.cli.ask import ask_both
 
     raise typer.Exit(ask_both(adapter, prompt, max_new_tokens=max_new_tokens, as_json=json_))
@@ -273,7 +307,7 @@ def ask(
 
 @app.command()
 def status(json_: Json = False) -> None:
-    """The flow at a glance: topics, lag, adapters, who serves them."""
+    """Show topics, waiting records, adapters, and how many subscribers serve each adapter."""
     from perennial.streams.cli.status import show_status
 
     raise typer.Exit(show_status(as_json=json_))
@@ -281,10 +315,10 @@ def status(json_: Json = False) -> None:
 
 @app.command()
 def watch(
-    every_s: Annotated[float, typer.Option(help="Seconds between looks.")] = 1.0,
-    times: Annotated[int, typer.Option(help="Looks before it ends; 0: until Ctrl-C.")] = 0,
+    every_s: Annotated[float, typer.Option(help="Seconds between two readings.")] = 1.0,
+    times: Annotated[int, typer.Option(help="Number of readings; 0 until Ctrl-C.")] = 0,
 ) -> None:
-    """Live view of the flow."""
+    """Show what `status` shows, and refresh it until Ctrl-C."""
     from perennial.streams.cli.status import watch_status
 
     raise typer.Exit(watch_status(every_s=every_s, times=times))
@@ -292,7 +326,7 @@ def watch(
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """Check broker, topics, store, conditional writes, base and device, and say the remedy."""
+    """Check broker, topics, store, device and base model, and print the remedy where one is not usable."""
     from perennial.streams.cli.doctor import examine
 
     raise typer.Exit(examine(as_json=json_))

@@ -1,4 +1,4 @@
-"""`perennial ask`: the frozen base and the live adapter answer the same prompt, side by side."""
+"""The command `perennial ask`: answer a prompt with the frozen base and with the live adapter."""
 
 from __future__ import annotations
 
@@ -8,17 +8,28 @@ from rich.columns import Columns
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
+from rich.text import Text
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import get_blob
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.cli.tables import short_version
+from perennial.streams.cli.tables import shown_version
 from perennial.streams.devstack.discovery import connected_settings
 
 
 def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -> int:
-    """Print both answers."""
+    """Print both answers and return the exit code.
+
+    Args:
+        adapter: Name of the adapter.
+        prompt: The text to continue.
+        max_new_tokens: Most tokens to generate for each answer.
+        as_json: Print JSON instead of text.
+
+    Raises:
+        NotFoundError: The adapter has no live version.
+    """
     settings = connected_settings()
     registry = open_registry(settings)
     alias = registry.alias(adapter, settings.serving.alias)
@@ -26,7 +37,7 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
         raise NotFoundError(
             "this adapter has no live version",
             got=adapter,
-            remedy="see `perennial adapters ls`; publish and wait for the gate",
+            remedy="publish documents and wait until a version passes the gate; `perennial adapters ls` shows it",
         )
     with Console(stderr=True).status("loading the base and the adapter"):
         from perennial.learner.model.base import load_base
@@ -46,14 +57,15 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
     if as_json:
         print(json.dumps({"prompt": prompt, "base": plain, "adapter": learned, "version": alias.version}))
         return 0
-    Console().print(
-        Columns(
-            [
-                Panel(escape(plain), title="frozen base", width=56),
-                Panel(
-                    escape(learned), title=f"{adapter} @ {short_version(alias.version)}", width=56, border_style="green"
-                ),
-            ]
-        )
-    )
+    console = Console(highlight=False)
+    name = f"{adapter} @ {shown_version(alias.version, console)}"
+    if console.is_terminal:
+        console.print(Text(name), soft_wrap=True)
+        panels = [
+            Panel(escape(plain), title="frozen base", width=56),
+            Panel(escape(learned), title="live adapter", width=56, border_style="green"),
+        ]
+        console.print(Columns(panels))
+    else:
+        print(f"frozen base:\n{plain}\n\n{name}:\n{learned}")
     return 0

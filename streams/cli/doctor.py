@@ -1,4 +1,8 @@
-"""`perennial doctor`: checks what the roles need, one line each, with the remedy where something is wrong."""
+"""The command `perennial doctor`: check what the roles need and print the remedy where something is wrong.
+
+Add a check: write a function from settings to a Finding and put it into CHECKS. An error that it raises becomes a
+failed finding.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,14 @@ _MIN_FREE_BYTES = 2 * 1024**3
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: `ok`, what was found, and what to do where it is not ok."""
+    """The result of one check.
+
+    Attributes:
+        check: Name of the check.
+        ok: True where the roles can run with what was found.
+        found: What was found.
+        remedy: What to do where `ok` is False.
+    """
 
     check: str
     ok: bool
@@ -68,12 +79,12 @@ def _topics(settings: Settings) -> Finding:
     missing = [report.name for report in reports if report.created]
     differing = [f"{report.name}: {'; '.join(report.differences)}" for report in reports if report.differences]
     if missing:
-        return Finding("topics", False, f"missing: {', '.join(missing)}", "perennial topics create")
+        return Finding("topics", False, f"missing: {', '.join(missing)}", "create them with `perennial topics create`")
     return Finding(
         "topics",
         not differing,
-        "; ".join(differing) or f"all {len(reports)} as needed",
-        "change them with kafka-configs",
+        "; ".join(differing) or f"all {len(reports)} exist as needed",
+        "change them with kafka-configs, or delete them",
     )
 
 
@@ -88,7 +99,7 @@ def _base(settings: Settings) -> Finding:
 
     base = load_base(settings.model.base, settings.model.device, settings.model.threads)
     size = sum(p.numel() for p in base.model.parameters()) / 1e6
-    return Finding("base", True, f"{base.name}, {size:.1f} M parameters, {base.dtype}, {base.digest[:19]}…")
+    return Finding("base", True, f"{base.name}, {size:.1f} M parameters, {base.dtype}, {base.digest}")
 
 
 def _device(settings: Settings) -> Finding:
@@ -101,7 +112,7 @@ def _device(settings: Settings) -> Finding:
         "device",
         not wanted_cuda,
         f"cpu, {settings.model.threads} threads (no CUDA device)",
-        "set PERENNIAL_DEVICE=auto or mend the driver",
+        "set PERENNIAL_DEVICE=auto, or repair the driver",
     )
 
 
@@ -112,7 +123,7 @@ CHECKS: dict[str, Callable[[Settings], Finding]] = {
 
 
 def examine(*, as_json: bool) -> int:
-    """Run every check; exit code 1 where one failed."""
+    """Run every check, print each finding, and return the exit code: 1 where a check failed."""
     settings = connected_settings()
     findings: list[Finding] = []
     console = Console()
@@ -136,5 +147,7 @@ def _guarded(name: str, check: Callable[[Settings], Finding], settings: Settings
     except PerennialError as error:
         found = error.message + (f" ({error.got})" if error.got else "")
         return Finding(name, False, found, error.remedy)
-    except Exception as error:  # noqa: BLE001  # a check that breaks is a finding, and the next check must still run
-        return Finding(name, False, f"{type(error).__name__}: {error}", "is the address right, and does it run?")
+    except Exception as error:  # noqa: BLE001  # a check that breaks is a finding; the next check must still run
+        return Finding(
+            name, False, f"{type(error).__name__}: {error}", "check that the address is right and that the service runs"
+        )

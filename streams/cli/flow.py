@@ -1,4 +1,7 @@
-"""Reads the flow from outside: topic ends, lag per role, adapters and who serves them. Reads only, joins no group."""
+"""Read the flow for `status` and `watch`: topic ends, lag per role, adapters and how many subscribers serve them.
+
+The reader changes nothing and joins no consumer group, so that it never disturbs a role.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from kafka.errors import GroupIdNotFoundError, KafkaError
 from perennial.storage.errors import PerennialError
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.events import cloudevents as wire
+from perennial.streams.events.cloudevents import WireError, decode
 from perennial.streams.events.models import AdapterActivated, AdapterFailed
 from perennial.streams.kafka.topics import TOPICS
 from perennial.streams.settings import Settings
@@ -36,8 +39,20 @@ class BrokerUnreachableError(PerennialError):
 
 
 @dataclass(frozen=True)
-class AdapterLine:
-    """One adapter as `status` shows it."""
+class AdapterStatus:
+    """One adapter as `perennial status` shows it.
+
+    Attributes:
+        adapter: Name of the adapter.
+        generation: How often the alias changed; 0 where no version is live.
+        version: The live version, or None.
+        seq: Sequence number of the newest version.
+        outcome: What the gate decided on the newest version.
+        held_out_before_nats: Loss on held-out examples before the newest update, in nats per token.
+        held_out_after_nats: The same loss after the update.
+        served_by: Number of subscribers that serve the live version.
+        failing: Number of subscribers whose last acknowledgement is a failure.
+    """
 
     adapter: str
     generation: int
@@ -51,19 +66,35 @@ class AdapterLine:
 
 
 @dataclass
-class Flow:
-    """One look at everything."""
+class FlowSnapshot:
+    """One reading of the whole flow.
+
+    Attributes:
+        taken_at: Seconds since 1970.
+        written: Sum of the end offsets of each topic; the topics are named without the prefix.
+        lag: Records that wait for each role.
+        adapters: The first 20 adapters by name.
+        more_adapters: True where the registry has more adapters than that.
+        missing_topics: Topics that the broker does not have, with the prefix.
+    """
 
     taken_at: float
     written: dict[str, int] = field(default_factory=dict)
     lag: dict[str, int] = field(default_factory=dict)
-    adapters: list[AdapterLine] = field(default_factory=list)
+    adapters: list[AdapterStatus] = field(default_factory=list)
     more_adapters: bool = False
     missing_topics: list[str] = field(default_factory=list)
 
 
 class FlowReader:
-    """Keeps the connections that one look after another needs."""
+    """Read the flow repeatedly over the same connections; a context manager.
+
+    Args:
+        settings: Where broker and store are.
+
+    Raises:
+        BrokerUnreachableError: The broker does not answer.
+    """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -79,7 +110,7 @@ class FlowReader:
         except KafkaError as error:
             raise BrokerUnreachableError(
                 got=f"{settings.kafka.bootstrap}: {error}",
-                remedy="is it running? `perennial doctor` checks it; PERENNIAL_KAFKA says where it is",
+                remedy="start it, or set PERENNIAL_KAFKA to its address; `perennial doctor` checks the connection",
             ) from error
         self.registry: Registry = open_registry(settings)
         self._acks: dict[bytes, AdapterActivated | AdapterFailed] = {}
@@ -96,17 +127,22 @@ class FlowReader:
         self.consumer.close()
         self.admin.close()
 
-    def look(self) -> Flow:
-        """Read everything once. Raises BrokerUnreachableError."""
+    def read(self) -> FlowSnapshot:
+        """Return the flow as it is now.
+
+        Raises:
+            BrokerUnreachableError: The broker does not answer.
+        """
         try:
-            return self._look()
+            return self._read()
         except KafkaError as error:
             raise BrokerUnreachableError(
-                got=f"{self.settings.kafka.bootstrap}: {error}", remedy="`perennial doctor` checks it"
+                got=f"{self.settings.kafka.bootstrap}: {error}",
+                remedy="start the broker; `perennial doctor` checks the connection",
             ) from error
 
-    def _look(self) -> Flow:
-        flow = Flow(time.time())
+    def _read(self) -> FlowSnapshot:
+        flow = FlowSnapshot(time.time())
         known = self.consumer.topics()
         partitions: list[TopicPartition] = []
         for name in TOPICS:
@@ -148,20 +184,20 @@ class FlowReader:
         while wanted and (records := self.consumer.poll(timeout_ms=150, max_records=1000)):
             for record in (record for batch in records.values() for record in batch):
                 try:
-                    event = wire.decode(record.value, record.headers, "adapter-acks").event
-                except wire.WireError:
+                    event = decode(record.value, record.headers, "adapter-acks").event
+                except WireError:
                     continue
                 if isinstance(event, AdapterActivated | AdapterFailed):
                     self._acks[record.key] = event
 
-    def _adapter(self, name: str) -> AdapterLine:
+    def _adapter(self, name: str) -> AdapterStatus:
         alias, head = self.registry.alias(name, self.settings.serving.alias), self.registry.head(name)
         gate = head.manifest.gate if head else {}
         acks = [ack for ack in self._acks.values() if ack.adapter == name]
         before, after = gate.get("held_out_before"), gate.get("held_out_after")
-        return AdapterLine(
+        return AdapterStatus(
             name, alias.generation if alias else 0, alias.version if alias else None, head.seq if head else 0,
-            f"{head.manifest.outcome}" if head else "-",
+            head.manifest.outcome if head else "-",
             before if isinstance(before, float) else None, after if isinstance(after, float) else None,
             sum(1 for ack in acks if isinstance(ack, AdapterActivated) and alias and ack.version == alias.version),
             sum(1 for ack in acks if isinstance(ack, AdapterFailed)),

@@ -1,4 +1,4 @@
-"""`perennial init`: topics, bucket and a proof of the store, before any role starts."""
+"""The command `perennial init`: create topics and bucket, and test the store, before any role starts."""
 
 from __future__ import annotations
 
@@ -20,31 +20,44 @@ _T = TypeVar("_T")
 
 
 def initialise(*, wait_s: float, as_json: bool) -> int:
-    """Make what is missing. A topic that differs is told and left: its operator may have meant it.
+    """Create the missing topics and the bucket, test the store, and print what was done.
 
-    Raises KafkaUnavailableError or StoreUnavailableError after wait_s seconds without an answer, SettingsError,
-    StoreError where the store ignores conditional writes.
+    A topic that differs from what Perennial needs is reported and not changed: its operator may have chosen it so.
+
+    Args:
+        wait_s: Seconds to keep trying while broker or store do not answer.
+        as_json: Print JSON instead of text.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        KafkaUnavailableError: The broker did not answer in time.
+        StoreUnavailableError: The store did not answer in time.
+        StoreError: The store ignores conditional writes.
+        SettingsError: A setting is missing or not usable.
     """
     settings = connected_settings()
     settings.kafka.require_bootstrap()
     store = open_store(settings.store.require_uri(), settings.s3)
     deadline_s = time.monotonic() + wait_s
-    _persist(store.probe, deadline_s)
-    reports = _persist(lambda: provision(settings), deadline_s)
+    _retry(store.probe, deadline_s)
+    reports = _retry(lambda: provision(settings), deadline_s)
     if as_json:
         print(json.dumps({"store": store.uri, "topics": [asdict(report) for report in reports]}))
         return 0
     out = Console(highlight=False, soft_wrap=True)
     out.print(f"store {store.uri}: create-if-absent and compare-and-swap hold")
-    made = [report.name for report in reports if report.created]
-    out.print(f"topics made: {', '.join(made)}" if made else f"all {len(reports)} topics were there")
+    created = [report.name for report in reports if report.created]
+    out.print(f"topics created: {', '.join(created)}" if created else f"all {len(reports)} topics exist")
     for report in reports:
         for difference in report.differences:
-            out.print(f"topic {report.name}: {difference}; left as it is")
+            out.print(f"topic {report.name}: {difference}; not changed")
     return 0
 
 
-def _persist(attempt: Callable[[], _T], deadline_s: float) -> _T:
+def _retry(attempt: Callable[[], _T], deadline_s: float) -> _T:
+    """Call `attempt` until broker and store answer, or until the monotonic clock passes `deadline_s`."""
     while True:
         try:
             return attempt()

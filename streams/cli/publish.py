@@ -1,4 +1,4 @@
-"""`perennial publish`: JSON lines to a topic, each delivery confirmed, bad lines named."""
+"""The commands `perennial publish documents` and `interactions`: publish JSON lines and report each refused line."""
 
 from __future__ import annotations
 
@@ -16,21 +16,37 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from perennial.storage.errors import NotFoundError, PerennialError
 from perennial.streams.client.publisher import Publisher, Receipt
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.events import cloudevents as wire
+from perennial.streams.events.cloudevents import decode
 
 _MAX_LINE_BYTES = 2 * 1024 * 1024
 _IN_FLIGHT = 2_000
+"""Most lines that wait for the broker's acknowledgement at one time."""
+_MAX_SHOWN = 20
 
 
 def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) -> int:
-    """Publish every line; exit code 1 where a line was refused or not delivered."""
+    """Publish every line of a file and print how many were delivered and which were refused.
+
+    Args:
+        kind: Topic without the prefix: `documents` or `interactions`.
+        file: Path of the file, or `-` for standard input.
+        adapter: Adapter for lines that name none.
+        as_json: Print JSON instead of text.
+
+    Returns:
+        The exit code: 1 where a line was refused or not delivered.
+
+    Raises:
+        NotFoundError: The file does not exist.
+    """
     settings = connected_settings()
     delivered = 0
     refused: list[tuple[int, str]] = []
     pending: list[tuple[int, Receipt]] = []
     console = Console(stderr=True)
 
-    def settle(keep: int) -> int:
+    def wait_for_oldest(keep: int) -> int:
+        """Wait for the oldest deliveries until only `keep` are pending; return how many arrived."""
         done = 0
         while len(pending) > keep:
             number, receipt = pending.pop(0)
@@ -54,38 +70,38 @@ def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) ->
             try:
                 value = _value(line, adapter)
                 if value is not None:
-                    pending.append((number, publisher.publish(wire.decode(value, (), kind).event)))
+                    pending.append((number, publisher.publish(decode(value, (), kind).event)))
             except PerennialError as error:
                 refused.append((number, str(error)))
             if len(pending) >= _IN_FLIGHT:
-                delivered += settle(_IN_FLIGHT // 2)
+                delivered += wait_for_oldest(_IN_FLIGHT // 2)
             progress.update(task, advance=1)
         publisher.flush(60)
-        delivered += settle(0)
+        delivered += wait_for_oldest(0)
     if as_json:
         print(
             json.dumps(
                 {
                     "delivered": delivered,
-                    "refused": [{"line": line_number, "error": said} for line_number, said in refused],
+                    "refused": [{"line": line_number, "error": problem} for line_number, problem in refused],
                 }
             )
         )
     else:
         console.print(f"{delivered} {kind} delivered and confirmed, {len(refused)} lines refused")
-        for number, said in refused[:20]:
-            console.print(f"  line {number}: {said}", markup=False, soft_wrap=True)
-        if len(refused) > 20:
-            console.print(f"  … and {len(refused) - 20} more (--json lists all)")
+        for number, problem in refused[:_MAX_SHOWN]:
+            console.print(f"  line {number}: {problem}", markup=False, soft_wrap=True)
+        if len(refused) > _MAX_SHOWN:
+            console.print(f"  … and {len(refused) - _MAX_SHOWN} more (--json lists all)")
     return 1 if refused else 0
 
 
 def _value(line: bytes, adapter: str | None) -> bytes | None:
-    """The line as the topic's plain JSON, with the adapter put in where it names none; None for an empty line."""
+    """Return the line with the adapter added where it names none, or None for an empty line."""
     if not line.strip():
         return None
     if len(line) > _MAX_LINE_BYTES or adapter is None:
-        return line  # what is too long is refused with its reason by whoever reads it next
+        return line  # decode refuses a line that is too long, with the reason
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError):
@@ -98,6 +114,7 @@ def _value(line: bytes, adapter: str | None) -> bytes | None:
 
 @contextlib.contextmanager
 def _lines(file: str) -> Iterator[tuple[Iterator[bytes], int | None]]:
+    """Open the file and yield its lines and their number, which is None for standard input."""
     if file == "-":
         yield iter(sys.stdin.buffer), None
         return

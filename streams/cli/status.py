@@ -1,43 +1,82 @@
-"""`perennial status` and `perennial watch`: one look, or a look every second."""
+"""The commands `perennial status` and `perennial watch`: the flow now, or the flow refreshed every second."""
 
 from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
+from typing import Any, NamedTuple
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
-from perennial.streams.cli.flow import GROUPS, Flow, FlowReader
-from perennial.streams.cli.tables import short_version
+from perennial.streams.cli.flow import GROUPS, AdapterStatus, FlowReader, FlowSnapshot
+from perennial.streams.cli.tables import Column, Row, layout, plain, print_table, short_version
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.topics import TOPICS
 
+_TOPIC_COLUMNS = (
+    Column("topic"), Column("events", 1, right=True), Column("per second", 2, right=True), Column("read by", 3),
+    Column("waiting", right=True),
+)  # fmt: skip
+_ADAPTER_COLUMNS = (
+    Column("adapter"), Column("generation", 3, right=True), Column("version", shorten=short_version),
+    Column("made", 4, right=True), Column("last outcome", 1), Column("held-out loss before → after", 2, wraps=True),
+    Column("served by", right=True), Column("failing", right=True),
+)  # fmt: skip
+
+
+class _Table(NamedTuple):
+    title: str
+    columns: tuple[Column, ...]
+    rows: list[Row]
+
 
 def show_status(*, as_json: bool) -> int:
-    """Print one look; exit code 1 where topics are missing."""
+    """Print the flow once and return the exit code: 1 where topics are missing.
+
+    Raises:
+        BrokerUnreachableError: The broker does not answer.
+    """
     with FlowReader(connected_settings()) as reader:
-        flow = reader.look()
+        flow = reader.read()
     if as_json:
         print(json.dumps(asdict(flow)))
     else:
-        Console().print(render(flow, None))
+        tables, notes = _parts(flow, None)
+        for table in tables:
+            print_table(table.columns, table.rows, title=table.title)
+            print()
+        for note in notes:
+            Console(highlight=False).print(note, soft_wrap=True)
     return 1 if flow.missing_topics else 0
 
 
 def watch_status(*, every_s: float, times: int) -> int:
-    """Show looks until Ctrl-C, or so many."""
-    console = Console()
-    before: Flow | None = None
+    """Print the flow again and again until Ctrl-C, at a terminal in place.
+
+    Args:
+        every_s: Seconds between two readings.
+        times: Number of readings; 0 for no end.
+
+    Raises:
+        BrokerUnreachableError: The broker does not answer.
+    """
+    console = Console(highlight=False)
+    before: FlowSnapshot | None = None
     taken = 0
-    with FlowReader(connected_settings()) as reader, Live(console=console, auto_refresh=False) as live:
+    # In a pipe every reading is printed below the one before: a live display would print only the last.
+    display = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    with FlowReader(connected_settings()) as reader, display as live:
         try:
             while not times or taken < times:
-                flow = reader.look()
-                live.update(render(flow, before), refresh=True)
+                flow = reader.read()
+                if live is None:
+                    print(as_text(flow, before), end="\n\n", flush=True)
+                else:
+                    live.update(render(flow, before, console.width), refresh=True)
                 before = flow
                 taken += 1
                 if not times or taken < times:
@@ -47,39 +86,63 @@ def watch_status(*, every_s: float, times: int) -> int:
     return 0
 
 
-def render(flow: Flow, before: Flow | None) -> RenderableType:
-    """The picture of one look; rates need the look before."""
-    flow_table = Table("topic", "events", "per second", "read by", "waiting", title="flow", title_justify="left")
+def render(flow: FlowSnapshot, before: FlowSnapshot | None, width: int) -> RenderableType:
+    """Return the flow as tables for a terminal.
+
+    Args:
+        flow: The reading to show.
+        before: The reading before it, from which the rates are computed.
+        width: Width of the terminal in cells.
+    """
+    tables, notes = _parts(flow, before)
+    shown: list[Any] = []
+    for table in tables:
+        shown += [layout(table.columns, table.rows, width=width, title=table.title), Text()]
+    return Group(*shown, *notes)
+
+
+def as_text(flow: FlowSnapshot, before: FlowSnapshot | None) -> str:
+    """Return the flow as plain text for a pipe; the arguments are those of `render`."""
+    tables, notes = _parts(flow, before)
+    shown = [plain(table.columns, table.rows, title=table.title) for table in tables]
+    return "\n\n".join([*shown, *(note.plain for note in notes)])
+
+
+def _parts(flow: FlowSnapshot, before: FlowSnapshot | None) -> tuple[list[_Table], list[Text]]:
     readers = {topic: role for role, topics in GROUPS.items() for topic in topics}
-    for name in TOPICS:
-        role = readers.get(name, "")
-        rate = "-"
-        if before and flow.taken_at > before.taken_at:
-            rate = f"{(flow.written[name] - before.written[name]) / (flow.taken_at - before.taken_at):.1f}"
-        waiting = flow.lag[role] if role else 0
-        shown = "" if not role else f"[yellow]{waiting}[/]" if waiting else "0"
-        letters = name == "dead-letters" and flow.written[name]
-        flow_table.add_row(f"[red]{name}[/]" if letters else name, str(flow.written[name]), rate, role, shown)
-    adapters = Table(
-        "adapter", "generation", "version", "made", "last outcome", "held-out before → after", "served by", "failing",
-        title="adapters", title_justify="left",
-    )  # fmt: skip
-    for line in flow.adapters:
-        loss = "-"
-        if line.held_out_before_nats is not None and line.held_out_after_nats is not None:
-            loss = f"{line.held_out_before_nats:.3f} → {line.held_out_after_nats:.3f} nats"
-        adapters.add_row(
-            line.adapter, str(line.generation), short_version(line.version), str(line.seq), line.outcome, loss,
-            str(line.served_by), f"[red]{line.failing}[/]" if line.failing else "0",
-        )  # fmt: skip
-    parts: list[RenderableType] = [flow_table]
+    tables = [
+        _Table("flow", _TOPIC_COLUMNS, [_topic_row(flow, before, name, readers.get(name, "")) for name in TOPICS])
+    ]
+    notes = []
     if flow.missing_topics:
-        parts.append(
-            Text(
-                "topics are missing, make them with `perennial topics create`: " + ", ".join(flow.missing_topics), "red"
-            )
-        )
-    parts.append(adapters if flow.adapters else Text("no adapter has a version yet"))
+        names = ", ".join(flow.missing_topics)
+        notes.append(Text(f"topics are missing, create them with `perennial topics create`: {names}", "red"))
+    if flow.adapters:
+        tables.append(_Table("adapters", _ADAPTER_COLUMNS, [_adapter_row(adapter) for adapter in flow.adapters]))
+    else:
+        notes.append(Text("no adapter has a version yet"))
     if flow.more_adapters:
-        parts.append(Text("… and more; `perennial adapters ls` lists all"))
-    return Group(*parts)
+        notes.append(Text("… and more; `perennial adapters ls` lists all"))
+    return tables, notes
+
+
+def _topic_row(flow: FlowSnapshot, before: FlowSnapshot | None, name: str, role: str) -> Row:
+    rate = "-"
+    if before and flow.taken_at > before.taken_at:
+        rate = f"{(flow.written[name] - before.written[name]) / (flow.taken_at - before.taken_at):.1f}"
+    waiting = flow.lag[role] if role else 0
+    has_dead_letters = name == "dead-letters" and flow.written[name]
+    return (
+        Text(name, "red") if has_dead_letters else name, str(flow.written[name]), rate, role,
+        Text(str(waiting), "yellow") if waiting else "0" if role else "",
+    )  # fmt: skip
+
+
+def _adapter_row(adapter: AdapterStatus) -> Row:
+    loss = "-"
+    if adapter.held_out_before_nats is not None and adapter.held_out_after_nats is not None:
+        loss = f"{adapter.held_out_before_nats:.3f} → {adapter.held_out_after_nats:.3f} nats"
+    return (
+        adapter.adapter, str(adapter.generation), adapter.version or "-", str(adapter.seq), adapter.outcome, loss,
+        str(adapter.served_by), Text(str(adapter.failing), "red") if adapter.failing else "0",
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`perennial topics create`."""
+"""The command `perennial topics create`: create the missing topics and report those that differ."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ import json
 from dataclasses import asdict
 
 from rich.console import Console
-from rich.table import Table
 
+from perennial.streams.cli.tables import Column, print_table
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.topics import provision
 
+_COLUMNS = (Column("topic"), Column("state"), Column("differs from what Perennial needs", wraps=True))
+
 
 def create_topics(*, dry_run: bool, as_json: bool) -> int:
-    """Make what is missing; exit code 1 where an existing topic differs."""
+    """Create the missing topics and print the state of each.
+
+    Args:
+        dry_run: Change nothing; print what would be created.
+        as_json: Print JSON instead of a table.
+
+    Returns:
+        The exit code: 1 where an existing topic differs from what Perennial needs.
+    """
     settings = connected_settings()
     settings.kafka.require_bootstrap()
     reports = provision(settings, dry_run=dry_run)
@@ -21,13 +31,16 @@ def create_topics(*, dry_run: bool, as_json: bool) -> int:
     if as_json:
         print(json.dumps([asdict(report) for report in reports]))
         return 1 if differing else 0
-    table = Table("topic", "state", "differs from what the project needs")
-    for report in reports:
-        state = ("would be made" if dry_run else "made") if report.created else "was there"
-        table.add_row(report.name, state, "\n".join(report.differences))
-    Console().print(table)
+    created = "would be created" if dry_run else "created"
+    print_table(
+        _COLUMNS,
+        [
+            (report.name, created if report.created else "exists", "\n".join(report.differences) or "no")
+            for report in reports
+        ],
+    )
     if differing:
         Console(stderr=True).print(
-            "Topics that differ were left as they are: change them with kafka-configs, or delete them."
+            "Topics that differ were not changed: change them with kafka-configs, or delete them."
         )
     return 1 if differing else 0

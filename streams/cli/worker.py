@@ -1,4 +1,8 @@
-"""Runs roles in this process until a signal: settings, metrics server, stop event, exit code."""
+"""The command `perennial worker`: run one role, or several, in this process until a signal.
+
+Add a role: a function `run_NAME(settings, stop, metrics)` that returns once `stop` is set, one branch in `_bodies`, and
+its name in `ROLES` (streams/devstack/supervisor.py).
+"""
 
 from __future__ import annotations
 
@@ -20,18 +24,31 @@ if TYPE_CHECKING:
 log = logging.getLogger("perennial")
 
 
-class OneLine(logging.Formatter):
-    """Messages without line ends and other control characters: ids come from outside, and may forge lines of a log."""
+class OneLineFormatter(logging.Formatter):
+    """Log formatter that escapes control characters in messages.
+
+    Ids come from outside: with a line end in it, an id could forge a line of the log.
+    """
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is the base class's
-        """The line, its message escaped."""
-        said = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message)
-        record.message = said
+        """Return the formatted line, its message escaped."""
+        record.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message)
         return super().formatMessage(record)
 
 
 def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
-    """Run the roles; returns the exit code: 0 after a signal, 1 where a role failed."""
+    """Run roles until SIGTERM or SIGINT.
+
+    Args:
+        roles: Names of roles; the scorer and the learner in one process share the base model.
+        parent_pid: End with this process; 0 for none.
+
+    Returns:
+        The exit code: 0 after a signal, 1 where a role failed.
+
+    Raises:
+        SettingsError: A role does not exist, or a setting is missing.
+    """
     unknown = [role for role in roles if role not in ROLES]
     if unknown:
         raise SettingsError(
@@ -42,7 +59,7 @@ def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
     if set(roles) - {"intake"}:
         settings.store.require_uri()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(OneLine("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
+    handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=settings.observe.log_level.upper())
     for noisy in ("kafka", "aiokafka", "faust", "mode", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -68,6 +85,7 @@ def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
 def _bodies(
     roles: list[str], settings: Settings, stop: threading.Event, metrics: Metrics
 ) -> dict[str, Callable[[], None]]:
+    """Return the function to run for each role; each role is imported only where it is named."""
     bodies: dict[str, Callable[[], None]] = {}
     base: Base | None = None
     lock = threading.RLock()
@@ -96,13 +114,14 @@ def _bodies(
 
 
 def _run_all(bodies: dict[str, Callable[[], None]], stop: threading.Event) -> int:
+    """Run every role, in a thread of its own where there are several; the first that ends stops the others."""
     failures: list[str] = []
 
     def guarded(name: str, body: Callable[[], None]) -> None:
         try:
             body()
         except PerennialError as error:
-            log.error("%s stopped: %s", name, error)  # noqa: TRY400  # the error says what to do; a trace would hide it
+            log.error("%s stopped: %s", name, error)  # noqa: TRY400  # the error says what to do; a traceback would hide it
             failures.append(name)
         except Exception:
             log.exception("%s stopped", name)

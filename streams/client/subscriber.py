@@ -309,7 +309,8 @@ class Subscriber:
         manifest = self._registry.manifest(self.adapter, alias.version)
         if self._registry.is_revoked(self.adapter, manifest.seq):
             raise StoreError(
-                f"{alias.version} is revoked and still live", remedy="roll back: `perennial adapters rollback`"
+                f"{alias.version} is revoked and still live",
+                remedy=f"make another version live: `perennial adapters rollback {self.adapter}`",
             )
         base_sha256 = self._backend.base_sha256
         if base_sha256 is not None and base_sha256 != manifest.base_sha256:
@@ -334,7 +335,7 @@ class Subscriber:
                 "the weights are not those that the manifest names",
                 got=f"{found} ({len(weights)} bytes)",
                 allowed=f"{manifest.weights.digest} ({manifest.weights.size_bytes} bytes)",
-                remedy="restore the object from a copy, or roll back: `perennial adapters rollback`",
+                remedy=f"restore the object from a copy, or roll back: `perennial adapters rollback {self.adapter}`",
             )
         check_safetensors(weights)
 

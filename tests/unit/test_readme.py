@@ -1,4 +1,4 @@
-"""The README says what the code says: its settings table is the generated one, its commands and names exist."""
+"""The README says what the code says: its settings table is the generated one, its make targets exist."""
 
 from __future__ import annotations
 
@@ -16,16 +16,6 @@ README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 def test_a_settings_table_is_that_of_the_settings(mark):
     shown = README.split(f"<!-- {mark} -->\n")[1].split(f"<!-- /{mark} -->")[0]
     assert shown == TABLES[mark](), "run `make schema`"
-
-
-def test_every_command_that_is_named_exists():
-    from typer.main import get_command
-
-    from perennial.streams.cli.app import app
-
-    commands = get_command(app).commands
-    named = set(re.findall(r"`?perennial ([a-z]+)", README)) - {"is", "keeps", "makes", "perennial"}
-    assert named <= set(commands), named - set(commands)
 
 
 def test_every_make_target_that_is_named_exists():

@@ -354,7 +354,7 @@ def test_the_command_lists_shows_and_sends_dead_letters(settings, producer):
     assert "missing-field" in table
     histogram = perennial(settings, "dlq", "replay", "--dry-run").stdout
     assert "█" in histogram
-    assert "2 letters would be replayed" in histogram
+    assert "2 dead letters would be sent back" in histogram
     whole = perennial(settings, "dlq", "replay", "--rate", "0", "--json").stdout
     assert json.loads(whole)["sent"] == 2
     missing = perennial(settings, "dlq", "show", "0:999", check=False)
