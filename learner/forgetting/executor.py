@@ -36,6 +36,7 @@ from perennial.learner.versions.update_job import JobResult, VersionWriter
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, LearnedExample, Manifest
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,
@@ -54,7 +55,6 @@ from perennial.streams.events.models import (
 )
 
 MAX_LOOK_BACK = 256
-FORGOTTEN = "forgotten_examples"
 
 
 @dataclass(frozen=True)
@@ -249,7 +249,7 @@ class ForgetExecutor:
         parent = made.step.version if made.step else None
         manifest = self._lineage.passing(head, target, parent, "forget", job.job_id, _reason(job))
         count = len({trace.example_id for trace in traces if trace.request_id == job.request_id})
-        manifest = manifest.model_copy(update={"gate": {**manifest.gate, FORGOTTEN: count}})
+        manifest = manifest.model_copy(update={"gate": manifest.gate.merged(GateFigures(forgotten_examples=count))})
         blobs = {} if target else to_blobs(self._lineage.initial(job.adapter, manifest.seed))[1]
         aliases = list(self._registry.aliases(job.adapter))
         publication = self._registry.publish(manifest, blobs.values(), self._lineage.verifier(blobs), alias)
@@ -401,8 +401,7 @@ class ForgetExecutor:
         tombstone = load_pending_deletes(self._store, adapter, job.job_id)
         counts = {job.request_id: 0}
         if found is not None:
-            examples = found[1].gate.get(FORGOTTEN)
-            counts[job.request_id] = examples if isinstance(examples, int) else 0
+            counts[job.request_id] = found[1].gate.forgotten_examples or 0
         if tombstone is not None:
             counts |= tombstone.requests
         version, generation = None, None

@@ -285,15 +285,15 @@ class Learner:
         if done.manifest is not None and not forgot:
             self._metrics.trained(done.manifest.tokens, done.stage_s.get("train", 0.0))
             figures = done.manifest.gate
-            basis = "held_out" if figures.get("basis") == "held-out" else "new"
-            for which, name in (
-                ("before", f"{basis}_before"), ("after", f"{basis}_after"), ("general", "anchor_after"),
+            for which, nats in (
+                ("before", figures.loss_before), ("after", figures.loss_after), ("general", figures.anchor_after),
             ):  # fmt: skip
-                nats = figures.get(name)
-                if isinstance(nats, float):
+                if nats is not None:
                     self._metrics.loss(adapter, which, nats)
         self._metrics.progress()
-        _log.info("%s %s: %s %s", envelope.type, adapter, done.outcome, done.manifest.gate if done.manifest else "")
+        _log.info(
+            "%s %s: %s %s", envelope.type, adapter, done.outcome, done.manifest.gate.as_dict() if done.manifest else ""
+        )
 
 
 def _now() -> datetime:

@@ -29,6 +29,7 @@ from perennial.learner.training.replay_buffer import (
 )
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import TrainConfig, TrainResult, train
+from perennial.storage.registry.gate_figures import HELD_OUT, SEEN, GateFigures
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 
@@ -78,7 +79,7 @@ class UpdateResult:
     outcome: Literal["promoted", "refused"]
     reason: gate.GateReason
     state: TrainingState
-    gate: dict[str, float | int | str | None]
+    gate: GateFigures
     tokens: int
 
 
@@ -127,7 +128,7 @@ class Updater:
         main = self._schedule(train_rows, parent, replayed, recipe.steps, rng, strain)
         closing = self._schedule(held_rows, parent, replayed, CLOSING_STEPS, rng, strain)
         figures: dict[str, float | int | str | None] = {
-            "basis": "held-out" if held else "seen",
+            "basis": HELD_OUT if held else SEEN,
             "held_out_examples": len(held),
             "anchor_base": base,
             "anchor_before": _mean(anchor_was),
@@ -157,7 +158,7 @@ class Updater:
             if verdict.promote and anchors:
                 verdict = gate.judge_general(base, gate.gain(anchor_was, anchor_is), self._limits)
         figures["reason"] = verdict.reason
-        record = gate.rounded(figures)
+        record = GateFigures.model_validate(gate.rounded(figures))
         if not verdict.promote:
             return UpdateResult("refused", verdict.reason, parent, record, tokens)
         learned = (ReplayEntry(example.example_id, batch) for example in examples)

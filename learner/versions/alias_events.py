@@ -49,7 +49,7 @@ def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, da
             from_=_time(manifest.published_from_ms),
             to=_time(manifest.published_to_ms),
         ),
-        gate=manifest.gate,
+        gate=manifest.gate.as_dict(),
         reason=state.reason,
         stage_at=dict(stage_at or {}),
         published_at=state.published_at,

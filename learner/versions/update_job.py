@@ -30,7 +30,8 @@ from perennial.learner.versions.micro_batches import (
 from perennial.storage.errors import ConflictError, NotFoundError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
-from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest, Scalar, update_id
+from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest, update_id
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,
     load_pending_deletes,
@@ -38,6 +39,7 @@ from perennial.storage.registry.pending_deletes import (
 )
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Head, Registry
+from perennial.storage.registry.scalars import Scalar
 from perennial.streams.events.models import (
     AdapterUpdate,
     Batch,
@@ -217,7 +219,7 @@ class VersionWriter:
                 "reason": reason, "parent": parent, "head": head.version, "job_id": job_id, "code": self.code,
                 "update_id": update_id(like.adapter, parent, head.manifest.marks, config),
                 "batch": None, "cut": None, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
-                "gate": target.gate if target else {}, "marks": head.manifest.marks, "threads": self.threads,
+                "gate": target.gate if target else GateFigures(), "marks": head.manifest.marks, "threads": self.threads,
                 **refs.manifest_fields(),
                 "published_from_ms": None, "published_to_ms": None,
             }
@@ -334,7 +336,7 @@ class VersionWriter:
                 job.adapter,
                 parent_version,
                 after,
-                {**config, "batch": ref.digest, "missing": candidate.gate["replay_missing"] if candidate else 0},
+                {**config, "batch": ref.digest, "missing": candidate.gate.replay_missing if candidate else 0},
             ),
             job_id=job.job_id,
             base_model=self.base.name,
@@ -352,7 +354,7 @@ class VersionWriter:
             weights=refs.weights,
             optimizer=refs.optimizer,
             replay=refs.replay_index,
-            gate=candidate.gate if candidate else {},
+            gate=candidate.gate if candidate else GateFigures(),
             tokens=candidate.tokens if candidate else 0,
             rank=recipe.rank,
             published_from_ms=min(times, default=None),

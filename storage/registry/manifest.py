@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Annotated, Literal, Self
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
+from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.scalars import Int64, Scalar, Text
 
 MAX_MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
@@ -30,21 +32,7 @@ AliasName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$", max_length=6
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Seq = Annotated[int, Field(ge=1, le=10**12 - 1)]
 _Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-_INT64 = range(-(2**63), 2**63)
-_Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Text = Annotated[str, Field(max_length=4096)]
 _Name = Annotated[str, Field(min_length=1, max_length=1024)]
-
-
-def _check_scalar(value: object) -> object:
-    # pydantic would quietly take an integer too large for JSON readers as a float
-    if isinstance(value, int) and value not in _INT64:
-        raise ValueError("integers have at most 64 bits")
-    return value
-
-
-Scalar = Annotated[bool | _Int64 | _Finite | _Text | None, BeforeValidator(_check_scalar)]
 
 
 class _Part(BaseModel):
@@ -74,7 +62,7 @@ class SkippedExample(_Part):
     example_id: _Name
     partition: _Name
     offset: _Count
-    reason: _Text
+    reason: Text
 
 
 class Manifest(_Part):
@@ -91,7 +79,7 @@ class Manifest(_Part):
     seq: Seq
     kind: Kind
     outcome: Outcome
-    reason: _Text = ""
+    reason: Text = ""
     parent: Digest | None
     head: Digest | None
     update_id: Digest
@@ -100,7 +88,7 @@ class Manifest(_Part):
     base_sha256: _Name
     code: _Name
     config: dict[str, Scalar]
-    seed: _Int64
+    seed: Int64
     threads: Annotated[int, Field(ge=1, le=65_536)]
     batch: BlobRef | None = None
     cut: _Count | None = None
@@ -112,11 +100,11 @@ class Manifest(_Part):
     optimizer: BlobRef | None = None
     replay: BlobRef | None = None
     anchors: BlobRef | None = None
-    gate: dict[str, Scalar] = {}
+    gate: GateFigures = GateFigures()
     tokens: _Count = 0
     rank: Annotated[int, Field(ge=1, le=65_536)]
-    published_from_ms: _Int64 | None = None
-    published_to_ms: _Int64 | None = None
+    published_from_ms: Int64 | None = None
+    published_to_ms: Int64 | None = None
 
     @model_validator(mode="after")
     def _line(self) -> Self:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.cli.tables import Column, print_facts, print_table, short_time, short_version, shown_version
@@ -122,7 +123,7 @@ def _facts(manifest: Manifest) -> dict[str, object]:
         "skipped": len(manifest.skipped), "weights": f"{manifest.weights.digest}, {manifest.weights.size_bytes} bytes",
         "recipe": ", ".join(f"{k}={v}" for k, v in sorted(manifest.config.items())),
     }  # fmt: skip
-    facts.update({f"gate {name}": value for name, value in manifest.gate.items()})
+    facts.update({f"gate {name}": value for name, value in manifest.gate.as_dict().items()})
     return facts
 
 
@@ -142,7 +143,7 @@ def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
         rows.append({
             "seq": seq, "version": version, "kind": manifest.kind, "outcome": manifest.outcome,
             "reason": manifest.reason, "examples": len(manifest.learned), "tokens": manifest.tokens,
-            "gate": manifest.gate, "live": bool(alias and alias.version == version),
+            "gate": manifest.gate.as_dict(), "live": bool(alias and alias.version == version),
         })  # fmt: skip
     if as_json:
         print(json.dumps(rows))
@@ -152,18 +153,18 @@ def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
 
 
 def _history_row(row: dict[str, Any]) -> list[str | Text]:
-    gate = row["gate"]
-    before, after = gate.get("held_out_before"), gate.get("held_out_after")
-    losses = f"{before:.3f} → {after:.3f}" if isinstance(before, float) and isinstance(after, float) else "-"
+    gate = GateFigures.model_validate(row["gate"])
+    before, after = gate.held_out_before, gate.held_out_after
+    losses = f"{before:.3f} → {after:.3f}" if before is not None and after is not None else "-"
     return [
         str(row["seq"]), row["version"], Text("live", "green") if row["live"] else "", row["kind"], row["outcome"],
         row["reason"], str(row["examples"]), str(row["tokens"]), losses,
-        _difference(gate.get("anchor_after"), gate.get("anchor_base")),
+        _difference(gate.anchor_after, gate.anchor_base),
     ]  # fmt: skip
 
 
-def _difference(after: object, before: object) -> str:
-    return f"{after - before:+.3f}" if isinstance(after, float) and isinstance(before, float) else "-"
+def _difference(after: float | None, before: float | None) -> str:
+    return f"{after - before:+.3f}" if after is not None and before is not None else "-"
 
 
 def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_json: bool) -> int:

@@ -149,11 +149,11 @@ def _state(item: StoredExample, screen: QuarantineFilter, live: set[str]) -> str
 
 def _line(item: StoredExample, manifest: Manifest, state: str, end_ms: int | None) -> Line:
     example, origin = item.example, item.example.origin
-    before, after = manifest.gate.get("held_out_before"), manifest.gate.get("held_out_after")
+    before, after = manifest.gate.held_out_before, manifest.gate.held_out_after
     return Line(
         example.document_id, example.example_id, origin.topic, origin.partition, origin.offset,
         _iso(origin.timestamp_ms), item.version, item.seq, manifest.outcome,
-        before if isinstance(before, float) else None, after if isinstance(after, float) else None, state,
+        before, after, state,
         None if end_ms is None else _iso(end_ms),
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import GroupIdNotFoundError, KafkaError
 
 from perennial.storage.errors import PerennialError
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.events.cloudevents import WireError, decode
@@ -192,13 +193,13 @@ class FlowReader:
 
     def _adapter(self, name: str) -> AdapterStatus:
         alias, head = self.registry.alias(name, self.settings.serving.alias), self.registry.head(name)
-        gate = head.manifest.gate if head else {}
+        gate = head.manifest.gate if head else GateFigures()
         acks = [ack for ack in self._acks.values() if ack.adapter == name]
-        before, after = gate.get("held_out_before"), gate.get("held_out_after")
+        before, after = gate.held_out_before, gate.held_out_after
         return AdapterStatus(
             name, alias.generation if alias else 0, alias.version if alias else None, head.seq if head else 0,
             head.manifest.outcome if head else "-",
-            before if isinstance(before, float) else None, after if isinstance(after, float) else None,
+            before, after,
             sum(1 for ack in acks if isinstance(ack, AdapterActivated) and alias and ack.version == alias.version),
             sum(1 for ack in acks if isinstance(ack, AdapterFailed)),
         )  # fmt: skip

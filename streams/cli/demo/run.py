@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.registry import AliasState
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.demo.follow import Follower
@@ -95,10 +96,9 @@ class Watcher:
             if self.first_promoted_s is None:
                 self.first_promoted_s = time.monotonic() - self.started
             self.updates.append(event)
-            before, after = event.gate.get("held_out_before"), event.gate.get("held_out_after")
-            loss = (
-                f"held-out {before:.3f} → {after:.3f}" if isinstance(before, float) and isinstance(after, float) else ""
-            )
+            gate = GateFigures.model_validate(event.gate)
+            before, after = gate.held_out_before, gate.held_out_after
+            loss = f"held-out {before:.3f} → {after:.3f}" if before is not None and after is not None else ""
             self.say(
                 f"[green]promoted[/]  {event.adapter} generation {event.generation} {short_version(event.version)}: "
                 f"{event.learned.examples} examples, {event.learned.tokens} tokens {loss}"

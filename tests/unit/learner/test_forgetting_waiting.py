@@ -41,8 +41,8 @@ def test_what_was_learned_is_replayed_no_more_from_acceptance_on(store: Director
     learn(line, {0: cuts[0]})
     job = quarantined(store, erase("r1", 2))
     without_it = line.update(jobs.update(store, 1, cuts[1]), "live").manifest
-    assert (with_it.gate["replay_missing"], without_it.gate["replay_missing"] > 0) == (0, True)
-    rows = [manifest.gate["replayed_rows"] + manifest.gate["replay_missing"] for manifest in (with_it, without_it)]
+    assert (with_it.gate.replay_missing, without_it.gate.replay_missing > 0) == (0, True)
+    rows = [manifest.gate.replayed_rows + manifest.gate.replay_missing for manifest in (with_it, without_it)]
     assert rows[0] == rows[1], "the same was drawn"
     learn(line, {2: cuts[2]})
     done, _ = forget(line, job)
@@ -65,7 +65,7 @@ def test_what_is_accepted_while_an_update_replays_it_begins_that_update_anew(
     line = lineage(store, failpoint=accept)
     made = line.update(jobs.update(store, 1, cuts[1]), "live").manifest
     assert trained == 2
-    assert made.gate["replay_missing"] > 0
+    assert made.gate.replay_missing > 0
     done, _ = forget(line, job)
     assert never_saw(line, tmp_path, cuts, {1}).equals(done.manifest)
 
@@ -75,7 +75,7 @@ def test_a_held_example_is_replayed_as_ever(store: DirectoryStore) -> None:
     learn(line, {0: cuts[0]})
     update_quarantine(store, ADAPTER, lambda found: found.with_holds([LegalHold(request_id="h1")]))
     quarantined(store, erase("r1", 2))
-    assert line.update(jobs.update(store, 1, cuts[1]), "live").manifest.gate["replay_missing"] == 0
+    assert line.update(jobs.update(store, 1, cuts[1]), "live").manifest.gate.replay_missing == 0
 
 
 @pytest.mark.parametrize("learned_before", [False, True])

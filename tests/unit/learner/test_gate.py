@@ -145,10 +145,10 @@ def test_an_update_learns_and_says_by_how_much() -> None:
     updater = make()
     done = run(updater, first(updater), documents(8))
     figures = done.gate
-    assert (done.outcome, done.reason, figures["basis"]) == ("promoted", "ok", "held-out")
-    assert figures["held_out_after"] < figures["held_out_before"]
-    assert 1 <= figures["held_out_examples"] <= 4
-    assert figures["anchor_base"] == pytest.approx(figures["anchor_before"], abs=1e-5)
+    assert (done.outcome, done.reason, figures.basis) == ("promoted", "ok", "held-out")
+    assert figures.held_out_after < figures.held_out_before
+    assert 1 <= figures.held_out_examples <= 4
+    assert figures.anchor_base == pytest.approx(figures.anchor_before, abs=1e-5)
     assert {kept.example_id for kept in done.state.replay_index} == {f"{n:032x}" for n in range(8)}
     assert done.state.optimizer is not None
 
@@ -170,9 +170,9 @@ def test_held_out_examples_are_learned_too() -> None:
 def test_few_examples_are_judged_by_their_own_fall() -> None:
     updater = make()
     done = run(updater, first(updater), documents(2))
-    assert (done.outcome, done.gate["basis"], done.gate["held_out_examples"]) == ("promoted", "seen", 0)
-    assert done.gate["new_after"] < done.gate["new_before"]
-    assert "held_out_before" not in done.gate
+    assert (done.outcome, done.gate.basis, done.gate.held_out_examples) == ("promoted", "seen", 0)
+    assert done.gate.new_after < done.gate.new_before
+    assert "held_out_before" not in done.gate.as_dict()
 
 
 def test_the_same_update_gives_the_same_bytes() -> None:
@@ -189,7 +189,7 @@ def test_a_rise_of_general_loss_is_refused_and_leaves_the_parent_as_it_was() -> 
     parent = first(updater)
     done = run(updater, parent, documents(8))
     assert (done.outcome, done.reason) == ("refused", "general-rise")
-    assert done.gate["anchor_after"] > done.gate["anchor_base"]
+    assert done.gate.anchor_after > done.gate.anchor_base
     assert done.state is parent
     assert done.state.optimizer is None
     assert done.state.replay_index == ()
@@ -206,7 +206,7 @@ def test_an_update_that_gains_too_little_is_refused() -> None:
     updater = make(replace(RECIPE, min_gain_nats=50.0))
     done = run(updater, first(updater), documents(8))
     assert (done.outcome, done.reason) == ("refused", "no-gain")
-    assert "anchor_after" not in done.gate
+    assert "anchor_after" not in done.gate.as_dict()
 
 
 def test_an_update_that_changes_nothing_is_refused() -> None:
@@ -230,7 +230,7 @@ def test_anchors_rotate_and_the_bases_loss_is_measured_once(monkeypatch: pytest.
     done = [run(updater, parent, documents(4), cut=cut) for cut in (1, 2, 3)]
     assert len(set(sets)) == 3
     # Two draws from so small a pool may be the same rows in another order.
-    assert len({update.gate["anchor_base"] for update in done}) > 1
+    assert len({update.gate.anchor_base for update in done}) > 1
 
 
 def test_the_shipped_base_answers_as_corrected_after_a_few_updates() -> None:

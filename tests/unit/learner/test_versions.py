@@ -108,7 +108,7 @@ def test_the_line_goes_on_from_version_to_version(store: DirectoryStore) -> None
     kept = index_from_bytes(get_blob(store, second.replay.digest))
     assert [int(entry.example_id, 16) for entry in kept] == [0, 1, 2, 3]
     assert len({entry.batch for entry in kept}) == 2
-    assert second.gate["replayed_rows"] > 0
+    assert second.gate.replayed_rows > 0
 
 
 def test_a_job_sent_again_is_not_learned_again_but_announced_again(store: DirectoryStore) -> None:
@@ -169,7 +169,7 @@ def test_a_refused_version_is_recorded_and_the_next_one_starts_from_its_parent(s
     assert good is not None
     assert refused.manifest is not None
     assert (refused.outcome, refused.manifest.reason, refused.event) == ("refused", "no-gain", None)
-    assert refused.manifest.gate["reason"] == "no-gain"
+    assert refused.manifest.gate.reason == "no-gain"
     assert refused.manifest.weights == good.weights
     assert refused.manifest.optimizer == good.optimizer
     assert [(skip.offset, skip.reason) for skip in refused.manifest.skipped] == [(n, "no-gain") for n in (4, 5, 6, 7)]
@@ -212,8 +212,8 @@ def test_erased_micro_batches_are_not_replayed_and_are_counted(store: DirectoryS
     manifest = line.update(job(store, 2, 4, 5, 6, 7), "live").manifest
     assert manifest is not None
     assert manifest.outcome == "promoted"
-    assert manifest.gate["replay_missing"] > 0
-    assert manifest.gate["replayed_rows"] == 0
+    assert manifest.gate.replay_missing > 0
+    assert manifest.gate.replayed_rows == 0
 
 
 @pytest.mark.parametrize(

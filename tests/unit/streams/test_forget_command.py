@@ -9,6 +9,7 @@ import pytest
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import digest_of
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.cli.explain import explain
@@ -44,7 +45,7 @@ def learn(line: Line, *examples: ExampleAccepted, outcome: str = "promoted") -> 
     manifest = line.manifest(weights).model_copy(
         update={
             "batch": BlobRef(digest=digest_of(data), size_bytes=len(data)), "learned": learned, "outcome": outcome,
-            "gate": {"held_out_before": 4.0, "held_out_after": 3.5},
+            "gate": GateFigures(held_out_before=4.0, held_out_after=3.5),
         }
     )  # fmt: skip
     return line.registry.publish(manifest, [weights, data], lambda _: None).version

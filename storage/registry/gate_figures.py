@@ -1,0 +1,99 @@
+"""The figures that the gate measured and decided by, as a manifest records them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_serializer
+
+from perennial.storage.registry.scalars import Int64, Number, Scalar, Text
+
+HELD_OUT = "held-out"
+SEEN = "seen"
+
+Nats = Number | None
+_Count = Annotated[Int64, Field(strict=True)] | None
+
+
+class GateFigures(BaseModel):
+    """What the gate measured for one version; every figure is optional.
+
+    Losses are means in nats per token, rounded to 6 decimals. A figure that was not measured is absent. A figure that
+    came out as NaN or infinity is None, because JSON has no such number. Absent and None are told apart: the record
+    serialises to exactly the keys that it was made from, so that a manifest keeps its digest. Keys that this release
+    does not know are kept as they are.
+
+    Attributes:
+        basis: What the gain was measured on: `held-out` (examples that were measured before they were trained), or
+            `seen` (rows that were trained, where the micro-batch was too small to hold anything out).
+        held_out_examples: Number of examples held out.
+        held_out_before: Loss of the held-out examples under the version before, nats per token.
+        held_out_after: Their loss after training on the other examples, nats per token.
+        held_out_error: Standard error of the mean fall from before to after, paired by token, nats per token.
+        new_before: As held_out_before, for rows that are trained; only where the basis is `seen`.
+        new_after: As held_out_after, for rows that were trained.
+        new_error: As held_out_error, for rows that were trained.
+        anchor_base: Loss of the anchor rows (general text) under the frozen base, nats per token.
+        anchor_before: Loss of the anchor rows under the version before, nats per token.
+        anchor_after: Loss of the anchor rows under the new version, nats per token.
+        replayed_rows: Number of rows of earlier examples that were mixed into training.
+        replay_missing: Number of replay draws whose text had been erased.
+        strain: Share of the allowed rise of general loss that was used up before training, 0 to 1; the higher, the
+            more general text was mixed in.
+        steps: Number of optimizer steps scheduled.
+        reason: The verdict: `ok`, or why the version was refused (`learner.training.gate.GateReason`).
+        forgotten_examples: Number of examples that the version forgot; only on versions that end a forgetting.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Scalar]
+
+    basis: Text | None = None
+    held_out_examples: _Count = None
+    held_out_before: Nats = None
+    held_out_after: Nats = None
+    held_out_error: Nats = None
+    new_before: Nats = None
+    new_after: Nats = None
+    new_error: Nats = None
+    anchor_base: Nats = None
+    anchor_before: Nats = None
+    anchor_after: Nats = None
+    replayed_rows: _Count = None
+    replay_missing: _Count = None
+    strain: Nats = None
+    steps: _Count = None
+    reason: Text | None = None
+    forgotten_examples: _Count = None
+
+    @property
+    def loss_before(self) -> float | None:
+        """Loss under the version before, on what the gain was measured on, nats per token."""
+        return self.held_out_before if self.basis == HELD_OUT else self.new_before
+
+    @property
+    def loss_after(self) -> float | None:
+        """Loss under the new version, on what the gain was measured on, nats per token."""
+        return self.held_out_after if self.basis == HELD_OUT else self.new_after
+
+    def as_dict(self) -> dict[str, Scalar]:
+        """Return the figures that are present, by JSON key, sorted by key."""
+        fields = {name: getattr(self, name) for name in self.model_fields_set & type(self).model_fields.keys()}
+        figures = {**fields, **self.__pydantic_extra__}
+        return {name: figures[name] for name in sorted(figures)}
+
+    def merged(self, more: GateFigures) -> Self:
+        """Return these figures with those that are present in `more` added or replaced."""
+        return type(self).model_validate({**self.as_dict(), **more.as_dict()})
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the figures that are present; absent and None differ."""
+        return isinstance(other, GateFigures) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        """Hash the figures that are present."""
+        return hash(tuple(self.as_dict().items()))
+
+    @model_serializer(mode="plain")
+    def _serialize(self) -> dict[str, Any]:
+        return self.as_dict()
