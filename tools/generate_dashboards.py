@@ -1,6 +1,12 @@
-"""Writes the dashboards: `python -m tools.generate_dashboards`. Owns their panels; the layout and the JSON follow.
+"""Write the Grafana dashboards to deploy/grafana/dashboards: `python -m tools.generate_dashboards`.
 
-A panel says what it asks of Prometheus and how to read it. Grafana's JSON repeats forty lines for each, so it is made.
+A panel here has a title, the queries to Prometheus and a description of how to read it. Its place and the forty lines of
+Grafana's JSON are generated.
+
+To add a panel: append a `Panel` (a curve) or a `stat` (a single number) to a `Row` of FLOW (the whole installation),
+ADAPTER (one adapter; its queries select `{adapter=~"$adapter"}`) or FORGETTING. Use `counted` for counters and `p` for
+histograms. Then run `make schema` and `pytest tests/unit/test_compose.py tests/unit/streams/test_metrics.py`.
+streams/observe/metrics.py says how to add the metric itself.
 """
 
 from __future__ import annotations
@@ -15,12 +21,19 @@ DATASOURCE = {"type": "prometheus", "uid": "perennial-prometheus"}
 SCHEMA_VERSION = 39
 WIDTH = 24
 NEW_IN = "({series} unless {series} offset {window})"
-"""A series that appears with its first count gives increase() nothing to subtract from: it counts whole."""
+"""Selects the series that are new in the window. increase() needs an earlier value to subtract; a new series has none,
+so its first count would be lost. It is counted whole instead."""
 
 
 @dataclass(frozen=True)
 class Query:
-    """An expression, and the legend of its series. instant: the value now instead of a line over time."""
+    """A query of a panel.
+
+    Attributes:
+        expr: the PromQL expression.
+        legend: the name of each series, with `{{label}}`.
+        instant: show the value now instead of a curve over time.
+    """
 
     expr: str
     legend: str = ""
@@ -29,7 +42,22 @@ class Query:
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. description: how to read it. thresholds: value from which a colour holds; width in 24ths."""
+    """A panel.
+
+    Attributes:
+        title: the heading.
+        queries: what it shows.
+        description: how to read it.
+        unit: Grafana's name of the unit.
+        kind: a curve over time, a single number, or a table.
+        thresholds: pairs of the value from which a colour holds, and the colour.
+        width: in 24ths of the page.
+        height: in Grafana's rows.
+        decimals: digits after the point; None: as Grafana chooses.
+        zero: what to show if there is no data.
+        stacked: stack the series on each other.
+        bars: draw bars instead of lines.
+    """
 
     title: str
     queries: Sequence[Query]
@@ -47,7 +75,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Row:
-    """A heading over panels."""
+    """A heading with the panels below it."""
 
     title: str
     panels: Sequence[Panel]
@@ -55,7 +83,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Dashboard:
-    """A dashboard. by_adapter: has the variable `adapter`."""
+    """A dashboard.
+
+    Attributes:
+        uid: its identity in Grafana and in links.
+        title: the heading.
+        description: what it is for.
+        rows: its panels.
+        by_adapter: it has the variable `adapter`.
+    """
 
     uid: str
     title: str
@@ -65,23 +101,36 @@ class Dashboard:
 
 
 def counted(series: str, by: str, window: str = "$__rate_interval") -> str:
-    """How much counters grew in the window; one that is new in it grew by all that it counts."""
+    """Return a query for the growth of counters in a window, with those that are new in it counted whole.
+
+    Args:
+        series: a counter, possibly with a selector.
+        by: the labels to group by, separated by commas; empty: the sum over all.
+        window: a PromQL duration.
+    """
     grouping = f" by ({by})" if by else ""
     return f"sum{grouping} ({_grown(series, window)} > 0)"
 
 
 def p(quantile: float, histogram: str, by: str, window: str = "$__rate_interval") -> str:
-    """A quantile of a histogram of seconds, its first observation included."""
+    """Return a query for a quantile of a histogram in a window, with its first observation included.
+
+    Args:
+        quantile: from 0 to 1.
+        histogram: the name without `_bucket`.
+        by: the labels to group by, separated by commas.
+        window: a PromQL duration.
+    """
     return f"histogram_quantile({quantile}, sum by (le, {by}) ({_grown(f'{histogram}_bucket', window)}))"
 
 
 def _grown(series: str, window: str) -> str:
-    # New series first: `increase` knows nothing of what a series counts when it is first seen.
+    # The new series must stand first: `or` takes the left side where both have a value.
     return f"({NEW_IN.format(series=series, window=window)} or increase({series}[{window}]))"
 
 
 def render(dashboard: Dashboard) -> dict[str, Any]:
-    """The dashboard as Grafana reads it."""
+    """Return the JSON document that Grafana reads."""
     panels: list[dict[str, Any]] = []
     y = 0
     for row in dashboard.rows:
@@ -170,7 +219,7 @@ def _target(query: Query, letter: str, kind: str) -> dict[str, Any]:
 
 
 def stat(title: str, expr: str, description: str, **rest: Any) -> Panel:
-    """A single figure."""
+    """Return a panel with a single number."""
     return Panel(title, [Query(expr)], description, kind="stat", **{"width": 4, "height": 4, **rest})
 
 
@@ -181,12 +230,11 @@ OF_ADAPTER = '{adapter=~"$adapter"}'
 
 
 FLOW = Dashboard(
-    "perennial-flow", "Perennial: the flow", "Events in, adapters out: what moves, what waits and what is refused.",
+    "perennial-flow", "Perennial: the flow", "Events in, adapters out: how much is processed, how much waits and how much is refused.",
     [
         Row("Now", [
             stat("Oldest unlearned event", "max(perennial_oldest_unlearned_event_age_seconds)",
-                 "The headline: how far the adapters are behind what was published. Orange and red are the alerts' "
-                 "bounds.", unit="s", thresholds=AGE, width=6),
+                 "How far the adapters are behind what was published. Orange and red are the bounds of the alerts.", unit="s", thresholds=AGE, width=6),
             stat("Events waiting", "sum(perennial_lag_events)",
                  "Published and not yet handled, over all topics and roles.", width=3),
             stat("Versions promoted", counted('perennial_updates_total{outcome="promoted"}', "", "$__range"),
@@ -210,10 +258,10 @@ FLOW = Dashboard(
                                     "{{role}} → {{topic}}")],
                   "Events that each role wrote and the broker acknowledged, a second.", unit="ops"),
             Panel("Waiting", [Query("sum by (role, topic) (perennial_lag_events)", "{{role}} ← {{topic}}")],
-                  "Where the flow backs up: the first role of the flow whose line grows is the slow one.", stacked=True),
+                  "Where events pile up. The first role of the flow whose curve grows is the slow one.", stacked=True),
             Panel("Age of the oldest unlearned event",
                   [Query("max by (role) (perennial_oldest_unlearned_event_age_seconds)", "{{role}}")],
-                  "As each role sees it. A saw-tooth up to the age that cuts a micro-batch is the normal picture.",
+                  "As each role sees it. A saw-tooth up to the age that cuts a micro-batch is normal.",
                   unit="s", thresholds=AGE),
             Panel("Dead letters", [Query(counted("perennial_refused_total", "role, reason"), "{{role}}: {{reason}}")],
                   "Refused events per reason.", bars=True, stacked=True, zero="none"),
@@ -237,7 +285,7 @@ FLOW = Dashboard(
             Panel("Updates", [Query(counted("perennial_updates_total", "outcome"), "{{outcome}}")],
                   "Per outcome: promoted, refused by the gate, unchanged.", bars=True, stacked=True),
             Panel("Time per stage, 95 %", [Query(p(0.95, "perennial_stage_seconds", "role, stage"), "{{role}}: {{stage}}")],
-                  "Where the time of scorers, learners and subscribers goes.", unit="s"),
+                  "How long the stages of scorers, learners and subscribers take.", unit="s"),
             Panel("Training speed",
                   [Query("sum(rate(perennial_trained_tokens_total[$__rate_interval])) "
                          "/ sum(rate(perennial_trained_seconds_total[$__rate_interval]))", "tokens a second of training")],
@@ -247,7 +295,7 @@ FLOW = Dashboard(
                   "Share of time. Near 100 %: start more learners, up to one per partition.", unit="percentunit"),
             Panel("Published to served", [Query(p(q, "perennial_ack_stage_seconds", "stage"), f"{{{{stage}}}} {name}")
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
-                  "What subscribers need for a new version, by stage; publish_to_served is the whole.", unit="s"),
+                  "Time that subscribers need for a new version, by stage; publish_to_served is the total.", unit="s"),
             Panel("Store errors", [Query(counted("perennial_store_errors_total", "role, op"), "{{role}}: {{op}}")],
                   "Calls to the object store that failed.", bars=True, stacked=True, zero="none"),
         ]),
@@ -256,7 +304,7 @@ FLOW = Dashboard(
 
 ADAPTER = Dashboard(
     "perennial-adapter", "Perennial: one adapter's life",
-    "What an adapter learned, what the gate said, and who serves it. Pick it above; All shows every one.",
+    "What an adapter learned, what the gate decided, and who serves it. Select the adapter above; All shows all of them.",
     [
         Row("Now", [
             stat("Generation", f"max by (adapter) (perennial_alias_generation{OF_ADAPTER})",
@@ -267,7 +315,7 @@ ADAPTER = Dashboard(
                  "Updates that the gate refused in the time shown.", decimals=0, zero="0",
                  thresholds=ANY_IS_DOUBTFUL, width=6),
             stat("Refused in a row", f"max by (adapter) (perennial_refused_updates_in_a_row{OF_ADAPTER})",
-                 "Since the last that was promoted; three raise an alert.", decimals=0,
+                 "Since the last update that was promoted. Three raise an alert.", decimals=0,
                  thresholds=((None, "green"), (1, "orange"), (3, "red")), width=6),
         ]),
         Row("Loss", [
@@ -280,12 +328,12 @@ ADAPTER = Dashboard(
             Panel("Fall by the last update",
                   [Query('max by (adapter) (perennial_loss_nats{adapter=~"$adapter",which="before"}) '
                          '- max by (adapter) (perennial_loss_nats{adapter=~"$adapter",which="after"})', "{{adapter}}")],
-                  "Before less after, in nats per token. The gate refuses what does not fall.",
+                  "Loss before minus loss after, in nats per token. The gate refuses an update that does not lower the loss.",
                   decimals=3, width=6, height=9),
             Panel("General text after the update",
                   [Query('max by (adapter) (perennial_loss_nats{adapter=~"$adapter",which="general"})', "{{adapter}}")],
-                  "Mean loss on text of the base's own kind, in nats per token: what must not rise. The rows rotate, "
-                  "so it moves a little by itself.", decimals=3, width=6, height=9),
+                  "Mean loss on text of the base's own kind, in nats per token. It must not rise. The rows rotate, so it moves a "
+                  "little even without an update.", decimals=3, width=6, height=9),
         ]),
         Row("Drift and updates", [
             Panel("Drift detected",
@@ -295,13 +343,13 @@ ADAPTER = Dashboard(
             Panel("Updates by the gate's verdict",
                   [Query(counted('perennial_updates_total{adapter=~"$adapter"}', "adapter, outcome"),
                          "{{adapter}} {{outcome}}")],
-                  "`perennial adapters history` says why one was refused.", bars=True, stacked=True),
+                  "`perennial adapters history` shows why an update was refused.", bars=True, stacked=True),
             Panel("Generation", [Query(f"max by (adapter) (perennial_alias_generation{OF_ADAPTER})", "{{adapter}}")],
                   "Each step is a version that went live, or a rollback.", decimals=0),
         ]),
         Row("Service", [
             Panel("Activations", [Query(counted('perennial_acks_total{adapter=~"$adapter"}', "adapter"), "{{adapter}}")],
-                  "Versions that subscribers put into service. None while versions are promoted: nobody follows.",
+                  "Versions that subscribers put into service. If there is none while versions are promoted, no subscriber follows.",
                   bars=True, stacked=True, width=12),
             Panel("Published to served, 95 %",
                   [Query(p(0.95, "perennial_ack_stage_seconds", "stage"), "{{stage}}")],
@@ -312,13 +360,13 @@ ADAPTER = Dashboard(
 )  # fmt: skip
 
 FORGETTING = Dashboard(
-    "perennial-forgetting", "Perennial: forgetting", "What was asked to be forgotten, what is done, and what is late.",
+    "perennial-forgetting", "Perennial: forgetting", "Which requests to forget are open, done or late.",
     [
         Row("Now", [
             stat("Past due", "sum(perennial_forget_overdue_requests)",
-                 "Open requests whose time is over. Any is a broken promise, and an alert.",
+                 "Open requests that are past their due time. Above zero, an alert is raised.",
                  decimals=0, thresholds=ANY_IS_BAD, width=6),
-            stat("Open", 'sum(perennial_forget_requests{state!~"closed|failed"})', "Requests that are not at their end.",
+            stat("Open", 'sum(perennial_forget_requests{state!~"closed|failed"})', "Requests that are not closed or failed.",
                  decimals=0, width=6),
             stat("Examples forgotten", "sum(perennial_forgotten_examples_total)",
                  "Since the roles were started.", decimals=0, width=6),
@@ -328,14 +376,14 @@ FORGETTING = Dashboard(
         ]),
         Row("Requests", [
             Panel("Requests by state", [Query("sum by (state) (perennial_forget_requests)", "{{state}}")],
-                  "Where requests stand; the topic retention-status has each.", stacked=True, width=12),
+                  "The number of requests in each state; the topic retention-status has each request.", stacked=True, width=12),
             Panel("From request to end", [Query(p(q, "perennial_forget_seconds", "role", "$__range"), name)
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
-                  "Over the requests that ended in the time shown.", unit="s", width=12),
+                  "For the requests that ended in the time shown.", unit="s", width=12),
             Panel("Past due", [Query("sum(perennial_forget_overdue_requests)", "past due")],
                   "Above zero an alert is raised after a minute.", decimals=0, thresholds=ANY_IS_BAD, width=12),
             Panel("Examples forgotten", [Query(counted("perennial_forgotten_examples_total", "role"), "{{role}}")],
-                  "As their requests end.", bars=True, width=12),
+                  "Counted when their request ends.", bars=True, width=12),
         ]),
     ],
 )  # fmt: skip
@@ -345,7 +393,7 @@ DASHBOARDS = {"flow": FLOW, "adapter": ADAPTER, "forgetting": FORGETTING}
 
 
 def text_of(dashboard: Dashboard) -> str:
-    """The file of a dashboard."""
+    """Return the content of a dashboard's file."""
     return json.dumps(render(dashboard), indent=1, ensure_ascii=False) + "\n"
 
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from perennial.storage.errors import PerennialError
 from perennial.streams.devstack.supervisor import ROLES, die_with_parent
-from perennial.streams.observe.metrics import Metrics, serve_metrics
+from perennial.streams.observe.http_server import serve_metrics
+from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings, SettingsError, load_settings
 
 if TYPE_CHECKING:

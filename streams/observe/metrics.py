@@ -1,48 +1,117 @@
-"""What every role counts for Prometheus, and the small HTTP server of /metrics and /healthz.
+"""Count what a role does, for Prometheus. Knows no topic, store or model: roles report plain numbers.
 
-Owns the metric names, the bound on label values and the judgement "work waits and nothing moves". Knows
-nothing of topics, stores or models: roles say what happened, in plain numbers.
+To add a metric with its panel:
+
+1. Append a row to SERIES: kind, name without the prefix `perennial_`, help text, labels.
+2. Add a method to Metrics that roles call when it happens, named after the event, next to the methods of its section.
+   It calls `_inc` (counters), `_set` (gauges) or `_observe` (histograms) with the row's name. prometheus_client adds
+   `_total` to counters.
+3. Add a panel to tools/generate_dashboards.py and run `make schema`. An alert goes to
+   deploy/prometheus/rules/perennial.yml and its test to tests/prometheus/rules_test.yml.
+4. Run `pytest tests/unit/streams/test_metrics.py tests/unit/test_compose.py`. They fail for a metric that no method
+   moves or no panel shows, and for a panel of a metric that does not exist.
+
+The names in SERIES and their labels are public: dashboards and alerts of users name them.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from socketserver import TCPServer
-from typing import Any, ClassVar, Self
+from dataclasses import dataclass
+from typing import Final
 
-import orjson
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 
-from perennial.storage.errors import PerennialError
+from perennial.streams.observe.health import DEFAULT_STALL_S, Health
 from perennial.streams.settings import Settings
 
-MAX_LABEL_VALUES = 100
-OTHER = "other"
-DEFAULT_STALL_S = 120.0
-_MAX_CONNECTIONS = 16
-_REQUEST_TIMEOUT_S = 5.0
-_FORGET_BUCKETS_S = (0.1, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86_400, 3 * 86_400, 7 * 86_400, 30 * 86_400)
-_STAGE_BUCKETS_S = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+MAX_LABEL_VALUES: Final = 100
+OTHER: Final = "other"
+_SHARED_LABELS: Final = frozenset({"adapter", "topic"})
+_FORGET_BUCKETS_S: Final = (0.1, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86_400, 3 * 86_400, 7 * 86_400, 30 * 86_400)
+_STAGE_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
-class MetricsError(PerennialError):
-    """The address of /metrics and /healthz is not usable."""
+@dataclass(frozen=True)
+class Series:
+    """One metric.
 
-    exit_code = 2
+    Attributes:
+        kind: Counter, Gauge or Histogram.
+        name: the name without the prefix `perennial_` (and without `_total`, which counters get).
+        help: what is counted, as Prometheus shows it.
+        labels: its labels besides `role`.
+        buckets: upper bounds of a histogram's buckets, in seconds.
+    """
+
+    kind: type[Counter | Gauge | Histogram]
+    name: str
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = _STAGE_BUCKETS_S
+
+
+SERIES: Final = (
+    # Every role: events.
+    Series(Counter, "events_in", "Events read.", ("topic",)),
+    Series(Counter, "events_out", "Events written and acknowledged.", ("topic",)),
+    Series(Counter, "refused", "Events put into dead-letters.", ("reason",)),
+    Series(Gauge, "lag_events", "Events published and not yet handled.", ("topic",)),
+    Series(
+        Gauge, "oldest_unlearned_event_age_seconds",
+        "Age of the oldest event not yet learned; grows until it is learned; 0: none.",
+    ),
+    # Curate: drift and micro-batches.
+    Series(Counter, "drift", "Drift detections.", ("signal", "detector", "adapter")),
+    Series(Counter, "cuts", "Micro-batches cut.", ("reason",)),
+    Series(Counter, "cut_examples", "Examples in micro-batches.", ("reason",)),
+    Series(Counter, "cut_tokens", "Tokens in micro-batches.", ("reason",)),
+    # Learner: updates.
+    Series(Counter, "updates", "Updates done.", ("outcome", "adapter")),
+    Series(Gauge, "refused_updates_in_a_row", "Updates refused since the last that was promoted.", ("adapter",)),
+    Series(Histogram, "stage_seconds", "Time per stage.", ("stage",)),
+    Series(Gauge, "loss_nats", "Mean loss per token, before or after.", ("adapter", "which")),
+    Series(Counter, "trained_tokens", "Tokens trained on."),
+    Series(Counter, "trained_seconds", "Time spent in training."),
+    Series(Gauge, "alias_generation", "Generation of the adapter's alias.", ("adapter",)),
+    Series(Counter, "store_errors", "Calls to the object store that failed.", ("op",)),
+    # Subscribers.
+    Series(Counter, "acks", "Versions that subscribers activated.", ("adapter",)),
+    Series(Histogram, "ack_stage_seconds", "Time per stage in subscribers.", ("stage",)),
+    # Forgetting.
+    Series(Gauge, "forget_requests", "Retention requests in each state.", ("state",)),
+    Series(Gauge, "forget_overdue_requests", "Open retention requests that are past due."),
+    Series(Counter, "forgotten_examples", "Examples made forgotten."),
+    Series(
+        Histogram, "forget_seconds", "Time from a retention request to its end.", buckets=_FORGET_BUCKETS_S
+    ),
+    Series(Gauge, "quarantined_examples", "Examples held back from learning."),
+)  # fmt: skip
 
 
 class Metrics:
-    """The figures of one role, in a registry of its own.
+    """The figures of one role, in a registry of its own, and its health.
 
-    Every series carries the label `role`. A label takes at most 100 distinct values in the life of the
-    process; what comes after counts under "other", for each series costs memory here and in Prometheus.
-    Thread-safe.
+    Every series has the label `role`. A label takes at most MAX_LABEL_VALUES distinct values in the life of the
+    process; later values are counted under "other", because each series costs memory here and in Prometheus. `adapter`
+    and `topic` take the same values in all metrics. Thread-safe.
+
+    Args:
+        role: the name of the role.
+        settings: gives the time after which the role counts as stalled.
+        clock: a monotonic clock, in seconds.
+
+    Attributes:
+        registry: the registry of prometheus_client with all series.
+        health: the judgement of `lag`, `waiting` and `progress`.
+
+    Example:
+        >>> metrics = Metrics("curate")
+        >>> metrics.cut("size", examples=12, tokens=700)
+        >>> metrics.registry.get_sample_value("perennial_cut_tokens_total", {"role": "curate", "reason": "size"})
+        700.0
     """
 
     def __init__(
@@ -50,65 +119,43 @@ class Metrics:
     ) -> None:
         self.role = role
         self.registry = CollectorRegistry()
-        self.stall_after_s = settings.observe.stall_s if settings else DEFAULT_STALL_S
+        self.health = Health(role, settings.observe.stall_s if settings else DEFAULT_STALL_S, clock=clock)
         self._clock = clock
         self._lock = threading.Lock()
         self._label_values: dict[str, set[str]] = {}
-        self._lag_events: dict[str, int] = {}
-        self._waiting = False
-        self._started = False
-        self._still_since: float | None = None
-        self._oldest: tuple[float, float] | None = None
+        self._oldest: tuple[float, float] | None = None  # age in seconds, and the clock at that time
         self._refused_runs: dict[str, int] = {}
-        self._define()
+        self._labels: dict[str, tuple[str, ...]] = {}
+        self._counters: dict[str, Counter] = {}
+        self._gauges: dict[str, Gauge] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for series in SERIES:
+            self._register(series)
+        self._gauges["oldest_unlearned_event_age_seconds"].labels(role).set_function(self._oldest_now_s)
+        self._inc("trained_tokens", 0)  # so that a role that has not trained shows 0
+        self._inc("trained_seconds", 0)
 
-    def _define(self) -> None:
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"perennial_{name}", text, ("role", *labels), registry=self.registry)
+    def _register(self, series: Series) -> None:
+        name, labels = f"perennial_{series.name}", ("role", *series.labels)
+        self._labels[series.name] = series.labels
+        if series.kind is Counter:
+            self._counters[series.name] = Counter(name, series.help, labels, registry=self.registry)
+        elif series.kind is Gauge:
+            self._gauges[series.name] = Gauge(name, series.help, labels, registry=self.registry)
+        else:
+            self._histograms[series.name] = Histogram(
+                name, series.help, labels, registry=self.registry, buckets=series.buckets
+            )
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(f"perennial_{name}", text, ("role", *labels), registry=self.registry)
+    def _values(self, name: str, labels: Mapping[str, str]) -> list[str]:
+        """Return the label values of a series, in the order of its labels, with the role first."""
+        return [self.role, *(self._bounded(name, label, labels[label]) for label in self._labels[name])]
 
-        def seconds(name: str, text: str, *labels: str, buckets: tuple[float, ...] = _STAGE_BUCKETS_S) -> Histogram:
-            names = ("role", *labels)
-            return Histogram(f"perennial_{name}_seconds", text, names, registry=self.registry, buckets=buckets)
-
-        self._events_in = counter("events_in", "Events read.", "topic")
-        self._events_out = counter("events_out", "Events written and acknowledged.", "topic")
-        self._refused = counter("refused", "Events put into dead-letters.", "reason")
-        self._lag = gauge("lag_events", "Events published and not yet handled.", "topic")
-        oldest = gauge(
-            "oldest_unlearned_event_age_seconds",
-            "Age of the oldest event not yet learned; grows until it is learned; 0: none.",
-        )
-        oldest.labels(self.role).set_function(self._oldest_now_s)
-        self._drift = counter("drift", "Drift detections.", "signal", "detector", "adapter")
-        self._cuts = counter("cuts", "Micro-batches cut.", "reason")
-        self._cut_examples = counter("cut_examples", "Examples in micro-batches.", "reason")
-        self._cut_tokens = counter("cut_tokens", "Tokens in micro-batches.", "reason")
-        self._updates = counter("updates", "Updates done.", "outcome", "adapter")
-        self._refused_run = gauge(
-            "refused_updates_in_a_row", "Updates refused since the last that was promoted.", "adapter"
-        )
-        self._stages = seconds("stage", "Time per stage.", "stage")
-        self._loss = gauge("loss_nats", "Mean loss per token, before or after.", "adapter", "which")
-        self._trained_tokens = counter("trained_tokens", "Tokens trained on.")
-        self._trained_seconds = counter("trained_seconds", "Time spent in training.")
-        self._generation = gauge("alias_generation", "Generation of the adapter's alias.", "adapter")
-        self._store_errors = counter("store_errors", "Calls to the object store that failed.", "op")
-        self._acks = counter("acks", "Versions that subscribers activated.", "adapter")
-        self._ack_stages = seconds("ack_stage", "Time per stage in subscribers.", "stage")
-        self._forget_requests = gauge("forget_requests", "Retention requests in each state.", "state")
-        self._forget_overdue = gauge("forget_overdue_requests", "Open retention requests that are past due.")
-        self._forgotten = counter("forgotten_examples", "Examples made forgotten.")
-        self._forget_time = seconds("forget", "Time from a retention request to its end.", buckets=_FORGET_BUCKETS_S)
-        self._quarantined = gauge("quarantined_examples", "Examples held back from learning.")
-        self._trained_tokens.labels(self.role)
-        self._trained_seconds.labels(self.role)
-
-    def _bounded(self, label: str, value: str) -> str:
+    def _bounded(self, name: str, label: str, value: str) -> str:
+        """Return the value, or "other" if the label has taken MAX_LABEL_VALUES other values."""
+        scope = label if label in _SHARED_LABELS else f"{name}.{label}"
         with self._lock:
-            values = self._label_values.setdefault(label, set())
+            values = self._label_values.setdefault(scope, set())
             if value in values:
                 return value
             if len(values) >= MAX_LABEL_VALUES:
@@ -116,28 +163,36 @@ class Metrics:
             values.add(value)
             return value
 
+    def _inc(self, name: str, amount: float = 1, **labels: str) -> None:
+        self._counters[name].labels(*self._values(name, labels)).inc(amount)
+
+    def _set(self, name: str, value: float, **labels: str) -> None:
+        self._gauges[name].labels(*self._values(name, labels)).set(value)
+
+    def _observe(self, name: str, seconds: float, **labels: str) -> None:
+        self._histograms[name].labels(*self._values(name, labels)).observe(seconds)
+
+    # Every role: events, lag, age, progress.
+
     def events_in(self, topic: str, n: int = 1) -> None:
-        """Events were read."""
-        self._events_in.labels(self.role, self._bounded("topic", topic)).inc(n)
+        """Count events that were read."""
+        self._inc("events_in", n, topic=topic)
 
     def events_out(self, topic: str, n: int = 1) -> None:
-        """Events were written and acknowledged."""
-        self._events_out.labels(self.role, self._bounded("topic", topic)).inc(n)
+        """Count events that were written and acknowledged by the broker."""
+        self._inc("events_out", n, topic=topic)
 
     def refused(self, reason: str, n: int = 1) -> None:
-        """Events went into dead-letters."""
-        self._refused.labels(self.role, self._bounded("reason", reason)).inc(n)
+        """Count events that were put into dead-letters."""
+        self._inc("refused", n, reason=reason)
 
     def lag(self, topic: str, events: int) -> None:
-        """So many events of the topic are published and not handled yet; above zero, work waits."""
-        topic = self._bounded("topic", topic)
-        self._lag.labels(self.role, topic).set(events)
-        with self._lock:
-            self._lag_events[topic] = events
-            self._reckon_waiting()
+        """Set how many events of a topic are published and not yet handled. Work waits while any are."""
+        self._set("lag_events", events, topic=topic)
+        self.health.lag(topic, events)
 
     def oldest_age_s(self, seconds: float) -> None:
-        """The oldest unlearned event is so old now; 0: none. It grows here until the next call."""
+        """Set the age of the oldest event that is not learned; 0: there is none. It grows here until the next call."""
         with self._lock:
             self._oldest = (seconds, self._clock()) if seconds > 0 else None
 
@@ -148,215 +203,109 @@ class Metrics:
             age_s, at_s = self._oldest
             return age_s + max(0.0, self._clock() - at_s)
 
+    def progress(self) -> None:
+        """Report that an event was handled to its end."""
+        self.health.progress()
+
+    def waiting(self, waits: bool) -> None:
+        """Report whether work waits. Call it with False at the first assignment too: that ends "starting"."""
+        self.health.waiting(waits)
+
+    # Curate: drift and micro-batches.
+
     def drift(self, signal: str, detector: str, adapter: str = OTHER) -> None:
-        """A detector fired, on what came for the adapter."""
-        labels = self._bounded("signal", signal), self._bounded("detector", detector)
-        self._drift.labels(self.role, *labels, self._bounded("adapter", adapter)).inc()
+        """Count a detection of drift in the stream of an adapter."""
+        self._inc("drift", signal=signal, detector=detector, adapter=adapter)
 
     def cut(self, reason: str, examples: int, tokens: int) -> None:
-        """A micro-batch was cut."""
-        reason = self._bounded("cut_reason", reason)
-        self._cuts.labels(self.role, reason).inc()
-        self._cut_examples.labels(self.role, reason).inc(examples)
-        self._cut_tokens.labels(self.role, reason).inc(tokens)
+        """Count a micro-batch with its examples and tokens."""
+        self._inc("cuts", reason=reason)
+        self._inc("cut_examples", examples, reason=reason)
+        self._inc("cut_tokens", tokens, reason=reason)
+
+    # Learner: updates.
 
     def update(self, outcome: str, adapter: str) -> None:
-        """An update ended (promoted, refused, ...); counts the refusals in a row of each adapter too."""
-        adapter = self._bounded("adapter", adapter)
-        self._updates.labels(self.role, self._bounded("outcome", outcome), adapter).inc()
+        """Count the end of an update, and the refusals in a row of its adapter.
+
+        Args:
+            outcome: promoted, refused, unchanged, …
+            adapter: the adapter's name.
+        """
+        self._inc("updates", outcome=outcome, adapter=adapter)
+        adapter = self._bounded("updates", "adapter", adapter)
         if adapter == OTHER:
-            return  # of many adapters there is no row
+            return  # many adapters share this value, so they have no common row of refusals
         with self._lock:
             run = self._refused_runs.get(adapter, 0)
             run = run + 1 if outcome == "refused" else 0 if outcome == "promoted" else run
             self._refused_runs[adapter] = run
-            self._refused_run.labels(self.role, adapter).set(run)
+            self._gauges["refused_updates_in_a_row"].labels(self.role, adapter).set(run)
 
     def stage_s(self, stage: str, seconds: float) -> None:
-        """A stage took so long."""
-        self._stages.labels(self.role, self._bounded("stage", stage)).observe(seconds)
+        """Record how long a stage took."""
+        self._observe("stage_seconds", seconds, stage=stage)
 
     def loss(self, adapter: str, which: str, nats: float) -> None:
-        """The mean loss per token, `which` being before or after an update, on what."""
-        labels = self._bounded("adapter", adapter), self._bounded("which", which)
-        self._loss.labels(self.role, *labels).set(nats)
+        """Set the mean loss per token of an adapter.
+
+        Args:
+            adapter: the adapter's name.
+            which: the text and the time it was measured: before, after, general.
+            nats: the loss, in nats per token.
+        """
+        self._set("loss_nats", nats, adapter=adapter, which=which)
 
     def trained(self, tokens: int, seconds: float) -> None:
-        """An update trained on so many tokens for so long."""
-        self._trained_tokens.labels(self.role).inc(tokens)
-        self._trained_seconds.labels(self.role).inc(seconds)
+        """Count the tokens and the time of an update's training."""
+        self._inc("trained_tokens", tokens)
+        self._inc("trained_seconds", seconds)
 
     def generation(self, adapter: str, n: int) -> None:
-        """The generation at which the adapter's alias stands."""
-        self._generation.labels(self.role, self._bounded("adapter", adapter)).set(n)
+        """Set the generation of an adapter's alias."""
+        self._set("alias_generation", n, adapter=adapter)
 
     def store_error(self, op: str) -> None:
-        """A call to the object store failed."""
-        self._store_errors.labels(self.role, self._bounded("op", op)).inc()
+        """Count a call to the object store that failed."""
+        self._inc("store_errors", op=op)
+
+    # Subscribers.
 
     def ack(self, adapter: str, stage_s: Mapping[str, float]) -> None:
-        """A subscriber activated a version; `stage_s` says how long each stage took."""
-        self._acks.labels(self.role, self._bounded("adapter", adapter)).inc()
+        """Count a version that a subscriber activated.
+
+        Args:
+            adapter: the adapter's name.
+            stage_s: how long each stage took, in seconds.
+        """
+        self._inc("acks", adapter=adapter)
         for stage, seconds in stage_s.items():
-            self._ack_stages.labels(self.role, self._bounded("ack_stage", stage)).observe(max(0.0, seconds))
+            self._observe("ack_stage_seconds", max(0.0, seconds), stage=stage)
+
+    # Forgetting.
 
     def forget_requests(self, state: str, n: int) -> None:
-        """So many retention requests are in the state now."""
-        self._forget_requests.labels(self.role, self._bounded("forget_state", state)).set(n)
+        """Set how many retention requests are in a state."""
+        self._set("forget_requests", n, state=state)
 
     def forget_overdue(self, n: int) -> None:
-        """So many open retention requests are past due now."""
-        self._forget_overdue.labels(self.role).set(n)
+        """Set how many open retention requests are past due."""
+        self._set("forget_overdue_requests", n)
 
     def forgot(self, examples: int, seconds: float) -> None:
-        """A retention request came to its end: so many examples forgotten, so long after it was made."""
-        self._forgotten.labels(self.role).inc(examples)
-        self._forget_time.labels(self.role).observe(max(0.0, seconds))
+        """Count the end of a retention request.
+
+        Args:
+            examples: the number of examples that were forgotten.
+            seconds: the time since the request was made.
+        """
+        self._inc("forgotten_examples", examples)
+        self._observe("forget_seconds", max(0.0, seconds))
 
     def quarantined(self, n: int) -> None:
-        """So many examples are held back from learning now."""
-        self._quarantined.labels(self.role).set(n)
-
-    def progress(self) -> None:
-        """Work moved: an event was handled to its end."""
-        with self._lock:
-            self._started = True
-            if self._still_since is not None:
-                self._still_since = self._clock()
-
-    def waiting(self, waits: bool) -> None:
-        """Whether work waits. Call it with False at the first assignment too: it ends "starting"."""
-        with self._lock:
-            self._waiting = waits
-            self._reckon_waiting()
-
-    def _reckon_waiting(self) -> None:
-        self._started = True
-        if not (self._waiting or any(n > 0 for n in self._lag_events.values())):
-            self._still_since = None
-        elif self._still_since is None:
-            self._still_since = self._clock()
-
-    def health(self) -> tuple[bool, dict[str, object]]:
-        """Whether the role is fine, and why: status "starting", "ok" or "stalled", time without progress."""
-        with self._lock:
-            still_s = 0.0 if self._still_since is None else max(0.0, self._clock() - self._still_since)
-            stalled = still_s >= self.stall_after_s
-            status = "stalled" if stalled else "ok" if self._started else "starting"
-            return not stalled, {
-                "status": status,
-                "role": self.role,
-                "work_waits": self._still_since is not None,
-                "lag_events": sum(self._lag_events.values()),
-                "seconds_without_progress": round(still_s, 3),
-                "stall_s": self.stall_after_s,
-            }
+        """Set how many examples are held back from learning."""
+        self._set("quarantined_examples", n)
 
     def exposition(self) -> bytes:
-        """All series in Prometheus's text format 0.0.4."""
+        """Return all series in Prometheus's text format 0.0.4."""
         return generate_latest(self.registry)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    # HTTP/1.0, the default here: one request per connection, so that none can be held between scrapes.
-    metrics: ClassVar[Metrics]
-    timeout = _REQUEST_TIMEOUT_S
-    server_version = "perennial"
-    sys_version = ""
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path == "/metrics":
-            self._answer(HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, self.metrics.exposition())
-        elif path == "/healthz":
-            fine, body = self.metrics.health()
-            status = HTTPStatus.OK if fine else HTTPStatus.SERVICE_UNAVAILABLE
-            self._answer(status, "application/json", orjson.dumps(body))
-        else:
-            self._answer(HTTPStatus.NOT_FOUND, "text/plain; charset=utf-8", b"only /metrics and /healthz\n")
-
-    do_HEAD = do_GET  # noqa: N815 - the name is the base class's
-
-    def _answer(self, status: HTTPStatus, content_type: str, body: bytes) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", content_type)
-        self.send_header("Content-Length", str(len(body)))
-        self.send_header("Cache-Control", "no-store")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is the base class's
-        pass
-
-
-class _BoundedServer(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = _MAX_CONNECTIONS
-
-    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        self._slots = threading.BoundedSemaphore(_MAX_CONNECTIONS)
-        super().__init__(address, handler)
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        if not self._slots.acquire(blocking=False):  # a thread per idle connection would exhaust the role
-            self.shutdown_request(request)
-            return
-        try:
-            super().process_request(request, client_address)
-        except BaseException:
-            self._slots.release()
-            raise
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._slots.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # a client that went away, or sent no request in time: nothing to tell the operator
-
-    def server_bind(self) -> None:
-        TCPServer.server_bind(self)  # not HTTPServer's: it asks DNS for the host's full name, which can hang
-        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
-
-
-class MetricsServer:
-    """The running HTTP server. `port` is the real one where 0 was asked for; close it, or use `with`."""
-
-    def __init__(self, httpd: _BoundedServer) -> None:
-        self._httpd = httpd
-        self.port: int = httpd.server_port
-        self._thread = threading.Thread(
-            target=httpd.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True
-        )
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop answering; returns when the port is free."""
-        self._httpd.shutdown()
-        self._thread.join()
-        self._httpd.server_close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def serve_metrics(metrics: Metrics, host: str = "127.0.0.1", port: int = 0) -> MetricsServer:
-    """Answer GET and HEAD of /metrics and /healthz in threads of their own. Raises MetricsError."""
-    handler = type("Handler", (_Handler,), {"metrics": metrics})
-    try:
-        return MetricsServer(_BoundedServer((host, port), handler))
-    except (OSError, OverflowError) as error:
-        raise MetricsError(
-            f"cannot listen for /metrics: {error}",
-            got=f"{host}:{port}",
-            allowed="a free port on an address of this host",
-            remedy="set PERENNIAL_METRICS_PORT to another port, or to 0 to switch it off",
-        ) from error

@@ -39,7 +39,8 @@ from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import DocumentObserved
 from perennial.streams.kafka.topics import provision
-from perennial.streams.observe.metrics import Metrics, serve_metrics
+from perennial.streams.observe.http_server import serve_metrics
+from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 from tests import compose
 from tests.services import free_port, missing_service

@@ -21,7 +21,8 @@ from perennial.streams.cli.app import app
 from perennial.streams.devstack.kafka_config import DEVELOPMENT
 from perennial.streams.devstack.kafka_jars import KAFKA_VERSION
 from perennial.streams.devstack.supervisor import ROLES
-from perennial.streams.observe.metrics import Metrics, serve_metrics
+from perennial.streams.observe.http_server import serve_metrics
+from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings, all_fields
 from tests import compose
 from tests.services import missing_service

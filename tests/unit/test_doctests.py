@@ -11,6 +11,8 @@ MODULES = (
     "perennial.streams.curate.detectors",
     "perennial.streams.curate.drift",
     "perennial.streams.curate.offsets",
+    "perennial.streams.observe.health",
+    "perennial.streams.observe.metrics",
 )
 
 

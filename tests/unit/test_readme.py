@@ -1,4 +1,4 @@
-"""The README says what the code says: its settings table is the generated one, its make targets exist."""
+"""The README agrees with the code: the settings tables are generated, the make targets exist."""
 
 from __future__ import annotations
 

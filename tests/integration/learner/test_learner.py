@@ -79,7 +79,7 @@ def test_a_job_is_learned_announced_and_committed(given):
     assert learned(given) == [0, 1, 2, 3, 4, 5]
     text = metrics.exposition().decode()
     assert 'outcome="promoted"' in text
-    assert metrics.health()[0]
+    assert metrics.health.report().healthy
 
 
 def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(given):

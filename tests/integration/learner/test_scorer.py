@@ -53,7 +53,7 @@ def test_examples_are_scored_in_order_and_committed(given):
     assert all(event.live_loss_nats is None for event in events)
     assert {envelope.traceparent for envelope in envelopes} == {TRACE}
     assert len({envelope.id for envelope in envelopes}) == 5
-    assert metrics.health()[0]
+    assert metrics.health.report().healthy
 
 
 def test_junk_goes_to_dead_letters_and_the_rest_is_scored(given):

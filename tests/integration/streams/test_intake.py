@@ -256,7 +256,7 @@ def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_pat
         provision(settings)
         metrics = Metrics("intake", settings)
         with running(settings, metrics):
-            wait_for(lambda: metrics.health()[1]["status"] == "ok")  # it has measured the lag, and nothing waits
+            wait_for(lambda: metrics.health.report().status == "ok")  # it has measured the lag, and nothing waits
             # The broker hangs once the document was read, so intake cannot measure the lag any more.
             accept, published = Acceptor.accept, threading.Event()
 
@@ -270,9 +270,9 @@ def test_health_turns_red_while_the_broker_takes_no_example(broker_jars, tmp_pat
             client = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
             publish(client, settings, [document(1)], partition=0)
             published.set()
-            wait_for(lambda: not metrics.health()[0])
+            wait_for(lambda: not metrics.health.report().healthy)
             os.kill(own.pid, signal.SIGCONT)
-            wait_for(lambda: metrics.health()[0])
+            wait_for(lambda: metrics.health.report().healthy)
             client.close()
         assert [event.document_id for event in examples(settings)] == ["d1"]
 

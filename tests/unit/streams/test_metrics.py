@@ -1,17 +1,21 @@
-"""Metric names, the label bound, the stall judgement and the two paths of the HTTP server."""
+"""Metric names and their panels, the bound on label values, health, and the HTTP server."""
 
 from __future__ import annotations
 
+import re
 import socket
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from pathlib import Path
 
 import orjson
 import pytest
 
-from perennial.streams.observe.metrics import MAX_LABEL_VALUES, Metrics, MetricsError, serve_metrics
+from perennial.streams.observe.http_server import MetricsError, serve_metrics
+from perennial.streams.observe.metrics import MAX_LABEL_VALUES, SERIES, Metrics
 from perennial.streams.settings import Settings
+from tools.generate_dashboards import DASHBOARDS
 
 
 @dataclass
@@ -55,6 +59,8 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.forget_overdue(2)
     metrics.forgot(7, 40.0)
     metrics.quarantined(5)
+    metrics.oldest_age_s(30)
+    assert {family.name for family in metrics.registry.collect() if not family.samples} == set()
     expected = {
         ("perennial_forget_requests", ("state", "accepted")): 3,
         ("perennial_forget_overdue_requests",): 2,
@@ -81,6 +87,16 @@ def test_every_method_moves_the_series_that_dashboards_name():
     }
     found = {key: value(metrics, key[0], **dict(key[1:])) for key in expected}
     assert found == expected
+
+
+def test_every_metric_is_on_a_panel_or_in_an_alert():
+    asked = [
+        q.expr for board in DASHBOARDS.values() for row in board.rows for panel in row.panels for q in panel.queries
+    ]
+    asked.append((Path(__file__).parents[3] / "deploy/prometheus/rules/perennial.yml").read_text("utf-8"))
+    named = {re.sub("_(total|bucket|sum|count)$", "", name) for name in re.findall(r"perennial_(\w+)", " ".join(asked))}
+    unseen = {series.name for series in SERIES} - named
+    assert unseen == set()
 
 
 def test_refusals_in_a_row_are_counted_per_adapter_and_end_with_a_promotion():
@@ -126,26 +142,28 @@ def test_the_headline_age_grows_while_nobody_reports_and_falls_to_zero():
 def test_health_starts_then_stalls_only_while_work_waits_and_nothing_moves():
     clock = Clock()
     metrics = Metrics("learner", Settings.of(stall_s=120), clock=clock)
-    assert metrics.health()[1]["status"] == "starting"
+    assert metrics.health.report().status == "starting"
     metrics.waiting(False)
     clock.now_s += 10_000
-    assert metrics.health() == (True, metrics.health()[1] | {"status": "ok", "work_waits": False})
+    report = metrics.health.report()
+    assert (report.healthy, report.status, report.work_waits) == (True, "ok", False)
     metrics.lag("adapter-jobs", 3)  # an idle role is not blamed for the time before work came
     clock.now_s += 119
-    assert metrics.health()[0]
+    assert metrics.health.report().healthy
     clock.now_s += 1
-    assert metrics.health() == (False, metrics.health()[1] | {"status": "stalled", "lag_events": 3})
+    report = metrics.health.report()
+    assert (report.healthy, report.status, report.lag_events) == (False, "stalled", 3)
     metrics.lag("adapter-jobs", 4)  # more work is not progress
-    assert not metrics.health()[0]
+    assert not metrics.health.report().healthy
     metrics.progress()
-    assert metrics.health()[0]
+    assert metrics.health.report().healthy
     clock.now_s += 121
-    assert not metrics.health()[0]
+    assert not metrics.health.report().healthy
     metrics.lag("adapter-jobs", 0)
-    assert metrics.health()[0]
+    assert metrics.health.report().healthy
     metrics.waiting(True)
     clock.now_s += 121
-    assert not metrics.health()[0]
+    assert not metrics.health.report().healthy
 
 
 def test_the_server_answers_its_two_paths_and_nothing_else():
@@ -162,7 +180,10 @@ def test_the_server_answers_its_two_paths_and_nothing_else():
         metrics.waiting(True)
         clock.now_s += 5
         status, body, _ = get(server.port, "/healthz")
-        assert (status, orjson.loads(body)["status"]) == (503, "stalled")
+        assert (status, orjson.loads(body)) == (503, {
+            "status": "stalled", "role": "scorer", "work_waits": True, "lag_events": 0, "seconds_without_progress": 5.0,
+            "stall_s": 5.0,
+        })  # fmt: skip
         assert get(server.port, "/metrics", "HEAD")[:2] == (200, b"")
         assert get(server.port, "/metrics/../etc")[0] == 404
         assert get(server.port, "/")[0] == 404
