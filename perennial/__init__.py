@@ -14,9 +14,11 @@ if TYPE_CHECKING:
     from perennial.learner.serving.peft_backend import PeftBackend as PeftBackend
     from perennial.storage.errors import PerennialError
     from perennial.streams.client.backend import Backend, BackendError
+    from perennial.streams.client.base_publisher import Delivery, PublishError, Receipt
     from perennial.streams.client.directory_backend import DirectoryBackend
-    from perennial.streams.client.publisher import Delivery, Publisher, PublishError, Receipt
+    from perennial.streams.client.publisher import Publisher
     from perennial.streams.client.subscriber import Subscriber, SubscriberError
+    from perennial.streams.client.testing import MemoryBackend
     from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested
     from perennial.streams.settings import Settings, load_settings
 
@@ -30,6 +32,7 @@ __all__ = [
     "DirectoryBackend",
     "DocumentObserved",
     "InteractionObserved",
+    "MemoryBackend",
     "MissingExtraError",
     "PerennialError",
     "PublishError",
@@ -46,16 +49,17 @@ __all__ = [
 _MODULE_OF = {
     "Backend": "streams.client.backend",
     "BackendError": "streams.client.backend",
-    "Delivery": "streams.client.publisher",
+    "Delivery": "streams.client.base_publisher",
     "DirectoryBackend": "streams.client.directory_backend",
     "DocumentObserved": "streams.events.models",
     "InteractionObserved": "streams.events.models",
+    "MemoryBackend": "streams.client.testing",
     "MissingExtraError": "extras",
     "PeftBackend": "learner.serving.peft_backend",
     "PerennialError": "storage.errors",
-    "PublishError": "streams.client.publisher",
+    "PublishError": "streams.client.base_publisher",
     "Publisher": "streams.client.publisher",
-    "Receipt": "streams.client.publisher",
+    "Receipt": "streams.client.base_publisher",
     "RetentionRequested": "streams.events.models",
     "Settings": "streams.settings",
     "Subscriber": "streams.client.subscriber",

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from perennial.storage.errors import NotFoundError, PerennialError
-from perennial.streams.client.publisher import Publisher, Receipt
+from perennial.streams.client.base_publisher import Receipt
+from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.cloudevents import decode
 

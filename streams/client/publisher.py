@@ -1,7 +1,6 @@
-"""The SDK: `Publisher` sends documents and interactions, `Subscriber` puts new adapter versions into a model.
+"""`Publisher` sends documents, interactions and retention requests to Kafka.
 
-Synchronous, thread-safe, small: needs kafka-python and the object store, neither faust nor torch. Owns what is sent;
-what is followed lives in streams/subscriber.py and is part of this module's names.
+Synchronous and thread-safe. Needs kafka-python, and neither Faust nor torch nor librdkafka.
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from hashlib import sha256
-from typing import Any, Self
+from typing import Any
 
 from kafka import KafkaProducer
 from kafka.errors import KafkaError, KafkaTimeoutError
-from pydantic import ValidationError
 
-from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, WireError, encode
-from perennial.streams.events.models import DocumentObserved, Event, InteractionObserved, RetentionRequested
+from perennial.streams.client.base_publisher import BasePublisher, Delivery, PublishError, Receipt
+from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, Encoded
+from perennial.streams.events.models import Event
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
 from perennial.streams.settings import Settings, load_settings
 
@@ -31,36 +27,19 @@ _RECORD_ROOM_BYTES = 64 * 1024
 """Key, headers and framing, above the largest value: the producer's own limit counts them too."""
 
 
-class PublishError(PerennialError):
-    """An event was not published."""
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """Where the broker stored an event: topic with its prefix, partition, offset."""
-
-    topic: str
-    partition: int
-    offset: int
-
-
-class Receipt:
-    """The promise of a delivery: the event is on its way, and `result` waits until the broker has it."""
-
+class _KafkaReceipt(Receipt):
     def __init__(self, future: Any, event_id: str, retired: threading.Event) -> None:
+        super().__init__(event_id)
         self._future = future
         self._retired = retired
-        self.event_id = event_id
 
     @property
     def done(self) -> bool:
-        """Whether it is delivered or has failed."""
         return bool(self._future.is_done)
 
     def result(self, timeout_s: float = 30.0) -> Delivery:
-        """Wait until all in-sync replicas have the event. Raises PublishError where they do not in time."""
         deadline_s = time.monotonic() + timeout_s
-        # A producer that was retired may never end its promises.
+        # The future of a producer that was retired may never be done.
         while not self.done and not self._retired.is_set() and time.monotonic() < deadline_s:
             with suppress(KafkaError):
                 self._future.get(timeout=min(_SLICE_S, max(0.0, deadline_s - time.monotonic())))
@@ -69,20 +48,37 @@ class Receipt:
         except KafkaError as error:
             raise PublishError(
                 "the event was not acknowledged",
-                got=_said(error),
+                got=_describe(error),
                 allowed=f"an acknowledgement within {timeout_s:g} s",
                 remedy="see that the broker runs, then publish it again: a repeat is dropped by its content",
             ) from error
         return Delivery(record.topic, record.partition, record.offset)
 
 
-class Publisher:
-    """Sends events to Kafka: idempotent, acknowledged by all in-sync replicas, as CloudEvents in binary mode.
+class Publisher(BasePublisher):
+    """Publishes events to Kafka as CloudEvents in binary mode: idempotent, acknowledged by all in-sync replicas.
 
-    kafka: host:port[,host:port], by default PERENNIAL_KAFKA. source: the CloudEvents source. timeout_s: the longest
-    that reaching the broker, and each delivery, may take. An event's id is the hash of its content, so that what is
-    sent twice can be dropped. Thread-safe. Use it in a `with` block, or call close(): both say what got lost.
-    Raises SettingsError where no broker is set and PublishError where none answers.
+    An event's id is a hash of its content, so a repeat can be dropped. Use a publisher in a `with` block, or call
+    `close`: both report what was not delivered. Thread-safe.
+
+    The example uses the in-memory double, which has the same methods and needs no broker:
+
+    >>> from perennial.testing import MemoryPublisher as Publisher
+    >>> with Publisher() as publisher:
+    ...     receipt = publisher.document(adapter="acme/support", document_id="faq-7", text="Refunds take two days.")
+    ...     receipt.result(timeout_s=10)
+    Delivery(topic='documents', partition=0, offset=0)
+
+    Args:
+        kafka: Bootstrap servers, `host:port[,host:port]`. Default: PERENNIAL_KAFKA.
+        settings: Settings to use instead of those of the environment.
+        source: The CloudEvents `source` of every event.
+        timeout_s: Longest time that reaching the broker, and each delivery, may take, in seconds.
+        now: The wall clock.
+
+    Raises:
+        SettingsError: No broker is set.
+        PublishError: No broker answers.
     """
 
     def __init__(
@@ -94,11 +90,10 @@ class Publisher:
         timeout_s: float = 10.0,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
+        super().__init__(source, now)
         self._settings = settings or load_settings()
         self._bootstrap = kafka or self._settings.kafka.require_bootstrap()
-        self._source = source
         self._timeout_s = timeout_s
-        self._now = now
         self._lock = threading.Lock()
         self._accepted = self._delivered = 0
         self._first_error: BaseException | None = None
@@ -128,52 +123,12 @@ class Publisher:
     def _unreachable(self, error: BaseException) -> PublishError:
         return PublishError(
             f"no Kafka broker answers at {self._bootstrap}",
-            got=_said(error),
+            got=_describe(error),
             allowed=f"an answer within {self._timeout_s:g} s",
             remedy="start one with `perennial up`, or set PERENNIAL_KAFKA to the host:port of one that runs",
         )
 
-    def document(self, *, adapter: str, document_id: str, text: str, **fields: Any) -> Receipt:
-        """Publish a document that the adapter is to learn; `fields` as in DocumentObserved. Raises PublishError."""
-        return self._publish(DocumentObserved, adapter=adapter, document_id=document_id, text=text, **fields)
-
-    def interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt:
-        """Publish a turn; `fields` (correction, rating, ...) as in InteractionObserved. Raises PublishError."""
-        given = {"adapter": adapter, "interaction_id": interaction_id, "prompt": prompt, "response": response}
-        return self._publish(InteractionObserved, **given, **fields)
-
-    def retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt:
-        """Publish a request to forget or to hold; `fields` as in RetentionRequested. Raises PublishError."""
-        given = {"request_id": request_id, "kind": kind, "adapter": adapter, "requested_by": requested_by}
-        return self._publish(RetentionRequested, **given, **fields)
-
-    def _publish(self, model: type[Event], **fields: Any) -> Receipt:
-        try:
-            return self.publish(model(**fields))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name = ".".join(str(part) for part in first["loc"]) or model.__name__
-            got = first.get("input")
-            raise PublishError(
-                f"{model.type}: {name} is not valid",
-                got=got if isinstance(got, str | int | float | None) else type(got).__name__,
-                allowed=first["msg"],
-                remedy=f"mend {name}; nothing was sent",
-            ) from None
-
-    def publish(self, event: Event) -> Receipt:
-        """Publish an event of any type to the topic of its type. Raises PublishError."""
-        value = event.model_dump_json(by_alias=True).encode()
-        event_id = sha256(f"{event.type}\n".encode() + value).hexdigest()[:32]
-        try:
-            encoded = encode(event, event_id=event_id, source=self._source, occurred_at=self._now())
-        except WireError as error:
-            raise PublishError(
-                f"{event.type}: {error.message}",
-                got=error.got,
-                allowed=error.allowed,
-                remedy=f"{error.remedy}; nothing was sent",
-            ) from error
+    def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:
         topic = self._settings.kafka.topic(event.topic)
         with self._lock:
             if self._closed:
@@ -190,7 +145,7 @@ class Publisher:
             raise self._not_taken(topic, error) from error
         future.add_callback(self._arrived)
         future.add_errback(partial(self._failed, producer))
-        return Receipt(future, event_id, retired)
+        return _KafkaReceipt(future, event_id, retired)
 
     def _not_taken(self, topic: str, error: BaseException) -> PublishError:
         try:
@@ -198,10 +153,14 @@ class Publisher:
         except (KafkaError, ValueError) as unreachable:
             return self._unreachable(unreachable)
         missing = isinstance(error, KafkaTimeoutError)  # the only sign of a topic that is not there
-        remedy = "make the topics with `perennial topics create`" if missing else "mend the topic, publish again"
+        remedy = (
+            "make the topics with `perennial topics create`"
+            if missing
+            else "correct the topic's configuration, then publish again"
+        )
         return PublishError(
             f"the broker did not take an event for topic {topic}",
-            got=_said(error),
+            got=_describe(error),
             allowed=f"a topic that exists, and room for the event within {self._timeout_s:g} s",
             remedy=remedy,
         )
@@ -213,8 +172,8 @@ class Publisher:
     def _failed(self, producer: Any, error: BaseException) -> None:
         """Retire a producer that lost an event; the next event makes a new one.
 
-        Hazard: once a batch in flight has expired, kafka-python 3.0.12 sends nothing more and ends no receipt either.
-        It is closed elsewhere, for this is its own thread.
+        Hazard: once a batch in flight has expired, kafka-python 3.0.12 sends nothing more and completes no future
+        either. The producer is closed in another thread, because this is the producer's own thread.
         """
         with self._lock:
             self._first_error = self._first_error or error
@@ -225,7 +184,14 @@ class Publisher:
         threading.Thread(target=close_producer, args=(producer, 0), name="retired producer", daemon=True).start()
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Wait until everything sent so far is delivered or has failed. Raises PublishError where the time ends."""
+        """Wait until everything that was sent is delivered or has failed.
+
+        Args:
+            timeout_s: Longest wait in seconds. Default: the publisher's `timeout_s`.
+
+        Raises:
+            PublishError: Something is still under way after that time.
+        """
         limit_s = self._timeout_s if timeout_s is None else timeout_s
         with self._lock:
             producer = self._producer
@@ -243,7 +209,11 @@ class Publisher:
             ) from error
 
     def close(self) -> None:
-        """Deliver what is under way and close. Raises PublishError where an event was taken and never delivered."""
+        """Deliver what is under way and close. A second call does nothing.
+
+        Raises:
+            PublishError: At least one event was taken and not delivered.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -261,20 +231,10 @@ class Publisher:
         if missing:
             raise PublishError(
                 f"{missing} of {self._accepted} events were not delivered",
-                got=_said(error) if error else "no acknowledgement in time",
+                got=_describe(error) if error else "no acknowledgement in time",
                 remedy="publish them again: a repeat is dropped by its content",
             ) from error
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.close()
-        else:
-            with suppress(PublishError):  # the error that ended the block is the one to hear of
-                self.close()
-
-
-def _said(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

@@ -13,7 +13,8 @@ from typing import Any
 
 from kafka.errors import KafkaError
 
-from perennial.streams.client.publisher import Publisher, PublishError
+from perennial.streams.client.base_publisher import PublishError
+from perennial.streams.client.publisher import Publisher
 from perennial.streams.events.models import DocumentObserved, Event, InteractionObserved, RetentionRequested, Selector
 from perennial.streams.settings import Settings
 from tests.integration.test_exactly_once import WORDS

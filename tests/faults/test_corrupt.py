@@ -23,13 +23,13 @@ from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.kafka.topics import provision
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
+from perennial.testing import MemoryBackend
 from tests import jobs
 from tests.faults import parts
 from tests.faults.report import Row
 from tests.integration.learner import learner_kit as kit
 from tests.services import start_minio
 from tests.unit.learner.test_versions import ADAPTER, documents, lineage, now
-from tests.versions import MemoryBackend
 
 FLIPS = 1000
 

@@ -22,13 +22,15 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.registry import Registry
-from perennial.streams.client.publisher import Publisher, PublishError, Receipt
+from perennial.streams.client.base_publisher import PublishError, Receipt
+from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
 from perennial.streams.devstack.supervisor import Supervisor
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
+from perennial.testing import MemoryBackend
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row
@@ -36,7 +38,6 @@ from tests.integration.learner import learner_kit as kit
 from tests.integration.test_exactly_once import ADAPTERS, small_settings, text
 from tests.oracle import account
 from tests.services import minio_binary, missing_service
-from tests.versions import MemoryBackend
 
 pytestmark = [
     pytest.mark.xdist_group("outage"),

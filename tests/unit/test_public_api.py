@@ -13,6 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 import perennial
+from perennial import testing
 from perennial.extras import EXTRAS, MissingExtraError, extra_of, require_extra
 from perennial.storage.errors import PerennialError
 
@@ -37,6 +38,20 @@ DocumentObserved(*, adapter, document_id, text, source=..., domain=..., subjects
 DocumentObserved.key(self) -> str
 InteractionObserved(*, adapter, interaction_id, prompt, response, correction=..., rating=..., subjects=..., retention_class=..., expires_at=..., observed_at=...) -> None
 InteractionObserved.key(self) -> str
+MemoryBackend(base_sha256: str | None = None) -> None
+MemoryBackend.activate(self, name: str) -> None
+MemoryBackend.drain(self, name: str, timeout_s: float) -> bool
+MemoryBackend.list(self) -> list[str]
+MemoryBackend.load(self, name: str, weights: bytes, manifest: Manifest | None) -> None
+MemoryBackend.unload(self, name: str) -> None
+MemoryBackend.warm(self, name: str) -> None
+MemoryPublisher(*, topic_prefix: str = , source: str = perennial-sdk, now: Callable[[], datetime] = ...) -> None
+MemoryPublisher.close(self) -> None
+MemoryPublisher.document(self, *, adapter: str, document_id: str, text: str, **fields: Any) -> Receipt
+MemoryPublisher.flush(self, timeout_s: float | None = None) -> None
+MemoryPublisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt
+MemoryPublisher.publish(self, event: Event) -> Receipt
+MemoryPublisher.retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt
 MissingExtraError(PerennialError, ImportError)
 PeftBackend(base: Base, config: LoraConfig, *, slots: int = 2, lock: AbstractContextManager[Any] | None = None) -> None
 PeftBackend.activate(self, name: str) -> None
@@ -59,7 +74,7 @@ Publisher.flush(self, timeout_s: float | None = None) -> None
 Publisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt
 Publisher.publish(self, event: Event) -> Receipt
 Publisher.retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt
-Receipt(future: Any, event_id: str, retired: threading.Event) -> None
+Receipt(event_id: str) -> None
 Receipt.done -> bool
 Receipt.result(self, timeout_s: float = 30.0) -> Delivery
 RetentionRequested(*, request_id, kind, adapter, selector=..., superseded_by=..., half_life=..., time_to_live=..., assurance=..., requested_by, reason=..., due_at=...) -> None
@@ -78,12 +93,16 @@ Subscriber.wait_for(self, generation: int, timeout_s: float) -> bool
 SubscriberError(PerennialError)
 __version__: str
 load_settings(**values: Any) -> Settings
+publish_version(store: str | ObjectStore, adapter: str, *, weights: bytes | None = None, alias: str = live, base_sha256: str = sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb) -> str
+small_weights(seed: int = 0, rank: int = 2) -> bytes
 """
 
 
 def public_lines() -> Iterator[str]:
-    for name in sorted([*perennial.__all__, "PeftBackend"]):
-        member = getattr(perennial, name)
+    names = [(perennial, name) for name in (*perennial.__all__, "PeftBackend")]
+    names += [(testing, name) for name in testing.__all__ if name not in perennial.__all__]
+    for module, name in sorted(names, key=lambda pair: pair[1]):
+        member = getattr(module, name)
         if not callable(member):
             yield f"{name}: {type(member).__name__}"
         elif inspect.isclass(member) and issubclass(member, Exception):

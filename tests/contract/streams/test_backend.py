@@ -21,7 +21,8 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import BackendError
 from perennial.streams.client.directory_backend import DirectoryBackend
-from tests.versions import Line, MemoryBackend, safetensors_of
+from perennial.testing import MemoryBackend, small_weights
+from tests.versions import Line
 
 ADAPTER = "acme/support"
 RANK, ALPHA = 4, 8
@@ -75,11 +76,11 @@ def lora_weights(base: Any, count: int) -> list[bytes]:
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     if request.param == "memory":
         memory = MemoryBackend()
-        weights = [safetensors_of(1), safetensors_of(2)]
+        weights = [small_weights(1), small_weights(2)]
         yield Case(memory, versions_of(tmp_path, weights, "sha256:" + "b" * 64, 2), lambda: memory.active)
     elif request.param == "directory":
         folder = DirectoryBackend(tmp_path / "served")
-        weights = [safetensors_of(1), safetensors_of(2)]
+        weights = [small_weights(1), small_weights(2)]
         yield Case(folder, versions_of(tmp_path, weights, "sha256:" + "b" * 64, 2), lambda: folder.current(ADAPTER))
     else:
         base = request.getfixturevalue("base")
@@ -156,8 +157,6 @@ def test_many_swaps_leave_one_version(case: Case):
 
 
 def test_what_is_not_held_cannot_be_served(case: Case):
-    if isinstance(case.backend, MemoryBackend):
-        pytest.skip("the twin holds no rules")
     backend, (one, two) = case.backend, case.versions
     backend.load(*one)
     backend.activate(one[0])
@@ -168,8 +167,6 @@ def test_what_is_not_held_cannot_be_served(case: Case):
 
 
 def test_weights_that_are_no_safetensors_change_nothing(case: Case):
-    if isinstance(case.backend, MemoryBackend):
-        pytest.skip("the twin holds no rules")
     backend, (one, two) = case.backend, case.versions
     backend.load(*one)
     backend.activate(one[0])
@@ -228,7 +225,7 @@ def _base_loss(backend: PeftBackend, text: str) -> float:
 
 
 def test_a_folder_outlives_its_process_and_mends_what_was_damaged(tmp_path: Path):
-    versions = versions_of(tmp_path, [safetensors_of(1), safetensors_of(2)], "sha256:" + "b" * 64, 2)
+    versions = versions_of(tmp_path, [small_weights(1), small_weights(2)], "sha256:" + "b" * 64, 2)
     (one, two), path = versions, tmp_path / "served"
     backend = DirectoryBackend(path)
     backend.load(*one)
@@ -247,7 +244,7 @@ def test_a_folder_outlives_its_process_and_mends_what_was_damaged(tmp_path: Path
 
 
 def test_aliases_and_adapters_within_adapters_do_not_meet_in_a_folder(tmp_path: Path):
-    one, two = versions_of(tmp_path, [safetensors_of(1), safetensors_of(2)], "sha256:" + "b" * 64, 2)
+    one, two = versions_of(tmp_path, [small_weights(1), small_weights(2)], "sha256:" + "b" * 64, 2)
     backend = DirectoryBackend(tmp_path / "served")
     live, canary = one[0], f"{ADAPTER}#canary@{one[0][-64:]}"
     inner, named_like_ours = f"{ADAPTER}/live.json@{two[0][-64:]}", f"{ADAPTER}/{'a' * 64}@{two[0][-64:]}"
@@ -269,7 +266,7 @@ def test_aliases_and_adapters_within_adapters_do_not_meet_in_a_folder(tmp_path: 
     ["", "acme", f"../up@{'0' * 64}", f"acme@{'0' * 63}", f"/abs@{'0' * 64}", f"a/../b@{'0' * 64}"],
 )
 def test_a_folder_takes_no_name_that_leads_out_of_it(tmp_path: Path, name: str):
-    _, weights, manifest = versions_of(tmp_path, [safetensors_of(1)], "sha256:" + "b" * 64, 2)[0]
+    _, weights, manifest = versions_of(tmp_path, [small_weights(1)], "sha256:" + "b" * 64, 2)[0]
     backend = DirectoryBackend(tmp_path / "served")
     for call in (lambda: backend.load(name, weights, manifest), lambda: backend.unload(name)):
         with pytest.raises(BackendError, match="name"):
@@ -279,7 +276,7 @@ def test_a_folder_takes_no_name_that_leads_out_of_it(tmp_path: Path, name: str):
 def test_a_folder_whose_deletion_was_cut_off_is_still_listed_until_it_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    (one,) = versions_of(tmp_path, [safetensors_of(1)], "sha256:" + "b" * 64, 2)
+    (one,) = versions_of(tmp_path, [small_weights(1)], "sha256:" + "b" * 64, 2)
     backend = DirectoryBackend(tmp_path / "served")
     backend.load(*one)
     backend.activate(one[0])
@@ -300,7 +297,7 @@ def test_a_folder_whose_deletion_was_cut_off_is_still_listed_until_it_is_gone(
 
 
 def test_a_folder_keeps_a_version_for_its_grace_time(tmp_path: Path):
-    one, two = versions_of(tmp_path, [safetensors_of(1), safetensors_of(2)], "sha256:" + "b" * 64, 2)
+    one, two = versions_of(tmp_path, [small_weights(1), small_weights(2)], "sha256:" + "b" * 64, 2)
     now = [100.0]
     backend = DirectoryBackend(tmp_path / "served", grace_s=30, clock=lambda: now[0])
     for version in (one, two):
@@ -347,7 +344,7 @@ def test_another_rank_alpha_or_base_is_refused(tmp_path: Path, base: Any):
             with pytest.raises(BackendError, match="rank"):
                 backend.load(name, weights, manifest.model_copy(update=wrong))
         with pytest.raises(PerennialError):
-            backend.load(name, safetensors_of(1), manifest)
+            backend.load(name, small_weights(1), manifest)
         assert backend.list() == []
     finally:
         backend.close()

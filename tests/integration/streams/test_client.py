@@ -18,8 +18,9 @@ from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import StoredObject
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState
+from perennial.streams.client.base_publisher import PublishError
 from perennial.streams.client.directory_backend import DirectoryBackend
-from perennial.streams.client.publisher import Publisher, PublishError
+from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events import cloudevents as wire
 from perennial.streams.events.models import (
@@ -33,7 +34,8 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
-from tests.versions import Line, MemoryBackend, safetensors_of
+from perennial.testing import MemoryBackend, small_weights
+from tests.versions import Line
 
 ADAPTER = "acme/support"
 NEVER_S = 3600.0
@@ -297,7 +299,7 @@ def test_damaged_weights_are_refused_and_said(settings: Settings, line: Line, an
         bad = line.publish()
         key = blob_key(line.registry.manifest(ADAPTER, bad.version).weights.digest)
         stored = line.store.get(key)
-        line.store.compare_and_swap(key, safetensors_of(10_000), stored.etag)
+        line.store.compare_and_swap(key, small_weights(10_000), stored.etag)
         announce(line, bad)
         until(lambda: any(isinstance(e.event, AdapterFailed) for _, e in everything(settings, "adapter-acks")))
         assert backend.active == subscriber.name_of(good.version)

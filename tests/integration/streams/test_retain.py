@@ -39,7 +39,8 @@ from perennial.streams.kafka.topics import provision
 from perennial.streams.retain.state_machine import job_id_of
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
-from tests.versions import Line, safetensors_of
+from perennial.testing import small_weights
+from tests.versions import Line
 
 RUN = """
 import signal, threading
@@ -106,7 +107,7 @@ class Bench:
         head = line.registry.head(ADAPTER)
         body = Batch(adapter=ADAPTER, cut=head.seq if head else 0, examples=list(examples), skipped=[])
         data = body.model_dump_json(by_alias=True).encode()
-        weights = safetensors_of(head.seq + 1 if head else 1)
+        weights = small_weights(head.seq + 1 if head else 1)
         learned = [
             LearnedExample(
                 example_id=e.example_id, partition=e.origin.partition_key(), offset=e.origin.offset, tokens=3

@@ -17,7 +17,8 @@ from perennial.streams.cli.forget import meaning, selector_of, show_plan
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
 from perennial.streams.retain.ledger import RequestRecord
 from perennial.streams.settings import SettingsError
-from tests.versions import Line, safetensors_of
+from perennial.testing import small_weights
+from tests.versions import Line
 
 ADAPTER = "acme/support"
 
@@ -37,7 +38,7 @@ def learn(line: Line, *examples: ExampleAccepted, outcome: str = "promoted") -> 
     head = line.registry.head(ADAPTER)
     cut = head.seq if head else 0
     data = Batch(adapter=ADAPTER, cut=cut, examples=list(examples), skipped=[]).model_dump_json().encode()
-    weights = safetensors_of(cut + 1)
+    weights = small_weights(cut + 1)
     learned = [
         LearnedExample(example_id=e.example_id, partition=e.origin.partition_key(), offset=e.origin.offset, tokens=3)
         for e in examples

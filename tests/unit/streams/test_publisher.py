@@ -17,11 +17,13 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import StoredObject
 from perennial.storage.registry.registry import AliasState
-from perennial.streams.client.publisher import Publisher, PublishError
+from perennial.streams.client.base_publisher import PublishError
+from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber, SubscriberError
 from perennial.streams.events.models import AdapterActivated, AdapterFailed
 from perennial.streams.settings import Settings, SettingsError
-from tests.versions import Line, MemoryBackend
+from perennial.testing import MemoryBackend
+from tests.versions import Line
 
 ADAPTER = "acme/support"
 SETTINGS = Settings.of(poll_s=0.05)
@@ -232,7 +234,7 @@ def test_a_backend_that_fails_once_is_tried_again(line: Line, store: FlakyStore)
 
 def test_a_version_of_another_base_is_refused(store: FlakyStore):
     Line(store, ADAPTER, base_sha256="sha256:" + "c" * 64).publish()
-    backend = MemoryBackend()
+    backend = MemoryBackend(base_sha256="sha256:" + "b" * 64)
     with Harness(backend, store) as subscriber:
         until(lambda: subscriber.acks)
         assert backend.calls == []
