@@ -1,1 +1,1 @@
-"""The SDK: publish events, and subscribe to adapter versions. Needs neither Faust nor torch."""
+"""The client library: publish events, and subscribe to adapter versions. Needs neither Faust nor torch."""

@@ -1,4 +1,4 @@
-"""A folder as a backend: versions as PEFT adapter folders, for servers that watch it. Needs no torch."""
+"""`DirectoryBackend` serves versions as PEFT adapter folders, for servers that watch a folder. Needs no torch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,36 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 
 
 class DirectoryBackend:
-    """Versions as PEFT adapter folders, for servers that watch a folder or are told a path.
+    """Writes versions as PEFT adapter folders, for a server that watches a folder or is given a path.
 
-    `<path>/<adapter>/@<64 hex>/` has adapter_model.safetensors, adapter_config.json and manifest.json, and appears
-    whole or not at all; `<path>/<adapter>/@live.json` names the folder to serve and is replaced atomically. (No
-    adapter's own name has an `@`, so none can collide.) base_sha256: the base of the servers, None: any. grace_s: how
-    long a version stays on the disk after another one became live, for servers that still read it.
+    `<path>/<adapter>/@<64 hex>/` has adapter_model.safetensors, adapter_config.json and manifest.json, and appears whole
+    or not at all. `<path>/<adapter>/@live.json` names the folder to serve and is replaced atomically. No adapter name
+    may have an `@` in it, so these names collide with no adapter.
+
+    >>> import tempfile
+    >>> from perennial import DirectoryBackend, Settings, Subscriber
+    >>> from perennial.testing import publish_version
+    >>> store, served = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
+    >>> version = publish_version(store.name, "acme/support")  # a learner does this
+    >>> backend = DirectoryBackend(served.name)
+    >>> settings = Settings.of(poll_s=0.05, kafka="")
+    >>> with Subscriber("acme/support", backend, store=store.name, settings=settings) as subscriber:
+    ...     subscriber.wait_for(generation=1, timeout_s=30)
+    True
+    >>> backend.current("acme/support") == f"acme/support@{version.removeprefix('sha256:')}"
+    True
+    >>> folder = backend.path / "acme/support" / f"@{version.removeprefix('sha256:')}"
+    >>> sorted(file.name for file in folder.iterdir())
+    ['adapter_config.json', 'adapter_model.safetensors', 'manifest.json']
+    >>> store.cleanup(), served.cleanup()
+    (None, None)
+
+    Args:
+        path: The folder; it is made if it does not exist.
+        base_sha256: Digest of the base model of the servers, `sha256:<64 hex>`. None: versions of every base are taken.
+        grace_s: How long a version stays on the disk after another one became active, in seconds, for servers that
+            still read it.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -49,12 +73,23 @@ class DirectoryBackend:
         self._clock = clock
         self._left_at_s: dict[str, float] = {}
         self.path.mkdir(parents=True, exist_ok=True)
-        for left in self.path.glob(f"{_LOADING}*"):  # of a process that was killed; a young one may be at work
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                shutil.rmtree(left, ignore_errors=True)
+        # Folders that a killed process left half written. A young one may belong to a process that is still writing.
+        for unfinished in self.path.glob(f"{_LOADING}*"):
+            if time.time() - unfinished.stat().st_mtime > _STALE_S:
+                shutil.rmtree(unfinished, ignore_errors=True)
 
     def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
-        """Write the version's folder. Raises BackendError, and IntegrityError where the weights are no safetensors."""
+        """Write the folder of a version.
+
+        Args:
+            name: Name of the version, `<adapter>@<64 hex>` or `<adapter>#<alias>@<64 hex>`.
+            weights: The LoRA weights as a safetensors file.
+            manifest: The manifest of the version.
+
+        Raises:
+            BackendError: The name is not a version's name, or the version cannot be written as a PEFT adapter.
+            IntegrityError: The weights are not safetensors.
+        """
         folder = self._folder(name)
         files = {
             "adapter_model.safetensors": weights,
@@ -83,11 +118,19 @@ class DirectoryBackend:
             return False
 
     def warm(self, name: str) -> None:
-        """Nothing to warm here. Raises BackendError where the version is not held."""
+        """Do nothing: a folder needs no warm-up.
+
+        Raises:
+            BackendError: The version is not held.
+        """
         self._require(name)
 
     def activate(self, name: str) -> None:
-        """Point the alias's file at the version."""
+        """Point the file of the alias at the version.
+
+        Raises:
+            BackendError: The version is not held.
+        """
         folder = self._require(name)
         pointer = self._pointer(name)
         before = self._active(pointer)
@@ -99,29 +142,34 @@ class DirectoryBackend:
         if before and before != name:
             self._left_at_s[before] = self._clock()
 
-    def drain(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002 - nobody to wait for
-        """Whether the grace time is over; it is not waited for."""
+    def drain(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002 - it does not wait
+        """Return whether the version's grace time is over, without waiting for it."""
         left_at_s = self._left_at_s.setdefault(name, self._clock())
         return self._clock() - left_at_s >= self._grace_s
 
     def unload(self, name: str) -> None:
-        """Delete the version's folder, and its alias's file first where it points there."""
+        """Delete the folder of the version. If the file of its alias points there, delete that file first."""
         folder, pointer = self._folder(name), self._pointer(name)
         if self._active(pointer) == name:
             pointer.unlink()
             _sync_folder(pointer.parent)
         if folder.exists():
             self._remove(folder)
-        for doomed in folder.parent.glob(f"{_UNLOADING}*/{folder.name}"):  # a process was cut off at it
+        for doomed in folder.parent.glob(
+            f"{_UNLOADING}*/{folder.name}"
+        ):  # a process was killed while it deleted this folder
             shutil.rmtree(doomed.parent)
         self._left_at_s.pop(name, None)
 
     def list(self) -> list[str]:
-        """The names of all complete folders, of every adapter; also of those that are not wholly deleted yet."""
+        """Return the names of all versions that have a folder, of every adapter.
+
+        A folder whose deletion was cut off still counts, so that a subscriber deletes the rest of it.
+        """
         found = set()
         for folder, below, _ in os.walk(self.path):
-            place = Path(folder).relative_to(self.path)
-            adapter = (place.parent if place.name.startswith(_UNLOADING) else place).as_posix()
+            inside = Path(folder).relative_to(self.path)
+            adapter = (inside.parent if inside.name.startswith(_UNLOADING) else inside).as_posix()
             for name in below:
                 alias, _, version = name[1:].rpartition("@")
                 if name.startswith("@") and _HEX.fullmatch(version):
@@ -130,7 +178,15 @@ class DirectoryBackend:
         return sorted(found)
 
     def current(self, adapter: str, alias: str = "live") -> str | None:
-        """The name that the alias's file points at, also after a restart; None where there is no file."""
+        """Return the name of the version that an alias's file points at, also after a restart.
+
+        Args:
+            adapter: Name of the adapter.
+            alias: Name of the alias.
+
+        Returns:
+            The name, or None if there is no such file.
+        """
         return self._active(self.path / adapter / f"@{alias}.json")
 
     def _active(self, pointer: Path) -> str | None:
@@ -162,7 +218,7 @@ class DirectoryBackend:
         return folder
 
     def _remove(self, folder: Path) -> None:
-        # Renamed first: a reader sees the whole folder or none of it.
+        # Rename first, so that a reader sees the whole folder or none of it.
         doomed = Path(tempfile.mkdtemp(prefix=_UNLOADING, dir=folder.parent))
         folder.rename(doomed / folder.name)
         _sync_folder(folder.parent)
@@ -170,9 +226,15 @@ class DirectoryBackend:
 
 
 def adapter_config(weights: bytes, manifest: Manifest) -> bytes:
-    """PEFT's `adapter_config.json` of a version, read off its tensors' names; needs no torch.
+    """Return PEFT's `adapter_config.json` for a version, with the target modules taken from the tensors' names.
 
-    Raises IntegrityError where the weights are no safetensors, BackendError where the manifest does not say alpha.
+    Args:
+        weights: The LoRA weights as a safetensors file with the tensor names of a PEFT adapter file.
+        manifest: The manifest of the version; it gives the base, the rank and alpha.
+
+    Raises:
+        IntegrityError: The weights are not safetensors.
+        BackendError: The manifest names no alpha, or no tensor is named as in a PEFT adapter file.
     """
     check_safetensors(weights)
     (header_bytes,) = struct.unpack_from("<Q", weights)

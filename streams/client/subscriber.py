@@ -61,7 +61,7 @@ class Subscriber:
     >>> store, settings = tempfile.TemporaryDirectory(), Settings.of(poll_s=0.05, kafka="")
     >>> backend = MemoryBackend()
     >>> with Subscriber("acme/support", backend, store=store.name, settings=settings) as subscriber:
-    ...     version = publish_version(store.name, "acme/support")  # in earnest, a learner does this
+    ...     version = publish_version(store.name, "acme/support")  # a learner does this
     ...     subscriber.wait_for(generation=1, timeout_s=30)
     True
     >>> backend.active == subscriber.name_of(version)

@@ -1,6 +1,6 @@
-"""The subscriber's two ends on Kafka: generations heard on adapter-updates, and acknowledgements sent.
+"""A subscriber's two Kafka clients: one reads generations from `adapter-updates`, one sends acknowledgements.
 
-Both come and go with the broker and never raise because of it: a subscriber lives by the object store alone.
+Neither raises an error because of the broker, and both reconnect: a subscriber works with the object store alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ _MAX_PENDING = 64
 
 
 class Updates:
-    """Reads the one partition of an alias in adapter-updates from its beginning, without a group."""
+    """Reads the generations of one alias from `adapter-updates`: one partition, from its beginning, without a group.
+
+    Args:
+        bootstrap: Bootstrap servers; empty: there is no broker.
+        topic: Full name of the topic.
+        key: Record key of the alias, `<adapter>#<alias>`.
+        metrics: Where to count.
+    """
 
     def __init__(self, bootstrap: str, topic: str, key: str, metrics: Metrics) -> None:
         self._bootstrap = bootstrap
@@ -43,7 +50,13 @@ class Updates:
         self._retry_at_s = 0.0
 
     def poll(self, wait_s: float, now_s: float, stop: threading.Event) -> int:
-        """The highest generation heard within the wait; 0: none. Without a broker it only waits."""
+        """Return the highest generation that arrives within a time, or 0. Without a broker, only wait.
+
+        Args:
+            wait_s: How long to wait, in seconds.
+            now_s: Clock time, in seconds, for the pause between attempts to connect.
+            stop: Ends a wait without a broker.
+        """
         try:
             if self._consumer is None or now_s >= self._retry_at_s:
                 self._connect(now_s)
@@ -59,7 +72,7 @@ class Updates:
         return max((self._generation(record) for batch in batches.values() for record in batch), default=0)
 
     def _connect(self, now_s: float) -> None:
-        """Connect, and see whether the topic got more partitions: then the key may have moved."""
+        """Connect, and check whether the topic got more partitions, because then the key may be in another one."""
         if not self._bootstrap or now_s < self._retry_at_s:
             return
         self._retry_at_s = now_s + _RECONNECT_S
@@ -76,7 +89,7 @@ class Updates:
             self._partitions = 0
         partitions = sorted(self._consumer.partitions_for_topic(self._topic))
         if len(partitions) != self._partitions:
-            # Writers are kafka-python and Java clients: both place a key by murmur2.
+            # Learners write with kafka-python, which chooses a key's partition by murmur2 as Java clients do.
             index = (murmur2(self._key) & 0x7FFFFFFF) % len(partitions)
             partition = TopicPartition(self._topic, partitions[index])
             self._consumer.assign([partition])
@@ -97,7 +110,7 @@ class Updates:
         return 0
 
     def close(self) -> None:
-        """Leave the broker."""
+        """Close the connection to the broker."""
         consumer, self._consumer = self._consumer, None
         if consumer is not None:
             with suppress(KafkaError, OSError):
@@ -105,7 +118,15 @@ class Updates:
 
 
 class Acks:
-    """Sends acknowledgements, keeping the last 64 for a broker that comes back: the topic is compacted anyway."""
+    """Sends acknowledgements, and keeps the last 64 while no broker answers.
+
+    Older ones may be dropped, because the topic is compacted and keeps only the last one of each replica anyway.
+
+    Args:
+        bootstrap: Bootstrap servers; empty: there is no broker, and acknowledgements are dropped.
+        topic: Returns the full name of a topic.
+        now: The wall clock.
+    """
 
     def __init__(self, bootstrap: str, topic: Callable[[str], str], now: Callable[[], datetime]) -> None:
         self._bootstrap = bootstrap
@@ -116,12 +137,16 @@ class Acks:
         self._retry_at_s = 0.0
 
     def send(self, ack: AdapterActivated | AdapterFailed) -> None:
-        """Take an acknowledgement; the next tick sends it."""
+        """Put an acknowledgement in the queue; the next `tick` sends it."""
         if self._bootstrap:
             self._pending.append(ack)
 
     def tick(self, now_s: float) -> None:
-        """Send what waits, in order, and keep what the broker does not take."""
+        """Send the queue in order, and keep what the broker does not take.
+
+        Args:
+            now_s: Clock time, in seconds, for the pause between attempts to connect.
+        """
         if not self._pending or now_s < self._retry_at_s:
             return
         try:
@@ -144,16 +169,16 @@ class Acks:
                 sent.get(timeout=_TIMEOUT_MS / 1000)
                 self._pending.popleft()
         except (KafkaError, OSError, ValueError) as error:
-            _log.warning("acknowledgements wait for the broker: %s", error)
+            _log.warning("acknowledgements wait until the broker answers: %s", error)
             self._retry_at_s = now_s + _RECONNECT_S
-            self._leave(0)  # an idempotent producer that lost a record may never take another
+            self._disconnect(0)  # an idempotent producer that lost a record may never take another
 
-    def _leave(self, timeout_s: float) -> None:
+    def _disconnect(self, timeout_s: float) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
             close_producer(producer, timeout_s)
 
     def close(self) -> None:
-        """Send what waits, once, and leave the broker."""
+        """Try once to send the queue, then close the connection to the broker."""
         self.tick(float("inf"))
-        self._leave(1)
+        self._disconnect(1)

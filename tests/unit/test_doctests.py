@@ -8,6 +8,10 @@ import importlib
 import pytest
 
 MODULES = (
+    "perennial.streams.client.directory_backend",
+    "perennial.streams.client.publisher",
+    "perennial.streams.client.subscriber",
+    "perennial.streams.client.testing",
     "perennial.streams.curate.detectors",
     "perennial.streams.curate.drift",
     "perennial.streams.curate.offsets",
