@@ -51,6 +51,9 @@ class ErasureCheck:
     """Tells whether the content of a dead letter was to be forgotten by a request since it was refused.
 
     An adapter's quarantine is read once and kept, so make a new check for every batch.
+
+    Args:
+        store: The object store, which has the quarantines.
     """
 
     def __init__(self, store: ObjectStore) -> None:
@@ -71,7 +74,16 @@ class ErasureCheck:
 
 
 class ProgressStore:
-    """The progress of redrives in the object store."""
+    """The progress of redrives in the object store.
+
+    Args:
+        settings: Name the store, the brokers and the topic prefix.
+
+    Raises:
+        TopicError: The topic `dead-letters` does not exist.
+        KafkaUnavailableError: Kafka does not answer.
+        SettingsError: No brokers or no store are set.
+    """
 
     def __init__(self, settings: Settings) -> None:
         topic = settings.kafka.topic(TOPIC)
@@ -81,7 +93,11 @@ class ProgressStore:
         self._etag: str | None = None
 
     def load(self) -> dict[int, RedriveProgress]:
-        """Return the progress by partition."""
+        """Return the progress by partition; empty where none is stored.
+
+        Raises:
+            DeadLetterError: The stored progress cannot be read.
+        """
         try:
             stored = self.store.get(self._key)
         except NotFoundError:
@@ -91,7 +107,14 @@ class ProgressStore:
         return load_progress(stored.data, self._topic_id)
 
     def save(self, progress: Mapping[int, RedriveProgress]) -> None:
-        """Replace the progress that was loaded; raise DeadLetterError where another redrive has replaced it."""
+        """Replace the progress that was loaded.
+
+        Args:
+            progress: The progress by partition.
+
+        Raises:
+            DeadLetterError: Another redrive has replaced it since it was loaded.
+        """
         data = dump_progress(self._topic_id, progress)
         try:
             self._etag = self.store.compare_and_swap(self._key, data, self._etag)

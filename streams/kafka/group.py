@@ -92,8 +92,8 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
                 group_id=settings.kafka.topic(group),
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
-                # An eager protocol: on_partitions_assigned then names every partition of this member, so that the
-                # ones that were taken away are known by their absence.
+                # The range assignor is an eager protocol: on_partitions_assigned then names every partition of this
+                # member, and those missing from it were taken away.
                 partition_assignment_strategy=[RangePartitionAssignor],
                 max_poll_records=max_records,
                 session_timeout_ms=SESSION_TIMEOUT_MS,
@@ -131,7 +131,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         """Return the records that arrive within the time, and keep the membership in the group.
 
         Args:
-            timeout_s: Seconds to wait for records. While the group rebalances, up to one second longer.
+            timeout_s: Seconds to wait for records; at least one second while the group rebalances.
 
         Returns:
             Records in the order of their offsets within each partition.
