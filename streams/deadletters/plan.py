@@ -1,4 +1,4 @@
-"""What a redrive does with dead letters: which are sent back and as what, and which were handled already. No I/O.
+"""Plan a redrive: which dead letters are sent back, in which form, and which were handled already. No I/O.
 
 Sending a dead letter back to the topic that it came from is called a redrive. Progress is kept per dead letter, as
 ranges of offsets, so that redrives with different filters never send the same one twice. `redrive.py` does the I/O.
@@ -21,7 +21,7 @@ from perennial.streams.events.cloudevents import REDRIVES_HEADER
 from perennial.streams.events.models import DEFAULT_TYPES
 
 STATE_PREFIX = "state/replay/topic="
-"""Object keys of the progress begin with this."""
+"""Prefix of the object keys under which progress is stored."""
 REDRIVABLE_TOPICS = tuple(DEFAULT_TYPES)
 """The topics of outside producers. The project's own topics are ordered by high-water marks: their readers would drop a
 record that comes back late."""
@@ -29,7 +29,7 @@ record that comes back late."""
 _MAX_KINDS = 200
 
 State = Literal["waiting", "replayed", "quarantined", "erased", "inside", "cut", "unreadable"]
-"""What a redrive makes of a dead letter.
+"""The state of a dead letter, as a redrive sees it.
 
 waiting: would be sent. replayed: was sent by an earlier redrive. quarantined: was refused again after the most redrives
 allowed. erased: its content was to be forgotten by a request since it was refused. inside: comes from a topic that the
@@ -40,11 +40,11 @@ project itself writes. cut: was too large to be kept whole. unreadable: was not 
 _CUT = re.compile(
     r"(\d+ headers of \d+ bytes were cut; )?the value of \d+ bytes was cut; |\d+ headers of \d+ bytes were cut; "
 )
-"""How the detail of a dead letter begins that was too large to be kept whole."""
+"""Matches the beginning of the detail of a dead letter that was too large to be kept whole."""
 
 
 def redrive_state(record: DeadLetterRecord, *, handled: bool, max_redrives: int) -> State:
-    """Return what a redrive makes of a dead letter, requests to forget aside.
+    """Return the state of a dead letter. Requests to forget are not considered; `plan_redrive` does that.
 
     Args:
         record: The dead letter.
