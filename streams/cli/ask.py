@@ -14,7 +14,7 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import get_blob
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.cli.tables import shown_version
+from perennial.streams.cli.tables import at_terminal, shown_version
 from perennial.streams.devstack.discovery import connected_settings
 
 
@@ -59,7 +59,7 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
         return 0
     console = Console(highlight=False)
     name = f"{adapter} @ {shown_version(alias.version, console)}"
-    if console.is_terminal:
+    if at_terminal(console):
         console.print(Text(name), soft_wrap=True)
         panels = [
             Panel(escape(plain), title="frozen base", width=56),

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from perennial.streams.cli.flow import GROUPS, AdapterStatus, FlowReader, FlowSnapshot
-from perennial.streams.cli.tables import Column, Row, layout, plain, print_table, short_version
+from perennial.streams.cli.tables import Column, Row, at_terminal, layout, plain, print_table, short_version
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.topics import TOPICS
 
@@ -68,7 +68,7 @@ def watch_status(*, every_s: float, times: int) -> int:
     before: FlowSnapshot | None = None
     taken = 0
     # In a pipe every reading is printed below the one before: a live display would print only the last.
-    display = Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext()
+    display = Live(console=console, auto_refresh=False) if at_terminal(console) else nullcontext()
     with FlowReader(connected_settings()) as reader, display as live:
         try:
             while not times or taken < times:

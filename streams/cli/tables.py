@@ -64,9 +64,14 @@ def short_time(iso: str) -> str:
     return head + tail.lstrip("0123456789") if dot else iso
 
 
+def at_terminal(console: Console) -> bool:
+    """Return True where the console prints to a terminal; FORCE_COLOR does not make one of a pipe."""
+    return console.file.isatty()
+
+
 def shown_version(version: str | None, console: Console) -> str:
     """Return a version for a message: twelve hex digits at a terminal, the full id elsewhere."""
-    return short_version(version) if console.is_terminal else version or "-"
+    return short_version(version) if at_terminal(console) else version or "-"
 
 
 def printable(text: str) -> str:
@@ -86,7 +91,7 @@ def print_table(
         console: Where to print; standard output by default.
     """
     console = console or Console()
-    if not console.is_terminal:
+    if not at_terminal(console):
         print(plain(columns, rows, title=title), file=console.file)
         return
     shown = layout(columns, rows, width=console.width, title=title)

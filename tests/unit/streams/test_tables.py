@@ -22,13 +22,19 @@ COLUMNS = (
 )
 
 
+class Terminal(io.StringIO):
+    """Text in memory that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
 def rendered(
     rows: list[tuple[str | Text, ...]], *, width: int, terminal: bool, columns: tuple[Column, ...] = COLUMNS
 ) -> str:
-    console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None)
-    print_table(columns, rows, title="adapters", console=console)
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
+    file = Terminal() if terminal else io.StringIO()
+    print_table(columns, rows, title="adapters", console=Console(file=file, width=width, color_system=None))
+    return file.getvalue()
 
 
 @pytest.mark.parametrize("width", [200, 80, 40])
@@ -67,6 +73,7 @@ def test_rows_become_blocks_where_no_table_fits() -> None:
 @pytest.mark.parametrize("columns", ["20", "80"])
 def test_a_pipe_has_every_column_in_full_and_no_lines_drawn(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("FORCE_COLOR", "1")
     shown = rendered([(ADAPTER, VERSION, "12", REASON), ("b", "", "7", Text("x", "red"))], width=20, terminal=False)
     title, header, first, second = shown.splitlines()
     assert title == "adapters"
@@ -97,10 +104,10 @@ def test_square_brackets_are_text_and_not_markup() -> None:
 
 def test_facts_are_not_cut_at_any_width() -> None:
     for terminal in (True, False):
-        console = Console(file=io.StringIO(), width=20, force_terminal=terminal, color_system=None)
+        file = Terminal() if terminal else io.StringIO()
+        console = Console(file=file, width=20, color_system=None)
         print_facts({"version": VERSION, "long name": Text(ADAPTER, "red")}, console=console)
-        assert isinstance(console.file, io.StringIO)
-        assert console.file.getvalue() == f"version    {VERSION}\nlong name  {ADAPTER}\n"
+        assert file.getvalue() == f"version    {VERSION}\nlong name  {ADAPTER}\n"
 
 
 def test_short_forms() -> None:
