@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,3 +124,13 @@ def start_minio(tmp: Path) -> MinioServer:
             time.sleep(0.1)
     server.stop()
     pytest.fail(f"minio did not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+@contextmanager
+def sigint_ignored() -> Iterator[None]:
+    """Let processes that are started inside inherit an ignored SIGINT, as from a shell without job control."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

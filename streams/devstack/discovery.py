@@ -1,4 +1,4 @@
-"""How a command finds what `perennial up` runs: a small file in the data folder, and who wrote it."""
+"""Find a running `perennial up` through a small file that it writes into its data folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ def _path(data_dir: Path) -> Path:
 
 
 def announce(data_dir: Path, **facts: object) -> None:
-    """Write what runs, for other commands to find."""
+    """Write what runs, so that other commands find it.
+
+    Args:
+        data_dir: data folder of this `perennial up`.
+        **facts: addresses and ports, by the names that `running` returns.
+    """
     data_dir.mkdir(parents=True, exist_ok=True)
     temporary = _path(data_dir).with_suffix(".tmp")
     temporary.write_text(json.dumps({"pid": os.getpid(), **facts}), encoding="utf-8")
@@ -23,12 +28,12 @@ def announce(data_dir: Path, **facts: object) -> None:
 
 
 def withdraw(data_dir: Path) -> None:
-    """Remove the file again."""
+    """Remove the file that `announce` wrote."""
     _path(data_dir).unlink(missing_ok=True)
 
 
 def running(data_dir: Path) -> dict[str, object] | None:
-    """What `perennial up` announced in this data folder, None where it does not run (any more)."""
+    """Return what `perennial up` announced in this data folder, or None where it does not run."""
     try:
         facts: dict[str, object] = json.loads(_path(data_dir).read_text("utf-8"))
         pid = facts["pid"]
@@ -41,7 +46,14 @@ def running(data_dir: Path) -> dict[str, object] | None:
 
 
 def connected_settings(**overrides: object) -> Settings:
-    """Settings, with broker and store of a running `perennial up` where none are set."""
+    """Load the settings, with broker and store of a running `perennial up` where none are set.
+
+    Args:
+        **overrides: settings by their flat names.
+
+    Raises:
+        SettingsError: a setting is not usable.
+    """
     settings = load_settings(**overrides)
     if settings.kafka.bootstrap and settings.store.uri:
         return settings
@@ -58,7 +70,7 @@ def connected_settings(**overrides: object) -> Settings:
 
 
 def _s3_variables(announced: object) -> dict[str, str]:
-    """Return the variables that reach the server of a running `perennial up`; its keys are in files that they name."""
+    """Return the variables that lead to the MinIO of a running `perennial up`. They name the files with its keys."""
     return {
         str(name): value
         for name, value in (announced.items() if isinstance(announced, dict) else ())

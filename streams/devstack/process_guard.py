@@ -1,15 +1,15 @@
-"""Owns the life of one child process: ends it when its owner dies. A script of the standard library alone.
+"""End a child process when its owner dies. A script that imports only the standard library.
 
-Run as `python -I -S broker_supervisor.py OWNER_PID GRACE_S LOCK_FD REMOVE COMMAND...`: starts COMMAND, writes
-its pid as one line to standard output, and then ends it (SIGTERM, after GRACE_S seconds SIGKILL) on SIGTERM,
-SIGINT or SIGHUP or once OWNER_PID is gone; in that last case the folder REMOVE is deleted too, unless REMOVE
-is empty.
+Run as `python -I -S process_guard.py OWNER_PID GRACE_S LOCK_FD REMOVE COMMAND...`. The guard starts COMMAND and writes
+its process id as one line to standard output. It ends COMMAND (SIGTERM, after GRACE_S seconds SIGKILL) on SIGTERM,
+SIGINT or SIGHUP, or once the process OWNER_PID is gone; in that last case it also deletes the folder REMOVE, unless
+REMOVE is empty.
 
-Why a process of its own: on Linux PR_SET_PDEATHSIG fires when the *thread* that forked ends, so a broker
-started from a short-lived thread would be killed while its owner lives. Here the only thread that forks is
-the one that waits; the owner itself is watched by pid, which also works where there is no such signal. The
-command gets PR_SET_PDEATHSIG all the same, so that it does not outlive a supervisor that was itself killed.
-LOCK_FD is handed to the command: the lock on its data folder is free exactly when the command is gone.
+Why a process of its own: on Linux PR_SET_PDEATHSIG fires when the *thread* that forked ends, so a broker started from a
+short-lived thread would be killed while its owner lives. The guard forks from its only thread, and watches the owner by
+process id, which also works where there is no such signal. COMMAND gets PR_SET_PDEATHSIG too, so that it does not
+outlive a guard that was itself killed. COMMAND inherits LOCK_FD: the lock on its data folder is free exactly when
+COMMAND has ended.
 """
 
 from __future__ import annotations
@@ -27,10 +27,18 @@ from pathlib import Path
 
 POLL_S = 0.5
 PR_SET_PDEATHSIG = 1
+_WAKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command to its end and return its exit status (128 + n where signal n ended it)."""
+    """Run the command to its end.
+
+    Args:
+        arguments: OWNER_PID, GRACE_S, LOCK_FD, REMOVE and the command, as the module's docstring says.
+
+    Returns:
+        The command's exit status; 128 + n where signal n ended it.
+    """
     owner, grace_s, lock_fd, remove = int(arguments[0]), float(arguments[1]), int(arguments[2]), arguments[3]
     born = start_time(owner)
     wake = _wake_on_signals()
@@ -43,15 +51,15 @@ def main(arguments: list[str]) -> int:
     )
     os.write(1, b"%d\n" % child.pid)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader sees the end of the pipe
-    asked: set[int] = set()
+    signals: set[int] = set()
     deadline: float | None = None
     orphaned = False
     while child.poll() is None:
         readable, _, _ = select.select([wake], [], [], POLL_S)
         if readable:
-            asked |= set(os.read(wake, 64)) - {signal.SIGCHLD}
+            signals |= set(os.read(wake, 64)) - {signal.SIGCHLD}
         orphaned = orphaned or not alive(owner, born)
-        if deadline is None and (asked or orphaned):
+        if deadline is None and (signals or orphaned):
             child.terminate()
             deadline = time.monotonic() + grace_s
         elif deadline is not None and time.monotonic() > deadline:
@@ -62,9 +70,11 @@ def main(arguments: list[str]) -> int:
 
 
 def alive(pid: int, born: str | None) -> bool:
-    """Whether that very process still runs: neither gone, nor a zombie, nor its pid given to another.
+    """Return whether a process still runs: it has not ended, is no zombie, and its id was not given to another.
 
-    born: its start_time() where that was known.
+    Args:
+        pid: process id.
+        born: the process's `start_time`; None where it is not known.
     """
     if os.getppid() == pid:
         return True
@@ -81,7 +91,7 @@ def alive(pid: int, born: str | None) -> bool:
 
 
 def start_time(pid: int) -> str | None:
-    """A live process's start time in ticks since boot (proc(5), field 22); None: no process, or no /proc."""
+    """Return a live process's start time in ticks since boot (proc(5), field 22); None without process or /proc."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="latin-1").rpartition(")")[2].split()
     except OSError:
@@ -90,22 +100,24 @@ def start_time(pid: int) -> str | None:
 
 
 def _wake_on_signals() -> int:
+    """Return a pipe that becomes readable on a signal, also on one that this process inherited as ignored or blocked."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, lambda *_: None)
+    for number in _WAKING:
+        signal.signal(number, lambda *_: None)  # COMMAND gets the system's own handling: exec resets handlers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _WAKING)
     return reader
 
 
-def _die_with(supervisor: int) -> Callable[[], None] | None:
+def _die_with(guard: int) -> Callable[[], None] | None:
     if not sys.platform.startswith("linux"):
         return None
     libc = ctypes.CDLL(None)
 
     def ask() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != supervisor:  # it died before the request
+        if os.getppid() != guard:  # the guard died before the request
             os._exit(1)
 
     return ask

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.usefixtures("broker_jars")
 
 OWNER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 broker = EmbeddedBroker(Path(sys.argv[1]) if sys.argv[1] else None).start()
 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from perennial.streams.devstack import kafka_jars as broker_jars
-from perennial.streams.devstack import process_guard as broker_supervisor
+from perennial.streams.devstack import kafka_jars, process_guard
+from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
+from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
 from perennial.streams.devstack.kafka_config import log_tail, new_cluster_id, render_properties, server_properties
+from tests.services import sigint_ignored
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return broker_jars.kafka_home()
+    return kafka_jars.kafka_home()
 
 
 def fill(home: Path) -> list[Path]:
@@ -28,7 +31,7 @@ def fill(home: Path) -> list[Path]:
     jars.mkdir(parents=True)
     (jars / "a.jar").write_bytes(b"12345")
     (jars / "b.jar").write_bytes(b"123")
-    listed = {"schema": 1, "artifact": broker_jars.KAFKA_ARTIFACT, "jars": {"a.jar": 5, "b.jar": 3}}
+    listed = {"schema": 1, "artifact": kafka_jars.KAFKA_ARTIFACT, "jars": {"a.jar": 5, "b.jar": 3}}
     (home / "classpath.json").write_text(json.dumps(listed))
     return [jars / "a.jar", jars / "b.jar"]
 
@@ -102,10 +105,10 @@ def test_a_damaged_cache_is_not_used(cache: Path, damage: str):
             (cache / "jars" / "b.jar").write_bytes(b"1")
         case "version":
             listed = (cache / "classpath.json").read_text()
-            (cache / "classpath.json").write_text(listed.replace(broker_jars.KAFKA_VERSION, "3.9.0"))
+            (cache / "classpath.json").write_text(listed.replace(kafka_jars.KAFKA_VERSION, "3.9.0"))
         case _:
             (cache / "classpath.json").write_text('{"schema":1}')
-    assert broker_jars.read_classpath(cache) is None
+    assert kafka_jars.read_classpath(cache) is None
 
 
 def test_no_jars_and_no_network_is_an_error_with_remedies(cache: Path, monkeypatch: pytest.MonkeyPatch):
@@ -130,64 +133,59 @@ def test_a_cache_that_cannot_be_written_is_an_error_with_remedies(tmp_path: Path
 
 
 def test_the_lock_names_the_process_that_holds_the_folder(tmp_path: Path):
-    from perennial.streams.devstack.kafka_broker import _take_lock
-
-    held = _take_lock(tmp_path)
+    held = lock_folder(tmp_path / "lock")
     os.pwrite(held, b"4711", 0)
-    with pytest.raises(BrokerError, match="process 4711"):
-        _take_lock(tmp_path)
+    with pytest.raises(FolderLockedError) as caught:
+        lock_folder(tmp_path / "lock", wait_s=0.2)
+    assert caught.value.got == "process 4711"
     os.close(held)
-    os.close(_take_lock(tmp_path))  # what the file still says does not hold the folder
+    os.close(lock_folder(tmp_path / "lock"))  # what the file still says does not hold the folder
 
 
-def supervise(owner: int, remove: Path | str, *command: str) -> subprocess.Popen[bytes]:
+def guard(folder: Path, *command: str, owner: int | None = None, remove: Path | None = None):
     lock = os.open(os.devnull, os.O_RDONLY)
     try:
-        return subprocess.Popen(
-            [
-                sys.executable,
-                "-I",
-                "-S",
-                broker_supervisor.__file__,
-                str(owner),
-                "5",
-                str(lock),
-                str(remove),
-                *command,
-            ],
-            stdout=subprocess.PIPE,
-            pass_fds=(lock,),
+        return start_guarded(
+            command, log_path=folder / "log", folder=folder, lock=lock, grace_s=5, owner_pid=owner, remove=remove
         )
     finally:
         os.close(lock)
 
 
-def test_the_supervisor_reports_the_pid_and_passes_the_exit_status_on():
-    with supervise(os.getpid(), "", sys.executable, "-c", "raise SystemExit(7)") as supervisor:
-        assert supervisor.stdout is not None
-        assert int(supervisor.stdout.readline()) > 0
-        assert supervisor.wait(20) == 7
+def test_the_guard_reports_the_pid_and_passes_the_exit_status_on(tmp_path: Path):
+    with guard(tmp_path, sys.executable, "-c", "raise SystemExit(7)") as process:
+        assert command_pid(process) > 0
+        assert process.wait(20) == 7
 
 
-def test_the_supervisor_ends_its_child_on_sigterm_and_keeps_the_folder(tmp_path: Path):
-    with supervise(os.getpid(), tmp_path, "sleep", "60") as supervisor:
-        assert supervisor.stdout is not None
-        child = int(supervisor.stdout.readline())
-        supervisor.terminate()
-        assert supervisor.wait(20) == 128 + 15
-    assert not broker_supervisor.alive(child, None)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_guard_ends_its_command_on_a_signal_and_keeps_the_folder(tmp_path: Path, number: signal.Signals):
+    with guard(tmp_path, "sleep", "60", remove=tmp_path) as process:
+        child = command_pid(process)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + 15
+    assert not process_guard.alive(child, None)
     assert tmp_path.exists()
 
 
-def test_the_supervisor_ends_its_child_and_drops_the_folder_when_the_owner_is_gone(tmp_path: Path):
+def test_the_guard_hears_a_signal_that_its_parent_ignores(tmp_path: Path):
+    with sigint_ignored():
+        process = guard(tmp_path, "sleep", "60")
+    with process:
+        child = command_pid(process)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 128 + 15
+    assert not process_guard.alive(child, None)
+
+
+def test_the_guard_ends_its_command_and_drops_the_folder_when_the_owner_is_gone(tmp_path: Path):
     owner = subprocess.Popen(["sleep", "60"])
     folder = tmp_path / "data"
     folder.mkdir()
-    with supervise(owner.pid, folder, "sleep", "60") as supervisor:
-        assert supervisor.stdout is not None
-        child = int(supervisor.stdout.readline())
-        owner.kill()  # it stays a zombie until the wait below: dead all the same
-        assert supervisor.wait(20) == 128 + 15
+    with guard(tmp_path, "sleep", "60", owner=owner.pid, remove=folder) as process:
+        child = command_pid(process)
+        owner.kill()  # it stays a zombie until the wait below, which counts as dead
+        assert process.wait(20) == 128 + 15
         owner.wait()
-    assert not broker_supervisor.alive(child, None)
+    assert not process_guard.alive(child, None)
     assert not folder.exists()
