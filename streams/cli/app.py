@@ -135,11 +135,12 @@ def up(
 def worker(
     roles: Annotated[list[str], typer.Argument(help="One or several of intake, streams, scorer, learner.")],
     parent: Annotated[int, typer.Option(hidden=True)] = 0,
+    settings_from_stdin: Annotated[bool, typer.Option("--settings-from-stdin", hidden=True)] = False,
 ) -> None:
     """Run one role, or several in one process, until SIGTERM."""
     from perennial.streams.cli.worker import run_worker
 
-    raise typer.Exit(run_worker(roles, parent_pid=parent))
+    raise typer.Exit(run_worker(roles, parent_pid=parent, settings_from_stdin=settings_from_stdin))
 
 
 @app.command("init")

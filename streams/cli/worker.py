@@ -6,7 +6,10 @@ its name in `ROLES` (streams/devstack/supervisor.py).
 
 from __future__ import annotations
 
+import importlib
+import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from perennial.storage.errors import PerennialError
+from perennial.streams.devstack.signals import STOP_SIGNALS, end_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, die_with_parent
 from perennial.streams.observe.http_server import serve_metrics
 from perennial.streams.observe.metrics import Metrics
@@ -23,6 +27,13 @@ if TYPE_CHECKING:
     from perennial.learner.model.base import Base
 
 log = logging.getLogger("perennial")
+
+_MODULES = {
+    "intake": "perennial.streams.intake.service",
+    "streams": "perennial.streams.faust_app",
+    "scorer": "perennial.learner.roles.scorer",
+    "learner": "perennial.learner.roles.learner",
+}
 
 
 class OneLineFormatter(logging.Formatter):
@@ -37,38 +48,50 @@ class OneLineFormatter(logging.Formatter):
         return super().formatMessage(record)
 
 
-def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
-    """Run roles until SIGTERM or SIGINT.
+def run_worker(roles: list[str], *, parent_pid: int = 0, settings_from_stdin: bool = False) -> int:
+    """Run roles in this process until SIGINT or SIGTERM.
 
     Args:
         roles: Names of roles; the scorer and the learner in one process share the base model.
         parent_pid: End with this process; 0 for none.
+        settings_from_stdin: Load what the roles need (modules, the base model) first, then wait for one line on
+            standard input: a JSON object of environment variables that complete the settings. So a role that takes
+            seconds to load can be started before the broker's address is known.
 
     Returns:
-        The exit code: 0 after a signal, 1 where a role failed.
+        The exit code: 0 after a signal, or where standard input ended without a line; 1 where a role failed.
 
     Raises:
         SettingsError: A role does not exist, or a setting is missing.
     """
+    end_on_stop_signals()
     unknown = [role for role in roles if role not in ROLES]
     if unknown:
         raise SettingsError(
             "no such role", got=", ".join(unknown), allowed=", ".join(ROLES), remedy="name one of these"
         )
+    if parent_pid:
+        die_with_parent(parent_pid)
     settings = load_settings()
-    settings.kafka.require_bootstrap()
-    if set(roles) - {"intake"}:
-        settings.store.require_uri()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=settings.observe.log_level.upper())
     for noisy in ("kafka", "aiokafka", "faust", "mode", "urllib3", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    if parent_pid:
-        die_with_parent(parent_pid)
+    base: Base | None = None
+    if settings_from_stdin:
+        base = _load_early(roles, settings)
+        line = sys.stdin.readline()
+        if not line:
+            return 0
+        os.environ.update(json.loads(line))
+        settings = load_settings()
+    settings.kafka.require_bootstrap()
+    if set(roles) - {"intake"}:
+        settings.store.require_uri()
 
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, lambda *_: stop.set())
     metrics = Metrics("+".join(roles), settings)
     server = (
@@ -77,20 +100,33 @@ def run_worker(roles: list[str], *, parent_pid: int = 0) -> int:
         else None
     )
     try:
-        return _run_all(_bodies(roles, settings, stop, metrics), stop)
+        return _run_all(_bodies(roles, settings, stop, metrics, base), stop)
     finally:
         if server:
             server.close()
 
 
+def _load_early(roles: list[str], settings: Settings) -> Base | None:
+    """Import the roles' modules and load what depends neither on the broker nor on the store."""
+    for role in roles:
+        importlib.import_module(_MODULES[role])
+    if not {"scorer", "learner"} & set(roles):
+        return None
+    from perennial.learner.model.base import load_base
+    from perennial.learner.model.general_text import general_texts
+
+    if "learner" in roles:
+        general_texts("train")  # its module keeps them, so that the learner does not read them again
+    return load_base(settings.model.base, settings.model.device, settings.model.threads)
+
+
 def _bodies(
-    roles: list[str], settings: Settings, stop: threading.Event, metrics: Metrics
+    roles: list[str], settings: Settings, stop: threading.Event, metrics: Metrics, base: Base | None
 ) -> dict[str, Callable[[], None]]:
     """Return the function to run for each role; each role is imported only where it is named."""
     bodies: dict[str, Callable[[], None]] = {}
-    base: Base | None = None
     lock = threading.RLock()
-    if {"scorer", "learner"} <= set(roles):
+    if base is None and {"scorer", "learner"} <= set(roles):
         from perennial.learner.model.base import load_base
 
         base = load_base(settings.model.base, settings.model.device, settings.model.threads)

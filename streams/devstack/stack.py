@@ -1,4 +1,4 @@
-"""`perennial up`: an embedded broker, a store and all roles, kept over restarts, until Ctrl-C."""
+"""Run `perennial up`: an embedded broker, a store and all roles until Ctrl-C, with data kept over restarts."""
 
 from __future__ import annotations
 
@@ -20,14 +20,32 @@ from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.devstack.discovery import announce, running, withdraw
 from perennial.streams.devstack.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
+from perennial.streams.devstack.signals import STOP_SIGNALS, interrupt_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings, SettingsError, load_settings
 
+_BROKER_START_S = 120.0
+"""The broker shares the processors with the roles that load at the same time."""
+
 
 @dataclass
 class Stack:
-    """A broker and a store of our own where settings name none, the topics, and all roles as processes."""
+    """A whole installation on this machine: broker, store, topics, and all roles as processes.
+
+    Attributes:
+        settings: settings of everything. A broker or a store that they name is used; otherwise the stack starts its own.
+            After `start` they hold the addresses.
+        data_dir: folder for topics, objects and logs.
+        port: port of the embedded broker; None: a free one.
+        roles: names of the roles; names joined by `+` share one process.
+        environment: variables for the roles in addition to this process's own.
+        say: called with one line of text per step.
+        broker: the embedded broker, where one was started.
+        supervisor: the roles' supervisor, from the first part of `start` on.
+        minio: start a MinIO server, where settings name no store; otherwise objects are kept in a folder.
+        server: the MinIO server, where one was started.
+    """
 
     settings: Settings
     data_dir: Path
@@ -42,16 +60,28 @@ class Stack:
 
     @property
     def s3_environment(self) -> dict[str, str]:
-        """What reaches the store of our own; empty where that is a folder."""
+        """Variables that lead a client to the MinIO server; empty where there is none."""
         return self.server.environment() if self.server else {}
 
     def start(self) -> None:
-        """Start everything and wait until every role is healthy."""
+        """Start everything and wait until every role is healthy.
+
+        The roles' processes start first: loading their modules and the base takes longer than the broker and the store
+        take to start, so both go on at the same time. Only when the topics exist and the store has shown that it obeys
+        conditional writes do the roles get their addresses and begin to work.
+
+        Raises:
+            PerennialError: something did not start. Call `stop` then.
+        """
+        self.supervisor = Supervisor(
+            self.settings, self.data_dir / "logs", self.roles, self.environment or {}, on_event=self.say
+        )
+        self.supervisor.start_early()
         found: dict[str, Any] = {}
         if not self.settings.kafka.bootstrap:
-            self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.say).start()
+            self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.say)
+            self.broker.start(_BROKER_START_S)
             found["kafka"] = self.broker.bootstrap
-            self.say(f"Apache Kafka runs at {self.broker.bootstrap}")
         if not self.settings.store.uri and self.minio:
             self.server = MinioServer(self.data_dir / "minio", self.say)
             self.server.start()
@@ -61,22 +91,23 @@ class Stack:
         environment = {**(self.environment or {}), **self.s3_environment}
         s3 = S3Settings.from_env({**os.environ, **environment})
         self.settings = self.settings.replace(s3=s3, **found)
-        open_store(self.settings.store.uri, s3).probe()
+        open_store(self.settings.store.require_uri(), s3).probe()
         made = [report.name for report in provision(self.settings) if report.created]
-        self.say(f"{len(made)} topics made" if made else "all topics were there")
-        self.supervisor = Supervisor(self.settings, self.data_dir / "logs", self.roles, environment, on_event=self.say)
+        self.say(f"{len(made)} topics made" if made else "all topics exist")
+        self.supervisor.settings, self.supervisor.environment = self.settings, environment
         self.supervisor.start()
+        self.say("the roles load their code and the base model")
         self.supervisor.wait_healthy(on_ready=lambda name: self.say(f"{name} is ready"))
 
     def tend(self) -> None:
-        """Start again what ended by itself."""
+        """Restart what ended by itself."""
         if self.server:
             self.server.tend()
         if self.supervisor:
             self.supervisor.tend()
 
     def stop(self) -> None:
-        """Stop the roles in the order of the flow, then store and broker; safe to call at any point."""
+        """Stop the roles in the order of the flow, then store and broker. It may be called at any point."""
         if self.supervisor:
             self.supervisor.stop()
         if self.server:
@@ -86,7 +117,22 @@ class Stack:
 
 
 def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store: str | None = None) -> int:
-    """Run until SIGINT or SIGTERM. Raises SettingsError where it already runs in this data folder."""
+    """Run a whole installation until SIGINT or SIGTERM. Run it in the main thread.
+
+    Args:
+        data_dir: folder for topics, objects and logs; None: the one of the settings.
+        port: port of the embedded broker; None: a free one.
+        shared_model: scorer and learner share one process and one base model.
+        store: `minio` for a MinIO server, or a store's address; None: the store of the settings, else a folder.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        SettingsError: `perennial up` already runs in this data folder, or the store does not fit it.
+        PerennialError: something did not start; nothing is left running then.
+    """
+    interrupt_on_stop_signals()
     settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
     other = running(settings.store.data_dir)
     if other:
@@ -115,8 +161,8 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
         stack.say = say
         try:
             stack.start()
-            # From here Ctrl-C is a request to stop; before, it is an interrupt that the clean-up below answers.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            # From here on a signal asks to stop. Before, it interrupts the start, and the clean-up below answers it.
+            for number in STOP_SIGNALS:
                 signal.signal(number, on_signal)
         except BaseException:
             stack.stop()
@@ -134,10 +180,10 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
 
 
 def _choose_store(settings: Settings, store: str | None) -> tuple[Settings, bool]:
-    """Settings with the store asked for, and whether to start a MinIO.
+    """Return the settings with the store that was asked for, and whether to start a MinIO server.
 
-    A data folder stays with the kind of store that it began with: offsets and objects belong together.
-    Raises SettingsError where another kind is asked for.
+    A data folder keeps the kind of store that it began with: offsets and objects belong together. Raise SettingsError
+    where another kind is asked for.
     """
     in_folder, in_minio = settings.store.data_dir / "store", settings.store.data_dir / "minio"
     if store == "minio":

@@ -1,4 +1,4 @@
-"""Runs every role as a child process of its own: start, wait until healthy, restart what falls over, stop in order."""
+"""Run every role as a child process: start it, wait until it is healthy, restart it when it ends, stop all in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from perennial.storage.errors import PerennialError
+from perennial.streams.devstack.ports import HOST, free_port
 from perennial.streams.settings import Settings
 
 ROLES: tuple[str, ...] = ("intake", "streams", "scorer", "learner")
@@ -26,27 +26,24 @@ ROLES: tuple[str, ...] = ("intake", "streams", "scorer", "learner")
 
 _RESTART_DELAYS_S = (0.5, 1, 2, 5, 10)
 _STEADY_S = 30.0
-"""A role that ran for so long starts again at once: only one that falls over and over is to wait longer each time."""
+"""A role that ran for so long restarts without a longer delay: only one that ends again and again waits longer."""
 _PR_SET_PDEATHSIG = 1
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""Requests to this machine must not go through the proxy that http_proxy names."""
 
 
 class RoleError(PerennialError):
     """A role did not become healthy."""
 
 
-def free_port() -> int:
-    """A TCP port of 127.0.0.1 that is free now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 def die_with_parent(parent_pid: int) -> None:
-    """Ask the kernel for SIGTERM when the parent ends (Linux), and watch for it elsewhere.
+    """End this process with SIGTERM when its parent ends: by the kernel on Linux, by a watching thread everywhere.
 
-    HAZARD: the kernel ties the request to the parent's *thread* that forked us; the supervisor forks from
-    threads that live as long as it does.
+    HAZARD: the kernel ties the request to the *thread* of the parent that forked this process. The supervisor forks
+    from threads that live as long as it does.
+
+    Args:
+        parent_pid: process id of the parent at the start of this process.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -60,11 +57,17 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def health(port: int, timeout_s: float = 1.0) -> dict[str, object] | None:
-    """What /healthz of a role says, with `ok` set; None where nothing answers."""
+    """Ask a role on this machine for its health.
+
+    Args:
+        port: its metrics port.
+        timeout_s: how long to wait for the answer.
+
+    Returns:
+        The answer of /healthz with a field `ok`; None where nothing answers.
+    """
     try:
-        with urllib.request.urlopen(
-            f"http://127.0.0.1:{port}/healthz", timeout=timeout_s
-        ) as answer:  # a fixed loopback address
+        with _NO_PROXY.open(f"http://{HOST}:{port}/healthz", timeout=timeout_s) as answer:
             return {"ok": True, **json.loads(answer.read(65536))}
     except urllib.error.HTTPError as error:
         with contextlib.suppress(ValueError):
@@ -76,7 +79,20 @@ def health(port: int, timeout_s: float = 1.0) -> dict[str, object] | None:
 
 @dataclass
 class Role:
-    """One child process."""
+    """One role as a child process.
+
+    Attributes:
+        name: name of the role, or names joined by `+` where several share the process.
+        port: port of its /metrics and /healthz.
+        log_path: file to which its output is appended.
+        command: the command to run.
+        environment: variables in addition to those of this process.
+        process: the child process, None before the first start.
+        restarts: restarts in a row without a long life between them.
+        started_at: time of the last start by the supervisor's clock.
+        ended_at: time at which the supervisor noticed the end; None while the role runs.
+        waits_for_settings: the process has loaded early and reads the rest of its settings from standard input.
+    """
 
     name: str
     port: int
@@ -87,23 +103,42 @@ class Role:
     restarts: int = 0
     started_at: float = 0.0
     ended_at: float | None = None
+    waits_for_settings: bool = False
 
     def start(self) -> None:
-        """Start the process; its output goes to the log file."""
+        """Start the process with all its settings, or complete the settings of one that was started early."""
+        if not (self.waits_for_settings and self._complete_settings()):
+            self._spawn(self.command, subprocess.DEVNULL)
+
+    def start_early(self) -> None:
+        """Start the process while some settings are not known yet: it loads its modules and the base, then waits."""
+        self._spawn([*self.command, "--settings-from-stdin"], subprocess.PIPE)
+        self.waits_for_settings = True
+
+    def _spawn(self, command: list[str], stdin: int) -> None:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
+                command,
+                stdin=stdin,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self.environment,
-                start_new_session=True,  # a Ctrl-C at the terminal reaches the supervisor alone, which stops us in order
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # Ctrl-C at the terminal reaches only the supervisor, which stops roles in order
             )
+
+    def _complete_settings(self) -> bool:
+        """Send the settings to the process that waits for them. Return False where it has ended."""
+        self.waits_for_settings = False
+        if self.process is None or self.process.stdin is None:
+            return False
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as pipe:
+            pipe.write(json.dumps(self.environment).encode() + b"\n")
+        return self.running
 
     @property
     def pid(self) -> int:
-        """The process id, 0 before the start."""
+        """The process id; 0 before the start."""
         return self.process.pid if self.process else 0
 
     @property
@@ -112,12 +147,12 @@ class Role:
         return self.process is not None and self.process.poll() is None
 
     def signal(self, number: int) -> None:
-        """Send a signal, if there is a process to take it."""
+        """Send a signal to the process if it is alive."""
         if self.process and self.process.poll() is None:
             self.process.send_signal(number)
 
     def log_tail(self, lines: int = 15) -> str:
-        """The end of the log."""
+        """Return the last lines of the log."""
         with contextlib.suppress(OSError):
             return "\n".join(self.log_path.read_text("utf-8", "replace").splitlines()[-lines:])
         return ""
@@ -125,9 +160,16 @@ class Role:
 
 @dataclass
 class Supervisor:
-    """Child processes for the roles.
+    """Keep a child process per role running.
 
-    environment: added to this process's own. on_event: told in a line what happened (start, end, restart). clock: s.
+    Attributes:
+        settings: settings of all roles. They may be replaced between `start_early` and `start`.
+        log_dir: folder of the log files.
+        roles: names of the roles; names joined by `+` share one process.
+        environment: variables for the roles in addition to this process's own. They may be replaced likewise.
+        on_event: called with a line when a role ends, or has to be killed.
+        children: the roles by name.
+        clock: clock in seconds.
     """
 
     settings: Settings
@@ -140,32 +182,33 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         for name in self.roles:
-            port = free_port()
-            env = {
-                **os.environ,
-                **self.settings.environment(),
-                "PERENNIAL_METRICS_PORT": str(port),
-                "PYTHONUNBUFFERED": "1",
-                **self.environment,
-            }
-            command = [
-                sys.executable,
-                "-m",
-                "perennial.streams.cli",
-                "worker",
-                *name.split("+"),
-                "--parent",
-                str(os.getpid()),
-            ]
-            self.children[name] = Role(name, port, self.log_dir / f"{name}.log", command, env)
+            command = [sys.executable, "-m", "perennial.streams.cli", "worker", *name.split("+")]
+            command += ["--parent", str(os.getpid())]
+            role = Role(name, free_port(), self.log_dir / f"{name}.log", command, {})
+            role.environment = self._environment_of(role)
+            self.children[name] = role
+
+    def start_early(self) -> None:
+        """Start a process per role that loads what it needs while the broker and the store are still starting."""
+        for role in self.children.values():
+            role.start_early()
 
     def start(self) -> None:
-        """Start all roles at once."""
-        for name in self.children:
+        """Start all roles at once; those that were started early get the settings they wait for."""
+        for name, role in self.children.items():
+            role.environment = self._environment_of(role)
             self.restart(name)
 
     def wait_healthy(self, timeout_s: float = 120.0, on_ready: Callable[[str], None] = lambda _name: None) -> None:
-        """Wait until each role's /healthz is green. Raises RoleError with the end of the role's log."""
+        """Wait until every role answers that it is healthy.
+
+        Args:
+            timeout_s: how long to wait for all of them.
+            on_ready: called with the name of each role that is ready.
+
+        Raises:
+            RoleError: a role ended or took too long; the error has the end of its log.
+        """
         deadline = time.monotonic() + timeout_s
         waiting = dict(self.children)
         while waiting:
@@ -190,7 +233,7 @@ class Supervisor:
             time.sleep(0.1)
 
     def tend(self) -> None:
-        """Look once at every role and restart one that ended, with growing delays."""
+        """Look once at every role and restart one that ended, after delays that grow while it keeps ending."""
         now = self.clock()
         for role in self.children.values():
             if role.running or role.process is None:
@@ -207,13 +250,25 @@ class Supervisor:
                 self.restart(role.name)
 
     def restart(self, name: str) -> None:
-        """Start a role, again after its end."""
+        """Start a role that does not run."""
         role = self.children[name]
         role.started_at, role.ended_at = self.clock(), None
         role.start()
 
+    def _environment_of(self, role: Role) -> dict[str, str]:
+        return {
+            **self.settings.environment(),
+            "PERENNIAL_METRICS_PORT": str(role.port),
+            "PYTHONUNBUFFERED": "1",
+            **self.environment,
+        }
+
     def stop(self, timeout_s: float = 15.0) -> None:
-        """SIGTERM in the order of the flow, then SIGKILL for what does not end."""
+        """Send SIGTERM to the roles in the order of the flow, and SIGKILL to those that do not end in time.
+
+        Args:
+            timeout_s: how long all of them together may take.
+        """
         for role in self.children.values():
             role.signal(signal.SIGTERM)
         deadline = time.monotonic() + timeout_s
@@ -226,3 +281,6 @@ class Supervisor:
                 self.on_event(f"{role.name} did not stop in {timeout_s:.0f} s, killing it")
                 role.process.kill()
                 role.process.wait()
+            if role.process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    role.process.stdin.close()

@@ -1,4 +1,4 @@
-"""`perennial up` as a person runs it: kcat publishes plain JSON, kcat reads what was promoted, Ctrl-C stops all."""
+"""`perennial up` as a person runs it: kcat publishes plain JSON and reads what was promoted, Ctrl-C stops everything."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from perennial.streams.devstack.discovery import running
+from perennial.streams.devstack.process_guard import alive
+from perennial.streams.devstack.supervisor import ROLES
 from tests.oracle import wait_until
-from tests.services import missing_service
+from tests.services import missing_service, sigint_ignored
 
 SMALL = {
     "max_batch_examples": 4, "max_age_s": 3, "steps": 1, "rows": 4, "row_tokens": 48, "max_tokens": 48, "threads": 1,
@@ -31,7 +33,7 @@ def test_kcat_publishes_and_reads_what_was_promoted(tmp_path: Path):
     env = {name: value for name, value in os.environ.items() if not name.startswith("PERENNIAL_")}
     env |= {f"PERENNIAL_{name.upper()}": str(value) for name, value in SMALL.items()}
     log = tmp_path / "up.log"
-    with log.open("wb") as output:
+    with log.open("wb") as output, sigint_ignored():
         up = subprocess.Popen(
             [sys.executable, "-m", "perennial.streams.cli", "up", "--data-dir", str(tmp_path / "data")],
             env=env, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
@@ -65,6 +67,27 @@ def test_kcat_publishes_and_reads_what_was_promoted(tmp_path: Path):
         assert up.wait(60) == 0, log.read_text()
         assert running(tmp_path / "data") is None
         assert "stopped; everything learned is kept" in " ".join(log.read_text().split())
+    finally:
+        if up.poll() is None:
+            up.terminate()
+            up.wait(60)
+
+
+@pytest.mark.usefixtures("broker_jars")
+def test_ctrl_c_stops_a_start_and_leaves_no_process(tmp_path: Path):
+    log, data_dir = tmp_path / "up.log", tmp_path / "data"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PERENNIAL_")}
+    command = [sys.executable, "-m", "perennial.streams.cli", "up", "--data-dir", str(data_dir)]
+    with log.open("wb") as output, sigint_ignored():
+        up = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
+    try:
+        wait_until((data_dir / "logs" / "learner.log").exists, 60, "the roles were started")
+        roles = [int(pid) for pid in Path(f"/proc/{up.pid}/task/{up.pid}/children").read_text().split()]
+        assert len(roles) >= len(ROLES)
+        up.send_signal(signal.SIGINT)
+        assert up.wait(60) == 130, log.read_text()
+        assert not [pid for pid in roles if alive(pid, None)]
+        assert running(data_dir) is None
     finally:
         if up.poll() is None:
             up.terminate()
