@@ -1,7 +1,15 @@
-"""Every setting: groups of fields, each an environment variable PERENNIAL_<FIELD> or a line in a .env file.
+"""All settings: groups of fields, each of which an environment variable or a line in `.env` sets.
 
-A field's variable is its name in capitals; `bootstrap` and `uri`, which would say nothing there, are PERENNIAL_KAFKA and
-PERENNIAL_STORE. Names are unique over all groups, so that a variable needs no group in its name.
+The variable of a field is PERENNIAL_ and the field's name in capitals: PERENNIAL_MAX_AGE_S sets
+`settings.curate.max_age_s`. Two names would say nothing without their group, so these have variables of their own:
+`kafka.bootstrap` is PERENNIAL_KAFKA and `store.uri` is PERENNIAL_STORE. The flat name of a field, by which
+`Settings.of` and `Settings.replace` take it, is its variable in small letters without the prefix: `max_age_s`, `kafka`,
+`store`. Flat names are unique over all groups.
+
+The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials. It is read from environment variables only, is not shown or
+dumped, and is not among `Settings.environment()`.
+
+To add a setting: add a field with a description to its group, then run `make schema`, which writes it into the README.
 """
 
 from __future__ import annotations
@@ -10,7 +18,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -19,9 +27,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.s3_settings import S3Settings
 
-ENV_PREFIX = "PERENNIAL_"
-Positive = Annotated[int, Field(gt=0)]
-Seconds = Annotated[float, Field(gt=0)]
+ENV_PREFIX: Final = "PERENNIAL_"
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -41,7 +49,7 @@ def default_data_dir() -> Path:
 
 
 def cache_dir() -> Path:
-    """Return the folder that keeps downloads: jars and server binaries."""
+    """Return the folder for downloads: jars and server binaries."""
     return _home("XDG_CACHE_HOME", ".cache")
 
 
@@ -57,26 +65,28 @@ class KafkaSettings(_Group):
     bootstrap: str = Field(
         "",
         validation_alias=AliasChoices("PERENNIAL_KAFKA"),
-        description="bootstrap servers, host:port[,host:port]; empty: no broker is set",
+        description="addresses of the broker, host:port[,host:port]; empty: none is set",
     )
     topic_prefix: str = Field(
-        "", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="put before every topic and group name"
+        "", pattern=r"^[A-Za-z0-9._-]{0,64}$", description="text before the name of every topic and consumer group"
     )
-    partitions: Positive = Field(4, description="partitions of each keyed topic that `topics create` makes")
-    replication: Positive = Field(1, description="replication factor of the topics")
+    partitions: PositiveInt = Field(
+        4, description="partitions of each topic with a key, when `perennial topics create` creates it"
+    )
+    replication: PositiveInt = Field(1, description="replication factor of the topics, when they are created")
 
     def require_bootstrap(self) -> str:
         """Return the bootstrap servers.
 
         Raises:
-            SettingsError: none is set.
+            SettingsError: the variable is empty.
         """
         if not self.bootstrap:
             raise SettingsError(
                 "no broker is set",
                 got="PERENNIAL_KAFKA is empty",
                 allowed="host:port of a Kafka broker",
-                remedy="run `perennial up` and use the address it prints, or point PERENNIAL_KAFKA at a broker of your own",
+                remedy="run `perennial up` and use the address it prints, or set PERENNIAL_KAFKA to a broker of your own",
             )
         return self.bootstrap
 
@@ -86,27 +96,29 @@ class KafkaSettings(_Group):
 
 
 class StoreSettings(_Group):
-    """Where objects live."""
+    """The object store, and the folder of `perennial up`."""
 
     uri: str = Field(
         "",
         validation_alias=AliasChoices("PERENNIAL_STORE"),
         description="object store: a folder, or s3://bucket/prefix",
     )
-    data_dir: Path = Field(default_factory=default_data_dir, description="folder of `perennial up`: topics and objects")
+    data_dir: Path = Field(
+        default_factory=default_data_dir, description="folder in which `perennial up` keeps its topics and objects"
+    )
 
     def require_uri(self) -> str:
         """Return the object store's address.
 
         Raises:
-            SettingsError: none is set.
+            SettingsError: the variable is empty.
         """
         if not self.uri:
             raise SettingsError(
                 "no object store is set",
                 got="PERENNIAL_STORE is empty",
                 allowed="a folder, or s3://bucket/prefix",
-                remedy="set PERENNIAL_STORE; `perennial up` prints the one it uses",
+                remedy="set PERENNIAL_STORE; `perennial up` prints the store that it uses",
             )
         return self.uri
 
@@ -114,77 +126,108 @@ class StoreSettings(_Group):
 class IntakeSettings(_Group):
     """The intake role."""
 
-    dedupe_window: Positive = Field(
-        20_000, description="intake: events per origin partition in which a repeat is dropped"
+    dedupe_window: PositiveInt = Field(
+        20_000, description="intake: last events per input partition among which a repeated example is dropped"
     )
-    intake_batch: Positive = Field(5_000, description="intake: events per fetch, flush and commit")
+    intake_batch: PositiveInt = Field(5_000, description="intake: events per fetch, flush and commit")
 
 
 class CurateSettings(_Group):
-    """When curate cuts a micro-batch, and what it keeps per adapter."""
+    """When the curate agent cuts a micro-batch, and what it keeps per adapter."""
 
-    max_batch_tokens: Positive = Field(768, description="curate: tokens that cut a micro-batch")
-    max_batch_examples: Positive = Field(256, description="curate: examples that cut a micro-batch")
-    min_batch_examples: Positive = Field(8, description="curate: examples below which drift does not cut")
-    max_age_s: Seconds = Field(30.0, description="curate: age of the oldest pending example that cuts a micro-batch")
-    cooldown_examples: Annotated[int, Field(ge=0)] = Field(
-        32, description="curate: examples after a swap in which drift does not cut"
+    max_batch_tokens: PositiveInt = Field(768, description="curate: pending tokens that cut a micro-batch")
+    max_batch_examples: PositiveInt = Field(256, description="curate: pending examples that cut a micro-batch")
+    min_batch_examples: PositiveInt = Field(
+        8, description="curate: pending examples below which drift does not cut a micro-batch"
     )
-    detector_window: Positive = Field(512, description="curate: last values per signal kept to rebuild detectors from")
-    max_adapters: Positive = Field(10_000, description="curate: adapters with state in memory")
-    learn_turns: bool = Field(False, description="learn bare turns too, not only corrections")
+    max_age_s: PositiveFloat = Field(
+        30.0, description="curate: seconds after which a pending example cuts a micro-batch"
+    )
+    cooldown_examples: Annotated[int, Field(ge=0)] = Field(
+        32, description="curate: number of examples after a new live version in which drift does not cut"
+    )
+    detector_window: PositiveInt = Field(
+        512, description="curate: last values per signal that are kept to rebuild the drift detectors"
+    )
+    max_adapters: PositiveInt = Field(
+        10_000, description="curate: adapters in memory; further ones replace the least recently used"
+    )
+    learn_turns: bool = Field(
+        False, description="intake: learn the response of an interaction without a correction too"
+    )
 
 
 class RetainSettings(_Group):
     """The retain agent."""
 
-    clock_settle_s: Seconds = Field(
-        600.0, description="retain: how long a clock must have stayed set forward before anything expires by it"
+    clock_settle_s: PositiveFloat = Field(
+        600.0,
+        description="retain: seconds that a clock which jumped forward must keep its time before examples expire by it",
     )
 
 
 class ModelSettings(_Group):
     """The base model and where it runs."""
 
-    base: str = Field("shipped", description="base model: `shipped`, a folder, or a hub id")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model runs")
-    threads: Positive = Field(2, description="CPU threads of the model; part of a version's recipe")
-    max_tokens: Positive = Field(256, description="tokens per training row and per scored example")
-    score_batch: Positive = Field(32, description="scorer: examples per forward pass")
+    base: str = Field("shipped", description="base model: `shipped`, a folder, or an id on the Hugging Face hub")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device of the model; auto: a CUDA GPU if there is one"
+    )
+    threads: PositiveInt = Field(
+        2, description="CPU threads of the model; part of the recipe, because they change the last bits of a result"
+    )
+    max_tokens: PositiveInt = Field(256, description="tokens per training row and per scored example")
+    score_batch: PositiveInt = Field(32, description="scorer: examples per forward pass")
 
 
 class TrainingSettings(_Group):
-    """The recipe of an update; part of every manifest."""
+    """The recipe of an update. Part of every manifest."""
 
-    rank: Positive = Field(8, description="LoRA rank")
-    alpha: Positive = Field(16, description="LoRA alpha")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="AdamW learning rate")
-    steps: Positive = Field(3, description="optimizer steps per update, at least; every new row is trained once")
-    rows: Positive = Field(12, description="rows per optimizer step")
-    row_tokens: Positive = Field(128, description="tokens per row")
-    replay_share: Share = Field(0.4, description="share of rows replayed from earlier examples")
-    general_share: Share = Field(0.2, description="share of rows from the base's own kind of text")
-    replay_size: Positive = Field(1_024, description="examples kept for replay per adapter")
-    clip_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradient norm above which it is clipped")
-    seed: int = Field(0, description="seed of everything random in training")
+    rank: PositiveInt = Field(8, description="rank of the LoRA matrices")
+    alpha: PositiveInt = Field(16, description="alpha of LoRA: its output is scaled by alpha / rank")
+    learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW")
+    steps: PositiveInt = Field(
+        3, description="least number of optimizer steps per update; there are more if the new rows need them"
+    )
+    rows: PositiveInt = Field(12, description="rows per optimizer step")
+    row_tokens: PositiveInt = Field(128, description="tokens per row")
+    replay_share: Share = Field(0.4, description="share of training rows that come from earlier examples, from 0 to 1")
+    general_share: Share = Field(
+        0.2, description="share of training rows that come from the base's own kind of text, from 0 to 1"
+    )
+    replay_size: PositiveInt = Field(1_024, description="earlier examples that each adapter keeps for replay")
+    clip_norm: PositiveFloat = Field(
+        1.0, description="largest norm of the gradient; a larger gradient is scaled down to it"
+    )
+    seed: int = Field(0, description="seed of all random choices in training")
 
 
 class GateSettings(_Group):
-    """What a version must show before it is promoted; part of every manifest."""
+    """The measurements that a version must pass before it is promoted. Part of every manifest."""
 
-    held_out_share: Share = Field(0.2, description="share of a micro-batch that the gate measures before it is learned")
-    anchor_rows: Positive = Field(12, description="general rows that the gate measures per update, rotating")
-    max_general_rise_nats: Seconds = Field(
-        0.15, description="rise of general loss over the base's that the gate refuses"
+    held_out_share: Share = Field(
+        0.2,
+        description="share of a micro-batch, from 0 to 1, on which the gate measures the update before it is trained too",
     )
-    min_gain_nats: float = Field(0.0, description="fall of held-out loss below which the gate refuses")
+    anchor_rows: PositiveInt = Field(
+        12, description="rows of general text on which the gate measures each update; other rows each time"
+    )
+    max_general_rise_nats: PositiveFloat = Field(
+        0.15,
+        description="largest rise of the loss on general text above the base's, in nats per token; the gate refuses more",
+    )
+    min_gain_nats: float = Field(
+        0.0, description="least fall of the held-out loss, in nats per token; the gate refuses less"
+    )
 
 
 class ServingSettings(_Group):
     """Subscribers and the scorer."""
 
-    alias: str = Field("live", description="the name that subscribers follow")
-    poll_s: Seconds = Field(5.0, description="subscriber and scorer: how often the alias itself is read")
+    alias: str = Field("live", description="alias that subscribers and the scorer follow")
+    poll_s: PositiveFloat = Field(
+        5.0, description="subscriber and scorer: seconds between two looks at the alias in the store"
+    )
 
 
 class ObserveSettings(_Group):
@@ -192,14 +235,25 @@ class ObserveSettings(_Group):
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port of /metrics and /healthz; 0: off")
     metrics_host: str = Field("127.0.0.1", description="address of /metrics and /healthz")
-    stall_s: Seconds = Field(120.0, description="/healthz turns red when work waits and nothing moved for so long")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what roles write to stderr")
+    stall_s: PositiveFloat = Field(
+        120.0, description="seconds without progress, while work waits, after which /healthz answers 503"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level of the log lines that roles write to stderr"
+    )
 
 
 class Settings(BaseModel):
-    """What an operator may set, in groups. The README's configuration table is generated from here.
+    """All settings, in groups.
 
-    `Settings()` reads the environment and `.env`; `Settings.of` takes single values by their flat names.
+    `Settings()` reads the environment and `.env`. `Settings.of` also takes single values by their flat names.
+
+    Example:
+        >>> settings = Settings.of(kafka="broker:9092", max_age_s=5, env_file=None)
+        >>> settings.kafka.bootstrap, settings.curate.max_age_s
+        ('broker:9092', 5.0)
+        >>> settings.replace(max_age_s=1).curate.max_age_s
+        1.0
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -218,34 +272,39 @@ class Settings(BaseModel):
 
     @classmethod
     def of(cls, *, env_file: str | None = ".env", **values: Any) -> Self:
-        """Settings from the environment, some of them given here.
+        """Return settings from the environment, with some values given here.
 
         Args:
-            env_file: file with further variables; None: none is read.
-            **values: fields by their flat names (`kafka`, `store`, `max_age_s`, ...).
+            env_file: a file with further variables; None: read none. The environment takes precedence over it.
+            **values: fields by their flat names, which take precedence over both; `s3` gives that group.
 
         Raises:
-            ValidationError: a value is not allowed, or there is no such field.
+            ValidationError: a value is not allowed.
+            TypeError: there is no such setting.
         """
-        groups: dict[str, Any] = {}
-        for name, model in _groups():
-            mine = {field: values.pop(flat) for flat, field in _flat_fields(model) if flat in values}
-            groups[name] = model(_env_file=env_file, **mine)
-        return cls(**groups, **values)
+        given = _by_group(values)
+        groups = {name: model(_env_file=env_file, **given.get(name, {})) for name, model in _groups()}
+        return cls(**groups, **({"s3": values["s3"]} if "s3" in values else {}))
 
     def replace(self, **values: Any) -> Self:
-        """Return a copy with some fields changed, by their flat names; `s3` replaces that group."""
-        changed: dict[str, Any] = {"s3": values.pop("s3")} if "s3" in values else {}
-        for name, model in _groups():
-            mine = {field: values.pop(flat) for flat, field in _flat_fields(model) if flat in values}
-            if mine:
-                changed[name] = getattr(self, name).model_copy(update=mine)
-        if values:
-            raise TypeError(f"no such settings: {', '.join(sorted(values))}")
+        """Return a copy with some values changed.
+
+        Args:
+            **values: fields by their flat names; `s3` replaces that group.
+
+        Raises:
+            ValidationError: a value is not allowed.
+            TypeError: there is no such setting.
+        """
+        changed: dict[str, Any] = {"s3": values["s3"]} if "s3" in values else {}
+        for name, given in _by_group(values).items():
+            group: _Group = getattr(self, name)
+            fields = {field: getattr(group, field) for field in type(group).model_fields}
+            changed[name] = type(group)(_env_file=None, **fields | given)
         return self.model_copy(update=changed)
 
     def environment(self) -> dict[str, str]:
-        """Return the variables that give another process the same settings; those of S3 are not among them."""
+        """Return the environment variables that give another process the same settings, without those of S3."""
         return {
             f"{ENV_PREFIX}{flat.upper()}": str(value)
             for name, model in _groups()
@@ -262,9 +321,22 @@ def _groups() -> Iterator[tuple[str, type[_Group]]]:
 
 
 def _flat_fields(model: type[_Group]) -> Iterator[tuple[str, str]]:
-    """Yield (flat name, field name): the flat name is that of the variable, in small letters and without the prefix."""
+    """Yield the flat name and the name of every field."""
     for field, info in model.model_fields.items():
         yield variable_of(field, info).removeprefix(ENV_PREFIX).lower(), field
+
+
+def _by_group(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Sort values with flat names into groups of fields. Raise TypeError if there is no such setting."""
+    places = {flat: (name, field) for name, model in _groups() for flat, field in _flat_fields(model)}
+    unknown = values.keys() - places.keys() - {"s3"}
+    if unknown:
+        raise TypeError(f"no such setting: {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(places))}, s3")
+    groups: dict[str, dict[str, Any]] = {}
+    for flat in values.keys() - {"s3"}:
+        name, field = places[flat]
+        groups.setdefault(name, {})[field] = values[flat]
+    return groups
 
 
 def variable_of(field: str, info: FieldInfo) -> str:
@@ -274,33 +346,41 @@ def variable_of(field: str, info: FieldInfo) -> str:
 
 
 def all_fields() -> Iterator[tuple[str, str, FieldInfo]]:
-    """Yield (group, variable, field) of every setting, in the order of the configuration table."""
+    """Yield group, variable and field of every setting but those of S3, in the order of the README's table."""
     for name, model in _groups():
         for field, info in model.model_fields.items():
             yield name, variable_of(field, info), info
 
 
 def load_settings(**values: Any) -> Settings:
-    """Read the settings from the environment and `.env`.
+    """Return the settings from the environment and `.env`.
 
     Args:
-        **values: fields by their flat names, before what the environment says.
+        **values: fields by their flat names, which take precedence over the environment.
 
     Raises:
         SettingsError: a value is not usable; the error names its variable.
+        TypeError: there is no such setting.
     """
     try:
         return Settings.of(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else ""
-        variable = name if name.startswith(ENV_PREFIX) else f"{ENV_PREFIX}{name.upper()}"
+        variable = _variable_at(str(first["loc"][0]) if first["loc"] else "")
         raise SettingsError(
             f"{variable} is not usable",
             got=first.get("input"),
             allowed=first["msg"],
             remedy=f"correct or unset {variable}",
         ) from error
+
+
+def _variable_at(location: str) -> str:
+    """Return the variable of the field that pydantic names in an error, by its name or by its variable."""
+    for _, model in _groups():
+        if location in model.model_fields:
+            return variable_of(location, model.model_fields[location])
+    return location
 
 
 @lru_cache(maxsize=1)

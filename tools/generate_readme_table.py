@@ -1,4 +1,7 @@
-"""Write the configuration tables of the README from the settings: `python -m tools.generate_readme_table`."""
+"""Write the configuration tables of the README from the settings: `python -m tools.generate_readme_table`.
+
+A table stands between `<!-- name -->` and `<!-- /name -->`, the name being a key of TABLES.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +26,14 @@ def settings_table() -> str:
 
 
 def s3_table() -> str:
-    """Return the settings of the S3 store as a Markdown table, with the variables that stand in for each."""
+    """Return the settings of the S3 store as a Markdown table, with the variables that are read if one is not set."""
     rows = []
     for field in S3Settings.model_fields.values():
         alias = field.validation_alias
         names = [str(name) for name in alias.choices] if isinstance(alias, AliasChoices) else []
-        stand_ins = ", ".join(f"`{name}`" for name in names[1:])
+        fallbacks = ", ".join(f"`{name}`" for name in names[1:])
         default = f"`{field.default}`" if isinstance(field.default, str) and field.default else ""
-        rows.append(f"| `{names[0]}` | {', '.join(filter(None, (stand_ins, default)))} | {field.description} |\n")
+        rows.append(f"| `{names[0]}` | {', '.join(filter(None, (fallbacks, default)))} | {field.description} |\n")
     return _HEAD + "".join(rows)
 
 
@@ -44,12 +47,12 @@ TABLES = {"settings": settings_table, "s3-settings": s3_table}
 
 
 def write(readme: Path = README) -> bool:
-    """Put the tables into the README between their marks. Return whether it differed."""
+    """Write the tables into the README. Return True if that changed it."""
     text = fresh = readme.read_text("utf-8")
-    for mark, table in TABLES.items():
-        before, _, rest = fresh.partition(f"<!-- {mark} -->\n")
-        _, end, after = rest.partition(f"<!-- /{mark} -->")
-        fresh = f"{before}<!-- {mark} -->\n{table()}{end}{after}"
+    for name, table in TABLES.items():
+        before, _, rest = fresh.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        fresh = f"{before}<!-- {name} -->\n{table()}{end}{after}"
     if fresh != text:
         readme.write_text(fresh, "utf-8")
     return fresh != text

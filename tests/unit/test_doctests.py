@@ -17,6 +17,7 @@ MODULES = (
     "perennial.streams.curate.offsets",
     "perennial.streams.observe.health",
     "perennial.streams.observe.metrics",
+    "perennial.streams.settings",
 )
 
 
