@@ -21,6 +21,7 @@ from typing import Literal
 
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.loss import RowLoss, row_losses
+from perennial.learner.model.text_cache import cached_texts
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 
 Split = Literal["train", "heldout", "anchor"]
@@ -83,20 +84,26 @@ def _walk_definitions(body: Sequence[ast.stmt], prefix: str) -> Iterator[tuple[s
 def stdlib_docstrings() -> tuple[tuple[str, str], ...]:
     """Return (dotted name, text) of the standard library's docstrings, each text once, ordered by path.
 
-    The library is parsed from source and nothing is imported. Every text has at least `MIN_TEXT_CHARS` characters.
-    The texts come from the Python that runs, so another Python release gives slightly different ones.
+    The library is parsed from source and nothing is imported; the texts are kept in the cache folder. Every text has
+    at least `MIN_TEXT_CHARS` characters. The texts come from the Python that runs, so another Python release gives
+    slightly different ones.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
+    files = [
+        path for path in sorted(root.rglob("*.py")) if not SKIPPED_TREES.intersection(path.relative_to(root).parts)
+    ]
+    return cached_texts(lambda: _collect(root, files), root, files, Path(__file__))
+
+
+def _collect(root: Path, files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
+    """Parse the files and return (dotted name, docstring) pairs, each docstring once."""
     names: dict[str, str] = {}
     # Parsing makes millions of acyclic nodes: the cyclic collector would take half of the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).parts
-            if SKIPPED_TREES.intersection(parts):
-                continue
-            module = ".".join((*parts[:-1], path.stem)).removesuffix(".__init__")
+        for path in files:
+            module = ".".join((*path.relative_to(root).parts[:-1], path.stem)).removesuffix(".__init__")
             for name, text in docstrings_of(path.read_bytes(), module):
                 if len(text) >= MIN_TEXT_CHARS:
                     names.setdefault(text, name)
@@ -117,7 +124,7 @@ def _texts_by_split() -> dict[Split, tuple[str, ...]]:
 def general_texts(split: Split) -> list[str]:
     """Return a new list of the general texts of one split, in a fixed order.
 
-    The first call parses the standard library, which takes seconds.
+    The first call parses the standard library, which takes seconds where the cache folder does not have its texts.
     """
     return list(_texts_by_split()[split])
 
