@@ -12,8 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from perennial.learner.versions.garbage_collection import load_history
-from perennial.learner.versions.history import History
+from perennial.learner.versions.history import History, load_history
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry
 
@@ -101,7 +100,7 @@ def read_line(registry: Registry, adapter: str) -> Line:
     line, history = Line(), load_history(registry, adapter)
     if history is None:
         return line
-    for version in history.line:
+    for version in history.published:
         manifest = history.manifests[version]
         if manifest.kind == "update":
             line.made.update(_learned(manifest))
@@ -112,10 +111,10 @@ def read_line(registry: Registry, adapter: str) -> Line:
             line.examples.update(item.example_id for item in step.manifest.learned)
         line.skipped |= {_place(item): item.reason for item in step.manifest.skipped}
     if state is not None and state.kind != "retired":
-        live = History(history.manifests, history.line, state.version).schedule()
+        live = History(history.manifests, history.published, state.version).schedule()
         line.served = {place for step in live for place in _learned(step.manifest)}
     knowing = [v for v, m in history.manifests.items() if not line.gone.isdisjoint(_learned(m))]
-    knows = history.from_any(knowing)
+    knows = history.descendants(knowing)
     kept = {ref.digest for v, m in history.manifests.items() if v not in knows for ref in m.blobs()}
     line.knew = {ref.digest for v in knows for ref in history.manifests[v].blobs()} - kept
     return line

@@ -1,1 +1,1 @@
-"""Carry out forget jobs: find examples, plan, rebuild updates without them, delete what is unreferenced."""
+"""Run forget jobs: find examples, plan, rebuild updates without them, delete what no version needs."""

@@ -1,4 +1,4 @@
-"""What stored micro-batches hold of examples that are to be forgotten: versions', refused jobs', and half-made ones."""
+"""Find examples that are to be forgotten in every stored micro-batch of an adapter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from perennial.learner.versions.history import ExampleMatch, ForgetTarget, History
+from perennial.learner.forgetting.plan import BatchMatches, ExampleMatch, ForgetTarget
+from perennial.learner.versions.history import History
 from perennial.learner.versions.micro_batches import load_batch
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.object_store import ObjectStore
@@ -16,58 +17,68 @@ from perennial.storage.registry.pending_deletes import list_pending_deletes
 
 _log = logging.getLogger("perennial.learner")
 
-Traces = dict[str, list[ExampleMatch]]
-"""Notes on the examples of micro-batches, by the micro-batch's digest."""
-
 
 @dataclass(frozen=True)
-class Found:
-    """learned: in the micro-batches of versions. refused: of jobs refused for good. left: in what jobs half made."""
+class FoundExamples:
+    """The examples in an adapter's stored micro-batches.
 
-    learned: Traces
-    refused: Traces
-    left: Traces
+    Attributes:
+        learned: in micro-batches of versions.
+        refused: in micro-batches of jobs that will never be done.
+        unfinished: in micro-batches that interrupted jobs left behind.
+    """
 
-    def all(self) -> Traces:
-        """All of them."""
-        return {**self.learned, **self.refused, **self.left}
+    learned: BatchMatches
+    refused: BatchMatches
+    unfinished: BatchMatches
+
+    def by_batch(self) -> BatchMatches:
+        """Return all of them."""
+        return {**self.learned, **self.refused, **self.unfinished}
+
+    def all(self) -> list[ExampleMatch]:
+        """Return all matches."""
+        return [match for group in self.by_batch().values() for match in group]
 
 
-def find_examples(store: ObjectStore, adapter: str, history: History | None, aim: ForgetTarget) -> Found:
-    """What the stored micro-batches hold; those erased before are not there.
+def find_examples(store: ObjectStore, adapter: str, history: History | None, target: ForgetTarget) -> FoundExamples:
+    """Return the matches in every stored micro-batch of the adapter; erased micro-batches have none.
 
-    Raises StoreError, also where a version's micro-batch is none.
+    Raises:
+        StoreError: the store failed.
+        IntegrityError: a version's micro-batch does not parse.
     """
     manifests = history.manifests.values() if history else ()
-    line = {manifest.batch.digest for manifest in manifests if manifest.batch is not None}
-    named = {ref.digest for manifest in manifests for ref in manifest.blobs()}
+    learned = {manifest.batch.digest for manifest in manifests if manifest.batch is not None}
+    referenced = {ref.digest for manifest in manifests for ref in manifest.blobs()}
     refused: set[str] = set()
-    left: set[str] = set()
-    for tombstone in list_pending_deletes(store, adapter):
-        (refused if tombstone.refused else left).update(tombstone.digests)
-    return Found(
-        _look(store, adapter, line, aim, published=True),
-        _look(store, adapter, refused - named, aim),
-        _look(store, adapter, left - refused - named, aim),
+    unfinished: set[str] = set()
+    for pending in list_pending_deletes(store, adapter):
+        (refused if pending.refused else unfinished).update(pending.digests)
+    return FoundExamples(
+        _match_batches(store, adapter, learned, target, published=True),
+        _match_batches(store, adapter, refused - referenced, target),
+        _match_batches(store, adapter, unfinished - refused - referenced, target),
     )
 
 
-def _look(
-    store: ObjectStore, adapter: str, digests: Iterable[str], aim: ForgetTarget, *, published: bool = False
-) -> Traces:
-    found: Traces = {}
+def _match_batches(
+    store: ObjectStore, adapter: str, digests: Iterable[str], target: ForgetTarget, *, published: bool = False
+) -> BatchMatches:
+    found: BatchMatches = {}
     for digest in sorted(digests):
         try:
             batch = load_batch(store, digest)
         except (IntegrityError, ValidationError) as error:
-            if not published:  # weights, or whatever a refused job named; it must not keep all else from being erased
-                if isinstance(error, IntegrityError):
-                    _log.error("%s: cannot look into what a job left: %s", adapter, error)
-                continue
-            raise IntegrityError(
-                "a version's micro-batch does not parse", got=digest, allowed="a micro-batch",
-                remedy="restore the object from a copy: what it holds cannot be forgotten before",
-            ) from error  # fmt: skip
+            if published:
+                raise IntegrityError(
+                    "a version's micro-batch does not parse", got=digest, allowed="a micro-batch",
+                    remedy="restore the object from a copy: until then, what it holds cannot be forgotten",
+                ) from error  # fmt: skip
+            # Weights, or whatever a refused job named. It must not keep everything else from being erased.
+            if isinstance(error, IntegrityError):
+                _log.error("%s: cannot search a blob that a job left behind: %s", adapter, error)
+            continue
         if batch is not None and batch.adapter == adapter:
-            found[digest] = aim.look(batch.examples)
+            found[digest] = target.match(batch.examples)
     return found

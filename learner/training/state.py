@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 from perennial.learner.model.lora import Tensors, from_safetensors, to_safetensors
 from perennial.learner.training.replay_buffer import ReplayEntry, index_from_bytes, index_to_bytes
@@ -59,8 +59,8 @@ class StateRefs:
         """Return the references that a manifest holds."""
         return cls(manifest.weights, manifest.optimizer, manifest.replay)
 
-    def manifest_fields(self) -> dict[str, BlobRef | None]:
-        """Return the references by the manifest's field names."""
+    def manifest_fields(self) -> dict[str, Any]:
+        """Return the references by the manifest's field names, to be passed on as keyword arguments."""
         return {"weights": self.weights, "optimizer": self.optimizer, "replay": self.replay_index}
 
     def digests(self) -> tuple[str | None, ...]:

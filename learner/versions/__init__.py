@@ -1,1 +1,1 @@
-"""Jobs to versions: read micro-batches, write manifests and blobs, publish and announce aliases."""
+"""Turn jobs into versions: read micro-batches, write manifests and blobs, publish, and report where aliases point."""

@@ -1,4 +1,4 @@
-"""The event that tells subscribers where an alias stands, made from the registry alone, so that it can be sent again."""
+"""Events that tell subscribers where an alias points, built from the registry alone, so that they can be sent again."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ _EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | A
 
 
 def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, datetime] | None = None) -> AdapterUpdate:
-    """The event that says where an alias points."""
+    """Return the event that says where an alias points.
+
+    Args:
+        registry: holds the manifest of the alias's version.
+        state: the alias.
+        stage_at: when the example behind the version passed each stage, by stage.
+    """
     manifest = registry.manifest(state.adapter, state.version)
     return _EVENTS[state.kind](
         adapter=state.adapter,
@@ -57,14 +63,14 @@ def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, da
 
 
 def alias_event_id(event: AdapterUpdate) -> str:
-    """The CloudEvents id of an alias state: sent again it is the same."""
+    """Return the CloudEvents id of an alias state, the same each time it is sent."""
     return str(uuid5(NAMESPACE_URL, f"{event.key()}/{event.generation}"))
 
 
 def status_id(status: RetentionProgressed) -> str:
-    """The CloudEvents id of what is said of a retention request: said again it is the same."""
-    said = (status.request_id, status.adapter, status.state, str(status.examples), str(status.version), status.detail)
-    return str(uuid5(NAMESPACE_URL, "\n".join(said)))
+    """Return the CloudEvents id of a retention request's status, the same each time it is sent."""
+    parts = (status.request_id, status.adapter, status.state, str(status.examples), str(status.version), status.detail)
+    return str(uuid5(NAMESPACE_URL, "\n".join(parts)))
 
 
 def _time(timestamp_ms: int | None) -> datetime | None:

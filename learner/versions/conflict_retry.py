@@ -1,11 +1,15 @@
-"""Doing a job again where another learner came first: a zombie and its heir, or two groups, may have the same one."""
+"""Run a job again when another learner changed the adapter first.
+
+Two learners may have the same job: one that was stalled and the one that took over its partition, or members of two
+consumer groups.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TypeVar
 
-from perennial.learner.versions.micro_batches import JobError
+from perennial.learner.versions.job_result import JobError
 from perennial.storage.errors import ConflictError, NotFoundError
 from perennial.storage.registry.registry import Registry
 
@@ -14,10 +18,24 @@ T = TypeVar("T")
 
 
 def retry_on_conflict(registry: Registry, adapter: str, attempt: Callable[[], T]) -> T:
-    """What the first attempt comes to that no other learner disturbs; each begins with the line as it then is.
+    """Call `attempt` until it completes without a write conflict; each attempt must start from the current head.
 
-    Something that is gone ends it only at the second sight of the same head: whoever did the job meanwhile deletes
-    what it was done with. Raises ConflictError after as many lost races as there may be, and what attempts raise.
+    An object that is missing ends the job only when it is missing twice under the same head: another learner may have
+    done the job in the meantime and deleted what the job needed. There is no wait between attempts, because the other
+    learner's write is complete when the conflict shows; so no retry library is used.
+
+    Args:
+        registry: the adapter's versions.
+        adapter: the job's adapter.
+        attempt: one attempt at the job.
+
+    Returns:
+        What `attempt` returned.
+
+    Raises:
+        ConflictError: `MAX_CONFLICTS` attempts in a row met a conflict.
+        JobError: raised by an attempt.
+        StoreError: raised by an attempt.
     """
     heads: set[str | None] = set()
     for _ in range(MAX_CONFLICTS):

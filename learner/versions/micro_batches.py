@@ -1,16 +1,17 @@
-"""Micro-batches as jobs name them: read and checked, sorted by what is new, and kept as rows for replay."""
+"""Micro-batches: read and check them, select what is new, leave examples out, and cache their rows for replay."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+from cachetools import LRUCache
 from pydantic import ValidationError
 
 from perennial.learner.model.tokenization import ExampleError, TokenRow
 from perennial.learner.training.replay_buffer import ReplayEntry
-from perennial.storage.errors import NotFoundError, PerennialError
+from perennial.learner.versions.job_result import JobError
+from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.manifest import SkippedExample
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, UpdateRequested
@@ -20,22 +21,16 @@ MAX_BATCH_BYTES = 256 * 1024**2
 BATCH_CACHE_TOKENS = 8_000_000
 _Prepared = tuple[ExampleAccepted, list[TokenRow]]
 
-JobErrorReason = Literal[
-    "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
-    "revoked-version", "not-promoted", "nothing-to-roll-back-to", "recipe-mismatch", "unsupported",
-]  # fmt: skip
-
-
-class JobError(PerennialError):
-    """A job cannot be done and never will be; it goes to the dead letters and the next one is taken."""
-
-    def __init__(self, reason: JobErrorReason, message: str, *, got: object = None, allowed: object = None) -> None:
-        self.reason: JobErrorReason = reason
-        super().__init__(message, got=got, allowed=allowed, remedy="mend what the job names and request it again")
+OriginOffset = tuple[str, int]
+"""Origin partition key and offset: identifies one published record."""
 
 
 def read_batch(store: ObjectStore, job: UpdateRequested) -> Batch:
-    """The job's micro-batch, checked against the job. Raises JobError."""
+    """Return the job's micro-batch.
+
+    Raises:
+        JobError: it is not stored, does not parse, or belongs to another job or adapter.
+    """
     try:
         batch = Batch.model_validate_json(get_blob(store, job.batch.digest, MAX_BATCH_BYTES))
     except NotFoundError as error:
@@ -49,42 +44,95 @@ def read_batch(store: ObjectStore, job: UpdateRequested) -> Batch:
             got=f"{batch.adapter} cut {batch.cut}",
             allowed=f"{job.adapter} cut {job.cut}",
         )
-    strange = next((example for example in batch.examples if example.adapter != job.adapter), None)
-    if strange is not None:
+    foreign = next((example for example in batch.examples if example.adapter != job.adapter), None)
+    if foreign is not None:
         raise JobError(
-            "wrong-adapter", "the micro-batch holds another adapter's example",
-            got=strange.adapter, allowed=job.adapter,
-        )  # fmt: skip
+            "wrong-adapter",
+            "the micro-batch holds another adapter's example",
+            got=foreign.adapter,
+            allowed=job.adapter,
+        )
     return batch
 
 
 def load_batch(store: ObjectStore, digest: str) -> Batch | None:
-    """A micro-batch; None where it was erased. Raises ValidationError where the blob is none."""
+    """Return a micro-batch; None if it was erased.
+
+    Raises:
+        ValidationError: the blob is not a micro-batch.
+    """
     try:
         return Batch.model_validate_json(get_blob(store, digest, MAX_BATCH_BYTES))
     except NotFoundError:
         return None
 
 
+def batch_to_bytes(batch: Batch) -> bytes:
+    """Return a micro-batch as the curate role writes it."""
+    return batch.model_dump_json(by_alias=True).encode()
+
+
+def without_examples(batch: Batch, offsets: Collection[OriginOffset]) -> Batch:
+    """Return the micro-batch as it would be if the examples at these offsets had never been published."""
+    removed_ids = {example.example_id for example in batch.examples if origin_offset(example) in offsets}
+    return Batch(
+        adapter=batch.adapter,
+        cut=batch.cut,
+        examples=[example for example in batch.examples if origin_offset(example) not in offsets],
+        skipped=[skip for skip in batch.skipped if skip.example_id not in removed_ids],
+    )
+
+
+def origin_offset(example: ExampleAccepted) -> OriginOffset:
+    """Return where the example was first published."""
+    return example.origin.partition_key(), example.origin.offset
+
+
+def batch_origins(batch: Batch) -> list[Origin]:
+    """Return the origin of every record that a micro-batch covers, skipped ones included."""
+    return [example.origin for example in batch.examples] + [skipped.origin for skipped in batch.skipped]
+
+
+@dataclass(frozen=True)
+class ExampleSelection:
+    """A micro-batch split by what is to be done with each example.
+
+    Attributes:
+        new: to be learned, at least one training row each.
+        skipped: recorded in the manifest with a reason.
+        redelivered: count of examples at or below the high-water marks, which an earlier version covers.
+    """
+
+    new: list[ExampleAccepted]
+    skipped: list[SkippedExample]
+    redelivered: int
+
+
 def select_new_examples(
-    batch: Batch, marks: Mapping[str, int], rows_of: Callable[[ExampleAccepted], list[TokenRow]]
-) -> tuple[list[ExampleAccepted], list[SkippedExample], int]:
-    """Split a micro-batch into what is to be learned, what is recorded as skipped, and what came again."""
-    fresh: dict[str, ExampleAccepted] = {}
+    batch: Batch, high_water_marks: Mapping[str, int], rows_of: Callable[[ExampleAccepted], list[TokenRow]]
+) -> ExampleSelection:
+    """Split a micro-batch into new, skipped and redelivered examples.
+
+    Args:
+        batch: the micro-batch.
+        high_water_marks: highest offset seen by origin partition key.
+        rows_of: returns an example's training rows or raises ExampleError.
+    """
+    new: dict[str, ExampleAccepted] = {}
     skipped = [
         SkippedExample(
-            example_id=skipped_example.example_id, partition=skipped_example.origin.partition_key(),
-            offset=skipped_example.origin.offset, reason=skipped_example.reason,
+            example_id=skip.example_id, partition=skip.origin.partition_key(),
+            offset=skip.origin.offset, reason=skip.reason,
         )
-        for skipped_example in batch.skipped
+        for skip in batch.skipped
     ]  # fmt: skip
-    dropped = 0
+    redelivered = 0
     for example in batch.examples:
-        if example.origin.offset <= marks.get(example.origin.partition_key(), -1):
-            dropped += 1
+        if example.origin.offset <= high_water_marks.get(example.origin.partition_key(), -1):
+            redelivered += 1
         elif not example.learn:
             skipped.append(skipped_example(example, "signal"))
-        elif example.example_id in fresh:
+        elif example.example_id in new:
             skipped.append(skipped_example(example, "duplicate"))
         else:
             try:
@@ -92,73 +140,70 @@ def select_new_examples(
             except ExampleError:
                 skipped.append(skipped_example(example, "no-text"))
             else:
-                fresh[example.example_id] = example
-    return list(fresh.values()), skipped, dropped
+                new[example.example_id] = example
+    return ExampleSelection(list(new.values()), skipped, redelivered)
 
 
 def skipped_example(example: ExampleAccepted, reason: str) -> SkippedExample:
-    """The record of an example that is not learned."""
-    return SkippedExample(
-        example_id=example.example_id,
-        partition=example.origin.partition_key(),
-        offset=example.origin.offset,
-        reason=reason,
-    )
-
-
-def batch_origins(batch: Batch) -> list[Origin]:
-    """Where everything that a micro-batch covers came from."""
-    return [example.origin for example in batch.examples] + [
-        skipped_example.origin for skipped_example in batch.skipped
-    ]
+    """Return the manifest's record of an example that is not learned."""
+    partition, offset = origin_offset(example)
+    return SkippedExample(example_id=example.example_id, partition=partition, offset=offset, reason=reason)
 
 
 class BatchRows:
-    """Training rows of earlier micro-batches, read from their blobs; the last used ones stay, bounded by tokens."""
+    """Training rows of earlier micro-batches, read from their blobs and cached up to `BATCH_CACHE_TOKENS` tokens.
+
+    Args:
+        store: where the micro-batches are stored.
+        rows_of: returns an example's training rows or raises ExampleError.
+    """
 
     def __init__(self, store: ObjectStore, rows_of: Callable[[ExampleAccepted], list[TokenRow]]) -> None:
         self._store = store
         self._rows_of = rows_of
-        self._cache: OrderedDict[str, dict[str, _Prepared]] = OrderedDict()
-        self._tokens = 0
+        self._cache: LRUCache[str, dict[str, _Prepared]] = LRUCache(BATCH_CACHE_TOKENS, _cache_tokens)
 
-    def __call__(self, kept: ReplayEntry) -> Sequence[TokenRow] | None:
-        """Rows of the example; None where its micro-batch was erased or no longer holds it."""
-        found = self._find(kept)
+    def __call__(self, entry: ReplayEntry) -> Sequence[TokenRow] | None:
+        """Return the rows of an example; None if its micro-batch was erased or no longer holds it."""
+        found = self._find(entry)
         return found[1] if found else None
 
     def allowed_by(
-        self, screen: QuarantineFilter, drawn: dict[str, ExampleAccepted]
+        self, quarantine: QuarantineFilter, drawn: dict[str, ExampleAccepted]
     ) -> Callable[[ReplayEntry], Sequence[TokenRow] | None]:
-        """The same, with None also where the screen blocks the example. drawn: gets the others that were asked for."""
+        """Return a look-up that also gives None for quarantined examples.
 
-        def rows(kept: ReplayEntry) -> Sequence[TokenRow] | None:
-            found = self._find(kept)
-            if found is None or screen.blocks(found[0]):
+        Args:
+            quarantine: decides which examples must not be trained on.
+            drawn: is filled with every other example that was asked for, by example id.
+        """
+
+        def rows(entry: ReplayEntry) -> Sequence[TokenRow] | None:
+            found = self._find(entry)
+            if found is None or quarantine.blocks(found[0]):
                 return None
-            drawn[kept.example_id] = found[0]
+            drawn[entry.example_id] = found[0]
             return found[1]
 
         return rows
 
-    def _find(self, kept: ReplayEntry) -> _Prepared | None:
-        group = self._cache.get(kept.batch)
+    def _find(self, entry: ReplayEntry) -> _Prepared | None:
+        group = self._cache.get(entry.batch)
         if group is None:
-            batch = load_batch(self._store, kept.batch)
+            batch = load_batch(self._store, entry.batch)
             if batch is None:
                 return None
-            self.put(kept.batch, batch.examples)
-            group = self._cache[kept.batch]
-        self._cache.move_to_end(kept.batch)
-        return group.get(kept.example_id)
+            self.put(entry.batch, batch.examples)
+            group = self._cache[entry.batch]
+        return group.get(entry.example_id)
 
     def drop(self, digests: Iterable[str]) -> None:
-        """Forget these micro-batches."""
+        """Remove these micro-batches from the cache."""
         for digest in digests:
-            self._tokens -= _tokens(self._cache.pop(digest, {}))
+            self._cache.pop(digest, None)
 
     def put(self, digest: str, examples: Iterable[ExampleAccepted]) -> None:
-        """Remember a micro-batch that is in hand."""
+        """Add a micro-batch that is in memory already to the cache."""
         if digest in self._cache:
             return
         group: dict[str, _Prepared] = {}
@@ -168,10 +213,8 @@ class BatchRows:
             except ExampleError:
                 continue  # it was skipped when the batch was learned, too
         self._cache[digest] = group
-        self._tokens += _tokens(group)
-        while self._tokens > BATCH_CACHE_TOKENS and len(self._cache) > 1:
-            self._tokens -= _tokens(self._cache.popitem(last=False)[1])
 
 
-def _tokens(group: Mapping[str, _Prepared]) -> int:
-    return sum(len(row.ids) for _, rows in group.values() for row in rows)
+def _cache_tokens(group: Mapping[str, _Prepared]) -> int:
+    # A micro-batch larger than the whole cache counts as all of it, so that it is still cached, alone.
+    return min(BATCH_CACHE_TOKENS, sum(len(row.ids) for _, rows in group.values() for row in rows))

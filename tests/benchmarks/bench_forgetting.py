@@ -30,8 +30,8 @@ from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.model.base import load_base
 from perennial.learner.model.loss import mean_nats, row_losses
 from perennial.learner.model.tokenization import ExampleError, TokenRow
-from perennial.learner.roles.learner import make_lineage
-from perennial.learner.versions.update_job import VersionWriter
+from perennial.learner.versions.update_job import UpdateExecutor
+from perennial.learner.versions.version_writer import VersionWriter, make_version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
@@ -48,6 +48,7 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.settings import Settings, load_settings
 from tests import scratch
+from tests.local_learner import complete
 
 ADAPTER = "bench/forgetting"
 PACKAGE = "sympy"
@@ -104,7 +105,7 @@ class Bench:
         self.rng = random.Random(f"forgetting {seed}")
         self.folder = folder
         self.store = DirectoryStore(folder / "store")
-        self.line: VersionWriter = make_lineage(
+        self.line: VersionWriter = make_version_writer(
             settings, self.store, load_base(settings.model.base, "cpu", settings.model.threads)
         )
         self.forgetter = ForgetExecutor(self.line, _now, lambda _: None)
@@ -144,7 +145,7 @@ class Bench:
         done: list[Outcome] = []
         first = len(self.cuts) // 2
         for cut, examples in self.cuts.items():
-            manifest = self.line.update(self.job(cut, examples), "live").manifest
+            manifest = UpdateExecutor(self.line).update(self.job(cut, examples), "live").manifest
             self.outcomes[manifest.outcome if manifest else "repeated"] += 1
             self.known += examples
             due = requests * (cut - first + 1) // (len(self.cuts) - first) if cut >= first else 0
@@ -198,8 +199,7 @@ class Bench:
         before_nats = self.held_out_nats()
         began = time.perf_counter()
         done = self.forgetter.forget(job, "live")
-        if done.close is not None:
-            done.close()
+        complete(self.store, done)
         forget_s = time.perf_counter() - began
         after_nats = self.held_out_nats()
         self.gone |= meant

@@ -24,7 +24,11 @@ ROOT = Path(__file__).parents[2]
 SESSION_S = 6.0
 """The shortest session that a broker grants by default: what a test of a stopped process has to wait for."""
 
-FEW_TEXTS = "from perennial.learner.roles import learner\nfrom tests.faults.parts import few_texts\nlearner.general_texts = few_texts"
+FEW_TEXTS = (
+    "from perennial.learner.versions import version_writer\n"
+    "from tests.faults.parts import few_texts\n"
+    "version_writer.general_texts = few_texts"
+)
 """For `child`: reading the standard library's texts takes seconds, and what is learned is not the point here."""
 
 _ROLES = {

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from perennial.learner.model.base import load_base
-from perennial.learner.roles.learner import make_lineage
+from perennial.learner.versions.version_writer import make_version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import get_blob
@@ -178,7 +178,7 @@ def bench(broker, topic_prefix, tmp_path, monkeypatch):
 
 def from_scratch(bench: Bench, adapter: str, folder: Path, gone: str | None = None) -> scratch.Scratch:
     """Train what the publisher's log says, cut by cut, without kills; examples as intake accepted them."""
-    line = make_lineage(
+    line = make_version_writer(
         bench.settings, DirectoryStore(folder), load_base("shipped", "cpu", bench.settings.model.threads)
     )
     known: dict[int, ExampleAccepted] = {}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perennial.learner.roles import learner as worker
+from perennial.learner.versions import version_writer
 from perennial.storage.registry.quarantine import LegalHold, load_quarantine, update_quarantine
 from perennial.streams.events.models import AdapterPromoted
 from perennial.streams.kafka.topics import provision
@@ -25,7 +25,7 @@ ADAPTER = forgetting.ADAPTER
 
 @pytest.fixture
 def given(broker, topic_prefix, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "general_texts", parts.few_texts)
+    monkeypatch.setattr(version_writer, "general_texts", parts.few_texts)
     settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
     provision(settings)
     return settings

@@ -14,7 +14,8 @@ from kafka import KafkaProducer
 from perennial.learner.model.base import load_base
 from perennial.learner.roles import learner as worker
 from perennial.learner.roles.learner import run_learner
-from perennial.learner.versions.update_job import VersionWriter
+from perennial.learner.versions import version_writer
+from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.registry import Registry
 from perennial.streams.kafka import group as transport
@@ -35,7 +36,7 @@ bench = curating.bench
 
 @pytest.fixture(autouse=True)
 def _few_texts_and_short_sessions(monkeypatch):
-    monkeypatch.setattr(worker, "general_texts", parts.few_texts)
+    monkeypatch.setattr(version_writer, "general_texts", parts.few_texts)
     monkeypatch.setattr(transport, "SESSION_TIMEOUT_MS", int(parts.SESSION_S * 1000))
 
 
@@ -157,7 +158,7 @@ def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch,
     given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
     provision(given)
     started, go_on = threading.Event(), threading.Event()
-    update, commit, connect = VersionWriter.update, transport.GroupConsumer.commit, transport.connect
+    update, commit, connect = UpdateExecutor.update, transport.GroupConsumer.commit, transport.connect
     assigned = transport.GroupConsumer.on_partitions_assigned
     assignments, let_in, commits = [], [], []
 
@@ -181,7 +182,7 @@ def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch,
             let_in.append(list(partitions))
 
     monkeypatch.setattr(transport.GroupConsumer, "on_partitions_assigned", noting)
-    monkeypatch.setattr(VersionWriter, "update", held)
+    monkeypatch.setattr(UpdateExecutor, "update", held)
     monkeypatch.setattr(transport.GroupConsumer, "commit", committing)
     kit.send(given, job(given, 0))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):

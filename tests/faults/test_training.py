@@ -12,6 +12,7 @@ from perennial.learner.model import loss as score
 from perennial.learner.roles import learner as worker
 from perennial.learner.roles.learner import run_learner
 from perennial.learner.training import trainer as train
+from perennial.learner.versions import version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.registry import Registry
@@ -29,7 +30,7 @@ MORE_THAN_ANY_MACHINE_HAS = 10**15
 
 @pytest.fixture
 def given(broker, topic_prefix, tmp_path, monkeypatch):
-    monkeypatch.setattr(worker, "general_texts", parts.few_texts)
+    monkeypatch.setattr(version_writer, "general_texts", parts.few_texts)
     settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path).model_copy(
         update={"learning_rate": 0.05, "steps": 6, "min_gain_nats": 0.0}
     )

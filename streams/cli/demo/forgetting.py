@@ -243,13 +243,13 @@ class ForgetDemo:
         """Weights of a model that learned the same cuts in the same order, less the documents. No code of forgetting."""
         from perennial.learner.model.base import load_base
         from perennial.learner.model.lora import to_safetensors
-        from perennial.learner.roles.learner import make_lineage
         from perennial.learner.training.state import TrainingState
         from perennial.learner.versions.micro_batches import BatchRows
+        from perennial.learner.versions.version_writer import make_version_writer
 
         settings, store = self.settings, DirectoryStore(self.folder / "never-saw")
         base = load_base(settings.model.base, settings.model.device, settings.model.threads)
-        updater = make_lineage(settings, store, base).updater
+        updater = make_version_writer(settings, store, base).updater
         rows = BatchRows(store, updater.rows)
         state = TrainingState(updater.lora.init_state(PEOPLE, updater.recipe.seed))
         for cut in cuts:

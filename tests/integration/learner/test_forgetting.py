@@ -9,7 +9,9 @@ import pytest
 
 from perennial.learner.model.base import load_base
 from perennial.learner.roles import learner as worker
-from perennial.learner.roles.learner import make_lineage, run_learner
+from perennial.learner.roles.learner import run_learner
+from perennial.learner.versions import version_writer
+from perennial.learner.versions.version_writer import make_version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
@@ -39,7 +41,7 @@ def given(broker, topic_prefix, tmp_path):
 @pytest.fixture
 def _few_general_texts(monkeypatch):
     """Reading the standard library's texts takes seconds; the fault tests kill processes that do it for real."""
-    monkeypatch.setattr(worker, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
+    monkeypatch.setattr(version_writer, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
 
 
 def store_of(settings: Settings) -> DirectoryStore:
@@ -73,7 +75,7 @@ def erase(settings: Settings, name: str, *numbers: int) -> ForgetRequested:
 def oracle(settings: Settings, tmp: Path, cuts, gone: set[int]) -> scratch.Scratch:
     """What training from scratch comes to, with the worker's own parts over a store of its own."""
     store = DirectoryStore(tmp / "oracle", fsync=False)
-    updater = make_lineage(settings, store, load_base(settings.model.base, "cpu", 1)).updater
+    updater = make_version_writer(settings, store, load_base(settings.model.base, "cpu", 1)).updater
     kept = {cut: [e for e in examples if e.origin.offset not in gone] for cut, examples in cuts.items()}
     return scratch.train(updater, store, ADAPTER, kept)
 

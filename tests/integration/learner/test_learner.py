@@ -14,7 +14,8 @@ from perennial.learner.model.base import load_base
 from perennial.learner.roles import learner as worker
 from perennial.learner.roles.learner import run_learner
 from perennial.learner.roles.scorer import run_scorer
-from perennial.learner.versions.update_job import VersionWriter
+from perennial.learner.versions import version_writer
+from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
@@ -34,7 +35,7 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 @pytest.fixture(autouse=True)
 def _few_general_texts(monkeypatch):
     """Reading the standard library's texts takes seconds; the fault tests kill processes that do it for real."""
-    monkeypatch.setattr(worker, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
+    monkeypatch.setattr(version_writer, "general_texts", lambda split: [f"plain {split} words {n}" for n in range(8)])
     assert general_text.general_texts
 
 
@@ -123,7 +124,7 @@ def test_membership_is_kept_while_training_takes_longer_than_the_poll_interval(g
     monkeypatch.setattr(transport, "MAX_POLL_INTERVAL_MS", 3_000)
     monkeypatch.setattr(transport, "SESSION_TIMEOUT_MS", 6_000)
     trained, expelled = [], []
-    update, lost = VersionWriter.update, transport.GroupConsumer.on_partitions_lost
+    update, lost = UpdateExecutor.update, transport.GroupConsumer.on_partitions_lost
 
     def slow(self, request, alias):
         trained.append(request.cut)
@@ -134,7 +135,7 @@ def test_membership_is_kept_while_training_takes_longer_than_the_poll_interval(g
         expelled.extend(partitions)
         lost(self, partitions)
 
-    monkeypatch.setattr(VersionWriter, "update", slow)
+    monkeypatch.setattr(UpdateExecutor, "update", slow)
     monkeypatch.setattr(transport.GroupConsumer, "on_partitions_lost", watched)
     kit.send(given, job(given, 1, 0, 1))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
@@ -157,7 +158,7 @@ def test_a_store_that_stays_away_ends_the_role_and_nothing_is_lost(given, monkey
 
     kit.send(given, job(given, 1, 0, 1))
     with monkeypatch.context() as broken:
-        broken.setattr(VersionWriter, "update", away)
+        broken.setattr(UpdateExecutor, "update", away)
         with pytest.raises(StoreUnavailableError):
             run_learner(given, threading.Event(), Metrics("learner"))
     assert tries == [1, 1, 1]

@@ -8,8 +8,9 @@ import threading
 import pytest
 
 from perennial.learner.roles import scorer as scorer_module
-from perennial.learner.roles.learner import make_lineage
 from perennial.learner.roles.scorer import run_scorer
+from perennial.learner.versions.update_job import UpdateExecutor
+from perennial.learner.versions.version_writer import make_version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.streams.events.models import ExampleScored
@@ -69,20 +70,21 @@ def test_junk_goes_to_dead_letters_and_the_rest_is_scored(given):
 
 def test_the_live_version_is_followed_and_a_missing_one_gives_no_live_loss(given, monkeypatch):
     monkeypatch.setattr(
-        "perennial.learner.roles.learner.general_texts", lambda split: [f"plain {split} {n}" for n in range(8)]
+        "perennial.learner.versions.version_writer.general_texts",
+        lambda split: [f"plain {split} {n}" for n in range(8)],
     )
     store = DirectoryStore(given.store.uri)
-    lineage = make_lineage(given, store, scorer_module.load_base(given.model.base, "cpu", 1))
+    learner = UpdateExecutor(make_version_writer(given, store, scorer_module.load_base(given.model.base, "cpu", 1)))
     with kit.running(lambda stop: run_scorer(given, stop, Metrics("scorer"))):
         kit.send(given, documents(0)[0])
         assert scored(given, 1)[0].live_version is None
-        first = lineage.update(jobs.update(store, 1, documents(0, 1)), given.serving.alias)
+        first = learner.update(jobs.update(store, 1, documents(0, 1)), given.serving.alias)
         event = last_with(given, lambda event: event.live_version == first.event.version)
         assert event.live_generation == 1
         assert event.live_loss_nats is not None
-        second = lineage.update(jobs.update(store, 2, documents(2, 3)), given.serving.alias)
+        second = learner.update(jobs.update(store, 2, documents(2, 3)), given.serving.alias)
         last_with(given, lambda event: event.live_generation == 2)
-        third = lineage.update(jobs.update(store, 3, documents(4, 5)), given.serving.alias)
+        third = learner.update(jobs.update(store, 3, documents(4, 5)), given.serving.alias)
         store.delete(blob_key(third.manifest.weights.digest))
         assert second.event.version != third.event.version
         lost = last_with(given, lambda event: event.live_version is None)

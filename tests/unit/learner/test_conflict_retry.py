@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perennial.learner.versions import update_job as lineage_module
-from perennial.learner.versions.micro_batches import JobError
+from perennial.learner.versions.job_result import JobError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.quarantine import update_quarantine

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from perennial.learner.forgetting.executor import ForgetExecutor
-from perennial.learner.versions.micro_batches import JobError
-from perennial.learner.versions.update_job import JobResult, VersionWriter
+from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
@@ -31,6 +30,7 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.retention.quarantine_filter import text_hash
 from tests import jobs, scratch, tiny
+from tests.local_learner import LocalLearner, complete
 from tests.unit.learner.test_versions import ADAPTER, lineage, now
 
 UNTIL_MS = 1_800_000_000_000
@@ -54,7 +54,7 @@ def documents(seed: int, count: int, per_cut: int = 4) -> dict[int, list[Example
     return {cut: made[cut * per_cut : (cut + 1) * per_cut] for cut in range(-(-count // per_cut))}
 
 
-def learn(line: VersionWriter, cuts: dict[int, list[ExampleAccepted]]) -> list[JobResult]:
+def learn(line: LocalLearner, cuts: dict[int, list[ExampleAccepted]]) -> list[JobResult]:
     store = line.registry.store
     return [line.update(jobs.update(store, cut, examples), "live") for cut, examples in cuts.items()]
 
@@ -80,20 +80,19 @@ def quarantined(store: ObjectStore, job: ForgetRequested) -> ForgetRequested:
 
 
 def forget(
-    line: VersionWriter, job: ForgetRequested, failpoint: Callable[[str], None] = lambda _: None
+    line: LocalLearner, job: ForgetRequested, failpoint: Callable[[str], None] = lambda _: None
 ) -> tuple[JobResult, list[AdapterUpdate]]:
     """Do the job to its end as the worker does; what came of it, and the events in order."""
     told: list[AdapterUpdate] = []
     done = ForgetExecutor(line, now, failpoint, told.append).forget(job, "live")
     if done.event is not None:
         told.append(done.event)
-    if done.close is not None:
-        done.close()
+    complete(line.registry.store, done)
     return done, told
 
 
 def never_saw(
-    line: VersionWriter, tmp: Path, cuts: dict[int, list[ExampleAccepted]], gone: Collection[int]
+    line: LocalLearner, tmp: Path, cuts: dict[int, list[ExampleAccepted]], gone: Collection[int]
 ) -> scratch.Scratch:
     store = DirectoryStore(tmp / "oracle", fsync=False)
     kept = {cut: [e for e in examples if e.origin.offset not in gone] for cut, examples in cuts.items()}
@@ -446,7 +445,7 @@ def test_what_a_rollback_left_behind_is_erased_without_a_replay(store: Directory
     assert never_saw(line, tmp_path, kept, {1}).equals(done.manifest)
 
 
-def versions(line: VersionWriter) -> list[str]:
+def versions(line: LocalLearner) -> list[str]:
     return [version for _, version in line.registry.versions(ADAPTER, newest_first=False)]
 
 
@@ -462,7 +461,7 @@ def test_rolling_back_past_a_forgetting_reaches_only_what_never_knew(store: Dire
         line.rollback(rollback("b2", done_replayed(line)))
 
 
-def done_replayed(line: VersionWriter) -> str:
+def done_replayed(line: LocalLearner) -> str:
     """A version that was made anew: it has no place on the line."""
     forgotten = next(
         m for _, v in line.registry.versions(ADAPTER) if (m := line.registry.manifest(ADAPTER, v)).kind == "forget"

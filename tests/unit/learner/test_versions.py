@@ -19,8 +19,7 @@ from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.training.replay_buffer import index_from_bytes
 from perennial.learner.training.update import Recipe, Updater
-from perennial.learner.versions.micro_batches import JobError
-from perennial.learner.versions.update_job import VersionWriter
+from perennial.learner.versions.job_result import JobError
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
@@ -35,6 +34,7 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.settings import Settings
 from tests import jobs, tiny
+from tests.local_learner import LocalLearner
 
 ADAPTER = "acme/support"
 SETTINGS = Settings.of(
@@ -47,7 +47,7 @@ _serial = itertools.count()
 
 def lineage(
     store: ObjectStore, base_seed: int = 0, failpoint: Callable[[str], None] | None = None, **more: Any
-) -> VersionWriter:
+) -> LocalLearner:
     make_deterministic(1)
     settings = SETTINGS.replace(**more)
     base = tiny.base(base_seed)
@@ -57,7 +57,7 @@ def lineage(
         Lora(base, LoraConfig(settings.training.rank, settings.training.alpha)), codec,
         GeneralText(GENERAL, GENERAL, codec, settings.training.row_tokens), Recipe.of(settings),
     )  # fmt: skip
-    return VersionWriter(registry, updater, base, threads=1, now=now, failpoint=failpoint or (lambda _: None))
+    return LocalLearner(registry, updater, base, threads=1, now=now, failpoint=failpoint or (lambda _: None))
 
 
 def now() -> datetime:

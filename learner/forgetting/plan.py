@@ -1,0 +1,181 @@
+"""Plan a forgetting: which examples go, which versions they reached, which updates are rebuilt.
+
+Pure functions: no store, no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from perennial.learner.versions.history import History, RecordedVersion
+from perennial.learner.versions.micro_batches import OriginOffset, origin_offset
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry
+from perennial.streams.events.models import ExampleAccepted, ForgetRequested
+from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
+
+
+@dataclass(frozen=True)
+class ExampleMatch:
+    """What a forgetting notes of a stored example; it holds no text.
+
+    Attributes:
+        origin_offset: where the example was published.
+        example_id: the example.
+        text_hash: hash of its text; None if it has none.
+        request_id: the request that removes it now; None if none does.
+        wanted_by: the request that would remove it if there were no holds.
+        held: a legal hold covers it.
+        erased: its text must never be learned again.
+    """
+
+    origin_offset: OriginOffset
+    example_id: str
+    text_hash: str | None
+    request_id: str | None
+    wanted_by: str | None
+    held: bool
+    erased: bool = False
+
+
+BatchMatches = dict[str, list[ExampleMatch]]
+"""Matches in micro-batches, by the micro-batch's digest."""
+
+RemovedOffsets = Mapping[str, Collection[OriginOffset]]
+"""Offsets of the examples to leave out, by the micro-batch's digest; none of the collections is empty."""
+
+
+class ForgetTarget:
+    """Decides which examples are forgotten: those of the job, and whatever else the quarantine forbids to learn.
+
+    The others go in the same rebuild: they were accepted for forgetting, so no update may hold them, and their own
+    jobs then find nothing left to do.
+
+    Args:
+        job: the forget job.
+        quarantine: the adapter's quarantine as it is now.
+    """
+
+    def __init__(self, job: ForgetRequested, quarantine: Quarantine) -> None:
+        self._job = job
+        self._filter = QuarantineFilter(quarantine)
+        self._filter_without_holds = QuarantineFilter(quarantine.with_holds([]))
+        self._suppressed = frozenset(quarantine.suppressed)
+
+    def match(self, examples: Iterable[ExampleAccepted]) -> list[ExampleMatch]:
+        """Return one match per example of a micro-batch, those that stay included."""
+        return [self._match(example) for example in examples]
+
+    def _match(self, example: ExampleAccepted) -> ExampleMatch:
+        erased = self._filter.erases(example)
+        if self._job.matches(example):
+            erased = erased or self._job.suppress
+            request_id: str | None = self._job.request_id
+            wanted_by = request_id
+        else:
+            request_id = _request_id(self._filter.entry_of(example))
+            wanted_by = _request_id(self._filter_without_holds.entry_of(example))
+        return ExampleMatch(
+            origin_offset=origin_offset(example),
+            example_id=example.example_id,
+            text_hash=text_hash(example),
+            request_id=request_id,
+            wanted_by=wanted_by,
+            held=self._filter.held_by(example) is not None,
+            erased=erased,
+        )
+
+    def is_held(self, matches: Iterable[ExampleMatch]) -> bool:
+        """Return whether a hold covers anything that the job itself asks for."""
+        return any(match.held and match.request_id == self._job.request_id for match in matches)
+
+    def hashes_to_suppress(self, matches: Iterable[ExampleMatch]) -> frozenset[str]:
+        """Return the hashes of the texts that must never be learned again."""
+        return frozenset(match.text_hash for match in matches if match.text_hash and match.erased)
+
+    def removed_offsets(self, matches: BatchMatches, hashes: Collection[str]) -> dict[str, set[OriginOffset]]:
+        """Return the offsets of the examples to remove, with those of the same text under other ids.
+
+        Args:
+            matches: the matches by micro-batch.
+            hashes: text hashes that this forgetting suppresses.
+
+        Returns:
+            Offsets by digest of the micro-batch; micro-batches that lose nothing are left out.
+        """
+        removed = {
+            digest: {match.origin_offset for match in group if self._is_removed(match, hashes)}
+            for digest, group in matches.items()
+        }
+        return {digest: offsets for digest, offsets in removed.items() if offsets}
+
+    def _is_removed(self, match: ExampleMatch, hashes: Collection[str]) -> bool:
+        if match.request_id is not None:
+            return True
+        same_text = match.text_hash and (match.text_hash in hashes or match.text_hash in self._suppressed)
+        return bool(same_text) and not match.held
+
+
+def _request_id(entry: QuarantineEntry | None) -> str | None:
+    return entry.request_id if entry else None
+
+
+@dataclass(frozen=True)
+class RebuildPlan:
+    """What a forgetting changes.
+
+    Attributes:
+        removed_offsets: the examples to leave out.
+        contaminated_versions: versions that have such an example in their weights.
+        affected_versions: those, and versions that a gate judged differently because of such an example.
+        last_clean: the newest version of the schedule before the first affected one; None if there is none.
+        steps: the updates to rebuild, in order; empty if the newest version is not affected.
+    """
+
+    removed_offsets: RemovedOffsets
+    contaminated_versions: frozenset[str]
+    affected_versions: frozenset[str]
+    last_clean: RecordedVersion | None
+    steps: tuple[RecordedVersion, ...]
+
+
+def plan_rebuild(history: History, removed_offsets: RemovedOffsets) -> RebuildPlan:
+    """Return what forgetting these examples changes.
+
+    Args:
+        history: all manifests of the adapter.
+        removed_offsets: the examples to leave out.
+    """
+    affected, contaminated = set(), set()
+    for version, manifest in history.manifests.items():
+        offsets = removed_offsets.get(manifest.batch.digest) if manifest.batch else None
+        if offsets:
+            affected.add(version)
+            if any((item.partition, item.offset) in offsets for item in manifest.learned):
+                contaminated.add(version)
+    schedule = history.schedule()
+    first = next((i for i, step in enumerate(schedule) if step.version in affected), len(schedule))
+    return RebuildPlan(
+        removed_offsets=removed_offsets,
+        contaminated_versions=history.descendants(contaminated),
+        affected_versions=history.descendants(affected),
+        last_clean=schedule[first - 1] if first else None,
+        steps=tuple(schedule[first:]),
+    )
+
+
+def trained_offsets(manifest: Manifest) -> set[OriginOffset]:
+    """Return the offsets of the examples that an update was trained on, whatever its gate then decided."""
+    if manifest.outcome == "promoted":
+        return {(item.partition, item.offset) for item in manifest.learned}
+    if manifest.outcome == "refused":
+        return {(item.partition, item.offset) for item in manifest.skipped if item.reason == manifest.reason}
+    return set()
+
+
+def state_version(step: RecordedVersion | None) -> str | None:
+    """Return the version that trained a step's state: the step itself or, if it was refused, its parent."""
+    if step is None:
+        return None
+    return step.version if step.manifest.outcome == "promoted" else step.manifest.parent

@@ -1,0 +1,220 @@
+"""Rebuild recorded updates without the examples that are to be forgotten.
+
+A rebuild trains the recorded schedule again from the last state that never saw the examples, with each update's own
+recipe, seed, cut number and thread count. The same store gives the same bytes, so a job that was interrupted and runs
+again makes the same versions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from perennial.learner.forgetting.plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
+from perennial.learner.training.update import Recipe, Updater, UpdateResult
+from perennial.learner.versions.history import RecordedVersion
+from perennial.learner.versions.job_result import JobError
+from perennial.learner.versions.micro_batches import (
+    BatchRows,
+    OriginOffset,
+    batch_to_bytes,
+    load_batch,
+    origin_offset,
+    skipped_example,
+    without_examples,
+)
+from perennial.learner.versions.version_writer import VersionWriter
+from perennial.storage.objects.keys import digest_of
+from perennial.storage.objects.object_store import put_blob
+from perennial.storage.registry.manifest import BlobRef, Manifest
+from perennial.storage.registry.pending_deletes import record_pending_deletes
+from perennial.storage.registry.registry import Head
+from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested
+
+
+@dataclass(frozen=True)
+class RebuiltState:
+    """Where a rebuild stands.
+
+    Attributes:
+        step: the last version of the rebuilt schedule; None before its first one.
+        version: the version that trained the state; None if it is the adapter's initial state.
+        state: the state after that step.
+        refs: the state's blobs.
+    """
+
+    step: RecordedVersion | None
+    version: str | None
+    state: TrainingState
+    refs: StateRefs
+
+
+@dataclass(frozen=True)
+class _RemainingUpdate:
+    """What is left of a recorded update.
+
+    Attributes:
+        recorded: the version as it was made.
+        cut: the cut number of its job.
+        batch: its micro-batch without the removed examples.
+        ref: the blob of that micro-batch.
+        new_body: the blob's bytes, to be stored; None if nothing was removed.
+        examples: what is trained.
+        removed: the offsets that were removed from it.
+    """
+
+    recorded: Manifest
+    cut: int
+    batch: Batch
+    ref: BlobRef
+    new_body: bytes | None
+    examples: list[ExampleAccepted]
+    removed: set[OriginOffset]
+
+
+class UpdateRebuilder:
+    """Rebuilds the updates of an adapter.
+
+    Args:
+        writer: trains and prepares manifests.
+        progress: called after each update.
+    """
+
+    def __init__(self, writer: VersionWriter, progress: Callable[[], None]) -> None:
+        self._writer = writer
+        self._registry = writer.registry
+        self._store = writer.registry.store
+        self._progress = progress
+
+    def rebuild(self, job: ForgetRequested, plan: RebuildPlan) -> RebuiltState:
+        """Rebuild the affected updates without the removed examples.
+
+        Args:
+            job: the forget job; what is stored is added to its pending deletes first.
+            plan: the updates and the examples to leave out.
+
+        Returns:
+            The state after the last update.
+
+        Raises:
+            JobError: an update's micro-batch is gone, or its recipe does not fit this worker.
+        """
+        steps = [step for step in plan.steps if trained_offsets(step.manifest)]
+        current = self._start(job.adapter, plan.last_clean, steps)
+        try:
+            for step in steps:
+                current = self.rebuild_update(job, current, step, plan.removed_offsets)
+                self._progress()
+        finally:
+            make_deterministic(self._writer.threads)
+        return current
+
+    def _start(
+        self, adapter: str, last_clean: RecordedVersion | None, steps: Sequence[RecordedVersion]
+    ) -> RebuiltState:
+        if last_clean is None:
+            seed = steps[0].manifest.seed if steps else self._writer.updater.recipe.seed
+            state = self._writer.initial_state(adapter, seed)
+            return RebuiltState(None, None, state, to_blobs(state)[0])
+        manifest = last_clean.manifest
+        state, _ = self._writer.state_at(Head(manifest.seq, last_clean.version, manifest), adapter)
+        return RebuiltState(last_clean, state_version(last_clean), state, StateRefs.of_manifest(manifest))
+
+    def rebuild_update(
+        self, job: ForgetRequested, before: RebuiltState, step: RecordedVersion, removed_offsets: RemovedOffsets
+    ) -> RebuiltState:
+        """Train one recorded update again; return `before` unchanged if no example is left in it."""
+        update = self._remaining(step, removed_offsets)
+        if not update.examples:
+            return before
+        updater = self._updater_of(update.recorded)
+        result = self._train(job, before, update, updater)
+        blobs = {} if update.new_body is None else {update.ref.digest: update.new_body}
+        state, refs = before.state, before.refs
+        if result.outcome == "promoted":
+            state = result.state
+            refs, state_blobs = to_blobs(state)
+            blobs |= state_blobs
+        elif before.step is None:
+            blobs |= to_blobs(before.state)[1]
+        manifest = self._manifest(before, update, updater, result, refs)
+        version = manifest.digest()
+        record_pending_deletes(self._store, job.adapter, job.job_id, blobs)
+        for body in blobs.values():
+            put_blob(self._store, body)
+        self._registry.record(manifest)
+        promoted = version if result.outcome == "promoted" else before.version
+        return RebuiltState(RecordedVersion(version, manifest), promoted, state, refs)
+
+    def _remaining(self, step: RecordedVersion, removed_offsets: RemovedOffsets) -> _RemainingUpdate:
+        """Return what is left of an update. Raise JobError if its micro-batch is not stored."""
+        recorded = step.manifest
+        if recorded.batch is None or recorded.cut is None:
+            raise JobError("missing-batch", "an update names no micro-batch", got=step.version)
+        batch = load_batch(self._store, recorded.batch.digest)
+        if batch is None:
+            raise JobError("missing-batch", "an update's micro-batch is not stored", got=recorded.batch.digest)
+        removed = set(removed_offsets.get(recorded.batch.digest, ()))
+        ref, new_body = recorded.batch, None
+        if removed:
+            batch = without_examples(batch, removed)
+            new_body = batch_to_bytes(batch)
+            ref = BlobRef(digest=digest_of(new_body), size_bytes=len(new_body))
+        trained = trained_offsets(recorded) - removed
+        examples = [example for example in batch.examples if origin_offset(example) in trained]
+        return _RemainingUpdate(recorded, recorded.cut, batch, ref, new_body, examples, removed)
+
+    def _updater_of(self, recorded: Manifest) -> Updater:
+        """Return an updater with the recipe that the version was made by."""
+        updater = self._writer.updater
+        fields = Recipe.__dataclass_fields__
+        try:
+            recipe = Recipe(**{name: recorded.config[name] for name in fields})  # type: ignore[arg-type]
+        except KeyError as error:
+            raise JobError("recipe-mismatch", "an update's recipe is incomplete", got=f"no {error}") from error
+        if (recipe.rank, recipe.alpha) != (updater.recipe.rank, updater.recipe.alpha):
+            raise JobError(
+                "recipe-mismatch", "an update was made with another LoRA than this worker's",
+                got=f"rank {updater.recipe.rank}, alpha {updater.recipe.alpha}",
+                allowed=f"rank {recipe.rank}, alpha {recipe.alpha}",
+            )  # fmt: skip
+        return replace(updater, recipe=recipe, general=updater.general.cut_to(recipe.row_tokens))
+
+    def _train(
+        self, job: ForgetRequested, before: RebuiltState, update: _RemainingUpdate, updater: Updater
+    ) -> UpdateResult:
+        rows = self._writer.rows
+        if updater.recipe.row_tokens != self._writer.updater.recipe.row_tokens:
+            rows = BatchRows(self._store, updater.rows)
+        rows.put(update.ref.digest, update.batch.examples)
+        make_deterministic(update.recorded.threads)
+        return updater.update(
+            before.state, update.examples, adapter=job.adapter, cut=update.cut, batch=update.ref.digest, replayed=rows
+        )
+
+    def _manifest(
+        self, before: RebuiltState, update: _RemainingUpdate, updater: Updater, result: UpdateResult, refs: StateRefs
+    ) -> Manifest:
+        """Return the manifest of a rebuilt update: as recorded, less the removed examples."""
+        recorded, promoted = update.recorded, result.outcome == "promoted"
+        judged = trained_offsets(recorded) | update.removed
+        skipped = [item for item in recorded.skipped if (item.partition, item.offset) not in judged]
+        if promoted:
+            reason = recorded.reason if recorded.outcome == "promoted" else "replayed"
+        else:
+            reason = result.reason
+            skipped += [skipped_example(example, result.reason) for example in update.examples]
+        learned = update.examples if promoted else []
+        times = [example.origin.timestamp_ms for example in learned]
+        return recorded.model_copy(
+            update={
+                "seq": before.step.manifest.seq + 1 if before.step else 1, "kind": "replayed",
+                "outcome": result.outcome, "reason": reason, "parent": before.version,
+                "head": before.step.version if before.step else None, "code": self._writer.code, "batch": update.ref,
+                "learned": [self._writer.learned_example(example, updater) for example in learned],
+                "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "tokens": result.tokens,
+                "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),
+            }
+        )  # fmt: skip

@@ -1,0 +1,118 @@
+"""Rollback jobs: publish an earlier state again, and revoke versions."""
+
+from __future__ import annotations
+
+from perennial.learner.training.state import to_blobs
+from perennial.learner.versions.alias_events import alias_event
+from perennial.learner.versions.conflict_retry import retry_on_conflict
+from perennial.learner.versions.job_result import JobError, JobResult
+from perennial.learner.versions.version_writer import VersionWriter
+from perennial.storage.errors import NotFoundError
+from perennial.storage.registry.manifest import Manifest, update_id
+from perennial.storage.registry.registry import Head
+from perennial.streams.events.models import RollbackRequested
+
+
+class RollbackExecutor:
+    """Runs rollback jobs."""
+
+    def __init__(self, writer: VersionWriter) -> None:
+        self._writer = writer
+        self._registry = writer.registry
+
+    def rollback(self, job: RollbackRequested) -> JobResult:
+        """Publish a version with the state of the version that the job names, or of the one that was live before.
+
+        High-water marks stay, so what was learned since is not learned again. With `revoke`, the named version is
+        never served again; if it is live, the newest earlier promoted version that is not revoked takes its place, or
+        the alias is retired.
+
+        Raises:
+            JobError: the job can never be done.
+            StoreError: the store failed.
+            ConflictError: other learners were faster time and again.
+        """
+        return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job))
+
+    def _attempt(self, job: RollbackRequested) -> JobResult:
+        head = self._writer.head(job.adapter)
+        if head is None:
+            raise JobError("nothing-to-roll-back-to", "the adapter has no version", got=job.adapter)
+        # A rollback moves no high-water mark, so only the versions say whether it was done already.
+        if self._writer.version_of_job(job.adapter, job.job_id) is not None:
+            self._retire_revoked(job)
+            return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, job.alias))
+        return self._revoke(job, head) if job.revoke else self._roll_back(job, head)
+
+    def _roll_back(self, job: RollbackRequested, head: Head) -> JobResult:
+        target, version = self._target(job)
+        config = {**target.config, "job_id": job.job_id}
+        manifest = self._writer.carry_forward_manifest(
+            head, target, version, "rollback", job.job_id, job.reason or "rollback"
+        ).model_copy(update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)})
+        publication = self._registry.publish(manifest, (), self._writer.verifier({}), job.alias)
+        event = alias_event(self._registry, publication.alias_state) if publication.alias_state else None
+        return JobResult("promoted", publication.manifest, event)
+
+    def _revoke(self, job: RollbackRequested, head: Head) -> JobResult:
+        if job.version is None:
+            raise JobError("unknown-version", "a revocation must name its version", got=None)
+        try:
+            self._registry.revoke(job.adapter, job.version, job.reason or "revoked")
+        except NotFoundError as error:
+            raise JobError("unknown-version", "the version does not exist", got=job.version) from error
+        state = self._registry.alias(job.adapter, job.alias)
+        if state is None or state.version != job.version:
+            return JobResult("unchanged", None, self._writer.current_alias_event(job.adapter, job.alias))
+        target: Manifest | None = None
+        version: str | None = None
+        blobs: dict[str, bytes] = {}
+        try:
+            version = self._live_before(job)
+            target = self._registry.manifest(job.adapter, version)
+        except JobError:  # no version is left: take over the state before anything was learned
+            blobs = to_blobs(self._writer.initial_state(job.adapter, head.manifest.seed))[1]
+        manifest = self._writer.carry_forward_manifest(
+            head, target, version, "revoke", job.job_id, job.reason or "revoked"
+        )
+        publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), job.alias)
+        self._retire_revoked(job)
+        event = self._writer.current_alias_event(job.adapter, job.alias)
+        return JobResult(publication.manifest.outcome, publication.manifest, event)
+
+    def _retire_revoked(self, job: RollbackRequested) -> None:
+        """Retire the alias if the revoked version is still live because no other version could take its place."""
+        state = self._registry.alias(job.adapter, job.alias) if job.revoke else None
+        if state is not None and state.version == job.version:
+            self._registry.retire(job.adapter, job.alias, job.reason or "revoked", job.version)
+
+    def _target(self, job: RollbackRequested) -> tuple[Manifest, str]:
+        """Return the version to roll back to. Raise JobError if it may not be served."""
+        version = job.version or self._live_before(job)
+        try:
+            target = self._registry.manifest(job.adapter, version)
+        except NotFoundError as error:
+            raise JobError("unknown-version", "the version does not exist", got=version) from error
+        if target.kind == "quarantine" and target.parent:
+            version, target = target.parent, self._registry.manifest(job.adapter, target.parent)
+        if target.outcome != "promoted" or target.kind == "replayed":
+            raise JobError("not-promoted", "the version was never live", got=f"{version} {target.outcome}")
+        if self._registry.is_revoked(job.adapter, target.seq):
+            raise JobError("revoked-version", "the version was revoked", got=version)
+        self._writer.check_base(target)
+        return target, version
+
+    def _live_before(self, job: RollbackRequested) -> str:
+        """Return the version that was live before the current one; after a rollback, the one before its target."""
+        state = self._registry.alias(job.adapter, job.alias)
+        live = self._registry.manifest(job.adapter, state.version) if state else None
+        while live is not None and live.kind == "rollback" and live.parent:
+            live = self._registry.manifest(job.adapter, live.parent)
+        version = live.head if live else None
+        while version is not None:
+            manifest = self._registry.manifest(job.adapter, version)
+            revoked = self._registry.is_revoked(job.adapter, manifest.seq)
+            if manifest.outcome == "promoted" and manifest.kind != "quarantine" and not revoked:
+                return version
+            version = manifest.head
+        raise JobError("nothing-to-roll-back-to", "no version was live before", got=f"{job.adapter}#{job.alias}")

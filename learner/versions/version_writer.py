@@ -1,0 +1,225 @@
+"""What the executors of all three kinds of jobs share: the head, states, manifests without training, trial load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from cachetools import LRUCache
+
+from perennial.learner.model.base import Base
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.model.general_text import GeneralText, general_texts
+from perennial.learner.model.lora import Lora, LoraConfig
+from perennial.learner.model.tokenization import ExampleTokenizer
+from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
+from perennial.learner.training.update import Recipe, Updater
+from perennial.learner.versions.alias_events import alias_event
+from perennial.learner.versions.engine import code_digest
+from perennial.learner.versions.job_result import JobError
+from perennial.learner.versions.micro_batches import BatchRows, origin_offset
+from perennial.storage.failpoints import failpoint as default_failpoint
+from perennial.storage.objects.object_store import ObjectStore, get_blob
+from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest, update_id
+from perennial.storage.registry.registry import Head, Registry
+from perennial.streams.events.models import AdapterUpdate, ExampleAccepted
+from perennial.streams.settings import Settings
+
+MAX_LOOK_BACK = 256
+"""How many versions are searched for the one that a job made; a job redelivered later than that is done again."""
+CACHED_STATES = 16
+
+
+class VersionWriter:
+    """Reads an adapter's newest state from the store and prepares manifests; does one job at a time.
+
+    Args:
+        registry: versions and aliases.
+        updater: trains one update.
+        base: the frozen model that the updater trains on.
+        threads: CPU threads that torch uses, recorded in every manifest.
+        now: wall clock, for events only; manifests hold no wall-clock time.
+        failpoint: called with a name at each step where fault tests may stop the process.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        updater: Updater,
+        base: Base,
+        *,
+        threads: int,
+        now: Callable[[], datetime],
+        failpoint: Callable[[str], None],
+    ) -> None:
+        self.registry = registry
+        self.updater = updater
+        self.base = base
+        self.threads = threads
+        self.now = now
+        self.failpoint = failpoint
+        self.code = code_digest()
+        self.rows = BatchRows(registry.store, updater.rows)
+        self._states: LRUCache[StateRefs, TrainingState] = LRUCache(CACHED_STATES)
+
+    # ---- reading
+
+    def head(self, adapter: str) -> Head | None:
+        """Return the newest version; None where there is none.
+
+        Raises:
+            JobError: the adapter was trained on another base or with another rank.
+        """
+        head = self.registry.head(adapter)
+        if head is not None:
+            self.check_base(head.manifest)
+        return head
+
+    def check_base(self, manifest: Manifest) -> None:
+        """Raise JobError unless the version has this worker's base and rank; on another base its weights are noise."""
+        if manifest.base_sha256 != self.base.digest:
+            raise JobError(
+                "base-mismatch",
+                f"adapter {manifest.adapter} was trained on another base than this worker runs",
+                got=f"{self.base.name} {self.base.digest}",
+                allowed=f"{manifest.base_model} {manifest.base_sha256}",
+            )
+        if manifest.rank != self.updater.recipe.rank:
+            raise JobError(
+                "rank-mismatch",
+                f"adapter {manifest.adapter} has another rank than this worker's setting",
+                got=self.updater.recipe.rank,
+                allowed=manifest.rank,
+            )
+
+    def initial_state(self, adapter: str, seed: int) -> TrainingState:
+        """Return the state of an adapter that has learned nothing."""
+        return TrainingState(self.updater.lora.init_state(adapter, seed))
+
+    def state_at(self, head: Head | None, adapter: str) -> tuple[TrainingState, str | None]:
+        """Return the state to train from and the version that produced it; a refused head has its parent's state."""
+        if head is None:
+            return self.initial_state(adapter, self.updater.recipe.seed), None
+        manifest = head.manifest
+        version = head.version if manifest.outcome == "promoted" else manifest.parent
+        refs = StateRefs.of_manifest(manifest)
+        state = self._states.get(refs)
+        if state is None:
+            state = load_state(refs, lambda ref: get_blob(self.registry.store, ref.digest), self.updater.lora.shapes)
+            self.cache_state(refs, state)
+        return state, version
+
+    def version_of_job(self, adapter: str, job_id: str, kind: Kind | None = None) -> tuple[str, Manifest] | None:
+        """Return the version that a job made, searching the newest `MAX_LOOK_BACK` versions; None if there is none.
+
+        Args:
+            adapter: the job's adapter.
+            job_id: the job.
+            kind: accept only a version of this kind.
+        """
+        for _, version in self.registry.versions(adapter, newest_first=True, limit=MAX_LOOK_BACK):
+            manifest = self.registry.manifest(adapter, version)
+            if manifest.job_id == job_id and kind in {None, manifest.kind}:
+                return version, manifest
+        return None
+
+    def current_alias_event(self, adapter: str, alias: str) -> AdapterUpdate | None:
+        """Finish a publish that was interrupted and return the event of the alias; None if the alias is not set."""
+        state = self.registry.converge(adapter, alias)
+        return alias_event(self.registry, state) if state else None
+
+    # ---- writing
+
+    def carry_forward_manifest(
+        self, head: Head, target: Manifest | None, parent: str | None, kind: Kind, job_id: str, reason: str
+    ) -> Manifest:
+        """Return the manifest of a version that follows the head, trains nothing, and takes over an earlier state.
+
+        Args:
+            head: the version that it follows; its high-water marks stay, so nothing is learned again.
+            target: the version whose state it takes over; None for the state of an adapter that has learned nothing,
+                which is never served.
+            parent: the version that the manifest names as its parent.
+            kind: what made the version.
+            job_id: the job that makes it.
+            reason: shown to people.
+        """
+        source = target or head.manifest
+        refs = StateRefs.of_manifest(target) if target else to_blobs(self.initial_state(source.adapter, source.seed))[0]
+        # The head is part of the update's id: a job that is run again after further versions makes another version,
+        # it does not claim its first one again.
+        config = {**source.config, "job_id": job_id, "kind": kind, "head": head.version}
+        return source.model_copy(
+            update={
+                "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if target and target.optimizer else "unchanged",
+                "reason": reason, "parent": parent, "head": head.version, "job_id": job_id, "code": self.code,
+                "update_id": update_id(source.adapter, parent, head.manifest.marks, config),
+                "batch": None, "cut": None, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
+                "gate": target.gate if target else GateFigures(), "marks": head.manifest.marks, "threads": self.threads,
+                **refs.manifest_fields(), "published_from_ms": None, "published_to_ms": None,
+            }
+        )  # fmt: skip
+
+    def learned_example(self, example: ExampleAccepted, updater: Updater | None = None) -> LearnedExample:
+        """Return the manifest's record of a learned example; `updater` is by default the worker's own."""
+        partition, offset = origin_offset(example)
+        tokens = sum(row.tokens for row in (updater or self.updater).rows(example))
+        return LearnedExample(example_id=example.example_id, partition=partition, offset=offset, tokens=tokens)
+
+    def verifier(self, blobs: Mapping[str, bytes]) -> Callable[[Manifest], None]:
+        """Return the trial load of a version that is about to be published.
+
+        Args:
+            blobs: bytes by digest that are not read from the store again: the registry compared the stored ones by
+                digest already.
+        """
+
+        def verify(manifest: Manifest) -> None:
+            def read(ref: BlobRef) -> bytes:
+                return blobs.get(ref.digest) or get_blob(self.registry.store, ref.digest)
+
+            load_state(StateRefs.of_manifest(manifest), read, self.updater.lora.shapes)
+
+        return verify
+
+    # ---- memory
+
+    def cache_state(self, refs: StateRefs, state: TrainingState) -> None:
+        """Keep a state in memory; the least recently used one makes room."""
+        self._states[refs] = state
+
+    def drop_cached(self, digests: Collection[str]) -> None:
+        """Remove everything from memory that was read from blobs which are now deleted."""
+        self.rows.drop(digests)
+        deleted = set(digests)
+        for refs in [refs for refs in self._states if not deleted.isdisjoint(refs.digests())]:
+            del self._states[refs]
+
+
+def make_version_writer(
+    settings: Settings, store: ObjectStore, base: Base, lock: AbstractContextManager[Any] | None = None
+) -> VersionWriter:
+    """Build the learner's parts over a store and a base.
+
+    Args:
+        settings: recipe, gate and model.
+        store: where versions are stored.
+        base: the frozen model; a LoRA slot is put into it.
+        lock: held while the base is changed, and for each training step, where other roles share the base.
+    """
+
+    def now() -> datetime:
+        return datetime.now(UTC)
+
+    make_deterministic(settings.model.threads)
+    registry = Registry(store, nonce=lambda: uuid4().hex, now=now, failpoint=default_failpoint)
+    codec = ExampleTokenizer(base.tokenizer)
+    general = GeneralText(general_texts("train"), general_texts("anchor"), codec, settings.training.row_tokens)
+    with lock or nullcontext():  # another role may be putting its own slot into the shared base
+        lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha))
+    updater = Updater(lora, codec, general, Recipe.of(settings), lock)
+    return VersionWriter(registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint)

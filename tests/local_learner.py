@@ -1,0 +1,29 @@
+"""A learner in memory: the version writer with its jobs as methods, and the end that the role gives to a job."""
+
+from __future__ import annotations
+
+from perennial.learner.versions.job_result import JobResult
+from perennial.learner.versions.rollback_job import RollbackExecutor
+from perennial.learner.versions.update_job import UpdateExecutor
+from perennial.learner.versions.version_writer import VersionWriter
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.events.models import RollbackRequested, UpdateRequested
+
+
+class LocalLearner(VersionWriter):
+    """Runs update and rollback jobs without Kafka."""
+
+    def update(self, job: UpdateRequested, alias: str) -> JobResult:
+        return UpdateExecutor(self).update(job, alias)
+
+    def rollback(self, job: RollbackRequested) -> JobResult:
+        return RollbackExecutor(self).rollback(job)
+
+    def refused(self, job: UpdateRequested) -> None:
+        UpdateExecutor(self).record_refused(job)
+
+
+def complete(store: ObjectStore, result: JobResult) -> None:
+    """Record a job's completion, as the learner does once everything that it sent was confirmed."""
+    if result.completion is not None:
+        result.completion.record(store)
