@@ -67,7 +67,7 @@ bench-intake: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_intake
 
 lock: $(READY)
-	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --group dev pyproject.toml -o requirements.lock --upgrade
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra worker --extra devstack --group dev pyproject.toml -o requirements.lock --upgrade
 	echo 'uv' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url - -o requirements-uv.lock --upgrade
 
 schema: $(READY)

