@@ -1,7 +1,7 @@
-"""All settings: groups of fields, each of which an environment variable or a line in `.env` sets.
+"""All settings, in groups. An environment variable or a line in `.env` sets each field.
 
 The variable of a field is PERENNIAL_ and the field's name in capitals: PERENNIAL_MAX_AGE_S sets
-`settings.curate.max_age_s`. Two names would say nothing without their group, so these have variables of their own:
+`settings.curate.max_age_s`. Two names mean nothing without their group and have other variables:
 `kafka.bootstrap` is PERENNIAL_KAFKA and `store.uri` is PERENNIAL_STORE. The flat name of a field, by which
 `Settings.of` and `Settings.replace` take it, is its variable in small letters without the prefix: `max_age_s`, `kafka`,
 `store`. Flat names are unique over all groups.
@@ -239,7 +239,7 @@ class ObserveSettings(_Group):
         120.0, description="seconds without progress, while work waits, after which /healthz answers 503"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="least level of the log lines that roles write to stderr"
+        "info", description="lowest level of the messages that roles log to stderr"
     )
 
 

@@ -1,12 +1,12 @@
 """Write the Grafana dashboards to deploy/grafana/dashboards: `python -m tools.generate_dashboards`.
 
-A panel here has a title, the queries to Prometheus and a description of how to read it. Its place and the forty lines of
-Grafana's JSON are generated.
+A panel here has a title, the queries to Prometheus and a description of how to read it. Its position and the forty
+lines of Grafana's JSON are generated.
 
 To add a panel: append a `Panel` (a curve) or a `stat` (a single number) to a `Row` of FLOW (the whole installation),
 ADAPTER (one adapter; its queries select `{adapter=~"$adapter"}`) or FORGETTING. Use `counted` for counters and `p` for
-histograms. Then run `make schema` and `pytest tests/unit/test_compose.py tests/unit/streams/test_metrics.py`.
-streams/observe/metrics.py says how to add the metric itself.
+histograms. Then run `make dashboards` and `pytest tests/unit/test_compose.py tests/unit/streams/test_metrics.py`.
+The docstring of streams/observe/metrics.py has the recipe for the metric itself.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def p(quantile: float, histogram: str, by: str, window: str = "$__rate_interval"
 
 
 def _grown(series: str, window: str) -> str:
-    # The new series must stand first: `or` takes the left side where both have a value.
+    # The new series must come first: where both sides have a value, `or` takes the left one.
     return f"({NEW_IN.format(series=series, window=window)} or increase({series}[{window}]))"
 
 
@@ -200,7 +200,7 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "id": number, "type": panel.kind, "title": panel.title, "description": panel.description,
         "datasource": DATASOURCE, "gridPos": {"h": panel.height, "w": panel.width, "x": x, "y": y},
         "fieldConfig": {"defaults": defaults, "overrides": []}, "options": options,
-        "targets": [_target(query, letter, panel.kind) for letter, query in zip("ABCDEF", panel.queries, strict=False)],
+        "targets": [_target(query, ref_id, panel.kind) for ref_id, query in zip("ABCDEF", panel.queries, strict=False)],
     }  # fmt: skip
     if panel.kind == "table":
         rendered["transformations"] = [
@@ -209,10 +209,10 @@ def _panel(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
     return rendered
 
 
-def _target(query: Query, letter: str, kind: str) -> dict[str, Any]:
+def _target(query: Query, ref_id: str, kind: str) -> dict[str, Any]:
     instant = query.instant or kind == "table"
     return {
-        "refId": letter, "datasource": DATASOURCE, "editorMode": "code", "expr": query.expr,
+        "refId": ref_id, "datasource": DATASOURCE, "editorMode": "code", "expr": query.expr,
         "legendFormat": query.legend or "__auto", "instant": instant, "range": not instant,
         "format": "table" if kind == "table" else "time_series",
     }  # fmt: skip

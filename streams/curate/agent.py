@@ -209,7 +209,7 @@ class CurateAgent:
 
         If another process has cut the adapter meanwhile, its state is loaded and what is pending is offered again.
         Nothing is missing then: the pending deliveries are a part of the log without holes, so they contain all that
-        lies beyond the other process's high-water marks.
+        is beyond the other process's high-water marks.
         """
         queue, repeated = deque(deliveries), list(redelivered)
         while queue:

@@ -1,4 +1,4 @@
-"""The drift detectors, and the table that says which signals each of them watches.
+"""The drift detectors, and the table of the signals that each of them watches.
 
 To add a detector:
 
@@ -10,9 +10,10 @@ To add a detector:
    The new detector starts empty then.
 3. Run `pytest tests/unit/streams/test_drift.py tests/unit/test_doctests.py`. The tests feed every row of the table with
    a steady stream, a change, and a rebuild from the kept inputs.
+4. Add its delay and its false alarms to the table in docs/experiments/README.md.
 
 The name of the row appears in drift.detected events and in the metric perennial_drift_total. A detector only reports;
-streams/curate/drift.py decides whether a report is worth a micro-batch. To add a signal, see there.
+streams/curate/drift.py decides whether a report is worth a micro-batch, and has the recipe for adding a signal.
 
 Three traps of river's detectors are closed before values reach them: one NaN disables ADWIN and Page-Hinkley for good
 (values that are not finite are dropped), ADWIN depends on the scale (values are standardised against a frozen
@@ -54,8 +55,8 @@ class Detector(Protocol):
 class DetectorSpec:
     """One row of the table: a detector, what it watches, and how its inputs are prepared.
 
-    A larger block or reference makes the detector slower to react and rarer to be wrong. After a detection all of it
-    starts anew: the values that follow are the new reference.
+    A larger block or reference makes detections later and false alarms rarer. After a detection, block, reference and
+    detector are discarded, and the values that follow are the new reference.
 
     Attributes:
         name: the detector's name in events and metrics.
@@ -64,8 +65,8 @@ class DetectorSpec:
         block: number of values whose mean is one input.
         reference: number of first inputs that are not fed but give the mean and the standard deviation by which the
             later ones are standardised. 0: inputs are fed as they are.
-        values_per_kept: `window // values_per_kept` inputs are kept to rebuild the detector. Larger where updates of
-            the detector are slow, because every cut rebuilds it.
+        values_per_kept: `window // values_per_kept` inputs are kept to rebuild the detector. Choose a larger number
+            for a detector with slow updates, because every cut rebuilds it.
 
     Example:
         A detector that looks at the live loss alone, example by example:

@@ -126,7 +126,7 @@ class _Feed:
         return max(-CLIP, min(CLIP, (mean - self.centre) / self.spread))
 
     def reset(self) -> None:
-        """Start anew: the values that follow are the new reference."""
+        """Discard everything. The values that follow are the new reference."""
         self.kept.clear()
         self.block = []
         self.reference = []
@@ -134,7 +134,7 @@ class _Feed:
         self.detector = self.spec.make()
 
     def rebuild(self) -> None:
-        """Make the detector again from the kept inputs. What it detects meanwhile was reported before."""
+        """Replace the detector by a new one that is fed the kept inputs. Its detections were reported before."""
         self.detector = self.spec.make()
         self.fed = False
         for mean in self.kept:
@@ -285,7 +285,7 @@ class DriftMonitor:
         return "loss" in recent and len(recent) > 1
 
     def reset_live(self) -> None:
-        """Start the reference of the live loss anew, because a new live version moved it.
+        """Discard the reference of the live loss, because a new live version moved the loss.
 
         Without it, every update would look like drift and trigger the next update.
         """

@@ -16,7 +16,7 @@ class HealthReport:
     """The body of /healthz.
 
     Attributes:
-        status: "starting" until the role first knows whether work waits; then "ok" or "stalled".
+        status: "starting" until the role first reports whether work waits; then "ok" or "stalled".
         role: the name of the role.
         work_waits: True if there is work to do.
         lag_events: events that are published and not yet handled, over all topics.
@@ -82,7 +82,7 @@ class Health:
                 self._still_since = self._clock()
 
     def waiting(self, waits: bool) -> None:
-        """Note whether work waits that no lag shows. The first call also ends the status "starting"."""
+        """Note whether there is work that `lag` does not count. The first call also ends the status "starting"."""
         with self._lock:
             self._waiting = waits
             self._update_waiting()

@@ -6,7 +6,7 @@ To add a metric with its panel:
 2. Add a method to Metrics that roles call when it happens, named after the event, next to the methods of its section.
    It calls `_inc` (counters), `_set` (gauges) or `_observe` (histograms) with the row's name. prometheus_client adds
    `_total` to counters.
-3. Add a panel to tools/generate_dashboards.py and run `make schema`. An alert goes to
+3. Add a panel to tools/generate_dashboards.py and run `make dashboards`. An alert goes to
    deploy/prometheus/rules/perennial.yml and its test to tests/prometheus/rules_test.yml.
 4. Run `pytest tests/unit/streams/test_metrics.py tests/unit/test_compose.py`. They fail for a metric that no method
    moves or no panel shows, and for a panel of a metric that does not exist.

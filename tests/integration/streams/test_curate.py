@@ -1,4 +1,4 @@
-"""curate against a real broker, in child processes: every example in exactly one job, whatever ends the process."""
+"""The curate agent against a real broker, in child processes: every example is in exactly one job, whatever crashes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Bench:
         return Counter(example.document_id for batch in self.batches() for example in batch.examples)
 
     def wait(self, condition) -> None:
-        """Until the condition holds; the assertion after it says what is wrong if it never does."""
+        """Wait until the condition holds. If it never does, the assertion that follows explains why."""
         deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline and not condition():
             time.sleep(0.3)
@@ -222,9 +222,9 @@ def test_poison_goes_to_dead_letters_and_what_is_behind_goes_through(bench):
     bench.publish([scored(0), b"{not json", scored(1), b"\xff", scored(2)])
     bench.wait(lambda: bench.learned().total() >= 3)
     assert set(bench.learned()) == {"d0", "d1", "d2"}, bench.log.read_text()
-    letters = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
-    assert [letter.value for letter in letters] == [b"{not json", b"\xff"]
-    assert {(letter.stage, letter.topic) for letter in letters} == {("curate", "scored-examples")}
+    refused = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    assert [record.value for record in refused] == [b"{not json", b"\xff"]
+    assert {(record.stage, record.topic) for record in refused} == {("curate", "scored-examples")}
     assert [job.reason for job in bench.jobs()] == ["age"]
 
 

@@ -196,7 +196,7 @@ def test_a_restored_batcher_goes_on_like_the_live_one():
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 10**6))
 def test_crashes_and_redeliveries_at_random_leave_each_example_in_one_cut(seed):
-    """The log of two origin partitions is delivered by a hop and a consumer that both fall back at random."""
+    """The producer and the consumer of a log of two origin partitions both restart from earlier offsets at random."""
     rng = random.Random(seed)
     log: list[tuple[int, int]] = []
     at = {0: 0, 1: 0}
@@ -204,7 +204,7 @@ def test_crashes_and_redeliveries_at_random_leave_each_example_in_one_cut(seed):
         partition = rng.randrange(2)
         log.append((partition, at[partition]))
         at[partition] += 1
-        if rng.random() < 0.1:  # the hop before crashed and writes the end of its log again
+        if rng.random() < 0.1:  # the role before curate crashed and publishes the end of its log a second time
             log.extend(log[-rng.randint(1, 5) :])
     state, committed, batches, tracker = None, 0, {}, OffsetTracker()
     position, crashes = 0, 0
@@ -271,12 +271,12 @@ def test_recent_ids_forget_the_oldest_only_and_survive_bytes():
     ids = RecentIds()
     names = [f"{n:016x}" for n in range(RECENT_IDS + 100)]
     assert all(ids.add(name) for name in names)
-    again = RecentIds(ids.to_bytes())
-    for held in (ids, again):
+    restored = RecentIds(ids.to_bytes())
+    for held in (ids, restored):
         assert not any(held.add(name) for name in names[100:])
         assert held.add(names[0])
         assert not held.add(names[-1])
-    assert ids.to_bytes() == again.to_bytes()
+    assert ids.to_bytes() == restored.to_bytes()
 
 
 def test_deliveries_are_acknowledged_in_order_and_without_holes():

@@ -17,7 +17,7 @@ SECRET = "a-secret-of-s3"
 
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch, tmp_path):
-    """No variable of ours is set, and no .env lies in the working directory."""
+    """No variable of ours is set, and there is no .env in the working directory."""
     for name in list(os.environ):
         if name.startswith(("PERENNIAL_", "AWS_")):
             monkeypatch.delenv(name)
