@@ -1,4 +1,4 @@
-"""`perennial explain`: which events an adapter was made from, where they came from, and until when they stay."""
+"""`perennial explain`: show which events an adapter learned, where they came from, and until when they stay."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry, require_adapter
-from perennial.streams.cli.tables import short_version
+from perennial.streams.cli.tables import Column, Row, print_table, short_version
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.retain.example_index import ExampleIndex
 from perennial.streams.retain.ledger import StoredExample, expires_ms, policies_on
@@ -24,11 +23,39 @@ from perennial.streams.retain.service import load_ledger
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 _ERASED = "erased"
+_COLOURS = {"live": "green", _ERASED: "dim", "quarantined": "yellow", "held": "yellow"}
+_COLUMNS = (
+    Column("document", wraps=True),
+    Column("from", 3, wraps=True),
+    Column("published (UTC)", 6),
+    Column("seq", 7, right=True),
+    Column("version", 1, shorten=short_version),
+    Column("outcome", 4),
+    Column("held-out loss (nats)", 5),
+    Column("state"),
+    Column("until (UTC)", 2),
+)
 
 
 @dataclass(frozen=True)
-class Line:
-    """One example. Times are ISO 8601 in UTC; state: live, learned, not learned, quarantined, held, erased."""
+class ExplainedExample:
+    """Where one example came from and what became of it. Times are ISO 8601 in UTC.
+
+    Attributes:
+        document_id: Id of the document or interaction; None where its text is erased.
+        example_id: Id of the example.
+        topic: The topic that it was published to.
+        partition: Its partition there.
+        offset: Its offset there.
+        published_at: When the broker took it; None where its text is erased.
+        version: The version whose update learned it or refused to.
+        seq: That version's position in the adapter's history.
+        outcome: The gate's decision on that version: `promoted` or `refused`.
+        gate_before_nats: Loss on held-out examples before that update, in nats per token.
+        gate_after_nats: The same after it.
+        state: `live`, `learned`, `not learned`, `quarantined`, `held` or `erased`.
+        expires_at: When its life ends; None: never.
+    """
 
     document_id: str | None
     example_id: str
@@ -46,86 +73,92 @@ class Line:
 
 
 def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) -> int:
-    """Print the examples, newest version first; exit code 4 where the document is none of them."""
+    """Print the adapter's examples, those of the newest version first.
+
+    Args:
+        adapter: The adapter.
+        document: Only examples of this document or interaction.
+        limit: How many examples the table shows.
+        as_json: Print JSON with all examples.
+
+    Raises:
+        NotFoundError: The adapter has no version, or the document is none of its examples.
+    """
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
-    lines = explanation(registry, adapter, settings.serving.alias)
+    examples = explain_examples(registry, adapter, settings.serving.alias)
     if document is not None:
-        lines = [line for line in lines if line.document_id == document]
-        if not lines:
+        examples = [example for example in examples if example.document_id == document]
+        if not examples:
             raise NotFoundError(
                 "no such document in this adapter", got=document,
-                allowed="a document whose text the store has: of what was erased only the place is known",
-                remedy="without --document all examples are listed",
+                allowed="a document whose text the store has; of an erased one only topic, partition and offset remain",
+                remedy="run the command without --document to list all examples",
             )  # fmt: skip
     if as_json:
-        print(json.dumps([asdict(line) for line in lines]))
+        print(json.dumps([asdict(example) for example in examples]))
         return 0
-    table = Table(
-        "document", "from", "published (UTC)", "learned in", "gate: held-out before → after", "state", "until (UTC)",
-        title=_title(adapter, lines), title_justify="left",
-    )  # fmt: skip
-    for column in table.columns:
-        column.overflow = "fold"
-    colours = {"live": "green", _ERASED: "dim", "quarantined": "yellow", "held": "yellow"}
-    for line in lines[:limit]:
-        gate = "-"
-        if line.gate_before_nats is not None and line.gate_after_nats is not None:
-            gate = f"{line.gate_before_nats:.3f} → {line.gate_after_nats:.3f} nats"
-        table.add_row(
-            escape(line.document_id or "-"), f"{escape(line.topic)}[{line.partition}]@{line.offset}".replace("[", r"\["),
-            _minutes(line.published_at) or "-", f"{line.seq} {short_version(line.version)} {line.outcome}", gate,
-            f"[{colours.get(line.state, 'default')}]{line.state}[/]",
-            "-" if line.state == _ERASED else _minutes(line.expires_at) or "for ever",
-        )  # fmt: skip
-    Console().print(table)
-    if len(lines) > limit:
-        Console(stderr=True).print(f"… and {len(lines) - limit} more: --limit, or --json for all")
+    console = Console()
+    console.print(Text(_title(adapter, examples), "bold"), soft_wrap=True)
+    print_table(_COLUMNS, [_row(example) for example in examples[:limit]], console=console)
+    if len(examples) > limit:
+        Console(stderr=True).print(f"… and {len(examples) - limit} more: --limit, or --json for all", soft_wrap=True)
     return 0
 
 
-def _title(adapter: str, lines: Sequence[Line]) -> str:
-    gone = sum(line.state == _ERASED for line in lines)
-    there = len(lines) - gone
-    return f"{adapter}: {there} example{'' if there == 1 else 's'}" + (f", {gone} erased" if gone else "")
+def _title(adapter: str, examples: Sequence[ExplainedExample]) -> str:
+    erased = sum(example.state == _ERASED for example in examples)
+    stored = len(examples) - erased
+    return f"{adapter}: {stored} example{'' if stored == 1 else 's'}" + (f", {erased} erased" if erased else "")
+
+
+def _row(example: ExplainedExample) -> Row:
+    gate = "-"
+    if example.gate_before_nats is not None and example.gate_after_nats is not None:
+        gate = f"{example.gate_before_nats:.3f} → {example.gate_after_nats:.3f}"
+    until = "-" if example.state == _ERASED else _minutes(example.expires_at) or "for ever"
+    return (
+        example.document_id or "-", f"{example.topic}[{example.partition}]@{example.offset}",
+        _minutes(example.published_at) or "-", str(example.seq), example.version, example.outcome, gate,
+        Text(example.state, _COLOURS.get(example.state, "")), until,
+    )  # fmt: skip
 
 
 def _minutes(iso: str | None) -> str:
     return (iso or "")[:16].replace("T", " ")
 
 
-def explanation(registry: Registry, adapter: str, alias: str) -> list[Line]:
-    """A line per example that the store knows of, erased ones by their place alone; newest version first."""
-    known = ExampleIndex(registry).of(adapter)
+def explain_examples(registry: Registry, adapter: str, alias: str) -> list[ExplainedExample]:
+    """Return every example of the adapter that the store has or had, those of the newest version first.
+
+    Args:
+        registry: The registry to read.
+        adapter: The adapter.
+        alias: The alias whose version counts as live.
+    """
+    stored = ExampleIndex(registry).of(adapter)
     manifests: dict[str, Manifest] = {}
-    live = _lineage(registry, adapter, alias, manifests)
-    screen = QuarantineFilter(load_quarantine(registry.store, adapter))
-    book = load_ledger(registry.store)[0]
-    policies = policies_on(book, adapter)
-    lines = []
-    for item in known:
+    live_ids = _live_example_ids(registry, adapter, alias, manifests)
+    quarantine_filter = QuarantineFilter(load_quarantine(registry.store, adapter))
+    policies = policies_on(load_ledger(registry.store)[0], adapter)
+    explained = []
+    for item in stored:
         manifest = manifests.get(item.version) or registry.manifest(adapter, item.version)
-        end_ms = expires_ms(item.example, policies)
-        lines.append(_line(item, manifest, _state(item, screen, live), end_ms))
-    seen = {item.example.example_id for item in known}
+        state = _state(item, quarantine_filter, live_ids)
+        explained.append(_explained(item, manifest, state, expires_ms(item.example, policies)))
+    seen = {item.example.example_id for item in stored}
     for _, version in registry.versions(adapter):
         manifest = registry.manifest(adapter, version)
         for learned in manifest.learned:
             if learned.example_id not in seen:
                 seen.add(learned.example_id)
-                _, topic, partition = learned.partition.rsplit("/", 2)
-                lines.append(
-                    Line(
-                        None, learned.example_id, topic, int(partition), learned.offset, None, version, manifest.seq,
-                        manifest.outcome, None, None, _ERASED, None,
-                    )
-                )  # fmt: skip
-    return sorted(lines, key=lambda line: (-line.seq, line.topic, line.partition, line.offset))
+                explained.append(_erased(learned.example_id, learned.partition, learned.offset, version, manifest))
+    return sorted(explained, key=lambda example: (-example.seq, example.topic, example.partition, example.offset))
 
 
-def _lineage(registry: Registry, adapter: str, alias: str, manifests: dict[str, Manifest]) -> set[str]:
-    """Ids of the examples that the live version knows; fills in the manifests on its way."""
+def _live_example_ids(registry: Registry, adapter: str, alias: str, manifests: dict[str, Manifest]) -> set[str]:
+    """Return the ids of the examples that the live version was trained on; add the manifests read to `manifests`."""
     state = registry.alias(adapter, alias)
     version = state.version if state and state.kind != "retired" else None
     ids: set[str] = set()
@@ -137,24 +170,34 @@ def _lineage(registry: Registry, adapter: str, alias: str, manifests: dict[str, 
     return ids
 
 
-def _state(item: StoredExample, screen: QuarantineFilter, live: set[str]) -> str:
-    if screen.entry_of(item.example) is not None:
+def _state(item: StoredExample, quarantine_filter: QuarantineFilter, live_ids: set[str]) -> str:
+    if quarantine_filter.entry_of(item.example) is not None:
         return "quarantined"
-    if screen.held_by(item.example) is not None:
+    if quarantine_filter.held_by(item.example) is not None:
         return "held"
-    if item.example.example_id in live:
+    if item.example.example_id in live_ids:
         return "live"
     return "learned" if item.learned else "not learned"
 
 
-def _line(item: StoredExample, manifest: Manifest, state: str, end_ms: int | None) -> Line:
+def _explained(item: StoredExample, manifest: Manifest, state: str, end_ms: int | None) -> ExplainedExample:
     example, origin = item.example, item.example.origin
-    before, after = manifest.gate.held_out_before, manifest.gate.held_out_after
-    return Line(
-        example.document_id, example.example_id, origin.topic, origin.partition, origin.offset,
-        _iso(origin.timestamp_ms), item.version, item.seq, manifest.outcome,
-        before, after, state,
-        None if end_ms is None else _iso(end_ms),
+    return ExplainedExample(
+        document_id=example.document_id, example_id=example.example_id, topic=origin.topic,
+        partition=origin.partition, offset=origin.offset, published_at=_iso(origin.timestamp_ms),
+        version=item.version, seq=item.seq, outcome=manifest.outcome,
+        gate_before_nats=manifest.gate.held_out_before,
+        gate_after_nats=manifest.gate.held_out_after, state=state,
+        expires_at=None if end_ms is None else _iso(end_ms),
+    )  # fmt: skip
+
+
+def _erased(example_id: str, origin_partition: str, offset: int, version: str, manifest: Manifest) -> ExplainedExample:
+    _, topic, partition = origin_partition.rsplit("/", 2)
+    return ExplainedExample(
+        document_id=None, example_id=example_id, topic=topic, partition=int(partition), offset=offset,
+        published_at=None, version=version, seq=manifest.seq, outcome=manifest.outcome, gate_before_nats=None,
+        gate_after_nats=None, state=_ERASED, expires_at=None,
     )  # fmt: skip
 
 

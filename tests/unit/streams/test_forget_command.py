@@ -1,8 +1,11 @@
-"""`perennial forget --dry-run` and `perennial explain` over a line in a folder; no broker."""
+"""`perennial forget` and `perennial explain` over a store in a folder; no broker."""
 
 from __future__ import annotations
 
 import json
+import re
+from datetime import UTC, datetime
+from typing import Self
 
 import pytest
 
@@ -13,9 +16,21 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.cli.explain import explain
-from perennial.streams.cli.forget import meaning, selector_of, show_plan
-from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
-from perennial.streams.retain.ledger import RequestRecord
+from perennial.streams.cli.forget import status
+from perennial.streams.cli.forget.plan import show_plan
+from perennial.streams.cli.forget.requests import _conclusion
+from perennial.streams.cli.forget.selection import describe_selection, selector_of
+from perennial.streams.cli.forget.status import show_requests
+from perennial.streams.events.models import (
+    Batch,
+    ExampleAccepted,
+    Origin,
+    RetentionProgressed,
+    RetentionRequested,
+    Selector,
+)
+from perennial.streams.retain.ledger import RequestLedger, RequestRecord
+from perennial.streams.retain.service import LEDGER_KEY
 from perennial.streams.settings import SettingsError
 from perennial.testing import small_weights
 from tests.versions import Line
@@ -34,39 +49,39 @@ def example(number: int, **fields: object) -> ExampleAccepted:
     )  # fmt: skip
 
 
-def learn(line: Line, *examples: ExampleAccepted, outcome: str = "promoted") -> str:
-    head = line.registry.head(ADAPTER)
+def learn(versions: Line, *examples: ExampleAccepted, outcome: str = "promoted") -> str:
+    head = versions.registry.head(versions.adapter)
     cut = head.seq if head else 0
-    data = Batch(adapter=ADAPTER, cut=cut, examples=list(examples), skipped=[]).model_dump_json().encode()
+    data = Batch(adapter=versions.adapter, cut=cut, examples=list(examples), skipped=[]).model_dump_json().encode()
     weights = small_weights(cut + 1)
     learned = [
         LearnedExample(example_id=e.example_id, partition=e.origin.partition_key(), offset=e.origin.offset, tokens=3)
         for e in examples
     ]
-    manifest = line.manifest(weights).model_copy(
+    manifest = versions.manifest(weights).model_copy(
         update={
             "batch": BlobRef(digest=digest_of(data), size_bytes=len(data)), "learned": learned, "outcome": outcome,
             "gate": GateFigures(held_out_before=4.0, held_out_after=3.5),
         }
     )  # fmt: skip
-    return line.registry.publish(manifest, [weights, data], lambda _: None).version
+    return versions.registry.publish(manifest, [weights, data], lambda _: None).version
 
 
 @pytest.fixture
-def line(tmp_path, monkeypatch):
+def versions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERENNIAL_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("PERENNIAL_KAFKA", "127.0.0.1:1")
     return Line(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
 
 
-def test_a_dry_run_names_examples_and_the_versions_that_knew_them(line, capsys):
-    learn(line, example(1))
-    knew = [learn(line, example(2, subjects=["ann"]), example(3)), learn(line, example(4))]
+def test_a_dry_run_names_examples_and_the_versions_trained_on_them(versions, capsys):
+    learn(versions, example(1))
+    trained = [learn(versions, example(2, subjects=["ann"]), example(3)), learn(versions, example(4))]
     assert show_plan("acme/*", selector_of("acme/*", [], ["ann"], []), as_json=True) == 0
     (plan,) = json.loads(capsys.readouterr().out)["adapters"]
     assert [item["document_id"] for item in plan["examples"]] == ["d2"]
-    assert plan["versions"] == knew
+    assert plan["versions"] == trained
     assert plan["replayed"] == 2
     assert show_plan(ADAPTER, selector_of(ADAPTER, ["d2"], [], []), as_json=False) == 0
     shown = capsys.readouterr().out
@@ -74,8 +89,8 @@ def test_a_dry_run_names_examples_and_the_versions_that_knew_them(line, capsys):
     assert "secret" not in shown
 
 
-def test_a_dry_run_of_what_is_nowhere_says_so(line, capsys):
-    learn(line, example(1))
+def test_a_dry_run_of_what_is_nowhere_says_so(versions, capsys):
+    learn(versions, example(1))
     assert show_plan(ADAPTER, selector_of(ADAPTER, ["d9"], [], []), as_json=False) == 4
     assert show_plan("other/*", selector_of("other/*", ["d1"], [], []), as_json=False) == 4
 
@@ -100,49 +115,184 @@ def test_unusable_requests_are_refused(given):
         ("revoke", None, "-"),
     ],
 )
-def test_a_request_is_shown_by_what_it_means(kind, selector, said):
+def test_a_selection_is_described_in_words(kind, selector, said):
     request = RetentionRequested(
         request_id="r", kind=kind, adapter=ADAPTER, requested_by="me",
         selector=None if selector is None else Selector(**selector),
     )  # fmt: skip
-    assert meaning(RequestRecord(request=request, received_ms=0, until_ms=0)) == said
+    assert describe_selection(RequestRecord(request=request, received_ms=0, until_ms=0)) == said
 
 
-def test_explain_tells_where_each_example_came_from_and_what_became_of_it(line, capsys):
-    first = learn(line, example(1, retention_class="P1D"), example(2))
-    learn(line, example(3), outcome="refused")
+def test_explain_tells_where_each_example_came_from_and_what_became_of_it(versions, capsys):
+    first = learn(versions, example(1, retention_class="P1D"), example(2))
+    learn(versions, example(3), outcome="refused")
     entry = QuarantineEntry(
         request_id="r", job_id="j", kind="erase", selector={"document_ids": ["d2"]}, until_ms=10**12
     )
-    update_quarantine(line.store, ADAPTER, lambda quarantine: quarantine.with_entry(entry))
+    update_quarantine(versions.store, ADAPTER, lambda quarantine: quarantine.with_entry(entry))
     assert explain(ADAPTER, document=None, limit=10, as_json=True) == 0
-    lines = {item["document_id"]: item for item in json.loads(capsys.readouterr().out)}
-    assert {name: item["state"] for name, item in lines.items()} == {
+    examples = {item["document_id"]: item for item in json.loads(capsys.readouterr().out)}
+    assert {name: item["state"] for name, item in examples.items()} == {
         "d1": "live", "d2": "quarantined", "d3": "not learned",
     }  # fmt: skip
-    one = lines["d1"]
+    one = examples["d1"]
     assert (one["topic"], one["partition"], one["offset"]) == ("documents", 1, 1)
     assert (one["version"], one["seq"], one["outcome"]) == (first, 1, "promoted")
     assert (one["gate_before_nats"], one["gate_after_nats"]) == (4.0, 3.5)
     assert (one["published_at"], one["expires_at"]) == ("1970-01-02T00:00:00+00:00", "1970-01-03T00:00:00+00:00")
-    assert lines["d2"]["expires_at"] is None
+    assert examples["d2"]["expires_at"] is None
     assert explain(ADAPTER, document=None, limit=1, as_json=False) == 0
     assert "secret" not in capsys.readouterr().out
 
 
-def test_explain_shows_what_was_erased_by_its_place_alone(line, capsys):
-    version = learn(line, example(1))
-    learn(line, example(2))
-    line.store.delete(f"blobs/sha256/{line.registry.manifest(ADAPTER, version).batch.digest[7:]}")
+def test_explain_shows_only_the_origin_of_an_erased_example(versions, capsys):
+    version = learn(versions, example(1))
+    learn(versions, example(2))
+    versions.store.delete(f"blobs/sha256/{versions.registry.manifest(ADAPTER, version).batch.digest[7:]}")
     assert explain(ADAPTER, document=None, limit=10, as_json=True) == 0
-    lines = json.loads(capsys.readouterr().out)
-    assert [(item["document_id"], item["state"], item["offset"]) for item in lines] == [
+    examples = json.loads(capsys.readouterr().out)
+    assert [(item["document_id"], item["state"], item["offset"]) for item in examples] == [
         ("d2", "live", 2), (None, "erased", 1),
     ]  # fmt: skip
     with pytest.raises(NotFoundError):
         explain(ADAPTER, document="d1", limit=10, as_json=True)
 
 
-def test_explain_of_an_unknown_adapter_is_not_found(line):
+def test_explain_of_an_unknown_adapter_is_not_found(versions):
     with pytest.raises(NotFoundError):
         explain("nobody", document=None, limit=10, as_json=True)
+
+
+# ---- what is printed can be copied, at any width
+
+LONG = "a-tenant-with-a-long-name/a-team-of-it/production-assistant-x"
+PERSON = "person-" + "0123456789abcdef" * 4
+REQUEST = "forget-0123456789abcdef"
+
+
+def unwrapped(shown: str) -> str:
+    """The output without line ends and blanks: a terminal, unlike an ellipsis, loses nothing by wrapping."""
+    return "".join(shown.split())
+
+
+@pytest.fixture(params=["80", "40", "pipe"])
+def width(request, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40" if request.param == "pipe" else request.param)
+    if request.param != "pipe":
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("NO_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+    return request.param
+
+
+@pytest.fixture
+def long_name(versions):
+    made = Line(versions.store, LONG)
+    return made, learn(made, example(1, subjects=[PERSON]))
+
+
+def plain_text(capsys) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+def test_a_dry_run_cuts_nothing_short(long_name, width, capsys):
+    _, version = long_name
+    assert show_plan("*", selector_of("*", [], [PERSON], []), as_json=False) == 0
+    shown = plain_text(capsys)
+    assert LONG in unwrapped(shown)
+    assert (version if width == "pipe" else version.removeprefix("sha256:")[:12]) in shown
+    assert "…" not in shown
+
+
+def test_explain_cuts_nothing_short(long_name, width, capsys):
+    _, version = long_name
+    assert explain(LONG, document=None, limit=10, as_json=False) == 0
+    shown = plain_text(capsys)
+    assert LONG in unwrapped(shown)
+    assert (version if width == "pipe" else version.removeprefix("sha256:")[:12]) in shown
+    assert "…" not in shown
+
+
+class StoredStatuses:
+    """Statuses without a broker."""
+
+    def __init__(self, _: object) -> None:
+        pass
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def latest(self):
+        events = [
+            RetentionProgressed(
+                request_id=request_id, adapter=LONG, kind=kind, state=state, examples=3, version="sha256:" + "ab" * 32,
+                detail=f"waits for replicas that may serve a version trained on it: {PERSON}",
+                at=datetime(2026, 1, 1, tzinfo=UTC),
+            )
+            for request_id, kind, state in ((REQUEST, "erase", "published"), (f"hold-{'f' * 64}", "hold", "executed"))
+        ]  # fmt: skip
+        return {event.request_id: event for event in events}
+
+
+def test_a_list_of_requests_cuts_nothing_short(versions, width, capsys, monkeypatch):
+    monkeypatch.setattr(status, "StatusReader", StoredStatuses)
+    assert show_requests("", limit=10, as_json=False) == 0
+    shown = plain_text(capsys)
+    for whole in (REQUEST, f"hold-{'f' * 64}", "published", "executed"):
+        assert whole in unwrapped(shown)
+    assert "…" not in shown
+    if width == "pipe":
+        (hold,) = [text for text in shown.splitlines() if text.startswith("hold-")]
+        assert LONG in hold
+        assert PERSON in hold
+
+
+def test_one_request_is_shown_whole(versions, width, capsys, monkeypatch):
+    monkeypatch.setattr(status, "StatusReader", StoredStatuses)
+    assert show_requests(REQUEST, limit=10, as_json=False) == 0
+    shown = unwrapped(plain_text(capsys))
+    for whole in (REQUEST, LONG, PERSON, "sha256:" + "ab" * 32 if width == "pipe" else "ab" * 6):
+        assert whole in shown
+
+
+def test_requests_as_json_have_their_selector(versions, capsys, monkeypatch):
+    monkeypatch.setattr(status, "StatusReader", StoredStatuses)
+    request = RetentionRequested(
+        request_id=REQUEST, kind="erase", adapter=LONG, requested_by="me", selector=Selector(subjects=[PERSON])
+    )
+    record = RequestRecord(request=request, received_ms=0, until_ms=0)
+    ledger = RequestLedger(records={REQUEST: record})
+    versions.store.compare_and_swap(LEDGER_KEY, ledger.to_bytes(), None)
+    assert show_requests(REQUEST, limit=10, as_json=True) == 0
+    (facts,) = json.loads(capsys.readouterr().out)
+    assert (facts["version"], facts["selector"]) == ("sha256:" + "ab" * 32, {"subjects": [PERSON]})
+    with pytest.raises(NotFoundError):
+        show_requests("forget-of-nobody", limit=10, as_json=True)
+
+
+@pytest.mark.parametrize(
+    ("state", "examples", "kind", "words"),
+    [
+        ("closed", 1, "erase", "1 example forgotten"),
+        ("closed", 0, "erase", "kept out"),
+        ("failed", 0, "erase", ""),
+        ("held", 1, "erase", "perennial forget release"),
+        ("published", 1, "erase", "replica"),
+        (None, 0, "erase", "perennial doctor"),
+        ("executed", 1, "hold", ""),
+        (None, 0, "hold", "not in force after 9 s"),
+    ],
+)
+def test_the_last_line_says_what_to_do(state, examples, kind, words):
+    request = RetentionRequested(request_id="r", kind=kind, adapter=ADAPTER, requested_by="me")
+    last = state and RetentionProgressed(
+        request_id="r", adapter=ADAPTER, kind=kind, state=state, examples=examples, at=datetime(2026, 1, 1, tzinfo=UTC)
+    )
+    carried_out = state in {"closed", "executed"}
+    said = _conclusion(request, last, 9, carried_out=carried_out)
+    assert words in said
+    assert bool(said) == bool(words)
+    assert ("forget status r" in said) == (bool(words) and not carried_out)

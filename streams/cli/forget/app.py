@@ -1,0 +1,128 @@
+"""Options and help texts of `perennial forget`, its `status`, `hold` and `release`.
+
+Imports the rest of the folder only when a command runs, so that `perennial --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+forget_app = typer.Typer(invoke_without_command=True)
+
+_Adapter = Annotated[
+    str,
+    typer.Option(help="The adapter, for example acme/support; or a pattern: acme/* for all below acme, * for all."),
+]
+_Document = Annotated[list[str] | None, typer.Option(help="Id of a document or an interaction. May be repeated.")]
+_Subject = Annotated[list[str] | None, typer.Option(help="Id of a person that texts are about. May be repeated.")]
+_Source = Annotated[list[str] | None, typer.Option(help="Source that texts came from. May be repeated.")]
+_Reason = Annotated[str, typer.Option(help="Why; recorded with the request.")]
+_HoldWait = Annotated[
+    float,
+    typer.Option(help="Seconds to wait until the request takes effect; 0: do not wait. Not in time: exit code 1."),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+@forget_app.callback()
+def forget(
+    context: typer.Context,
+    adapter: _Adapter = "",
+    document: _Document = None,
+    subject: _Subject = None,
+    source: _Source = None,
+    reason: _Reason = "",
+    wait_s: Annotated[
+        float,
+        typer.Option(help="Seconds to wait until all is forgotten; 0: do not wait. Not in time: exit code 1."),
+    ] = 300,
+    dry_run: Annotated[bool, typer.Option(help="Only show what would be forgotten; send no request.")] = False,
+    json_: _Json = False,
+) -> None:
+    """Make adapters forget documents, persons or sources exactly, as if they had never seen them.
+
+    An example is forgotten if it fits every option that you give: --document A --document B --source crm means A or B,
+    if it came from crm.
+
+    As soon as the request is accepted, no update learns the examples any more. Then the learner rebuilds the adapter as
+    if it had never seen them, deletes their texts, and never learns equal texts again.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    from perennial.streams.cli.forget.selection import selector_of
+
+    selector = selector_of(adapter, document or [], subject or [], source or [])
+    if dry_run:
+        from perennial.streams.cli.forget.plan import show_plan
+
+        raise typer.Exit(show_plan(adapter, selector, as_json=json_))
+    from perennial.streams.cli.forget.requests import send_request
+
+    raise typer.Exit(send_request("erase", adapter, selector, reason=reason, wait_s=wait_s, as_json=json_))
+
+
+@forget_app.command()
+def status(
+    request: Annotated[str, typer.Argument(help="Id of a request; without it, all requests.")] = "",
+    limit: Annotated[int, typer.Option(min=1, help="Show this many requests, those that changed last.")] = 50,
+    json_: _Json = False,
+) -> None:
+    """Show how far requests to forget, hold, release or expire have come."""
+    from perennial.streams.cli.forget.status import show_requests
+
+    raise typer.Exit(show_requests(request, limit=limit, as_json=json_))
+
+
+@forget_app.command()
+def hold(
+    adapter: _Adapter = "",
+    document: _Document = None,
+    subject: _Subject = None,
+    source: _Source = None,
+    reason: _Reason = "",
+    wait_s: _HoldWait = 30,
+    json_: _Json = False,
+) -> None:
+    """Put a legal hold on documents, persons or sources, or on all that an adapter learned.
+
+    Nothing on hold is forgotten. A request to forget it waits until you run `perennial forget release` with the same
+    options.
+    """
+    _send("hold", adapter, (document, subject, source), reason, wait_s, as_json=json_)
+
+
+@forget_app.command()
+def release(
+    adapter: _Adapter = "",
+    document: _Document = None,
+    subject: _Subject = None,
+    source: _Source = None,
+    reason: _Reason = "",
+    wait_s: _HoldWait = 30,
+    json_: _Json = False,
+) -> None:
+    """End the holds that were made with the same --adapter, --document, --subject and --source.
+
+    Requests to forget that waited for these holds are then carried out. `perennial forget status` lists the holds.
+    """
+    _send("release", adapter, (document, subject, source), reason, wait_s, as_json=json_)
+
+
+def _send(
+    kind: Literal["hold", "release"],
+    adapter: str,
+    named: tuple[list[str] | None, list[str] | None, list[str] | None],
+    reason: str,
+    wait_s: float,
+    *,
+    as_json: bool,
+) -> None:
+    from perennial.streams.cli.forget.requests import send_request
+    from perennial.streams.cli.forget.selection import check_pattern, selector_of
+
+    check_pattern(adapter)
+    documents, subjects, sources = (values or [] for values in named)
+    selector = selector_of(adapter, documents, subjects, sources) if documents or subjects or sources else None
+    raise typer.Exit(send_request(kind, adapter, selector, reason=reason, wait_s=wait_s, as_json=as_json))

@@ -1,0 +1,151 @@
+"""`perennial forget --dry-run`: show what a request would forget, without sending it."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TypedDict
+
+from rich.console import Console
+from rich.text import Text
+
+from perennial.storage.registry.registry import Registry
+from perennial.streams.cli.adapters import open_registry
+from perennial.streams.cli.forget.selection import count_of
+from perennial.streams.cli.tables import Column, print_table, short_version
+from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.events.models import Selector
+from perennial.streams.retain.example_index import ExampleIndex
+from perennial.streams.retain.ledger import RequestLedger, StoredExample, covers, hold_matchers
+from perennial.streams.retain.service import load_ledger
+
+_MAX_SHOWN = 20
+_COLUMNS = (
+    Column("document", wraps=True),
+    Column("published", 2),
+    Column("learned", 1),
+    Column("seq", 3, right=True),
+    Column("version", 1, shorten=short_version),
+    Column("held", 1),
+)
+
+
+class _Example(TypedDict):
+    example_id: str
+    document_id: str
+    seq: int
+    version: str
+    learned: bool
+    held: bool
+    published_at: str
+
+
+class _Plan(TypedDict):
+    """What a request would do to one adapter.
+
+    `versions`: those that were trained on a selected example, directly or through a parent. `replayed`: the updates
+    that the learner would train again.
+    """
+
+    adapter: str
+    versions: list[str]
+    replayed: int
+    examples: list[_Example]
+
+
+def show_plan(pattern: str, selector: Selector, *, as_json: bool) -> int:
+    """Print which examples a request would forget.
+
+    Args:
+        pattern: An adapter or a pattern.
+        selector: Which examples.
+        as_json: Print JSON with all examples; otherwise tables with the first ones.
+
+    Returns:
+        The exit code: 0, or 4 where the store has no such example.
+    """
+    registry = open_registry(connected_settings())
+    ledger = load_ledger(registry.store)[0]
+    plans = [_plan(registry, ledger, name, selector) for name in registry.adapters() if covers(pattern, name)]
+    plans = [plan for plan in plans if plan["examples"]]
+    if as_json:
+        print(json.dumps({"adapter": pattern, "selector": selector.model_dump(mode="json"), "adapters": plans}))
+    elif plans:
+        for plan in plans:
+            _print_plan(plan)
+    else:
+        Console(stderr=True).print(
+            "the store has no such example; a request would still keep out what is on its way through the topics",
+            soft_wrap=True,
+        )
+    return 0 if plans else 4
+
+
+def _print_plan(plan: _Plan) -> None:
+    console = Console()
+    examples = plan["examples"]
+    title = (
+        f"{plan['adapter']}: {count_of(len(examples), 'example')} to forget, "
+        f"{count_of(len(plan['versions']), 'version')} to revoke, {count_of(plan['replayed'], 'update')} to train again"
+    )
+    console.print(Text(title, "bold"), soft_wrap=True)
+    rows = [
+        (
+            item["document_id"], item["published_at"], "yes" if item["learned"] else "no", str(item["seq"]),
+            item["version"], "yes" if item["held"] else "no",
+        )
+        for item in examples[:_MAX_SHOWN]
+    ]  # fmt: skip
+    print_table(_COLUMNS, rows, console=console)
+    if len(examples) > _MAX_SHOWN:
+        console.print(f"… and {len(examples) - _MAX_SHOWN} more; --json lists all", soft_wrap=True)
+    held = sum(item["held"] for item in examples)
+    if held:
+        console.print(
+            f"{count_of(held, 'example')} on hold: the whole request would wait for `perennial forget release`",
+            soft_wrap=True,
+        )
+
+
+def _plan(registry: Registry, ledger: RequestLedger, adapter: str, selector: Selector) -> _Plan:
+    selected = [item for item in ExampleIndex(registry).of(adapter) if selector.matches(item.example)]
+    ids = {item.example.example_id for item in selected}
+    contaminated: list[str] = []
+    replayed = 0
+    for version, learned, has_batch in _promoted_ancestors(registry, adapter):
+        if contaminated or learned & ids:
+            contaminated.append(version)
+            replayed += has_batch
+    holds = hold_matchers(ledger, adapter)
+    return {
+        "adapter": adapter,
+        "versions": contaminated,
+        "replayed": replayed,
+        "examples": [_facts(item, any(matches(item.example) for matches in holds)) for item in selected],
+    }
+
+
+def _facts(item: StoredExample, held: bool) -> _Example:
+    published_s = item.example.origin.timestamp_ms / 1000
+    return {
+        "example_id": item.example.example_id, "document_id": item.example.document_id, "seq": item.seq,
+        "version": item.version, "learned": item.learned, "held": held,
+        "published_at": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(published_s)),
+    }  # fmt: skip
+
+
+def _promoted_ancestors(registry: Registry, adapter: str) -> list[tuple[str, set[str], bool]]:
+    """Return the promoted versions that the newest one stems from, oldest first.
+
+    Each with the ids of the examples that it learned and whether it has a micro-batch.
+    """
+    found: list[tuple[str, set[str], bool]] = []
+    head = registry.head(adapter)
+    version = head.version if head else None
+    while version is not None:
+        manifest = registry.manifest(adapter, version)
+        if manifest.outcome == "promoted":
+            learned = {item.example_id for item in manifest.learned}
+            found.append((version, learned, manifest.batch is not None))
+        version = manifest.parent
+    return found[::-1]
