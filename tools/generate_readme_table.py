@@ -1,4 +1,4 @@
-"""Write the configuration tables of the README from the settings: `python -m tools.generate_readme_table`.
+"""Write the README's tables of settings and of retention kinds: `python -m tools.generate_readme_table`.
 
 A table stands between `<!-- name -->` and `<!-- /name -->`, the name being a key of TABLES.
 """
@@ -11,6 +11,7 @@ from pydantic import AliasChoices
 from pydantic.fields import FieldInfo
 
 from perennial.storage.objects.s3_settings import S3Settings
+from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import all_fields
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -43,7 +44,19 @@ def _default(variable: str, field: FieldInfo) -> str:
     return f"`{field.default!r}`" if field.default != "" else ""
 
 
-TABLES = {"settings": settings_table, "s3-settings": s3_table}
+def kinds_table() -> str:
+    """Return the kinds of retention requests that are accepted as a Markdown table."""
+    selectors = {"required": "a selector", "retention_class": "a selector with retention_class",
+                 "optional": "a selector, or none for everything", "refused": ""}  # fmt: skip
+    rows = []
+    for kind in KINDS.values():
+        if not kind.refused_because:
+            needs = ", ".join(filter(None, (selectors[kind.selector], *kind.requires)))
+            rows.append(f"| `{kind.kind}` | {kind.summary} | {needs} |\n")
+    return "| kind | what it does | needs |\n|---|---|---|\n" + "".join(rows)
+
+
+TABLES = {"settings": settings_table, "s3-settings": s3_table, "retention-kinds": kinds_table}
 
 
 def write(readme: Path = README) -> bool:

@@ -212,7 +212,7 @@ class RequestProcessor:
             return
         for hold in released:
             self._end_hold(hold, f"released by {request.request_id}")
-        self._end(record, "closed", f"released {len(released)} holds")
+        self._end(record, "closed", f"released {len(released)} hold{'' if len(released) == 1 else 's'}")
 
     _WITHOUT_JOB: ClassVar[dict[RetentionKind, Callable[[RequestProcessor, RequestRecord], None]]] = {
         "policy": _policy, "hold": _hold, "release": _release,

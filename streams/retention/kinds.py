@@ -1,12 +1,12 @@
 """The kinds of retention requests: one table that says what each kind does. Pure.
 
-Every other place reads this table: retain (streams/retain/), the command line (streams/cli/forget/), the tests and
-the soak. The wire's type is the Literal `RetentionKind` in streams/events/models.py; a test holds the two equal.
+Every other place reads this table: retain (streams/retain/), the command line (streams/cli/forget/), the README's table,
+the tests and the soak. The wire's type is the Literal `RetentionKind` in streams/events/models.py; a test holds the two equal.
 
 To add a kind:
 
-1. Add its name to `RetentionKind` in streams/events/models.py and renew docs/schema with `make schema`.
-2. Add one row to `_ROWS` below. The attributes of `KindRules` say what each column means.
+1. Add one row to `_ROWS` below. The attributes of `KindRules` say what each column means.
+2. Add its name to `RetentionKind` in streams/events/models.py; renew docs/schema and the README with `make schema`.
 3. Give it what the row names:
    - `job="forget"` or `job="rollback"`: nothing more. retain writes the quarantine entry, sends the job, sends it
      again and closes the request; the learner carries the job out.
@@ -28,7 +28,7 @@ from perennial.streams.events.models import RetentionKind, RetentionRequested
 SelectorRule = Literal["required", "retention_class", "optional", "refused"]
 """`retention_class`: the selector must give this field, and may give others."""
 DueAtRule = Literal["deadline", "start", "end", "unused"]
-"""What `due_at` of a request says: when it must have ended, when it begins, or when it stops to be in force."""
+"""What `due_at` of a request says: when it must have ended, when it begins, or when it stops being in force."""
 Job = Literal["forget", "rollback"]
 
 
@@ -69,7 +69,7 @@ class KindRules:
 
 _ROWS: Final = (
     KindRules(
-        "policy", "End the life of examples of a retention class after a time to live, from now on.",
+        "policy", "Forget examples of a retention class once they are time_to_live old; a later policy replaces it.",
         selector="retention_class", requires=("time_to_live",), due_at="unused", stays_in_force=True, done="in force",
     ),
     KindRules(
@@ -77,12 +77,12 @@ _ROWS: Final = (
         selector="required", due_at="start", job="forget", done="forgotten",
     ),
     KindRules(
-        "supersede", "Forget the selected examples once the document that replaces them is learned.",
+        "supersede", "Forget the selected examples once the document superseded_by is learned; never learn their texts again.",
         selector="required", requires=("superseded_by",), patterns=False, job="forget", suppresses_text=True,
         done="forgotten",
     ),
     KindRules(
-        "erase", "Forget the selected examples now, and never learn their texts again.",
+        "erase", "Forget the selected examples now; never learn their texts again.",
         selector="required", job="forget", suppresses_text=True, done="forgotten",
     ),
     KindRules(

@@ -81,7 +81,7 @@ def erase(*numbers: int, request_id: str = "r1", kind: str = "erase", **fields: 
 
 @dataclass
 class Bench:
-    """One test's topics, store, line of versions and child processes."""
+    """One test's topics, store, versions and child processes."""
 
     settings: Settings
     log: Path
@@ -103,8 +103,8 @@ class Bench:
 
     def learn(self, *examples: ExampleAccepted) -> str:
         """A version that learned these examples, as a learner publishes it; the version."""
-        line = Line(self.store, ADAPTER)
-        head = line.registry.head(ADAPTER)
+        versions = Line(self.store, ADAPTER)
+        head = versions.registry.head(ADAPTER)
         body = Batch(adapter=ADAPTER, cut=head.seq if head else 0, examples=list(examples), skipped=[])
         data = body.model_dump_json(by_alias=True).encode()
         weights = small_weights(head.seq + 1 if head else 1)
@@ -114,10 +114,10 @@ class Bench:
             )
             for e in examples
         ]
-        manifest = line.manifest(weights).model_copy(
+        manifest = versions.manifest(weights).model_copy(
             update={"batch": BlobRef(digest=digest_of(data), size_bytes=len(data)), "learned": learned}
         )
-        return line.registry.publish(manifest, [weights, data], lambda _: None).version
+        return versions.registry.publish(manifest, [weights, data], lambda _: None).version
 
     def publish(self, *events: object) -> None:
         producer = KafkaProducer(bootstrap_servers=self.settings.kafka.bootstrap, acks="all")
@@ -184,9 +184,9 @@ def ack(version: str, generation: int, replica: str = "host-1") -> AdapterActiva
     )
 
 
-def test_an_erase_is_quarantined_handed_over_and_closed_when_no_replica_serves_what_knew_it(bench):
-    knew = bench.learn(example(1), example(2))
-    bench.publish(ack(knew, 1))
+def test_an_erase_is_quarantined_handed_over_and_closed_when_no_replica_serves_a_version_trained_on_it(bench):
+    before = bench.learn(example(1), example(2))
+    bench.publish(ack(before, 1))
     child = bench.start()
     bench.publish(erase(1))
     assert bench.wait_for("quarantined") == ["accepted", "quarantined"]
@@ -199,9 +199,9 @@ def test_an_erase_is_quarantined_handed_over_and_closed_when_no_replica_serves_w
     assert quarantine.suppressed == [text_hash(example(1))]
 
     # what the learner does: revoke, publish, note the end
-    line = Line(bench.store, ADAPTER)
-    line.registry.revoke(ADAPTER, knew, "knew d1")
-    alias = line.publish(kind="forget")
+    versions = Line(bench.store, ADAPTER)
+    versions.registry.revoke(ADAPTER, before, "learned d1")
+    alias = versions.publish(kind="forget")
     done = RequestOutcome(at_ms=1, examples=1, version=alias.version, generation=alias.generation)
     finish_entry(bench.store, ADAPTER, "r1", done)
     bench.wait_for("published")
@@ -233,9 +233,9 @@ def test_no_bytes_in_the_topic_end_the_role(bench):
     evil.flush(30)
     evil.close()
     bench.wait_for("quarantined")
-    letters = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
-    assert [letter.reason for letter in letters] == ["not-json"] * 5 + ["missing-field"]
-    assert letters[-1].headers == [("\\xff\\xfe", b"1")]
+    dead = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    assert [one.reason for one in dead] == ["not-json"] * 5 + ["missing-field"]
+    assert dead[-1].headers == [("\\xff\\xfe", b"1")]
     assert child.poll() is None
 
 
@@ -298,8 +298,8 @@ def test_bad_requests_are_told_apart_from_broken_ones(bench):
     bench.wait_for("accepted", "r4")
     assert bench.states() == ["accepted", "failed"]
     assert bench.states("r2") == ["accepted", "failed"]
-    letters = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
-    assert [(letter.reason, letter.stage) for letter in letters] == [("not-json", "retain"), ("bad-field", "retain")]
+    dead = [decode_dead_letter(record.value, record.headers) for record in bench.read("dead-letters")]
+    assert [(one.reason, one.stage) for one in dead] == [("not-json", "retain"), ("bad-field", "retain")]
     jobs = bench.events("adapter-jobs")
     assert [job.request_id for job in jobs if isinstance(job, ForgetRequested)] == ["r3"]
     (revoke,) = [job for job in jobs if isinstance(job, RollbackRequested)]
@@ -320,8 +320,8 @@ def test_the_command_line_asks_and_follows_until_it_is_closed(bench):
     while not (entries := load_quarantine(bench.store, ADAPTER).entries) and time.monotonic() < deadline:
         time.sleep(0.2)
     finish_entry(bench.store, ADAPTER, entries[0].request_id, RequestOutcome(at_ms=1, examples=1))
-    out, said = asked.communicate(timeout=PATIENCE_S)
-    assert asked.returncode == 0, said
+    out, errors = asked.communicate(timeout=PATIENCE_S)
+    assert asked.returncode == 0, errors
     assert json.loads(out)["status"]["state"] == "closed"
     shown = subprocess.run(
         [*command, "status", entries[0].request_id, "--json"], env=env, capture_output=True, text=True, check=True

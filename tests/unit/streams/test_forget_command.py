@@ -102,7 +102,7 @@ def test_unusable_requests_are_refused(given):
 
 
 @pytest.mark.parametrize(
-    ("kind", "selector", "said"),
+    ("kind", "selector", "words"),
     [
         ("hold", None, "everything"),
         ("erase", {"document_ids": ["a"], "subjects": ["ann"]}, "document a, subject ann"),
@@ -115,12 +115,12 @@ def test_unusable_requests_are_refused(given):
         ("revoke", None, "-"),
     ],
 )
-def test_a_selection_is_described_in_words(kind, selector, said):
+def test_a_selection_is_described_in_words(kind, selector, words):
     request = RetentionRequested(
         request_id="r", kind=kind, adapter=ADAPTER, requested_by="me",
         selector=None if selector is None else Selector(**selector),
     )  # fmt: skip
-    assert describe_selection(RequestRecord(request=request, received_ms=0, until_ms=0)) == said
+    assert describe_selection(RequestRecord(request=request, received_ms=0, until_ms=0)) == words
 
 
 def test_explain_tells_where_each_example_came_from_and_what_became_of_it(versions, capsys):
@@ -292,7 +292,7 @@ def test_the_last_line_says_what_to_do(state, examples, kind, words):
         request_id="r", adapter=ADAPTER, kind=kind, state=state, examples=examples, at=datetime(2026, 1, 1, tzinfo=UTC)
     )
     carried_out = state in {"closed", "executed"}
-    said = _conclusion(request, last, 9, carried_out=carried_out)
-    assert words in said
-    assert bool(said) == bool(words)
-    assert ("forget status r" in said) == (bool(words) and not carried_out)
+    shown = _conclusion(request, last, 9, carried_out=carried_out)
+    assert words in shown
+    assert bool(shown) == bool(words)
+    assert ("forget status r" in shown) == (bool(words) and not carried_out)

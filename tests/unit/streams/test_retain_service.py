@@ -44,12 +44,12 @@ def learn(store, adapter: str) -> str:
         retention_class="PT1S",
         origin=Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=0, timestamp_ms=1),
     )  # fmt: skip
-    line, weights = Line(store, adapter), small_weights(1)
+    versions, weights = Line(store, adapter), small_weights(1)
     body = Batch(adapter=adapter, cut=0, examples=[example], skipped=[]).model_dump_json(by_alias=True).encode()
     learned = LearnedExample(example_id=example.example_id, partition="p", offset=0, tokens=1)
     ref = BlobRef(digest=digest_of(body), size_bytes=len(body))
-    manifest = line.manifest(weights).model_copy(update={"batch": ref, "learned": [learned]})
-    line.registry.publish(manifest, [weights, body], lambda _: None)
+    manifest = versions.manifest(weights).model_copy(update={"batch": ref, "learned": [learned]})
+    versions.registry.publish(manifest, [weights, body], lambda _: None)
     return ref.digest
 
 
@@ -70,10 +70,10 @@ def test_a_damaged_micro_batch_stops_the_calendar_of_no_other_adapter(store, giv
     (store.root / stored_name(blob_key(digest))).write_bytes(b"secret, but damaged")
     asyncio.run(retention.tick())
     assert [event.adapter for event in sent if event.type == "forget.requested"] == ["acme/b"]
-    (said,) = caplog.messages
-    assert "acme/a" in said
-    assert digest in said
-    assert "secret" not in said
+    (message,) = caplog.messages
+    assert "acme/a" in message
+    assert digest in message
+    assert "secret" not in message
 
 
 def test_a_full_ledger_refuses_requests_one_by_one_and_goes_on_with_those_it_has(store, given, monkeypatch):

@@ -75,7 +75,7 @@ class World:
     revoked: set[str] = field(default_factory=set)
     behind: list[str] = field(default_factory=list)
     jobs: list[ForgetRequested | RollbackRequested] = field(default_factory=list)
-    said: list[RetentionProgressed] = field(default_factory=list)
+    published: list[RetentionProgressed] = field(default_factory=list)
     forgotten: list[ExampleAccepted] = field(default_factory=list)
 
     # facts
@@ -121,30 +121,30 @@ class World:
         for change in step.changes:
             self.quarantines[change.adapter] = change.apply(self.quarantine(change.adapter))
         self.jobs += [event for event in step.events if not isinstance(event, RetentionProgressed)]
-        self.said += [event for event in step.events if isinstance(event, RetentionProgressed)]
+        self.published += [event for event in step.events if isinstance(event, RetentionProgressed)]
         self.ledger = RequestLedger.model_validate_json(step.ledger.to_bytes())
         return step
 
     def work(self, failure: str = "") -> None:
-        """The learner: forgets what each job means, unless a hold is on any of it."""
+        """The learner: forgets what each job matches, unless a hold is on any of it."""
         while self.jobs:
             job = self.jobs.pop(0)
             if not isinstance(job, ForgetRequested):
                 continue
             quarantine_filter = QuarantineFilter(self.quarantine(job.adapter))
-            meant = [item for item in self.examples(job.adapter) if job.matches(item.example)]
-            if any(quarantine_filter.held_by(item.example) for item in meant):
+            selected = [item for item in self.examples(job.adapter) if job.matches(item.example)]
+            if any(quarantine_filter.held_by(item.example) for item in selected):
                 continue
-            for item in meant if not failure else ():
+            for item in selected if not failure else ():
                 self.forgotten.append(self.stored[job.adapter].pop(item.example.example_id).example)
             done = RequestOutcome(
-                at_ms=self.now_ms, examples=len(meant), version=V2 if meant else None,
-                generation=2 if meant else None, failure=failure,
+                at_ms=self.now_ms, examples=len(selected), version=V2 if selected else None,
+                generation=2 if selected else None, failure=failure,
             )  # fmt: skip
             self.quarantines[job.adapter] = self.quarantine(job.adapter).finished(job.request_id, done)
 
     def states(self, request_id: str) -> list[str]:
-        return [event.state for event in self.said if event.request_id == request_id]
+        return [event.state for event in self.published if event.request_id == request_id]
 
 
 @pytest.fixture
@@ -167,13 +167,13 @@ def test_an_erase_is_quarantined_sent_done_and_closed(world):
     world.work()
     world.step()
     assert world.states("erase")[-1] == "closed"
-    assert world.said[-1].version == V2
-    assert world.said[-1].examples == 1
+    assert world.published[-1].version == V2
+    assert world.published[-1].examples == 1
     assert sorted(item.example.document_id for item in world.examples(A)) == ["d2"]
     assert QuarantineFilter(world.quarantine(A)).suppresses(example(9, at_ms=10**9, text="text 1"))
 
 
-def test_a_second_delivery_only_says_the_state_again(world):
+def test_a_redelivery_only_publishes_the_state_again(world):
     world.step(request("erase", selector=doc(1)))
     before, world.jobs = world.ledger, []
     step = world.step(request("erase", selector=doc(1)), received_ms=7777)
@@ -188,19 +188,19 @@ def test_an_id_used_before_for_something_else_is_refused(world):
         world.step(request("erase", "r", selector=doc(2)))
 
 
-def test_it_is_closed_only_when_no_replica_may_serve_what_knew_it(world):
+def test_it_is_closed_only_when_no_replica_may_serve_a_version_trained_on_it(world):
     world.behind = ["host-1"]
     world.step(request("erase", selector=doc(1)))
     world.work()
     world.step()
     assert world.states("erase")[-1] == "published"
-    assert "host-1" in world.said[-1].detail
+    assert "host-1" in world.published[-1].detail
     world.behind = []
     world.step()
     assert world.states("erase")[-1] == "closed"
 
 
-def test_an_erase_of_what_no_version_knew_still_blocks_what_is_under_way(world):
+def test_an_erase_of_what_no_version_learned_still_blocks_what_is_under_way(world):
     world.step(request("erase", selector=doc(7)))
     world.work()
     world.step()
@@ -211,10 +211,10 @@ def test_an_erase_of_what_no_version_knew_still_blocks_what_is_under_way(world):
 
 def test_what_the_learner_cannot_do_is_failed_with_its_reason(world):
     world.step(request("erase", selector=doc(1)))
-    world.work(failure="the state before it is gone")
+    world.work(failure="its earlier state was deleted")
     world.step()
     assert world.states("erase")[-1] == "failed"
-    assert "the state before it is gone" in world.said[-1].detail
+    assert "its earlier state was deleted" in world.published[-1].detail
 
 
 def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
@@ -234,7 +234,7 @@ def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
 
 
 @pytest.mark.parametrize(
-    ("bad", "said"),
+    ("bad", "reason"),
     [
         (request("erase"), "selector"),
         (request("expire"), "selector"),
@@ -253,10 +253,10 @@ def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
         (request("hold", selector=doc(1), due_at=datetime(1970, 1, 1, tzinfo=UTC)), "in the past"),
     ],
 )  # fmt: skip
-def test_what_makes_no_sense_fails_with_a_reason_and_does_nothing(world, bad, said):
+def test_what_makes_no_sense_fails_with_a_reason_and_does_nothing(world, bad, reason):
     step = world.step(bad)
     assert world.states(bad.request_id) == ["accepted", "failed"]
-    assert said in world.said[-1].detail
+    assert reason in world.published[-1].detail
     assert (step.changes, world.jobs) == ([], [])
 
 
