@@ -1,12 +1,23 @@
-"""The root of the one exception tree: every error says what came in, what is allowed and what to do."""
+"""The base class of every error of the project, and the errors of the object store.
+
+An error says what came in, what is allowed and what to do. `perennial` prints it without a traceback and ends with its
+exit code.
+"""
 
 from __future__ import annotations
 
 
 class PerennialError(Exception):
-    """An error a person can act on.
+    """An error that a person can correct.
 
-    got: what came in. allowed: what would have been accepted. remedy: what to do now.
+    Subclasses set `exit_code`, the exit code of `perennial` for this error: 1 something is wrong, 2 usage or settings,
+    3 a service cannot be reached, 4 not found.
+
+    Args:
+        message: What is wrong; by default the first line of the class's docstring.
+        got: What came in.
+        allowed: What would have been accepted.
+        remedy: What to do now. A command that it names must exist.
     """
 
     exit_code = 1
@@ -35,19 +46,23 @@ def _short(value: object, limit: int = 400) -> str:
 
 
 class StoreError(PerennialError):
-    """The object store could not do what was asked."""
+    """The object store cannot do what was requested."""
 
 
 class StoreUnavailableError(StoreError):
     """The object store did not answer; the same call may succeed later."""
 
+    exit_code = 3
+
 
 class NotFoundError(StoreError):
     """No object is stored under that key."""
 
+    exit_code = 4
+
 
 class ConflictError(StoreError):
-    """Another writer was first."""
+    """Another writer wrote first."""
 
 
 class IntegrityError(StoreError):

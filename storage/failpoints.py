@@ -1,8 +1,9 @@
-"""Places where a fault test may end or stop the process, if PERENNIAL_FAILPOINT names one.
+"""Named points in the code where a fault test may kill or stop the process; without effect in normal runs.
 
-`PERENNIAL_FAILPOINT=learner.manifest:3` kills the process (SIGKILL) the third time it comes past
-`learner.manifest`; `learner.manifest:3:stop` sends SIGSTOP instead, so that a test can resume it later.
-`PERENNIAL_FAILPOINT=@FILE` reads the same from a file each time, so that a process that runs can be armed.
+`PERENNIAL_FAILPOINT=learner.manifest:3` kills the process (SIGKILL) the third time it reaches the failpoint
+`learner.manifest`; `learner.manifest:3:stop` sends SIGSTOP instead, so that a test can resume the process later.
+`PERENNIAL_FAILPOINT=@FILE` reads the same text from a file at each failpoint, so that a test can set one in a process
+that already runs.
 """
 
 from __future__ import annotations
@@ -14,23 +15,28 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-_passed: Counter[str] = Counter()
+_reached: Counter[str] = Counter()
 
 
 def failpoint(name: str) -> None:
-    """Come past the named place."""
-    wanted = os.environ.get("PERENNIAL_FAILPOINT")
-    if not wanted:
+    """Kill or stop this process where PERENNIAL_FAILPOINT names this point and its count is reached.
+
+    Args:
+        name: Name of the point: the role or part, a dot, and the step that comes next or was just done.
+    """
+    setting = os.environ.get("PERENNIAL_FAILPOINT")
+    if not setting:
         return
-    if wanted.startswith("@"):
-        path, wanted = Path(wanted[1:]), ""
+    if setting.startswith("@"):
+        path, setting = Path(setting[1:]), ""
         with suppress(OSError):
-            wanted = path.read_text("utf-8").strip()
-    place, _, rest = wanted.partition(":")
-    if place != name:
+            setting = path.read_text("utf-8").strip()
+    wanted, _, rest = setting.partition(":")
+    if wanted != name:
         return
     count, _, action = rest.partition(":")
-    _passed[wanted] += 1
-    if _passed[wanted] == int(count or 1):
-        # Not os.kill: another thread may take a SIGSTOP, and this one runs on for a while, into the next lock perhaps.
+    _reached[setting] += 1
+    if _reached[setting] == int(count or 1):
+        # os.kill would not do: another thread may take the SIGSTOP, and this thread would run on for a while, perhaps
+        # into the next lock.
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP if action == "stop" else signal.SIGKILL)

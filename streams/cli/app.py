@@ -30,7 +30,7 @@ import typer
 from rich.console import Console
 
 from perennial.extras import MissingExtraError, extra_of, missing_extra
-from perennial.storage.errors import NotFoundError, PerennialError, StoreUnavailableError
+from perennial.storage.errors import PerennialError
 from perennial.streams.cli.forget.app import forget_app
 
 app = typer.Typer(
@@ -90,9 +90,7 @@ def main() -> None:
         app(prog_name="perennial")
     except PerennialError as error:
         print_error(error)
-        if isinstance(error, StoreUnavailableError):
-            sys.exit(3)
-        sys.exit(4 if isinstance(error, NotFoundError) else error.exit_code)
+        sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         extra = extra_of(error.name)
         if extra is None:
@@ -123,7 +121,8 @@ def demo(
 def up(
     data_dir: Annotated[Path | None, typer.Option(help="Folder for topics, objects and logs.")] = None,
     port: Annotated[
-        int | None, typer.Option(help="Port of the embedded broker; default: the last one, or a free one.")
+        int | None,
+        typer.Option(help="Port of the embedded broker; default: the last one, or a free one."),
     ] = None,
     shared_model: Annotated[
         bool, typer.Option(help="Run scorer and learner in one process that loads the base model once.")
@@ -152,7 +151,7 @@ def worker(
 
 @app.command("init")
 def initialise(
-    wait_s: Annotated[float, typer.Option(help="Seconds to wait for broker and store to answer.")] = 0,
+    wait_s: Annotated[float, typer.Option(min=0, help="Seconds to wait for broker and store to answer.")] = 0,
     json_: Json = False,
 ) -> None:
     """Create missing topics and the bucket, and test the store's conditional writes; safe to repeat."""
@@ -217,7 +216,7 @@ def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
 @adapters_app.command("history")
 def adapters_history(
     adapter: AdapterName,
-    limit: Annotated[int, typer.Option(help="Most versions to show, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, help="Most versions to show, newest first.")] = 20,
     json_: Json = False,
 ) -> None:
     """List the versions of an adapter, refused ones and their reasons included."""
@@ -235,7 +234,9 @@ def adapters_rollback(
     reason: Annotated[
         str, typer.Option(help="Text that is recorded with the rollback.")
     ] = "requested on the command line",
-    wait_s: Annotated[float, typer.Option(help="Seconds to wait until the version is live; 0 does not wait.")] = 60,
+    wait_s: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait until the version is live; 0 does not wait.")
+    ] = 60,
     json_: Json = False,
 ) -> None:
     """Make an earlier version live again."""
@@ -304,7 +305,7 @@ def explain(
 def ask(
     adapter: AdapterName,
     prompt: Annotated[str, typer.Argument(help="Text to answer.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 48,
     json_: Json = False,
 ) -> None:
     """Answer a prompt with the frozen base model and with the live adapter, side by side."""
@@ -323,8 +324,8 @@ def status(json_: Json = False) -> None:
 
 @app.command()
 def watch(
-    every_s: Annotated[float, typer.Option(help="Seconds between two readings.")] = 1.0,
-    times: Annotated[int, typer.Option(help="Number of readings; 0 until Ctrl-C.")] = 0,
+    every_s: Annotated[float, typer.Option(min=0, help="Seconds between two readings.")] = 1.0,
+    times: Annotated[int, typer.Option(min=0, help="Number of readings; 0 until Ctrl-C.")] = 0,
 ) -> None:
     """Show what `status` shows, and refresh it until Ctrl-C."""
     from perennial.streams.cli.status import watch_status

@@ -108,7 +108,7 @@ class FlowReader:
                 request_timeout_ms=15000,
             )
             self.admin = KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=5000)
-        except KafkaError as error:
+        except (KafkaError, ValueError, OSError) as error:  # ValueError: an address that is not host:port
             raise BrokerUnreachableError(
                 got=f"{settings.kafka.bootstrap}: {error}",
                 remedy="start it, or set PERENNIAL_KAFKA to its address; `perennial doctor` checks the connection",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from perennial.streams.client.base_publisher import Receipt
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.cloudevents import decode
+from perennial.streams.settings import SettingsError
 
 _MAX_LINE_BYTES = 2 * 1024 * 1024
 _IN_FLIGHT = 2_000
@@ -39,6 +39,7 @@ def publish_file(kind: str, file: str, *, adapter: str | None, as_json: bool) ->
 
     Raises:
         NotFoundError: The file does not exist.
+        SettingsError: The file cannot be read.
     """
     settings = connected_settings()
     delivered = 0
@@ -120,14 +121,15 @@ def _lines(file: str) -> Iterator[tuple[Iterator[bytes], int | None]]:
         yield iter(sys.stdin.buffer), None
         return
     path = Path(file)
+    remedy = "name a file of JSON lines, or - for standard input"
     try:
-        total = _count_lines(path)
-        with path.open("rb") as opened:
-            yield iter(opened), total
+        total, opened = _count_lines(path), path.open("rb")
     except FileNotFoundError as error:
-        raise NotFoundError(
-            "no such file", got=os.fspath(path), remedy="name a file of JSON lines, or - for standard input"
-        ) from error
+        raise NotFoundError("no such file", got=str(path), remedy=remedy) from error
+    except OSError as error:
+        raise SettingsError("the file cannot be read", got=f"{path}: {error.strerror}", remedy=remedy) from error
+    with opened:
+        yield iter(opened), total
 
 
 def _count_lines(path: Path) -> int:

@@ -154,7 +154,7 @@ def layout(columns: Sequence[Column], rows: Sequence[Row], *, width: int, title:
     hidden = [column.name for at, column in enumerate(columns) if at not in shown]
     if not hidden:
         return table
-    note = f"not shown at this width: {', '.join(hidden)}; a wider terminal, a pipe or --json shows all"
+    note = f"not shown at this width: {', '.join(hidden)}; a wider terminal or a pipe shows all"
     return Group(table, Text(note, "dim"))
 
 

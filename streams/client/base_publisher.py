@@ -115,7 +115,7 @@ class BasePublisher(ABC):
 
         Args:
             request_id: Your id of the request, 1 to 512 characters.
-            kind: What is asked for, for example `erase`; `perennial forget request --help` lists the kinds.
+            kind: What is asked for, for example `erase`; docs/schema/retention.requested.json lists the kinds.
             adapter: Name of the adapter, or a pattern such as `acme/*`.
             requested_by: Who asks, for the records.
             **fields: Further fields of `RetentionRequested`: selector, superseded_by, time_to_live, reason, due_at.

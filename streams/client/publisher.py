@@ -121,12 +121,14 @@ class Publisher(BasePublisher):
             raise self._unreachable(error) from error
 
     def _unreachable(self, error: BaseException) -> PublishError:
-        return PublishError(
+        unreachable = PublishError(
             f"no Kafka broker answers at {self._bootstrap}",
             got=_describe(error),
             allowed=f"an answer within {self._timeout_s:g} s",
             remedy="start one with `perennial up`, or set PERENNIAL_KAFKA to the host:port of one that runs",
         )
+        unreachable.exit_code = 3  # a service cannot be reached
+        return unreachable
 
     def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:
         topic = self._settings.kafka.topic(event.topic)

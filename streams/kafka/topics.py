@@ -43,6 +43,8 @@ class TopicError(PerennialError):
 class KafkaUnavailableError(PerennialError):
     """Kafka does not answer."""
 
+    exit_code = 3
+
 
 @dataclass(frozen=True)
 class TopicSpec:

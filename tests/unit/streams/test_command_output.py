@@ -13,14 +13,16 @@ import pytest
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.streams.cli import adapters, dlq, status, topics
 from perennial.streams.cli.flow import AdapterStatus, FlowSnapshot
 from perennial.streams.cli.tables import short_version
+from perennial.streams.client.testing import small_weights
 from perennial.streams.deadletters.model import Selection, read_dead_letter
 from perennial.streams.deadletters.plan import RedriveReport
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.kafka.topics import TOPICS
-from tests.versions import Line, safetensors_of
+from tests.versions import Line
 
 ADAPTER = "a-tenant-with-a-long-name/a-team-of-it/production-assistant"
 TOPIC = "documents.a-tenant-with-a-long-name"
@@ -72,8 +74,10 @@ def versions(tmp_path, monkeypatch):
     line = Line(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
     made = []
     for number in range(2):
-        weights = safetensors_of(number + 1)
-        manifest = line.manifest(weights).model_copy(update={"gate": {"held_out_before": 4.0, "held_out_after": 3.5}})
+        weights = small_weights(number + 1)
+        manifest = line.manifest(weights).model_copy(
+            update={"gate": GateFigures(held_out_before=4.0, held_out_after=3.5)}
+        )
         made.append(line.registry.publish(manifest, [weights], lambda _: None).version)
     return made[::-1]
 
