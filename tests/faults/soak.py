@@ -60,12 +60,14 @@ class Stack:
         self.minio.start()
         os.environ.update(self.minio.environment())  # the oracle's own clients read it too
         small = small_settings(self.broker.bootstrap, "soak-", STORE_URI)
-        self.settings = small.model_copy(
-            update={
-                "base": str(base_folder(self._folder)), "min_gain_nats": 1.5e-3, "learning_rate": 1e-3, "poll_s": 1.0,
-                "device": "cpu", "clock_settle_s": 5.0,
-            }
-        )  # fmt: skip
+        self.settings = small.replace(
+            base=str(base_folder(self._folder)),
+            min_gain_nats=1.5e-3,
+            learning_rate=1e-3,
+            poll_s=1.0,
+            device="cpu",
+            clock_settle_s=5.0,
+        )
         open_registry(self.settings).store.probe()
         provision(self.settings)
         for name, roles in (("first", ROLES), ("second", ("learner",))):

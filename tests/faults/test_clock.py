@@ -6,17 +6,17 @@ import time
 
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import test_curate as curating
+from tests.integration.streams import test_curate as curating
 
 bench = curating.bench
 
 SET_BACK = """
 import time, types
 from pathlib import Path
-from perennial.streams import curate
+from perennial.streams.curate import agent
 def time_ns():
     return time.time_ns() - 3600 * 10**9 * Path({flag!r}).exists()
-curate.time = types.SimpleNamespace(time_ns=time_ns, monotonic_ns=time.monotonic_ns)
+agent.time = types.SimpleNamespace(time_ns=time_ns, monotonic_ns=time.monotonic_ns)
 """
 
 

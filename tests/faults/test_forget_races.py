@@ -15,8 +15,8 @@ from perennial.streams.kafka.topics import provision
 from tests import jobs
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import test_forget as forgetting
 from tests.integration.learner import learner_kit as kit
+from tests.integration.learner import test_forgetting as forgetting
 from tests.oracle import account
 from tests.unit.learner.test_forgetting import readable
 

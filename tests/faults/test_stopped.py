@@ -25,9 +25,9 @@ from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.faults import parts
 from tests.faults.report import Row
-from tests.integration import test_curate as curating
-from tests.integration import test_intake as intaking
 from tests.integration.learner import learner_kit as kit
+from tests.integration.streams import test_curate as curating
+from tests.integration.streams import test_intake as intaking
 from tests.oracle import account
 
 ADAPTER = "acme/support"

@@ -31,8 +31,8 @@ MORE_THAN_ANY_MACHINE_HAS = 10**15
 @pytest.fixture
 def given(broker, topic_prefix, tmp_path, monkeypatch):
     monkeypatch.setattr(version_writer, "general_texts", parts.few_texts)
-    settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path).model_copy(
-        update={"learning_rate": 0.05, "steps": 6, "min_gain_nats": 0.0}
+    settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path).replace(
+        learning_rate=0.05, steps=6, min_gain_nats=0.0
     )
     provision(settings)
     return settings

@@ -25,7 +25,7 @@ from perennial.streams.settings import Settings
 from tests import jobs, scratch, tiny
 from tests.integration.learner import learner_kit as kit
 from tests.services import start_minio
-from tests.unit import test_forget as unit
+from tests.unit.learner import test_forgetting as unit
 
 ADAPTER = "acme/support"
 PER_CUT = 4
