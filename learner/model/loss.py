@@ -1,11 +1,11 @@
-"""The loss of rows under the base or an adapter: the one forward pass that scoring, gate and training share."""
+"""The loss of token rows under the base or an adapter: one forward pass shared by scoring, gate and training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -17,6 +17,8 @@ from perennial.storage.errors import PerennialError
 EMPTY = 0.0
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
+T = TypeVar("T")
+
 
 class OutOfMemoryError(PerennialError):
     """A single row does not fit the memory."""
@@ -24,23 +26,37 @@ class OutOfMemoryError(PerennialError):
 
 @dataclass(frozen=True)
 class RowLoss:
-    """The summed loss of one row in nats, and over how many tokens."""
+    """The loss of one row.
+
+    Attributes:
+        nats: Sum of the losses of the row's trainable tokens, in nats.
+        tokens: Number of these tokens.
+    """
 
     nats: float
     tokens: int
 
 
 def mean_nats(losses: Sequence[RowLoss]) -> float:
-    """Nats per token over all rows: total over total, not a mean of means; 0 without tokens."""
+    """Return nats per token over all rows: total by total, not a mean of means; 0 where there are no tokens."""
     tokens = sum(loss.tokens for loss in losses)
     return sum(loss.nats for loss in losses) / tokens if tokens else EMPTY
 
 
 def token_losses(model: Any, rows: Sequence[TokenRow], device: torch.device, pad: int) -> torch.Tensor:
-    """Loss of every trainable token of the rows, in row order: (N,) nats, fp32.
+    """Compute the loss of every trainable token of the rows in one forward pass.
 
-    Rows are padded on the right to the longest: under a causal mask no real token sees what follows it, so no
-    attention mask is needed. Logits are made only where a token is trained.
+    Rows are padded on the right to the longest one. Under a causal mask no real token sees what follows it, so no
+    attention mask is needed. Logits are computed only at positions whose next token is trained.
+
+    Args:
+        model: Causal language model, with the wanted slot selected or disabled.
+        rows: B rows, at least one.
+        device: Device of the model.
+        pad: Token id to pad with; its value changes no loss.
+
+    Returns:
+        Tensor (N,) of nats, fp32 on the device: the trainable tokens of the rows in row order.
     """
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)  # (B, T)
@@ -60,7 +76,10 @@ def token_losses(model: Any, rows: Sequence[TokenRow], device: torch.device, pad
 
 
 def _head_is_plain(model: Any) -> bool:
-    """Whether logits are the output embedding of the last hidden state; some families scale or cap them after it."""
+    """Return True if the logits are the output embedding of the last hidden state.
+
+    Some model families scale or cap the logits after it. The answer is measured once and kept on the model.
+    """
     known = getattr(model, "_plain_head", None)
     if known is None:
         ids = torch.zeros((1, 2), dtype=torch.long, device=model.get_input_embeddings().weight.device)
@@ -73,7 +92,7 @@ def _head_is_plain(model: Any) -> bool:
 
 
 def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Bf16 where a GPU computes; fp32 on a CPU, whose bytes must repeat."""
+    """Return a context that computes in bf16 on a GPU; on a CPU, whose bits must repeat, in fp32."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
@@ -86,60 +105,96 @@ def row_token_losses(
     max_rows: int = 32,
     lock: AbstractContextManager[object] | None = None,
 ) -> list[torch.Tensor]:
-    """Loss of every trainable token of each row, in the order given: fp64 tensors (tokens,) on the CPU.
+    """Compute the loss of every trainable token of each row.
 
-    adapted: with the slot's weights, else under the frozen base. Rows of like length are computed together, at most
-    max_rows at a time and fewer where memory runs out; the lock is held per batch, so that others can use the base in
-    between. Raises OutOfMemoryError.
+    Rows of similar length are computed together, to pad little.
+
+    Args:
+        lora: Slot over the base.
+        rows: Rows to measure; may be empty.
+        pad: Token id to pad with.
+        adapted: True to compute with the slot's weights, False for the frozen base.
+        max_rows: Most rows in one forward pass; fewer are taken where memory runs out.
+        lock: Lock on the base, held for each forward pass, so that others can use the base in between.
+
+    Returns:
+        One tensor (tokens,) of nats per row, fp64 on the CPU, in the order of `rows`.
+
+    Raises:
+        OutOfMemoryError: A single row does not fit the memory.
     """
     order = sorted(range(len(rows)), key=lambda index: (len(rows[index].ids), index))
     result: list[torch.Tensor] = [torch.empty(0)] * len(rows)
-    device = torch.device(lora.base.device)
     start = 0
     while start < len(order):
-        part = order[start : start + max_rows]
-        batch = [rows[index] for index in part]
-        try:
-            with (
-                lock or nullcontext(),
-                torch.no_grad(),
-                lora.enabled() if adapted else lora.disabled(),
-                autocast(device),
-            ):
-                losses = token_losses(lora.model, batch, device, pad).double().cpu()  # (N,)
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            too_many = error
-        else:
-            for index, piece in zip(part, torch.split(losses, [row.tokens for row in batch]), strict=True):
-                result[index] = piece
-            start += len(part)
-            continue
-        max_rows = fewer_rows(batch, too_many)
+        batch = [rows[index] for index in order[start : start + max_rows]]
+
+        def losses_of_first(count: int, batch: list[TokenRow] = batch) -> list[torch.Tensor]:
+            return _losses_of_batch(lora, batch[:count], pad, adapted=adapted, lock=lock)
+
+        losses, max_rows = within_memory(losses_of_first, batch, max_rows)
+        for index, nats in zip(order[start:], losses, strict=False):
+            result[index] = nats
+        start += len(losses)
     return result
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether the error says that memory ran out. On a CPU torch has no type of its own for that."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
+def _losses_of_batch(
+    lora: Lora,
+    batch: Sequence[TokenRow],
+    pad: int,
+    *,
+    adapted: bool,
+    lock: AbstractContextManager[object] | None,
+) -> list[torch.Tensor]:
+    device = torch.device(lora.base.device)
+    with lock or nullcontext():
+        if adapted:
+            lora.select()
+        with nullcontext() if adapted else lora.disabled(), torch.no_grad(), autocast(device):
+            losses = token_losses(lora.model, batch, device, pad).double().cpu()  # (N,)
+    return list(torch.split(losses, [row.tokens for row in batch]))
 
 
-def fewer_rows(batch: Sequence[TokenRow], error: BaseException) -> int:
-    """How many rows to try after these did not fit. Raises OutOfMemoryError where it was one.
+def within_memory(attempt: Callable[[int], T], rows: Sequence[TokenRow], max_rows: int) -> tuple[T, int]:
+    """Call `attempt` with a number of rows per pass, halved each time that memory runs out.
 
-    Hazard: the error's traceback keeps the failed pass's tensors alive, so it is dropped here.
+    Args:
+        attempt: Computes with at most as many rows per pass as its argument says, from the beginning each time.
+        rows: Rows that the attempt computes with, at least one.
+        max_rows: Most rows per pass to try first.
+
+    Returns:
+        The attempt's result, and the rows per pass that fitted.
+
+    Raises:
+        OutOfMemoryError: A single row per pass does not fit the memory.
     """
-    if len(batch) == 1:
-        raise OutOfMemoryError(
-            got=f"{len(batch[0].ids)} tokens in a row",
-            allowed="what fits beside the base",
-            remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
-        ) from error
-    error.__traceback__ = None
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return (len(batch) + 1) // 2
+    while True:
+        try:
+            return attempt(max_rows), max_rows
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            failure = error
+        tried = min(max_rows, len(rows))
+        if tried == 1:
+            longest = max(len(row.ids) for row in rows)
+            raise OutOfMemoryError(
+                got=f"one row at a time, of up to {longest} tokens",
+                allowed="rows that fit the memory next to the base",
+                remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
+            ) from failure
+        # Hazard: the traceback keeps the tensors of the failed pass alive, so it is dropped before the next attempt.
+        failure.__traceback__ = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        max_rows = (tried + 1) // 2
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Return True if the error says that memory ran out. On a CPU torch raises a RuntimeError for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
 
 
 def row_losses(
@@ -151,6 +206,6 @@ def row_losses(
     max_rows: int = 32,
     lock: AbstractContextManager[object] | None = None,
 ) -> list[RowLoss]:
-    """Summed loss of each row; see row_token_losses."""
+    """Compute the summed loss of each row, in the order of `rows`; arguments as for `row_token_losses`."""
     losses = row_token_losses(lora, rows, pad=pad, adapted=adapted, max_rows=max_rows, lock=lock)
     return [RowLoss(float(nats.sum()), nats.numel()) for nats in losses]

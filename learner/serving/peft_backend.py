@@ -108,7 +108,10 @@ class PeftBackend:
         with ExitStack() as selected:
             selected.enter_context(self._forward_lock)
             if not self._is_selected(slot):
-                selected.enter_context(slot.lora.enabled() if slot else self._slots[0].lora.disabled())
+                if slot:
+                    slot.lora.select()
+                else:
+                    selected.enter_context(self._slots[0].lora.disabled())
             self._leased.selected = selected.pop_all()
 
     def _is_selected(self, slot: _Slot | None) -> bool:

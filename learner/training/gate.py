@@ -1,9 +1,12 @@
-"""Whether a candidate version may go live; pure: measured figures in, verdict out (limits are settings)."""
+"""The gate: decides whether a candidate version may go live.
+
+Pure functions: measured losses and norms go in, a verdict comes out. The limits are settings.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
@@ -11,17 +14,23 @@ from typing import Literal
 GateReason = Literal["ok", "not-finite", "gradient-explosion", "no-op", "no-gain", "general-rise"]
 
 MAX_GRADIENT_NORM = 1e3
-"""Far above any sane step (below 10 on real text): the weights that such a gradient meets are broken."""
+"""Far above any sane step (below 10 on real text): weights that give such a gradient are broken."""
 MIN_EXAMPLES_TO_HOLD_OUT = 4
 DECIMALS = 6
-ROOM = 0.6
-"""Share of the bound at which the counterweight is full: the rest is for the noise of rotating anchors."""
+FULL_PRESSURE_SHARE = 0.6
+"""Share of the allowed rise at which the pressure is 1: the rest absorbs the noise of the rotating anchors."""
 NOISE_ERRORS = 3.0
+"""Standard errors of the mean fall that count as noise."""
 
 
 @dataclass(frozen=True)
 class GateLimits:
-    """What the gate asks: the least fall of held-out loss, and the most rise of general loss over the base's."""
+    """What the gate asks of a version.
+
+    Attributes:
+        min_gain_nats: Least fall of the held-out loss, nats per token.
+        max_general_rise_nats: Largest rise of the general loss over the frozen base's, nats per token.
+    """
 
     min_gain_nats: float
     max_general_rise_nats: float
@@ -29,17 +38,30 @@ class GateLimits:
 
 @dataclass(frozen=True)
 class GateVerdict:
-    """Whether to promote, and why not."""
+    """Decision of the gate.
+
+    Attributes:
+        promote: True if the version may go live.
+        reason: `ok`, or why not.
+    """
 
     promote: bool
     reason: GateReason
 
 
 def hold_out(document_ids: Sequence[str], share: float) -> frozenset[int]:
-    """Positions of the examples that are measured before they are learned, chosen by document.
+    """Choose the examples that are measured before they are learned, by document.
 
-    All examples of one document go the same way: its text must not be measured after a part of it was trained.
-    Fewer than 4 examples, or a share of 0, hold nothing out; otherwise at least one document is, and never all.
+    All examples of one document are held out together: its text must not be measured after a part of it was trained.
+    Fewer than `MIN_EXAMPLES_TO_HOLD_OUT` examples, a single document, or a share of 0 hold nothing out; otherwise at
+    least one document is held out, and at most half of them.
+
+    Args:
+        document_ids: Document of each example.
+        share: Wanted share of the documents, 0 to 1.
+
+    Returns:
+        Positions in `document_ids`.
     """
     documents = sorted(set(document_ids), key=lambda name: (_fraction(name), name))
     if len(document_ids) < MIN_EXAMPLES_TO_HOLD_OUT or len(documents) < 2 or share <= 0:
@@ -50,11 +72,18 @@ def hold_out(document_ids: Sequence[str], share: float) -> frozenset[int]:
 
 
 def _fraction(name: str) -> float:
+    """Return a number from 0 to below 1 that depends on the name alone."""
     return int.from_bytes(sha256(b"held-out:" + name.encode()).digest()[:8]) / 2**64
 
 
 def judge_training(norms: Sequence[float], *, finite: bool, noop: bool) -> GateVerdict:
-    """Refuse what no measure is needed for: broken numbers, exploded gradients, an adapter that changes nothing."""
+    """Refuse a training run that needs no measurement to be refused.
+
+    Args:
+        norms: Gradient norm of each step, before clipping.
+        finite: True if all new weights are finite.
+        noop: True if the adapter changes nothing.
+    """
     if not finite or not all(math.isfinite(norm) for norm in norms):
         return GateVerdict(promote=False, reason="not-finite")
     if any(norm > MAX_GRADIENT_NORM for norm in norms):
@@ -66,7 +95,13 @@ def judge_training(norms: Sequence[float], *, finite: bool, noop: bool) -> GateV
 
 @dataclass(frozen=True)
 class Gain:
-    """By how much the loss per token fell on the same tokens, and the standard error of that mean (paired)."""
+    """The loss of the same tokens before and after training.
+
+    Attributes:
+        before_nats: Mean loss before, nats per token.
+        after_nats: Mean loss after, nats per token.
+        error_nats: Standard error of the mean fall, paired by token, nats per token.
+    """
 
     before_nats: float
     after_nats: float
@@ -74,7 +109,15 @@ class Gain:
 
 
 def gain(before: Sequence[float], after: Sequence[float]) -> Gain:
-    """Compare the losses of the same tokens before and after; nothing measured is a gain of zero."""
+    """Compare the losses of the same tokens before and after training.
+
+    Args:
+        before: Loss of each token before, nats; empty for a gain of zero.
+        after: Loss of each token after, nats, in the same order.
+
+    Raises:
+        ValueError: The two have different lengths.
+    """
     count = len(before)
     if count == 0:
         return Gain(0.0, 0.0, 0.0)
@@ -85,11 +128,11 @@ def gain(before: Sequence[float], after: Sequence[float]) -> Gain:
 
 
 def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
-    """Refuse an update that did not lower the loss on what is new, as far as so few tokens can tell.
+    """Refuse an update that did not lower the loss on new examples, as far as so few tokens can tell.
 
-    A micro-batch holds out some hundred tokens of one or two documents. Once a stream is half learned one update
-    gains less than their noise, and a bare comparison would throw away every third good update and its examples; so
-    the fall must be above `min_gain_nats` less three standard errors.
+    A micro-batch holds out some hundred tokens of one or two documents. Once a stream is half learned, one update
+    gains less than their noise, and a bare comparison would throw away every third good update and its examples. The
+    fall must therefore be above `min_gain_nats` less `NOISE_ERRORS` standard errors.
     """
     if not all(map(math.isfinite, (measured.before_nats, measured.after_nats, measured.error_nats))):
         return GateVerdict(promote=False, reason="not-finite")
@@ -100,17 +143,30 @@ def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
 
 
 def general_loss_pressure(base_nats: float, before_nats: float, limits: GateLimits) -> float:
-    """How much of the room for a rise of general loss is used up already: 0 for none, 1 for all of it or more."""
+    """Return how much of the allowed rise of the general loss is used up, from 0 (none) to 1.
+
+    The pressure is 1 from `FULL_PRESSURE_SHARE` of the allowed rise on, and where the loss is not finite.
+
+    Args:
+        base_nats: Loss of the anchor rows under the frozen base, nats per token.
+        before_nats: Their loss under the version before, nats per token.
+        limits: Limits of the gate.
+    """
     if not math.isfinite(before_nats):
         return 1.0
-    return min(1.0, max(0.0, before_nats - base_nats) / (ROOM * limits.max_general_rise_nats))
+    return min(1.0, max(0.0, before_nats - base_nats) / (FULL_PRESSURE_SHARE * limits.max_general_rise_nats))
 
 
 def judge_general(base_nats: float, measured: Gain, limits: GateLimits) -> GateVerdict:
-    """Refuse a version whose loss on general text is past the bound over the frozen base's and that raised it further.
+    """Refuse a version whose general loss is past the limit over the frozen base's and that raised it further.
 
-    The anchors rotate, so a version that was under the bound may measure above it on the next rows. An update that
-    brings it down again must pass, or the adapter could never come back.
+    The anchors rotate, so a version that was under the limit may measure above it on the next rows. An update that
+    lowers the general loss again must pass, or the adapter could never recover.
+
+    Args:
+        base_nats: Loss of the anchor rows under the frozen base, nats per token.
+        measured: Their loss under the version before and under the new one.
+        limits: Limits of the gate.
     """
     if not math.isfinite(measured.after_nats):
         return GateVerdict(promote=False, reason="not-finite")
@@ -120,9 +176,6 @@ def judge_general(base_nats: float, measured: Gain, limits: GateLimits) -> GateV
     return GateVerdict(promote=True, reason="ok")
 
 
-def rounded(figures: Mapping[str, float | int | str | None]) -> dict[str, float | int | str | None]:
-    """Figures for the manifest: 6 decimals; what is not finite becomes None, for JSON has no such number."""
-    return {
-        name: (round(value, DECIMALS) if math.isfinite(value) else None) if isinstance(value, float) else value
-        for name, value in figures.items()
-    }
+def rounded(value: float) -> float | None:
+    """Return a figure as a manifest records it: `DECIMALS` decimals, None for NaN and infinity, which JSON lacks."""
+    return round(value, DECIMALS) if math.isfinite(value) else None

@@ -1,7 +1,7 @@
-"""Which earlier examples an adapter keeps for replay, and which rows each optimizer step is made of.
+"""Which earlier examples an adapter may replay, and which rows each optimizer step consists of.
 
-Pure: the kept set depends only on which examples were learned, not on their order, so that leaving one out of the
-past gives exactly the set of a run that never saw it.
+Pure functions. The replay index depends only on which examples were learned, not on their order, so that leaving one
+example out of the past gives exactly the index of a run that never saw it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,21 @@ from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
 
 MAX_INDEX_BYTES = 64 * 1024**2
-MORE_STEPS = 3
+MAX_STEP_FACTOR = 3
+"""A micro-batch too small to fill a step takes up to so many times the steps."""
+
+RowsOf = Callable[["ReplayEntry"], Sequence[TokenRow] | None]
+"""Returns the rows of an earlier example, None where its text was erased."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
 class ReplayEntry:
-    """An example that may be replayed, and the micro-batch blob that holds its text."""
+    """An earlier example that may be replayed.
+
+    Attributes:
+        example_id: Id of the example.
+        batch: Digest of the micro-batch blob that holds its text.
+    """
 
     example_id: str
     batch: str
@@ -30,7 +39,14 @@ class ReplayEntry:
 
 @dataclass(frozen=True)
 class BatchComposition:
-    """Of what a step consists: rows per step, the shares of them that are replayed and general, and steps at least."""
+    """What the steps of an update should consist of.
+
+    Attributes:
+        steps: Least number of optimizer steps.
+        rows: Rows of a full step.
+        replay_share: Share of a full step that is replayed, 0 to 1.
+        general_share: Share of a full step that is general text, 0 to 1.
+    """
 
     steps: int
     rows: int
@@ -40,34 +56,67 @@ class BatchComposition:
 
 @dataclass(frozen=True)
 class TrainingSchedule:
-    """The rows of every step, and how many replay draws found their text erased."""
+    """The rows to train on.
+
+    Attributes:
+        steps: Rows of each optimizer step.
+        replayed: Number of replayed rows over all steps.
+        missing: Number of replay draws that gave no row, because the example's text was erased.
+    """
 
     steps: tuple[tuple[TokenRow, ...], ...]
     replayed: int
     missing: int
 
 
+@dataclass(frozen=True)
+class _StepCounts:
+    """How many steps there are, and how many rows of each kind one step has."""
+
+    steps: int
+    new: int
+    replayed: int
+    general: int
+
+
 def seeded_random(*parts: object) -> random.Random:
-    """A generator that follows from the parts alone, on every machine."""
+    """Return a random generator that depends on the parts alone, on every machine.
+
+    Args:
+        parts: JSON values.
+    """
     return random.Random(sha256(orjson.dumps(parts)).digest())  # noqa: S311 - repeatable on purpose
 
 
 def update_replay_index(
     index: Iterable[ReplayEntry], new: Iterable[ReplayEntry], size: int, seed: int
 ) -> tuple[ReplayEntry, ...]:
-    """The `size` examples with the smallest hash of (seed, id), sorted by id: a bottom-k sample (Cohen 1997)."""
-    by_id = {kept.example_id: kept for kept in (*index, *new)}
+    """Return the `size` examples with the smallest hash of (seed, id), sorted by id.
+
+    This is a bottom-k sample (Cohen 1997): uniform over all examples ever learned, and independent of their order.
+
+    Args:
+        index: Entries so far.
+        new: Entries of the examples just learned; one of the same id replaces the entry so far.
+        size: Most entries to keep.
+        seed: Seed of the recipe.
+    """
+    by_id = {entry.example_id: entry for entry in (*index, *new)}
     chosen = sorted(by_id, key=lambda example_id: sha256(f"{seed}:{example_id}".encode()).digest())[:size]
     return tuple(by_id[example_id] for example_id in sorted(chosen))
 
 
 def index_to_bytes(index: Sequence[ReplayEntry]) -> bytes:
-    """The index as canonical JSON: the same examples give the same bytes."""
-    return orjson.dumps([{"batch": kept.batch, "example_id": kept.example_id} for kept in index])
+    """Serialise a replay index to canonical JSON: equal entries give equal bytes."""
+    return orjson.dumps([{"batch": entry.batch, "example_id": entry.example_id} for entry in index])
 
 
 def index_from_bytes(data: bytes) -> tuple[ReplayEntry, ...]:
-    """A stored index. Raises IntegrityError where the bytes are not one."""
+    """Read a stored replay index.
+
+    Raises:
+        IntegrityError: The bytes are not a replay index, or more than `MAX_INDEX_BYTES`.
+    """
     if len(data) > MAX_INDEX_BYTES:
         raise IntegrityError("a replay index is too large", got=len(data), allowed=MAX_INDEX_BYTES)
     try:
@@ -88,59 +137,77 @@ def index_from_bytes(data: bytes) -> tuple[ReplayEntry, ...]:
 def build_schedule(
     new: Sequence[TokenRow],
     index: Sequence[ReplayEntry],
-    rows_of: Callable[[ReplayEntry], Sequence[TokenRow] | None],
+    rows_of: RowsOf,
     general: Callable[[random.Random], TokenRow | None],
-    mix: BatchComposition,
+    composition: BatchComposition,
     rng: random.Random,
 ) -> TrainingSchedule:
-    """Draw the rows of each step: new ones in shuffled passes, each at least once, with replayed and general beside.
+    """Draw the rows of every step: new rows in shuffled passes, each at least once, with replayed and general rows.
 
-    `rows_of` gives an earlier example's rows, None where its text was erased. A small batch shrinks the step
-    instead of repeating a row within it, and the shares with it, and takes up to three times the steps: a single
-    correction must show after an update or a few. Where nothing was learned before, new rows take the place of replay.
+    A small micro-batch shrinks the step instead of repeating a row within it, shrinks the replayed and general rows in
+    proportion, and takes up to `MAX_STEP_FACTOR` times the steps, because a single correction must show after one
+    update or a few. Where nothing was learned before, new rows fill the replayed share.
+
+    Args:
+        new: Rows of the micro-batch; without any the schedule is empty.
+        index: Earlier examples to draw from.
+        rows_of: Returns the rows of an earlier example, None where its text was erased.
+        general: Draws one row of general text, None where there is none.
+        composition: Wanted steps, rows and shares.
+        rng: Random generator. The order of the draws (replayed, new, general step by step) is part of the recipe.
     """
     if not new:
         return TrainingSchedule((), 0, 0)
-    want_general = mix.rows * mix.general_share
-    want_replay = min(mix.rows * mix.replay_share, float(len(index)))
-    full = max(1, round(mix.rows - want_general - want_replay))
-    per_step = min(len(new), full)
-    scale = per_step / max(1.0, mix.rows - want_general - want_replay)
-    replay_rows = _at_least_one(want_replay, scale)
-    general_rows = _at_least_one(want_general, scale)
-    count = max(mix.steps * min(MORE_STEPS, full // per_step), -(-len(new) // per_step))
-    draws = _draws(index, rows_of, replay_rows * count, rng)
+    counts = _step_counts(len(new), len(index), composition)
+    draws = _draw_replayed(index, rows_of, counts.replayed * counts.steps, rng)
     replayed = [row for row in draws if row is not None]
-    passes = _passes(new, per_step * count, rng)
+    new_rows = _shuffled_passes(new, counts.new * counts.steps, rng)
     steps = []
-    for step in range(count):
-        rows = list(passes[step * per_step : (step + 1) * per_step])
-        rows += replayed[step * replay_rows : (step + 1) * replay_rows]
-        rows += [row for row in (general(rng) for _ in range(general_rows)) if row is not None]
+    for step in range(counts.steps):
+        rows = list(new_rows[step * counts.new : (step + 1) * counts.new])
+        rows += replayed[step * counts.replayed : (step + 1) * counts.replayed]
+        rows += [row for row in (general(rng) for _ in range(counts.general)) if row is not None]
         steps.append(tuple(rows))
     return TrainingSchedule(tuple(steps), len(replayed), len(draws) - len(replayed))
 
 
+def _step_counts(new_rows: int, index_size: int, composition: BatchComposition) -> _StepCounts:
+    """Turn shares into row counts, smaller in proportion where there are too few new rows for a full step."""
+    full_general = composition.rows * composition.general_share
+    full_replayed = min(composition.rows * composition.replay_share, float(index_size))
+    rest = composition.rows - full_general - full_replayed
+    full_new = max(1, round(rest))
+    new = min(new_rows, full_new)
+    scale = new / max(1.0, rest)
+    least_for_all = -(-new_rows // new)
+    return _StepCounts(
+        steps=max(composition.steps * min(MAX_STEP_FACTOR, full_new // new), least_for_all),
+        new=new,
+        replayed=_at_least_one(full_replayed, scale),
+        general=_at_least_one(full_general, scale),
+    )
+
+
 def _at_least_one(rows: float, scale: float) -> int:
+    """Return the scaled number of rows, at least 1 unless none are wanted."""
     return max(1, round(rows * scale)) if rows > 0 else 0
 
 
-def _passes(rows: Sequence[TokenRow], wanted: int, rng: random.Random) -> list[TokenRow]:
+def _shuffled_passes(rows: Sequence[TokenRow], wanted: int, rng: random.Random) -> list[TokenRow]:
+    """Return the first `wanted` rows of shuffled passes over all rows."""
     passes: list[TokenRow] = []
     while len(passes) < wanted:
         passes += rng.sample(rows, len(rows))
     return passes[:wanted]
 
 
-def _draws(
-    index: Sequence[ReplayEntry],
-    rows_of: Callable[[ReplayEntry], Sequence[TokenRow] | None],
-    wanted: int,
-    rng: random.Random,
+def _draw_replayed(
+    index: Sequence[ReplayEntry], rows_of: RowsOf, wanted: int, rng: random.Random
 ) -> list[TokenRow | None]:
+    """Draw `wanted` rows of earlier examples, no example twice before each had a turn; None for erased text."""
     draws: list[TokenRow | None] = []
     while index and len(draws) < wanted:
-        for kept in rng.sample(index, min(len(index), wanted - len(draws))):
-            rows = rows_of(kept)
+        for entry in rng.sample(index, min(len(index), wanted - len(draws))):
+            rows = rows_of(entry)
             draws.append(rng.choice(rows) if rows else None)
     return draws

@@ -1,7 +1,7 @@
 """Training of one adapter over a given schedule of rows; nothing else decides what the weights become.
 
-On a CPU the same state, rows, plan and thread count give the same bytes. AdamW (arXiv 1711.05101) with its moments
-carried from update to update, so a micro-batch continues the run instead of starting it anew.
+On a CPU the same weights, rows, config and thread count give the same bits. The optimizer is AdamW (arXiv 1711.05101),
+and its moments are carried from update to update, so that a micro-batch continues the run instead of starting it anew.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from perennial.learner.model.lora import Lora, Tensors, load_tensors
-from perennial.learner.model.loss import autocast, fewer_rows, ran_out, token_losses
+from perennial.learner.model.loss import autocast, token_losses, within_memory
 from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
 
@@ -25,7 +25,16 @@ _YIELD_S = 0.001
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train: rate (constant after one warm-up of the adapter's first steps), clipping, rows per pass."""
+    """How to train.
+
+    Attributes:
+        learning_rate: Rate after the warm-up, constant.
+        clip_norm: Largest gradient norm of a step; a larger gradient is scaled down to it.
+        pad: Token id to pad rows with.
+        warmup_steps: Steps over which the rate rises linearly, once in an adapter's life.
+        micro_rows: Most rows in one forward and backward pass; the gradients of a step are accumulated over passes.
+        betas: AdamW's decay rates of the first and second moment.
+    """
 
     learning_rate: float
     clip_norm: float
@@ -37,9 +46,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """The new state and optimizer state, with mean loss (nats per token) and gradient norm of each step."""
+    """The result of a training run.
 
-    state: Tensors
+    Attributes:
+        weights: New LoRA tensors by name, fp32 on the CPU.
+        optimizer: AdamW moments (shaped as the weights) and step count (1,), fp32 on the CPU.
+        losses: Loss of each step before it was applied, nats per token.
+        norms: Gradient norm of each step before clipping.
+        tokens: Number of trained tokens over all steps.
+    """
+
+    weights: Tensors
     optimizer: Tensors
     losses: tuple[float, ...]
     norms: tuple[float, ...]
@@ -47,12 +64,20 @@ class TrainResult:
 
 
 def steps_taken(optimizer: Mapping[str, torch.Tensor] | None) -> int:
-    """How many optimizer steps an adapter has had."""
+    """Return the number of optimizer steps that an adapter has had; 0 without an optimizer state."""
     return int(optimizer[_STEP].item()) if optimizer else 0
 
 
 def optimizer_from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """A stored optimizer state. Raises IntegrityError where it is not one of a LoRA with these shapes."""
+    """Read an optimizer state from stored bytes.
+
+    Args:
+        data: Content of a safetensors file.
+        shapes: Shape of each LoRA tensor by name, as in `Lora.shapes`.
+
+    Raises:
+        IntegrityError: The bytes are not an optimizer state of a LoRA with these shapes.
+    """
     state = load_tensors(data)
     expected = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in _MOMENTS} | {_STEP: (1,)}
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -68,31 +93,43 @@ def optimizer_from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> 
 
 def train(
     lora: Lora,
-    state: Mapping[str, torch.Tensor],
+    weights: Mapping[str, torch.Tensor],
     optimizer_state: Mapping[str, torch.Tensor] | None,
     schedule: Sequence[Sequence[TokenRow]],
-    plan: TrainConfig,
+    config: TrainConfig,
     lock: AbstractContextManager[object] | None = None,
 ) -> TrainResult:
-    """Train the slot from `state`, one optimizer step per entry of the schedule.
+    """Train the slot from `weights`, one optimizer step per entry of the schedule.
 
-    The loss of a step is summed over its trainable tokens and divided by their number. Where memory runs out the
-    rows per pass are halved and the step begins again; raises OutOfMemoryError where one row is still too much.
-    The lock is held per step, so that others can use the base between steps.
+    The loss of a step is the sum over its trainable tokens divided by their number. Where memory runs out, the rows
+    per pass are halved and the step begins again.
+
+    Args:
+        lora: Slot to train in; what it held before has no effect.
+        weights: LoRA tensors by name to start from.
+        optimizer_state: Moments and step count to continue from; None for an adapter's first training.
+        schedule: Rows of each step.
+        config: Rate, clipping and batch size.
+        lock: Lock on the base, held for each step, so that others can use the base between steps.
+
+    Raises:
+        AdapterError: The weights do not fit the slot.
+        OutOfMemoryError: A single row does not fit the memory.
     """
-    lora.load(state)
-    optimizer = _optimizer(lora, optimizer_state, plan)
+    lora.load(weights)
+    optimizer = _optimizer(lora, optimizer_state, config)
     taken = steps_taken(optimizer_state)
     losses: list[float] = []
     norms: list[float] = []
     tokens = 0
-    micro_rows = plan.micro_rows
+    micro_rows = config.micro_rows
     for number, rows in enumerate(schedule, start=taken + 1):
         for group in optimizer.param_groups:
-            group["lr"] = plan.learning_rate * min(1.0, number / plan.warmup_steps)
-        with lock or nullcontext(), lora.enabled():
-            loss, micro_rows = _gradients(lora, optimizer, rows, plan, micro_rows)
-            norm = torch.nn.utils.clip_grad_norm_(list(lora.parameters.values()), plan.clip_norm)
+            group["lr"] = config.learning_rate * min(1.0, number / config.warmup_steps)
+        with lock or nullcontext():
+            lora.select()
+            loss, micro_rows = _accumulate_gradients(lora, optimizer, rows, config, micro_rows)
+            norm = torch.nn.utils.clip_grad_norm_(list(lora.parameters.values()), config.clip_norm)
             optimizer.step()
         losses.append(loss)
         norms.append(float(norm))
@@ -101,7 +138,7 @@ def train(
             time.sleep(_YIELD_S)  # a released lock may be taken again before a waiter wakes up
     optimizer.zero_grad(set_to_none=True)
     return TrainResult(
-        state=lora.state(),
+        weights=lora.state(),
         optimizer=_optimizer_state(lora, optimizer, taken + len(schedule)),
         losses=tuple(losses),
         norms=tuple(norms),
@@ -109,41 +146,36 @@ def train(
     )
 
 
-def _gradients(
-    lora: Lora, optimizer: torch.optim.Optimizer, rows: Sequence[TokenRow], plan: TrainConfig, micro_rows: int
+def _accumulate_gradients(
+    lora: Lora, optimizer: torch.optim.Optimizer, rows: Sequence[TokenRow], config: TrainConfig, micro_rows: int
 ) -> tuple[float, int]:
-    """Accumulate the gradient of a step; gives its loss and the rows per pass that fitted."""
-    while True:
-        try:
-            return _accumulate(lora, optimizer, rows, plan, micro_rows), micro_rows
-        except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
-                raise
-            too_many = error
-        micro_rows = fewer_rows(rows[:micro_rows], too_many)
+    """Put the gradient of one step into the parameters.
 
-
-def _accumulate(
-    lora: Lora, optimizer: torch.optim.Optimizer, rows: Sequence[TokenRow], plan: TrainConfig, micro_rows: int
-) -> float:
+    Returns:
+        The loss of the step, nats per token, and the rows per pass that fitted the memory.
+    """
     device = torch.device(lora.base.device)
     total = sum(row.tokens for row in rows)
     ordered = sorted(rows, key=lambda row: len(row.ids))  # like lengths together: less padding
-    optimizer.zero_grad(set_to_none=True)
-    nats = 0.0
-    for start in range(0, len(ordered), micro_rows):
-        with autocast(device):
-            loss = token_losses(lora.model, ordered[start : start + micro_rows], device, plan.pad).sum() / total
-        loss.backward()  # type: ignore[no-untyped-call]
-        nats += loss.item()
-    return nats
+
+    def accumulate(micro_rows: int) -> float:
+        optimizer.zero_grad(set_to_none=True)  # an attempt that ran out of memory left a part of the gradient
+        nats = 0.0
+        for start in range(0, len(ordered), micro_rows):
+            with autocast(device):
+                loss = token_losses(lora.model, ordered[start : start + micro_rows], device, config.pad).sum() / total
+            loss.backward()  # type: ignore[no-untyped-call]
+            nats += loss.item()
+        return nats
+
+    return within_memory(accumulate, ordered, micro_rows)
 
 
-def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, plan: TrainConfig) -> torch.optim.AdamW:
+def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, config: TrainConfig) -> torch.optim.AdamW:
     parameters = list(lora.parameters.items())
-    # No weight decay: it would pull an idle adapter's lessons back to nothing over many updates.
+    # No weight decay: over many updates it would undo what an idle adapter has learned.
     optimizer = torch.optim.AdamW(
-        [p for _, p in parameters], lr=plan.learning_rate, betas=plan.betas, weight_decay=0.0, fused=True
+        [p for _, p in parameters], lr=config.learning_rate, betas=config.betas, weight_decay=0.0, fused=True
     )
     if state is not None:
         for name, parameter in parameters:
@@ -154,10 +186,11 @@ def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, plan: Train
 
 
 def _optimizer_state(lora: Lora, optimizer: torch.optim.AdamW, steps: int) -> Tensors:
+    """Return the moments and step count as they are stored: zeros for a parameter that had no step yet."""
     state: Tensors = {_STEP: torch.tensor([float(steps)])}
     for name, parameter in lora.parameters.items():
         for moment in _MOMENTS:
-            kept = optimizer.state.get(parameter, {}).get(moment)
-            tensor = torch.zeros_like(parameter) if kept is None else kept
+            current = optimizer.state.get(parameter, {}).get(moment)
+            tensor = torch.zeros_like(parameter) if current is None else current
             state[f"{moment}.{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)
     return state

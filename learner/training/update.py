@@ -1,14 +1,16 @@
-"""One micro-batch to one candidate version: split, measure, train, measure, judge. Pure given state, seed, recipe.
+"""One update: from an adapter's state and a micro-batch to a candidate version.
 
-The same call gives the same bytes on a CPU; forgetting replays an adapter's line by calling it again.
+The phases are: split the examples, measure before, schedule the rows, train on the new ones, judge the held-out ones,
+train on those too, judge the result. On a CPU the same state, examples and recipe give the same bits; forgetting
+relies on this when it makes the recorded updates again.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import Literal
 
@@ -22,6 +24,7 @@ from perennial.learner.training import gate
 from perennial.learner.training.replay_buffer import (
     BatchComposition,
     ReplayEntry,
+    RowsOf,
     TrainingSchedule,
     build_schedule,
     seeded_random,
@@ -34,15 +37,35 @@ from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 
 CLOSING_STEPS = 1
+"""Least number of steps that train on the held-out examples, after they were measured."""
 WARMUP_STEPS = 10
 MEASURED_ROWS = 8
-"""Where nothing is held out, so many of the rows that are trained are measured before and after."""
-STRAINED_GENERAL_SHARE = 0.5
+"""Number of trained rows that are measured before and after, where nothing is held out."""
+GENERAL_SHARE_AT_FULL_PRESSURE = 0.5
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything about training that a version depends on besides its data; goes into every manifest."""
+    """Everything about training that a version depends on besides its data; recorded in every manifest.
+
+    Attributes:
+        rank: Rank of the LoRA.
+        alpha: Scale of the LoRA; see `LoraConfig`.
+        learning_rate: Rate after the warm-up.
+        clip_norm: Largest gradient norm of a step.
+        steps: Least number of optimizer steps per update.
+        rows: Rows of a full step.
+        row_tokens: Longest row, in tokens.
+        replay_share: Share of a full step that is replayed, 0 to 1.
+        general_share: Share of a full step that is general text, 0 to 1.
+        replay_size: Most examples in the replay index.
+        held_out_share: Share of the documents that are measured before they are learned, 0 to 1.
+        anchor_rows: Rows of general text measured per update.
+        min_gain_nats: Least fall of the held-out loss, nats per token.
+        max_general_rise_nats: Largest rise of the general loss over the frozen base's, nats per token.
+        seed: Seed of all random draws.
+        warmup_steps: Steps over which the rate rises, once in an adapter's life.
+    """
 
     rank: int
     alpha: int
@@ -63,18 +86,26 @@ class Recipe:
 
     @classmethod
     def of(cls, settings: Settings) -> Recipe:
-        """The recipe that the settings describe."""
+        """Return the recipe that the settings describe."""
         values = {**settings.training.model_dump(), **settings.gate.model_dump()}
         return cls(**values)
 
     def config(self) -> dict[str, float | int]:
-        """The recipe as a manifest holds it."""
+        """Return the recipe as a manifest records it."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """The result of an update; a refused one carries its parent's state on."""
+    """The result of an update.
+
+    Attributes:
+        outcome: `promoted`, or `refused` by the gate.
+        reason: `ok`, or why the gate refused.
+        state: State to train the next update from; the parent's state where the gate refused.
+        gate: What the gate measured.
+        tokens: Number of trained tokens over all steps, also where the gate refused.
+    """
 
     outcome: Literal["promoted", "refused"]
     reason: gate.GateReason
@@ -84,8 +115,74 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
+class _UpdateRows:
+    """The rows of one update by what they are used for.
+
+    Attributes:
+        new: Rows that are trained first.
+        held_out: Rows that are measured after that, and trained last.
+        probe: Rows out of `new` that are measured instead where nothing is held out.
+        anchors: Rows of general text that are only measured.
+        held_out_examples: Number of examples held out.
+    """
+
+    new: list[TokenRow]
+    held_out: list[TokenRow]
+    probe: list[TokenRow]
+    anchors: list[TokenRow]
+    held_out_examples: int
+
+
+@dataclass(frozen=True)
+class _LossesBefore:
+    """Losses before training, nats.
+
+    Attributes:
+        held_out: Loss of each token of the held-out rows under the parent.
+        probe: Loss of each token of the probe rows under the parent.
+        anchors: Loss of each token of the anchor rows under the parent.
+        anchors_base: Mean loss of the anchor rows under the frozen base, per token.
+    """
+
+    held_out: list[float]
+    probe: list[float]
+    anchors: list[float]
+    anchors_base: float
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What training came to so far, and the verdict of the last check.
+
+    Attributes:
+        trained: Weights and optimizer after the last training run.
+        tokens: Number of tokens trained over all runs.
+        verdict: Verdict of the last check.
+        figures: Figures measured after training.
+    """
+
+    trained: TrainResult
+    tokens: int
+    verdict: gate.GateVerdict
+    figures: GateFigures = field(default_factory=GateFigures)
+
+    @property
+    def passed(self) -> bool:
+        """True if no check has refused the update."""
+        return self.verdict.promote
+
+
+@dataclass(frozen=True)
 class Updater:
-    """What all updates of a process share: the LoRA slot, the tokenizer, the general text, the recipe, the lock."""
+    """Everything that the updates of a process share.
+
+    Attributes:
+        lora: Slot to train in.
+        codec: Tokenizer of the base.
+        general: General text, in rows of the recipe's length.
+        recipe: How to train and what the gate asks.
+        lock: Lock on the base, held for each training step and each forward pass; None where nobody shares the base.
+    """
 
     lora: Lora
     codec: ExampleTokenizer
@@ -94,7 +191,11 @@ class Updater:
     lock: AbstractContextManager[object] | None = None
 
     def rows(self, example: ExampleAccepted) -> list[TokenRow]:
-        """The training rows of an example. Raises ExampleError."""
+        """Return the training rows of an example.
+
+        Raises:
+            ExampleError: The example has nothing to train.
+        """
         return example_rows(example, self.codec, self.recipe.row_tokens)
 
     def update(
@@ -105,102 +206,167 @@ class Updater:
         adapter: str,
         cut: int,
         batch: str,
-        replayed: Callable[[ReplayEntry], Sequence[TokenRow] | None],
+        replayed: RowsOf,
     ) -> UpdateResult:
-        """Learn the examples of one cut, at least one of them.
+        """Learn the examples of one cut and judge the result.
 
-        batch: digest of the micro-batch. replayed: rows of an earlier example, None where its text was erased.
-        Raises ExampleError where an example has nothing to train.
+        Args:
+            parent: State to train from.
+            examples: Examples of the micro-batch, at least one.
+            adapter: Name of the adapter; with the cut and the recipe's seed it decides every random draw.
+            cut: Number of the cut.
+            batch: Digest of the micro-batch blob.
+            replayed: Returns the rows of an earlier example, None where its text was erased.
+
+        Raises:
+            ExampleError: An example has nothing to train.
+            AdapterError: The parent's weights do not fit the slot.
+            OutOfMemoryError: A single row does not fit the memory.
         """
-        recipe = self.recipe
-        held = gate.hold_out([example.document_id for example in examples], recipe.held_out_share)
-        rows = [self.rows(example) for example in examples]
-        train_rows = [row for index, group in enumerate(rows) if index not in held for row in group]
-        held_rows = [row for index, group in enumerate(rows) if index in held for row in group]
-        rng = seeded_random("update", adapter, cut, recipe.seed)
-        # A batch too small to hold anything out is judged on rows that it trains.
-        new = [] if held else rng.sample(train_rows, min(MEASURED_ROWS, len(train_rows)))
-        anchors = self.general.anchors(rng, recipe.anchor_rows)
-        base = mean_nats(self.general.base_losses(self.lora, anchors, self.lock))
-        self.lora.load(parent.weights)
-        held_was, new_was, anchor_was = self._measure(held_rows, new, anchors)
-        strain = gate.general_loss_pressure(base, _mean(anchor_was), self._limits) if anchors else 0.0
-        main = self._schedule(train_rows, parent, replayed, recipe.steps, rng, strain)
-        closing = self._schedule(held_rows, parent, replayed, CLOSING_STEPS, rng, strain)
-        figures: dict[str, float | int | str | None] = {
-            "basis": HELD_OUT if held else SEEN,
-            "held_out_examples": len(held),
-            "anchor_base": base,
-            "anchor_before": _mean(anchor_was),
-            "replayed_rows": main.replayed + closing.replayed,
-            "replay_missing": main.missing + closing.missing,
-            "strain": strain,
-            "steps": len(main.steps) + len(closing.steps),
-        }
-        result = self._train(parent.weights, parent.optimizer, main)
-        verdict = self._judge_training(result, parent.weights)
-        if verdict.promote and held:
-            measured = gate.gain(held_was, *self._measure(held_rows))
-            figures |= _figures_of("held_out", measured)
-            verdict = gate.judge_gain(measured, self._limits)
-        tokens = result.tokens
-        if verdict.promote and closing.steps:
-            result = self._train(result.state, result.optimizer, closing)
-            tokens += result.tokens
-            verdict = self._judge_training(result, parent.weights)
-        if verdict.promote:
-            new_is, anchor_is = self._measure(new, anchors)
-            figures["anchor_after"] = _mean(anchor_is)
-            if not held:
-                measured = gate.gain(new_was, new_is)
-                figures |= _figures_of("new", measured)
-                verdict = gate.judge_gain(measured, self._limits)
-            if verdict.promote and anchors:
-                verdict = gate.judge_general(base, gate.gain(anchor_was, anchor_is), self._limits)
-        figures["reason"] = verdict.reason
-        record = GateFigures.model_validate(gate.rounded(figures))
-        if not verdict.promote:
-            return UpdateResult("refused", verdict.reason, parent, record, tokens)
-        learned = (ReplayEntry(example.example_id, batch) for example in examples)
-        kept = update_replay_index(parent.replay_index, learned, recipe.replay_size, recipe.seed)
-        return UpdateResult("promoted", "ok", TrainingState(result.state, result.optimizer, kept), record, tokens)
+        # The order of the draws from `rng` (probe, anchors, main schedule, closing schedule) decides the bits.
+        rng = seeded_random("update", adapter, cut, self.recipe.seed)
+        rows = self._split(examples, rng)
+        before = self._measure_before(parent.weights, rows)
+        pressure = self._pressure(rows, before)
+        main = self._schedule(rows.new, parent, replayed, self._composition(self.recipe.steps, pressure), rng)
+        closing = self._schedule(rows.held_out, parent, replayed, self._composition(CLOSING_STEPS, pressure), rng)
 
-    @property
-    def _limits(self) -> gate.GateLimits:
-        return gate.GateLimits(self.recipe.min_gain_nats, self.recipe.max_general_rise_nats)
+        trial = self._train_new(parent, main)
+        if trial.passed and rows.held_out_examples:
+            trial = self._judge_held_out(trial, rows, before)
+        if trial.passed and closing.steps:
+            trial = self._train_held_out(trial, parent, closing)
+        if trial.passed:
+            trial = self._judge_result(trial, rows, before)
+
+        figures = GateFigures(
+            basis=HELD_OUT if rows.held_out_examples else SEEN,
+            held_out_examples=rows.held_out_examples,
+            anchor_base=gate.rounded(before.anchors_base),
+            anchor_before=gate.rounded(_mean(before.anchors)),
+            replayed_rows=main.replayed + closing.replayed,
+            replay_missing=main.missing + closing.missing,
+            strain=gate.rounded(pressure),
+            steps=len(main.steps) + len(closing.steps),
+            reason=trial.verdict.reason,
+        ).merged(trial.figures)
+        if not trial.passed:
+            return UpdateResult("refused", trial.verdict.reason, parent, figures, trial.tokens)
+        learned = (ReplayEntry(example.example_id, batch) for example in examples)
+        index = update_replay_index(parent.replay_index, learned, self.recipe.replay_size, self.recipe.seed)
+        state = TrainingState(trial.trained.weights, trial.trained.optimizer, index)
+        return UpdateResult("promoted", "ok", state, figures, trial.tokens)
+
+    # ---- before training
+
+    def _split(self, examples: Sequence[ExampleAccepted], rng: Random) -> _UpdateRows:
+        held_out = gate.hold_out([example.document_id for example in examples], self.recipe.held_out_share)
+        rows = [self.rows(example) for example in examples]
+        new = [row for index, group in enumerate(rows) if index not in held_out for row in group]
+        return _UpdateRows(
+            new=new,
+            held_out=[row for index, group in enumerate(rows) if index in held_out for row in group],
+            # A batch too small to hold anything out is judged on rows that it trains.
+            probe=[] if held_out else rng.sample(new, min(MEASURED_ROWS, len(new))),
+            anchors=self.general.anchors(rng, self.recipe.anchor_rows),
+            held_out_examples=len(held_out),
+        )
+
+    def _measure_before(self, weights: Tensors, rows: _UpdateRows) -> _LossesBefore:
+        anchors_base = mean_nats(self.general.base_losses(self.lora, rows.anchors, self.lock))
+        self.lora.load(weights)
+        held_out, probe, anchors = self._measure(rows.held_out, rows.probe, rows.anchors)
+        return _LossesBefore(held_out, probe, anchors, anchors_base)
+
+    def _pressure(self, rows: _UpdateRows, before: _LossesBefore) -> float:
+        if not rows.anchors:
+            return 0.0
+        return gate.general_loss_pressure(before.anchors_base, _mean(before.anchors), self._limits)
+
+    def _composition(self, steps: int, pressure: float) -> BatchComposition:
+        """Return the composition of the steps: the higher the pressure, the more general text and the less replay.
+
+        A stream that pulls the adapter away from general text thus meets a growing counterweight before the gate has
+        to refuse.
+        """
+        general = self.recipe.general_share
+        return BatchComposition(
+            steps,
+            self.recipe.rows,
+            replay_share=self.recipe.replay_share * (1 - pressure / 2),
+            general_share=general + pressure * max(0.0, GENERAL_SHARE_AT_FULL_PRESSURE - general),
+        )
 
     def _schedule(
         self,
         new: Sequence[TokenRow],
         parent: TrainingState,
-        replayed: Callable[[ReplayEntry], Sequence[TokenRow] | None],
-        steps: int,
+        replayed: RowsOf,
+        composition: BatchComposition,
         rng: Random,
-        strain: float,
     ) -> TrainingSchedule:
-        general = self.recipe.general_share
-        # What general text costs already decides how much of it is trained on: a stream that pulls the adapter away
-        # meets a growing counterweight before the gate has to refuse.
-        mix = BatchComposition(
-            steps,
-            self.recipe.rows,
-            self.recipe.replay_share * (1 - strain / 2),
-            general + strain * max(0.0, STRAINED_GENERAL_SHARE - general),
+        return build_schedule(new, parent.replay_index, replayed, self.general.draw, composition, rng)
+
+    # ---- training and judging
+
+    def _train_new(self, parent: TrainingState, main: TrainingSchedule) -> _Trial:
+        trained = self._train(parent.weights, parent.optimizer, main)
+        return _Trial(trained, trained.tokens, self._judge_training(trained, parent.weights))
+
+    def _judge_held_out(self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore) -> _Trial:
+        """Measure the held-out rows while they are still untrained."""
+        gain = gate.gain(before.held_out, *self._measure(rows.held_out))
+        figures = GateFigures(
+            held_out_before=gate.rounded(gain.before_nats),
+            held_out_after=gate.rounded(gain.after_nats),
+            held_out_error=gate.rounded(gain.error_nats),
         )
-        return build_schedule(new, parent.replay_index, replayed, self.general.draw, mix, rng)
+        return replace(trial, verdict=gate.judge_gain(gain, self._limits), figures=figures)
 
-    def _train(self, state: Tensors, optimizer: Tensors | None, rows: TrainingSchedule) -> TrainResult:
+    def _train_held_out(self, trial: _Trial, parent: TrainingState, closing: TrainingSchedule) -> _Trial:
+        """Train on the held-out rows too, so that no example is lost."""
+        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing)
+        verdict = self._judge_training(trained, parent.weights)
+        return replace(trial, trained=trained, tokens=trial.tokens + trained.tokens, verdict=verdict)
+
+    def _judge_result(self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore) -> _Trial:
+        """Measure the final weights: the gain where nothing was held out, then the general loss."""
+        probe, anchors = self._measure(rows.probe, rows.anchors)
+        verdict = trial.verdict
+        figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(_mean(anchors))))
+        if not rows.held_out_examples:
+            gain = gate.gain(before.probe, probe)
+            verdict = gate.judge_gain(gain, self._limits)
+            figures = figures.merged(
+                GateFigures(
+                    new_before=gate.rounded(gain.before_nats),
+                    new_after=gate.rounded(gain.after_nats),
+                    new_error=gate.rounded(gain.error_nats),
+                )
+            )
+        if verdict.promote and rows.anchors:
+            verdict = gate.judge_general(before.anchors_base, gate.gain(before.anchors, anchors), self._limits)
+        return replace(trial, verdict=verdict, figures=figures)
+
+    @property
+    def _limits(self) -> gate.GateLimits:
+        return gate.GateLimits(self.recipe.min_gain_nats, self.recipe.max_general_rise_nats)
+
+    def _train(self, weights: Tensors, optimizer: Tensors | None, schedule: TrainingSchedule) -> TrainResult:
         recipe = self.recipe
-        plan = TrainConfig(recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps)
-        return train(self.lora, state, optimizer, rows.steps, plan, self.lock)
+        config = TrainConfig(recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps)
+        return train(self.lora, weights, optimizer, schedule.steps, config, self.lock)
 
-    def _judge_training(self, result: TrainResult, before: Tensors) -> gate.GateVerdict:
-        unchanged = all(torch.equal(tensor, before[name]) for name, tensor in result.state.items())
-        noop = unchanged or is_noop(result.state)
-        return gate.judge_training(result.norms, finite=is_finite(result.state), noop=noop)
+    def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:
+        unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())
+        noop = unchanged or is_noop(trained.weights)
+        return gate.judge_training(trained.norms, finite=is_finite(trained.weights), noop=noop)
 
     def _measure(self, *groups: Sequence[TokenRow]) -> list[list[float]]:
-        """The loss of each token of each group under the slot's weights, in one pass over all of them."""
+        """Return the loss of each token of each group under the slot's weights, measured in one call over all groups.
+
+        What is measured together decides the batches, and so the last bits.
+        """
         rows = [row for group in groups for row in group]
         losses = iter(row_token_losses(self.lora, rows, pad=self.codec.pad, adapted=True, lock=self.lock))
         return [[nats for _ in group for nats in next(losses).tolist()] for group in groups]
@@ -208,11 +374,3 @@ class Updater:
 
 def _mean(nats: Sequence[float]) -> float:
     return math.fsum(nats) / len(nats) if nats else 0.0
-
-
-def _figures_of(name: str, measured: gate.Gain) -> dict[str, float | int | str | None]:
-    return {
-        f"{name}_before": measured.before_nats,
-        f"{name}_after": measured.after_nats,
-        f"{name}_error": measured.error_nats,
-    }

@@ -37,10 +37,10 @@ def test_an_update_in_bf16_lowers_the_loss_and_keeps_the_adapter_in_fp32():
     lora.load(state)
     before = mean_nats(row_losses(lora, rows, pad=codec.pad, adapted=True))
     result = train(lora, state, None, [rows] * 12, plan)
-    lora.load(result.state)
+    lora.load(result.weights)
     after = mean_nats(row_losses(lora, rows, pad=codec.pad, adapted=True))
     assert after < before - 0.5
-    assert is_finite(result.state)
+    assert is_finite(result.weights)
     assert {parameter.dtype for parameter in lora.parameters.values()} == {torch.float32}
     assert mean_nats(row_losses(lora, rows, pad=codec.pad, adapted=False)) == pytest.approx(before, abs=0.02)
 
@@ -48,6 +48,6 @@ def test_an_update_in_bf16_lowers_the_loss_and_keeps_the_adapter_in_fp32():
 def test_two_runs_on_one_device_agree_closely():
     lora, codec, rows = made()
     plan = TrainConfig(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
-    one, two = (train(lora, lora.init_state("a", 0), None, [rows] * 3, plan).state for _ in range(2))
+    one, two = (train(lora, lora.init_state("a", 0), None, [rows] * 3, plan).weights for _ in range(2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-4)

@@ -108,10 +108,10 @@ def test_an_update_that_brings_general_loss_down_passes_though_it_is_still_past_
     assert gate.judge_general(3.0, gate.Gain(3.2, 3.3, 0.0), LIMITS).reason == "general-rise"
 
 
-def test_strain_is_the_used_up_room_for_a_rise():
+def test_the_pressure_is_the_used_up_part_of_the_allowed_rise():
     bound = LIMITS.max_general_rise_nats
     assert gate.general_loss_pressure(3.0, 2.9, LIMITS) == 0
-    assert gate.general_loss_pressure(3.0, 3.0 + gate.ROOM * bound / 2, LIMITS) == pytest.approx(0.5)
+    assert gate.general_loss_pressure(3.0, 3.0 + gate.FULL_PRESSURE_SHARE * bound / 2, LIMITS) == pytest.approx(0.5)
     assert gate.general_loss_pressure(3.0, 3.0 + bound, LIMITS) == 1
     assert gate.general_loss_pressure(3.0, math.nan, LIMITS) == 1
 
@@ -132,10 +132,11 @@ def test_broken_training_is_refused_before_anything_is_measured(
     assert gate.judge_training(norms, finite=finite, noop=noop).reason == reason
 
 
-def test_figures_fit_json() -> None:
-    assert gate.rounded({"a": 1.23456789, "b": math.nan, "c": 3, "d": "x", "e": None}) == {
-        "a": 1.234568, "b": None, "c": 3, "d": "x", "e": None,
-    }  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "figure"), [(1.23456789, 1.234568), (math.nan, None), (math.inf, None), (-math.inf, None), (3.0, 3.0)]
+)
+def test_figures_fit_json(value: float, figure: float | None) -> None:
+    assert gate.rounded(value) == figure
 
 
 # ---- updates
@@ -253,7 +254,8 @@ def answer(updater: Updater, prompt: list[int]) -> str:
     import torch
 
     ids = list(prompt)
-    with torch.no_grad(), updater.lora.enabled():
+    updater.lora.select()
+    with torch.no_grad():
         while len(ids) < len(prompt) + 40:
             logits = updater.lora.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
             ids.append(int(logits.argmax()))

@@ -46,8 +46,8 @@ def test_a_new_adapter_changes_nothing_and_is_known_as_a_no_op() -> None:
         before = plain.model(input_ids=IDS, use_cache=False).logits
     lora = Lora(plain, CONFIG)
     lora.load(lora.init_state("acme/support", 0))
-    with lora.enabled():
-        assert torch.equal(logits(lora), before)
+    lora.select()
+    assert torch.equal(logits(lora), before)
     assert is_noop(lora.state())
     assert not is_noop(perturbed(lora))
 
@@ -84,30 +84,46 @@ def test_slots_over_one_base_do_not_disturb_each_other_or_the_base() -> None:
     learner, scorer = Lora(base, CONFIG), Lora(base, CONFIG, slot="scorer")
     learner.load(perturbed(learner, 1))
     scorer.load(perturbed(scorer, 2))
-    with learner.enabled():
-        first = logits(learner)
-    with scorer.enabled():
-        assert not torch.equal(logits(scorer), first)
+    learner.select()
+    first = logits(learner)
+    scorer.select()
+    assert not torch.equal(logits(scorer), first)
     with learner.disabled():
         assert torch.equal(logits(learner), plain)
-    with learner.enabled():
-        assert torch.equal(logits(learner), first)
+    learner.select()
+    assert torch.equal(logits(learner), first)
     assert Lora(base, CONFIG).state().keys() == learner.state().keys()
+
+
+def test_a_selected_slot_stays_selected_until_another_is() -> None:
+    base = tiny.base()
+    one, other = Lora(base, CONFIG), Lora(base, CONFIG, slot="other")
+    one.load(perturbed(one, 1))
+    other.load(perturbed(other, 2))
+    one.select()
+    first = logits(one)
+    with one.disabled():
+        assert not torch.equal(logits(one), first)
+    assert torch.equal(logits(one), first)
+    other.select()
+    assert not torch.equal(logits(one), first)
+    assert not any(parameter.requires_grad for parameter in one.parameters.values())
+    assert all(parameter.requires_grad for parameter in other.parameters.values())
 
 
 def test_a_bf16_base_keeps_the_adapter_in_fp32() -> None:
     lora = Lora(tiny.base(dtype=torch.bfloat16), CONFIG)
     assert {parameter.dtype for parameter in lora.parameters.values()} == {torch.float32}
-    with lora.enabled():
-        assert torch.isfinite(logits(lora)).all()
+    lora.select()
+    assert torch.isfinite(logits(lora)).all()
 
 
 def test_stored_bytes_are_a_peft_adapter(tmp_path: Path) -> None:
     lora = Lora(tiny.base(), CONFIG)
     state = perturbed(lora)
     lora.load(state)
-    with lora.enabled():
-        ours = logits(lora)
+    lora.select()
+    ours = logits(lora)
     (tmp_path / "adapter_model.safetensors").write_bytes(to_safetensors(state))
     (tmp_path / "adapter_config.json").write_bytes(lora.adapter_config())
     assert json.loads(lora.adapter_config())["target_modules"] == [

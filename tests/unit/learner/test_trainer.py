@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perennial.learner.model import loss as loss_module
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
 from perennial.learner.model.loss import OutOfMemoryError, mean_nats, row_losses, token_losses
@@ -43,7 +44,7 @@ def fresh() -> tuple[Lora, list[TokenRow]]:
 
 def digests(lora: Lora, rows: list[TokenRow]) -> tuple[str, str]:
     result = train(lora, lora.init_state("a", 0), None, [rows[:3], rows[3:], rows], PLAN)
-    return digest_of(to_safetensors(result.state)), digest_of(to_safetensors(result.optimizer))
+    return digest_of(to_safetensors(result.weights)), digest_of(to_safetensors(result.optimizer))
 
 
 def test_training_lowers_the_loss_on_what_it_is_trained_on() -> None:
@@ -76,11 +77,11 @@ def test_moments_are_carried_on() -> None:
     whole = train(lora, lora.init_state("a", 0), None, [rows[:4], rows[4:], rows], PLAN)
     half = train(lora, lora.init_state("a", 0), None, [rows[:4]], PLAN)
     stored = optimizer_from_bytes(to_safetensors(half.optimizer), lora.shapes)
-    carried = train(lora, half.state, stored, [rows[4:], rows], PLAN)
-    dropped = train(lora, half.state, None, [rows[4:], rows], PLAN)
-    assert to_safetensors(carried.state) == to_safetensors(whole.state)
+    carried = train(lora, half.weights, stored, [rows[4:], rows], PLAN)
+    dropped = train(lora, half.weights, None, [rows[4:], rows], PLAN)
+    assert to_safetensors(carried.weights) == to_safetensors(whole.weights)
     assert to_safetensors(carried.optimizer) == to_safetensors(whole.optimizer)
-    assert to_safetensors(dropped.state) != to_safetensors(whole.state)
+    assert to_safetensors(dropped.weights) != to_safetensors(whole.weights)
 
 
 def test_the_loss_is_divided_by_the_tokens_of_the_step_not_by_rows() -> None:
@@ -89,7 +90,8 @@ def test_the_loss_is_divided_by_the_tokens_of_the_step_not_by_rows() -> None:
     long, short = text_rows("a long row of text", codec, 64)[0], text_rows("b", codec, 64)[0]
     state = lora.init_state("a", 0)
     lora.load(state)
-    with torch.no_grad(), lora.enabled():
+    lora.select()
+    with torch.no_grad():
         nats = [token_losses(lora.model, [row], torch.device("cpu"), 2) for row in (long, short)]
     expected = float(torch.cat(nats).mean())
     result = train(lora, state, None, [[long, short]], PLAN)
@@ -145,7 +147,7 @@ def test_the_rate_warms_up_once_in_an_adapters_life(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     plan = TrainConfig(learning_rate=1.0e-3, clip_norm=1.0, pad=2, warmup_steps=4)
     first = train(lora, lora.init_state("a", 0), None, [rows] * 3, plan)
-    train(lora, first.state, first.optimizer, [rows] * 3, plan)
+    train(lora, first.weights, first.optimizer, [rows] * 3, plan)
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 
 
@@ -165,8 +167,44 @@ def test_where_memory_runs_out_fewer_rows_go_at_once_and_the_result_is_the_same(
     monkeypatch.setattr(training, "token_losses", small)
     got = train(lora, lora.init_state("a", 0), None, [rows], PLAN)
     assert max(widths) == min(len(rows), PLAN.micro_rows)
-    for name, tensor in want.state.items():
-        torch.testing.assert_close(got.state[name], tensor, rtol=1e-3, atol=1e-5)
+    for name, tensor in want.weights.items():
+        torch.testing.assert_close(got.weights[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
+)
+def test_where_memory_runs_out_fewer_rows_are_measured_at_once_and_none_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, full: Exception
+) -> None:
+    lora, rows = fresh()
+    want = row_losses(lora, rows, pad=2, adapted=False)
+    widths: list[int] = []
+
+    def small(model: object, batch: list[TokenRow], *args: object) -> torch.Tensor:
+        widths.append(len(batch))
+        if len(batch) > 2:
+            raise full
+        return token_losses(model, batch, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loss_module, "token_losses", small)
+    got = row_losses(lora, rows, pad=2, adapted=False)
+    assert widths[0] == len(rows) > 2
+    assert max(widths[widths.index(2) :]) == 2, "what did not fit is not tried again"
+    assert [loss.tokens for loss in got] == [loss.tokens for loss in want]
+    torch.testing.assert_close([loss.nats for loss in got], [loss.nats for loss in want], rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_that_is_not_about_memory_is_not_tried_again() -> None:
+    tries: list[int] = []
+
+    def broken(count: int) -> None:
+        tries.append(count)
+        raise RuntimeError("shape mismatch")
+
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        loss_module.within_memory(broken, [row(1)] * 4, 4)
+    assert tries == [4]
 
 
 def test_a_row_that_never_fits_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
