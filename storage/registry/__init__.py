@@ -1,1 +1,1 @@
-"""Manifests, the line of versions of an adapter, aliases, revocations, quarantine and pending deletes."""
+"""Versions of adapters: manifests, aliases, revocations, quarantine and pending deletes."""

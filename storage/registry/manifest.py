@@ -1,7 +1,12 @@
-"""Manifests: what a version is made of, and all that is needed to make it again.
+"""Manifests: what a version consists of, and everything that is needed to make it again.
 
-A version's id is the digest of its manifest's bytes, so the bytes hold no wall-clock time and are canonical:
-UTF-8 JSON, keys sorted, no white space.
+A version's id is the digest of its manifest's bytes. So the bytes hold no wall-clock time, and they are canonical: UTF-8
+JSON, keys sorted, no white space.
+
+A manifest that this release cannot read completely is refused, because an unknown field could change what the version
+means. A new field therefore needs a default with which older manifests mean what they meant, and a new
+`schema_version` if older releases must not ignore it. It also changes the bytes, and with them the ids, of all versions
+made from then on.
 """
 
 from __future__ import annotations
@@ -20,11 +25,12 @@ MAX_MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
 
 Kind = Literal["update", "rollback", "revoke", "quarantine", "forget", "replayed"]
-"""What made a version. All but `update` and `replayed` train nothing: they take up an earlier state.
+"""What made a version. All but `update` and `replayed` train nothing and take over the state of an earlier version.
 
-revoke: instead of a version that must not be served. quarantine: what is served while a forgetting is under way,
-the state from before the first use. forget: what a forgetting came to; its parent is the last of the versions
-made anew. replayed: one of those; it has no place on the line, and its head is the one made anew before it.
+update: a micro-batch was learned. rollback: an earlier state was published again. revoke: the version takes the place
+of one that must not be served. quarantine: it is served while examples are being forgotten; its state is the one from
+before their first use. forget: the examples are forgotten; its parent is the last of the rebuilt updates. replayed: a
+rebuilt update; it has no sequence number among the published versions, and its head is the rebuilt update before it.
 """
 Outcome = Literal["promoted", "refused", "unchanged"]
 AdapterName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)]
@@ -36,19 +42,31 @@ _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class _Part(BaseModel):
-    # What a manifest says and this code does not know could change what the version means: refuse it.
+    # An unknown field could change what the version means: refuse it.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class BlobRef(_Part):
-    """A blob by digest."""
+    """A reference to a blob.
+
+    Attributes:
+        digest: names the blob.
+        size_bytes: its size.
+    """
 
     digest: Digest
     size_bytes: _Count
 
 
 class LearnedExample(_Part):
-    """An example that this version learned. `partition` is its origin partition's key."""
+    """An example that this version learned.
+
+    Attributes:
+        example_id: the example.
+        partition: its origin partition's key.
+        offset: its offset in that partition.
+        tokens: trained tokens, summed over its rows.
+    """
 
     example_id: _Name
     partition: _Name
@@ -57,7 +75,14 @@ class LearnedExample(_Part):
 
 
 class SkippedExample(_Part):
-    """An example of the batch that this version did not learn, and why."""
+    """An example of the micro-batch that this version did not learn.
+
+    Attributes:
+        example_id: the example.
+        partition: its origin partition's key.
+        offset: its offset in that partition.
+        reason: `signal`, `duplicate`, `no-text`, `quarantined`, `expired`, or why the gate refused the version.
+    """
 
     example_id: _Name
     partition: _Name
@@ -68,10 +93,41 @@ class SkippedExample(_Part):
 class Manifest(_Part):
     """One version of an adapter.
 
-    parent: the state trained from. head: the version at seq - 1. marks: highest offset per origin partition
-    that this version and its forerunners have seen. dropped: examples sent again, at or below the marks. A
-    refused or unchanged version carries its parent's blobs on, so the newest manifest is always the state to
-    train from.
+    A refused or unchanged version names its parent's blobs, so the newest manifest always holds the state to train from.
+
+    Attributes:
+        schema_version: version of this format.
+        adapter: the adapter.
+        seq: sequence number among the adapter's versions, from 1, without gaps.
+        kind: what made the version.
+        outcome: `promoted` (may be served), `refused` by the gate, or `unchanged` (nothing was trained or served).
+        reason: why, for people.
+        parent: the version whose state it started from.
+        head: the version with the sequence number before.
+        update_id: one state, high-water marks and recipe give one id, and one version may claim it.
+        job_id: the job that made it.
+        base_model: name of the frozen base.
+        base_sha256: digest of the frozen base.
+        code: what computed it: release, source digest, torch version.
+        config: the recipe.
+        seed: seed of the recipe.
+        threads: CPU threads of torch; they decide the last bits.
+        batch: its micro-batch.
+        cut: number of the cut that made the micro-batch.
+        learned: the examples that it learned.
+        skipped: the examples that it did not learn.
+        dropped: count of redelivered examples, at or below the high-water marks.
+        marks: high-water marks, that is, the highest offset by origin partition that the adapter has seen.
+        weights: LoRA weights, safetensors.
+        optimizer: optimizer state, safetensors; None if nothing was ever trained.
+        replay: replay index, JSON; None if it is empty.
+        anchors: never written, always null. It stays because it is part of every stored manifest's bytes: without it
+            stored manifests could not be read, and versions made again would get other ids.
+        gate: what the gate measured.
+        tokens: trained tokens, in all steps.
+        rank: LoRA rank.
+        published_from_ms: earliest Kafka timestamp of a learned example, ms since 1970.
+        published_to_ms: latest one.
     """
 
     schema_version: Literal[1] = 1
@@ -107,40 +163,44 @@ class Manifest(_Part):
     published_to_ms: Int64 | None = None
 
     @model_validator(mode="after")
-    def _line(self) -> Self:
+    def _check_head(self) -> Self:
         if (self.seq == 1) != (self.head is None):
             raise ValueError("head must be the version at seq - 1, and none at seq 1")
         return self
 
     @property
     def state_parent(self) -> str | None:
-        """The version whose state this one began with; a refused one counts, for it carries its state on."""
+        """The version whose state this one started from; it may be a refused one, which holds its parent's state."""
         return self.head if self.kind in {"update", "replayed"} else self.parent
 
     @property
     def schedule_parent(self) -> str | None:
-        """The version before this one in the schedule of updates that a forgetting replays.
+        """The version before this one in the schedule of updates that a forgetting rebuilds.
 
-        What a rollback left behind is not in it; what a quarantine put aside for a while is.
+        Updates that a rollback undid are not in the schedule; updates that a quarantine set aside for a while are.
         """
         return self.head if self.kind == "quarantine" else self.state_parent
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON."""
+        """Return the manifest as canonical JSON."""
         return orjson.dumps(self.model_dump(mode="python"), option=orjson.OPT_SORT_KEYS)
 
     def digest(self) -> str:
-        """The version's id."""
+        """Return the version's id."""
         return digest_of(self.to_bytes())
 
     def blobs(self) -> tuple[BlobRef, ...]:
-        """Every blob that the version needs, once each."""
+        """Return every blob that the version needs, once each."""
         named = (self.weights, self.optimizer, self.replay, self.anchors, self.batch)
         return tuple(dict.fromkeys(ref for ref in named if ref is not None))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """Read a manifest. Raises IntegrityError where the bytes are none, or of a newer schema."""
+        """Read a manifest.
+
+        Raises:
+            IntegrityError: the bytes are not a manifest, or one of a newer schema.
+        """
         if len(data) > MAX_MANIFEST_BYTES:
             raise IntegrityError("manifest too large", got=f"{len(data)} bytes", allowed=f"{MAX_MANIFEST_BYTES} bytes")
         try:
@@ -159,5 +219,12 @@ class Manifest(_Part):
 
 
 def update_id(adapter: str, parent: str | None, marks: dict[str, int], config: dict[str, Scalar]) -> str:
-    """The name of an update: one state, offsets and recipe give one name, and one version may claim it."""
+    """Return the id of an update, which only one version may claim.
+
+    Args:
+        adapter: the adapter.
+        parent: the version whose state is trained from.
+        marks: high-water marks after the update.
+        config: the recipe, and whatever else tells one update from another.
+    """
     return digest_of(orjson.dumps([adapter, parent, marks, config], option=orjson.OPT_SORT_KEYS))

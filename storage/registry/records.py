@@ -1,4 +1,4 @@
-"""The registry's small records and where they lie: claims, aliases, revocations."""
+"""The registry's small records and their keys: claims, aliases, revocations."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _alias_name: TypeAdapter[str] = TypeAdapter(AliasName)
 
 
 class RegistryRecord(BaseModel):
-    """A small JSON object of the registry."""
+    """A small JSON object of the registry; it refuses unknown fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON."""
+        """Return the record as canonical JSON, without its etag."""
         return orjson.dumps(self.model_dump(mode="json", exclude={"etag"}), option=orjson.OPT_SORT_KEYS)
 
 
@@ -32,13 +32,27 @@ R = TypeVar("R", bound=RegistryRecord)
 
 
 class Claim(RegistryRecord):
-    """What lies under `updates/` and `versions/`: the version that was first."""
+    """The object under `updates/` and `versions/`: the version that claimed the key first."""
 
     version: Digest
 
 
 class AliasState(RegistryRecord):
-    """Where an alias points. generation grows by one per swap; nonce keeps any two states' bytes apart."""
+    """Where an alias points.
+
+    Attributes:
+        adapter: the adapter.
+        alias: the alias's name.
+        generation: grows by one with every change.
+        version: the version that is served.
+        seq: that version's sequence number.
+        kind: what the last change was.
+        previous_version: the version before the last change.
+        reason: why it was changed, for people.
+        published_at: when it was changed.
+        nonce: keeps the bytes, and so the etags, of any two states apart.
+        etag: what a compare-and-swap expects; not stored.
+    """
 
     adapter: AdapterName
     alias: AliasName
@@ -54,7 +68,15 @@ class AliasState(RegistryRecord):
 
 
 class Revocation(RegistryRecord):
-    """A version that must not be served any more. seq is the version's own."""
+    """A version that must not be served any more.
+
+    Attributes:
+        adapter: the adapter.
+        version: the version.
+        seq: that version's sequence number.
+        reason: why, for people.
+        revoked_at: when.
+    """
 
     adapter: AdapterName
     version: Digest
@@ -64,27 +86,31 @@ class Revocation(RegistryRecord):
 
 
 def manifest_key(adapter: str, version: str) -> str:
-    """Where a version's manifest lies."""
+    """Return the key of a version's manifest."""
     return f"manifests/{check_adapter(adapter)}/{hex_of(version)}.json"
 
 
 def version_key(adapter: str, seq: int) -> str:
-    """Where a place on the line of versions lies; padded, so that lists sort."""
+    """Return the key that claims a sequence number; padded, so that lists sort."""
     return f"versions/{adapter}/{seq:0{SEQ_DIGITS}d}"
 
 
 def revocation_key(adapter: str, seq: int) -> str:
-    """Where the revocation of the version at that seq lies."""
+    """Return the key of the revocation of the version with that sequence number."""
     return f"revocations/{adapter}/{seq:0{SEQ_DIGITS}d}"
 
 
 def alias_key(adapter: str, alias: str) -> str:
-    """Where an alias lies."""
+    """Return the key of an alias."""
     return f"aliases/{check_adapter(adapter)}/{check_name(_alias_name, alias)}"
 
 
 def check_name(kind: TypeAdapter[str], name: str) -> str:
-    """The name itself. Raises StoreError."""
+    """Return the name unchanged.
+
+    Raises:
+        StoreError: it is not a usable name.
+    """
     try:
         return kind.validate_python(name)
     except ValidationError as error:
@@ -96,7 +122,16 @@ def check_name(kind: TypeAdapter[str], name: str) -> str:
 
 
 def parse_record(model: type[R], key: str, data: bytes) -> R:
-    """Read a record. Raises IntegrityError where the bytes are none."""
+    """Read a record.
+
+    Args:
+        model: the record's class.
+        key: the object's key, for the error.
+        data: the object's bytes.
+
+    Raises:
+        IntegrityError: the bytes are not such a record.
+    """
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
@@ -107,5 +142,9 @@ def parse_record(model: type[R], key: str, data: bytes) -> R:
 
 
 def check_adapter(adapter: str) -> str:
-    """The adapter's name itself. Raises StoreError."""
+    """Return the adapter's name unchanged.
+
+    Raises:
+        StoreError: it is not a usable name.
+    """
     return check_name(_adapter_name, adapter)

@@ -1,17 +1,18 @@
-"""The registry: lines of versions, aliases, revocations, and the publish steps that may be cut off anywhere.
+"""The registry: versions of adapters, aliases, revocations, and the steps of publishing.
 
-A version exists from the moment its seq is claimed; the alias is moved after that, by compare-and-swap.
-Sequence numbers have no gaps, so the head is found by probing, never by listing.
+A version exists from the moment its sequence number is claimed. The alias is moved after that, by compare-and-swap. A
+publish may be interrupted after any step; calling it again completes it. Sequence numbers have no gaps, so the newest
+version is found by probing keys, never by listing them.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Generic, TypeVar
+
+from cachetools import LRUCache
 
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
 from perennial.storage.failpoints import failpoint as default_failpoint
@@ -37,40 +38,21 @@ from perennial.storage.registry.records import (
 __all__ = ["AliasState", "Head", "Publication", "Registry", "Revocation", "manifest_key", "update_id"]
 
 LIVE = "live"
-_KINDS: dict[str, AliasKind] = {
+_ALIAS_KINDS: dict[str, AliasKind] = {
     "rollback": "rolled_back", "revoke": "revoked", "quarantine": "revoked", "forget": "revoked",
 }  # fmt: skip
 _SWAP_ATTEMPTS = 64
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class _Recent(Generic[K, V]):
-    """The last used entries, so that memory stays bounded with any number of adapters."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._entries: OrderedDict[K, V] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: K) -> V | None:
-        with self._lock:
-            value = self._entries.get(key)
-            if value is not None:
-                self._entries.move_to_end(key)
-            return value
-
-    def put(self, key: K, value: V) -> None:
-        with self._lock:
-            self._entries[key] = value
-            self._entries.move_to_end(key)
-            while len(self._entries) > self._size:
-                self._entries.popitem(last=False)
 
 
 @dataclass(frozen=True)
 class Head:
-    """The newest version of an adapter."""
+    """The newest version of an adapter.
+
+    Attributes:
+        seq: its sequence number, from 1.
+        version: its id.
+        manifest: what it consists of.
+    """
 
     seq: int
     version: str
@@ -79,10 +61,13 @@ class Head:
 
 @dataclass(frozen=True)
 class Publication:
-    """What became of a publish: the version that stands for the update, maybe another publisher's.
+    """The result of a publish.
 
-    alias_state: the alias as it now is, None where the gate stopped this version. was_new: this call claimed
-    the seq.
+    Attributes:
+        version: the version that was published for the update; another publisher's, if that one was first.
+        manifest: its manifest.
+        alias_state: the alias afterwards; None if the gate refused the version.
+        was_new: this call claimed the sequence number.
     """
 
     version: str
@@ -92,7 +77,15 @@ class Publication:
 
 
 class Registry:
-    """Versions and aliases of adapters in one object store; safe to share among threads."""
+    """Versions and aliases of adapters in one object store; safe to share among threads.
+
+    Args:
+        store: where everything is stored.
+        nonce: returns a string that was never returned before, so that no two states of an alias have equal bytes.
+        now: wall clock, for aliases and revocations.
+        failpoint: called with a name after each step of a publish, where fault tests may stop the process.
+        cached: how many manifests are kept in memory.
+    """
 
     def __init__(
         self,
@@ -106,61 +99,87 @@ class Registry:
         self._nonce = nonce
         self._now = now
         self._failpoint = failpoint
-        self._manifests: _Recent[tuple[str, str], Manifest] = _Recent(cached)
-        self._hints: _Recent[str, int] = _Recent(cached * 64)
+        # Bounded, so that memory stays bounded with any number of adapters. The lock: cachetools is not thread-safe.
+        self._manifests: LRUCache[tuple[str, str], Manifest] = LRUCache(cached)
+        self._known_seqs: LRUCache[str, int] = LRUCache(cached * 64)
+        self._cache_lock = threading.Lock()
 
     # ---- reading
 
     def head(self, adapter: str) -> Head | None:
-        """The newest version, None where there is none. Two requests if nothing is new since the last."""
+        """Return the newest version; None if there is none. Takes two requests if nothing is new since the last call.
+
+        Raises:
+            NotFoundError: the version was deleted while it was read.
+            IntegrityError: a stored object is damaged.
+        """
         check_adapter(adapter)
         claim = None
-        known = self._hints.get(adapter)
+        with self._cache_lock:
+            known = self._known_seqs.get(adapter)
         if known:
             claim = self._claim(version_key(adapter, known))
         if claim is None:
             alias = self.alias(adapter)
             known = alias.seq if alias and self._exists(adapter, alias.seq) else 0
-        newest = self._gallop(adapter, known or 0)
+        newest = self._newest_seq(adapter, known or 0)
         if newest == 0:
             return None
         if claim is None or newest != known:
             claim = self._claim(version_key(adapter, newest))
         if claim is None:
-            raise NotFoundError(f"version {newest} of {adapter} went away while it was read", remedy="do it again")
-        self._hints.put(adapter, newest)
+            raise NotFoundError(f"version {newest} of {adapter} was deleted while it was read", remedy="do it again")
+        with self._cache_lock:
+            self._known_seqs[adapter] = newest
         return Head(newest, claim.version, self.manifest(adapter, claim.version))
 
     def manifest(self, adapter: str, version: str) -> Manifest:
-        """A version's manifest, digest verified. Raises NotFoundError, IntegrityError."""
-        cached = self._manifests.get((adapter, version))
+        """Return a version's manifest, digest verified.
+
+        Raises:
+            NotFoundError: there is no such manifest.
+            IntegrityError: the stored bytes are not that manifest, or it is another adapter's.
+        """
+        with self._cache_lock:
+            cached = self._manifests.get((adapter, version))
         if cached is not None:
             return cached
         key = manifest_key(adapter, version)
         manifest = Manifest.from_bytes(get_verified(self.store, key, version, MAX_MANIFEST_BYTES))
         if manifest.adapter != adapter:
             raise IntegrityError(f"{key} is another adapter's manifest", got=manifest.adapter, allowed=adapter)
-        self._manifests.put((adapter, version), manifest)
+        with self._cache_lock:
+            self._manifests[adapter, version] = manifest
         return manifest
 
     def versions(self, adapter: str, newest_first: bool = True, limit: int | None = None) -> Iterator[tuple[int, str]]:
-        """(seq, version) along the adapter's line."""
+        """Yield (sequence number, version id) of the adapter's versions.
+
+        Args:
+            adapter: the adapter.
+            newest_first: the order.
+            limit: yield at most so many.
+        """
         head = self.head(adapter)
         last = head.seq if head else 0
         wanted = last if limit is None else min(limit, last)
-        line = range(last, last - wanted, -1) if newest_first else range(1, wanted + 1)
-        for seq in line:
+        seqs = range(last, last - wanted, -1) if newest_first else range(1, wanted + 1)
+        for seq in seqs:
             claim = self._claim(version_key(adapter, seq))
             if claim is not None:
                 yield seq, claim.version
 
     def adapters(self) -> Iterator[str]:
-        """Every adapter that has, or was about to get, a version; sorted."""
+        """Yield every adapter that has a version, or whose first publish was interrupted; sorted."""
         for key in self.store.list("adapters/"):
             yield key.removeprefix("adapters/")
 
     def alias(self, adapter: str, alias: str = LIVE) -> AliasState | None:
-        """Where the alias points, None where it was never set."""
+        """Return where the alias points; None if it was never set.
+
+        Raises:
+            IntegrityError: the stored object is not this alias.
+        """
         key = alias_key(adapter, alias)
         try:
             stored = self.store.get(key, MAX_RECORD_BYTES)
@@ -172,7 +191,7 @@ class Registry:
         return state.model_copy(update={"etag": stored.etag})
 
     def revocations(self, adapter: str) -> Iterator[Revocation]:
-        """The adapter's revoked versions, by seq."""
+        """Yield the adapter's revoked versions by sequence number."""
         above = f"revocations/{check_adapter(adapter)}/"
         for key in self.store.list(above):
             if len(key) == len(above) + SEQ_DIGITS and key[len(above) :].isdigit():
@@ -187,13 +206,22 @@ class Registry:
         verify: Callable[[Manifest], None],
         alias: str = LIVE,
     ) -> Publication:
-        """Make the manifest a version and, if its outcome is `promoted`, point the alias at it: steps 1 to 7.
+        """Make the manifest a version and, if its outcome is `promoted`, point the alias at it.
 
-        May be cut off anywhere and called again. `verify` (the trial load) sees the manifest once all its
-        blobs were read back; what it raises stops the publish before anything names the version. Where
-        another publisher claimed the same update first, its version is the one that is finished and returned.
-        Raises ConflictError where the line went on elsewhere since the manifest's `head`: load the head again
-        and decide anew.
+        May be interrupted after any step and called again. If another publisher claimed the same update first, that
+        publisher's version is completed and returned.
+
+        Args:
+            manifest: the version to publish.
+            blobs: the bytes of its blobs that may not be stored yet, written in this order.
+            verify: the trial load; called once all blobs were read back. What it raises stops the publish before
+                anything names the version.
+            alias: the alias to move.
+
+        Raises:
+            ConflictError: the adapter has another version after the manifest's `head`: load the head again and train
+                from there.
+            IntegrityError: a stored blob is not what the manifest says.
         """
         alias_key(manifest.adapter, alias)
         for blob in blobs:
@@ -227,13 +255,13 @@ class Registry:
         return Publication(version, manifest, state, was_new)
 
     def record(self, manifest: Manifest) -> str:
-        """Store a manifest that takes no place on the line and is never served; its version id."""
+        """Store a manifest that gets no sequence number and is never served; return its version id."""
         version = manifest.digest()
         self.store.put_if_absent(manifest_key(manifest.adapter, version), manifest.to_bytes())
         return version
 
     def aliases(self, adapter: str) -> Iterator[AliasState]:
-        """Every alias of the adapter."""
+        """Yield every alias of the adapter."""
         above = f"aliases/{check_adapter(adapter)}/"
         for key in self.store.list(above):
             name = key[len(above) :]
@@ -242,10 +270,19 @@ class Registry:
                 yield state
 
     def swap_alias(self, manifest: Manifest, version: str, alias: str = LIVE) -> AliasState | None:
-        """Point the alias at a promoted version of the line, unless it is at that seq or a later one already.
+        """Point the alias at a promoted version, unless it points at that sequence number or a later one already.
 
-        The alias as it is afterwards; None only where it is not set and the version was revoked meanwhile.
-        Raises ConflictError where the version is not on its line.
+        Args:
+            manifest: the version's manifest.
+            version: the version's id.
+            alias: the alias to move.
+
+        Returns:
+            The alias afterwards; None only if it is not set and the version was revoked in the meantime.
+
+        Raises:
+            ConflictError: the version's sequence number belongs to another version, or other writers move the alias
+                without end.
         """
         if not self._is_version(manifest, version):
             raise ConflictError(
@@ -253,35 +290,43 @@ class Registry:
             )
         for _ in range(_SWAP_ATTEMPTS):
             state = self.alias(manifest.adapter, alias)
-            # A late writer must never move the alias back; and what was revoked in between must not go live.
+            # A late writer must never move the alias back, and a version that was revoked in between must not go live.
             if (state and state.seq >= manifest.seq) or self.is_revoked(manifest.adapter, manifest.seq):
                 return state
-            following = self._following(
+            successor = self._successor(
                 manifest.adapter, alias, state, version, manifest.seq,
-                _KINDS.get(manifest.kind, "promoted"), manifest.reason,
+                _ALIAS_KINDS.get(manifest.kind, "promoted"), manifest.reason,
             )  # fmt: skip
-            written = self._write_alias(following, state)
+            written = self._write_alias(successor, state)
             if written:
                 return written
         raise _contended(manifest.adapter, alias)
 
     def retire(self, adapter: str, alias: str, reason: str, version: str) -> AliasState | None:
-        """Have the version served no more, and nothing until a later one. None where the alias is not set.
+        """Retire the alias: nothing is served until a later version is published.
 
-        Unchanged where the alias is at another version by then: a late writer must not take that out of service.
+        Args:
+            adapter: the adapter.
+            alias: the alias.
+            reason: shown to people.
+            version: retire only while the alias points at this version; a late writer must not take a newer one out of
+                service.
+
+        Returns:
+            The alias afterwards; None if it is not set.
         """
         for _ in range(_SWAP_ATTEMPTS):
             state = self.alias(adapter, alias)
             if state is None or state.kind == "retired" or state.version != version:
                 return state
-            following = self._following(adapter, alias, state, state.version, state.seq, "retired", reason)
-            written = self._write_alias(following, state)
+            successor = self._successor(adapter, alias, state, state.version, state.seq, "retired", reason)
+            written = self._write_alias(successor, state)
             if written:
                 return written
         raise _contended(adapter, alias)
 
     def converge(self, adapter: str, alias: str = LIVE) -> AliasState | None:
-        """Finish a publish that was cut off before its alias swap: the alias as it is afterwards."""
+        """Complete a publish that was interrupted before it moved the alias; return the alias afterwards."""
         head = self.head(adapter)
         state = self.alias(adapter, alias)
         seq, version = (head.seq, head.version) if head else (0, "")
@@ -293,7 +338,14 @@ class Registry:
         return state
 
     def revoke(self, adapter: str, version: str, reason: str) -> Revocation:
-        """Record that a version must not be served; the first reason stands. Raises NotFoundError."""
+        """Record that a version must not be served; the first reason is kept.
+
+        Returns:
+            The revocation, perhaps an earlier one.
+
+        Raises:
+            NotFoundError: there is no such version.
+        """
         manifest = self.manifest(adapter, version)
         if not self._is_version(manifest, version):
             raise NotFoundError(f"{version} is not a version of {adapter}", remedy="see `perennial adapters history`")
@@ -306,12 +358,13 @@ class Registry:
         return revocation
 
     def is_revoked(self, adapter: str, seq: int) -> bool:
-        """Whether the version at that seq was revoked."""
+        """Return whether the version with that sequence number was revoked."""
         return self.store.exists(revocation_key(adapter, seq))
 
-    # ---- the steps
+    # ---- steps of a publish
 
     def _verify(self, manifest: Manifest, verify: Callable[[Manifest], None]) -> None:
+        """Read every blob back, check its size and digest, then call the trial load."""
         tensors = {manifest.weights.digest, manifest.optimizer.digest if manifest.optimizer else ""}
         for ref in manifest.blobs():
             data = get_blob(self.store, ref.digest)
@@ -326,7 +379,7 @@ class Registry:
         verify(manifest)
 
     def _claim_update(self, manifest: Manifest, version: str) -> str:
-        """The version that stands for the update: ours, or the one of who was first."""
+        """Return the version that is published for the update: this one, or the one that claimed it first."""
         key = f"updates/{manifest.adapter}/{hex_of(manifest.update_id)}"
         ours = Claim(version=version).to_bytes()
         for _ in range(_SWAP_ATTEMPTS):
@@ -336,7 +389,7 @@ class Registry:
             winner = parse_record(Claim, key, stored.data).version
             if winner == version or not self._is_dead(self.manifest(manifest.adapter, winner), winner):
                 return winner
-            # Its seq went to another version, so it never can be published: the update is free again.
+            # Its sequence number went to another version, so it can never be published: the update is free again.
             try:
                 self.store.compare_and_swap(key, ours, stored.etag)
             except ConflictError:
@@ -345,6 +398,7 @@ class Registry:
         raise ConflictError(f"too many writers claim {key}", remedy="publish again")
 
     def _claim_seq(self, manifest: Manifest, version: str) -> bool:
+        """Claim the sequence number; return False if an earlier call of this publish had claimed it."""
         adapter, seq = manifest.adapter, manifest.seq
         before = self._claim(version_key(adapter, seq - 1)) if seq > 1 else None
         if (before.version if before else None) != manifest.head:
@@ -353,9 +407,9 @@ class Registry:
             self.store.put_if_absent(f"adapters/{adapter}", b"{}")
         if self.store.put_if_absent(version_key(adapter, seq), Claim(version=version).to_bytes()):
             return True
-        standing = self._claim(version_key(adapter, seq))
-        if standing is None or standing.version != version:
-            raise _stale(manifest, standing.version if standing else "a version that was deleted")
+        claimed = self._claim(version_key(adapter, seq))
+        if claimed is None or claimed.version != version:
+            raise _stale(manifest, claimed.version if claimed else "a version that was deleted")
         return False
 
     def _is_version(self, manifest: Manifest, version: str) -> bool:
@@ -375,8 +429,11 @@ class Registry:
     def _exists(self, adapter: str, seq: int) -> bool:
         return self.store.exists(version_key(adapter, seq))
 
-    def _gallop(self, adapter: str, known: int) -> int:
-        """The last seq at or after `known`, which exists (or is 0): doubling steps, then halving ones."""
+    def _newest_seq(self, adapter: str, known: int) -> int:
+        """Return the last sequence number at or after `known`, which exists or is 0.
+
+        Exponential search (Bentley and Yao 1976): steps double until a number is free, then halve.
+        """
         step = 1
         while self._exists(adapter, known + step):
             known += step
@@ -387,7 +444,7 @@ class Registry:
                 known += step
         return known
 
-    def _following(
+    def _successor(
         self,
         adapter: str,
         alias: str,
@@ -410,19 +467,20 @@ class Registry:
             nonce=self._nonce(),
         )
 
-    def _write_alias(self, following: AliasState, state: AliasState | None) -> AliasState | None:
-        key = alias_key(following.adapter, following.alias)
+    def _write_alias(self, successor: AliasState, state: AliasState | None) -> AliasState | None:
+        """Replace the alias; None if another writer was first."""
+        key = alias_key(successor.adapter, successor.alias)
         try:
-            etag = self.store.compare_and_swap(key, following.to_bytes(), state.etag if state else None)
+            etag = self.store.compare_and_swap(key, successor.to_bytes(), state.etag if state else None)
         except ConflictError:
             return None
-        return following.model_copy(update={"etag": etag})
+        return successor.model_copy(update={"etag": etag})
 
 
-def _stale(manifest: Manifest, standing: str) -> ConflictError:
+def _stale(manifest: Manifest, found: str) -> ConflictError:
     return ConflictError(
         f"version {manifest.seq} of {manifest.adapter} cannot follow {manifest.head or 'nothing'}",
-        got=standing,
+        got=found,
         allowed=manifest.head or "no version before it",
         remedy="load the head again and train from there",
     )
