@@ -1,4 +1,4 @@
-"""A folder as an object store."""
+"""An object store in a folder."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DirectoryStore:
-    """A folder as an object store: safe among threads and processes of one machine.
+    """An object store in a folder, safe among the threads and processes of one machine.
 
-    Objects appear by link and change by rename, both after fsync, so a reader sees a whole object or none,
-    also after a power cut. Compare-and-swap holds an flock, striped over 4,096 lock files. `fsync=False` is
-    for tests.
+    Objects appear by link and change by rename, both after fsync, so a reader sees a whole object or none, also after a
+    power cut. Compare-and-swap holds an flock on one of 4,096 lock files, chosen by the key's hash.
+
+    Args:
+        root: the folder; created if it does not exist.
+        fsync: wait until writes are on disk; False is for tests.
     """
 
     def __init__(self, root: Path, *, fsync: bool = True) -> None:
@@ -44,7 +47,8 @@ class DirectoryStore:
         with self._mapped_errors(key):
             created = not path.exists() and self._create(path, data)
             if not created and self._fsync:
-                # what a caller builds upon must outlive a power cut, also while its writer still syncs it
+                # The caller relies on the object from now on, so it must survive a power cut even if the process that
+                # created it has not synced it yet.
                 self._sync_entry(path)
             return created
 
@@ -87,7 +91,7 @@ class DirectoryStore:
             return path.is_file()
 
     def delete(self, key: str) -> bool:
-        """See ObjectStore; folders that become empty go too."""
+        """See ObjectStore; folders that become empty are removed, too."""
         path = self._path(key)
         with self._mapped_errors(key), self._locked(key):
             try:
@@ -135,7 +139,7 @@ class DirectoryStore:
                 yield from self._walk(self.root / name, name, prefix, start_after)
 
     def _create(self, path: Path, data: bytes) -> bool:
-        """Write all bytes under no name, then link them to `path`; False where it is taken."""
+        """Write all bytes to an unnamed file, then link it to `path`; return False if `path` exists."""
         with self._unnamed() as (fd, source):
             self._write(fd, data)
             for attempt in range(_LINK_ATTEMPTS):
@@ -166,7 +170,7 @@ class DirectoryStore:
 
     @contextlib.contextmanager
     def _unnamed(self) -> Iterator[tuple[int, str]]:
-        """A file that vanishes with the process, or where there is no such thing a named temporary one."""
+        """Yield a file that vanishes with the process, or a named temporary one where the system has no such files."""
         folder = self.root / _TEMPORARY
         named: Path | None = None
         fd = -1

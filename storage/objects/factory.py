@@ -1,4 +1,17 @@
-"""Open the object store at an address."""
+"""Open the object store at an address.
+
+How to add a store (for example on Azure Blob Storage):
+
+1. Write a module in this folder with a class that has the methods of `ObjectStore` (`object_store.py`). The backend must
+   be able to create an object only if it is absent and to replace it only if its etag is unchanged; everything that the
+   registry promises rests on these two. Keep objects under `keys.stored_name`, check list prefixes with
+   `keys.check_prefix`, call `probe_conditional_writes` from `probe`, and map the client's errors to StoreError and
+   StoreUnavailableError.
+2. Add its address to `open_store` here. Import the module inside the function, so that a process that does not use the
+   store does not need its client library.
+3. Add it to the parameters of the fixture in `tests/contract/conftest.py`; the contract suite in
+   `tests/contract/storage` then runs over it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +35,7 @@ def open_store(uri: str, s3: S3Settings | None = None) -> ObjectStore:
         StoreError: the address is not one of these, or holds credentials.
     """
     parts = urlsplit(uri)
-    if "@" in parts.netloc:  # who writes a key there expects it to work; it must not end in a log instead
+    if "@" in parts.netloc:  # refused, because addresses are logged and credentials must not be
         raise StoreError(
             "credentials do not belong in an object store's address",
             got=f"{parts.scheme}://…@{parts.netloc.rpartition('@')[2]}",

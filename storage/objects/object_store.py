@@ -1,4 +1,36 @@
-"""Objects: the store protocol and content-addressed blobs."""
+"""The protocol of object stores, and content-addressed blobs.
+
+>>> import tempfile
+>>> from pathlib import Path
+>>> from perennial.storage.objects.directory_store import DirectoryStore
+>>> folder = tempfile.TemporaryDirectory()
+>>> store = DirectoryStore(Path(folder.name))
+
+Creating an object succeeds once, whoever is first:
+
+>>> store.put_if_absent("aliases/acme/support/live", b"version 1")
+True
+>>> store.put_if_absent("aliases/acme/support/live", b"version 2")
+False
+
+Replacing one needs the etag of the bytes that are replaced:
+
+>>> read = store.get("aliases/acme/support/live")
+>>> etag = store.compare_and_swap("aliases/acme/support/live", b"version 2", read.etag)
+>>> store.compare_and_swap("aliases/acme/support/live", b"version 3", read.etag)
+Traceback (most recent call last):
+    ...
+perennial.storage.errors.ConflictError: object aliases/acme/support/live was changed by another writer; got: ...
+
+A blob is named by its digest, which is checked when it is read:
+
+>>> digest = put_blob(store, b"weights")
+>>> get_blob(store, digest)
+b'weights'
+>>> list(store.list("aliases/"))
+['aliases/acme/support/live']
+>>> folder.cleanup()
+"""
 
 from __future__ import annotations
 
@@ -16,9 +48,12 @@ MAX_OBJECT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object's bytes, and the etag that a compare-and-swap expects.
+    """An object as it was read.
 
-    digest: of these very bytes, where the store had to compute it anyway; never what a server claims.
+    Attributes:
+        data: its bytes.
+        etag: what a compare-and-swap expects.
+        digest: digest of `data`, if the store had to compute it anyway; never one that a server claims.
     """
 
     data: bytes
@@ -27,47 +62,84 @@ class StoredObject:
 
 
 class ObjectStore(Protocol):
-    """Named objects, immutable or atomically replaced; calls may raise StoreError, StoreUnavailableError."""
+    """Named objects that are created once or replaced atomically.
+
+    Every call raises StoreError where the store refuses, and StoreUnavailableError where it does not answer and the
+    same call may succeed later. Stores are safe to share among threads, processes and machines.
+
+    Attributes:
+        uri: address of the store.
+    """
 
     uri: str
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Create the object: True where this call created it, False where it existed and is untouched.
+        """Create an object.
 
-        After an answer that was lost on the way, False may also mean that this call's own bytes are stored.
+        Args:
+            key: the object's key.
+            data: its bytes.
+
+        Returns:
+            True if this call created it; False if it existed, unchanged. After an answer that was lost on the way,
+            False may also mean that this call's own bytes are stored.
         """
         ...
 
     def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
-        """Replace the object of etag `expected` (None: it must not exist); the new etag, or ConflictError.
+        """Replace an object if nobody changed it since it was read.
 
-        Equal bytes have equal etags, so data that may come back to an earlier value needs a nonce in it.
+        Equal bytes have equal etags, so data that may return to an earlier value must contain a nonce.
+
+        Args:
+            key: the object's key.
+            data: the new bytes.
+            expected: etag of the object to replace; None if it must not exist.
+
+        Returns:
+            The new etag.
+
+        Raises:
+            ConflictError: the object has another etag.
         """
         ...
 
     def get(self, key: str, max_bytes: int = MAX_OBJECT_BYTES) -> StoredObject:
-        """The object. Raises NotFoundError; StoreError where it has more than `max_bytes`."""
+        """Return an object.
+
+        Args:
+            key: the object's key.
+            max_bytes: the most bytes that are accepted.
+
+        Raises:
+            NotFoundError: there is no such object.
+            StoreError: it is larger than `max_bytes`.
+        """
         ...
 
     def exists(self, key: str) -> bool:
-        """Whether the object is there."""
+        """Return whether the object exists."""
         ...
 
     def delete(self, key: str) -> bool:
-        """Remove the object and every stored version of it; False where it was not there."""
+        """Remove an object and every stored version of it; return False if it did not exist."""
         ...
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[str]:
-        """The full keys that begin with `prefix` and sort after `start_after`, sorted."""
+        """Yield the full keys that begin with `prefix` and sort after `start_after`, sorted."""
         ...
 
     def probe(self) -> None:
-        """Check with real writes that conditions hold; StoreError with a remedy where they do not."""
+        """Check with real writes that the store honours conditions.
+
+        Raises:
+            StoreError: it does not.
+        """
         ...
 
 
 def too_large(key: str, size_bytes: int, max_bytes: int) -> StoreError:
-    """The error of a `get` whose object is over the bound."""
+    """Return the error of a `get` whose object is larger than its bound."""
     return StoreError(
         f"object {key} is larger than its reader accepts",
         got=f"{size_bytes} bytes",
@@ -77,19 +149,35 @@ def too_large(key: str, size_bytes: int, max_bytes: int) -> StoreError:
 
 
 def put_blob(store: ObjectStore, data: bytes) -> str:
-    """Store bytes under their own digest, which is returned; storing them again changes nothing."""
+    """Store bytes under their digest and return it; storing the same bytes again changes nothing."""
     digest = digest_of(data)
     store.put_if_absent(blob_key(digest), data)
     return digest
 
 
 def get_blob(store: ObjectStore, digest: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
-    """The bytes of that digest. Raises NotFoundError; IntegrityError where the stored bytes are others."""
+    """Return the blob with that digest.
+
+    Raises:
+        NotFoundError: there is no such blob.
+        IntegrityError: the stored bytes have another digest.
+    """
     return get_verified(store, blob_key(digest), digest, max_bytes)
 
 
 def get_verified(store: ObjectStore, key: str, digest: str, max_bytes: int = MAX_OBJECT_BYTES) -> bytes:
-    """The object's bytes if they have that digest. Raises NotFoundError, IntegrityError."""
+    """Return an object's bytes, digest verified.
+
+    Args:
+        store: the store.
+        key: the object's key.
+        digest: the digest that the bytes must have.
+        max_bytes: the most bytes that are accepted.
+
+    Raises:
+        NotFoundError: there is no such object.
+        IntegrityError: its bytes have another digest.
+    """
     stored = store.get(key, max_bytes)
     data, found = stored.data, stored.digest or digest_of(stored.data)
     if found != digest:
@@ -103,7 +191,15 @@ def get_verified(store: ObjectStore, key: str, digest: str, max_bytes: int = MAX
 
 
 def probe_conditional_writes(store: ObjectStore, remedy: str) -> None:
-    """Write, and try to overwrite, a probe object; StoreError with `remedy` where a condition was ignored."""
+    """Write a probe object and try to overwrite it against its conditions; for `ObjectStore.probe`.
+
+    Args:
+        store: the store to check.
+        remedy: what the operator should do if it fails.
+
+    Raises:
+        StoreError: the store ignored a condition.
+    """
     key = f"probe/{secrets.token_hex(16)}"
 
     def refuse(what: str) -> StoreError:
@@ -111,7 +207,7 @@ def probe_conditional_writes(store: ObjectStore, remedy: str) -> None:
 
     try:
         if not store.put_if_absent(key, b"1"):
-            raise refuse("an object that nobody wrote is said to exist")
+            raise refuse("the store reports an object that nobody wrote")
         if store.put_if_absent(key, b"2") or store.get(key).data != b"1":
             raise refuse("create-if-absent overwrote an object")
         first = store.get(key).etag

@@ -1,8 +1,10 @@
-"""The object store over S3: MinIO, or any server that honours If-None-Match and If-Match on PUT.
+"""An object store over S3: MinIO, or any server that honours If-None-Match and If-Match on PUT.
 
-minio-py has no parameter for conditions and sends unknown metadata as `x-amz-meta-*`, which overwrites; so
-writes go to a presigned PUT address with the condition as a header. The only file that imports minio and
-urllib3.
+minio-py has no parameter for conditions and sends unknown metadata as `x-amz-meta-*`, which would overwrite. So writes
+go to a presigned PUT address with the condition as a header. This is the only file that imports minio and urllib3.
+
+Retries are loops here instead of a retry library's: whether a request may be sent again depends on its kind and on the
+status of the answer, and listing continues after the last key that was received.
 """
 
 from __future__ import annotations
@@ -45,9 +47,13 @@ _T = TypeVar("_T")
 
 
 class MinioStore:
-    """A prefix of a bucket as an object store. Buckets may be versioned: a delete removes every version.
+    """An object store under a prefix of a bucket. The bucket may be versioned: a delete removes every version.
 
-    http: the connection pool, with its own retries off; this class retries what may safely be sent again.
+    Args:
+        client: signs requests and reads objects.
+        http: the connection pool, with its own retries off; this class retries what may safely be sent again.
+        bucket: the bucket's name.
+        prefix: what all objects' names begin with; empty for none.
     """
 
     def __init__(self, client: Minio, http: urllib3.PoolManager, bucket: str, prefix: str = "") -> None:
@@ -67,17 +73,17 @@ class MinioStore:
                 return True
             if status == 412:
                 return False
-            if not _again(status):
+            if not _is_transient(status):
                 raise self._refused(key, status, detail)
         raise self._unavailable(key, detail)
 
     def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
-        """See ObjectStore. Sent once: after a lost answer the object itself says whether it was swapped."""
+        """See ObjectStore; sent only once: after a lost answer the object itself is read to see whether it changed."""
         condition = {"If-None-Match": "*"} if expected is None else {"If-Match": f'"{expected}"'}
         status, detail = self._put(key, data, condition)
         if status == 200:
             return detail
-        if status not in {404, 409, 412} and not _again(status):
+        if status not in {404, 409, 412} and not _is_transient(status):
             raise self._refused(key, status, detail)
         try:
             found = self.get(key)
@@ -85,7 +91,7 @@ class MinioStore:
             found = None
         if found and found.data == data:
             return found.etag
-        if _again(status) and status != 409 and (found.etag if found else None) == expected:
+        if _is_transient(status) and status != 409 and (found.etag if found else None) == expected:
             raise self._unavailable(key, f"{detail}; whether the write took place is not known yet")
         raise ConflictError(
             f"object {key} was changed by another writer",
@@ -137,7 +143,7 @@ class MinioStore:
                 self._retried(key, partial(self._client.remove_object, self._bucket, name, version_id=version))
         raise StoreUnavailableError(
             f"versions of {key} keep appearing in {self.uri}",
-            remedy="stop who writes it, then delete it again",
+            remedy="stop the process that writes it, then delete it again",
         )
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[str]:
@@ -156,7 +162,7 @@ class MinioStore:
                         yield key
                         last = key
             except (MinioException, HTTPError, OSError) as error:
-                self._raise_unless_passing(prefix, error)
+                self._raise_unless_transient(prefix, error)
                 if attempt == _ATTEMPTS - 1:
                     raise self._unavailable(prefix, str(error)) from error
                 time.sleep(_BACKOFF_S * 2**attempt)
@@ -164,7 +170,7 @@ class MinioStore:
                 return
 
     def probe(self) -> None:
-        """See ObjectStore; makes the bucket where there is none."""
+        """See ObjectStore; creates the bucket if it does not exist."""
         if not self._retried("", lambda: self._client.bucket_exists(self._bucket)):
             with contextlib.suppress(ConflictError):
                 self._retried("", lambda: self._client.make_bucket(self._bucket))
@@ -179,7 +185,7 @@ class MinioStore:
         return self._prefix + stored_name(key)
 
     def _put(self, key: str, data: bytes, condition: dict[str, str]) -> tuple[int, str]:
-        """Status and etag, or status and reason; status 0 where no answer came."""
+        """Send one conditional PUT; return (200, etag) or (status, reason), with status 0 if no answer came."""
         url = self._client.get_presigned_url("PUT", self._bucket, self._name(key), expires=_PUT_LIFE)
         md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         headers = {"Content-Type": "application/octet-stream", "Content-MD5": md5, **condition}
@@ -205,13 +211,13 @@ class MinioStore:
             try:
                 return call()
             except (MinioException, HTTPError, OSError) as error:
-                self._raise_unless_passing(key, error)
+                self._raise_unless_transient(key, error)
                 if attempt == _ATTEMPTS - 1:
                     raise self._unavailable(key, _without_query(error)) from error
             time.sleep(_BACKOFF_S * 2**attempt)
         raise AssertionError
 
-    def _raise_unless_passing(self, key: str, error: Exception) -> None:
+    def _raise_unless_transient(self, key: str, error: Exception) -> None:
         if not isinstance(error, S3Error):
             return
         code = str(error.code)
@@ -219,7 +225,7 @@ class MinioStore:
             raise NotFoundError(f"no object {key} in {self.uri}", remedy="check the store's address") from None
         if code in {"BucketAlreadyOwnedByYou", "BucketAlreadyExists"}:
             raise ConflictError(f"bucket {self._bucket} exists") from None
-        if not _again(error.response.status):
+        if not _is_transient(error.response.status):
             raise self._refused(key, error.response.status, code) from error
 
     def _refused(self, key: str, status: int, code: str) -> StoreError:
@@ -283,11 +289,11 @@ def open_minio(uri: str, s3: S3Settings, http: urllib3.PoolManager | None = None
     return MinioStore(client, http, address.netloc, prefix)
 
 
-def _again(status: int) -> bool:
-    """Whether the same request may do better in a moment. 409: AWS, while another conditional write runs."""
+def _is_transient(status: int) -> bool:
+    """Return whether the same request may succeed in a moment; AWS sends 409 while another conditional write runs."""
     return status in {0, 408, 409, 425, 429} or status >= 500
 
 
 def _without_query(error: Any) -> str:
-    # a presigned address is a credential: none of it may reach a log
+    # A presigned address is a credential, so its query must not reach a log.
     return re.sub(r"\?[^\s'\")]*", "", str(error))

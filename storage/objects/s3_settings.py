@@ -1,4 +1,4 @@
-"""How an S3 server is reached: the variables PERENNIAL_S3_*, and the AWS variables that stand in for them."""
+"""Settings of the S3 client: the variables PERENNIAL_S3_*, and the AWS variables that are used where those are not set."""
 
 from __future__ import annotations
 
@@ -65,15 +65,19 @@ class S3Settings(BaseModel):
         "", validation_alias=_variables("PERENNIAL_S3_SESSION_TOKEN_FILE"), description="file with the token"
     )
     aws_access_key: SecretStr = Field(
-        _NO_SECRET, validation_alias=_variables("AWS_ACCESS_KEY_ID"), description="access key where none of ours is set"
+        _NO_SECRET,
+        validation_alias=_variables("AWS_ACCESS_KEY_ID"),
+        description="access key where PERENNIAL_S3_ACCESS_KEY is not set",
     )
     aws_secret_key: SecretStr = Field(
         _NO_SECRET,
         validation_alias=_variables("AWS_SECRET_ACCESS_KEY"),
-        description="secret key where none of ours is set",
+        description="secret key where PERENNIAL_S3_SECRET_KEY is not set",
     )
     aws_session_token: SecretStr = Field(
-        _NO_SECRET, validation_alias=_variables("AWS_SESSION_TOKEN"), description="token where none of ours is set"
+        _NO_SECRET,
+        validation_alias=_variables("AWS_SESSION_TOKEN"),
+        description="token where PERENNIAL_S3_SESSION_TOKEN is not set",
     )
     ca_file: str = Field(
         "",
@@ -110,8 +114,8 @@ class S3Settings(BaseModel):
                 "PERENNIAL_S3_SECURE is not usable", got=wish, allowed="true or false", remedy="correct it"
             )
         parts = urlsplit(self.endpoint if "://" in self.endpoint else f"//{self.endpoint}")
-        strange = parts.scheme not in {"", "http", "https"} or not parts.netloc
-        if strange or parts.path.strip("/") or "@" in parts.netloc:
+        unusable = parts.scheme not in {"", "http", "https"} or not parts.netloc
+        if unusable or parts.path.strip("/") or "@" in parts.netloc:
             raise StoreError(
                 "PERENNIAL_S3_ENDPOINT is not usable",
                 got=parts.netloc.rpartition("@")[2],

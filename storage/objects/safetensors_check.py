@@ -1,4 +1,8 @@
-"""What a safetensors file must look like before anything reads tensors from it; needs no tensor library."""
+"""Check the structure of safetensors bytes before anything reads tensors from them.
+
+`safetensors.deserialize` makes the same checks, but it belongs to the learner's dependencies: the storage folder is part
+of the plain install, whose processes publish and read manifests without any tensor library.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +20,13 @@ _ITEM_BITS = {
 
 
 def check_safetensors(data: bytes) -> None:
-    """Raises IntegrityError unless these are safetensors that fill the file without gap or overlap.
+    """Check that the bytes are safetensors whose tensors fill the file without gap or overlap.
 
-    Format: 8 bytes little-endian header length, JSON header, data (the safetensors README, "Format").
+    The format is 8 bytes of little-endian header length, a JSON header, and the data (section "Format" of the
+    safetensors README).
+
+    Raises:
+        IntegrityError: they are not.
     """
     if len(data) < 8:
         raise _refused("shorter than its own length field")
@@ -52,7 +60,7 @@ def _span(name: str, entry: object) -> tuple[int, int]:
                 items *= size
             if 0 <= start <= stop and (stop - start) * 8 == items * _ITEM_BITS[dtype]:
                 return start, stop
-    raise _refused(f"tensor {name[:100]!r} is not described as the format asks")
+    raise _refused(f"the header's entry for tensor {name[:100]!r} is invalid")
 
 
 def _refused(why: str) -> IntegrityError:

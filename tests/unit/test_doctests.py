@@ -17,6 +17,8 @@ MODULES = (
     "perennial.streams.curate.offsets",
     "perennial.streams.observe.health",
     "perennial.streams.observe.metrics",
+    "perennial.storage.objects.object_store",
+    "perennial.storage.objects.keys",
     "perennial.streams.settings",
 )
 
