@@ -1,7 +1,9 @@
-"""JSON Schema of every event and one AsyncAPI 3.0 document, generated from the models: `python -m tools.generate_schemas`.
+"""Generate docs/schema (JSON Schema of every event) and docs/asyncapi.json (AsyncAPI 3.0) from the event models.
 
-`--check` writes nothing and exits 1 where a file in docs/ is not what the models say.
-Source: AsyncAPI 3.0.0; its Kafka bindings 0.5.0; JSON Schema 2020-12.
+`python -m tools.generate_schemas` writes the files; with `--check` it writes nothing and exits with 1 where a file
+differs from the models.
+
+Sources: AsyncAPI 3.0.0; its Kafka bindings 0.5.0; JSON Schema 2020-12.
 """
 
 from __future__ import annotations
@@ -40,13 +42,13 @@ _READS: Mapping[str, tuple[str, ...]] = {
 
 
 def event_schema(model: type[Event]) -> dict[str, Any]:
-    """The JSON Schema of an event's value, as it is read."""
+    """Return the JSON Schema of the values that a reader of this event accepts."""
     schema = model.model_json_schema(by_alias=True, mode="validation", ref_template="#/$defs/{model}")
     return {"$schema": _DIALECT, "title": model.type, **{k: v for k, v in schema.items() if k != "title"}}
 
 
 def asyncapi() -> dict[str, Any]:
-    """The AsyncAPI 3.0 document: a channel per topic, a message per event type, an operation per role and topic."""
+    """Return the AsyncAPI document: a channel per topic, a message per event type, an operation per role and topic."""
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -70,13 +72,17 @@ def asyncapi() -> dict[str, Any]:
 
 
 def documents() -> dict[str, bytes]:
-    """Every generated file: path below docs/ and content."""
+    """Return every generated file: its path below docs/ and its content."""
     files = {f"schema/{name}.json": _render(event_schema(model)) for name, model in EVENTS.items()}
     return {**files, "asyncapi.json": _render(asyncapi())}
 
 
 def stale(folder: Path = DOCS) -> list[str]:
-    """Paths below the folder that are missing, differ from the models, or belong to no event."""
+    """Return the paths of files that are missing, differ from the models, or belong to no event.
+
+    Args:
+        folder: The folder with the generated files; the paths are relative to it.
+    """
     wanted = documents()
     present = {f"schema/{path.name}" for path in (folder / "schema").glob("*.json")}
     differing = [
@@ -86,7 +92,11 @@ def stale(folder: Path = DOCS) -> list[str]:
 
 
 def write(folder: Path = DOCS) -> list[str]:
-    """Bring the folder up to date. Returns the paths that were stale."""
+    """Write the stale files, delete those that belong to no event, and return their paths.
+
+    Args:
+        folder: The folder with the generated files; the paths are relative to it.
+    """
     changed = stale(folder)
     wanted = documents()
     for name in changed:
@@ -147,7 +157,7 @@ def _message(model: type[Event]) -> dict[str, Any]:
 
 
 def _schemas() -> dict[str, Any]:
-    """Schemas of all events; nested models are hoisted beside them, for AsyncAPI resolves from the document's root."""
+    """Return the schemas of all events and of their nested models, which AsyncAPI looks up from the document's root."""
     found: dict[str, Any] = {}
     for name, model in EVENTS.items():
         schema = model.model_json_schema(by_alias=True, mode="validation", ref_template="#/components/schemas/{model}")
@@ -189,7 +199,11 @@ _DEAD_LETTER: dict[str, Any] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write docs/, or check it. Returns the exit status."""
+    """Write or check the generated files and return the exit code.
+
+    Args:
+        arguments: Command-line arguments; those of the process by default.
+    """
     parser = argparse.ArgumentParser(prog="python -m tools.generate_schemas", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is stale")
     checking = parser.parse_args(arguments).check

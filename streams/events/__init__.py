@@ -1,1 +1,1 @@
-"""The events of every topic as pydantic models, their CloudEvents encoding, and dead letters."""
+"""The events of every topic as pydantic models, their encoding as CloudEvents, and dead letters."""

@@ -1,7 +1,21 @@
-"""The events of every topic as pydantic models: the one place where fields, limits and types are said.
+"""The events of every topic, and the body of a micro-batch, as pydantic models.
 
-JSON Schema and the AsyncAPI document are generated from here (`python -m tools.generate_schemas`).
-Imports nothing else of the project.
+This module alone defines fields, limits and types; it imports nothing else of the project. JSON Schema and the AsyncAPI
+document in docs/ are generated from it.
+
+Add a field to an event:
+
+1. Add the field with a default, because records without it are still in the topics, and a docstring below it, which
+   becomes its description in the JSON Schema.
+2. Run `make schema`, which writes docs/schema and docs/asyncapi.json.
+3. A field of a document or an interaction reaches the learner only where intake copies it into the example: add it to
+   ExampleAccepted and to `_example_of` in streams/intake/validation.py.
+
+Never rename or remove a field: a reader of the older version would refuse or misread the record. Readers ignore
+unknown fields, except in events that people write, where an unknown field is more likely a misspelt one.
+
+Add an event: write the model in the section of its topic, add it to EVENTS, name it in streams/kafka/topics.py, and run
+`make schema`.
 """
 
 from __future__ import annotations
@@ -10,6 +24,8 @@ import re
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+# --- Limits and types of fields ---------------------------------------------------------------------------------------
 
 MAX_TEXT_BYTES = 256 * 1024
 MAX_ID_CHARS = 512
@@ -28,9 +44,10 @@ _DURATION_UNITS_S = (365 * 86400, 30 * 86400, 7 * 86400, 86400, 3600, 60, 1)
 
 
 def duration_s(value: str) -> int:
-    """Seconds in an ISO 8601 duration; a year counts 365 days and a month 30.
+    """Return the seconds in an ISO 8601 duration; a year counts 365 days and a month 30.
 
-    Raises ValueError where the text is not a duration above zero.
+    Raises:
+        ValueError: The text is not a duration above zero.
     """
     match = _DURATION.fullmatch(value)
     total = sum(int(n) * unit for n, unit in zip(match.groups(), _DURATION_UNITS_S, strict=True) if n) if match else 0
@@ -54,7 +71,7 @@ def _check_retention(value: str) -> str:
 
 Adapter = Annotated[str, Field(pattern=ADAPTER_PATTERN, max_length=200)]
 AdapterPattern = Annotated[str, Field(pattern=ADAPTERS_PATTERN, max_length=202)]
-"""One adapter, all below a prefix (`acme/*`), or all (`*`)."""
+"""One adapter, all adapters below a prefix (`acme/*`), or all adapters (`*`)."""
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_BYTES), AfterValidator(_check_text)]
@@ -66,81 +83,118 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Finite
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Millis = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
-"""Since 1970, to the end of year 9999: what is later no clock or date can show."""
+"""Milliseconds since 1970, up to the end of the year 9999, which is the latest date that Python can represent."""
 Alias = Annotated[str, Field(pattern=ALIAS_PATTERN, max_length=64)]
 
 
-class Event(BaseModel):
-    """What all events share: immutable, and tolerant of fields that a newer writer added."""
+# --- Base classes -----------------------------------------------------------------------------------------------------
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+_FROZEN = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+
+class Event(BaseModel):
+    """Base of all events: immutable, and tolerant of fields that a newer writer added.
+
+    Attributes:
+        type: CloudEvents type.
+        topic: Topic without the prefix.
+    """
+
+    model_config = ConfigDict(**_FROZEN, extra="ignore")
     type: ClassVar[str]
     topic: ClassVar[str]
 
     def key(self) -> str:
-        """The Kafka key: what must stay in order stays on one partition."""
+        """Return the Kafka key; records with the same key stay in order, because they share a partition."""
         raise TypeError(f"{type(self).__name__} has no key")
 
 
-class _Outside(Event):
-    """An event that people write: a misspelt field must not pass in silence."""
+class _OutsideEvent(Event):
+    """An event that people write: an unknown field is an error, because it may be a misspelt one."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(**_FROZEN, extra="forbid")
 
 
-class DocumentObserved(_Outside):
-    """A document that the adapter is to learn."""
+# --- documents, interactions: what is published to be learned ---------------------------------------------------------
+
+
+class DocumentObserved(_OutsideEvent):
+    """A document that the adapter must learn."""
 
     type: ClassVar[str] = "document.observed"
     topic: ClassVar[str] = "documents"
     adapter: Adapter
+    """Adapter that learns the document, for example `acme/support`."""
     document_id: Id
+    """Id of the document; the same id with another text is a new version of the document."""
     text: Text
+    """The text to learn, at most 256 KiB in UTF-8."""
     source: Name | None = None
+    """Where the document comes from; documents of one source can supersede each other and be forgotten together."""
     domain: Name | None = None
+    """Subject area; stored with the example."""
     subjects: Subjects = Field(default_factory=list)
+    """Ids of the persons whom the document is about; all documents about a person can be forgotten together."""
     retention_class: RetentionClass = PERMANENT
+    """`permanent`, or how long to keep the document, as an ISO 8601 duration such as `P30D`."""
     expires_at: AwareDatetime | None = None
+    """When to forget the document; the earlier of this and the retention class counts."""
     supersedes: Ids = Field(default_factory=list)
+    """Ids of documents of the same source that this one replaces; they are forgotten."""
     observed_at: AwareDatetime | None = None
+    """When the document was written or seen."""
 
     def key(self) -> str:
         return f"{self.adapter}|{self.document_id}"
 
 
-class InteractionObserved(_Outside):
-    """A turn between a user and the model, with what people said of it."""
+class InteractionObserved(_OutsideEvent):
+    """An exchange between a user and the model, with a correction or a rating by people."""
 
     type: ClassVar[str] = "interaction.observed"
     topic: ClassVar[str] = "interactions"
     adapter: Adapter
+    """Adapter that answered."""
     interaction_id: Id
+    """Id of the interaction."""
     prompt: Text
+    """What the user wrote."""
     response: Text
+    """What the model answered."""
     correction: Text | None = None
+    """The answer that the adapter must learn instead."""
     rating: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)] | None = None
+    """How good the response was, from -1 to 1; watched for drift."""
     subjects: Subjects = Field(default_factory=list)
+    """Ids of the persons whom the interaction is about."""
     retention_class: RetentionClass = PERMANENT
+    """`permanent`, or how long to keep the interaction, as an ISO 8601 duration such as `P30D`."""
     expires_at: AwareDatetime | None = None
+    """When to forget the interaction; the earlier of this and the retention class counts."""
     observed_at: AwareDatetime | None = None
+    """When the interaction took place."""
 
     def key(self) -> str:
         return f"{self.adapter}|{self.interaction_id}"
 
 
-class Origin(BaseModel):
-    """Where an example was first published: what learning exactly once is counted by."""
+# --- examples, scored-examples, drift: what intake accepted, and what the scorer and the detectors found --------------
 
-    model_config = ConfigDict(frozen=True)
+
+class Origin(BaseModel):
+    """The Kafka record from which an example came; exactly-once learning compares these positions."""
+
+    model_config = _FROZEN
     cluster_id: str
     topic: str
     topic_id: str
     partition: Count
     offset: Count
     timestamp_ms: int
+    """When the record was published, in milliseconds since 1970."""
 
     def partition_key(self) -> str:
-        """The origin partition, safe against a topic or cluster made again under the same name."""
+        """Return a key of the partition that differs once the topic or the cluster is created again with its name."""
         return f"{self.cluster_id}/{self.topic_id}/{self.topic}/{self.partition}"
 
 
@@ -148,15 +202,18 @@ ExampleKind = Literal["document", "correction", "turn", "rating"]
 
 
 class ExampleAccepted(Event):
-    """One valid, new input. `learn` is false for a signal (rating, bare turn) that only drift looks at."""
+    """One valid, new input."""
 
     type: ClassVar[str] = "example.accepted"
     topic: ClassVar[str] = "examples"
     adapter: Adapter
     example_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    """Hash of adapter, kind, document id and content: the same content again has the same id."""
     kind: ExampleKind
     document_id: Id
+    """Id of the document or of the interaction."""
     learn: bool
+    """False for a signal that is only watched for drift: a rating, or a turn where turns are not learned."""
     text: str | None = None
     prompt: str | None = None
     answer: str | None = None
@@ -176,14 +233,16 @@ class ExampleAccepted(Event):
 
 
 class ExampleScored(Event):
-    """An example with what the frozen base and the live adapter lose on it, in nats per token."""
+    """An example with its loss under the frozen base and under the live adapter."""
 
     type: ClassVar[str] = "example.scored"
     topic: ClassVar[str] = "scored-examples"
     example: ExampleAccepted
     tokens: Count
     base_loss_nats: Loss | None
+    """Mean loss under the frozen base, in nats per token; None where it was not computed."""
     live_loss_nats: Loss | None
+    """Mean loss under the live version, in nats per token; None where it was not computed."""
     live_version: Digest | None = None
     live_generation: Count = 0
 
@@ -192,7 +251,7 @@ class ExampleScored(Event):
 
 
 class DriftDetected(Event):
-    """A detector says that a signal changed."""
+    """A detector found that a signal changed."""
 
     type: ClassVar[str] = "drift.detected"
     topic: ClassVar[str] = "drift"
@@ -208,74 +267,22 @@ class DriftDetected(Event):
         return self.adapter
 
 
-class BlobRef(BaseModel):
-    """A content-addressed object."""
-
-    model_config = ConfigDict(frozen=True)
-    digest: Digest
-    size_bytes: Count
-
-
-CutReason = Literal["drift", "size", "age"]
-
-
-class UpdateRequested(Event):
-    """A micro-batch to learn. `marks` maps origin partitions to the highest offset that this cut covers."""
-
-    type: ClassVar[str] = "update.requested"
-    topic: ClassVar[str] = "adapter-jobs"
-    job_id: Id
-    adapter: Adapter
-    cut: Count
-    batch: BlobRef
-    examples: Count
-    skipped: Count
-    tokens: Count
-    reason: CutReason
-    drift: DriftDetected | None = None
-    marks: dict[Annotated[str, Field(min_length=1, max_length=1024)], Count]
-    oldest_ms: Millis
-    newest_ms: Millis
-    cut_at: AwareDatetime
-
-    def key(self) -> str:
-        return self.adapter
-
-
-class RollbackRequested(Event):
-    """Make an earlier version live again; what was learned since stays marked as seen.
-
-    version: the one to go back to. With `revoke` it is the one that must never be served again, and the newest
-    promoted version that is not revoked becomes live: named, so that a second delivery revokes nothing more.
-    """
-
-    type: ClassVar[str] = "rollback.requested"
-    topic: ClassVar[str] = "adapter-jobs"
-    job_id: Id
-    adapter: Adapter
-    alias: Alias = "live"
-    version: Digest | None = None
-    requested_by: Name
-    reason: Annotated[str, Field(max_length=1024)] = ""
-    revoke: bool = False
-
-    def key(self) -> str:
-        return self.adapter
-
+# --- retention, retention-status: what must be forgotten or kept ------------------------------------------------------
 
 Assurance = Literal["exact", "behavioural", "ranking"]
 RetentionKind = Literal["policy", "expire", "supersede", "erase", "decay", "hold", "release", "revoke"]
 
 
 class Selector(BaseModel):
-    """Which examples a retention request is about; the fields given must all match."""
+    """Selects the examples of a retention request; every given field must match."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(**_FROZEN, extra="forbid")
     document_ids: Annotated[list[Id], Field(max_length=1000)] | None = None
     subjects: Annotated[list[Name], Field(max_length=1000)] | None = None
     sources: Annotated[list[Name], Field(max_length=1000)] | None = None
     retention_class: RetentionClass | None = None
     before: AwareDatetime | None = None
+    """Only examples published before this time."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -286,7 +293,7 @@ class Selector(BaseModel):
         return self
 
     def matches(self, example: ExampleAccepted) -> bool:
-        """Whether the example is meant: every field that is given must fit. `before` counts from its publication."""
+        """Return True where every given field matches the example; `before` is compared with its publication time."""
         return (
             (self.document_ids is None or example.document_id in self.document_ids)
             and (self.subjects is None or not set(self.subjects).isdisjoint(example.subjects))
@@ -296,7 +303,7 @@ class Selector(BaseModel):
         )
 
 
-class RetentionRequested(_Outside):
+class RetentionRequested(_OutsideEvent):
     """A request to forget or to hold examples, or to take a version out of service.
 
     half_life and assurance are in the model so that retain can refuse a request that gives them, with a reason.
@@ -305,16 +312,24 @@ class RetentionRequested(_Outside):
     type: ClassVar[str] = "retention.requested"
     topic: ClassVar[str] = "retention"
     request_id: Id
+    """Id of the request, chosen by its sender; the same id again is the same request."""
     kind: RetentionKind
     adapter: AdapterPattern
+    """One adapter, or a pattern such as `acme/*`."""
     selector: Selector | None = None
+    """Which examples the request is about; a hold or a release may leave it out and means all of them."""
     superseded_by: Id | None = None
+    """Id of the document that replaces the selected ones."""
     half_life: RetentionClass | None = None
     time_to_live: RetentionClass | None = None
+    """How long to keep the selected examples, as an ISO 8601 duration; for a policy."""
     assurance: Assurance | None = None
     requested_by: Name
+    """Who makes the request, for the records."""
     reason: Annotated[str, Field(max_length=1024)] = ""
+    """Why, for the records."""
     due_at: AwareDatetime | None = None
+    """When the request must be carried out at the latest."""
 
     def key(self) -> str:
         return self.adapter
@@ -324,7 +339,7 @@ RetentionState = Literal["accepted", "held", "quarantined", "executed", "publish
 
 
 class RetentionProgressed(Event):
-    """How far a retention request has come."""
+    """The state of a retention request."""
 
     type: ClassVar[str] = "retention.progressed"
     topic: ClassVar[str] = "retention-status"
@@ -341,11 +356,71 @@ class RetentionProgressed(Event):
         return self.request_id
 
 
-class ForgetRequested(Event):
-    """Rebuild an adapter as if it had never seen these examples: those named, and those that the selector matches.
+# --- adapter-jobs: everything that changes an adapter, in one order per adapter ---------------------------------------
 
-    until_ms: only examples published up to then are meant; what is published later is new.
+
+class BlobRef(BaseModel):
+    """Reference to an object that is stored under its digest."""
+
+    model_config = _FROZEN
+    digest: Digest
+    size_bytes: Count
+
+
+CutReason = Literal["drift", "size", "age"]
+
+
+class UpdateRequested(Event):
+    """A micro-batch to learn."""
+
+    type: ClassVar[str] = "update.requested"
+    topic: ClassVar[str] = "adapter-jobs"
+    job_id: Id
+    adapter: Adapter
+    cut: Count
+    """Number of the cut; the cuts of an adapter are consecutive."""
+    batch: BlobRef
+    examples: Count
+    skipped: Count
+    tokens: Count
+    reason: CutReason
+    drift: DriftDetected | None = None
+    marks: dict[Annotated[str, Field(min_length=1, max_length=1024)], Count]
+    """High-water marks: per origin partition the highest offset that this cut covers."""
+    oldest_ms: Millis
+    """Publication time of the oldest example."""
+    newest_ms: Millis
+    """Publication time of the newest example."""
+    cut_at: AwareDatetime
+
+    def key(self) -> str:
+        return self.adapter
+
+
+class RollbackRequested(Event):
+    """Make an earlier version live again; examples learned since are not learned a second time."""
+
+    type: ClassVar[str] = "rollback.requested"
+    topic: ClassVar[str] = "adapter-jobs"
+    job_id: Id
+    adapter: Adapter
+    alias: Alias = "live"
+    version: Digest | None = None
+    """The version to make live; None for the one that was live before.
+
+    With `revoke` it is the version that must never be served again, and the newest promoted version that is not revoked
+    becomes live. The job names it, so that a redelivered job revokes no further version.
     """
+    requested_by: Name
+    reason: Annotated[str, Field(max_length=1024)] = ""
+    revoke: bool = False
+
+    def key(self) -> str:
+        return self.adapter
+
+
+class ForgetRequested(Event):
+    """Rebuild an adapter without certain examples: those named, and those that the selector matches."""
 
     type: ClassVar[str] = "forget.requested"
     topic: ClassVar[str] = "adapter-jobs"
@@ -356,7 +431,9 @@ class ForgetRequested(Event):
     selector: Selector | None = None
     example_ids: Annotated[list[str], Field(max_length=10_000)] = []
     until_ms: int
+    """Examples published after this time, in milliseconds since 1970, are not matched: they are new."""
     suppress: bool = True
+    """True to refuse the same texts if they are published again."""
     reason: str = ""
 
     def key(self) -> str:
@@ -369,33 +446,39 @@ class ForgetRequested(Event):
         return example.example_id in self.example_ids or (self.selector is not None and self.selector.matches(example))
 
 
-class BaseRef(BaseModel):
-    """The frozen model that an adapter belongs to."""
+# --- adapter-updates, adapter-acks: which version is live, and who serves it ------------------------------------------
 
-    model_config = ConfigDict(frozen=True)
+
+class BaseRef(BaseModel):
+    """The frozen base model that an adapter belongs to."""
+
+    model_config = _FROZEN
     model: str
     sha256: Digest
 
 
 class Learned(BaseModel):
-    """What a version learned from: counts, and the publication times of its oldest and newest example."""
+    """Counts of what a version learned from, and the publication times of its oldest and newest example."""
 
-    model_config = ConfigDict(frozen=True, populate_by_name=True)
+    model_config = ConfigDict(**_FROZEN, populate_by_name=True)
     examples: Count
     tokens: Count
     from_: AwareDatetime | None = Field(default=None, alias="from")
     to: AwareDatetime | None = None
 
 
-class _AdapterState(Event):
-    """The full state of an alias; never a delta, for the topic is compacted."""
+class _AliasEvent(Event):
+    """The full state of an alias, never a delta, because the topic is compacted."""
 
     topic: ClassVar[str] = "adapter-updates"
     adapter: Adapter
     alias: Alias = "live"
     generation: Count
+    """Counts the changes of the alias."""
     version: Digest
+    """The live version: the digest of its manifest."""
     seq: Count
+    """Sequence number of the version among all versions of the adapter."""
     manifest_uri: str
     weights_uri: str
     weights_sha256: Digest
@@ -405,34 +488,36 @@ class _AdapterState(Event):
     previous_version: Digest | None = None
     learned: Learned
     gate: dict[str, Finite | int | str | bool | None] = {}
+    """What the gate measured."""
     reason: str
     stage_at: dict[str, AwareDatetime] = {}
+    """When the example behind the version passed each stage, by stage."""
     published_at: AwareDatetime
 
     def key(self) -> str:
         return f"{self.adapter}#{self.alias}"
 
 
-class AdapterPromoted(_AdapterState):
-    """A newer version went live."""
+class AdapterPromoted(_AliasEvent):
+    """A newer version is live."""
 
     type: ClassVar[str] = "adapter.promoted"
 
 
-class AdapterRolledBack(_AdapterState):
-    """An earlier version went live again."""
+class AdapterRolledBack(_AliasEvent):
+    """An earlier version is live again."""
 
     type: ClassVar[str] = "adapter.rolled_back"
 
 
-class AdapterRevoked(_AdapterState):
-    """The version before must not be served any more; this one replaces it."""
+class AdapterRevoked(_AliasEvent):
+    """The previous version must not be served any more; this one replaces it."""
 
     type: ClassVar[str] = "adapter.revoked"
 
 
-class AdapterRetired(_AdapterState):
-    """The adapter is no longer served at all."""
+class AdapterRetired(_AliasEvent):
+    """The adapter is not served any more."""
 
     type: ClassVar[str] = "adapter.retired"
 
@@ -440,7 +525,9 @@ class AdapterRetired(_AdapterState):
 AdapterUpdate = AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired
 
 
-class _Ack(Event):
+class _AcknowledgementEvent(Event):
+    """What one subscriber reports about a version."""
+
     topic: ClassVar[str] = "adapter-acks"
     adapter: Adapter
     alias: Alias = "live"
@@ -448,6 +535,7 @@ class _Ack(Event):
     generation: Count
     version: Digest
     stage_s: dict[str, Finite] = {}
+    """Seconds that each stage of taking the version took."""
     published_at: AwareDatetime
     at: AwareDatetime
 
@@ -455,18 +543,45 @@ class _Ack(Event):
         return f"{self.adapter}#{self.replica}"
 
 
-class AdapterActivated(_Ack):
-    """A subscriber serves this version now."""
+class AdapterActivated(_AcknowledgementEvent):
+    """A subscriber serves this version."""
 
     type: ClassVar[str] = "adapter.activated"
 
 
-class AdapterFailed(_Ack):
-    """A subscriber could not take this version."""
+class AdapterFailed(_AcknowledgementEvent):
+    """A subscriber cannot serve this version."""
 
     type: ClassVar[str] = "adapter.failed"
     error: str
 
+
+# --- The body of a micro-batch ----------------------------------------------------------------------------------------
+
+
+class BatchSkip(BaseModel):
+    """An accepted example that a cut covers and does not learn, and the reason."""
+
+    model_config = _FROZEN
+    example_id: str
+    origin: Origin
+    reason: Literal["signal", "duplicate", "expired", "quarantined"]
+
+
+class Batch(BaseModel):
+    """The body of a micro-batch in the object store.
+
+    Outside the topics, texts are stored only here, so that they can be erased.
+    """
+
+    model_config = _FROZEN
+    adapter: Adapter
+    cut: Count
+    examples: list[ExampleAccepted]
+    skipped: list[BatchSkip]
+
+
+# --- All events -------------------------------------------------------------------------------------------------------
 
 EVENTS: dict[str, type[Event]] = {
     model.type: model
@@ -476,29 +591,11 @@ EVENTS: dict[str, type[Event]] = {
         AdapterPromoted, AdapterRolledBack, AdapterRevoked, AdapterRetired, AdapterActivated, AdapterFailed,
     )
 }  # fmt: skip
+"""Every event by its type."""
 
 DEFAULT_TYPES: dict[str, str] = {
     "documents": DocumentObserved.type,
     "interactions": InteractionObserved.type,
     "retention": RetentionRequested.type,
 }
-"""The type of an event that came without any header, by topic (prefix removed)."""
-
-
-class BatchSkip(BaseModel):
-    """An accepted example that a cut covers but does not learn, and why."""
-
-    model_config = ConfigDict(frozen=True)
-    example_id: str
-    origin: Origin
-    reason: Literal["signal", "duplicate", "expired", "quarantined"]
-
-
-class Batch(BaseModel):
-    """The body of a micro-batch: the only place besides the topics where text lives, so that it can be erased."""
-
-    model_config = ConfigDict(frozen=True)
-    adapter: Adapter
-    cut: Count
-    examples: list[ExampleAccepted]
-    skipped: list[BatchSkip]
+"""Type of an event without CloudEvents headers, by topic without the prefix."""
