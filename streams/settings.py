@@ -6,8 +6,8 @@ The variable of a field is PERENNIAL_ and the field's name in capitals: PERENNIA
 `Settings.of` and `Settings.replace` take it, is its variable in small letters without the prefix: `max_age_s`, `kafka`,
 `store`. Flat names are unique over all groups.
 
-The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials. It is read from environment variables only, is not shown or
-dumped, and is not among `Settings.environment()`.
+The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials. It is read from the same two places, is not shown or dumped, and is not
+among `Settings.environment()`.
 
 To add a setting: add a field with a description to its group, then run `make schema`, which writes it into the README.
 """
@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
+from dotenv import dotenv_values
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -268,7 +269,7 @@ class Settings(BaseModel):
     gate: GateSettings = Field(default_factory=GateSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     observe: ObserveSettings = Field(default_factory=ObserveSettings)
-    s3: S3Settings = Field(default_factory=S3Settings.from_env, exclude=True, repr=False)
+    s3: S3Settings = Field(default_factory=lambda: _s3_settings(".env"), exclude=True, repr=False)
 
     @classmethod
     def of(cls, *, env_file: str | None = ".env", **values: Any) -> Self:
@@ -284,7 +285,8 @@ class Settings(BaseModel):
         """
         given = _by_group(values)
         groups = {name: model(_env_file=env_file, **given.get(name, {})) for name, model in _groups()}
-        return cls(**groups, **({"s3": values["s3"]} if "s3" in values else {}))
+        s3 = values.get("s3") or _s3_settings(env_file)
+        return cls(**groups, s3=s3)
 
     def replace(self, **values: Any) -> Self:
         """Return a copy with some values changed.
@@ -311,6 +313,11 @@ class Settings(BaseModel):
             for flat, field in _flat_fields(model)
             for value in [getattr(self, name).model_dump(mode="json")[field]]
         }
+
+
+def _s3_settings(env_file: str | None) -> S3Settings:
+    lines = dotenv_values(env_file) if env_file else {}
+    return S3Settings.from_env({**{name: value or "" for name, value in lines.items()}, **os.environ})
 
 
 def _groups() -> Iterator[tuple[str, type[_Group]]]:

@@ -164,3 +164,16 @@ def test_settings_cannot_be_changed_in_place():
 def test_every_setting_is_described():
     for _, variable, field in all_fields():
         assert field.description, variable
+
+
+def test_s3_is_read_from_the_env_file_too_and_the_environment_comes_first(tmp_path, monkeypatch):
+    for name in S3Settings.model_fields.values():
+        for variable in name.validation_alias.choices:
+            monkeypatch.delenv(variable, raising=False)
+    file = tmp_path / "variables"
+    file.write_text(f"PERENNIAL_S3_ENDPOINT=from-file:9000\nPERENNIAL_S3_SECRET_KEY={SECRET}\n")
+    assert Settings.of(env_file=str(file)).s3.endpoint == "from-file:9000"
+    assert Settings.of(env_file=str(file)).s3.secret_key.get_secret_value() == SECRET
+    monkeypatch.setenv("PERENNIAL_S3_ENDPOINT", "minio:9000")
+    assert Settings.of(env_file=str(file)).s3.endpoint == "minio:9000"
+    assert Settings.of(env_file=None).s3.secret_key.get_secret_value() == ""
