@@ -80,7 +80,7 @@ A docstring's SHA-256 puts it into train (90 %), held-out (5 %) or anchor (5 %).
 the last two, or that carry a long line of them, are left out.
 
 ## Recipe
-`OMP_WAIT_POLICY=passive python -m tools.pretrain_base --out learner/shipped/base-v1 --steps {r.steps} --seed {r.seed}`
+`OMP_WAIT_POLICY=passive python -m tools.pretrain_base --out learner/model/shipped/base-v1 --steps {r.steps} --seed {r.seed}`
 
 Muon (peak rate {muon_lr}, weight decay {decay}) for the hidden matrices and AdamW (peak rate {adamw_lr}) for embedding
 and gains; {warmup:.0%} warm-up, then cosine to zero; clipped at norm {clip}; {batch} tokens a step in packed rows of

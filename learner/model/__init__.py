@@ -1,1 +1,1 @@
-"""The base model, LoRA on it, tokenization, losses, and the general texts that belong to a base."""
+"""The frozen base, LoRA layers on it, tokenization, losses, general texts and determinism."""

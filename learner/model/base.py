@@ -1,7 +1,7 @@
-"""The frozen base model: loading it, naming its bytes by digest, and the general texts beside it.
+"""Loading of the frozen base model, and the digest that identifies it.
 
-Knows nothing of adapters, Kafka or the store. A base is only ever read: the digest made here goes into every
-version, and whoever loads an adapter compares it first.
+Nothing ever changes a base. Every version's manifest records the base's digest, and an adapter is only loaded onto the
+base of that digest.
 """
 
 from __future__ import annotations
@@ -63,8 +63,14 @@ class BaseModelError(PerennialError):
 class Base:
     """A base model that is ready for use and that nothing may change.
 
-    digest: `sha256:` over weights, config and tokenizer files; device and dtype: where and in what the model
-    computes; max_positions: the longest row, in tokens, that it takes.
+    Attributes:
+        model: Causal language model, frozen and in evaluation mode.
+        tokenizer: The model's own tokenizer.
+        name: Name that it was loaded by: `shipped`, a folder or a hub id.
+        digest: `sha256:<hex>` over weights, config and tokenizer files; see `digest_of_folder`.
+        device: Device that the model computes on.
+        dtype: Number format of the weights: bf16 on CUDA, fp32 on the CPU.
+        max_positions: Longest row that the model takes, in tokens.
     """
 
     model: PreTrainedModel
@@ -77,33 +83,44 @@ class Base:
 
 
 def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | None = None) -> Base:
-    """Load a causal language model by `shipped`, a folder, or a hub id (`owner/model`, `owner/model@revision`).
+    """Load a causal language model.
 
-    bf16 on CUDA, fp32 on the CPU, where PyTorch is also held to deterministic algorithms. threads: CPU threads
-    of the process, unchanged where None. Code from the model's repository is never run, and weights are read
-    from safetensors alone. Raises BaseModelError.
+    Code from the model's repository is never run, and weights are read from safetensors alone. On the CPU, PyTorch is
+    also set to use deterministic algorithms only.
+
+    Args:
+        name: `shipped`, a folder, or a hub id (`owner/model`, `owner/model@revision`). A hub id is downloaded once.
+        device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
+        threads: CPU threads of the process, 1 or more; None leaves the setting as it is.
+
+    Raises:
+        BaseModelError: The name, the device or the thread count is wrong, or the model cannot be used as a base.
     """
-    place = _pick_device(device)
+    torch_device = _pick_device(device)
     if threads is not None:
         if threads < 1:
             raise BaseModelError("Bad thread count", got=threads, allowed="1 or more", remedy="set 1 or more threads")
         torch.set_num_threads(threads)
-    if place.type == "cpu":
+    if torch_device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    dtype = torch.bfloat16 if place.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
     folder = _resolve(name)
     digest = digest_of_folder(folder)
     with _quiet_transformers():
         model, tokenizer = _load(folder, dtype)
-    model.requires_grad_(False).eval().to(place)
-    _check_fit(model, tokenizer, folder)
-    return Base(model, tokenizer, name, digest, place, dtype, _max_positions(model))
+    model.requires_grad_(False).eval().to(torch_device)
+    _check_tokenizer(model, tokenizer, folder)
+    _check_causal(model, folder)
+    return Base(model, tokenizer, name, digest, torch_device, dtype, _max_positions(model))
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Digest a model folder as `sha256:<hex>` over name, size and content of its identity files, by name.
+    """Return `sha256:<hex>` over name, size and content of a model folder's identity files, sorted by name.
 
-    Only what decides the logits counts (weights, config, tokenizer), so a readme changes nothing.
+    Only files that decide the logits count (weights, config, tokenizer), so a readme changes nothing.
+
+    Raises:
+        BaseModelError: Weights are missing or incomplete.
     """
     total = hashlib.sha256()
     for path in sorted({*_weight_files(folder), *(folder / name for name in IDENTITY_FILES)}):
@@ -115,6 +132,7 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Return the weight files of a folder, with the index that lists them where they are split into parts."""
     index = folder / WEIGHTS_INDEX_FILE
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -133,7 +151,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _resolve(name: str) -> Path:
-    """Find the local folder of a name, downloading a hub id's identity files where they are not cached."""
+    """Return the local folder of a model name. A hub id's identity files are downloaded where they are not cached."""
     if name == SHIPPED_NAME:
         return SHIPPED_FOLDER
     folder = Path(name).expanduser()
@@ -145,7 +163,7 @@ def _resolve(name: str) -> Path:
             "No such model folder",
             got=name,
             allowed=choices,
-            remedy=f"correct the folder, or set `{SHIPPED_NAME}` for the model that comes along",
+            remedy=f"correct the folder, or set `{SHIPPED_NAME}` for the model that is installed with this package",
         )
     repository, _, revision = name.partition("@")
     wanted = [WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "model-*-of-*.safetensors", "generation_config.json", *IDENTITY_FILES]
@@ -154,7 +172,7 @@ def _resolve(name: str) -> Path:
             return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise BaseModelError(
-            "Neither a folder nor a model that the hub gives out",
+            "Neither a folder nor a model that the hub provides",
             got=name,
             allowed=choices,
             remedy=f"correct the name, log in if it is gated, or set `{SHIPPED_NAME}` ({type(error).__name__})",
@@ -168,20 +186,20 @@ def _pick_device(device: str) -> torch.device:
         raise BaseModelError(
             "Unknown device", got=device, allowed="auto, cpu, cuda, cuda:N", remedy="set the device to auto"
         )
-    place = torch.device(device)
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+    torch_device = torch.device(device)
+    if torch_device.type == "cuda" and (torch_device.index or 0) >= torch.cuda.device_count():
         raise BaseModelError(
             "No such CUDA device",
             got=device,
             allowed=f"{torch.cuda.device_count()} CUDA devices are visible",
             remedy="set the device to auto or cpu",
         )
-    return place
+    return torch_device
 
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Hold back progress bars and advice while loading, and restore the caller's settings."""
+    """Suppress progress bars and advice inside the block, and restore the caller's settings after it."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -194,6 +212,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """Return the model and its tokenizer, with every parameter read from the folder."""
     if (folder / "adapter_config.json").exists():
         raise BaseModelError(
             "The folder holds an adapter, not a base",
@@ -223,7 +242,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         raise BaseModelError(
             "The model cannot be loaded",
             got=f"{folder}: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            allowed="config, tokenizer and safetensors weights as save_pretrained() writes them, without own code",
+            allowed="config, tokenizer and safetensors weights as save_pretrained() writes them, without custom code",
             remedy=f"save the model and its tokenizer again, or set `{SHIPPED_NAME}`",
         ) from error
     if info["missing_keys"]:
@@ -236,7 +255,7 @@ def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
+def _check_tokenizer(model: Any, tokenizer: Any, folder: Path) -> None:
     if tokenizer.eos_token_id is None:
         raise BaseModelError(
             "The tokenizer has no end-of-sequence token",
@@ -244,17 +263,24 @@ def _check_fit(model: Any, tokenizer: Any, folder: Path) -> None:
             allowed="a tokenizer with eos_token",
             remedy="set eos_token in tokenizer_config.json to the token that ends a text",
         )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > embeddings:
         raise BaseModelError(
             "The tokenizer has more tokens than the model",
             got=len(tokenizer),
-            allowed=f"at most {rows}",
+            allowed=f"at most {embeddings}",
             remedy="put the tokenizer that belongs to the model into its folder",
         )
-    # An encoder loads as a causal model too and then sees the token that it should predict.
-    ids = torch.arange(8, device=model.device).remainder(rows).expand(2, 8).clone()  # (B, T)
-    ids[1, -1] = rows - 1
+
+
+def _check_causal(model: Any, folder: Path) -> None:
+    """Raise BaseModelError if a later token changes earlier logits.
+
+    An encoder loads as a causal model too, and would then see the token that it should predict.
+    """
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=model.device).remainder(embeddings).expand(2, 8).clone()  # (B, T)
+    ids[1, -1] = embeddings - 1
     with torch.no_grad():
         first, second = model(input_ids=ids, use_cache=False).logits[:, :-1].float()  # (T - 1, V) each
     if not torch.allclose(first, second, rtol=0.05, atol=0.05):

@@ -1,4 +1,7 @@
-"""Turns examples into rows of token ids with a mark from where they are trained; deterministic, no tensors."""
+"""Conversion of examples to rows of token ids, each with the position from which it is trained.
+
+Deterministic, and without tensors.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from perennial.streams.events.models import ExampleAccepted
 
 _SENTINEL = "\u2063PROMPT\u2063"
 _PROMPT_SHARE = 4
-"""A long answer leaves a prompt at least 1/4 of a row."""
+"""A long answer leaves its prompt at least 1/4 of a row."""
 _MIN_ROW_TOKENS = 8
 
 
@@ -21,22 +24,41 @@ class ExampleError(PerennialError):
 
 @dataclass(frozen=True, slots=True)
 class TokenRow:
-    """One training row: `ids[train_from:]` are the tokens whose prediction is trained, so train_from >= 1."""
+    """One training row.
+
+    Attributes:
+        ids: Token ids, T of them.
+        train_from: Position of the first token whose prediction is trained; at least 1, because the first token of a
+            row has nothing to be predicted from.
+    """
 
     ids: tuple[int, ...]
     train_from: int = 1
 
     @property
     def tokens(self) -> int:
-        """How many tokens of the row are trained."""
+        """Number of tokens that are trained."""
         return len(self.ids) - self.train_from
 
 
 class ExampleTokenizer:
-    """A tokenizer with what rows need worked out once: the ends of a text and the frame of a turn.
+    """A base's tokenizer, with the special tokens of a text and the frame of a chat turn worked out once.
 
-    The frame comes from the tokenizer's chat template, rendered around a sentinel, so that a base is asked in
-    the form it was trained on; without a template it is `User: …` / `Assistant: …` as plain text.
+    The frame is what the tokenizer's chat template puts around a user's message, so that the base is asked in the form
+    that it was trained on. Without a template the frame is plain text: `User: …`, `Assistant: …`.
+
+    Args:
+        tokenizer: Tokenizer of the base, as transformers loads it.
+
+    Attributes:
+        bos: Token id that starts a text: the start token, or the end token where the tokenizer has no start token.
+        eos: Token id that ends a text.
+        pad: Token id to pad rows with.
+        turn_head: Token ids in front of a prompt, the start token included.
+        turn_tail: Token ids between a prompt and its answer.
+
+    Raises:
+        ExampleError: The tokenizer has no end-of-text token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -57,6 +79,7 @@ class ExampleTokenizer:
         self.turn_head, self.turn_tail = self._frame()
 
     def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return head and tail of a turn, by rendering the chat template around a sentinel."""
         if getattr(self.tokenizer, "chat_template", None):
             text = self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
@@ -67,35 +90,64 @@ class ExampleTokenizer:
         return (self.bos, *self._trusted("User: ")), self._trusted("\nAssistant: ")
 
     def _trusted(self, text: str) -> tuple[int, ...]:
+        """Return the token ids of our own text, in which markers such as `<|user|>` are special tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of foreign text. Markers such as `<|eos|>` in it stay text: a document cannot fake a turn."""
+        """Return the token ids of untrusted text.
+
+        Markers such as `<|eos|>` in it stay plain text, so that a document cannot forge a chat turn.
+        """
         encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         return list(encoded["input_ids"])
 
     def prompt_ids(self, prompt: str, limit: int) -> tuple[int, ...]:
-        """What the model is given before it answers; a prompt beyond `limit` tokens loses its head."""
+        """Return the token ids that the model is given before it answers.
+
+        Args:
+            prompt: Untrusted text.
+            limit: Most token ids to return; a longer prompt loses its beginning. The frame is never cut.
+        """
         room = max(0, limit - len(self.turn_head) - len(self.turn_tail))
         ids = self.encode(prompt)
         return (*self.turn_head, *ids[max(0, len(ids) - room) :], *self.turn_tail)
 
 
 def text_rows(text: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
-    """Rows of a document: start, text and end, cut every row_tokens - 1 tokens.
+    """Return the rows of a document: start token, text and end token, cut every row_tokens - 1 tokens.
 
     A row begins with the last token of the row before it, so that every token of the text is trained once.
+
+    Args:
+        text: Untrusted text.
+        codec: Tokenizer of the base.
+        row_tokens: Longest row, in tokens.
+
+    Raises:
+        ExampleError: row_tokens is too small to train anything.
     """
     _check_row_tokens(row_tokens)
     return _cut([codec.bos, *codec.encode(text), codec.eos], row_tokens)
 
 
 def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
-    """Rows of a turn: the loss is on the answer and its end alone. A long prompt loses its head, never the answer."""
+    """Return the rows of a chat turn; only the answer and its end token are trained.
+
+    A long prompt loses its beginning. The answer is kept whole: what does not fit the first row goes into further rows.
+
+    Args:
+        prompt: Untrusted text of the user.
+        answer: Untrusted text to be learned as the answer.
+        codec: Tokenizer of the base.
+        row_tokens: Longest row, in tokens.
+
+    Raises:
+        ExampleError: row_tokens is too small to train anything.
+    """
     _check_row_tokens(row_tokens)
     target = [*codec.encode(answer), codec.eos]
     room = max(row_tokens // _PROMPT_SHARE, row_tokens - len(target))
-    # A chat template may be longer than a row: its end, which says that an answer follows, is what must stay.
+    # A chat template may be longer than a row. Its end must stay, because it says that an answer follows.
     asked = codec.prompt_ids(prompt, room)[-room:]
     first = row_tokens - len(asked)
     rows = [TokenRow((*asked, *target[:first]), len(asked))]
@@ -105,9 +157,10 @@ def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int
 
 
 def example_rows(example: ExampleAccepted, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
-    """Rows that train one example, each at most row_tokens long.
+    """Return the rows that train one example, each at most row_tokens long.
 
-    Raises ExampleError where the example has neither text nor prompt and answer.
+    Raises:
+        ExampleError: The example has neither a text nor a prompt with an answer, or row_tokens is too small.
     """
     if example.kind == "document" and example.text:
         return text_rows(example.text, codec, row_tokens)
@@ -116,7 +169,7 @@ def example_rows(example: ExampleAccepted, codec: ExampleTokenizer, row_tokens: 
     raise ExampleError(
         got=f"{example.kind} {example.example_id} without its text",
         allowed="a document with text, or a correction or turn with prompt and answer",
-        remedy="look at the producer of the examples topic: intake never writes this",
+        remedy="find the program that wrote this to the examples topic: intake never does",
     )
 
 

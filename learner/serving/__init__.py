@@ -1,1 +1,1 @@
-"""Backends that serve adapter versions with torch, and the evaluation of versions."""
+"""Serving of adapter versions with torch, and measurement of stored versions."""

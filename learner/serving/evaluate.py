@@ -1,4 +1,4 @@
-"""Measures stored versions on given texts: what the demo and the benchmarks judge by."""
+"""Measurement of stored versions on given texts, for the demo and the benchmarks."""
 
 from __future__ import annotations
 
@@ -16,22 +16,44 @@ _MAX_ROWS_PER_TEXT = 2
 
 
 class Evaluator:
-    """A base of its own with one LoRA slot, into which a version is put to be measured."""
+    """Measures versions on a base of its own, with one LoRA slot.
+
+    Args:
+        settings: Base, device, threads, rank, alpha and row length.
+        store: Store that holds the versions' weights.
+
+    Raises:
+        BaseModelError: The base cannot be loaded.
+    """
 
     def __init__(self, settings: Settings, store: ObjectStore) -> None:
         base = load_base(settings.model.base, settings.model.device, settings.model.threads)
         self._store = store
         self._row_tokens = settings.training.row_tokens
         self._codec = ExampleTokenizer(base.tokenizer)
-        self._lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="probe")
+        self._lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="evaluator")
 
     def loss(self, manifest: Manifest | None, texts: Sequence[str]) -> float:
-        """Mean loss in nats per token on the beginnings of the texts, under a version; None: the frozen base."""
+        """Return the mean loss on the beginnings of the texts under a version, nats per token.
+
+        Args:
+            manifest: Version to measure; None for the frozen base.
+            texts: Texts, of which the first rows are measured.
+
+        Raises:
+            StoreError: The weights are not in the store, or are damaged.
+            AdapterError: The version belongs to another base or rank.
+        """
         weights = get_blob(self._store, manifest.weights.digest) if manifest is not None else None
         return self.loss_of(weights, texts)
 
     def loss_of(self, weights: bytes | None, texts: Sequence[str]) -> float:
-        """The same under weights in hand, which the store may no longer have."""
+        """Return the mean loss as `loss` does, under weights in memory that the store may no longer have.
+
+        Args:
+            weights: Content of a version's safetensors file; None for the frozen base.
+            texts: Texts, of which the first rows are measured.
+        """
         if weights is not None:
             self._lora.load(from_safetensors(weights, self._lora.shapes))
         rows = [row for text in texts for row in text_rows(text, self._codec, self._row_tokens)[:_MAX_ROWS_PER_TEXT]]

@@ -1,7 +1,7 @@
-"""Where subscribers put adapters: into a PEFT model in this process, or into a folder that other servers watch.
+"""A backend that serves adapter versions in a model of this process, with PEFT.
 
-Both follow streams.client.Backend. A name stands for one version and is never reloaded in place. Importing this
-module loads no torch: the folder backend runs where there is none.
+It implements the protocol `perennial.streams.client.backend.Backend`. Importing this module loads no torch; making a
+backend does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Slot:
+    """One LoRA slot, the version that it holds, and the requests that use it."""
+
     lora: Lora
     name: str | None = None
     requests: int = 0
@@ -37,13 +39,21 @@ class _Slot:
 
 
 class PeftBackend:
-    """Swaps versions in and out of a running model with no pause and no request seeing parts of two versions.
+    """Swaps versions in and out of a running model without a pause and without mixing two versions in one request.
 
-    Each version sits in a LoRA slot of its own. A request leases the slot that is active when it begins and
-    keeps it to its end; the slot is selected anew for every forward pass, under a lock, so that requests on the
-    version before and on the new one interleave. Activation therefore waits for nobody. config: the rank and
-    alpha of every version served. slots: versions held at once: the live one, and those being loaded or drained.
-    lock: held for each forward pass; pass the one that others who use the same base hold. Thread-safe.
+    Each version is held in its own LoRA slot. A request leases the slot that is active when it begins, and keeps it to
+    its end. The slot is selected for every forward pass, under a lock, so that requests on the version before and on
+    the new one interleave. Activation therefore waits for no request. Thread-safe.
+
+    Args:
+        base: Base to serve on. Hooks are registered on its model until `close` is called.
+        config: Rank and alpha of every version that is served.
+        slots: Most versions held at once, 2 or more: the live one, and those that are being loaded or drained.
+        lock: Lock held for each forward pass. Pass the lock that other users of the same base hold; None makes one.
+
+    Raises:
+        BackendError: There are fewer than 2 slots.
+        AdapterError: The base has no linear layers, or has slots of another rank.
     """
 
     def __init__(
@@ -65,7 +75,7 @@ class PeftBackend:
         self.base_sha256: str | None = base.digest
         self._forward_lock = lock if lock is not None else threading.Lock()
         with self._forward_lock, warnings.catch_warnings():
-            # several slots in one model are what is wanted here
+            # Several slots in one model are intended here.
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")
             self._slots = [_Slot(Lora(base, config, slot=f"serving-{i}")) for i in range(slots)]
         self._layer = next(module for module in base.model.modules() if isinstance(module, LoraLayer))
@@ -83,7 +93,13 @@ class PeftBackend:
 
     @contextmanager
     def lease(self) -> Iterator[str | None]:
-        """Everything that this thread runs through `base.model` inside the block uses one version: the name given."""
+        """Run everything that this thread passes through `base.model` inside the block on one version.
+
+        The version is the one that is active when the outermost block begins. Blocks may nest.
+
+        Yields:
+            Name of the version; None for the base alone.
+        """
         if hasattr(self._leased, "slot"):
             yield self._leased.slot.name if self._leased.slot else None
             return
@@ -103,7 +119,7 @@ class PeftBackend:
 
     def _before_forward(self, *_: object) -> None:
         if not hasattr(self._leased, "slot"):
-            return  # somebody else's use of the same base, under their own hold of the lock
+            return  # another user of the same base, which holds the lock itself and selects its own slot
         slot: _Slot | None = self._leased.slot
         with ExitStack() as selected:
             selected.enter_context(self._forward_lock)
@@ -115,8 +131,8 @@ class PeftBackend:
             self._leased.selected = selected.pop_all()
 
     def _is_selected(self, slot: _Slot | None) -> bool:
-        # All layers are switched together and under the lock, so one speaks for all; switching costs a fifth of a
-        # small model's forward pass.
+        # All layers are switched together and under the lock, so one layer tells the state of all. Switching costs a
+        # fifth of a small model's forward pass.
         layer = self._layer
         return slot is not None and not layer.disable_adapters and layer.active_adapters == [slot.lora.slot]
 
@@ -126,7 +142,13 @@ class PeftBackend:
             selected.close()
 
     def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
-        """Answer a prompt greedily, asked in the form that corrections are trained in. Inside a lease: its version."""
+        """Answer a prompt by greedy decoding, on the leased version, or else on the active one.
+
+        Args:
+            prompt: The question, put into the chat form that corrections are trained in. A prompt that is too long for
+                the model loses its beginning.
+            max_new_tokens: Most tokens to generate.
+        """
         import torch
 
         from perennial.learner.model.tokenization import ExampleTokenizer
@@ -145,7 +167,14 @@ class PeftBackend:
         return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     def loss(self, text: str) -> float:
-        """Mean loss of a text in nats per token, cut to what the model takes. Raises BackendError below two tokens."""
+        """Return the mean loss of a text in nats per token, on the leased version, or else on the active one.
+
+        Args:
+            text: Text to score, cut to the model's longest row.
+
+        Raises:
+            BackendError: The text has fewer than two tokens.
+        """
         import torch
 
         ids = self.base.tokenizer(text, return_tensors="pt").input_ids[:, : self.base.max_positions]  # (1, T)
@@ -156,12 +185,20 @@ class PeftBackend:
             logits = self.base.model(input_ids=ids, use_cache=False).logits[0, :-1].float()  # (T - 1, V)
         return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]))
 
-    # ---- what a subscriber asks
+    # ---- calls of a subscriber
 
     def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
-        """Copy the weights into a free slot.
+        """Copy a version's weights into a free slot; do nothing where the version is held already.
 
-        Raises BackendError where no slot is free or rank or alpha are others, AdapterError, IntegrityError.
+        Args:
+            name: Name of the version.
+            weights: Content of its safetensors file.
+            manifest: Its manifest, for rank and alpha.
+
+        Raises:
+            BackendError: No slot is free, or the version has another rank or alpha than this backend.
+            AdapterError: The weights belong to another base.
+            IntegrityError: The weights are damaged.
         """
         from perennial.learner.model.lora import from_safetensors
 
@@ -191,7 +228,11 @@ class PeftBackend:
             free.loading = False
 
     def warm(self, name: str) -> None:
-        """Run one token through the version."""
+        """Run one token through the version, so that its first request is as fast as the second.
+
+        Raises:
+            BackendError: The version is not held.
+        """
         import torch
 
         slot = self._require(name)
@@ -203,19 +244,37 @@ class PeftBackend:
             del self._leased.slot
 
     def activate(self, name: str) -> None:
-        """Requests that begin from now on use the version."""
+        """Serve the version to every request that begins from now on.
+
+        Raises:
+            BackendError: The version is not held.
+        """
         slot = self._require(name)
         with self._changed:
             self._active = slot
 
     def drain(self, name: str, timeout_s: float) -> bool:
-        """Wait until no request uses the version."""
+        """Wait until no request uses the version.
+
+        Args:
+            name: Name of the version.
+            timeout_s: Longest wait, in seconds.
+
+        Returns:
+            False if requests still use it after the wait.
+        """
         slot = self._find(name)
         with self._changed:
             return slot is None or self._changed.wait_for(lambda: not slot.requests, timeout_s)
 
     def unload(self, name: str) -> None:
-        """Overwrite the version's weights with zeros; an active one leaves the base alone in service."""
+        """Overwrite the version's weights with zeros; do nothing where it is not held.
+
+        Unloading the active version leaves the base alone in service.
+
+        Raises:
+            BackendError: Requests still use the version.
+        """
         with self._changed:
             slot = self._find(name)
             if slot is None:
@@ -233,17 +292,17 @@ class PeftBackend:
             slot.loading = False
 
     def list(self) -> list[str]:
-        """The names held."""
+        """Return the names of the versions held, sorted."""
         return sorted(slot.name for slot in self._slots if slot.name is not None)
 
     @property
     def current(self) -> str | None:
-        """The name that new requests use; None: the base alone."""
+        """Name of the version that new requests use; None for the base alone."""
         with self._changed:
             return self._active.name if self._active else None
 
     def close(self) -> None:
-        """Take the hooks off the model and the versions out of memory; the base can be used as before."""
+        """Remove the hooks from the model and the versions from memory; the base can be used as before."""
         for hook in self._hooks:
             hook.remove()
         for slot in self._slots:

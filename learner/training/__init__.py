@@ -1,1 +1,1 @@
-"""Train one update: compose rows, run optimizer steps, judge the result at the gate."""
+"""One update of an adapter: schedule the rows, run the optimizer steps, judge the result at the gate."""
