@@ -1,4 +1,4 @@
-"""Reads docker-compose.yml as Compose does, as far as the project uses it: variables, merges, commands, mounts."""
+"""Reads docker-compose.yml as Compose does, for the features that the file uses: variables, merges, commands, mounts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,26 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
 ENTRYPOINT = ("perennial",)
-"""Of our image, as deploy/Dockerfile sets it."""
+"""Entrypoint of the project's image, as deploy/Dockerfile sets it."""
 ROLE_SERVICES = ("intake", "streams", "scorer", "learner")
 
 _VARIABLE = re.compile(r"\$\{(?P<name>[A-Z0-9_]+)(?::-(?P<default>[^}]*))?\}")
 
 
 def variables(text: str) -> dict[str, str | None]:
-    """The variables that the file reads from the environment, with their defaults."""
+    """Return the environment variables that the text uses, with their defaults."""
     return {match["name"]: match["default"] for match in _VARIABLE.finditer(text)}
 
 
 def load(env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """The file as data, variables filled in from `env`. Raises KeyError where one has no value and no default."""
+    """Return the parsed file with its variables filled in.
+
+    Args:
+        env: Values of the variables.
+
+    Raises:
+        KeyError: A variable has no value and no default.
+    """
     values = env or {}
 
     def fill(match: re.Match[str]) -> str:
@@ -39,17 +46,17 @@ def load(env: Mapping[str, str] | None = None) -> dict[str, Any]:
 
 
 def environment(service: Mapping[str, Any]) -> dict[str, str]:
-    """A service's environment."""
+    """Return a service's environment."""
     return dict(service.get("environment", {}))
 
 
 def is_ours(service: Mapping[str, Any]) -> bool:
-    """Whether the service runs the project's image."""
+    """Return whether the service runs the project's image."""
     return "build" in service
 
 
 def mounts(service: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
-    """Source, path in the container and whether it is read-only, of each volume."""
+    """Return each volume's source, its path in the container, and whether it is read-only."""
     found = []
     for entry in service.get("volumes", []):
         source, target, *mode = entry.split(":")
@@ -58,11 +65,11 @@ def mounts(service: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
 
 
 def writable(service: Mapping[str, Any]) -> set[str]:
-    """The folders in the container that the service may write to where its root is read-only."""
+    """Return the folders of the container that the service may write to although its root is read-only."""
     temporary = {entry.split(":")[0] for entry in service.get("tmpfs", [])}
     return temporary | {target for _, target, read_only in mounts(service) if not read_only}
 
 
 def seconds(text: str) -> float:
-    """A duration such as 10s or 2m."""
+    """Return the seconds of a duration such as 10s or 2m."""
     return float(text[:-1]) * {"s": 1, "m": 60}[text[-1]]

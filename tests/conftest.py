@@ -1,4 +1,4 @@
-"""Fixtures for tests that need a real broker: one per test run, shared by all xdist workers."""
+"""Fixtures for tests that need a real broker: one broker per test run, shared by all xdist workers."""
 
 from __future__ import annotations
 
@@ -18,17 +18,21 @@ import pytest
 from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
 from perennial.streams.devstack.kafka_jars import java_path
 
-_started: list[EmbeddedBroker] = []  # kept to the end of the process: a worker may leave its broker to the others
+_started: list[EmbeddedBroker] = []  # kept until the process ends: the other workers may still use the broker
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let kafka-python be imported where warnings are errors: it reads schemas through a deprecated call."""
+    """Ignore one warning: kafka-python reads its schemas through a deprecated call when it is imported."""
     config.addinivalue_line("filterwarnings", "ignore:(read_text|open_text) is deprecated:DeprecationWarning")
 
 
 @dataclass(frozen=True)
 class TestBroker:
-    """Where the tests' broker listens (host:port)."""
+    """The tests' broker.
+
+    Attributes:
+        bootstrap: Its address (host:port).
+    """
 
     __test__ = False
 
@@ -37,7 +41,7 @@ class TestBroker:
 
 @pytest.fixture(scope="session")
 def broker_jars() -> None:
-    """Skip where the jars cannot be had; PERENNIAL_REQUIRE_SERVICES=1 makes that a failure."""
+    """Skip if the broker's jars cannot be fetched; fail instead if PERENNIAL_REQUIRE_SERVICES=1."""
     try:
         java_path()
         fetch_jars()
@@ -49,7 +53,7 @@ def broker_jars() -> None:
 
 @pytest.fixture(scope="session")
 def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestBroker]:
-    """The broker that PERENNIAL_KAFKA names, else an embedded one; `topic_prefix` keeps topics apart."""
+    """Return the broker that PERENNIAL_KAFKA names, else an embedded one. Use `topic_prefix` to keep topics apart."""
     outside = os.environ.get("PERENNIAL_KAFKA")
     if outside:
         yield TestBroker(outside)
@@ -61,7 +65,7 @@ def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     shared.mkdir(exist_ok=True)
     with _users(shared) as state:
         if not state.get("users"):
-            # Owned by the controller: the worker that comes first may be the first to finish.
+            # The controller process owns it: the worker that starts it may be the first to finish.
             embedded = EmbeddedBroker(shared / "data", owner_pid=os.getppid() if parallel else None).start()
             _started.append(embedded)
             state.update(bootstrap=embedded.bootstrap, supervisor_pid=embedded.supervisor_pid)
@@ -76,13 +80,13 @@ def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 def topic_prefix() -> str:
-    """A prefix for topics and groups that no other test has."""
+    """Return a prefix for topics and groups that no other test uses."""
     return f"t{uuid.uuid4().hex[:10]}-"
 
 
 @contextmanager
 def _users(folder: Path) -> Iterator[dict[str, object]]:
-    """The state that the workers share, read and written under a lock."""
+    """Read and write the state that the workers share, under a lock."""
     with (folder / "users.json").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
@@ -97,7 +101,7 @@ def _stop(supervisor_pid: int) -> None:
         if embedded.running and embedded.supervisor_pid == supervisor_pid:
             embedded.stop()
             return
-    with suppress(ProcessLookupError):  # another worker's child
+    with suppress(ProcessLookupError):  # it is a child of another worker
         os.kill(supervisor_pid, signal.SIGTERM)
         for _ in range(200):
             os.kill(supervisor_pid, 0)

@@ -1,4 +1,4 @@
-"""Update jobs as curate makes them: the micro-batch in the store, and the request that names it."""
+"""Update jobs as curate makes them: a micro-batch in the store, and the request that names it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,18 @@ def update(
     *,
     adapter: str = "acme/support",
     skipped: Sequence[int] = (),
-    marks: int | None = None,
+    high_water_mark: int | None = None,
 ) -> UpdateRequested:
-    """Put the micro-batch and give the job. skipped: offsets that the cut covers too; marks: of partition 0."""
+    """Store a micro-batch and return the job that learns it.
+
+    Args:
+        store: Where the micro-batch is stored.
+        cut: The job's cut number.
+        examples: What is to be learned.
+        adapter: The adapter's name.
+        skipped: Offsets that the micro-batch lists as duplicates.
+        high_water_mark: The job's high-water mark of partition 0; by default the highest offset.
+    """
     batch = Batch(
         adapter=adapter,
         cut=cut,
@@ -27,7 +36,7 @@ def update(
         skipped=[BatchSkip(example_id=f"{n:032x}", origin=tiny.origin(n), reason="duplicate") for n in skipped],
     )
     offsets = [example.origin.offset for example in examples] + list(skipped)
-    high = max(offsets) if marks is None else marks
+    high = max(offsets) if high_water_mark is None else high_water_mark
     times = [example.origin.timestamp_ms for example in examples]
     request = UpdateRequested(
         job_id=f"{adapter}-{cut}", adapter=adapter, cut=cut, batch=BlobRef(digest="sha256:" + "0" * 64, size_bytes=0),
@@ -39,5 +48,5 @@ def update(
 
 
 def with_batch(store: ObjectStore, request: UpdateRequested, body: bytes) -> UpdateRequested:
-    """The same job over another micro-batch blob."""
+    """Return the same job with another micro-batch blob."""
     return request.model_copy(update={"batch": BlobRef(digest=put_blob(store, body), size_bytes=len(body))})

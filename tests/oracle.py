@@ -1,7 +1,7 @@
-"""Counts what became of every acknowledged event, from the producer's own log against the manifests.
+"""Accounts for every acknowledged event: compares the producer's own log with the manifests.
 
-`account` counts along the lines of versions alone; `reckon` puts every record of the input topics under exactly one
-term of the equation, with what intake refused and dropped, what was erased, and what still waits.
+`account` reads the adapters' published versions alone. `classify` puts every record of the input topics under exactly
+one term of an equation, which also counts what intake refused or dropped, what was erased and what is still waiting.
 """
 
 from __future__ import annotations
@@ -12,181 +12,220 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from perennial.learner.versions.history import History, load_history
+from perennial.learner.versions.garbage_collection import load_history
+from perennial.learner.versions.history import History
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry
 
-Place = tuple[str, int]
-"""`topic/partition` (the topic with its prefix) and offset: where a record was first published."""
+Position = tuple[str, int]
+"""Where a record was first published: `topic/partition` (the topic with its prefix), and the offset."""
 
-LEARNED, SKIPPED, REFUSED, LETTER = "learned once", "skipped", "refused by the gate", "dead-lettered"
+LEARNED, SKIPPED, REFUSED, DEAD_LETTERED = "learned once", "skipped", "refused by the gate", "dead-lettered"
 ERASED, PENDING = "expired or erased", "pending"
-TERMS = (LEARNED, SKIPPED, REFUSED, LETTER, ERASED, PENDING)
-_SKIPS = frozenset({"signal", "duplicate", "no-text"})
-_GONE = frozenset({"quarantined", "expired"})
+TERMS = (LEARNED, SKIPPED, REFUSED, DEAD_LETTERED, ERASED, PENDING)
+_SKIP_REASONS = frozenset({"signal", "duplicate", "no-text"})
+_REMOVAL_REASONS = frozenset({"quarantined", "expired"})
 
 
 @dataclass
 class Account:
-    """How often each example (by origin) was learned, what was skipped, and why."""
+    """What the manifests say about each example.
 
-    learned: Counter[tuple[str, int]] = field(default_factory=Counter)
-    skipped: Counter[tuple[str, int]] = field(default_factory=Counter)
+    Attributes:
+        learned: How often each example was learned, by its position.
+        skipped: How often each example was skipped, by its position.
+        outcomes: Versions by the gate's outcome.
+        reasons: Why an example was skipped, by its position.
+    """
+
+    learned: Counter[Position] = field(default_factory=Counter)
+    skipped: Counter[Position] = field(default_factory=Counter)
     outcomes: Counter[str] = field(default_factory=Counter)
-    reasons: dict[tuple[str, int], str] = field(default_factory=dict)
+    reasons: dict[Position, str] = field(default_factory=dict)
 
     @property
-    def learned_twice(self) -> list[tuple[str, int]]:
-        return [origin for origin, times in self.learned.items() if times > 1]
+    def learned_twice(self) -> list[Position]:
+        """The positions of examples that were learned more than once."""
+        return [position for position, times in self.learned.items() if times > 1]
 
-    def covers(self, acked: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-        """The acknowledged origins that no manifest accounts for."""
-        return [origin for origin in acked if origin not in self.learned and origin not in self.skipped]
+    def missing(self, acked: Iterable[Position]) -> list[Position]:
+        """Return the acknowledged positions that no manifest accounts for."""
+        return [position for position in acked if position not in self.learned and position not in self.skipped]
 
 
 def _partition(key: str) -> str:
-    """`topic/partition` of an origin partition key, without the cluster's and topic's ids."""
+    """Return `topic/partition` of an origin's partition key, without the ids of cluster and topic."""
     _, _, topic, partition = key.rsplit("/", 3)
     return f"{topic}/{partition}"
 
 
 def account(registry: Registry, adapters: Iterable[str]) -> Account:
-    """Read every manifest of the adapters' lines."""
+    """Read the manifest of every published version of the adapters."""
     total = Account()
     for adapter in adapters:
         for _, version in registry.versions(adapter):
             manifest = registry.manifest(adapter, version)
             total.outcomes[manifest.outcome] += 1
-            for example in manifest.learned:
-                total.learned[_partition(example.partition), example.offset] += 1
+            total.learned.update(_learned(manifest))
             for skipped in manifest.skipped:
-                origin = _partition(skipped.partition), skipped.offset
-                total.skipped[origin] += 1
-                total.reasons[origin] = skipped.reason
+                position = _position(skipped)
+                total.skipped[position] += 1
+                total.reasons[position] = skipped.reason
     return total
 
 
 @dataclass
-class Line:
-    """What one adapter's manifests say of places: the updates as they were made, and the schedule that stands now.
+class AdapterRecord:
+    """What one adapter's manifests say about positions.
 
-    The two differ where a forgetting made updates anew. served: what is learned on the schedule of the live version.
-    knew: blobs that only versions with an erased example in their state need, so that none of them may be left.
+    Forgetting rebuilds updates, so the updates as they were first published and the current schedule may differ.
+
+    Attributes:
+        first_learned: How often each position was learned by updates as they were first published.
+        learned: How often each position is learned on the current schedule.
+        examples: How often each example id is learned on the current schedule.
+        skipped: Positions that updates on the current schedule skipped, with the reason.
+        in_updates: All positions in updates as they were first published, skipped ones included.
+        served: Positions learned on the schedule of the live version.
+        contaminated_blobs: Digests of blobs that only versions with an erased example in their state need: none of
+            these blobs may be left in the store.
     """
 
-    made: Counter[Place] = field(default_factory=Counter)
-    learned: Counter[Place] = field(default_factory=Counter)
+    first_learned: Counter[Position] = field(default_factory=Counter)
+    learned: Counter[Position] = field(default_factory=Counter)
     examples: Counter[str] = field(default_factory=Counter)
-    skipped: dict[Place, str] = field(default_factory=dict)
-    listed: set[Place] = field(default_factory=set)
-    served: set[Place] = field(default_factory=set)
-    knew: set[str] = field(default_factory=set)
+    skipped: dict[Position, str] = field(default_factory=dict)
+    in_updates: set[Position] = field(default_factory=set)
+    served: set[Position] = field(default_factory=set)
+    contaminated_blobs: set[str] = field(default_factory=set)
 
     @property
-    def gone(self) -> set[Place]:
-        """What an update once had, and the schedule has no more."""
-        return self.listed - set(self.learned) - set(self.skipped)
+    def removed(self) -> set[Position]:
+        """The positions that an update once had and the current schedule no longer has."""
+        return self.in_updates - set(self.learned) - set(self.skipped)
 
     @property
-    def twice(self) -> list[str]:
-        """Places, and examples under several places, that were learned more than once."""
-        places = [f"{place[0]}@{place[1]}" for place, times in (self.made | self.learned).items() if times > 1]
-        return places + [f"example {name}" for name, times in self.examples.items() if times > 1]
+    def learned_twice(self) -> list[str]:
+        """Positions that were learned more than once, and examples learned from several positions."""
+        counts = self.first_learned | self.learned
+        positions = [f"{position[0]}@{position[1]}" for position, times in counts.items() if times > 1]
+        return positions + [f"example {name}" for name, times in self.examples.items() if times > 1]
 
 
-def read_line(registry: Registry, adapter: str) -> Line:
-    """Read an adapter's manifests; an empty line where it has none."""
-    state = registry.alias(adapter)  # first: what it names is in a history that is read later
-    line, history = Line(), load_history(registry, adapter)
+def read_adapter(registry: Registry, adapter: str) -> AdapterRecord:
+    """Read an adapter's manifests. The record is empty if the adapter has no version."""
+    state = registry.alias(adapter)  # before the history, so that the history has the version which it names
+    record, history = AdapterRecord(), load_history(registry, adapter)
     if history is None:
-        return line
+        return record
     for version in history.published:
         manifest = history.manifests[version]
         if manifest.kind == "update":
-            line.made.update(_learned(manifest))
-            line.listed.update(_learned(manifest), (_place(item) for item in manifest.skipped))
+            record.first_learned.update(_learned(manifest))
+            record.in_updates.update(_learned(manifest), (_position(item) for item in manifest.skipped))
     for step in history.schedule():
         if step.manifest.outcome == "promoted":
-            line.learned.update(_learned(step.manifest))
-            line.examples.update(item.example_id for item in step.manifest.learned)
-        line.skipped |= {_place(item): item.reason for item in step.manifest.skipped}
+            record.learned.update(_learned(step.manifest))
+            record.examples.update(item.example_id for item in step.manifest.learned)
+        record.skipped |= {_position(item): item.reason for item in step.manifest.skipped}
     if state is not None and state.kind != "retired":
         live = History(history.manifests, history.published, state.version).schedule()
-        line.served = {place for step in live for place in _learned(step.manifest)}
-    knowing = [v for v, m in history.manifests.items() if not line.gone.isdisjoint(_learned(m))]
-    knows = history.descendants(knowing)
-    kept = {ref.digest for v, m in history.manifests.items() if v not in knows for ref in m.blobs()}
-    line.knew = {ref.digest for v in knows for ref in history.manifests[v].blobs()} - kept
-    return line
+        record.served = {position for step in live for position in _learned(step.manifest)}
+    removed = record.removed
+    learned_removed = [v for v, m in history.manifests.items() if not removed.isdisjoint(_learned(m))]
+    contaminated = history.descendants(learned_removed)
+    needed = {ref.digest for v, m in history.manifests.items() if v not in contaminated for ref in m.blobs()}
+    record.contaminated_blobs = {ref.digest for v in contaminated for ref in history.manifests[v].blobs()} - needed
+    return record
 
 
-def _learned(manifest: Manifest) -> list[Place]:
-    return [_place(item) for item in manifest.learned]
+def _learned(manifest: Manifest) -> list[Position]:
+    return [_position(item) for item in manifest.learned]
 
 
-def _place(item: Any) -> Place:
+def _position(item: Any) -> Position:
     return _partition(item.partition), item.offset
 
 
 @dataclass
-class Reckoning:
-    """Every record of the input topics with the terms that it comes under: exactly one, where all is well."""
+class Classification:
+    """The terms of every record of the input topics; a record without a fault has exactly one.
 
-    terms: dict[Place, list[str]]
+    Attributes:
+        terms: The terms that apply to each record, by its position.
+    """
 
-    def wrong(self, places: Iterable[Place]) -> dict[Place, list[str]]:
-        """Those that are lost (no term) or counted twice (several)."""
-        return {place: found for place in places if len(found := self.terms.get(place, [])) != 1}
+    terms: dict[Position, list[str]]
 
-    def count(self, places: Collection[Place]) -> dict[str, int]:
-        """How many of these come under each term."""
-        found = Counter(terms[0] for place in places if len(terms := self.terms.get(place, [])) == 1)
+    def wrong(self, positions: Iterable[Position]) -> dict[Position, list[str]]:
+        """Return the positions that are lost (no term) or counted twice (several terms), with their terms."""
+        return {position: found for position in positions if len(found := self.terms.get(position, [])) != 1}
+
+    def count(self, positions: Collection[Position]) -> dict[str, int]:
+        """Return how many of the positions each term has, without those that are wrong."""
+        found = Counter(terms[0] for position in positions if len(terms := self.terms.get(position, [])) == 1)
         return {term: found[term] for term in TERMS}
 
 
-def reckon(
-    values: Mapping[Place, Hashable],
-    lines: Iterable[Line],
-    accepted: Collection[Place],
-    letters: Collection[Place],
-    carried: Collection[Place] = (),
-    waiting: Collection[Place] = (),
-) -> Reckoning:
-    """Put every record under its terms. values: what the input topics hold, equal where content is.
+def classify(
+    contents: Mapping[Position, Hashable],
+    adapters: Iterable[AdapterRecord],
+    accepted: Collection[Position],
+    dead_letters: Collection[Position],
+    carried: Collection[Position] = (),
+    uncommitted: Collection[Position] = (),
+) -> Classification:
+    """Find the terms of every record.
 
-    accepted: what intake passed on. letters: what it refused. carried: skipped, and kept by curate for its next cut.
-    waiting: what some role has not committed yet; it is pending only where it comes under no other term.
-    A record that intake neither passed on nor refused was dropped by it as a repeat: that is believed only where the
-    same content lies before it on its partition, and then it is skipped.
+    A record that intake neither wrote to `examples` nor refused was dropped by it as a duplicate. That is believed only
+    if an earlier record of the same partition has equal content; the record is then skipped.
+
+    Args:
+        contents: The content of every record of the input topics; equal values mean equal content.
+        adapters: What the manifests of every adapter say.
+        accepted: Records that intake wrote to `examples`.
+        dead_letters: Records that intake refused.
+        carried: Records that curate skipped and will list in its next micro-batch.
+        uncommitted: Records that some role has not committed yet; pending if no other term applies.
     """
-    terms: dict[Place, list[str]] = {place: [] for place in values}
-    for line in lines:
-        for place in line.learned:
-            terms.setdefault(place, []).append(LEARNED)
-        for place, reason in line.skipped.items():
-            term = SKIPPED if reason in _SKIPS else ERASED if reason in _GONE else REFUSED
-            terms.setdefault(place, []).append(term)
-        for place in line.gone:
-            terms.setdefault(place, []).append(ERASED)
-    for place in letters:
-        terms.setdefault(place, []).append(LETTER)
-    for place in carried:
-        if SKIPPED not in terms.setdefault(place, []):  # its cut may be in a manifest already
-            terms[place].append(SKIPPED)
+    terms: dict[Position, list[str]] = {position: [] for position in contents}
+    for record in adapters:
+        for position in record.learned:
+            terms.setdefault(position, []).append(LEARNED)
+        for position, reason in record.skipped.items():
+            term = SKIPPED if reason in _SKIP_REASONS else ERASED if reason in _REMOVAL_REASONS else REFUSED
+            terms.setdefault(position, []).append(term)
+        for position in record.removed:
+            terms.setdefault(position, []).append(ERASED)
+    for position in dead_letters:
+        terms.setdefault(position, []).append(DEAD_LETTERED)
+    for position in carried:
+        if SKIPPED not in terms.setdefault(position, []):  # its micro-batch may be in a manifest already
+            terms[position].append(SKIPPED)
     seen: set[tuple[str, Hashable]] = set()
-    for place in sorted(values):
-        same = place[0], values[place]
-        if same in seen and place not in accepted and not terms[place]:
-            terms[place].append(SKIPPED)
-        seen.add(same)
-    for place in waiting:
-        if not terms.setdefault(place, []):
-            terms[place].append(PENDING)
-    return Reckoning(terms)
+    for position in sorted(contents):
+        content = position[0], contents[position]
+        if content in seen and position not in accepted and not terms[position]:
+            terms[position].append(SKIPPED)
+        seen.add(content)
+    for position in uncommitted:
+        if not terms.setdefault(position, []):
+            terms[position].append(PENDING)
+    return Classification(terms)
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, what: str, every_s: float = 0.2) -> None:
-    """Wait for a condition. Raises TimeoutError that says what was waited for."""
+    """Wait until the condition holds.
+
+    Args:
+        condition: Called every `every_s` seconds.
+        timeout_s: Seconds to wait. Give plenty: on a busy machine everything takes longer, and the wait ends early.
+        what: Names the condition in the error.
+        every_s: Seconds between two calls of the condition.
+
+    Raises:
+        TimeoutError: The condition does not hold in time.
+    """
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

@@ -1,7 +1,8 @@
-"""Training from scratch, for comparison with what forgetting comes to: no lineage, no registry, no forgetting code.
+"""Trains an adapter from scratch, to compare its state with the state after forgetting.
 
-Cuts are given as lists of examples; each is filtered by the caller, stored as curate would store it, and learned by
-`Updater.update` from the state before. What the gate refuses leaves the state as it was.
+Uses no registry and no forgetting code. The caller gives the micro-batches as lists of examples, without those that are
+forgotten. Each list is stored as curate would store it and learned by `Updater.update` from the state before; an update
+that the gate refuses leaves the state as it was.
 """
 
 from __future__ import annotations
@@ -22,7 +23,15 @@ from perennial.streams.events.models import Batch, ExampleAccepted
 
 @dataclass(frozen=True)
 class Scratch:
-    """Digests of the final state, None where the state has no such part."""
+    """The result of a training from scratch.
+
+    Attributes:
+        weights: Digest of the final weights.
+        optimizer: Digest of the final optimizer state, None if there is none.
+        replay: Digest of the final replay index, None if there is none.
+        outcomes: The gate's outcome of every update, in order.
+        state: The final state.
+    """
 
     weights: str
     optimizer: str | None
@@ -31,13 +40,20 @@ class Scratch:
     state: TrainingState
 
     def equals(self, manifest: Manifest) -> bool:
-        """Whether a version has this very state."""
+        """Return whether a version has exactly this state."""
         refs = (manifest.weights, manifest.optimizer, manifest.replay)
         return tuple(ref.digest if ref else None for ref in refs) == (self.weights, self.optimizer, self.replay)
 
 
 def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int, Sequence[ExampleAccepted]]) -> Scratch:
-    """Learn the cuts by number, in order; an empty one is left out."""
+    """Learn micro-batches in the order given.
+
+    Args:
+        updater: Trains one update.
+        store: Keeps the micro-batches; use a store of its own.
+        adapter: The adapter's name.
+        cuts: Examples of each micro-batch, by its cut number; an empty micro-batch is left out.
+    """
     state = TrainingState(updater.lora.init_state(adapter, updater.recipe.seed))
     rows = BatchRows(store, updater.rows)
     outcomes = []

@@ -1,4 +1,4 @@
-"""Servers that tests start as child processes on loopback, and the rule for where they are missing."""
+"""Servers that tests start as child processes on loopback, and what to do where a server is not installed."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pathlib import Path
 
 import pytest
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 
 
 def missing_service(reason: str) -> None:
-    """Skip the test with the reason; fail it where PERENNIAL_REQUIRE_SERVICES=1."""
+    """Skip the test with the reason; fail it if PERENNIAL_REQUIRE_SERVICES=1."""
     if os.environ.get("PERENNIAL_REQUIRE_SERVICES") == "1":
         pytest.fail(reason)
     pytest.skip(reason)
 
 
 def free_port() -> int:
-    """A TCP port that was free a moment ago."""
+    """Return a TCP port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def minio_binary() -> Path | None:
-    """`minio` on PATH, or where `perennial` keeps downloaded servers; None where there is none."""
+    """Return the path of `minio`, from PATH or from the folder of downloaded servers; None if there is none."""
     on_path = shutil.which("minio")
     if on_path:
         return Path(on_path)
@@ -47,7 +47,15 @@ def minio_binary() -> Path | None:
 
 @dataclass(frozen=True)
 class MinioServer:
-    """A MinIO child process. endpoint is a URL; data is its folder."""
+    """A MinIO server as a child process.
+
+    Attributes:
+        endpoint: Its URL.
+        access: Access key.
+        secret: Secret key.
+        data: The folder of its data.
+        process: The child process.
+    """
 
     endpoint: str
     access: str
@@ -59,13 +67,13 @@ class MinioServer:
         """End the child and wait for it."""
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(30)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.wait(10)
+            self.process.wait()
 
     def environment(self) -> dict[str, str]:
-        """What `open_store` needs to reach this server."""
+        """Return the environment variables with which `open_store` reaches this server."""
         return {
             "PERENNIAL_S3_ENDPOINT": self.endpoint,
             "PERENNIAL_S3_REGION": "us-east-1",
@@ -75,7 +83,13 @@ class MinioServer:
 
 
 def start_minio(tmp: Path) -> MinioServer:
-    """Start MinIO on a free loopback port with its data in `tmp`; skips (or fails) without a binary."""
+    """Start MinIO on a free loopback port and wait until it is ready.
+
+    Skips the test (or fails it, see `missing_service`) without a binary.
+
+    Args:
+        tmp: A folder for its data and its log.
+    """
     binary = minio_binary()
     if binary is None:
         missing_service(
@@ -118,7 +132,7 @@ def start_minio(tmp: Path) -> MinioServer:
         if process.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"{server.endpoint}/minio/health/ready", timeout=1):
+            with urllib.request.urlopen(f"{server.endpoint}/minio/health/ready", timeout=5):
                 return server
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
@@ -128,7 +142,7 @@ def start_minio(tmp: Path) -> MinioServer:
 
 @contextmanager
 def sigint_ignored() -> Iterator[None]:
-    """Let processes that are started inside inherit an ignored SIGINT, as from a shell without job control."""
+    """Let processes that are started inside inherit an ignored SIGINT, as a shell without job control starts them."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield

@@ -1,4 +1,4 @@
-"""A byte-level base model of a few thousand parameters, and examples for it: for tests of learning that take moments."""
+"""A byte-level base model of a few thousand parameters, and examples for it, so that tests of learning are fast."""
 
 from __future__ import annotations
 
@@ -21,9 +21,13 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *letters))}
+    """Return a tokenizer with one token per byte.
+
+    Args:
+        chat: Give it a chat template.
+    """
+    bytes_as_text = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*SPECIALS, *bytes_as_text))}
     bytewise = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     bytewise.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bytewise.decoder = decoders.ByteLevel()
@@ -37,8 +41,8 @@ def tokenizer(chat: bool = True) -> PreTrainedTokenizerFast:
 
 
 def base(seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Base:
-    """A random Llama over bytes: 2 layers of width 32."""
-    torch.set_num_threads(1)  # so small a model only loses by more, most of all beside other tests
+    """Return a random Llama over bytes: 2 layers of width 32."""
+    torch.set_num_threads(1)  # more threads make so small a model slower, above all while other tests run
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(SPECIALS) + 256, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
@@ -51,7 +55,7 @@ def base(seed: int = 0, device: str = "cpu", dtype: torch.dtype = torch.float32)
 
 
 def trained(texts: list[str], steps: int = 60) -> Base:
-    """The tiny base after some full training on texts: what an update does wrong can be seen on it."""
+    """Return the tiny base after full training on texts, so that a test can see when an update makes it worse."""
     made = base()
     ids = [made.tokenizer(text)["input_ids"][:48] for text in texts]
     width = max(map(len, ids))
@@ -68,7 +72,7 @@ def trained(texts: list[str], steps: int = 60) -> Base:
 
 
 def document(number: int, text: str, adapter: str = "acme/support", partition: int = 0, **more: Any) -> ExampleAccepted:
-    """A document whose offset is its number."""
+    """Return a document whose offset is its number."""
     return ExampleAccepted(
         adapter=adapter, example_id=f"{number:032x}", kind="document", document_id=f"doc-{number}", learn=True,
         text=text, origin=origin(number, partition), **more,
@@ -76,7 +80,7 @@ def document(number: int, text: str, adapter: str = "acme/support", partition: i
 
 
 def correction(number: int, prompt: str, answer: str, adapter: str = "acme/support") -> ExampleAccepted:
-    """A correction whose offset is its number."""
+    """Return a correction whose offset is its number."""
     return ExampleAccepted(
         adapter=adapter, example_id=f"{number:032x}", kind="correction", document_id=f"turn-{number}", learn=True,
         prompt=prompt, answer=answer, origin=origin(number),
@@ -84,7 +88,7 @@ def correction(number: int, prompt: str, answer: str, adapter: str = "acme/suppo
 
 
 def origin(offset: int, partition: int = 0) -> Origin:
-    """A place in the topic documents."""
+    """Return the origin of a record of the topic `documents`."""
     return Origin(
         cluster_id="cluster", topic="documents", topic_id="topic", partition=partition, offset=offset,
         timestamp_ms=1_700_000_000_000 + offset,

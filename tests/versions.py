@@ -14,7 +14,7 @@ from perennial.streams.client.testing import BASE_SHA256, next_manifest, small_w
 _serial = itertools.count()
 
 
-class Line:
+class VersionPublisher:
     """Publishes versions of one adapter the way a learner does."""
 
     def __init__(self, store: ObjectStore, adapter: str = "acme/support", base_sha256: str = BASE_SHA256) -> None:
@@ -24,13 +24,13 @@ class Line:
         self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
 
     def manifest(self, weights: bytes, kind: str = "update", rank: int = 2, alpha: int = 4) -> Manifest:
-        """The manifest of the next version."""
+        """Return the manifest of the next version."""
         return next_manifest(
             self.registry, self.adapter, weights, kind=kind, rank=rank, alpha=alpha, base_sha256=self.base_sha256
         )
 
     def publish(self, weights: bytes | None = None, kind: str = "update", rank: int = 2, alpha: int = 4) -> AliasState:
-        """Publish the next version; the alias as it then is."""
+        """Publish the next version and return the alias afterwards."""
         weights = small_weights(next(_serial)) if weights is None else weights
         manifest = self.manifest(weights, kind, rank, alpha)
         state = self.registry.publish(manifest, [weights], lambda _: None).alias_state

@@ -1,4 +1,7 @@
-"""`python -m tests.faults [--runs 2] [pytest arguments]`: every fault on real services, then a table; the last line is JSON."""
+"""Make every fault on real services: `python -m tests.faults [--runs 1] [pytest arguments]`.
+
+Prints a table of what each fault did; the last line is JSON.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from tests.faults.report import PROPERTY, Row, merged, summary, table
 
 
 class Collector:
-    """Takes the rows out of the reports, also of tests that ran in other processes."""
+    """A pytest plugin that collects the rows of all tests, also of those that ran in other processes."""
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
@@ -28,7 +31,7 @@ class Collector:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=2, help="kills at each failpoint")
+    parser.add_argument("--runs", type=int, default=1, help="kills at each failpoint")
     arguments, more = parser.parse_known_args()
     os.environ["PERENNIAL_FAULT_RUNS"] = str(arguments.runs)
     collector = Collector()

@@ -1,4 +1,4 @@
-"""`record_fault`: a test says what its fault did; `python -m tests.faults` prints the table."""
+"""Fixtures with which a test records its fault; `python -m tests.faults` prints the table."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 
 from tests.faults.report import Row, to_property
 
-RUNS = int(os.environ.get("PERENNIAL_FAULT_RUNS", "2"))
+RUNS = int(os.environ.get("PERENNIAL_FAULT_RUNS", "1"))
 
 
 @pytest.fixture
 def fault_runs() -> int:
-    """How often each failpoint is hit: 2, or what PERENNIAL_FAULT_RUNS says."""
+    """Return how often each failpoint is hit: 1, or PERENNIAL_FAULT_RUNS."""
     return RUNS
 
 
 @pytest.fixture
 def record_fault(request: pytest.FixtureRequest) -> Callable[[Row], None]:
-    """Put a row into the table. Call it before the assertions, so that a failure is in the table too."""
+    """Return a function that adds a row to the table. Call it before the assertions, so that failures are in it too."""
     return lambda row: request.node.user_properties.append(to_property(row))

@@ -1,7 +1,7 @@
-"""Roles as processes that can be armed while they run, killed and started again within a second or two.
+"""Roles as processes whose failpoints can be set while they run, and which start again within a second or two.
 
-Importing torch and transformers takes ten seconds of a core, so the roles are forked from a server that has done it
-(multiprocessing's forkserver). Each is a process of its own that runs what `perennial worker ROLE` runs.
+To import torch and transformers takes ten seconds of a core, so the roles are forked from a server that has imported
+them (multiprocessing's forkserver). Each is a process of its own that runs what `perennial worker ROLE` runs.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[2]
 PRELOADED = ("tests.faults.warm",)
 
 
-def places() -> list[str]:
-    """Every failpoint in the source, in the order of the flow."""
+def failpoints() -> list[str]:
+    """Return every failpoint in the source, in the order of the flow."""
     found = [
         name
         for folder in ("streams", "learner", "storage")
@@ -35,7 +35,13 @@ def places() -> list[str]:
 
 
 def run_role(role: str, environment: Mapping[str, str], log: str) -> None:
-    """The body of a role's process: its output to the log, its settings from the environment, until a signal."""
+    """Run a role until a signal ends it; the body of its process.
+
+    Args:
+        role: Its name.
+        environment: Environment variables with its settings.
+        log: The file that takes its output.
+    """
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -47,18 +53,24 @@ def run_role(role: str, environment: Mapping[str, str], log: str) -> None:
 
 
 def _shorten_sessions() -> None:
-    """The group waits for a killed member until its session ends: here the shortest that a broker grants."""
-    from perennial.streams import faust_app as agents
-    from perennial.streams.intake import service as intake
-    from perennial.streams.kafka import group as transport
+    """Shorten the sessions of all consumer groups: a group waits for a killed member until its session ends."""
+    from perennial.streams import faust_app
+    from perennial.streams.intake import service
+    from perennial.streams.kafka import group
 
-    transport.SESSION_TIMEOUT_MS = int(SESSION_S * 1000)
-    agents.SESSION_S = SESSION_S
-    intake.CONSUMER_CONFIG = {**intake.CONSUMER_CONFIG, "session.timeout.ms": int(SESSION_S * 1000)}
+    group.SESSION_TIMEOUT_MS = int(SESSION_S * 1000)
+    faust_app.SESSION_S = SESSION_S
+    service.CONSUMER_CONFIG = {**service.CONSUMER_CONFIG, "session.timeout.ms": int(SESSION_S * 1000)}
 
 
 class Crew:
-    """All roles, one process each; `arm` names the place where one dies next."""
+    """All roles, one process each.
+
+    Args:
+        settings: Their settings.
+        folder: For their logs.
+        environment: More environment variables, such as the store's credentials.
+    """
 
     def __init__(self, settings: Settings, folder: Path, environment: Mapping[str, str]) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -69,47 +81,52 @@ class Crew:
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, *roles: str) -> None:
-        """Start these roles, or all."""
+        """Start these roles; all if none is given."""
         for role in roles or ROLES:
-            environment = {**self._environment, "PERENNIAL_FAILPOINT": f"@{self._arms(role)}"}
+            environment = {**self._environment, "PERENNIAL_FAILPOINT": f"@{self._failpoint_file(role)}"}
             process = self._context.Process(target=run_role, args=(role, environment, str(self.log(role))))
             process.start()
             self._processes[role] = process
 
     def log(self, role: str) -> Path:
-        """Where a role's output goes."""
+        """Return the file that takes a role's output."""
         return self._folder / f"{role}.log"
 
-    def _arms(self, role: str) -> Path:
+    def _failpoint_file(self, role: str) -> Path:
         return self._folder / f"{role}.failpoint"
 
-    def arm(self, role: str, spec: str) -> None:
-        """`place:count`, or nothing."""
+    def set_failpoint(self, role: str, spec: str) -> None:
+        """Set where a running role dies.
+
+        Args:
+            role: The role.
+            spec: `failpoint:count`; empty for nowhere.
+        """
         partial = self._folder / f"{role}.partial"
         partial.write_text(spec, "utf-8")
-        partial.replace(self._arms(role))
+        partial.replace(self._failpoint_file(role))
 
-    def died(self, role: str) -> int | None:
-        """The exit code of a role that ended; negative: of a signal."""
+    def exit_code(self, role: str) -> int | None:
+        """Return the exit code of a role, negative if a signal ended it; None while it runs."""
         return self._processes[role].exitcode
 
     def signal(self, role: str, number: int) -> None:
-        """Send a role a signal."""
+        """Send a signal to a role that runs."""
         pid = self._processes[role].pid
         if pid is not None and self._processes[role].exitcode is None:
             os.kill(pid, number)
 
     def tail(self, role: str, lines: int = 30) -> str:
-        """The end of a role's output."""
+        """Return the last lines of a role's output."""
         return "\n".join(self.log(role).read_text("utf-8", "replace").splitlines()[-lines:])
 
     def stop(self) -> None:
-        """End all roles."""
+        """End all roles, with SIGKILL those that do not end by themselves."""
         for role in self._processes:
             self.signal(role, signal.SIGTERM)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 30
         for process in self._processes.values():
             process.join(max(0.1, deadline - time.monotonic()))
             if process.exitcode is None:
                 process.kill()
-                process.join(10)
+                process.join()

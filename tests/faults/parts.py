@@ -1,4 +1,4 @@
-"""What fault tests share: children that can be stopped and resumed, the updates topic held against the alias."""
+"""Parts that fault tests share: roles as child processes with failpoints, and checks of published events."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from tests.services import missing_service
 
 ROOT = Path(__file__).parents[2]
 SESSION_S = 6.0
-"""The shortest session that a broker grants by default: what a test of a stopped process has to wait for."""
+"""Session of consumer groups, in seconds: the shortest that a broker allows by default. Tests wait for its end."""
 
 FEW_TEXTS = (
     "from perennial.learner.versions import version_writer\n"
     "from tests.faults.parts import few_texts\n"
     "version_writer.general_texts = few_texts"
 )
-"""For `child`: reading the standard library's texts takes seconds, and what is learned is not the point here."""
+"""For `child`: replaces the general texts, which take seconds to read and do not matter here."""
 
 _ROLES = {
     "learner": "from perennial.streams.kafka import group as home\nfrom perennial.learner.roles.learner import run_learner as run\n"
@@ -41,7 +41,7 @@ _ROLES = {
 
 
 def few_texts(split: str) -> list[str]:
-    """General texts that cost nothing."""
+    """Return a few general texts, in place of those that take seconds to read."""
     return [f"plain {split} words {number}" for number in range(8)]
 
 
@@ -49,7 +49,15 @@ def few_texts(split: str) -> list[str]:
 def child(
     role: str, settings: Settings, failpoint: str = "", more: str = "", environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A role as a process of its own with a short session, killed at the end. more: code that runs before the role."""
+    """Run a role as a child process with a short session; it is killed at the end.
+
+    Args:
+        role: `learner`, `intake` or `streams`.
+        settings: Its settings.
+        failpoint: Where it is killed or stopped, as in PERENNIAL_FAILPOINT.
+        more: Python code to run before the role.
+        environment: More environment variables.
+    """
     code = (
         "import sys, threading\n"
         "from perennial.streams.observe.metrics import Metrics\n"
@@ -67,19 +75,19 @@ def child(
         process.wait()
 
 
-def wait_stopped(process: subprocess.Popen[bytes], timeout_s: float = 90) -> None:
-    """Wait until the process stopped itself at its failpoint."""
+def wait_stopped(process: subprocess.Popen[bytes], timeout_s: float = 180) -> None:
+    """Wait until the process has stopped itself at its failpoint."""
     wait_until(lambda: is_stopped(process), timeout_s, f"process {process.pid} stops at its failpoint")
 
 
 def is_stopped(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the process is stopped. Fails where it ended."""
+    """Return whether the process is stopped; fail if it has ended."""
     assert process.poll() is None, f"it ended with status {process.returncode}"
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
 def read_to_end(settings: Settings, topic: str) -> list[Any]:
-    """Every record of a topic, in order per partition."""
+    """Return every record of a topic, in order within each partition."""
     consumer = KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap, enable_auto_commit=False)
     try:
         name = settings.kafka.topic(topic)
@@ -97,15 +105,20 @@ def read_to_end(settings: Settings, topic: str) -> list[Any]:
 
 
 def envelopes(settings: Settings, topic: str) -> list[Envelope]:
-    """What a topic says, all of it."""
+    """Return every event of a topic."""
     return [decode(record.value, record.headers, topic) for record in read_to_end(settings, topic)]
 
 
-def stale_publishes(settings: Settings, registry: Registry, within_s: float = 30) -> list[str]:
-    """What adapter-updates says that was not true any more when it was said, or that is not what the store says.
+def stale_publishes(settings: Settings, registry: Registry, within_s: float = 60) -> list[str]:
+    """Return what is wrong in adapter-updates, as text.
 
-    An event behind a later one; one generation told as two versions or under two ids; a last word that is behind
-    the alias still after `within_s`: the alias moves first, by design.
+    Wrong is an event that follows one of a later generation; a generation that was published with two versions or under
+    two ids; and a last event that differs from the alias. The alias moves first, so the last event gets some time.
+
+    Args:
+        settings: Names the broker.
+        registry: The adapters' aliases.
+        within_s: Seconds until the last event must agree with the alias.
     """
     deadline = time.monotonic() + within_s
     while (wrong := _stale_now(settings, registry)) and time.monotonic() < deadline:
@@ -123,39 +136,50 @@ def _stale_now(settings: Settings, registry: Registry) -> list[str]:
         key = event.adapter, event.alias
         if key in last and event.generation < last[key].generation:
             wrong.append(f"{event.key()}: generation {event.generation} after {last[key].generation}")
-        said = envelope.id, event.version
-        if known.setdefault((*key, event.generation), said) != said:
-            wrong.append(f"{event.key()}: generation {event.generation} is {said} and {known[*key, event.generation]}")
+        published = envelope.id, event.version
+        first = known.setdefault((*key, event.generation), published)
+        if first != published:
+            wrong.append(f"{event.key()}: generation {event.generation} is {published} and {first}")
         last[key] = event
     for (adapter, alias), event in last.items():
         state = registry.alias(adapter, alias)
         if state is None or (state.generation, state.version) != (event.generation, event.version):
-            wrong.append(f"{event.key()}: the last word is {event.generation}, the alias is at {state}")
+            wrong.append(f"{event.key()}: the last event is {event.generation}, the alias is at {state}")
     return wrong
 
 
 def seconds_until(condition: Callable[[], bool], timeout_s: float, what: str, tend: Callable[[], None]) -> float:
-    """How long it takes until the condition holds, with somebody to tend the processes meanwhile."""
+    """Wait until the condition holds and return the seconds it took.
+
+    Args:
+        condition: Called every now and then.
+        timeout_s: Seconds to wait.
+        what: Names the condition in the error.
+        tend: Called before the condition, to restart processes that ended.
+
+    Raises:
+        TimeoutError: The condition does not hold in time.
+    """
     began = time.monotonic()
 
-    def looked() -> bool:
+    def tended() -> bool:
         tend()
         return condition()
 
-    wait_until(looked, timeout_s, what)
+    wait_until(tended, timeout_s, what)
     return time.monotonic() - began
 
 
 @contextmanager
 def small_disk(folder: Path, size_mib: int) -> Iterator[Path]:
-    """A file system of its own, in memory. Skips where this user may mount none."""
+    """Mount a small file system in memory. Skips the test if this user may not mount."""
     folder.mkdir(parents=True)
     options = f"size={size_mib}m"
-    made = subprocess.run(
+    mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False
     )
-    if made.returncode:
-        missing_service(f"a small disk cannot be mounted: {made.stderr.decode().strip()}")
+    if mounted.returncode:
+        missing_service(f"a small disk cannot be mounted: {mounted.stderr.decode().strip()}")
     try:
         yield folder
     finally:
@@ -163,7 +187,7 @@ def small_disk(folder: Path, size_mib: int) -> Iterator[Path]:
 
 
 def fill(disk: Path, left_bytes: int) -> Path:
-    """Fill the disk up, but for so many bytes; the file that fills it."""
+    """Fill a disk up to so many free bytes and return the file that fills it."""
     ballast = disk / "ballast"
     found = os.statvfs(disk)
     with ballast.open("wb") as file:

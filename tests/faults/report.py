@@ -1,4 +1,4 @@
-"""What a fault did, counted the same way by every fault test, and the table of them all."""
+"""The figures that every fault test records in the same way, and the table of all of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,15 @@ PROPERTY = "fault"
 
 @dataclass(frozen=True)
 class Row:
-    """One fault: how often it was made, events lost or learned twice, stale versions served, seconds to recover.
+    """The figures of one fault.
 
-    recovery_s: the longest time from the end of the fault until everything acknowledged was accounted for.
+    Attributes:
+        fault: Its name.
+        runs: How often it was made.
+        lost: Acknowledged events that no manifest accounts for.
+        learned_twice: Events that were learned more than once.
+        stale_publishes: Published events that were wrong when they were published.
+        recovery_s: The longest time from the end of the fault until everything acknowledged was accounted for.
     """
 
     fault: str
@@ -25,7 +31,7 @@ class Row:
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
-    """One row per fault, in the order of first sight: counts added, the longest recovery."""
+    """Merge the rows of each fault: counts are added, the longest recovery is kept. Faults keep their order."""
     found: dict[str, Row] = {}
     for row in rows:
         old = found.get(row.fault, Row(row.fault, 0))
@@ -41,7 +47,7 @@ def merged(rows: Iterable[Row]) -> list[Row]:
 
 
 def table(rows: Iterable[Row]) -> str:
-    """The rows as text."""
+    """Return the rows as text."""
     lines = [f"{'fault':<58}{'runs':>6}{'lost':>6}{'twice':>7}{'stale':>7}{'recovery s':>12}"]
     lines += [
         f"{row.fault:<58}{row.runs:>6}{row.lost:>6}{row.learned_twice:>7}{row.stale_publishes:>7}{row.recovery_s:>12.1f}"
@@ -51,7 +57,7 @@ def table(rows: Iterable[Row]) -> str:
 
 
 def summary(rows: Iterable[Row]) -> str:
-    """The rows added up, as a line of JSON."""
+    """Return the sums over all rows as a line of JSON."""
     rows = list(rows)
     return json.dumps(
         {
@@ -66,5 +72,5 @@ def summary(rows: Iterable[Row]) -> str:
 
 
 def to_property(row: Row) -> tuple[str, dict[str, object]]:
-    """How a test hands its row to the process that prints the table."""
+    """Return the row as a pytest property, which reaches the process that prints the table."""
     return PROPERTY, asdict(row)

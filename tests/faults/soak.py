@@ -1,9 +1,9 @@
 """`python -m tests.faults.soak [--minutes 10] [--seed N]`: random faults under load with erasures, then the equation.
 
-A real Apache Kafka, a real MinIO, every role a process, and a second learner, so that whoever is stopped past its session
-finds an heir. At the end no more faults are made, what waits is waited for, and every acknowledged record must come
-under exactly one term: learned once, skipped, refused by the gate, dead-lettered, expired or erased, pending. The last
-line is JSON; the exit code is 1 where the equation or another of the figures does not hold.
+Runs a real Apache Kafka, a real MinIO, every role as a process, and a second learner, which takes over while the first
+is stopped past its session. After the last fault it waits for the pending work. Then every acknowledged record must have
+exactly one term: learned once, skipped, refused by the gate, dead-lettered, expired or erased, pending. The last line is
+JSON; the exit code is 1 if the equation or another of the figures does not hold.
 """
 
 from __future__ import annotations
@@ -38,17 +38,22 @@ from tests.faults.soak_verdict import Verdict, judge
 from tests.integration.learner.learner_kit import base_folder
 from tests.integration.test_exactly_once import small_settings
 
-QUIET_S = 150.0
-"""How long what waits at the end is waited for."""
+QUIET_S = 300.0
+"""Seconds to wait for pending work after the last fault."""
 _PAST_SESSION_S = 34.0
-_TOLD_EVERY_S = 5.0
+_REPORT_EVERY_S = 5.0
 
 
 class Stack:
-    """Broker, store, roles and a second learner, all tended by the thread that made them."""
+    """Broker, store, roles and a second learner.
 
-    def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
-        self._say = say
+    The thread that makes it supervises all of them.
+
+    Args:
+        folder: For data and logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
         self.broker = EmbeddedBroker(folder / "kafka")
         self.minio = MinioServer(folder / "minio")
         self.supervisors: list[Supervisor] = []
@@ -58,7 +63,7 @@ class Stack:
     def start(self) -> None:
         self.broker.start()
         self.minio.start()
-        os.environ.update(self.minio.environment())  # the oracle's own clients read it too
+        os.environ.update(self.minio.environment())  # the oracle's clients read it too
         small = small_settings(self.broker.bootstrap, "soak-", STORE_URI)
         self.settings = small.replace(
             base=str(base_folder(self._folder)),
@@ -82,7 +87,7 @@ class Stack:
             supervisor.tend()
 
     def wait(self, seconds: float) -> None:
-        """Let time pass, starting again what ended."""
+        """Let time pass and restart the roles that end meanwhile."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             self.tend()
@@ -97,14 +102,14 @@ class Stack:
     # ---- faults
 
     def kill(self, name: str, which: int = 0) -> None:
-        """kill -9 of a role; tending starts it again."""
+        """Kill a role with SIGKILL; `tend` restarts it."""
         role = self.supervisors[which].children[name]
         role.signal(signal.SIGKILL)
         if role.process is not None:
             role.process.wait()
 
     def freeze(self, name: str, seconds: float) -> None:
-        """Stop a role's process and let it go on after a while, a zombie perhaps by then."""
+        """Stop a role's process and resume it later; by then another may have taken its partitions."""
         role = self.supervisors[0].children[name]
         role.signal(signal.SIGSTOP)
         try:
@@ -113,13 +118,13 @@ class Stack:
             role.signal(signal.SIGCONT)
 
     def kill_all(self) -> None:
-        """kill -9 of every role at once."""
+        """Kill every role at once with SIGKILL."""
         for supervisor in self.supervisors:
             for role in supervisor.children.values():
                 role.signal(signal.SIGKILL)
 
     def kill_broker(self, seconds: float) -> None:
-        """kill -9 of the broker; after a while again on the same data and port."""
+        """Kill the broker with SIGKILL and start it again later on the same data and port."""
         port = self.broker.bootstrap
         self.broker.kill()
         self.wait(seconds)
@@ -128,7 +133,7 @@ class Stack:
             raise RuntimeError(f"the broker came back at {self.broker.bootstrap}, not at {port}")
 
     def kill_minio(self, seconds: float) -> None:
-        """kill -9 of the store; after a while again on the same data and port."""
+        """Kill the store with SIGKILL and start it again later on the same data and port."""
         process = self.minio._process
         if process is None:
             return
@@ -137,13 +142,13 @@ class Stack:
         process.wait()
         self.wait(seconds)
         while not self.minio.running:
-            with suppress(MinioServerError):  # the kernel has not yet ended the one before
+            with suppress(MinioServerError):  # the killed process may still hold the port
                 self.minio.tend()
             self.wait(0.5)
 
 
 def faults(stack: Stack, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Faults without end, in an order that the seed gives: every kind once before any comes again."""
+    """Yield faults without end in an order that the seed determines; every kind comes once before any comes again."""
     rng = random.Random(f"faults {seed}")
     while True:
         made: list[tuple[str, Callable[[], None]]] = []
@@ -163,7 +168,7 @@ def faults(stack: Stack, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 class Watch(threading.Thread):
-    """Tells every few seconds how far things are: a bar at a terminal, else lines. Counts along the lines of versions."""
+    """A thread that reports progress every few seconds: a bar at a terminal, else lines. Counts published versions."""
 
     def __init__(self, settings: Settings, load: Load, total_s: float) -> None:
         super().__init__(name="watch", daemon=True)
@@ -181,8 +186,8 @@ class Watch(threading.Thread):
         columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
             task = progress.add_task("soak", total=self._total_s)
-            while not self.stop.wait(_TOLD_EVERY_S):
-                with suppress(PerennialError):  # the store is down: the figures stay
+            while not self.stop.wait(_REPORT_EVERY_S):
+                with suppress(PerennialError):  # the store is down: keep the last figures
                     self._count()
                 elapsed_s = time.monotonic() - began
                 acknowledged = len(self._load.acked)
@@ -209,8 +214,12 @@ class Watch(threading.Thread):
 
 
 def soak(minutes: float, seed: int, folder: Path) -> Verdict:
-    """Run it all in the folder. Raises RuntimeError where the soak itself cannot go on."""
-    stack = Stack(folder, print)
+    """Run the soak in a folder.
+
+    Raises:
+        RuntimeError: The soak itself cannot go on.
+    """
+    stack = Stack(folder)
     made: list[str] = []
     try:
         stack.start()
@@ -248,7 +257,7 @@ def soak(minutes: float, seed: int, folder: Path) -> Verdict:
 
 
 def _when_quiet(stack: Stack, load: Load, seed: int) -> Verdict:
-    """Judge once all is at its end, and a little later again, for a second learning would come then."""
+    """Judge when all work is done, and once more a little later, when a second learning would show."""
     began = time.monotonic()
     settled = False
     while True:
@@ -256,7 +265,7 @@ def _when_quiet(stack: Stack, load: Load, seed: int) -> Verdict:
         failure: Exception | None = None
         try:
             verdict = judge(stack.settings, load)
-        except PerennialError as error:  # the line went on while it was read
+        except PerennialError as error:  # the adapter changed while it was read
             failure = error
         if verdict is not None and not verdict.unsettled:
             if settled:
@@ -275,11 +284,14 @@ def _when_quiet(stack: Stack, load: Load, seed: int) -> Verdict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10.0, help="how long faults are made")
-    parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6), help="the order of faults and load")
-    parser.add_argument("--keep", action="store_true", help="keep logs and data where all is well, too")
+    parser.add_argument("--minutes", type=float, default=10.0, help="minutes of faults")
+    parser.add_argument(
+        "--seed", type=int, default=secrets.randbelow(10**6), help="determines the order of faults and load"
+    )
+    parser.add_argument("--keep", action="store_true", help="keep logs and data even if all is well")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing stays behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process is left over
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this with SIGINT ignored
     folder = Path(tempfile.mkdtemp(prefix="perennial-soak-"))
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes, logs and data in {folder}", flush=True)
     verdict = soak(arguments.minutes, arguments.seed, folder)
@@ -288,7 +300,7 @@ def main() -> int:
     if verdict.holds and not arguments.keep:
         shutil.rmtree(folder, ignore_errors=True)
     elif not verdict.holds:
-        print(f"it does not hold; logs and data are kept in {folder}")
+        print(f"the verdict does not hold; logs and data are kept in {folder}")
     print(json.dumps(verdict.figures))
     return 0 if verdict.holds else 1
 

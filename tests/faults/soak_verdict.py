@@ -1,4 +1,4 @@
-"""The soak's verdict: what became of every record of the input topics, what was erased and is gone, what was said on the way."""
+"""The soak's verdict: what became of every input record, whether erased texts are unreadable, what was published."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 from tests.faults import parts
 from tests.faults.soak_load import ADAPTERS, Load
-from tests.oracle import ERASED, PENDING, TERMS, Line, Place, Reckoning, read_line, reckon
+from tests.oracle import ERASED, PENDING, TERMS, AdapterRecord, Classification, Position, classify, read_adapter
 
-_MARK = re.compile(rb"mark-\d{7}-kram")
+_TEXT_MARK = re.compile(rb"mark-\d{7}-kram")
 _GROUPS = {
     "documents": "intake", "interactions": "intake", "examples": "scorer", "scored-examples": "curate",
     "adapter-jobs": "learner", "retention": "curate",
@@ -50,7 +50,15 @@ _INPUTS = ("documents", "interactions")
 
 @dataclass
 class Verdict:
-    """The figures, the equation, and what is wrong. unsettled: something may still move."""
+    """The figures of a soak, its equation, and what is wrong.
+
+    Attributes:
+        terms: How many acknowledged records each term of the equation has.
+        acknowledged: How many records were acknowledged.
+        wrong: What does not hold, by the kind of fault; empty lists where all is well.
+        unsettled: Some role is still at work, or something is wrong that may be right a little later.
+        figures: Everything that the line of JSON reports.
+    """
 
     terms: dict[str, int]
     acknowledged: int
@@ -60,11 +68,11 @@ class Verdict:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing is wrong."""
+        """Return whether nothing is wrong."""
         return not any(self.wrong.values())
 
     def lines(self) -> Iterable[str]:
-        """For people: the equation, then what offends."""
+        """Return the verdict for people: the equation, then what is wrong."""
         sum_of = sum(self.terms.values())
         sign = "=" if sum_of == self.acknowledged else "!="
         yield f"acknowledged {self.acknowledged} {sign} " + " + ".join(f"{name} {n}" for name, n in self.terms.items())
@@ -75,126 +83,156 @@ class Verdict:
 
 @dataclass
 class _Seen:
-    """What the topics and the store hold at one moment."""
+    """What the topics and the store hold at one moment.
 
-    values: dict[Place, bytes]
-    accepted: dict[Place, ExampleAccepted]
-    letters: set[Place]
-    job_letters: list[str]
-    waiting: set[Place]
+    Attributes:
+        values: The input records.
+        accepted: The examples that intake wrote.
+        dead_letters: The input records that were refused.
+        failed_jobs: Dead letter records of other topics, as text.
+        uncommitted: Positions of records that some role has not committed yet.
+        lagging: How many records of all topics are not committed yet.
+        adapters: What the manifests say, by adapter.
+        classification: The terms of every input record.
+        ledger: The requests to forget.
+    """
+
+    values: dict[Position, bytes]
+    accepted: dict[Position, ExampleAccepted]
+    dead_letters: set[Position]
+    failed_jobs: list[str]
+    uncommitted: set[Position]
     lagging: int
-    lines: dict[str, Line]
-    reckoning: Reckoning
-    book: RequestLedger
+    adapters: dict[str, AdapterRecord]
+    classification: Classification
+    ledger: RequestLedger
 
 
 def judge(settings: Settings, load: Load) -> Verdict:
-    """Read everything and hold it against what was acknowledged. Raises StoreError."""
+    """Read everything and compare it with what was acknowledged.
+
+    Args:
+        settings: Names the broker and the store.
+        load: What was published.
+
+    Raises:
+        StoreError: The store cannot be read, or an adapter changed while it was read.
+    """
     registry = open_registry(settings)
-    seen = _look(settings, registry)
-    reckoning, log = seen.reckoning, set(load.acked)
-    learned = {place for line in seen.lines.values() for place in line.learned}
-    served = {place for line in seen.lines.values() for place in line.served}
-    meant = _meant(seen, load)
-    erased = {place for place, terms in reckoning.terms.items() if ERASED in terms and place in seen.accepted}
-    asked = list(load.asked.values())
+    seen = _read_all(settings, registry)
+    classification, log = seen.classification, set(load.acked)
+    learned = {position for record in seen.adapters.values() for position in record.learned}
+    served = {position for record in seen.adapters.values() for position in record.served}
+    matched = _matched(seen)
+    erased = {
+        position for position, terms in classification.terms.items() if ERASED in terms and position in seen.accepted
+    }
+    requests = list(load.requests.values())
     open_requests = [
         f"{name}: {record.state}: {record.detail}"
-        for name, record in seen.book.records.items()
+        for name, record in seen.ledger.records.items()
         if not KINDS[record.request.kind].stays_in_force and record.state not in {"closed", "held"}
     ]
     wrong = {
         "lost or counted twice": [
-            f"{place[0]}@{place[1]}: {terms or 'no term'} {_excerpt(seen.values.get(place))}"
-            for place, terms in reckoning.wrong([*seen.values, *log]).items()
+            f"{position[0]}@{position[1]}: {terms or 'no term'} {_excerpt(seen.values.get(position))}"
+            for position, terms in classification.wrong([*seen.values, *log]).items()
         ],
         "acknowledged and not in its topic": [f"{p[0]}@{p[1]}" for p in log - set(seen.values)],
-        "learned twice": [name for line in seen.lines.values() for name in line.twice],
+        "learned twice": [name for record in seen.adapters.values() for name in record.learned_twice],
         "stale publishes": parts.stale_publishes(settings, registry),
-        "jobs that could not be done": seen.job_letters,
+        "jobs that could not be done": seen.failed_jobs,
         "erased without a reason": [
-            f"{place[0]}@{place[1]} {seen.accepted[place].document_id}"
-            for place in erased
-            if not _has_reason(seen.accepted[place], asked, seen.accepted.values())
+            f"{position[0]}@{position[1]} {seen.accepted[position].document_id}"
+            for position in erased
+            if not _has_reason(seen.accepted[position], requests, seen.accepted.values())
         ],
-        "erased and still learned": [f"{place[0]}@{place[1]}" for place in meant & (learned | served)],
-        "erased and still readable": _readable(registry.store, seen, erased | meant, learned),
+        "erased and still learned": [f"{position[0]}@{position[1]}" for position in matched & (learned | served)],
+        "erased and still readable": _readable(registry.store, seen, erased | matched, learned),
         "lived longer than it said": _overdue(seen, learned),
-        "requests that nobody answered": sorted(load.heard - set(seen.book.records)),
+        "requests that nobody answered": sorted(load.acked_requests - set(seen.ledger.records)),
         "requests neither closed nor held": open_requests,
     }
-    terms = reckoning.count(log)
-    kinds = [record.request.kind for record in seen.book.records.values() if record.state == "closed"]
+    terms = classification.count(log)
+    kinds = [record.request.kind for record in seen.ledger.records.values() if record.state == "closed"]
     figures = {
         "acknowledged": len(log), **{name.replace(" ", "_"): n for name, n in terms.items()},
         "unknown": load.unknown, "unacknowledged_in_topics": len(set(seen.values) - log),
         "versions": sum(1 for adapter in ADAPTERS for _ in registry.versions(adapter)),
-        "requests": len(load.asked), "erasures_closed": sum(KINDS[kind].job == "forget" for kind in kinds),
+        "requests": len(load.requests), "erasures_closed": sum(KINDS[kind].job == "forget" for kind in kinds),
         **{what.replace(" ", "_"): len(found) for what, found in wrong.items()},
     }  # fmt: skip
     unsettled = bool(seen.lagging or terms[PENDING] or any(wrong.values()))
     return Verdict(terms, len(log), wrong, unsettled, figures)
 
 
-def _look(settings: Settings, registry: Any) -> _Seen:
-    values: dict[Place, bytes] = {}
+def _read_all(settings: Settings, registry: Any) -> _Seen:
+    values: dict[Position, bytes] = {}
     committed = _committed(settings)
-    waiting: set[Place] = set()
+    uncommitted: set[Position] = set()
     lagging = 0
-    accepted: dict[Place, ExampleAccepted] = {}
+    accepted: dict[Position, ExampleAccepted] = {}
     for topic in (*_INPUTS, "examples", "scored-examples", "adapter-jobs", "retention"):
         for record in parts.read_to_end(settings, topic):
-            is_waiting = record.offset >= committed[topic, record.partition]
-            lagging += is_waiting
+            is_uncommitted = record.offset >= committed[topic, record.partition]
+            lagging += is_uncommitted
             if topic in _INPUTS:
-                place = f"{record.topic}/{record.partition}", record.offset
-                values[place] = record.value
-                places = [place]
+                position = f"{record.topic}/{record.partition}", record.offset
+                values[position] = record.value
+                positions = [position]
             elif topic == "retention":
                 continue
             else:
                 event = decode(record.value, record.headers, topic).event
                 if isinstance(event, ExampleAccepted):
-                    accepted[_at(event.origin)] = event
-                places = _covered(registry.store, event) if is_waiting else []
-            if is_waiting:
-                waiting.update(places)
-    letters, job_letters = set(), []
+                    accepted[_position(event.origin)] = event
+                positions = _covered(registry.store, event) if is_uncommitted else []
+            if is_uncommitted:
+                uncommitted.update(positions)
+    dead_letters, failed_jobs = set(), []
     for record in parts.read_to_end(settings, "dead-letters"):
-        letter = read_dead_letter(
+        found = read_dead_letter(
             record.partition, record.offset, record.key, record.value, record.headers, settings.kafka.topic_prefix
         )
-        if letter.source_topic in _INPUTS:
-            letters.add(
+        if found.source_topic in _INPUTS:
+            dead_letters.add(
                 (
-                    f"{settings.kafka.topic(letter.source_topic)}/{letter.dead_letter.partition}",
-                    letter.dead_letter.offset,
+                    f"{settings.kafka.topic(found.source_topic)}/{found.dead_letter.partition}",
+                    found.dead_letter.offset,
                 )
             )
         else:
-            job_letters.append(f"{letter.source_topic}: {letter.dead_letter.reason}: {letter.dead_letter.detail}"[:400])
-    lines = {adapter: read_line(registry, adapter) for adapter in ADAPTERS}
-    carried = {place for adapter in ADAPTERS for place in _carried(registry.store, adapter)}
-    contents = {place: _content(value) for place, value in values.items()}
-    reckoning = reckon(contents, lines.values(), accepted, letters, carried, waiting)
+            failed_jobs.append(f"{found.source_topic}: {found.dead_letter.reason}: {found.dead_letter.detail}"[:400])
+    adapters = {adapter: read_adapter(registry, adapter) for adapter in ADAPTERS}
+    carried = {position for adapter in ADAPTERS for position in _carried(registry.store, adapter)}
+    contents = {position: _content(value) for position, value in values.items()}
+    classification = classify(contents, adapters.values(), accepted, dead_letters, carried, uncommitted)
     return _Seen(
-        values, accepted, letters, job_letters, waiting, lagging, lines, reckoning, load_ledger(registry.store)[0]
+        values,
+        accepted,
+        dead_letters,
+        failed_jobs,
+        uncommitted,
+        lagging,
+        adapters,
+        classification,
+        load_ledger(registry.store)[0],
     )
 
 
 def _content(value: bytes) -> str:
-    """What a record says, whichever fields that say nothing its writer left out."""
+    """Return a record's content without empty fields, because writers may leave those out or not."""
     try:
-        said = json.loads(value)
+        fields = json.loads(value)
     except ValueError:
         return value.hex()
-    if isinstance(said, dict):
-        said = {name: field for name, field in said.items() if field not in (None, [])}
-    return json.dumps(said, sort_keys=True)
+    if isinstance(fields, dict):
+        fields = {name: field for name, field in fields.items() if field not in (None, [])}
+    return json.dumps(fields, sort_keys=True)
 
 
 def _committed(settings: Settings) -> dict[tuple[str, int], int]:
-    """The next offset of every role, by topic and partition."""
+    """Return the committed offset of the role that reads each topic, by topic and partition."""
     found: dict[tuple[str, int], int] = {}
     for group in set(_GROUPS.values()):
         consumer = connect(
@@ -210,87 +248,96 @@ def _committed(settings: Settings) -> dict[tuple[str, int], int]:
     return found
 
 
-def _covered(store: ObjectStore, event: object) -> list[Place]:
-    """The places that an event inside is about."""
+def _covered(store: ObjectStore, event: object) -> list[Position]:
+    """Return the input positions that an internal event is about."""
     if isinstance(event, ExampleAccepted):
-        return [_at(event.origin)]
+        return [_position(event.origin)]
     if isinstance(event, ExampleScored):
-        return [_at(event.example.origin)]
+        return [_position(event.example.origin)]
     if isinstance(event, UpdateRequested):
-        with suppress(NotFoundError):  # made anew without what was erased: then the job is done
+        with suppress(NotFoundError):  # forgetting has rebuilt the update, so the job is done
             batch = Batch.model_validate_json(get_blob(store, event.batch.digest, MAX_BATCH_BYTES))
-            return [_at(origin) for origin in batch_origins(batch)]
+            return [_position(origin) for origin in batch_origins(batch)]
     return []
 
 
-def _carried(store: ObjectStore, adapter: str) -> list[Place]:
-    """What curate skipped and keeps for its next cut."""
+def _carried(store: ObjectStore, adapter: str) -> list[Position]:
+    """Return what curate skipped and will list in its next micro-batch."""
     try:
         state = json.loads(store.get(state_key(adapter), MAX_STATE_BYTES).data)
     except NotFoundError:
         return []
-    return [_at(Origin.model_validate(skip["origin"])) for skip in state["carried"]]
+    return [_position(Origin.model_validate(skip["origin"])) for skip in state["carried"]]
 
 
-def _at(origin: Origin) -> Place:
+def _position(origin: Origin) -> Position:
     return f"{origin.topic}/{origin.partition}", origin.offset
 
 
-def _has_reason(example: ExampleAccepted, asked: list[RetentionRequested], others: Iterable[ExampleAccepted]) -> bool:
-    """Whether anything that was published says that the example is to be forgotten."""
+def _has_reason(
+    example: ExampleAccepted, requests: list[RetentionRequested], others: Iterable[ExampleAccepted]
+) -> bool:
+    """Return whether any published record or request says that the example is to be forgotten."""
     if example.expires_at is not None or example.retention_class != PERMANENT:
         return True
     if any(
         request.kind == "erase" and request.adapter == example.adapter and request.selector
-        and request.selector.matches(example) for request in asked
+        and request.selector.matches(example) for request in requests
     ):  # fmt: skip
         return True
     return any(o.adapter == example.adapter and example.document_id in o.supersedes for o in others)
 
 
-def _meant(seen: _Seen, load: Load) -> set[Place]:
-    """What closed requests mean, and what lived as long as it said: none of it may be learned.
+def _matched(seen: _Seen) -> set[Position]:
+    """Return what closed requests match: none of it may be learned.
 
-    An erasure means what was published before it came to its topic; one that a hold met is not counted here.
+    An erasure matches what was published before the request. Requests that a hold blocks are not closed.
     """
-    meant: set[Place] = set()
+    matched: set[Position] = set()
     closed = {
-        n: r for n, r in seen.book.records.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}
+        n: r for n, r in seen.ledger.records.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}
     }
-    for place, example in seen.accepted.items():
+    for position, example in seen.accepted.items():
         for record in closed.values():
             selector = record.request.selector
             if record.request.adapter != example.adapter or example.origin.timestamp_ms > record.until_ms:
                 continue
             if example.example_id in record.example_ids or (selector is not None and selector.matches(example)):
-                meant.add(place)
-    return meant
+                matched.add(position)
+    return matched
 
 
-def _overdue(seen: _Seen, learned: set[Place]) -> list[str]:
-    """What is learned though its own fields ended its life a while ago, and no hold stands on it."""
+def _overdue(seen: _Seen, learned: set[Position]) -> list[str]:
+    """Return what is learned although its own fields made it expire a while ago and no hold covers it."""
     found = []
-    for place, example in seen.accepted.items():
+    for position, example in seen.accepted.items():
         end_ms = expires_ms(example, ())
-        if place not in learned or end_ms is None or end_ms > (time.time() - _OVERDUE_S) * 1000:
+        if position not in learned or end_ms is None or end_ms > (time.time() - _OVERDUE_S) * 1000:
             continue
-        if not any(matches(example) for matches in hold_matchers(seen.book, example.adapter)):
-            found.append(f"{place[0]}@{place[1]} {example.document_id}")
+        if not any(matches(example) for matches in hold_matchers(seen.ledger, example.adapter)):
+            found.append(f"{position[0]}@{position[1]} {example.document_id}")
     return found
 
 
-def _readable(store: ObjectStore, seen: _Seen, gone: set[Place], learned: set[Place]) -> list[str]:
-    """Marks of erased texts that some object still holds, and blobs of states that knew them."""
-    stays = {mark for place in learned for mark in _MARK.findall(seen.values.get(place, b""))}
-    marks = {mark for place in gone for mark in _MARK.findall(seen.values.get(place, b""))} - stays
-    found = [f"blob {digest}" for line in seen.lines.values() for digest in line.knew if store.exists(blob_key(digest))]
+def _readable(store: ObjectStore, seen: _Seen, removed: set[Position], learned: set[Position]) -> list[str]:
+    """Return marks of erased texts that some object still holds, and blobs of states that were trained on them."""
+    still_learned = {mark for position in learned for mark in _TEXT_MARK.findall(seen.values.get(position, b""))}
+    marks = {
+        mark for position in removed for mark in _TEXT_MARK.findall(seen.values.get(position, b""))
+    } - still_learned
+    found = [
+        f"blob {digest}"
+        for record in seen.adapters.values()
+        for digest in record.contaminated_blobs
+        if store.exists(blob_key(digest))
+    ]
     for prefix in ("blobs/", "manifests/", "state/", "quarantine/", "retention/"):
         for key in store.list(prefix):
             try:
                 data = store.get(key).data
-            except NotFoundError:  # erased meanwhile
+            except NotFoundError:  # deleted meanwhile
                 continue
-            found += [f"{mark.decode()} in {key}" for mark in marks & set(_MARK.findall(data))]
+            found += [f"{mark.decode()} in {key}" for mark in marks & set(_TEXT_MARK.findall(data))]
     return found
 
 

@@ -1,10 +1,10 @@
 """kill -9 at every failpoint, on a real Apache Kafka and a real MinIO: nothing lost, nothing learned twice.
 
-All roles run; in each round every role that has a place left is armed with it and documents are published. Each
-armed role must die there. It is started again at once, and the round ends when all that was acknowledged is in a
-manifest, the alias is at the head and that was said; the table has the seconds from each death until then. Rounds with
-an erasure, of an adapter each, kill retain and the learner while they forget. At the end
-the weights must be those that training from scratch comes to, without kills, cut as the publisher's own log says.
+All roles run. In each round every role that has a failpoint left gets it, and documents are published. Each of these
+roles must die there and is started again at once. The round ends when everything acknowledged is in a manifest, the
+alias names the newest version, and that was published; the table has the seconds from each death until then. Other
+rounds, each with an adapter of its own, kill retain and the learner during an erasure. At the end the weights must be
+those of a training from scratch without kills, with the micro-batches that the publisher's own log implies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from perennial.streams.events.models import Batch, ExampleAccepted, ForgetReques
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from tests import scratch
-from tests.faults.kit import Crew, places
+from tests.faults.kit import Crew, failpoints
 from tests.faults.parts import envelopes, stale_publishes
 from tests.faults.report import Row
 from tests.integration.streams.test_intake import assert_in_order_without_gaps
@@ -45,31 +45,34 @@ from tests.unit.learner.test_forgetting import readable
 ELSEWHERE = {"dlq.send", "dlq.save"}
 """The command `perennial dlq replay` is killed in tests/integration/streams/test_dlq.py."""
 PER_CUT = 6
-PER_ROUND = 2 * PER_CUT
-GIVE_UP_S = 120.0
+DOCUMENTS_PER_ROUND = 2 * PER_CUT
+GIVE_UP_S = 300.0
 SAME_NATS = 1e-4
 ADAPTER = "acme/crash"
-OFTEN = {"curate.receive": PER_ROUND, "learner.load": 2, "learner.train": 2, "publish.manifest": 2}
-"""Places that a round passes more than once: the kill is at any of the passes."""
+OFTEN = {"curate.receive": DOCUMENTS_PER_ROUND, "learner.load": 2, "learner.train": 2, "publish.manifest": 2}
+"""Failpoints that a round reaches more than once, and how often: the kill is at any of these times."""
 
 
-def role_of(place: str) -> str:
-    """The process that comes past a place."""
-    part = place.partition(".")[0]
+def role_of(failpoint: str) -> str:
+    """Return the role that has a failpoint."""
+    part = failpoint.partition(".")[0]
     return {"curate": "streams", "retain": "streams", "publish": "learner"}.get(part, part)
 
 
-def forgets(place: str) -> bool:
-    """Whether only a forgetting comes past the place."""
-    return place.startswith(("retain.", "learner.forget_"))
+def forgets(failpoint: str) -> bool:
+    """Return whether only a forgetting reaches the failpoint."""
+    return failpoint.startswith(("retain.", "learner.forget_"))
 
 
 def plan(names: Sequence[str], runs: int) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """The rounds with documents and those with an erasure: role to place, each place `runs` times."""
+    """Return the rounds with documents and those with an erasure: failpoints by role, each failpoint `runs` times."""
 
     def rounds(chosen: list[str]) -> list[dict[str, str]]:
-        queues = [[place for place in chosen if role_of(place) == role] for role in dict.fromkeys(map(role_of, chosen))]
-        return [{role_of(place): place for place in row if place} for row in zip_longest(*queues)]
+        queues = [
+            [failpoint for failpoint in chosen if role_of(failpoint) == role]
+            for role in dict.fromkeys(map(role_of, chosen))
+        ]
+        return [{role_of(failpoint): failpoint for failpoint in row if failpoint} for row in zip_longest(*queues)]
 
     wanted = [name for name in names if name not in ELSEWHERE]
     learning, forgetting = [n for n in wanted if not forgets(n)], [n for n in wanted if forgets(n)]
@@ -77,9 +80,9 @@ def plan(names: Sequence[str], runs: int) -> tuple[list[dict[str, str]], list[di
 
 
 def test_every_failpoint_of_the_source_is_in_the_matrix() -> None:
-    names = places()
+    names = failpoints()
     learning, forgetting = plan(names, 3)
-    times = Counter(place for row in [*learning, *forgetting] for place in row.values())
+    times = Counter(failpoint for row in [*learning, *forgetting] for failpoint in row.values())
     assert set(times) == set(names) - ELSEWHERE
     assert set(times.values()) == {3}
     for part in ("intake.", "scorer.", "curate.", "retain.", "learner.", "publish."):
@@ -88,7 +91,16 @@ def test_every_failpoint_of_the_source_is_in_the_matrix() -> None:
 
 @dataclass
 class Bench:
-    """The stack, and what the publisher was told."""
+    """The running roles, and what the publisher logged.
+
+    Attributes:
+        settings: Of all roles.
+        registry: The adapters' versions.
+        crew: The roles' processes.
+        publisher: Publishes documents and requests.
+        rng: Determines texts and kills.
+        acked: Positions of the acknowledged documents, by adapter.
+    """
 
     settings: Settings
     registry: Registry
@@ -98,7 +110,7 @@ class Bench:
     acked: dict[str, list[tuple[str, int]]]
 
     def publish(self, adapter: str, count: int) -> None:
-        """Documents that cannot be taken for each other; in the log once they are acknowledged."""
+        """Publish documents that differ from each other and log their acknowledgements."""
         log = self.acked.setdefault(adapter, [])
         receipts = [
             self.publisher.document(
@@ -110,7 +122,7 @@ class Bench:
         log += [(f"{d.topic}/{d.partition}", d.offset) for d in (receipt.result(60) for receipt in receipts)]
 
     def settled(self, adapter: str) -> bool:
-        """Whether the head accounts for the last acknowledged document and is what is served."""
+        """Return whether the newest version accounts for the last acknowledged document and is served."""
         head = self.registry.head(adapter)
         state = self.registry.alias(adapter, self.settings.serving.alias)
         if head is None or state is None or state.version != head.version:
@@ -118,38 +130,47 @@ class Bench:
         return max(head.manifest.marks.values(), default=-1) >= self.acked[adapter][-1][1]
 
     def account(self) -> Account:
-        """What the manifests say of all adapters."""
+        """Return what the manifests of all adapters say."""
         return account(self.registry, self.acked)
 
     def lost(self, found: Account) -> list[tuple[str, int]]:
-        """Acknowledged, and in no manifest."""
-        return [origin for log in self.acked.values() for origin in found.covers(log)]
+        """Return what was acknowledged and is in no manifest."""
+        return [position for log in self.acked.values() for position in found.missing(log)]
 
-    def run(self, armed: Mapping[str, str], act: Callable[[], None], settled: Callable[[], bool]) -> dict[str, float]:
-        """Arm, act, start again whoever died; seconds from each role's death until all had settled."""
-        for role, place in armed.items():
-            self.crew.arm(role, f"{place}:{self.rng.randint(1, OFTEN.get(place, 1))}")
+    def run(self, kills: Mapping[str, str], act: Callable[[], None], settled: Callable[[], bool]) -> dict[str, float]:
+        """Run a round: set the failpoints, act, start each role again that dies, wait until all is settled.
+
+        Args:
+            kills: The failpoint of each role that is to be killed.
+            act: Publishes what makes the roles reach their failpoints.
+            settled: Returns whether the round may end.
+
+        Returns:
+            For each failpoint the seconds from the kill until everything had settled.
+        """
+        for role, failpoint in kills.items():
+            self.crew.set_failpoint(role, f"{failpoint}:{self.rng.randint(1, OFTEN.get(failpoint, 1))}")
         died: dict[str, float] = {}
         act()
         deadline = time.monotonic() + GIVE_UP_S
-        while len(died) < len(armed) or not settled():
-            for role, place in armed.items():
-                code = self.crew.died(role)
+        while len(died) < len(kills) or not settled():
+            for role, failpoint in kills.items():
+                code = self.crew.exit_code(role)
                 if role not in died and code is not None:
                     assert code == -signal.SIGKILL, (
-                        f"{role} ended with {code} on its way to {place}:\n{self.crew.tail(role)}"
+                        f"{role} ended with {code} on its way to {failpoint}:\n{self.crew.tail(role)}"
                     )
                     died[role] = time.monotonic()
-                    self.crew.arm(role, "")
+                    self.crew.set_failpoint(role, "")
                     self.crew.start(role)
             if time.monotonic() > deadline:
-                late = set(armed) - set(died)
-                tails = "\n".join(f"--- {role}\n{self.crew.tail(role)}" for role in armed)
-                pytest.fail(f"not settled in {GIVE_UP_S:.0f} s, never reached: {[armed[r] for r in late]}\n{tails}")
+                late = set(kills) - set(died)
+                tails = "\n".join(f"--- {role}\n{self.crew.tail(role)}" for role in kills)
+                pytest.fail(f"not settled in {GIVE_UP_S:.0f} s, never reached: {[kills[r] for r in late]}\n{tails}")
             time.sleep(0.05)
-        stale_publishes(self.settings, self.registry)  # all that is to be said has been said, too
+        stale_publishes(self.settings, self.registry)  # waits until the last events are published, too
         now = time.monotonic()
-        return {armed[role]: now - at for role, at in died.items()}
+        return {kills[role]: now - at for role, at in died.items()}
 
 
 @pytest.fixture
@@ -176,9 +197,16 @@ def bench(broker, topic_prefix, tmp_path, monkeypatch):
         server.stop()
 
 
-def from_scratch(bench: Bench, adapter: str, folder: Path, gone: str | None = None) -> scratch.Scratch:
-    """Train what the publisher's log says, cut by cut, without kills; examples as intake accepted them."""
-    line = make_version_writer(
+def from_scratch(bench: Bench, adapter: str, folder: Path, erased: str | None = None) -> scratch.Scratch:
+    """Train without kills on what the publisher logged, in micro-batches of PER_CUT.
+
+    Args:
+        bench: Its published manifests give the examples as intake accepted them.
+        adapter: The adapter.
+        folder: For the micro-batches.
+        erased: The document that was erased, if any.
+    """
+    writer = make_version_writer(
         bench.settings, DirectoryStore(folder), load_base("shipped", "cpu", bench.settings.model.threads)
     )
     known: dict[int, ExampleAccepted] = {}
@@ -195,16 +223,16 @@ def from_scratch(bench: Bench, adapter: str, folder: Path, gone: str | None = No
         for cut, start in enumerate(range(0, len(log), PER_CUT))
     }
     names = [example.document_id for cut in cuts.values() for example in cut]
-    assert names == [f"doc-{number}" for number in range(len(log)) if f"doc-{number}" != gone]
-    return scratch.train(line.updater, DirectoryStore(folder), adapter, cuts)
+    assert names == [f"doc-{number}" for number in range(len(log)) if f"doc-{number}" != erased]
+    return scratch.train(writer.updater, DirectoryStore(folder), adapter, cuts)
 
 
 def judge(bench: Bench, recovered: Mapping[str, float], record_fault: Callable[[Row], None]) -> list[str]:
-    """What is wrong after a round. Each of its places gets its row in the table."""
+    """Record a row for each failpoint of a round, and return what is wrong after it, as text."""
     found = bench.account()
     lost, twice, stale = bench.lost(found), found.learned_twice, stale_publishes(bench.settings, bench.registry)
-    for place, seconds in recovered.items():
-        record_fault(Row(f"kill -9 at {place}", 1, len(lost), len(twice), len(stale), round(seconds, 1)))
+    for failpoint, seconds in recovered.items():
+        record_fault(Row(f"kill -9 at {failpoint}", 1, len(lost), len(twice), len(stale), round(seconds, 1)))
     return [f"{', '.join(recovered)}: lost {lost}, twice {twice}, stale {stale}"] if lost or twice or stale else []
 
 
@@ -214,8 +242,8 @@ def test_a_kill_at_every_failpoint_of_learning_loses_nothing_and_learns_nothing_
     bench, fault_runs, record_fault, tmp_path
 ):
     wrong: list[str] = []
-    for armed in plan(places(), fault_runs)[0]:
-        killed = bench.run(armed, lambda: bench.publish(ADAPTER, PER_ROUND), lambda: bench.settled(ADAPTER))
+    for kills in plan(failpoints(), fault_runs)[0]:
+        killed = bench.run(kills, lambda: bench.publish(ADAPTER, DOCUMENTS_PER_ROUND), lambda: bench.settled(ADAPTER))
         wrong += judge(bench, killed, record_fault)
     assert not wrong, "\n".join(wrong)
     judge_topics(bench, erasures=0)
@@ -225,45 +253,49 @@ def test_a_kill_at_every_failpoint_of_learning_loses_nothing_and_learns_nothing_
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_kill_at_every_failpoint_of_forgetting_leaves_what_never_saw_it(bench, fault_runs, record_fault, tmp_path):
-    rounds = plan(places(), fault_runs)[1]
+    rounds = plan(failpoints(), fault_runs)[1]
     adapters = [f"acme/forget-{number}" for number in range(len(rounds))]
     wrong: list[str] = []
-    for armed, adapter in zip(rounds, adapters, strict=True):
+    for kills, adapter in zip(rounds, adapters, strict=True):
         request = adapter.replace("/", "-")
-        bench.publish(adapter, PER_ROUND)
+        bench.publish(adapter, DOCUMENTS_PER_ROUND)
         bench.run({}, lambda: None, lambda adapter=adapter: bench.settled(adapter))
         killed = bench.run(
-            armed, lambda a=adapter, r=request: erase(bench, a, r), lambda a=adapter, r=request: gone(bench, a, r)
+            kills, lambda a=adapter, r=request: erase(bench, a, r), lambda a=adapter, r=request: forgotten(bench, a, r)
         )
         wrong += judge(bench, killed, record_fault)
     assert not wrong, "\n".join(wrong)
     judge_topics(bench, erasures=len(rounds))
     for adapter in adapters:
-        made = from_scratch(bench, adapter, tmp_path / adapter, gone="doc-3")
+        made = from_scratch(bench, adapter, tmp_path / adapter, erased="doc-3")
         assert made.equals(bench.registry.head(adapter).manifest), adapter
         (entry,) = load_quarantine(bench.registry.store, adapter).entries
         assert entry.done.examples == 1
-    erased = [event.text for event in said(bench, "examples") if event.document_id == "doc-3"]
+    erased = [event.text for event in events(bench, "examples") if event.document_id == "doc-3"]
     assert len(set(erased)) == len(rounds)
     assert readable(tmp_path / "minio" / "minio-data" / "perennial", erased) == []
 
 
-def said(bench: Bench, topic: str) -> list[Any]:
-    """Every event of a topic, in its order."""
+def events(bench: Bench, topic: str) -> list[Any]:
+    """Return every event of a topic, in its order."""
     return [envelope.event for envelope in envelopes(bench.settings, topic)]
 
 
 def judge_topics(bench: Bench, erasures: int) -> None:
-    """Whatever was said twice: in the order of the log, without gaps, in the same words, cut as the log says."""
+    """Check the topics between the roles.
+
+    Records may be repeated after a kill, but with the same content; their first occurrences are in order and without
+    gaps, and micro-batches have the size that the publisher's log implies.
+    """
     total = sum(map(len, bench.acked.values()))
     assert_in_order_without_gaps(bench.settings, {0: total})
     nats: dict[int, list[float]] = {}
-    for event in said(bench, "scored-examples"):
+    for event in events(bench, "scored-examples"):
         nats.setdefault(event.example.origin.offset, []).append(event.base_loss_nats)
     assert list(nats) == list(range(total)), "first sightings are in order"
-    # A batch of other rows pads otherwise, so the last bits may differ.
+    # Rows are padded to the widest of their batch, so the last bits may differ.
     assert [offset for offset, found in nats.items() if max(found) - min(found) > SAME_NATS] == []
-    jobs = said(bench, "adapter-jobs")
+    jobs = events(bench, "adapter-jobs")
     assert len({job.model_dump_json() for job in jobs}) == len({job.job_id for job in jobs}), "a job has one wording"
     sizes = {(job.adapter, job.cut): job.examples + job.skipped for job in jobs if isinstance(job, UpdateRequested)}
     assert sizes == {(name, cut): PER_CUT for name, log in bench.acked.items() for cut in range(len(log) // PER_CUT)}
@@ -271,14 +303,14 @@ def judge_topics(bench: Bench, erasures: int) -> None:
 
 
 def erase(bench: Bench, adapter: str, request: str) -> None:
-    """Ask to forget the fourth document."""
+    """Request the erasure of the fourth document."""
     bench.publisher.retention(
         request_id=request, kind="erase", adapter=adapter, requested_by="test", selector={"document_ids": ["doc-3"]}
     ).result(60)
 
 
-def gone(bench: Bench, adapter: str, request: str) -> bool:
-    """Whether the request was carried out and nothing is left to delete."""
+def forgotten(bench: Bench, adapter: str, request: str) -> bool:
+    """Return whether the request is done and nothing is left to delete."""
     entry = load_quarantine(bench.registry.store, adapter).entry(request)
     left = list(bench.registry.store.list(f"forgotten/{adapter}"))
     return entry is not None and entry.done is not None and not entry.done.failure and not left

@@ -1,4 +1,4 @@
-"""Training that goes wrong in the real learner: refused or dead-lettered with its reason, and the next batch is fine."""
+"""Training that fails in the real learner: refused or dead-lettered with a reason, and the next job is done."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def given(broker, topic_prefix, tmp_path, monkeypatch):
 
 
 def cut(settings, number: int, mark: str):
-    """A micro-batch of four documents; `mark` is a letter that occurs in no other text."""
+    """Return the job of four documents; `mark` is a character that occurs in no other text."""
     documents = [tiny.document(4 * number + n, f"{mark} the blue parrot sings at noon") for n in range(4)]
     return jobs.update(DirectoryStore(Path(settings.store.uri)), number, documents)
 
 
 def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(given, monkeypatch, record_fault):
-    """In turn: good, NaN, diverging, too large for memory at once, too large row by row, good."""
+    """The jobs are: good, NaN, diverging, too large for memory as one batch, too large row by row, good."""
     kinds = ("A", "N", "D", "M", "X", "B")
     token = {kind: tiny.tokenizer()(kind, add_special_tokens=False)["input_ids"][0] for kind in kinds}
     widths = []
@@ -76,22 +76,22 @@ def test_what_training_cannot_take_is_refused_and_the_next_batch_is_learned(give
         began = time.monotonic()
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == len(kinds), "and the last one")
         recovery_s = time.monotonic() - began
-    line = Registry(DirectoryStore(Path(given.store.uri)), nonce=lambda: "n", now=worker._now)
-    found = account(line, [ADAPTER])
-    letters = kit.letters(given, 1)
-    dead = {("documents/0", offset) for offset in range(16, 20)}
-    lost = [origin for origin in found.covers([("documents/0", n) for n in range(24)]) if origin not in dead]
-    stale = parts.stale_publishes(given, line)
+    registry = Registry(DirectoryStore(Path(given.store.uri)), nonce=lambda: "n", now=worker._now)
+    found = account(registry, [ADAPTER])
+    dead_letters = kit.dead_letters(given, 1)
+    refused = {("documents/0", offset) for offset in range(16, 20)}
+    lost = [position for position in found.missing([("documents/0", n) for n in range(24)]) if position not in refused]
+    stale = parts.stale_publishes(given, registry)
     for fault in ("NaN in training", "training that diverges", "out of memory in training"):
         record_fault(Row(fault, 1, len(lost), len(found.learned_twice), len(stale), recovery_s))
-    manifests = [line.manifest(ADAPTER, version) for _, version in line.versions(ADAPTER, newest_first=False)]
-    said = [(m.cut, m.outcome, m.reason if m.outcome == "refused" else "") for m in manifests]
-    assert said[:2] == [(0, "promoted", ""), (1, "refused", "not-finite")]
-    assert said[2] in {(2, "refused", reason) for reason in ("no-gain", "general-rise", "gradient-explosion")}
-    assert said[3:] == [(3, "promoted", ""), (5, "promoted", "")]
+    manifests = [registry.manifest(ADAPTER, version) for _, version in registry.versions(ADAPTER, newest_first=False)]
+    outcomes = [(m.cut, m.outcome, m.reason if m.outcome == "refused" else "") for m in manifests]
+    assert outcomes[:2] == [(0, "promoted", ""), (1, "refused", "not-finite")]
+    assert outcomes[2] in {(2, "refused", reason) for reason in ("no-gain", "general-rise", "gradient-explosion")}
+    assert outcomes[3:] == [(3, "promoted", ""), (5, "promoted", "")]
     assert max(widths) == 2
-    assert [reason for reason, _ in letters] == ["out-of-memory"]
-    left = [found.refused for found in list_pending_deletes(line.store, ADAPTER)]
-    assert left == [True], "whoever is to forget its text finds it"
-    assert manifests[1].weights == manifests[2].weights == manifests[0].weights, "the refused left no trace"
+    assert [reason for reason, _ in dead_letters] == ["out-of-memory"]
+    pending = [found.refused for found in list_pending_deletes(registry.store, ADAPTER)]
+    assert pending == [True], "a later erasure finds its text"
+    assert manifests[1].weights == manifests[2].weights == manifests[0].weights, "refused updates change nothing"
     assert (lost, found.learned_twice, stale) == ([], [], [])

@@ -1,4 +1,4 @@
-"""What the server that roles are forked from has imported and read before; nothing here starts a thread."""
+"""Everything that the fork server imports and reads before it forks roles; nothing here may start a thread."""
 
 from perennial.learner.model.general_text import general_texts
 from perennial.learner.roles import learner, scorer

@@ -22,7 +22,7 @@ from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import BackendError
 from perennial.streams.client.directory_backend import DirectoryBackend
 from perennial.testing import MemoryBackend, small_weights
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
 RANK, ALPHA = 4, 8
@@ -46,7 +46,7 @@ def base() -> Any:
 
 
 def versions_of(tmp: Path, weights: list[bytes], base_sha256: str, rank: int) -> list[tuple[str, bytes, Manifest]]:
-    line = Line(DirectoryStore(tmp / "store", fsync=False), ADAPTER, base_sha256)
+    line = VersionPublisher(DirectoryStore(tmp / "store", fsync=False), ADAPTER, base_sha256)
     made = []
     for data in weights:
         state = line.publish(data, rank=rank, alpha=2 * rank)

@@ -78,7 +78,7 @@ def envelopes(given: Settings, topic: str, count: int, timeout_s: float = 60) ->
     return [decode(record.value, record.headers, topic) for record in read(given, topic, count, timeout_s)]
 
 
-def letters(given: Settings, count: int) -> list[tuple[str, bytes | None]]:
+def dead_letters(given: Settings, count: int) -> list[tuple[str, bytes | None]]:
     """(reason, original value) of dead letters."""
     return [
         (dict(record.headers)["perennial-reason"].decode(), record.value)

@@ -92,7 +92,7 @@ def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(gi
     kit.send(given, *bad, job(given, 3, 4, 5))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
         (event,) = kit.envelopes(given, "adapter-updates", 1)
-        reasons = [reason for reason, _ in kit.letters(given, len(bad))]
+        reasons = [reason for reason, _ in kit.dead_letters(given, len(bad))]
     assert reasons[0] == "missing-batch"
     assert reasons[3:] == ["wrong-adapter", "nothing-to-roll-back-to"]
     assert isinstance(event.event, AdapterPromoted)

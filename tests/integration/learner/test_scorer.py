@@ -62,7 +62,7 @@ def test_junk_goes_to_dead_letters_and_the_rest_is_scored(given):
         kit.send(given, documents(0)[0], ("examples", b"\xff\xfe"), ("examples", json.dumps({"a": 1}).encode()))
         kit.send(given, documents(1)[0])
         events = scored(given, 2)
-        values = [value for _, value in kit.letters(given, 2)]
+        values = [value for _, value in kit.dead_letters(given, 2)]
         kit.wait_until(lambda: kit.committed(given, "examples", "scorer") == 4, "all are committed")
     assert [event.example.origin.offset for event in events] == [0, 1]
     assert values == [b"\xff\xfe", b'{"a": 1}']

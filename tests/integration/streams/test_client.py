@@ -35,7 +35,7 @@ from perennial.streams.events.models import (
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend, small_weights
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
 NEVER_S = 3600.0
@@ -52,8 +52,8 @@ def settings(broker, topic_prefix: str, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def line(settings: Settings) -> Line:
-    return Line(DirectoryStore(Path(settings.store.uri), fsync=False), ADAPTER)
+def line(settings: Settings) -> VersionPublisher:
+    return VersionPublisher(DirectoryStore(Path(settings.store.uri), fsync=False), ADAPTER)
 
 
 def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
@@ -85,7 +85,7 @@ def announce(settings: Settings) -> Iterator[Callable[..., None]]:
     """Sends the event of a generation, as a learner does."""
     producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
 
-    def send(line: Line, state: AliasState, **changes: Any) -> None:
+    def send(line: VersionPublisher, state: AliasState, **changes: Any) -> None:
         manifest = line.registry.manifest(state.adapter, state.version)
         event = promoted(manifest, state).model_copy(update=changes)
         record = wire.encode(event, event_id="test", source="test", occurred_at=datetime.now(UTC))
@@ -208,7 +208,7 @@ class LateStore(DirectoryStore):
 
 
 def test_a_subscriber_that_comes_late_starts_from_the_topic(
-    settings: Settings, line: Line, announce: Callable[..., None]
+    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
 ):
     """Polling is off and the first look finds no alias: only the event that was there before can tell."""
     for _ in range(3):
@@ -229,7 +229,9 @@ def test_a_subscriber_that_comes_late_starts_from_the_topic(
     assert [call for call, _ in backend.calls].count("load") == 1
 
 
-def test_an_event_wakes_a_subscriber_that_does_not_poll(settings: Settings, line: Line, announce: Callable[..., None]):
+def test_an_event_wakes_a_subscriber_that_does_not_poll(
+    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+):
     backend = MemoryBackend()
     stages: list[dict[str, float]] = []
     with Subscriber(
@@ -250,14 +252,16 @@ def test_an_event_wakes_a_subscriber_that_does_not_poll(settings: Settings, line
     assert {record.key for record, _ in everything(settings, "adapter-acks")} == {b"acme/support#r1"}
 
 
-def test_old_forged_and_foreign_events_change_nothing(settings: Settings, line: Line, announce: Callable[..., None]):
+def test_old_forged_and_foreign_events_change_nothing(
+    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+):
     backend = MemoryBackend()
     first, second = line.publish(), line.publish()
-    foreign = Line(line.store, "acme/other").publish()
+    foreign = VersionPublisher(line.store, "acme/other").publish()
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
         assert subscriber.wait_for(2, 30)
         announce(line, first)
-        announce(Line(line.store, "acme/other"), foreign)
+        announce(VersionPublisher(line.store, "acme/other"), foreign)
         announce(line, first, generation=900, version="sha256:" + "f" * 64)  # the alias knows of no such generation
         third = line.publish()
         announce(line, third)
@@ -267,7 +271,9 @@ def test_old_forged_and_foreign_events_change_nothing(settings: Settings, line: 
     assert loaded == [subscriber.name_of(second.version), subscriber.name_of(third.version)]
 
 
-def test_an_event_behind_the_alias_brings_the_alias(settings: Settings, line: Line, announce: Callable[..., None]):
+def test_an_event_behind_the_alias_brings_the_alias(
+    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+):
     backend = MemoryBackend()
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
         first = line.publish()
@@ -278,7 +284,7 @@ def test_an_event_behind_the_alias_brings_the_alias(settings: Settings, line: Li
     assert [call for call, _ in backend.calls].count("load") == 1
 
 
-def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, line: Line):
+def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, line: VersionPublisher):
     backend = MemoryBackend()
     polling = settings.replace(poll_s=0.2)
     with Subscriber(ADAPTER, backend, settings=polling, replica="r1") as subscriber:
@@ -290,7 +296,9 @@ def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, line
     assert everything(settings, "adapter-updates") == []
 
 
-def test_damaged_weights_are_refused_and_said(settings: Settings, line: Line, announce: Callable[..., None]):
+def test_damaged_weights_are_refused_and_said(
+    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+):
     backend = MemoryBackend()
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
         good = line.publish()
@@ -310,7 +318,7 @@ def test_damaged_weights_are_refused_and_said(settings: Settings, line: Line, an
     assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(good.version)]
 
 
-def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, line: Line, settings: Settings):
+def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, line: VersionPublisher, settings: Settings):
     nowhere = settings.replace(topic_prefix=f"{topic_prefix}none-", poll_s=0.2)
     line.publish()
     with Subscriber(ADAPTER, MemoryBackend(), settings=nowhere, replica="r1") as subscriber:
@@ -320,7 +328,11 @@ def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, line: Line, s
 
 
 def test_the_five_lines_of_the_readme(
-    settings: Settings, line: Line, announce: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    line: VersionPublisher,
+    announce: Callable[..., None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("PERENNIAL_KAFKA", settings.kafka.bootstrap)
     monkeypatch.setenv("PERENNIAL_STORE", settings.store.uri)

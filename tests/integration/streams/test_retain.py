@@ -40,7 +40,7 @@ from perennial.streams.retain.state_machine import job_id_of
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 RUN = """
 import signal, threading
@@ -103,7 +103,7 @@ class Bench:
 
     def learn(self, *examples: ExampleAccepted) -> str:
         """A version that learned these examples, as a learner publishes it; the version."""
-        versions = Line(self.store, ADAPTER)
+        versions = VersionPublisher(self.store, ADAPTER)
         head = versions.registry.head(ADAPTER)
         body = Batch(adapter=ADAPTER, cut=head.seq if head else 0, examples=list(examples), skipped=[])
         data = body.model_dump_json(by_alias=True).encode()
@@ -199,7 +199,7 @@ def test_an_erase_is_quarantined_handed_over_and_closed_when_no_replica_serves_a
     assert quarantine.suppressed == [text_hash(example(1))]
 
     # what the learner does: revoke, publish, note the end
-    versions = Line(bench.store, ADAPTER)
+    versions = VersionPublisher(bench.store, ADAPTER)
     versions.registry.revoke(ADAPTER, before, "learned d1")
     alias = versions.publish(kind="forget")
     done = RequestOutcome(at_ms=1, examples=1, version=alias.version, generation=alias.generation)
@@ -303,7 +303,10 @@ def test_bad_requests_are_told_apart_from_broken_ones(bench):
     jobs = bench.events("adapter-jobs")
     assert [job.request_id for job in jobs if isinstance(job, ForgetRequested)] == ["r3"]
     (revoke,) = [job for job in jobs if isinstance(job, RollbackRequested)]
-    assert (revoke.revoke, revoke.version) == (True, Line(bench.store, ADAPTER).registry.alias(ADAPTER).version)
+    assert (revoke.revoke, revoke.version) == (
+        True,
+        VersionPublisher(bench.store, ADAPTER).registry.alias(ADAPTER).version,
+    )
 
 
 def test_the_command_line_asks_and_follows_until_it_is_closed(bench):

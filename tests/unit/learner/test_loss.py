@@ -19,7 +19,7 @@ from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 from tests import tiny
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 SETTINGS = Settings.of(rank=4, alpha=8, max_tokens=32, score_batch=2)
 VERSION = "sha256:" + "a" * 64
@@ -129,7 +129,7 @@ def live_weights(store: ObjectStore, scorer: Scorer, clock: list[float]) -> Adap
 def test_live_versions_are_followed_and_a_store_that_is_away_gives_none(tmp_path: Path) -> None:
     scorer = made()
     store, clock = Store(tmp_path), [0.0]
-    line = Line(store, base_sha256=scorer.lora.base.digest)  # type: ignore[arg-type]
+    line = VersionPublisher(store, base_sha256=scorer.lora.base.digest)  # type: ignore[arg-type]
     with live_weights(store, scorer, clock) as live:  # type: ignore[arg-type]
         assert live.get(["acme/support"], 5)["acme/support"] == NO_ADAPTER
         state = line.publish(to_safetensors(weights(scorer, 1)), rank=4, alpha=8)
@@ -150,7 +150,9 @@ def test_live_versions_are_followed_and_a_store_that_is_away_gives_none(tmp_path
 def test_a_version_for_another_base_is_not_loaded(tmp_path: Path) -> None:
     scorer = made()
     store = DirectoryStore(tmp_path, fsync=False)
-    Line(store, base_sha256="sha256:" + "b" * 64).publish(to_safetensors(weights(scorer, 1)), rank=4, alpha=8)
+    VersionPublisher(store, base_sha256="sha256:" + "b" * 64).publish(
+        to_safetensors(weights(scorer, 1)), rank=4, alpha=8
+    )
     with live_weights(store, scorer, [0.0]) as live:
         assert live.get(["acme/support"], 5)["acme/support"] == NO_ADAPTER
 

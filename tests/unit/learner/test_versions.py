@@ -194,7 +194,7 @@ def test_a_cut_without_anything_to_learn_moves_the_marks_alone(store: DirectoryS
     line = lineage(store)
     first = line.update(job(store, 1, 0, 1), "live").manifest
     signal = tiny.document(2, "x").model_copy(update={"learn": False, "kind": "turn"})
-    done = line.update(jobs.update(store, 2, [signal], skipped=[3], marks=4), "live")
+    done = line.update(jobs.update(store, 2, [signal], skipped=[3], high_water_mark=4), "live")
     assert first is not None
     assert done.manifest is not None
     assert (done.outcome, done.event, done.manifest.tokens) == ("unchanged", None, 0)

@@ -22,7 +22,7 @@ from perennial.streams.deadletters.model import Selection, read_dead_letter
 from perennial.streams.deadletters.plan import RedriveReport
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.kafka.topics import TOPICS
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 ADAPTER = "a-tenant-with-a-long-name/a-team-of-it/production-assistant"
 TOPIC = "documents.a-tenant-with-a-long-name"
@@ -71,7 +71,7 @@ def versions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERENNIAL_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("PERENNIAL_KAFKA", "127.0.0.1:1")
-    line = Line(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
+    line = VersionPublisher(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
     made = []
     for number in range(2):
         weights = small_weights(number + 1)
@@ -133,7 +133,7 @@ def test_json_has_every_column(versions, capsys):
 
 
 def test_a_rollback_takes_the_version_as_a_terminal_shows_it(versions, tmp_path):
-    registry = Line(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER).registry
+    registry = VersionPublisher(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER).registry
     for version in versions:
         for given in (short_version(version), version, version.removeprefix("sha256:")):
             assert adapters._resolve(registry, ADAPTER, given) == version

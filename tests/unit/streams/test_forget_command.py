@@ -33,7 +33,7 @@ from perennial.streams.retain.ledger import RequestLedger, RequestRecord
 from perennial.streams.retain.service import LEDGER_KEY
 from perennial.streams.settings import SettingsError
 from perennial.testing import small_weights
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
 
@@ -49,7 +49,7 @@ def example(number: int, **fields: object) -> ExampleAccepted:
     )  # fmt: skip
 
 
-def learn(versions: Line, *examples: ExampleAccepted, outcome: str = "promoted") -> str:
+def learn(versions: VersionPublisher, *examples: ExampleAccepted, outcome: str = "promoted") -> str:
     head = versions.registry.head(versions.adapter)
     cut = head.seq if head else 0
     data = Batch(adapter=versions.adapter, cut=cut, examples=list(examples), skipped=[]).model_dump_json().encode()
@@ -72,7 +72,7 @@ def versions(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERENNIAL_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("PERENNIAL_KAFKA", "127.0.0.1:1")
-    return Line(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
+    return VersionPublisher(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
 
 
 def test_a_dry_run_names_examples_and_the_versions_trained_on_them(versions, capsys):
@@ -187,7 +187,7 @@ def width(request, monkeypatch):
 
 @pytest.fixture
 def long_name(versions):
-    made = Line(versions.store, LONG)
+    made = VersionPublisher(versions.store, LONG)
     return made, learn(made, example(1, subjects=[PERSON]))
 
 

@@ -23,7 +23,7 @@ from perennial.streams.client.subscriber import Subscriber, SubscriberError
 from perennial.streams.events.models import AdapterActivated, AdapterFailed
 from perennial.streams.settings import Settings, SettingsError
 from perennial.testing import MemoryBackend
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
 SETTINGS = Settings.of(poll_s=0.05)
@@ -53,8 +53,8 @@ def store(tmp_path: Path) -> FlakyStore:
 
 
 @pytest.fixture
-def line(store: FlakyStore) -> Line:
-    return Line(store, ADAPTER)
+def line(store: FlakyStore) -> VersionPublisher:
+    return VersionPublisher(store, ADAPTER)
 
 
 class Harness(Subscriber):
@@ -96,7 +96,7 @@ def test_no_store_is_set():
         Subscriber(ADAPTER, MemoryBackend(), settings=Settings.of(store=""))
 
 
-def test_the_newest_version_is_served_and_the_one_before_is_gone(line: Line, store: FlakyStore):
+def test_the_newest_version_is_served_and_the_one_before_is_gone(line: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
     seen: list[tuple[int, set[str]]] = []
     with Harness(backend, store, on_activate=lambda s, t: seen.append((s.generation, set(t)))) as subscriber:
@@ -119,7 +119,7 @@ def test_the_newest_version_is_served_and_the_one_before_is_gone(line: Line, sto
     assert calls == ["load", "warm", "activate", "drain", "unload"]
 
 
-def test_versions_that_were_passed_over_are_not_loaded(line: Line, store: FlakyStore):
+def test_versions_that_were_passed_over_are_not_loaded(line: VersionPublisher, store: FlakyStore):
     for _ in range(5):
         last = line.publish()
     backend = MemoryBackend()
@@ -128,7 +128,7 @@ def test_versions_that_were_passed_over_are_not_loaded(line: Line, store: FlakyS
     assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(last.version)]
 
 
-def test_a_lower_generation_is_never_applied(line: Line, store: FlakyStore):
+def test_a_lower_generation_is_never_applied(line: VersionPublisher, store: FlakyStore):
     line.publish()
     old = store.get(f"aliases/{ADAPTER}/live")
     line.publish()
@@ -156,7 +156,7 @@ def _count_looks(subscriber: Subscriber) -> list[int]:
     return looks
 
 
-def test_a_damaged_version_is_refused_and_the_next_one_served(line: Line, store: FlakyStore):
+def test_a_damaged_version_is_refused_and_the_next_one_served(line: VersionPublisher, store: FlakyStore):
     good = line.publish()
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
@@ -173,7 +173,7 @@ def test_a_damaged_version_is_refused_and_the_next_one_served(line: Line, store:
     assert "IntegrityError" in failed[0].error
 
 
-def damage_next(line: Line, store: FlakyStore) -> None:
+def damage_next(line: VersionPublisher, store: FlakyStore) -> None:
     """Publish a version, one bit of whose weights is flipped before any subscriber can read them."""
     held = store.fails
     store.fails = lambda key: key.startswith("aliases/") and threading.current_thread().name.startswith("subscriber")
@@ -186,7 +186,7 @@ def damage_next(line: Line, store: FlakyStore) -> None:
     store.fails = held
 
 
-def test_a_store_that_comes_back_late_is_waited_for(line: Line, store: FlakyStore):
+def test_a_store_that_comes_back_late_is_waited_for(line: VersionPublisher, store: FlakyStore):
     failures = 0
 
     def down(key: str) -> bool:
@@ -204,7 +204,7 @@ def test_a_store_that_comes_back_late_is_waited_for(line: Line, store: FlakyStor
 
 
 @pytest.mark.parametrize("call", ["load", "warm", "activate"])
-def test_a_backend_that_fails_keeps_the_version_before(line: Line, store: FlakyStore, call: str):
+def test_a_backend_that_fails_keeps_the_version_before(line: VersionPublisher, store: FlakyStore, call: str):
     backend = MemoryBackend()
     first = line.publish()
     with Harness(backend, store) as subscriber:
@@ -223,7 +223,7 @@ def test_a_backend_that_fails_keeps_the_version_before(line: Line, store: FlakyS
     assert subscriber.current.generation == 1
 
 
-def test_a_backend_that_fails_once_is_tried_again(line: Line, store: FlakyStore):
+def test_a_backend_that_fails_once_is_tried_again(line: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
     backend.fails = lambda called, _name: called == "load" and [c for c, _ in backend.calls].count("load") == 1
     line.publish()
@@ -233,7 +233,7 @@ def test_a_backend_that_fails_once_is_tried_again(line: Line, store: FlakyStore)
 
 
 def test_a_version_of_another_base_is_refused(store: FlakyStore):
-    Line(store, ADAPTER, base_sha256="sha256:" + "c" * 64).publish()
+    VersionPublisher(store, ADAPTER, base_sha256="sha256:" + "c" * 64).publish()
     backend = MemoryBackend(base_sha256="sha256:" + "b" * 64)
     with Harness(backend, store) as subscriber:
         until(lambda: subscriber.acks)
@@ -241,7 +241,7 @@ def test_a_version_of_another_base_is_refused(store: FlakyStore):
     assert "another base" in subscriber.acks[0].error
 
 
-def test_a_revocation_is_done_only_when_the_version_is_gone(line: Line, store: FlakyStore):
+def test_a_revocation_is_done_only_when_the_version_is_gone(line: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
     first = line.publish()
     with Harness(backend, store) as subscriber:
@@ -259,7 +259,7 @@ def test_a_revocation_is_done_only_when_the_version_is_gone(line: Line, store: F
         assert backend.list() == [subscriber.name_of(second.version)]
 
 
-def test_a_revoked_version_is_not_put_into_service(line: Line, store: FlakyStore):
+def test_a_revoked_version_is_not_put_into_service(line: VersionPublisher, store: FlakyStore):
     state = line.publish()
     line.registry.revoke(ADAPTER, state.version, "erased")
     backend = MemoryBackend()
@@ -269,7 +269,7 @@ def test_a_revoked_version_is_not_put_into_service(line: Line, store: FlakyStore
         assert "revoked" in subscriber.acks[0].error
 
 
-def test_a_retired_adapter_is_unloaded_and_comes_back(line: Line, store: FlakyStore):
+def test_a_retired_adapter_is_unloaded_and_comes_back(line: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
     line.publish()
     with Harness(backend, store) as subscriber:
@@ -285,7 +285,9 @@ def test_a_retired_adapter_is_unloaded_and_comes_back(line: Line, store: FlakySt
         assert backend.active == subscriber.name_of(back.version)
 
 
-def test_what_an_earlier_process_left_is_tidied_but_never_before_there_is_better(line: Line, store: FlakyStore):
+def test_what_an_earlier_process_left_is_tidied_but_never_before_there_is_better(
+    line: VersionPublisher, store: FlakyStore
+):
     backend = MemoryBackend()
     left, strange = f"{ADAPTER}@{'0' * 64}", f"acme/other@{'0' * 64}"
     backend.held = {left: b"", strange: b""}
@@ -299,7 +301,7 @@ def test_what_an_earlier_process_left_is_tidied_but_never_before_there_is_better
         until(lambda: backend.list() == sorted([strange, subscriber.name_of(state.version)]))
 
 
-def test_a_callback_that_fails_does_not_stop_the_service(line: Line, store: FlakyStore):
+def test_a_callback_that_fails_does_not_stop_the_service(line: VersionPublisher, store: FlakyStore):
     def failing(_state: object, _stage_s: object) -> None:
         raise ValueError("mine")
 
@@ -310,7 +312,7 @@ def test_a_callback_that_fails_does_not_stop_the_service(line: Line, store: Flak
         assert subscriber.wait_for(2, 20)
 
 
-def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(line: Line, store: FlakyStore):
+def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(line: VersionPublisher, store: FlakyStore):
     line.publish()
     stop = threading.Event()
     subscriber = Harness(MemoryBackend(), store)
@@ -326,7 +328,7 @@ def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(line: Line,
     other.close()
 
 
-def test_an_unreachable_broker_leaves_polling(line: Line, store: FlakyStore):
+def test_an_unreachable_broker_leaves_polling(line: VersionPublisher, store: FlakyStore):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     line.publish()

@@ -17,7 +17,7 @@ from perennial.streams.retain import service as retain
 from perennial.streams.retain.service import RetainService, StoreFacts
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def learn(store, adapter: str) -> str:
         retention_class="PT1S",
         origin=Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=0, timestamp_ms=1),
     )  # fmt: skip
-    versions, weights = Line(store, adapter), small_weights(1)
+    versions, weights = VersionPublisher(store, adapter), small_weights(1)
     body = Batch(adapter=adapter, cut=0, examples=[example], skipped=[]).model_dump_json(by_alias=True).encode()
     learned = LearnedExample(example_id=example.example_id, partition="p", offset=0, tokens=1)
     ref = BlobRef(digest=digest_of(body), size_bytes=len(body))
