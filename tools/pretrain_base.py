@@ -1,7 +1,7 @@
-"""Makes the shipped base again: corpus, tokenizer, training run, held-out loss and model card.
+"""Pretraining of the shipped base: corpus, tokenizer, training run, held-out loss and model card.
 
-`python -m tools.pretrain_base --out DIR [--minutes N | --steps N] [--seed S]`. Owns nothing at run time: the
-service only ever loads what this wrote. Needs no network; all text comes from the Python that runs it.
+`python -m tools.pretrain_base --out DIR [--minutes N | --steps N] [--seed S]`. The service loads the files that this
+script writes and needs nothing else of it. The script needs no network: all text comes from the Python that runs it.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ VOCAB_SIZE = 4096
 MAX_POSITIONS = 512
 BATCH_TOKENS = 2048
 ROW_TOKENS = 256
-LONG_ROW_EVERY = 4  # every fourth step uses rows of MAX_POSITIONS, so that no position is left untrained
+LONG_ROW_EVERY = 4  # every fourth step uses rows of MAX_POSITIONS, so that every position is trained
 MUON_PEAK_LR = 0.02
 ADAMW_PEAK_LR = 3e-3
 WARMUP = 0.02
 WEIGHT_DECAY = 0.1
 CLIP_NORM = 1.0
-DOCSTRING_PASSES = 2  # what the base is measured on is seen twice as often as the other texts
+DOCSTRING_PASSES = 2  # docstrings, the kind of text that the base is measured on, come twice an epoch, others once
 ANSWER_SHARE = 0.05
 EVAL_ROWS = 16
 
@@ -71,7 +71,7 @@ stands alone as bos, text, eos, cut at {positions} tokens. Docstrings of one lib
 
 ## Data
 Text of the standard library of CPython {python}, read from the installation that runs the script:
-- {docstrings:,} docstrings of modules, classes and functions ({kept:,} characters), parsed, never imported;
+- {docstrings:,} docstrings of modules, classes and functions ({docstring_chars:,} characters), parsed, never imported;
 - {extras:,} other texts ({extra_chars:,} characters): comment blocks, docstrings of the library's own tests and of
   modules written in C, and the language reference that `help()` shows;
 - about {answer:.0%} of the tokens are prompt/answer rows made of names and first sentences of training docstrings.
@@ -106,7 +106,20 @@ weights and this card: Apache-2.0.
 
 @dataclass(frozen=True)
 class Record:
-    """What a run did, as the model card tells it; fresh: held-out texts that share no long line with training."""
+    """The figures of a run that the model card states.
+
+    Attributes:
+        parameters: Number of parameters.
+        steps: Number of optimizer steps.
+        tokens: Number of tokens trained.
+        wall_s: Duration of the training, in seconds.
+        heldout_nats: Loss of the held-out docstrings, nats per token.
+        heldout_tokens: Number of tokens that this was measured on.
+        fresh_nats: Loss of those held-out docstrings that share no long line with the training text, nats per token.
+        fresh_texts: Number of these docstrings.
+        seed: Seed of the run.
+        threads: CPU threads used.
+    """
 
     parameters: int
     steps: int
@@ -121,7 +134,10 @@ class Record:
 
 
 def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Train the byte-level BPE; the special tokens take ids 0 to 4 and nothing is added to a text by itself."""
+    """Train a byte-level BPE on the texts.
+
+    The special tokens have ids 0 to 4. The tokenizer adds none of them to a text by itself.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -147,7 +163,7 @@ def train_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def new_model() -> LlamaForCausalLM:
-    """Make the untrained model (3.2M parameters, tied embeddings) from torch's current seed."""
+    """Return an untrained model (3.2M parameters, tied embeddings), drawn from torch's current seed."""
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=256,
@@ -169,7 +185,7 @@ def new_model() -> LlamaForCausalLM:
 
 
 def _token_stream(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield token ids of one document after another, reshuffled every epoch, without end."""
+    """Yield the token ids (T,) of one document after another, reshuffled every epoch, without end."""
     backend = tokenizer.backend_tokenizer
     texts = [text for _, text in corpus.docstrings] * DOCSTRING_PASSES + list(corpus.extras)
     documents = [e.ids for e in backend.encode_batch([f"{BOS}{text}{EOS}" for text in texts])]
@@ -189,25 +205,31 @@ def _token_stream(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, rng: np.ra
 
 
 def _batches(stream: Iterator[np.ndarray]) -> Iterator[torch.Tensor]:
-    """Yield packed rows, (8, 256) or (4, 512); a row may begin inside a document."""
-    held = np.empty(0, dtype=np.int64)
+    """Yield batches of packed rows, (8, 256) or (4, 512); a row may begin inside a document."""
+    left_over = np.empty(0, dtype=np.int64)
     step = 0
     while True:
-        parts, size = [held], held.size
+        parts, size = [left_over], left_over.size
         while size < BATCH_TOKENS:
             parts.append(next(stream))
             size += parts[-1].size
         tokens = np.concatenate(parts)
-        held = tokens[BATCH_TOKENS:]
+        left_over = tokens[BATCH_TOKENS:]
         row = MAX_POSITIONS if step % LONG_ROW_EVERY == LONG_ROW_EVERY - 1 else ROW_TOKENS
         yield torch.from_numpy(tokens[:BATCH_TOKENS].reshape(-1, row))  # (B, T)
         step += 1
 
 
 def heldout_loss(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> tuple[float, int]:
-    """Measure mean loss in nats per predicted token, and their count.
+    """Measure the mean loss of texts, each alone as bos, text, eos, cut at `MAX_POSITIONS` tokens.
 
-    Each text stands alone as bos, text, eos and is cut at `MAX_POSITIONS` tokens.
+    Args:
+        model: Causal language model on the CPU.
+        tokenizer: Its tokenizer.
+        texts: Texts to measure, at least one.
+
+    Returns:
+        Nats per predicted token, and the number of predicted tokens.
     """
     backend = tokenizer.backend_tokenizer
     rows = [e.ids[:MAX_POSITIONS] for e in backend.encode_batch([f"{BOS}{t}{EOS}" for t in texts])]
@@ -235,7 +257,10 @@ def _rounded(model: LlamaForCausalLM) -> LlamaForCausalLM:
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Write weights (bf16), config and tokenizer, each file replaced whole, so a reader sees no half file."""
+    """Write weights (bf16), config and tokenizer to the folder `out`.
+
+    Each file is replaced as a whole, so that a reader never sees half a file.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as work:
         _rounded(model).save_pretrained(work)
@@ -249,16 +274,17 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
 
 
 def lr_factor(progress: float) -> float:
-    """Give the share of the peak rate at a progress of 0…1: linear warm-up, then cosine to zero."""
+    """Return the share of the peak learning rate at a progress of 0 to 1: linear warm-up, then cosine to zero."""
     if progress < WARMUP:
         return max(progress, WARMUP / 100) / WARMUP
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - WARMUP) / (1 - WARMUP))))
 
 
 def _optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the hidden matrices, AdamW for the tied embedding and the gains, as the Muon paper pairs them.
+    """Return Muon for the hidden matrices and AdamW for the tied embedding and the gains, as Jordan et al. pair them.
 
-    Muon (Jordan et al. 2024) orthogonalizes the update: about a third more time a step, far fewer steps.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) orthogonalizes the update: a step takes about
+    a third longer, and far fewer steps are needed.
     """
     hidden = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed_tokens" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed_tokens" in n]
@@ -280,7 +306,24 @@ def pretrain(
     clock: Callable[[], float],
     checkpoint_every_s: float = 300.0,
 ) -> tuple[LlamaForCausalLM, Record]:
-    """Train for a wall-clock budget, or for an exact number of steps, where no clock enters."""
+    """Train a new model for a wall-clock budget or for an exact number of steps.
+
+    With `steps` the learning rates do not depend on the clock, so the same seed, texts and threads give the same run.
+
+    Args:
+        corpus: Texts to train and to measure on.
+        tokenizer: Tokenizer trained on the corpus.
+        minutes: Wall-clock budget; ignored where `steps` is given.
+        steps: Exact number of steps; None to train for `minutes`.
+        seed: Seed of the weights and of the order of the texts.
+        checkpoint: Called with the model now and then, to save and measure it.
+        log: Called with a line of progress every 100 steps.
+        clock: Monotonic clock, in seconds.
+        checkpoint_every_s: Seconds between checkpoints; the first one comes after at most 120 seconds.
+
+    Returns:
+        The trained model, and the figures for the model card.
+    """
     torch.manual_seed(seed)
     model = new_model().train()
     optimizers = _optimizers(model)
@@ -288,10 +331,10 @@ def pretrain(
     batches = _batches(_token_stream(corpus, tokenizer, np.random.default_rng(seed)))
     began = saved = clock()
     saved -= checkpoint_every_s - min(120.0, checkpoint_every_s)  # the first checkpoint comes early
-    done, window = 0, []
+    steps_done, window = 0, []
     while True:
         elapsed_s = clock() - began
-        progress = done / steps if steps else elapsed_s / (60 * minutes)
+        progress = steps_done / steps if steps else elapsed_s / (60 * minutes)
         if progress >= 1:
             break
         groups = (group for optimizer in optimizers for group in optimizer.param_groups)
@@ -304,11 +347,11 @@ def pretrain(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        done += 1
+        steps_done += 1
         window.append(loss.item())
-        if done % 100 == 0:
-            speed = done * BATCH_TOKENS / (clock() - began)
-            log(f"{progress:6.1%}  step {done}  train {np.mean(window):.3f} nats  {speed:,.0f} tokens/s")
+        if steps_done % 100 == 0:
+            speed = steps_done * BATCH_TOKENS / (clock() - began)
+            log(f"{progress:6.1%}  step {steps_done}  train {np.mean(window):.3f} nats  {speed:,.0f} tokens/s")
             window.clear()
         if clock() - saved >= checkpoint_every_s:
             checkpoint(model)
@@ -320,8 +363,8 @@ def pretrain(
     fresh = [text for text in corpus.heldout if trained_lines.isdisjoint(long_lines([text]))]
     record = Record(
         parameters=sum(p.numel() for p in model.parameters()),
-        steps=done,
-        tokens=done * BATCH_TOKENS,
+        steps=steps_done,
+        tokens=steps_done * BATCH_TOKENS,
         wall_s=wall_s,
         heldout_nats=nats,
         heldout_tokens=count,
@@ -334,8 +377,8 @@ def pretrain(
 
 
 def model_card(corpus: Corpus, record: Record) -> str:
-    """Write the model card of a run, so that its figures are never copied by hand."""
-    kept = sum(len(text) for _, text in corpus.docstrings)
+    """Return the model card of a run, so that its figures are never copied by hand."""
+    docstring_chars = sum(len(text) for _, text in corpus.docstrings)
     version = ".".join(map(str, sys.version_info[:3]))
     return CARD.format(
         r=record,
@@ -353,7 +396,7 @@ def model_card(corpus: Corpus, record: Record) -> str:
         tokens_m=record.tokens / 1e6,
         held=len(corpus.heldout),
         docstrings=len(corpus.docstrings),
-        kept=kept,
+        docstring_chars=docstring_chars,
         extras=len(corpus.extras),
         extra_chars=sum(map(len, corpus.extras)),
         minutes=record.wall_s / 60,

@@ -1,6 +1,7 @@
-"""The text that the shipped base is trained on: all of it from the Python that runs, none of it imported to run.
+"""The text that the shipped base is trained on, all of it from the installation of Python that runs.
 
-The one exception are modules written in C, whose docstrings exist only on the imported objects.
+The text is read from source files, which are parsed and never run. Modules written in C are the one exception: they are
+imported, because their docstrings exist only on the imported objects.
 """
 
 from __future__ import annotations
@@ -43,7 +44,13 @@ C_MODULES = (
 
 @dataclass(frozen=True)
 class Corpus:
-    """Texts of the run: docstrings with their names, other prose of the library, and what is measured."""
+    """Texts of a pretraining run.
+
+    Attributes:
+        docstrings: (dotted name, text) of the docstrings to train on.
+        extras: Other texts of the library to train on.
+        heldout: Docstrings to measure on, none of which is trained on.
+    """
 
     docstrings: tuple[tuple[str, str], ...]
     extras: tuple[str, ...]
@@ -51,7 +58,7 @@ class Corpus:
 
     @property
     def texts(self) -> list[str]:
-        """All training texts, docstrings first."""
+        """All texts to train on, docstrings first."""
         return [text for _, text in self.docstrings] + list(self.extras)
 
 
@@ -92,13 +99,17 @@ def _compiled_docstrings() -> Iterator[str]:
 
 
 def long_lines(texts: Iterable[str]) -> set[str]:
-    """Give the stripped lines that are long enough to tell that one text was copied from another."""
+    """Return the stripped lines that are long enough to show that one text was copied from another."""
     lines = (line.strip() for text in texts for line in text.splitlines())
     return {line for line in lines if len(line) >= LEAK_LINE_CHARS}
 
 
 def collect_corpus() -> Corpus:
-    """Collect training and held-out texts; no extra text may carry a long line of a guarded split."""
+    """Collect the texts to train on and to measure on.
+
+    A text other than a train docstring is left out if it would fall into another split, or shares a long line with a
+    heldout or anchor docstring, so that the held-out loss is not lowered by copies.
+    """
     docstrings = tuple((name, text) for name, text in stdlib_docstrings() if split_of(text) == "train")
     guarded = long_lines((*general_texts("heldout"), *general_texts("anchor")))
     seen = {text for _, text in docstrings}
@@ -126,7 +137,16 @@ def collect_corpus() -> Corpus:
 
 
 def answer_row(name: str, text: str, rng: np.random.Generator) -> str | None:
-    """Make a prompt/answer row of a docstring's first sentence; None where there is no such sentence."""
+    """Return a prompt and answer row made of a docstring's name and first sentence.
+
+    Args:
+        name: Dotted name of the documented object.
+        text: Its docstring.
+        rng: Chooses the form of the question.
+
+    Returns:
+        The row as text with special tokens; None if the docstring does not begin with a usable sentence.
+    """
     first = " ".join(text.split("\n\n", 1)[0].split())
     sentence = re.split(r"(?<=[.!?])\s", first, maxsplit=1)[0]
     if not 15 <= len(sentence) <= 300 or not sentence[0].isalpha() or "(" in sentence[:30]:
