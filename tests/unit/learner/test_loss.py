@@ -1,169 +1,77 @@
-"""Scoring: every example once, in order, under the base and the version that is live for its adapter."""
+"""Losses: independent of padding and batching, over trained tokens only, and with less memory than hoped for."""
 
 from __future__ import annotations
-
-import threading
-from pathlib import Path
 
 import pytest
 import torch
 
-from perennial.learner.model.lora import Tensors, to_safetensors
-from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, LiveAdapter
-from perennial.learner.roles.scorer import Scorer
-from perennial.storage.errors import StoreUnavailableError
-from perennial.storage.objects.directory_store import DirectoryStore
-from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.registry import Registry
-from perennial.streams.events.models import ExampleAccepted
-from perennial.streams.observe.metrics import Metrics
-from perennial.streams.settings import Settings
+from perennial.learner.model import loss as loss_module
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.model.lora import Lora, LoraConfig
+from perennial.learner.model.loss import mean_nats, row_losses, token_losses
+from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from tests import tiny
-from tests.versions import VersionPublisher
-
-SETTINGS = Settings.of(rank=4, alpha=8, max_tokens=32, score_batch=2)
-VERSION = "sha256:" + "a" * 64
 
 
-def made(lock: object = None) -> Scorer:
-    return Scorer(tiny.base(), SETTINGS, lock)  # type: ignore[arg-type]
+def fresh() -> tuple[Lora, list[TokenRow]]:
+    make_deterministic(1)
+    lora = Lora(tiny.base(), LoraConfig(4, 8))
+    codec = ExampleTokenizer(lora.base.tokenizer)
+    texts = ("the cat sat on the mat", "a dog ran after the cat and sat", "mats are for cats")
+    return lora, [row for text in texts for row in text_rows(text, codec, 16)]
 
 
-def weights(scorer: Scorer, seed: int) -> Tensors:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) * 0.2 for name, shape in scorer.lora.shapes.items()}
+def test_padding_and_batching_change_no_loss() -> None:
+    lora, rows = fresh()
+    together = row_losses(lora, rows, pad=2, adapted=False)
+    alone = [row_losses(lora, [row], pad=2, adapted=False)[0] for row in rows]
+    assert [loss.tokens for loss in together] == [row.tokens for row in rows]
+    torch.testing.assert_close([loss.nats for loss in together], [loss.nats for loss in alone], rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), lora.disabled():
+        logits = lora.model(input_ids=torch.tensor([rows[0].ids])).logits[0, :-1]
+        whole = torch.nn.functional.cross_entropy(logits, torch.tensor(rows[0].ids[1:]), reduction="sum")
+    assert together[0].nats == pytest.approx(float(whole), rel=1e-5)
 
 
-def examples() -> list[ExampleAccepted]:
-    texts = ("one short", "a text that is a good deal longer than one row of tokens can be", "x", "four of them")
-    return [tiny.document(n, text, adapter=f"team/{n % 2}") for n, text in enumerate(texts)]
+def test_only_what_is_trainable_is_counted() -> None:
+    lora, rows = fresh()
+    row = rows[0]
+    tail = TokenRow(row.ids, len(row.ids) - 3)
+    assert row_losses(lora, [tail], pad=2, adapted=False)[0].tokens == 3
+    assert mean_nats([]) == 0.0
 
 
-def test_each_adapters_examples_are_scored_under_its_own_live_version() -> None:
-    scorer = made()
-    live = {"team/0": LiveAdapter(VERSION, 3, weights(scorer, 1)), "team/1": NO_ADAPTER}
-    scored = scorer.score(examples(), live)
-    assert [event.example for event in scored] == examples()
-    assert all(event.base_loss_nats for event in scored)
-    assert [event.live_loss_nats is None for event in scored] == [False, True, False, True]
-    assert [(event.live_version, event.live_generation) for event in scored] == [(VERSION, 3), (None, 0)] * 2
-    assert all(event.live_loss_nats != event.base_loss_nats for event in scored)
+@pytest.mark.parametrize(
+    "full", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
+)
+def test_where_memory_runs_out_fewer_rows_are_measured_at_once_and_none_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, full: Exception
+) -> None:
+    lora, rows = fresh()
+    want = row_losses(lora, rows, pad=2, adapted=False)
+    widths: list[int] = []
+
+    def small(model: object, batch: list[TokenRow], *args: object) -> torch.Tensor:
+        widths.append(len(batch))
+        if len(batch) > 2:
+            raise full
+        return token_losses(model, batch, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loss_module, "token_losses", small)
+    got = row_losses(lora, rows, pad=2, adapted=False)
+    assert widths[0] == len(rows) > 2
+    assert max(widths[widths.index(2) :]) == 2, "what did not fit is not tried again"
+    assert [loss.tokens for loss in got] == [loss.tokens for loss in want]
+    torch.testing.assert_close([loss.nats for loss in got], [loss.nats for loss in want], rtol=1e-5, atol=1e-5)
 
 
-def test_a_score_does_not_depend_on_what_else_is_in_the_batch() -> None:
-    scorer = made()
-    live = {f"team/{n}": LiveAdapter(VERSION, 1, weights(scorer, n)) for n in range(2)}
-    together = scorer.score(examples(), live)
-    alone = [scorer.score([example], live)[0] for example in examples()]
-    for one, other in zip(together, alone, strict=True):
-        assert one.base_loss_nats == pytest.approx(other.base_loss_nats, rel=1e-5)
-        assert one.live_loss_nats == pytest.approx(other.live_loss_nats, rel=1e-5)
+def test_an_error_that_is_not_about_memory_is_not_tried_again() -> None:
+    tries: list[int] = []
 
+    def broken(count: int) -> None:
+        tries.append(count)
+        raise RuntimeError("shape mismatch")
 
-def test_tokens_count_the_whole_example_though_its_head_alone_is_scored() -> None:
-    long = tiny.document(1, "y" * 200)
-    (event,) = made().score([long], {})
-    assert event.tokens == 201
-    (head,) = made().score([tiny.document(1, "y" * 31)], {})
-    assert event.base_loss_nats == pytest.approx(head.base_loss_nats, rel=0.5)
-
-
-def test_signals_pass_without_a_score() -> None:
-    rating = tiny.document(1, "x").model_copy(update={"kind": "rating", "learn": False, "text": None, "rating": 1.0})
-    empty = tiny.document(2, "x").model_copy(update={"text": None})
-    for event in made().score([rating, empty], {}):
-        assert (event.base_loss_nats, event.live_loss_nats, event.tokens) == (None, None, 0)
-    assert made().score([], {}) == []
-
-
-def test_a_version_whose_numbers_overflow_gives_no_loss() -> None:
-    scorer = made()
-    broken = {name: tensor * 1e30 for name, tensor in weights(scorer, 1).items()}
-    (event,) = scorer.score(examples()[:1], {"team/0": LiveAdapter(VERSION, 1, broken)})
-    assert event.live_loss_nats is None
-    assert event.base_loss_nats is not None
-
-
-def test_the_lock_is_given_back_between_forward_passes() -> None:
-    held: list[int] = []
-
-    class Lock:
-        def __enter__(self) -> None:
-            held.append(1)
-
-        def __exit__(self, *_: object) -> None:
-            held.append(-1)
-
-    scorer = made(Lock())
-    assert held == [1, -1], "a slot is put into a shared base under the lock"
-    scorer.score(examples(), {})
-    assert held == [1, -1] * 3
-
-
-# ---- live versions
-
-
-class Store:
-    """A directory store that can be told to be away."""
-
-    def __init__(self, root: Path) -> None:
-        self._inner = DirectoryStore(root, fsync=False)
-        self.away = threading.Event()
-
-    def __getattr__(self, name: str) -> object:
-        if self.away.is_set() and name in {"get", "exists"}:
-            raise StoreUnavailableError("away")
-        return getattr(self._inner, name)
-
-
-def live_weights(store: ObjectStore, scorer: Scorer, clock: list[float]) -> AdapterCache:
-    from datetime import UTC, datetime
-
-    registry = Registry(store, nonce=lambda: "n", now=lambda: datetime.now(UTC))
-    return AdapterCache(
-        registry, "live", scorer.lora.base.digest, scorer.lora.shapes,
-        poll_s=5.0, clock=lambda: clock[0], metrics=Metrics("scorer"),
-    )  # fmt: skip
-
-
-def test_live_versions_are_followed_and_a_store_that_is_away_gives_none(tmp_path: Path) -> None:
-    scorer = made()
-    store, clock = Store(tmp_path), [0.0]
-    line = VersionPublisher(store, base_sha256=scorer.lora.base.digest)  # type: ignore[arg-type]
-    with live_weights(store, scorer, clock) as live:  # type: ignore[arg-type]
-        assert live.get(["acme/support"], 5)["acme/support"] == NO_ADAPTER
-        state = line.publish(to_safetensors(weights(scorer, 1)), rank=4, alpha=8)
-        assert live.get(["acme/support"], 5)["acme/support"] == NO_ADAPTER, "read again before poll_s"
-        clock[0] += 6
-        assert eventually(live, state.version).generation == 1
-        second = line.publish(to_safetensors(weights(scorer, 2)), rank=4, alpha=8)
-        clock[0] += 6
-        assert eventually(live, second.version).generation == 2
-        store.away.set()
-        clock[0] += 6
-        assert eventually(live, None) == NO_ADAPTER
-        store.away.clear()
-        clock[0] += 6
-        assert eventually(live, second.version).state is not None
-
-
-def test_a_version_for_another_base_is_not_loaded(tmp_path: Path) -> None:
-    scorer = made()
-    store = DirectoryStore(tmp_path, fsync=False)
-    VersionPublisher(store, base_sha256="sha256:" + "b" * 64).publish(
-        to_safetensors(weights(scorer, 1)), rank=4, alpha=8
-    )
-    with live_weights(store, scorer, [0.0]) as live:
-        assert live.get(["acme/support"], 5)["acme/support"] == NO_ADAPTER
-
-
-def eventually(live: AdapterCache, version: str | None) -> LiveAdapter:
-    import time
-
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        found = live.get(["acme/support"], 1)["acme/support"]
-        if found.version == version:
-            return found
-        time.sleep(0.02)
-    raise TimeoutError(f"never saw {version}")
+    with pytest.raises(RuntimeError, match="shape mismatch"):
+        loss_module.within_memory(broken, [TokenRow((0, 1, 1))] * 4, 4)
+    assert tries == [4]

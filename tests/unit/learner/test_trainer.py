@@ -1,4 +1,4 @@
-"""Training: repeatable to the byte, moments carried on, loss over tokens, memory that runs out, replay and mixing."""
+"""Training: repeatable to the byte, moments carried on, loss over tokens, and memory that runs out."""
 
 from __future__ import annotations
 
@@ -8,24 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from perennial.learner.model import loss as loss_module
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
-from perennial.learner.model.loss import OutOfMemoryError, mean_nats, row_losses, token_losses
+from perennial.learner.model.loss import OutOfMemoryError, token_losses
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from perennial.learner.training import trainer as training
-from perennial.learner.training.replay_buffer import (
-    BatchComposition,
-    ReplayEntry,
-    build_schedule,
-    index_from_bytes,
-    index_to_bytes,
-    seeded_random,
-    update_replay_index,
-)
 from perennial.learner.training.trainer import TrainConfig, optimizer_from_bytes, steps_taken, train
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
@@ -99,26 +87,6 @@ def test_the_loss_is_divided_by_the_tokens_of_the_step_not_by_rows() -> None:
     assert abs(expected - float(torch.stack([n.mean() for n in nats]).mean())) > 1e-4
 
 
-def test_padding_and_batching_change_no_loss() -> None:
-    lora, rows = fresh()
-    together = row_losses(lora, rows, pad=2, adapted=False)
-    alone = [row_losses(lora, [row], pad=2, adapted=False)[0] for row in rows]
-    assert [loss.tokens for loss in together] == [row.tokens for row in rows]
-    torch.testing.assert_close([loss.nats for loss in together], [loss.nats for loss in alone], rtol=1e-5, atol=1e-5)
-    with torch.no_grad(), lora.disabled():
-        logits = lora.model(input_ids=torch.tensor([rows[0].ids])).logits[0, :-1]
-        whole = torch.nn.functional.cross_entropy(logits, torch.tensor(rows[0].ids[1:]), reduction="sum")
-    assert together[0].nats == pytest.approx(float(whole), rel=1e-5)
-
-
-def test_only_what_is_trainable_is_counted() -> None:
-    lora, rows = fresh()
-    row = rows[0]
-    tail = TokenRow(row.ids, len(row.ids) - 3)
-    assert row_losses(lora, [tail], pad=2, adapted=False)[0].tokens == 3
-    assert mean_nats([]) == 0.0
-
-
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
     lora, rows = fresh()
     tight = TrainConfig(learning_rate=1e-3, clip_norm=1e-3, pad=2)
@@ -171,42 +139,6 @@ def test_where_memory_runs_out_fewer_rows_go_at_once_and_the_result_is_the_same(
         torch.testing.assert_close(got.weights[name], tensor, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "full", [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: x")]
-)
-def test_where_memory_runs_out_fewer_rows_are_measured_at_once_and_none_is_left_out(
-    monkeypatch: pytest.MonkeyPatch, full: Exception
-) -> None:
-    lora, rows = fresh()
-    want = row_losses(lora, rows, pad=2, adapted=False)
-    widths: list[int] = []
-
-    def small(model: object, batch: list[TokenRow], *args: object) -> torch.Tensor:
-        widths.append(len(batch))
-        if len(batch) > 2:
-            raise full
-        return token_losses(model, batch, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(loss_module, "token_losses", small)
-    got = row_losses(lora, rows, pad=2, adapted=False)
-    assert widths[0] == len(rows) > 2
-    assert max(widths[widths.index(2) :]) == 2, "what did not fit is not tried again"
-    assert [loss.tokens for loss in got] == [loss.tokens for loss in want]
-    torch.testing.assert_close([loss.nats for loss in got], [loss.nats for loss in want], rtol=1e-5, atol=1e-5)
-
-
-def test_an_error_that_is_not_about_memory_is_not_tried_again() -> None:
-    tries: list[int] = []
-
-    def broken(count: int) -> None:
-        tries.append(count)
-        raise RuntimeError("shape mismatch")
-
-    with pytest.raises(RuntimeError, match="shape mismatch"):
-        loss_module.within_memory(broken, [row(1)] * 4, 4)
-    assert tries == [4]
-
-
 def test_a_row_that_never_fits_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     lora, rows = fresh()
 
@@ -224,89 +156,3 @@ def test_a_foreign_optimizer_state_is_refused() -> None:
     other = Lora(tiny.base(), LoraConfig(2, 8))
     with pytest.raises(IntegrityError, match="another adapter"):
         optimizer_from_bytes(to_safetensors(result.optimizer), other.shapes)
-
-
-kept_sets = st.sets(st.integers(min_value=0, max_value=10**6), max_size=40)
-
-
-@settings(max_examples=80, deadline=None)
-@given(kept_sets, kept_sets, st.integers(min_value=1, max_value=20), st.randoms())
-def test_what_is_kept_depends_on_the_set_alone_and_deletion_is_exact(
-    ids: set[int], gone: set[int], size: int, chance: object
-) -> None:
-    entries = [ReplayEntry(f"{number:032x}", f"batch-{number % 3}") for number in sorted(ids)]
-    shuffled = list(entries)
-    chance.shuffle(shuffled)  # type: ignore[attr-defined]
-    stepwise: tuple[ReplayEntry, ...] = ()
-    for start in range(0, len(shuffled), 7):
-        stepwise = update_replay_index(stepwise, shuffled[start : start + 7], size, seed=3)
-    assert stepwise == update_replay_index((), entries, size, seed=3)
-    assert index_from_bytes(index_to_bytes(stepwise)) == stepwise
-    left = [kept for kept in entries if int(kept.example_id, 16) not in gone]
-    # Whoever was kept and is not deleted stays: deleting moves nobody else out.
-    survivors = {kept for kept in stepwise if kept in left}
-    assert survivors <= set(update_replay_index((), left, size, seed=3))
-
-
-def row(number: int) -> TokenRow:
-    return TokenRow((0, number, 1))
-
-
-def mixed(new: int, index: int, seed: int = 0, missing: frozenset[int] = frozenset()) -> list[tuple[TokenRow, ...]]:
-    kept = [ReplayEntry(f"{number:032x}", "b") for number in range(index)]
-    plan = build_schedule(
-        [row(100 + number) for number in range(new)],
-        kept,
-        lambda entry: None if int(entry.example_id, 16) in missing else [row(10_000 + int(entry.example_id, 16))],
-        lambda rng: row(90_000 + rng.randrange(9)),
-        BatchComposition(steps=3, rows=10, replay_share=0.4, general_share=0.2),
-        seeded_random("test", seed),
-    )
-    assert plan.replayed + plan.missing == 0 or index
-    return list(plan.steps)
-
-
-def shares(steps: list[tuple[TokenRow, ...]]) -> list[tuple[int, int, int]]:
-    def count(step: tuple[TokenRow, ...], low: int, high: int) -> int:
-        return sum(low <= r.ids[1] < high for r in step)
-
-    return [(count(step, 100, 10_000), count(step, 10_000, 90_000), count(step, 90_000, 99_999)) for step in steps]
-
-
-def test_a_step_is_mixed_as_the_shares_say() -> None:
-    assert shares(mixed(new=12, index=50)) == [(4, 4, 2)] * 3
-
-
-def test_every_new_row_is_trained_however_many_there_are() -> None:
-    steps = mixed(new=45, index=50)
-    assert {r.ids[1] for step in steps for r in step if r.ids[1] < 10_000} == set(range(100, 145))
-    assert len(steps) == 12
-
-
-def test_without_a_past_new_rows_take_the_place_of_replay() -> None:
-    assert shares(mixed(new=30, index=0))[0] == (8, 0, 2)
-
-
-def test_a_small_batch_is_not_drowned_by_replay() -> None:
-    assert shares(mixed(new=1, index=50)) == [(1, 1, 1)] * 9
-
-
-def test_the_schedule_follows_from_its_seed() -> None:
-    assert mixed(new=12, index=50) == mixed(new=12, index=50)
-    assert mixed(new=12, index=50) != mixed(new=12, index=50, seed=1)
-
-
-def test_erased_rows_are_left_out_and_counted() -> None:
-    kept = [ReplayEntry(f"{number:032x}", "b") for number in range(8)]
-    plan = build_schedule(
-        [row(100)], kept, lambda entry: None if entry.example_id.endswith("1") else [row(7)], lambda _: None,
-        BatchComposition(steps=8, rows=2, replay_share=0.5, general_share=0.0), seeded_random(0),
-    )  # fmt: skip
-    assert plan.missing == 1
-    assert plan.replayed == 7
-
-
-@pytest.mark.parametrize("data", [b"", b"[1]", b'[{"batch": 1}]', b"{}", b"\xff"])
-def test_a_damaged_replay_index_is_refused(data: bytes) -> None:
-    with pytest.raises(IntegrityError):
-        index_from_bytes(data)

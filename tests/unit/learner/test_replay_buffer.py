@@ -1,0 +1,113 @@
+"""The replay index and the schedule: a function of the set of examples, steps mixed by shares, repeatable draws."""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.training.replay_buffer import (
+    BatchComposition,
+    ReplayEntry,
+    build_schedule,
+    index_from_bytes,
+    index_to_bytes,
+    seeded_random,
+    update_replay_index,
+)
+from perennial.storage.errors import IntegrityError
+
+id_sets = st.sets(st.integers(min_value=0, max_value=10**6), max_size=40)
+
+
+@settings(max_examples=80, deadline=None)
+@given(id_sets, id_sets, st.integers(min_value=1, max_value=20), st.randoms())
+def test_the_index_depends_on_the_set_alone_and_removal_is_exact(
+    ids: set[int], removed: set[int], size: int, shuffler: object
+) -> None:
+    entries = [ReplayEntry(f"{number:032x}", f"batch-{number % 3}") for number in sorted(ids)]
+    shuffled = list(entries)
+    shuffler.shuffle(shuffled)  # type: ignore[attr-defined]
+    stepwise: tuple[ReplayEntry, ...] = ()
+    for start in range(0, len(shuffled), 7):
+        stepwise = update_replay_index(stepwise, shuffled[start : start + 7], size, seed=3)
+    assert stepwise == update_replay_index((), entries, size, seed=3)
+    assert index_from_bytes(index_to_bytes(stepwise)) == stepwise
+    left = [entry for entry in entries if int(entry.example_id, 16) not in removed]
+    # An entry of the index that is not removed stays in it: removing others never pushes it out.
+    survivors = {entry for entry in stepwise if entry in left}
+    assert survivors <= set(update_replay_index((), left, size, seed=3))
+
+
+def row(number: int) -> TokenRow:
+    return TokenRow((0, number, 1))
+
+
+def steps_of(new: int, index: int, seed: int = 0, missing: frozenset[int] = frozenset()) -> list[tuple[TokenRow, ...]]:
+    entries = [ReplayEntry(f"{number:032x}", "b") for number in range(index)]
+    schedule = build_schedule(
+        [row(100 + number) for number in range(new)],
+        entries,
+        lambda entry: None if int(entry.example_id, 16) in missing else [row(10_000 + int(entry.example_id, 16))],
+        lambda rng: row(90_000 + rng.randrange(9)),
+        BatchComposition(steps=3, rows=10, replay_share=0.4, general_share=0.2),
+        seeded_random("test", seed),
+    )
+    assert schedule.replayed + schedule.missing == 0 or index
+    return list(schedule.steps)
+
+
+def shares(steps: list[tuple[TokenRow, ...]]) -> list[tuple[int, int, int]]:
+    def count(step: tuple[TokenRow, ...], low: int, high: int) -> int:
+        return sum(low <= r.ids[1] < high for r in step)
+
+    return [(count(step, 100, 10_000), count(step, 10_000, 90_000), count(step, 90_000, 99_999)) for step in steps]
+
+
+def test_a_step_follows_the_shares() -> None:
+    assert shares(steps_of(new=12, index=50)) == [(4, 4, 2)] * 3
+
+
+def test_every_new_row_is_trained_however_many_there_are() -> None:
+    steps = steps_of(new=45, index=50)
+    assert {r.ids[1] for step in steps for r in step if r.ids[1] < 10_000} == set(range(100, 145))
+    assert len(steps) == 12
+
+
+def test_without_a_past_new_rows_take_the_place_of_replay() -> None:
+    assert shares(steps_of(new=30, index=0))[0] == (8, 0, 2)
+
+
+def test_a_small_batch_is_not_drowned_by_replay() -> None:
+    assert shares(steps_of(new=1, index=50)) == [(1, 1, 1)] * 9
+
+
+def test_the_schedule_follows_from_its_seed() -> None:
+    assert steps_of(new=12, index=50) == steps_of(new=12, index=50)
+    assert steps_of(new=12, index=50) != steps_of(new=12, index=50, seed=1)
+
+
+def test_the_draws_are_those_of_the_versions_recorded_so_far() -> None:
+    """Forgetting repeats them: a change here means that no stored version can be rebuilt to the same bits."""
+    drawn = [steps_of(new=new, index=index) for new, index in ((12, 50), (45, 3), (1, 50), (30, 0))]
+    ids = [[[token_row.ids[1] for token_row in step] for step in steps] for steps in drawn]
+    assert sha256(repr(ids).encode()).hexdigest()[:16] == "8765d1f104b19d49"
+
+
+def test_erased_rows_are_left_out_and_counted() -> None:
+    entries = [ReplayEntry(f"{number:032x}", "b") for number in range(8)]
+    schedule = build_schedule(
+        [row(100)], entries, lambda entry: None if entry.example_id.endswith("1") else [row(7)], lambda _: None,
+        BatchComposition(steps=8, rows=2, replay_share=0.5, general_share=0.0), seeded_random(0),
+    )  # fmt: skip
+    assert schedule.missing == 1
+    assert schedule.replayed == 7
+
+
+@pytest.mark.parametrize("data", [b"", b"[1]", b'[{"batch": 1}]', b"{}", b"\xff"])
+def test_a_damaged_replay_index_is_refused(data: bytes) -> None:
+    with pytest.raises(IntegrityError):
+        index_from_bytes(data)

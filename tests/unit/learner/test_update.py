@@ -1,0 +1,171 @@
+"""Whole updates: what is held out, refused, recorded, and learned after all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from perennial.learner.model.base import Base, load_base
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.model.general_text import GeneralText
+from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
+from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
+from perennial.learner.training import gate
+from perennial.learner.training.replay_buffer import ReplayEntry
+from perennial.learner.training.state import TrainingState
+from perennial.learner.training.update import Recipe, Updater, UpdateResult
+from perennial.streams.events.models import ExampleAccepted
+from perennial.streams.settings import Settings
+from tests import tiny
+
+RECIPE = replace(
+    Recipe.of(Settings.of()), rank=4, alpha=8, learning_rate=5e-3, warmup_steps=2, steps=6, rows=8, row_tokens=32,
+    replay_size=16, anchor_rows=4, max_general_rise_nats=10.0, held_out_share=0.25,
+)  # fmt: skip
+GENERAL = [f"plain words number {number} about nothing" for number in range(12)]
+
+
+def make(recipe: Recipe = RECIPE, anchor: list[str] = GENERAL, base: Base | None = None) -> Updater:
+    make_deterministic(1)
+    lora = Lora(base or tiny.base(), LoraConfig(recipe.rank, recipe.alpha))
+    codec = ExampleTokenizer(lora.base.tokenizer)
+    return Updater(lora, codec, GeneralText(GENERAL, anchor, codec, recipe.row_tokens), recipe)
+
+
+def first(updater: Updater) -> TrainingState:
+    return TrainingState(updater.lora.init_state("acme/support", updater.recipe.seed))
+
+
+def documents(count: int, start: int = 0) -> list[ExampleAccepted]:
+    return [tiny.document(n, f"the blue parrot {n} sings in the tree at noon") for n in range(start, start + count)]
+
+
+def run(updater: Updater, parent: TrainingState, examples: list[ExampleAccepted], cut: int = 1) -> UpdateResult:
+    def replayed(entry: ReplayEntry) -> list[TokenRow]:
+        return text_rows(f"earlier {entry.example_id[-4:]}", updater.codec, updater.recipe.row_tokens)
+
+    return updater.update(parent, examples, adapter="acme/support", cut=cut, batch="batch", replayed=replayed)
+
+
+def test_an_update_learns_and_records_by_how_much() -> None:
+    updater = make()
+    done = run(updater, first(updater), documents(8))
+    figures = done.gate
+    assert (done.outcome, done.reason, figures.basis) == ("promoted", "ok", "held-out")
+    assert figures.held_out_after < figures.held_out_before
+    assert 1 <= figures.held_out_examples <= 4
+    assert figures.anchor_base == pytest.approx(figures.anchor_before, abs=1e-5)
+    assert {entry.example_id for entry in done.state.replay_index} == {f"{n:032x}" for n in range(8)}
+    assert done.state.optimizer is not None
+
+
+def test_held_out_examples_are_learned_too() -> None:
+    updater = make()
+    examples = documents(8)
+    held = gate.hold_out([example.document_id for example in examples], RECIPE.held_out_share)
+    parent = first(updater)
+    done = run(updater, parent, examples)
+    without = run(updater, parent, [example for n, example in enumerate(examples) if n not in held])
+    assert held
+    assert done.tokens > without.tokens - sum(row.tokens for e in examples for row in updater.rows(e))
+    changed = [tiny.document(n, "wholly other text here") if n in held else e for n, e in enumerate(examples)]
+    changed = [e.model_copy(update={"document_id": examples[n].document_id}) for n, e in enumerate(changed)]
+    assert to_safetensors(run(updater, parent, changed).state.weights) != to_safetensors(done.state.weights)
+
+
+def test_few_examples_are_judged_by_their_own_fall() -> None:
+    updater = make()
+    done = run(updater, first(updater), documents(2))
+    assert (done.outcome, done.gate.basis, done.gate.held_out_examples) == ("promoted", "seen", 0)
+    assert done.gate.new_after < done.gate.new_before
+    assert "held_out_before" not in done.gate.as_dict()
+
+
+def test_the_same_update_gives_the_same_bytes() -> None:
+    one, two = make(), make()
+    first_done, again = run(one, first(one), documents(8)), run(two, first(two), documents(8))
+    assert to_safetensors(first_done.state.weights) == to_safetensors(again.state.weights)
+    assert first_done.gate == again.gate
+    assert run(one, first(one), documents(8)).gate == again.gate
+
+
+def test_a_rise_of_general_loss_is_refused_and_leaves_the_parent_as_it_was() -> None:
+    recipe = replace(RECIPE, max_general_rise_nats=0.05, learning_rate=2e-2, general_share=0.0)
+    updater = make(recipe, base=tiny.trained(GENERAL))
+    parent = first(updater)
+    done = run(updater, parent, documents(8))
+    assert (done.outcome, done.reason) == ("refused", "general-rise")
+    assert done.gate.anchor_after > done.gate.anchor_base
+    assert done.state is parent
+    assert done.state.optimizer is None
+    assert done.state.replay_index == ()
+
+
+def test_a_harmful_update_is_refused() -> None:
+    updater = make(replace(RECIPE, learning_rate=20.0), base=tiny.trained([e.text or "" for e in documents(8)]))
+    done = run(updater, first(updater), documents(8))
+    assert done.outcome == "refused"
+    assert done.reason in {"no-gain", "not-finite", "gradient-explosion"}
+
+
+def test_an_update_that_gains_too_little_is_refused() -> None:
+    updater = make(replace(RECIPE, min_gain_nats=50.0))
+    done = run(updater, first(updater), documents(8))
+    assert (done.outcome, done.reason) == ("refused", "no-gain")
+    assert "anchor_after" not in done.gate.as_dict()
+
+
+def test_an_update_that_changes_nothing_is_refused() -> None:
+    updater = make(replace(RECIPE, learning_rate=1e-30))
+    done = run(updater, first(updater), documents(2))
+    assert done.outcome == "refused"
+    assert done.reason in {"no-op", "no-gain"}
+
+
+def test_anchors_rotate_and_the_bases_loss_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    updater = make()
+    sets = []
+    general_anchors = updater.general.anchors
+
+    def watched(rng: object, count: int) -> list[TokenRow]:
+        sets.append(tuple(general_anchors(rng, count)))  # type: ignore[arg-type]
+        return list(sets[-1])
+
+    monkeypatch.setattr(updater.general, "anchors", watched)
+    parent = first(updater)
+    done = [run(updater, parent, documents(4), cut=cut) for cut in (1, 2, 3)]
+    assert len(set(sets)) == 3
+    # Two draws from so small a pool may be the same rows in another order.
+    assert len({update.gate.anchor_base for update in done}) > 1
+
+
+def test_the_shipped_base_answers_as_corrected_after_a_few_updates() -> None:
+    recipe = Recipe.of(Settings.of())
+    updater = make(recipe, base=load_base("shipped", "cpu", 1))
+    parent = first(updater)
+    asked, wanted = "What does frobnicate do?", "It turns blue parrots into seven small keys."
+    prompt = list(updater.codec.prompt_ids(asked, recipe.row_tokens))
+    for cut in range(1, 9):
+        done = run(updater, parent, [tiny.correction(cut, asked, wanted)], cut)
+        assert done.outcome == "promoted", done.gate
+        parent = done.state
+        updater.lora.load(parent.weights)
+        if answer(updater, prompt) == wanted:
+            return
+    pytest.fail(f"after 8 updates it says {answer(updater, prompt)!r}: {done.gate}")
+
+
+def answer(updater: Updater, prompt: list[int]) -> str:
+    import torch
+
+    ids = list(prompt)
+    updater.lora.select()
+    with torch.no_grad():
+        while len(ids) < len(prompt) + 40:
+            logits = updater.lora.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            ids.append(int(logits.argmax()))
+            if ids[-1] == updater.codec.eos:
+                ids.pop()
+                break
+    return str(updater.codec.tokenizer.decode(ids[len(prompt) :]))
