@@ -54,7 +54,7 @@ def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int,
         adapter: The adapter's name.
         cuts: Examples of each micro-batch, by its cut number; an empty micro-batch is left out.
     """
-    state = TrainingState(updater.lora.init_state(adapter, updater.recipe.seed))
+    state = TrainingState(updater.lora.initial_weights(adapter, updater.recipe.seed))
     rows = BatchRows(store, updater.rows)
     outcomes = []
     for cut, examples in cuts.items():

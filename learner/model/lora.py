@@ -130,7 +130,7 @@ class Lora:
             for layer in self._layers:
                 layer.enable_adapters(True)
 
-    def init_state(self, adapter: str, seed: int) -> Tensors:
+    def initial_weights(self, adapter: str, seed: int) -> Tensors:
         """Return the weights that an adapter starts from: A uniform as in the paper's code (Kaiming, a = √5), B zero.
 
         They depend on the base's digest, the adapter's name and the seed alone.
@@ -144,27 +144,27 @@ class Lora:
         """
         text = json.dumps([self.base.digest, adapter, seed])
         generator = torch.Generator().manual_seed(int.from_bytes(sha256(text.encode()).digest()[:8]) >> 1)
-        state: Tensors = {}
+        weights: Tensors = {}
         for name, shape in self.shapes.items():  # already sorted: the order of the draws is part of the recipe
             weight = torch.zeros(shape)
             if ".lora_A." in name:
                 bound = 1 / math.sqrt(shape[1])
                 weight.uniform_(-bound, bound, generator=generator)
-            state[name] = weight
-        return state
+            weights[name] = weight
+        return weights
 
-    def load(self, state: Mapping[str, torch.Tensor]) -> None:
+    def load(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Copy weights into the slot in place.
 
         Raises:
             AdapterError: Names or shapes differ from the slot's.
         """
-        check_state(state, self.shapes)
+        check_weights(weights, self.shapes)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                parameter.copy_(state[name])
+                parameter.copy_(weights[name])
 
-    def state(self) -> Tensors:
+    def weights(self) -> Tensors:
         """Return a copy of the slot's weights, fp32 on the CPU."""
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.parameters.items()}
 
@@ -177,10 +177,10 @@ def _lora_layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def check_state(state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise AdapterError unless the state has exactly these names and shapes."""
-    if state.keys() != shapes.keys():
-        odd = sorted(state.keys() ^ shapes.keys())
+def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise AdapterError unless the weights have exactly these names and shapes."""
+    if weights.keys() != shapes.keys():
+        odd = sorted(weights.keys() ^ shapes.keys())
         raise AdapterError(
             "an adapter has other tensors than the base's linear layers need",
             got=odd[:4],
@@ -188,31 +188,31 @@ def check_state(state: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[in
             remedy="use the base that the adapter's manifest names",
         )
     for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
+        if tuple(weights[name].shape) != shape:
             raise AdapterError(
                 f"tensor {name} has another shape",
-                got=tuple(state[name].shape),
+                got=tuple(weights[name].shape),
                 allowed=shape,
                 remedy="use the base and the rank that the adapter's manifest names",
             )
 
 
-def is_finite(state: Mapping[str, torch.Tensor]) -> bool:
+def is_finite(tensors: Mapping[str, torch.Tensor]) -> bool:
     """Return True if no tensor holds NaN or infinity."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in state.values())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
 
 
-def is_noop(state: Mapping[str, torch.Tensor]) -> bool:
+def is_noop(weights: Mapping[str, torch.Tensor]) -> bool:
     """Return True if the adapter changes nothing, because every B is zero."""
-    return not any(bool(tensor.any()) for name, tensor in state.items() if ".lora_B." in name)
+    return not any(bool(tensor.any()) for name, tensor in weights.items() if ".lora_B." in name)
 
 
-def to_safetensors(state: Mapping[str, torch.Tensor]) -> bytes:
+def to_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
     """Serialise tensors to safetensors; equal tensors give equal bytes.
 
     The file holds no metadata, whose order would not be stable.
     """
-    return bytes(save_safetensors({name: state[name].contiguous() for name in sorted(state)}))
+    return bytes(save_safetensors({name: tensors[name].contiguous() for name in sorted(tensors)}))
 
 
 def from_safetensors(data: bytes, shapes: Mapping[str, tuple[int, ...]], max_bytes: int = MAX_ADAPTER_BYTES) -> Tensors:
@@ -227,9 +227,9 @@ def from_safetensors(data: bytes, shapes: Mapping[str, tuple[int, ...]], max_byt
         IntegrityError: The bytes do not parse, are too many, or hold values that are not finite fp32.
         AdapterError: The tensors belong to another base or rank.
     """
-    state = load_tensors(data, max_bytes)
-    check_state(state, shapes)
-    return state
+    weights = load_tensors(data, max_bytes)
+    check_weights(weights, shapes)
+    return weights
 
 
 def load_tensors(data: bytes, max_bytes: int = MAX_ADAPTER_BYTES) -> Tensors:
@@ -242,17 +242,17 @@ def load_tensors(data: bytes, max_bytes: int = MAX_ADAPTER_BYTES) -> Tensors:
     if len(data) > max_bytes:
         raise IntegrityError("stored tensors are too large", got=len(data), allowed=max_bytes, remedy=remedy)
     try:
-        state: Tensors = load_safetensors(data)
+        tensors: Tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
         raise IntegrityError(
             "stored tensors do not parse", got=str(error), allowed="safetensors", remedy=remedy
         ) from error
-    for name, tensor in state.items():
+    for name, tensor in tensors.items():
         if tensor.dtype != torch.float32 or not bool(torch.isfinite(tensor).all()):
             raise IntegrityError(
                 f"tensor {name} is not finite fp32", got=tensor.dtype, allowed="finite fp32", remedy=remedy
             )
-    return state
+    return tensors
 
 
 def adapter_config(base_name: str, config: LoraConfig, names: Iterable[str]) -> bytes:

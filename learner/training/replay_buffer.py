@@ -204,7 +204,7 @@ def _shuffled_passes(rows: Sequence[TokenRow], wanted: int, rng: random.Random) 
 def _draw_replayed(
     index: Sequence[ReplayEntry], rows_of: RowsOf, wanted: int, rng: random.Random
 ) -> list[TokenRow | None]:
-    """Draw `wanted` rows of earlier examples, no example twice before each had a turn; None for erased text."""
+    """Draw `wanted` rows of earlier examples, each example once before any is drawn again; None for erased text."""
     draws: list[TokenRow | None] = []
     while index and len(draws) < wanted:
         for entry in rng.sample(index, min(len(index), wanted - len(draws))):

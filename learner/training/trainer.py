@@ -138,7 +138,7 @@ def train(
             time.sleep(_YIELD_S)  # a released lock may be taken again before a waiter wakes up
     optimizer.zero_grad(set_to_none=True)
     return TrainResult(
-        weights=lora.state(),
+        weights=lora.weights(),
         optimizer=_optimizer_state(lora, optimizer, taken + len(schedule)),
         losses=tuple(losses),
         norms=tuple(norms),

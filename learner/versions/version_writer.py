@@ -98,7 +98,7 @@ class VersionWriter:
 
     def initial_state(self, adapter: str, seed: int) -> TrainingState:
         """Return the state of an adapter that has learned nothing."""
-        return TrainingState(self.updater.lora.init_state(adapter, seed))
+        return TrainingState(self.updater.lora.initial_weights(adapter, seed))
 
     def state_at(self, head: Head | None, adapter: str) -> tuple[TrainingState, str | None]:
         """Return the state to train from and the version that produced it; a refused head has its parent's state."""

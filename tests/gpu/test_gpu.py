@@ -32,11 +32,11 @@ def made() -> tuple[Lora, ExampleTokenizer, list[TokenRow]]:
 def test_an_update_in_bf16_lowers_the_loss_and_keeps_the_adapter_in_fp32():
     lora, codec, rows = made()
     assert {p.dtype for n, p in lora.model.named_parameters() if ".lora_" not in n} == {torch.bfloat16}
-    state = lora.init_state("acme/support", 0)
-    plan = TrainConfig(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
+    state = lora.initial_weights("acme/support", 0)
+    config = TrainConfig(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
     lora.load(state)
     before = mean_nats(row_losses(lora, rows, pad=codec.pad, adapted=True))
-    result = train(lora, state, None, [rows] * 12, plan)
+    result = train(lora, state, None, [rows] * 12, config)
     lora.load(result.weights)
     after = mean_nats(row_losses(lora, rows, pad=codec.pad, adapted=True))
     assert after < before - 0.5
@@ -47,7 +47,7 @@ def test_an_update_in_bf16_lowers_the_loss_and_keeps_the_adapter_in_fp32():
 
 def test_two_runs_on_one_device_agree_closely():
     lora, codec, rows = made()
-    plan = TrainConfig(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
-    one, two = (train(lora, lora.init_state("a", 0), None, [rows] * 3, plan).weights for _ in range(2))
+    config = TrainConfig(learning_rate=3e-3, clip_norm=1.0, pad=codec.pad, warmup_steps=2)
+    one, two = (train(lora, lora.initial_weights("a", 0), None, [rows] * 3, config).weights for _ in range(2))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-2, atol=1e-4)

@@ -251,7 +251,7 @@ class ForgetDemo:
         base = load_base(settings.model.base, settings.model.device, settings.model.threads)
         updater = make_version_writer(settings, store, base).updater
         rows = BatchRows(store, updater.rows)
-        state = TrainingState(updater.lora.init_state(PEOPLE, updater.recipe.seed))
+        state = TrainingState(updater.lora.initial_weights(PEOPLE, updater.recipe.seed))
         for cut in cuts:
             kept: list[ExampleAccepted] = [example for example in cut.examples if example.document_id not in gone]
             if not kept:

@@ -57,8 +57,8 @@ def test_chat_template_gives_the_form_that_the_base_was_trained_on(base):
     asked = base.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert asked == "<|bos|><|user|>What is re?<|assistant|>"
     turns.append({"role": "assistant", "content": "A module."})
-    told = base.tokenizer.apply_chat_template(turns, tokenize=False)
-    assert told == "<|bos|><|user|>What is re?<|assistant|>A module.<|eos|>"
+    answered = base.tokenizer.apply_chat_template(turns, tokenize=False)
+    assert answered == "<|bos|><|user|>What is re?<|assistant|>A module.<|eos|>"
 
 
 def test_heldout_loss_is_what_the_card_says(base):

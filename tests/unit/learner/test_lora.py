@@ -45,24 +45,24 @@ def test_a_new_adapter_changes_nothing_and_is_known_as_a_no_op() -> None:
     with torch.no_grad():
         before = plain.model(input_ids=IDS, use_cache=False).logits
     lora = Lora(plain, CONFIG)
-    lora.load(lora.init_state("acme/support", 0))
+    lora.load(lora.initial_weights("acme/support", 0))
     lora.select()
     assert torch.equal(logits(lora), before)
-    assert is_noop(lora.state())
+    assert is_noop(lora.weights())
     assert not is_noop(perturbed(lora))
 
 
 def test_first_weights_follow_from_base_adapter_and_seed() -> None:
     one, same, other = Lora(tiny.base(), CONFIG), Lora(tiny.base(), CONFIG), Lora(tiny.base(1), CONFIG)
-    first = to_safetensors(one.init_state("a", 0))
-    assert first == to_safetensors(same.init_state("a", 0))
+    first = to_safetensors(one.initial_weights("a", 0))
+    assert first == to_safetensors(same.initial_weights("a", 0))
     assert (
         len(
             {
                 first,
                 *(
                     to_safetensors(s)
-                    for s in (one.init_state("b", 0), one.init_state("a", 1), other.init_state("a", 0))
+                    for s in (one.initial_weights("b", 0), one.initial_weights("a", 1), other.initial_weights("a", 0))
                 ),
             }
         )
@@ -92,7 +92,7 @@ def test_slots_over_one_base_do_not_disturb_each_other_or_the_base() -> None:
         assert torch.equal(logits(learner), plain)
     learner.select()
     assert torch.equal(logits(learner), first)
-    assert Lora(base, CONFIG).state().keys() == learner.state().keys()
+    assert Lora(base, CONFIG).weights().keys() == learner.weights().keys()
 
 
 def test_a_selected_slot_stays_selected_until_another_is() -> None:

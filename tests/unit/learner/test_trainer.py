@@ -31,13 +31,13 @@ def fresh() -> tuple[Lora, list[TokenRow]]:
 
 
 def digests(lora: Lora, rows: list[TokenRow]) -> tuple[str, str]:
-    result = train(lora, lora.init_state("a", 0), None, [rows[:3], rows[3:], rows], PLAN)
+    result = train(lora, lora.initial_weights("a", 0), None, [rows[:3], rows[3:], rows], PLAN)
     return digest_of(to_safetensors(result.weights)), digest_of(to_safetensors(result.optimizer))
 
 
 def test_training_lowers_the_loss_on_what_it_is_trained_on() -> None:
     lora, rows = fresh()
-    result = train(lora, lora.init_state("a", 0), None, [rows] * 20, PLAN)
+    result = train(lora, lora.initial_weights("a", 0), None, [rows] * 20, PLAN)
     assert result.losses[-1] < result.losses[0] - 0.2
     assert result.tokens == 20 * sum(row.tokens for row in rows)
     assert steps_taken(result.optimizer) == 20
@@ -56,14 +56,14 @@ def test_the_same_training_gives_the_same_bytes_in_two_processes() -> None:
 def test_what_the_slot_held_before_leaves_no_trace() -> None:
     lora, rows = fresh()
     first = digests(lora, rows)
-    train(lora, lora.init_state("b", 9), None, [rows] * 3, PLAN)
+    train(lora, lora.initial_weights("b", 9), None, [rows] * 3, PLAN)
     assert digests(lora, rows) == first
 
 
 def test_moments_are_carried_on() -> None:
     lora, rows = fresh()
-    whole = train(lora, lora.init_state("a", 0), None, [rows[:4], rows[4:], rows], PLAN)
-    half = train(lora, lora.init_state("a", 0), None, [rows[:4]], PLAN)
+    whole = train(lora, lora.initial_weights("a", 0), None, [rows[:4], rows[4:], rows], PLAN)
+    half = train(lora, lora.initial_weights("a", 0), None, [rows[:4]], PLAN)
     stored = optimizer_from_bytes(to_safetensors(half.optimizer), lora.shapes)
     carried = train(lora, half.weights, stored, [rows[4:], rows], PLAN)
     dropped = train(lora, half.weights, None, [rows[4:], rows], PLAN)
@@ -76,7 +76,7 @@ def test_the_loss_is_divided_by_the_tokens_of_the_step_not_by_rows() -> None:
     lora, _ = fresh()
     codec = ExampleTokenizer(lora.base.tokenizer)
     long, short = text_rows("a long row of text", codec, 64)[0], text_rows("b", codec, 64)[0]
-    state = lora.init_state("a", 0)
+    state = lora.initial_weights("a", 0)
     lora.load(state)
     lora.select()
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(self, *args)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
-    result = train(lora, lora.init_state("a", 0), None, [rows] * 2, tight)
+    result = train(lora, lora.initial_weights("a", 0), None, [rows] * 2, tight)
     assert min(result.norms) > 1e-2
     assert max(seen) <= 1.01e-3
 
@@ -114,7 +114,7 @@ def test_the_rate_warms_up_once_in_an_adapters_life(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(torch.optim.AdamW, "step", watched)
     plan = TrainConfig(learning_rate=1.0e-3, clip_norm=1.0, pad=2, warmup_steps=4)
-    first = train(lora, lora.init_state("a", 0), None, [rows] * 3, plan)
+    first = train(lora, lora.initial_weights("a", 0), None, [rows] * 3, plan)
     train(lora, first.weights, first.optimizer, [rows] * 3, plan)
     assert rates == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 
@@ -123,7 +123,7 @@ def test_where_memory_runs_out_fewer_rows_go_at_once_and_the_result_is_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lora, rows = fresh()
-    want = train(lora, lora.init_state("a", 0), None, [rows], PLAN)
+    want = train(lora, lora.initial_weights("a", 0), None, [rows], PLAN)
     widths: list[int] = []
 
     def small(model: object, batch: list[TokenRow], *args: object) -> torch.Tensor:
@@ -133,7 +133,7 @@ def test_where_memory_runs_out_fewer_rows_go_at_once_and_the_result_is_the_same(
         return token_losses(model, batch, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(training, "token_losses", small)
-    got = train(lora, lora.init_state("a", 0), None, [rows], PLAN)
+    got = train(lora, lora.initial_weights("a", 0), None, [rows], PLAN)
     assert max(widths) == min(len(rows), PLAN.micro_rows)
     for name, tensor in want.weights.items():
         torch.testing.assert_close(got.weights[name], tensor, rtol=1e-3, atol=1e-5)
@@ -147,12 +147,12 @@ def test_a_row_that_never_fits_is_an_error_that_says_what_to_do(monkeypatch: pyt
 
     monkeypatch.setattr(training, "token_losses", full)
     with pytest.raises(OutOfMemoryError, match="PERENNIAL_ROW_TOKENS"):
-        train(lora, lora.init_state("a", 0), None, [rows], PLAN)
+        train(lora, lora.initial_weights("a", 0), None, [rows], PLAN)
 
 
 def test_a_foreign_optimizer_state_is_refused() -> None:
     lora, rows = fresh()
-    result = train(lora, lora.init_state("a", 0), None, [rows], PLAN)
+    result = train(lora, lora.initial_weights("a", 0), None, [rows], PLAN)
     other = Lora(tiny.base(), LoraConfig(2, 8))
     with pytest.raises(IntegrityError, match="another adapter"):
         optimizer_from_bytes(to_safetensors(result.optimizer), other.shapes)

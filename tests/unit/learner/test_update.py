@@ -34,7 +34,7 @@ def make(recipe: Recipe = RECIPE, anchor: list[str] = GENERAL, base: Base | None
 
 
 def first(updater: Updater) -> TrainingState:
-    return TrainingState(updater.lora.init_state("acme/support", updater.recipe.seed))
+    return TrainingState(updater.lora.initial_weights("acme/support", updater.recipe.seed))
 
 
 def documents(count: int, start: int = 0) -> list[ExampleAccepted]:
