@@ -132,7 +132,7 @@ def replay_dead_letters(
 ) -> int:
     """Send matching dead letters back to their topics.
 
-    What was sent is saved as it goes, so that running the command again continues where it ended.
+    Progress is saved while records are sent, so that running the command again continues where it ended.
 
     Args:
         chosen: Filters.

@@ -1,4 +1,4 @@
-"""The generated documents: up to date, structurally AsyncAPI 3.0, and saying the same as the models."""
+"""The generated documents are up to date, valid AsyncAPI 3.0, and agree with the models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from perennial.streams.kafka.topics import TOPICS
 from tools import generate_schemas as schema
 
 
-def test_docs_are_what_the_models_say():
+def test_docs_agree_with_the_models():
     assert schema.stale() == [], "run `python -m tools.generate_schemas`"
 
 
-def test_staleness_is_seen_and_mended(tmp_path):
+def test_stale_files_are_found_and_rewritten(tmp_path):
     assert len(schema.write(tmp_path)) == len(EVENTS) + 1
     assert schema.stale(tmp_path) == []
     (tmp_path / "asyncapi.json").write_text("{}")

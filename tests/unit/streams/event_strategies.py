@@ -1,4 +1,4 @@
-"""Hypothesis strategies for every event, derived from the models' own annotations so that no field is forgotten."""
+"""Hypothesis strategies for every event, derived from the annotations of the models, so that no field is missing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RETENTION = st.sampled_from([events.PERMANENT, "P30D", "PT12H", "P1Y2M"])
 
 
 def event_of(model: type[Event]) -> st.SearchStrategy[Event]:
-    """Valid events of a type."""
+    """Return a strategy for valid events of a type."""
     return _model(model)
 
 

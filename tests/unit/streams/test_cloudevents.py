@@ -1,4 +1,4 @@
-"""The wire: what is written is read back, limits hold before parsing, and hostile bytes meet only our own error."""
+"""CloudEvents: decode reverses encode, limits are checked before parsing, and hostile bytes raise only WireError."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def reason_of(value, headers=None, topic="documents"):
 
 
 @given(any_event, attributes, attributes, aware, st.none() | st.just(TRACE))
-def test_what_is_written_is_read_back(event, event_id, source, time, trace):
+def test_decode_reverses_encode(event, event_id, source, time, trace):
     written = encode(event, event_id=event_id, source=source, occurred_at=time, traceparent=trace)
     read = decode(written.value, written.headers, event.topic)
     assert read == (event_id, source, event.type, time, event, trace)
@@ -61,7 +61,7 @@ def test_what_is_written_is_read_back(event, event_id, source, time, trace):
 
 
 @given(event_of(DocumentObserved) | event_of(InteractionObserved), attributes, aware)
-def test_structured_and_plain_mean_the_same_as_binary(event, event_id, time):
+def test_structured_and_plain_events_decode_like_binary_ones(event, event_id, time):
     data = json.loads(event.model_dump_json(by_alias=True))
     whole = {"specversion": "1.0", "type": event.type, "id": event_id, "source": "/s", "time": time.isoformat(),
              "datacontenttype": "application/json", "traceparent": TRACE, "data": data}  # fmt: skip
@@ -73,7 +73,7 @@ def test_structured_and_plain_mean_the_same_as_binary(event, event_id, time):
     assert plain.id == decode(json.dumps(data).encode(), [("content-type", b"application/json")], event.topic).id
 
 
-def test_plain_ids_follow_the_value():
+def test_the_id_of_a_plain_event_depends_on_its_value():
     first, again, other = (decode(value_of(text=text), [], "documents") for text in ("a", "a", "b"))
     assert first.id == again.id != other.id
 
@@ -114,7 +114,7 @@ json_like = st.recursive(
 @example(
     b'{"specversion":"1.0","type":"document.observed","id":"\\ud800","source":"s","data":{}}', STRUCTURED, "documents"
 )
-def test_no_bytes_raise_anything_but_our_own_error(value, headers, topic):
+def test_no_bytes_raise_anything_but_wire_error(value, headers, topic):
     try:
         read = decode(value, headers, topic)
     except WireError as error:
@@ -126,7 +126,7 @@ def test_no_bytes_raise_anything_but_our_own_error(value, headers, topic):
 
 @settings(max_examples=300)
 @given(st.data(), event_of(DocumentObserved))
-def test_a_changed_byte_raises_only_our_own_error(data, event):
+def test_a_changed_byte_raises_only_wire_error(data, event):
     written = encode(event, event_id="1", source="/s", occurred_at=NOW)
     raw = bytearray(written.value)
     raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
@@ -146,7 +146,7 @@ def test_size_is_checked_before_parsing():
                      "examples") == "not-json"  # fmt: skip
 
 
-def test_depth_counts_brackets_outside_strings_alone():
+def test_depth_counts_only_brackets_outside_strings():
     assert decode(value_of(text='[{"\\' * 300), None, "documents").event.text == '[{"\\' * 300
     deep = b'{"adapter":"a","document_id":"1","text":"x","subjects":' + b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b"}"
     assert reason_of(deep) == "too-deep"
@@ -251,7 +251,7 @@ def test_plain_events_need_a_topic_with_a_default_type():
         assert reason_of(value_of(), None, topic) == "missing-attribute"
 
 
-def test_an_error_names_field_what_came_and_what_is_allowed():
+def test_an_error_names_field_value_and_what_is_allowed():
     with pytest.raises(WireError, match=r"subjects\.1"):
         decode(value_of(subjects=["ok", 5]), None, "documents")
     with pytest.raises(WireError, match=r"2097152.*1048576"):
@@ -271,14 +271,14 @@ def test_an_invalid_traceparent_is_ignored_when_read_and_refused_when_written(tr
 @pytest.mark.parametrize(
     ("event_id", "source"), [("", "/s"), ("a\x00", "/s"), ("1", ""), ("x" * 1025, "/s"), ("\ud800", "/s")]
 )
-def test_what_would_not_be_read_back_is_not_written(event_id, source):
+def test_attributes_that_decode_would_refuse_are_not_encoded(event_id, source):
     with pytest.raises(WireError):
         encode(DocumentObserved(**DOCUMENT), event_id=event_id, source=source, occurred_at=NOW)
     with pytest.raises(WireError):
         encode(DocumentObserved(**DOCUMENT), event_id="1", source="/s", occurred_at=NOW.replace(tzinfo=None))
 
 
-def test_what_would_be_oversized_is_not_written():
+def test_an_oversized_event_is_not_encoded():
     event = DocumentObserved(**{**DOCUMENT, "text": "\x01" * 200_000})  # six bytes each in JSON
     with pytest.raises(WireError, match="1048576"):
         encode(event, event_id="1", source="/s", occurred_at=NOW)

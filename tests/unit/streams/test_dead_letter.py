@@ -1,4 +1,4 @@
-"""Dead letters: what was refused comes back unchanged, whatever it was, and fits its topic."""
+"""Dead letters: any refused record fits into one and is decoded unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The events: what the models accept, and that each knows its topic and key."""
+"""Events: values that the models accept and refuse, and the topic and key of each."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_durations(text, seconds):
 @pytest.mark.parametrize(
     "text", ["", "P", "PT", "P0D", "30D", "P1H", "P-1D", "P1.5D", "PT1M1H", "P1D ", "P1D\n", "P\u0663D", "p1d"]
 )
-def test_what_is_no_duration(text):
+def test_other_texts_are_no_duration(text):
     with pytest.raises(ValueError, match="P30D"):
         duration_s(text)
 
@@ -57,7 +57,7 @@ def test_adapter_names(adapter):
 
 
 @pytest.mark.parametrize("adapter", ["", "/", "a/", "/a", "a//b", "a/b/c/d/e", "A", "-a", "a b", "a\n", "é", "a" * 201])
-def test_what_is_no_adapter(adapter):
+def test_other_texts_are_no_adapter_name(adapter):
     with pytest.raises(ValidationError):
         DocumentObserved(adapter=adapter, document_id="1", text="x")
 
@@ -74,12 +74,12 @@ def test_ratings_are_finite_and_bounded(rating):
         InteractionObserved(adapter="a", interaction_id="1", prompt="p", response="r", rating=rating)
 
 
-def test_a_misspelt_field_does_not_pass():
+def test_a_misspelt_field_is_refused():
     with pytest.raises(ValidationError, match="retention_clas"):
         DocumentObserved(adapter="a", document_id="1", text="x", retention_clas="P30D")
 
 
-def test_a_selector_selects_something():
+def test_an_empty_selector_is_refused():
     with pytest.raises(ValidationError, match="at least one"):
         Selector()
 
@@ -95,7 +95,7 @@ def test_origin_partitions_of_other_clusters_and_topics_differ():
     "wrong",
     [{"cut": 2**63}, {"marks": {"p": -1}}, {"marks": {"p": 2**63}}, {"oldest_ms": 10**400}, {"newest_ms": 10**15}],
 )
-def test_a_job_that_no_learner_could_ever_record_is_no_job(wrong):
+def test_a_job_that_no_manifest_can_record_is_refused(wrong):
     job = {
         "job_id": "j", "adapter": "a", "cut": 1, "batch": {"digest": f"sha256:{0:064}", "size_bytes": 1}, "examples": 1,
         "skipped": 0, "tokens": 1, "reason": "age", "marks": {"p": 1}, "oldest_ms": 1, "newest_ms": 1,
@@ -107,6 +107,6 @@ def test_a_job_that_no_learner_could_ever_record_is_no_job(wrong):
 
 
 @pytest.mark.parametrize("alias", ["", "Live", "no/alias", "a b", "x" * 65])
-def test_what_is_no_alias(alias):
+def test_other_texts_are_no_alias(alias):
     with pytest.raises(ValidationError, match="alias"):
         RollbackRequested(job_id="j", adapter="a", alias=alias, requested_by="ann")
