@@ -1,1 +1,1 @@
-"""The learner and scorer roles: Kafka records in, work done, events out."""
+"""The learner and scorer roles: consume records from Kafka, run the model, publish events."""

@@ -1,4 +1,4 @@
-"""The live versions' weights, kept fresh beside the scorer so that a slow store never holds up scoring."""
+"""Cache of the live versions' weights, refreshed on a thread of its own so that a slow store does not delay scoring."""
 
 from __future__ import annotations
 
@@ -23,7 +23,13 @@ MAX_CACHED_ADAPTERS = 10_000
 
 @dataclass(frozen=True)
 class LiveAdapter:
-    """What an alias pointed at when it was last read. state: None where there is no version, or none to be had."""
+    """What an alias pointed at when it was last read.
+
+    Attributes:
+        version: the version; None if there is none or it could not be read.
+        generation: the alias's generation; 0 without a version.
+        state: the version's weights; None if there are none.
+    """
 
     version: str | None
     generation: int
@@ -31,7 +37,7 @@ class LiveAdapter:
 
     @property
     def size_bytes(self) -> int:
-        """Memory that the weights take."""
+        """Memory that the weights take, in bytes."""
         return sum(tensor.nbytes for tensor in self.state.values()) if self.state else 0
 
 
@@ -39,7 +45,19 @@ NO_ADAPTER = LiveAdapter(None, 0, None)
 
 
 class AdapterCache:
-    """Weights by adapter; a thread of its own reads aliases and blobs, each adapter's at most every poll_s."""
+    """Live weights by adapter.
+
+    Bounded both in bytes and in number of adapters, which a cachetools cache is not; so eviction is done here.
+
+    Args:
+        registry: versions and aliases.
+        alias: the alias to follow.
+        base_sha256: digest of the scorer's base; versions of another base count as missing.
+        shapes: shape of each LoRA tensor.
+        poll_s: each adapter is read at most once in so many seconds.
+        clock: monotonic clock, in seconds.
+        metrics: where failed reads are counted.
+    """
 
     def __init__(
         self,
@@ -67,7 +85,15 @@ class AdapterCache:
         self._thread = threading.Thread(target=self._run, name="live-weights", daemon=True)
 
     def get(self, adapters: Iterable[str], wait_s: float) -> dict[str, LiveAdapter]:
-        """What is known of each adapter, waiting at most wait_s for those not seen before."""
+        """Return the live version of each adapter as last read.
+
+        Args:
+            adapters: the adapters.
+            wait_s: how long to wait, in seconds, for adapters that were never read.
+
+        Returns:
+            One entry per adapter; `NO_ADAPTER` if it was not read in time.
+        """
         names = list(dict.fromkeys(adapters))
         now = self._clock()
         with self._changed:
@@ -97,7 +123,7 @@ class AdapterCache:
                 self._changed.notify_all()
 
     def _read(self, adapter: str, known: LiveAdapter) -> LiveAdapter:
-        """The alias's version. A failed read gives none: a loss under stale weights would look like drift."""
+        """Return the alias's version; none if the read failed, because a loss under old weights would look like drift."""
         try:
             state = self._registry.alias(adapter, self._alias)
             if state is None or state.kind == "retired":
@@ -106,7 +132,7 @@ class AdapterCache:
                 return LiveAdapter(state.version, state.generation, known.state)
             manifest = self._registry.manifest(adapter, state.version)
             if manifest.base_sha256 != self._base_sha256:
-                _log.warning("%s belongs to base %s, not to this scorer's", adapter, manifest.base_sha256)
+                _log.warning("%s was trained on base %s, not on this scorer's", adapter, manifest.base_sha256)
                 return NO_ADAPTER
             data = get_blob(self._registry.store, manifest.weights.digest)
             return LiveAdapter(state.version, state.generation, from_safetensors(data, self._shapes))

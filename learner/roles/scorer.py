@@ -1,4 +1,4 @@
-"""The scorer: adds to every accepted example what the frozen base and the live adapter lose on it, in order."""
+"""The scorer role: adds the loss under the frozen base and under the live adapter to every accepted example, in order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ _log = logging.getLogger("perennial.scorer")
 
 TOPIC = "examples"
 POLL_S = 0.2
-FIRST_SIGHT_WAIT_S = 0.25
+FIRST_READ_WAIT_S = 0.25
+"""How long scoring waits for the weights of an adapter that it has not met before."""
 
 
 def run_scorer(
@@ -42,10 +43,17 @@ def run_scorer(
     base: Base | None = None,
     lock: AbstractContextManager[Any] | None = None,
 ) -> None:
-    """Score the topic examples into scored-examples until stop is set.
+    """Score the topic `examples` into `scored-examples` until `stop` is set.
 
-    base, lock: shared with other roles of this process; the lock is held for one forward pass at a time.
-    Raises PerennialError where Kafka stays away; what was not acknowledged was not committed.
+    Args:
+        settings: Kafka, store, model and serving.
+        stop: ends the role.
+        metrics: what the role reports.
+        base: the frozen model, if other roles of this process share it.
+        lock: held for one forward pass at a time, if other roles share the base.
+
+    Raises:
+        PerennialError: Kafka stays unavailable; offsets of records whose events were not confirmed are not committed.
     """
     identify(settings, [TOPIC, "scored-examples", "dead-letters"])
     base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
@@ -56,36 +64,42 @@ def run_scorer(
         AdapterCache(
             registry, settings.serving.alias, base.digest, scorer.lora.shapes,
             poll_s=settings.serving.poll_s, clock=time.monotonic, metrics=metrics,
-        ) as live,
-        ConfirmingProducer(settings, "scorer", metrics, _now) as outbox,
-        GroupConsumer(settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch) as inbox,
+        ) as adapters,
+        ConfirmingProducer(settings, "scorer", metrics, _now) as producer,
+        GroupConsumer(settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch) as consumer,
     ):  # fmt: skip
         while not stop.is_set():
-            records = inbox.poll(POLL_S)
-            metrics.lag(TOPIC, inbox.lag() + len(records))
+            records = consumer.poll(POLL_S)
+            metrics.lag(TOPIC, consumer.lag() + len(records))
             if not records:
                 continue
             failpoint("scorer.receive")
             metrics.events_in(TOPIC, len(records))
             began = time.perf_counter()
-            envelopes = _decoded(records, outbox)
+            envelopes = _decoded(records, producer)
             examples = [envelope.event for envelope in envelopes if isinstance(envelope.event, ExampleAccepted)]
-            versions = live.get((example.adapter for example in examples if example.learn), FIRST_SIGHT_WAIT_S)
-            scored = scorer.score(examples, versions)
+            live = adapters.get((example.adapter for example in examples if example.learn), FIRST_READ_WAIT_S)
+            scored = scorer.score(examples, live)
             metrics.stage_s("score", time.perf_counter() - began)
             failpoint("scorer.score")
             for envelope, event in zip(envelopes, scored, strict=True):
-                outbox.send(event, event_id=_event_id(event), occurred_at=_now(), traceparent=envelope.traceparent)
-            outbox.flush()
+                producer.send(event, event_id=_event_id(event), occurred_at=_now(), traceparent=envelope.traceparent)
+            producer.flush()
             failpoint("scorer.produce")
-            inbox.commit(records)
+            consumer.commit(records)
             failpoint("scorer.commit")
             metrics.progress()
-            metrics.lag(TOPIC, inbox.lag())
+            metrics.lag(TOPIC, consumer.lag())
 
 
 class Scorer:
-    """Losses of examples under the base and under given versions; pure given those."""
+    """Computes losses of examples under the base and under given versions; pure, given those.
+
+    Args:
+        base: the frozen model; a LoRA slot is put into it.
+        settings: row length, batch size and LoRA shape.
+        lock: held for one forward pass at a time, if other roles share the base.
+    """
 
     def __init__(self, base: Base, settings: Settings, lock: AbstractContextManager[Any] | None = None) -> None:
         self._codec = ExampleTokenizer(base.tokenizer)
@@ -96,23 +110,28 @@ class Scorer:
             self.lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="scorer")
 
     def score(self, examples: Sequence[ExampleAccepted], live: Mapping[str, LiveAdapter]) -> list[ExampleScored]:
-        """One scored event per example, in order.
+        """Return one scored event per example, in order.
 
-        Losses are nats per token over the example's first row of max_tokens; tokens counts all of the example.
-        What is no text to learn passes with neither.
+        Args:
+            examples: the examples.
+            live: the live version of each adapter.
+
+        Returns:
+            Events with losses in nats per token over the example's first row (at most `max_tokens` tokens) and the
+            number of tokens of the whole example. An example without text to learn has no losses and no tokens.
         """
         rows = [self._rows(example) for example in examples]
-        places = [index for index, group in enumerate(rows) if group]
-        heads = [rows[index][0] for index in places]
-        base = dict(zip(places, self._losses(heads, adapted=False), strict=True))
+        with_text = [index for index, group in enumerate(rows) if group]
+        first_rows = [rows[index][0] for index in with_text]
+        base = dict(zip(with_text, self._losses(first_rows, adapted=False), strict=True))
         adapted: dict[int, float | None] = {}
-        for name in dict.fromkeys(examples[index].adapter for index in places):
+        for name in dict.fromkeys(examples[index].adapter for index in with_text):
             state = live.get(name, NO_ADAPTER).state
-            mine = [index for index in places if examples[index].adapter == name]
+            indices = [index for index in with_text if examples[index].adapter == name]
             if state is not None:
                 self.lora.load(state)  # the slot is this thread's own: no lock
-                losses = self._losses([rows[index][0] for index in mine], adapted=True)
-                adapted.update(zip(mine, losses, strict=True))
+                losses = self._losses([rows[index][0] for index in indices], adapted=True)
+                adapted.update(zip(indices, losses, strict=True))
         return [
             ExampleScored(
                 example=example,
@@ -134,7 +153,7 @@ class Scorer:
             return []
 
     def _losses(self, rows: Sequence[TokenRow], *, adapted: bool) -> list[float | None]:
-        """Nats per token of each row; None where it is not a number."""
+        """Return the loss of each row in nats per token; None if it is not finite."""
         losses = row_losses(
             self.lora, rows, pad=self._codec.pad, adapted=adapted, max_rows=self._max_rows, lock=self._lock
         )
@@ -142,15 +161,15 @@ class Scorer:
         return [nats if math.isfinite(nats) else None for nats in means]
 
 
-def _decoded(records: Sequence[ConsumedRecord], outbox: ConfirmingProducer) -> list[Envelope]:
-    """The records that can be read; the others go to the dead letters."""
+def _decoded(records: Sequence[ConsumedRecord], producer: ConfirmingProducer) -> list[Envelope]:
+    """Return the records that can be decoded; send the others to the dead letters."""
     envelopes = []
     for record in records:
         try:
             envelope = decode(record.value, record.headers, TOPIC)
         except WireError as error:
             _log.warning("record %d/%d refused: %s", record.partition, record.offset, error)
-            outbox.send_dead_letter(record, error.reason, error.detail)
+            producer.send_dead_letter(record, error.reason, error.detail)
             continue
         envelopes.append(envelope)
     return envelopes
