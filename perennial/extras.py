@@ -9,6 +9,7 @@ A plain install holds what publishing and subscribing need. The extras hold the 
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 from perennial.storage.errors import PerennialError
@@ -41,7 +42,8 @@ def require_extra(extra: str, needed_by: str) -> None:
     Raises:
         MissingExtraError: At least one module of the extra is not installed.
     """
-    missing = [module for module in EXTRAS[extra] if find_spec(module) is None]
+    # Hazard: find_spec raises ValueError for a loaded faust, which replaces its own module by one without a spec.
+    missing = [module for module in EXTRAS[extra] if module not in sys.modules and find_spec(module) is None]
     if missing:
         raise missing_extra(extra, needed_by, missing)
 

@@ -1,8 +1,8 @@
-"""Every service of docker-compose.yml as a plain process: its command, its environment, its health check, its end.
+"""Runs every service of docker-compose.yml as a plain process: its command, environment, health check and end.
 
-No Docker engine is needed. Names and paths of containers become addresses and folders of this machine; nothing else
-of the outer environment reaches a process, and Python processes of ours may write only where the read-only
-container could. Grafana's server is on no machine of ours: its configuration is checked in tests/unit/test_compose.py.
+Needs no Docker engine. Names and paths of containers become addresses and folders of this machine. Nothing else of the
+outer environment reaches a process, and the project's own processes may write only where the read-only container could.
+Grafana itself is not run; its configuration is checked in tests/unit/test_compose.py.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SMALL = {
     "PERENNIAL_MAX_AGE_S": "2", "PERENNIAL_THREADS": "1", "PERENNIAL_STEPS": "2", "PERENNIAL_PARTITIONS": "2",
     "PERENNIAL_ANCHOR_ROWS": "2", "PERENNIAL_MAX_GENERAL_RISE_NATS": "50", "PERENNIAL_MIN_GAIN_NATS": "-50",
 }  # fmt: skip
-"""What a user may put into .env: small updates, that the test is short."""
+"""What a user may put into .env: small updates, so that the test is short."""
 
 GUARD = """
 import errno, os, sys
@@ -59,7 +59,7 @@ def _hook(event, args):
             raise OSError(errno.EROFS, "the container's root is read-only", whole)
 sys.addaudithook(_hook)
 """
-"""A sitecustomize that gives Python code a read-only root."""
+"""A sitecustomize.py that gives Python code a read-only root."""
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float, what: Callable[[], str]) -> None:
@@ -72,7 +72,15 @@ def wait_for(condition: Callable[[], bool], timeout_s: float, what: Callable[[],
 
 @dataclass
 class Services:
-    """The compose file's services on this machine. addresses: text of the file, and what stands for it here."""
+    """The compose file's services on this machine.
+
+    Attributes:
+        tmp: Folder for data and logs.
+        addresses: Addresses in the file, and what replaces each of them here.
+        processes: The running services.
+        ports: Metrics port of each role.
+        file: The parsed compose file.
+    """
 
     tmp: Path
     addresses: dict[str, str] = field(default_factory=dict)
@@ -84,23 +92,23 @@ class Services:
         return self.file["services"][name]
 
     def here(self, text: str, own: Mapping[str, str]) -> str:
-        for there, place in own.items():
-            text = re.sub(rf"(^|=){re.escape(there)}(?=/|$)", lambda match, place=place: match[1] + place, text)
-        for there, place in self.addresses.items():
-            text = text.replace(there, place)
+        for there, here in own.items():
+            text = re.sub(rf"(^|=){re.escape(there)}(?=/|$)", lambda match, here=here: match[1] + here, text)
+        for there, here in self.addresses.items():
+            text = text.replace(there, here)
         return text
 
     def own(self, name: str) -> dict[str, str]:
-        """The service's writable folders, as folders of this test."""
+        """Return the service's writable folders, and the test's folder for each of them."""
         folders = {}
         for there in compose.writable(self.service(name)) - {"/tmp"}:
-            place = self.tmp / name / there.strip("/").replace("/", "-")
-            place.mkdir(parents=True, exist_ok=True)
-            folders[there] = str(place)
+            folder = self.tmp / name / there.strip("/").replace("/", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            folders[there] = str(folder)
         return folders
 
     def environment(self, name: str) -> dict[str, str]:
-        """What the container has: of the image, of the file, and nothing else."""
+        """Return the container's environment: the image's and the file's variables, and nothing else."""
         service, own = self.service(name), self.own(name)
         env = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "HOME": "/nonexistent"}
         given = compose.environment(service)
@@ -144,7 +152,7 @@ class Services:
         return (self.tmp / f"{name}.log").read_text(errors="replace")[-3000:]
 
     def healthy(self, name: str) -> bool:
-        """What the service's health check says, run here."""
+        """Run the service's health check here and return its result."""
         process = self.processes[name]
         assert process.poll() is None, f"{name} ended with {process.returncode}: {self.log(name)}"
         check = self.service(name)["healthcheck"]["test"]
@@ -161,7 +169,7 @@ class Services:
         return subprocess.run(words, env=env, stdout=subprocess.DEVNULL, timeout=30, check=False).returncode == 0
 
     def end(self, name: str) -> int:
-        """Stop the service as Compose does; its exit status."""
+        """Stop the service as Compose does and return its exit status."""
         process = self.processes.pop(name)
         process.send_signal(signal.SIGTERM)
         try:
@@ -182,15 +190,15 @@ def services(tmp_path) -> Iterator[Services]:
 
 
 def broker_properties(services: Services) -> dict[str, str]:
-    """The broker's configuration that its image makes of the service's environment."""
+    """Return the broker configuration that the image makes of the service's environment."""
     environment = compose.environment(services.service("kafka"))
     names = {key: value for key, value in environment.items() if key.startswith("KAFKA_")}
-    del names["KAFKA_HEAP_OPTS"]  # of the start script
+    del names["KAFKA_HEAP_OPTS"]  # for the start script only
     return {key.removeprefix("KAFKA_").lower().replace("_", "."): value for key, value in names.items()}
 
 
 def start_kafka(services: Services) -> EmbeddedBroker:
-    """The same Kafka with the service's configuration; its listeners are this machine's."""
+    """Start the same Kafka with the service's configuration, but with listeners on this machine."""
     wanted = broker_properties(services)
     ours = {key: value for key, value in wanted.items() if key not in OWNED and "listener" not in key}
     broker = EmbeddedBroker(services.tmp / "kafka", settings=ours).start()
@@ -237,17 +245,17 @@ def start_prometheus(services: Services) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("broker_jars")
 def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypatch):
     broker = start_kafka(services)
     try:
         start_minio(services)
         services.addresses["0.0.0.0"] = "127.0.0.1"
-        wait_for(lambda: services.healthy("minio"), 60, lambda: services.log("minio"))
+        wait_for(lambda: services.healthy("minio"), 180, lambda: services.log("minio"))
 
-        for made in (True, False):  # a second `up` finds everything there
-            assert services.spawn("init", [*services.command("init"), "--json"]).wait(120) == 0, services.log("init")
+        for made in (True, False):  # a second `docker compose up` finds everything there
+            assert services.spawn("init", [*services.command("init"), "--json"]).wait(300) == 0, services.log("init")
             report = json.loads(services.log("init").splitlines()[-1])
             assert [topic["created"] for topic in report["topics"]] == [made] * len(report["topics"])
             assert not any(topic["differences"] for topic in report["topics"])
@@ -262,7 +270,7 @@ def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypat
             waiting.difference_update([name for name in waiting if services.healthy(name)])
             return not waiting
 
-        wait_for(all_healthy, 180, lambda: "\n".join(f"{name}: {services.log(name)}" for name in waiting))
+        wait_for(all_healthy, 300, lambda: "\n".join(f"{name}: {services.log(name)}" for name in waiting))
 
         env = services.environment("learner")
         for key, value in env.items():
@@ -279,7 +287,7 @@ def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypat
                 len(registry.manifest("acme/compose", version).learned)
                 for _, version in registry.versions("acme/compose")
             ) >= DOCUMENTS,
-            240, lambda: "\n".join(f"{name}: {services.log(name)}" for name in compose.ROLE_SERVICES),
+            300, lambda: "\n".join(f"{name}: {services.log(name)}" for name in compose.ROLE_SERVICES),
         )  # fmt: skip
         assert next(iter(open_store(settings.store.uri).list("manifests/")))
         assert {name: services.end(name) for name in compose.ROLE_SERVICES} == dict.fromkeys(compose.ROLE_SERVICES, 0)
@@ -288,14 +296,14 @@ def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypat
 
 
 def test_the_read_only_root_is_one(services):
-    elsewhere = Path("/usr/perennial-not-allowed")  # wherever the checkout lies, no service may write here
+    elsewhere = Path("/usr/perennial-not-allowed")  # wherever the checkout is, no service may write here
     code = (
         "import os, pathlib\n"
         "pathlib.Path(os.environ['HOME'], 'ok').write_text('x')\n"
         f"pathlib.Path({str(elsewhere)!r}).write_text('x')\n"
     )
     process = services.spawn("learner", [sys.executable, "-c", code])
-    assert process.wait(30) == 1
+    assert process.wait(120) == 1
     assert "the container's root is read-only" in services.log("learner")
     assert (Path(services.own("learner")[HOME]) / "ok").exists()
     assert not elsewhere.exists()

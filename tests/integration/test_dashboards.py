@@ -1,9 +1,9 @@
-"""Every expression of every panel and alert, asked of a real Prometheus that scrapes the running loop.
+"""Every expression of every panel and alert, queried from a real Prometheus that scrapes the running roles.
 
-The loop is led through what the dashboards are for: documents, events that nobody can read, ratings that turn, a
-subscriber, an adapter that nobody follows, updates that the gate refuses, a store that does not answer, an event
-from hours ago, a process that is not there. What nobody asks this loop for (forgetting) comes from a Metrics object
-that the test serves; the printed table says which.
+The roles are led through everything that the dashboards show: documents, unreadable events, ratings that fall, a
+subscriber, an adapter without subscribers, updates that the gate refuses, a store that does not answer, an event from
+hours ago, a missing process. Nothing is forgotten in this run, so the metrics of forgetting come from a Metrics object
+that the test itself serves; the printed table has the source of every value.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ WINDOW, RANGE = "1m", "15m"
 SERVED, ALONE, REFUSED, LATE = "acme/served", "acme/alone", "acme/refused", "acme/late"
 DOCUMENTS, RATINGS, UNREADABLE, BACK_FILL = 48, 96, 6, 60
 HOURS_AGO_MS = 3 * 3600 * 1000
-TIMEOUT_S = 150.0
+TIMEOUT_S = 300.0
 OF_FORGETTING = re.compile("perennial_(forget|forgotten|quarantined)_")
-"""Metrics of forgetting: nobody asks for it in this run."""
+"""Metrics of forgetting, which does not happen in this run."""
 OF_REFUSALS = {"Refused", "Updates refused", "UpdatesRefusedInARow"}
 WORDS = [
     "the", "broker", "keeps", "each", "record", "until", "a", "reader", "saw", "it", "then", "adapter", "learns",
@@ -61,8 +61,17 @@ WORDS = [
 
 
 @dataclass
-class Ask:
-    """An expression of a panel or an alert, and the data that Prometheus had for it in the run."""
+class Query:
+    """An expression of a panel or an alert, and the data that Prometheus had for it in the run.
+
+    Attributes:
+        where: The dashboard's name, or `alert`.
+        title: The panel's or the alert's name.
+        expr: The expression.
+        series: How many series had data.
+        value: The largest value, as text; empty without data.
+        source: What produced the data.
+    """
 
     where: str
     title: str
@@ -73,31 +82,36 @@ class Ask:
 
     @property
     def of_forgetting(self) -> bool:
-        """Whether it asks about forgetting."""
+        """Return whether the expression is about forgetting."""
         return bool(OF_FORGETTING.search(self.expr))
 
     @property
-    def query(self) -> str:
-        """The expression as Grafana would send it with All adapters."""
+    def promql(self) -> str:
+        """Return the expression as Grafana would send it with all adapters selected."""
         expr = self.expr.replace("$__rate_interval", WINDOW).replace("$__range", RANGE).replace("$adapter", ".*")
         assert "$" not in expr, expr
         return expr
 
 
-def asked() -> list[Ask]:
-    """All expressions there are."""
+def all_queries() -> list[Query]:
+    """Return the expressions of all dashboards and alerts."""
     found = []
     for path in sorted((DEPLOY / "grafana/dashboards").glob("*.json")):
         for panel in json.loads(path.read_text("utf-8"))["panels"]:
-            found += [Ask(path.stem, panel["title"], target["expr"]) for target in panel.get("targets", [])]
+            found += [Query(path.stem, panel["title"], target["expr"]) for target in panel.get("targets", [])]
     for group in yaml.safe_load((DEPLOY / "prometheus/rules/perennial.yml").read_text("utf-8"))["groups"]:
-        found += [Ask("alert", rule["alert"], rule["expr"]) for rule in group["rules"]]
+        found += [Query("alert", rule["alert"], rule["expr"]) for rule in group["rules"]]
     return found
 
 
 @dataclass
 class Prometheus:
-    """The server under the project's own configuration, its targets being this test's."""
+    """A Prometheus server with the project's own configuration, but this test's targets.
+
+    Attributes:
+        port: Its port.
+        since_s: When it was started, in seconds since the epoch.
+    """
 
     port: int
     since_s: float
@@ -110,19 +124,19 @@ class Prometheus:
         except urllib.error.HTTPError as error:
             pytest.fail(f"{query}: {error.read().decode()}")
 
-    def look(self, ask: Ask, source: str) -> bool:
-        """Ask as a panel does, over the time of the run; True where there is data that is a number."""
-        found = self.get("query_range", query=ask.query, start=str(self.since_s), end=str(time.time()), step="1")
+    def look(self, query: Query, source: str) -> bool:
+        """Run a query as a panel does, over the time of the run; return whether it has data that is not NaN."""
+        found = self.get("query_range", query=query.promql, start=str(self.since_s), end=str(time.time()), step="1")
         series = [[float(value) for _, value in one["values"]] for one in found["result"]]
         series = [numbers for values in series if (numbers := [value for value in values if not math.isnan(value)])]
         if series:
-            ask.series, ask.source = len(series), ask.source or source
-            ask.value = f"{max(map(max, series)):.4g}"
+            query.series, query.source = len(series), query.source or source
+            query.value = f"{max(map(max, series)):.4g}"
         return bool(series)
 
 
 def configuration(tmp_path: Path, loop: list[int], subscribers: list[int], served: int) -> Path:
-    """The project's prometheus.yml; only where the targets are, and how often they are asked, is of this test."""
+    """Write the project's prometheus.yml with this test's targets and intervals, and return its path."""
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / pattern) for pattern in config["rule_files"]]
@@ -142,7 +156,7 @@ def configuration(tmp_path: Path, loop: list[int], subscribers: list[int], serve
 
 @pytest.fixture
 def prometheus(tmp_path) -> Iterator[Any]:
-    """A function that starts the server with a configuration file."""
+    """Return a function that starts a Prometheus server with a configuration file."""
     binary = shutil.which("prometheus")
     if binary is None:
         missing_service("no prometheus on PATH: install the package")
@@ -157,10 +171,10 @@ def prometheus(tmp_path) -> Iterator[Any]:
                 stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         started.append(process)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=1):
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=5):
                     return Prometheus(port, time.time())
             except OSError:
                 time.sleep(0.2)
@@ -169,12 +183,12 @@ def prometheus(tmp_path) -> Iterator[Any]:
     yield start
     for process in started:
         process.terminate()
-        process.wait(20)
+        process.wait(60)
 
 
 @dataclass
 class Shelf:
-    """A subscriber's backend that only keeps names."""
+    """A backend that only keeps the names of versions."""
 
     base_sha256: str | None = None
     held: set[str] = field(default_factory=set)
@@ -197,7 +211,7 @@ class Shelf:
 
 
 def small_settings(kafka: str, prefix: str, store: Path) -> Settings:
-    """Updates that take a fraction of a second: what is judged is whether they are seen."""
+    """Return settings for updates that take a fraction of a second: their metrics matter, not what they learn."""
     return Settings.of(
         env_file=None, kafka=kafka, topic_prefix=prefix, store=str(store), partitions=2, threads=1,
         max_batch_examples=12, max_batch_tokens=600, max_age_s=3, steps=1, rows=4, row_tokens=48, max_tokens=48,
@@ -205,8 +219,8 @@ def small_settings(kafka: str, prefix: str, store: Path) -> Settings:
     )  # fmt: skip
 
 
-class Life:
-    """What happens to the loop, in the order of its method `chapters`."""
+class Scenario:
+    """What is done to the running roles so that every panel has data."""
 
     def __init__(self, settings: Settings, supervisor: Supervisor) -> None:
         self.settings = settings
@@ -222,7 +236,7 @@ class Life:
         publisher.flush(30)
 
     def begin(self, publisher: Publisher) -> None:
-        """Documents for two adapters, of which one has a subscriber; ratings that turn; what nobody can read."""
+        """Publish documents for two adapters, one of which has a subscriber, and ratings that fall."""
         for adapter in (SERVED, ALONE):
             self.documents(publisher, adapter, DOCUMENTS // 2)
         for number in range(RATINGS):
@@ -238,10 +252,10 @@ class Life:
         producer.flush(30)
 
     def from_hours_ago(self, producer: KafkaProducer) -> None:
-        """What waited in the broker for hours; the topic must take our word for the time, and otherwise never does."""
+        """Publish events with the time of hours ago. The topic otherwise replaces the producer's time by the broker's."""
         admin = KafkaAdminClient(bootstrap_servers=self.settings.kafka.bootstrap)
-        documents, told = self.settings.kafka.topic("documents"), {"message.timestamp.type": "CreateTime"}
-        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, documents, told)])
+        documents, config = self.settings.kafka.topic("documents"), {"message.timestamp.type": "CreateTime"}
+        admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, documents, config)])
         admin.close()
         for number in range(BACK_FILL):
             text = f"hours ago {number}: " + " ".join(self.rng.choices(WORDS, k=24))
@@ -254,40 +268,43 @@ class Life:
         producer.flush(30)
 
     def refuse(self) -> None:
-        """The learner again, with a gate that nothing passes."""
+        """Restart the learner with a gate that refuses everything."""
         learner = self.supervisor.children["learner"]
         learner.signal(signal.SIGTERM)
         assert learner.process is not None
-        learner.process.wait(30)
+        learner.process.wait(120)
         learner.environment["PERENNIAL_MIN_GAIN_NATS"] = "50"
         self.supervisor.restart("learner")
 
 
-def table(asks: list[Ask]) -> str:
-    """Panel and value, in Markdown."""
+def table(queries: list[Query]) -> str:
+    """Return panels and values as a Markdown table."""
     lines = ["| dashboard | panel or alert | series | largest value | from |", "|---|---|---|---|---|"]
-    lines += [f"| {ask.where} | {ask.title} | {ask.series} | {ask.value or 'none'} | {ask.source} |" for ask in asks]
+    lines += [
+        f"| {query.where} | {query.title} | {query.series} | {query.value or 'none'} | {query.source} |"
+        for query in queries
+    ]
     return "\n".join(lines)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_prefix, tmp_path, prometheus):
     settings = small_settings(broker.bootstrap, topic_prefix, tmp_path / "store")
     provision(settings)
     supervisor = Supervisor(settings, tmp_path / "logs")
-    asks = asked()
+    queries = all_queries()
     following, lost, served = Metrics("subscriber", settings), Metrics("subscriber", settings), Metrics("retain")
     with serve_metrics(following) as one, serve_metrics(lost) as two:
         served_port = free_port()
         ports = [supervisor.children[role].port for role in ROLES]
         server = prometheus(configuration(tmp_path, ports, [one.port, two.port], served_port))
 
-        def look(source: str) -> list[Ask]:
-            """Those without data still."""
-            return [ask for ask in asks if not ask.value and not server.look(ask, source)]
+        def look(source: str) -> list[Query]:
+            """Return the queries that still have no data."""
+            return [query for query in queries if not query.value and not server.look(query, source)]
 
-        def look_until(done: Callable[[list[Ask]], bool], source: str, timeout_s: float) -> list[Ask]:
+        def look_until(done: Callable[[list[Query]], bool], source: str, timeout_s: float) -> list[Query]:
             deadline = time.monotonic() + timeout_s
             while not done(left := look(source)) and time.monotonic() < deadline:
                 for role in supervisor.children.values():
@@ -295,10 +312,10 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                 time.sleep(1)
             return left
 
-        # Before any role runs: who is missing is the first thing to be seen.
-        first = [ask for ask in asks if ask.title in {"RoleMissing", "TargetDown"}]
-        deadline = time.monotonic() + 30
-        while not all(server.look(ask, "the loop, before its start") for ask in first):
+        # Before any role runs the alerts for missing processes must have data.
+        first = [query for query in queries if query.title in {"RoleMissing", "TargetDown"}]
+        deadline = time.monotonic() + 120
+        while not all(server.look(query, "the loop, before its start") for query in first):
             assert time.monotonic() < deadline, table(first)
             time.sleep(0.5)
 
@@ -309,8 +326,8 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
         producer = KafkaProducer(bootstrap_servers=broker.bootstrap)
         supervisor.start()
         try:
-            supervisor.wait_healthy(180)
-            life = Life(settings, supervisor)
+            supervisor.wait_healthy(300)
+            scenario = Scenario(settings, supervisor)
             with (
                 Publisher(settings.kafka.bootstrap, settings=settings) as publisher,
                 Subscriber(SERVED, Shelf(), settings=settings, metrics=following),
@@ -322,36 +339,36 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                     metrics=lost,
                 ),
             ):
-                life.begin(publisher)
-                life.unreadable(producer)
-                life.from_hours_ago(producer)
+                scenario.begin(publisher)
+                scenario.unreadable(producer)
+                scenario.from_hours_ago(producer)
                 look_until(
-                    lambda left: all(ask.of_forgetting or ask.title in OF_REFUSALS for ask in left),
+                    lambda left: all(query.of_forgetting or query.title in OF_REFUSALS for query in left),
                     "the loop",
                     TIMEOUT_S,
                 )
-                life.refuse()
-                for _ in range(3):  # an update each
-                    life.documents(publisher, REFUSED, settings.curate.max_batch_examples)
-                left = look_until(lambda left: all(ask.of_forgetting for ask in left), "the loop", TIMEOUT_S)
-                unexpected = [ask for ask in left if not ask.of_forgetting]
+                scenario.refuse()
+                for _ in range(3):  # one update each
+                    scenario.documents(publisher, REFUSED, settings.curate.max_batch_examples)
+                left = look_until(lambda left: all(query.of_forgetting for query in left), "the loop", TIMEOUT_S)
+                unexpected = [query for query in left if not query.of_forgetting]
                 assert not unexpected, "without data:\n" + table(unexpected)
 
-                for ask in asks:
-                    server.look(ask, ask.source)  # the largest values of the whole run
-                    if ask.of_forgetting:
-                        ask.series, ask.value, ask.source = 0, "", ""  # a zero says nothing: they are asked again
+                for query in queries:
+                    server.look(query, query.source)  # record the largest values of the whole run
+                    if query.of_forgetting:
+                        query.series, query.value, query.source = 0, "", ""  # zeros prove nothing: query again below
 
                 with serve_metrics(served, port=served_port):
                     served.forget_overdue(1)
                     served.quarantined(3)
                     for state, count in (("accepted", 2), ("executed", 1), ("closed", 4)):
                         served.forget_requests(state, count)
-                    for number in range(60):
+                    for number in range(240):
                         served.forgot(2, 5.0 * number)
                         time.sleep(0.5)
-                        of_test = [ask for ask in asks if ask.of_forgetting]
-                        left = [ask for ask in of_test if not server.look(ask, "served by the test")]
+                        of_test = [query for query in queries if query.of_forgetting]
+                        left = [query for query in of_test if not server.look(query, "served by the test")]
                         if number > 4 and not left:
                             break
                 assert not left, "without data:\n" + table(left)
@@ -362,5 +379,5 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
         finally:
             producer.close()
             supervisor.stop()
-            (tmp_path / "panels.md").write_text(table(asks) + "\n", "utf-8")
-            print("\n" + table(asks))
+            (tmp_path / "panels.md").write_text(table(queries) + "\n", "utf-8")
+            print("\n" + table(queries))

@@ -1,4 +1,4 @@
-"""kill -9 of each role in mid-flow, and its restart: every accepted example is learned exactly once."""
+"""Kill each role while events flow, and restart it: every accepted example is learned exactly once."""
 
 from __future__ import annotations
 
@@ -19,31 +19,13 @@ from tests.oracle import account, wait_until
 ADAPTERS = ("acme/a", "acme/b", "other")
 EVENTS_BETWEEN = 30
 WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "a",
-    "lazy",
-    "dog",
-    "while",
-    "graphs",
-    "and",
-    "matrices",
-    "wait",
-    "for",
-    "their",
-    "turn",
-    "to",
-    "be",
-    "learned",
-]
+    "the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "graphs", "and", "matrices", "wait", "for",
+    "their", "turn", "to", "be", "learned",
+]  # fmt: skip
 
 
 def small_settings(kafka: str, prefix: str, store: str | Path) -> Settings:
-    """Updates that take a fraction of a second: the guarantee does not depend on how much is learned."""
+    """Return settings for updates that take a fraction of a second: the guarantee does not depend on their size."""
     return Settings.of(
         kafka=kafka, topic_prefix=prefix, store=str(store), partitions=2, threads=1, max_batch_examples=12,
         max_batch_tokens=600, max_age_s=3, steps=1, rows=4, row_tokens=48, max_tokens=48, anchor_rows=2,
@@ -56,9 +38,9 @@ def text(rng: random.Random, number: int) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(600)
 def test_every_example_is_learned_once_though_each_role_is_killed_in_turn(broker, topic_prefix, tmp_path):
-    """At times that no failpoint names, with several adapters and partitions, and a folder as the store."""
+    """Kills at random times instead of failpoints, with several adapters and partitions, and a folder as the store."""
     settings = small_settings(broker.bootstrap, topic_prefix, tmp_path / "store")
     provision(settings)
     rng = random.Random("kill")
@@ -79,13 +61,13 @@ def test_every_example_is_learned_once_though_each_role_is_killed_in_turn(broker
                     supervisor.children[victim].signal(signal.SIGKILL)
                     supervisor.children[victim].process.wait()
                     supervisor.restart(victim)
-        acked = [(f"{r.topic}/{r.partition}", r.offset) for r in (receipt.result(30) for receipt in receipts)]
+        acked = [(f"{r.topic}/{r.partition}", r.offset) for r in (receipt.result(120) for receipt in receipts)]
         assert len(set(acked)) == len(receipts) == EVENTS_BETWEEN * (len(ROLES) + 1)
         wait_until(
-            lambda: not account(registry, ADAPTERS).missing(acked), 150,
+            lambda: not account(registry, ADAPTERS).missing(acked), 300,
             f"all {len(acked)} examples in a manifest; logs in {tmp_path / 'logs'}",
         )  # fmt: skip
-        time.sleep(2)  # a second learning of the same example would come now
+        time.sleep(2)  # a second learning of an example would show now
         found = account(registry, ADAPTERS)
         assert found.learned_twice == []
         assert set(found.learned) == set(acked)

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -158,3 +159,9 @@ def test_a_plain_install_is_small_and_all_is_both_extras():
 
 def test_all_extras_are_installed_where_the_tests_run():
     require_extra("all", "the tests")
+
+
+def test_a_loaded_module_without_a_spec_is_installed(monkeypatch: pytest.MonkeyPatch):
+    """Faust replaces its own module by one without a spec, which find_spec refuses with a ValueError."""
+    monkeypatch.setitem(sys.modules, "faust", ModuleType("faust"))
+    require_extra("worker", "this test")
