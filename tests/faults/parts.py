@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -59,7 +60,9 @@ def child(
         environment: More environment variables.
     """
     code = (
-        "import sys, threading\n"
+        "import faulthandler, logging, signal, sys, threading\n"
+        "faulthandler.register(signal.SIGUSR2)\n"
+        "logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(message)s')\n"
         "from perennial.streams.observe.metrics import Metrics\n"
         "from perennial.streams.settings import Settings\n"
         + _ROLES[role].format(session_ms=int(SESSION_S * 1000))
@@ -70,6 +73,12 @@ def child(
     process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], cwd=ROOT, env=env)
     try:
         yield process
+    except BaseException:
+        if process.poll() is None:  # print where it stands, for the report of the failed test
+            process.send_signal(signal.SIGCONT)
+            process.send_signal(signal.SIGUSR2)
+            time.sleep(1)
+        raise
     finally:
         process.kill()
         process.wait()
