@@ -41,7 +41,7 @@ class Stack:
         port: port of the embedded broker; None: a free one.
         roles: names of the roles; names joined by `+` share one process.
         environment: variables for the roles in addition to this process's own.
-        say: called with one line of text per step.
+        on_progress: called with one line of text per step.
         broker: the embedded broker, where one was started.
         supervisor: the roles' supervisor, from the first part of `start` on.
         minio: start a MinIO server, where settings name no store; otherwise objects are kept in a folder.
@@ -53,7 +53,7 @@ class Stack:
     port: int | None = None
     roles: tuple[str, ...] = ROLES
     environment: dict[str, str] | None = None
-    say: Callable[[str], None] = lambda _line: None
+    on_progress: Callable[[str], None] = lambda _line: None
     broker: EmbeddedBroker | None = None
     supervisor: Supervisor | None = None
     minio: bool = False
@@ -75,16 +75,16 @@ class Stack:
             PerennialError: something did not start. Call `stop` then.
         """
         self.supervisor = Supervisor(
-            self.settings, self.data_dir / "logs", self.roles, self.environment or {}, on_event=self.say
+            self.settings, self.data_dir / "logs", self.roles, self.environment or {}, on_event=self.on_progress
         )
         self.supervisor.start_early()
         found: dict[str, Any] = {}
         if not self.settings.kafka.bootstrap:
-            self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.say)
+            self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.on_progress)
             self.broker.start(_BROKER_START_S)
             found["kafka"] = self.broker.bootstrap
         if not self.settings.store.uri and self.minio:
-            self.server = MinioServer(self.data_dir / "minio", self.say)
+            self.server = MinioServer(self.data_dir / "minio", self.on_progress)
             self.server.start()
             found["store"] = STORE_URI
         elif not self.settings.store.uri:
@@ -94,11 +94,11 @@ class Stack:
         self.settings = self.settings.replace(s3=s3, **found)
         open_store(self.settings.store.require_uri(), s3).probe()
         made = [report.name for report in provision(self.settings) if report.created]
-        self.say(f"{len(made)} topics made" if made else "all topics exist")
+        self.on_progress(f"{len(made)} topics made" if made else "all topics exist")
         self.supervisor.settings, self.supervisor.environment = self.settings, environment
         self.supervisor.start()
-        self.say("the roles load their code and the base model")
-        self.supervisor.wait_healthy(on_ready=lambda name: self.say(f"{name} is ready"))
+        self.on_progress("the roles load their code and the base model")
+        self.supervisor.wait_healthy(on_ready=lambda name: self.on_progress(f"{name} is ready"))
 
     def tend(self) -> None:
         """Restart what ended by itself."""
@@ -156,11 +156,11 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
     stack = Stack(settings, settings.store.data_dir, port, roles, minio=minio)
     with console.status("starting") as spinner:
 
-        def say(line: str) -> None:
+        def print_step(line: str) -> None:
             console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
             spinner.update(line)
 
-        stack.say = say
+        stack.on_progress = print_step
         try:
             stack.start()
             # From here on a signal asks to stop. Before, it interrupts the start, and the clean-up below answers it.

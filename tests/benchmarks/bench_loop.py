@@ -66,7 +66,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
     settings = load_settings(data_dir=folder, kafka="", store="", metrics_port=0)
-    stack = Stack(settings, folder, say=lambda line: print(line, flush=True))
+    stack = Stack(settings, folder, on_progress=lambda line: print(line, flush=True))
     times = Times()
     stop = threading.Event()
     try:

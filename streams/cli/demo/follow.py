@@ -1,4 +1,4 @@
-"""Follows topics from a moment on and hands on what it reads: how the demo and the benchmarks look at the loop."""
+"""Read events from topics in a thread: for the demo and the benchmarks, which watch the loop from outside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from perennial.streams.settings import Settings
 
 
 class Follower:
-    """Reads topics without a group, in a thread of its own, until it is closed. on_event is called from that thread."""
+    """Reads topics from their beginning, without a consumer group, in a thread of its own until it is closed.
+
+    Args:
+        settings: Settings that name the broker.
+        topics: Names of topics without the prefix; they must exist.
+        on_event: Called from that thread with every event that can be read; other records are left out.
+    """
 
     def __init__(self, settings: Settings, topics: Sequence[str], on_event: Callable[[Event], None]) -> None:
         self._settings = settings
@@ -48,6 +54,6 @@ class Follower:
         self._consumer.close()
 
     def close(self) -> None:
-        """Stop reading."""
+        """Stop reading and wait for the thread."""
         self._stop.set()
         self._thread.join(10)

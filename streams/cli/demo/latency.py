@@ -1,4 +1,4 @@
-"""How long each stage of an update took, from the times that its events carry; pure."""
+"""Compute how long each stage of an update took, from the times in its events."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ STAGES: tuple[str, ...] = ("published", "cut", "received", "trained", "promoted"
 
 
 def stage_seconds(moments: Mapping[str, datetime]) -> dict[str, float]:
-    """Seconds between neighbouring moments, and from cut to served; moments that are missing are left out."""
+    """Return the seconds between neighbouring moments, and to `served` from `cut` and from `published`.
+
+    Args:
+        moments: Times by the names of `STAGES`; a stage with a missing end is left out.
+    """
     result = {
         f"{a}_to_{b}": (moments[b] - moments[a]).total_seconds()
         for a, b in pairwise(STAGES)
@@ -26,14 +30,23 @@ def stage_seconds(moments: Mapping[str, datetime]) -> dict[str, float]:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which so large a share lies (0 < share < 1), interpolated between neighbours; 0 without values."""
+    """Return the value below which the given share of the values is, interpolated between neighbours.
+
+    Args:
+        values: Any numbers; without any the result is 0.
+        share: Share between 0 and 1.
+    """
     if len(values) < 2:
         return values[0] if values else 0.0
     return quantiles(values, n=100, method="inclusive")[max(1, min(99, round(share * 100))) - 1]
 
 
 def summarise(updates: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float, int]]:
-    """p50, p95 and n by stage, in the order of the flow."""
+    """Return the median, the 95th percentile and the number of values by stage, in the order of the flow.
+
+    Args:
+        updates: Seconds by stage, per update.
+    """
     names = dict.fromkeys(name for update in updates for name in update)
     rows = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""What became of an adapter's examples, read from its manifests as they come."""
+"""Count what happened to an adapter's examples, from its manifests as they are written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from perennial.storage.registry.registry import Registry
 
 @dataclass
 class LearnedExamples:
-    """Counts examples of one adapter by what became of them; each manifest is read once."""
+    """Counts the examples of one adapter by outcome. Each manifest is read once.
+
+    Attributes:
+        registry: Registry of the adapter's versions.
+        adapter: Name of the adapter.
+        counts: Number of examples that were learned or skipped, the latter by reason.
+        versions: Ids and manifests of all versions read so far, in order.
+    """
 
     registry: Registry
     adapter: str
@@ -20,7 +27,7 @@ class LearnedExamples:
     _seq: int = 0
 
     def refresh(self) -> None:
-        """Read the manifests that are new since the last call."""
+        """Read the manifests that were written since the last call."""
         head = self.registry.head(self.adapter)
         if head is None or head.seq == self._seq:
             return
@@ -37,5 +44,20 @@ class LearnedExamples:
 
     @property
     def accounted(self) -> int:
-        """Examples that a manifest tells of: learned, refused by the gate, or skipped."""
+        """Number of examples with an outcome: learned, refused by the gate, or skipped."""
         return sum(self.counts.values())
+
+    @property
+    def promoted(self) -> list[Manifest]:
+        """Manifests of the versions that passed the gate, in order."""
+        return [manifest for _, manifest in self.versions if manifest.outcome == "promoted"]
+
+    def promoted_within(self, examples: int) -> int:
+        """Return how many versions were promoted from the first so many examples of the adapter."""
+        taken = promoted = 0
+        for _, manifest in self.versions:
+            taken += len(manifest.learned) + len(manifest.skipped)
+            if taken > examples:
+                break
+            promoted += manifest.outcome == "promoted"
+        return promoted

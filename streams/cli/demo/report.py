@@ -1,36 +1,41 @@
-"""What the demo found: the table, the picture, and what counts as a miss."""
+"""Report of the demo: its bounds, what misses them, and the tables that it prints."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from perennial.streams.cli.demo.latency import summarise
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from perennial.streams.cli.tables import Column, print_table
 
 MIN_GAIN_NATS = 0.3
 MAX_GENERAL_RISE_NATS = 0.15
-MAX_FIRST_PROMOTED_S = 60.0
 MIN_MEMORY_NATS = 0.3
 MAX_LEFT_NATS = 0.02
 MAX_REST_RISE_NATS = 0.1
 MODELS = {"base": "frozen base", "before": "before forgetting", "after": "after", "never": "never saw them"}
+"""Models whose loss is compared, with their titles."""
 GROUPS = {"erased": "the erased document", "expired": "the expired document", "rest": "the rest"}
+"""Texts on which they are compared, with their titles."""
 
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What forgetting two documents came to. losses: nats per token, by model (MODELS) and text (GROUPS).
+    """What was measured while two documents were forgotten.
 
-    exact: whether this device computes the same bits again. readable: files of the store with text of the two.
-    expire_s: seconds from the end of the document's life to the end of its forgetting.
+    Attributes:
+        losses: Loss in nats per token, by model (`MODELS`) and text (`GROUPS`).
+        after_sha256: Digest of the weights after forgetting.
+        never_sha256: Digest of weights that were trained without the two documents.
+        exact: Whether this device computes the same bits again.
+        readable_before: Number of files in the store with text of the two documents, before forgetting.
+        readable: Those files after forgetting.
+        erase_s: Seconds from the request to its end.
+        expire_s: Seconds from the expiry of the document to the end of its forgetting.
+        updates: Number of updates that learned the documents.
     """
 
     losses: Mapping[str, Mapping[str, float]]
@@ -45,42 +50,65 @@ class Forgetting:
 
     @property
     def is_equal(self) -> bool:
-        """Whether the weights have the very bits of those that never saw the two."""
+        """Whether the weights are bit-equal to those of the model that never saw the two documents."""
         return self.after_sha256 == self.never_sha256
 
     def missed(self) -> list[str]:
-        """What is wrong with the forgetting, a line each."""
+        """Return what is wrong with the forgetting, one line each."""
         lines = []
         base, before, after, never = (self.losses[model] for model in MODELS)
         for name in ("erased", "expired"):
             shown = never[name] - before[name]
             if shown < MIN_MEMORY_NATS:
                 lines.append(
-                    f"{GROUPS[name]}: seen costs {shown:.3f} nats less than never seen, {MIN_MEMORY_NATS} are asked for: "
-                    "there was nothing to forget"
+                    f"{GROUPS[name]}: having learned it lowers its loss by {shown:.3f} nats, {MIN_MEMORY_NATS} are "
+                    "required: there was nothing to forget"
                 )
             left = abs(after[name] - never[name])
             if not left <= MAX_LEFT_NATS:
                 lines.append(
-                    f"{GROUPS[name]}: {left:.3f} nats from the never-saw-it level, {MAX_LEFT_NATS} are allowed"
+                    f"{GROUPS[name]}: its loss differs by {left:.3f} nats from that of a model that never saw it, "
+                    f"{MAX_LEFT_NATS} are allowed"
                 )
         rise = after["rest"] - before["rest"]
         if not rise <= MAX_REST_RISE_NATS:
             lines.append(f"loss on the rest rose by {rise:.3f} nats, {MAX_REST_RISE_NATS} are allowed")
         if not after["rest"] < base["rest"]:
-            lines.append("the rest was forgotten too: it costs no less than under the frozen base")
+            lines.append("the rest was forgotten too: its loss is not below that of the frozen base")
         if self.exact and not self.is_equal:
-            lines.append(f"weights {self.after_sha256} are not {self.never_sha256}, which never saw the two")
+            lines.append(
+                f"the weights {self.after_sha256} differ from {self.never_sha256} of the model that never saw the two"
+            )
         if not self.readable_before:
-            lines.append("the text was not found in the store before it was forgotten: that it is gone says nothing")
+            lines.append(
+                "the text was not found in the store before forgetting, so its absence afterwards proves nothing"
+            )
         if self.readable:
-            lines.append(f"text of the two is still readable in {', '.join(self.readable)}")
+            lines.append(f"text of the two documents is still readable in {', '.join(self.readable)}")
         return lines
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """Losses in nats per token on held-out text: by the frozen base, after the first domain, and now."""
+    """What the demo measured. Losses are means in nats per token on texts that no adapter was shown.
+
+    Attributes:
+        domains: The two domains in the order in which they were learned.
+        base: Loss of the frozen base, by domain and `general`.
+        first: Loss of the adapter after the first domain.
+        now: Loss of the adapter at the end.
+        curve: Losses by number of the promoted version; 0 is the frozen base.
+        change_at: Number of the last version before the second domain.
+        drift_at: For each drift of the adapter, the number of versions that were published before it.
+        drifts: All drift events.
+        latencies: Seconds by stage, for each update that was served.
+        first_promoted_s: Seconds from the start of the demo to the first promoted version; None: there was none.
+        outcomes: Number of examples by outcome.
+        answers_before: Answers to the questions before the corrections.
+        answers: Answers after them.
+        wanted: The corrected answers.
+        forgetting: What was measured while two documents were forgotten.
+    """
 
     domains: Sequence[str]
     base: Mapping[str, float]
@@ -100,30 +128,34 @@ class DemoReport:
 
     @property
     def corrected(self) -> int:
-        """Questions that are answered exactly as corrected."""
+        """Number of questions that are answered exactly as corrected."""
         return sum(self.answers[question].strip() == right for question, right in self.wanted.items())
 
     @property
     def learned_anything(self) -> bool:
-        """Whether any streamed domain costs less than under the frozen base."""
+        """Whether the loss on any domain is below that of the frozen base."""
         return any(self.now[domain] < self.base[domain] for domain in self.domains)
 
     def missed(self) -> list[str]:
-        """The bounds that were not met, a line each."""
+        """Return the bounds on learning that were not met, one line each."""
         lines = []
         for domain in self.domains:
             gain = self.base[domain] - self.now[domain]
             if gain < MIN_GAIN_NATS:
-                lines.append(f"{domain}: {gain:.3f} nats under the frozen base, {MIN_GAIN_NATS} are asked for")
+                lines.append(
+                    f"{domain}: the loss is {gain:.3f} nats below the frozen base, {MIN_GAIN_NATS} are required"
+                )
         rise = self.now["general"] - self.base["general"]
         if rise > MAX_GENERAL_RISE_NATS:
-            lines.append(f"general loss rose by {rise:.3f} nats, {MAX_GENERAL_RISE_NATS} are allowed")
+            lines.append(f"loss on general text rose by {rise:.3f} nats, {MAX_GENERAL_RISE_NATS} are allowed")
         if self.corrected <= len(self.wanted) // 2:
-            lines.append(f"{self.corrected} of {len(self.wanted)} questions are answered as corrected")
+            lines.append(
+                f"{self.corrected} of {len(self.wanted)} questions are answered as corrected, more than half are required"
+            )
         return lines
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON."""
+        """Return the figures for JSON."""
         stages = {
             name: {"p50_s": p50, "p95_s": p95, "n": n} for name, (p50, p95, n) in summarise(self.latencies).items()
         }
@@ -137,118 +169,87 @@ class DemoReport:
 
 
 def print_report(report: DemoReport, console: Console) -> None:
-    """The tables that a person reads."""
-    table = Table(
-        "held-out text", "frozen base", f"after {report.domains[0]}", "now", "now − base",
-        title="loss in nats per token on documents that no adapter was shown", title_justify="left",
-    )  # fmt: skip
+    """Print the report for a person.
+
+    Args:
+        report: What the demo measured.
+        console: Where to print; every table fits 80 columns.
+    """
+    first = report.domains[0]
+    columns = [
+        Column("unseen text", wraps=True),
+        *(Column(name, right=True) for name in ("frozen base", f"after {first}", "now", "now - base")),
+    ]
+    rows: list[list[str | Text]] = []
     for name in (*report.domains, "general"):
         change = report.now[name] - report.base[name]
         good = change <= MAX_GENERAL_RISE_NATS if name == "general" else change <= -MIN_GAIN_NATS
-        table.add_row(
-            name, f"{report.base[name]:.3f}", f"{report.first[name]:.3f}", f"{report.now[name]:.3f}",
-            f"[{'green' if good else 'red'}]{change:+.3f}[/]",
-        )  # fmt: skip
-    console.print(table)
-    latency = Table(
-        "stage",
-        "p50 s",
-        "p95 s",
-        "n",
-        title="from publish to served, a domain's documents all at once",
-        title_justify="left",
-    )
-    for name, (p50, p95, n) in summarise(report.latencies).items():
-        latency.add_row(name.replace("_to_", " → "), f"{p50:.2f}", f"{p95:.2f}", str(n))
-    console.print(latency)
-    answers = Table(
-        "asked",
-        "before",
-        "now",
-        "as corrected",
-        title="the second adapter learned from corrections",
-        title_justify="left",
-    )
-    for question, right in report.wanted.items():
-        answer = report.answers[question].strip()
-        answers.add_row(
-            question,
-            report.answers_before[question].strip()[:60],
-            answer[:60],
-            "[green]yes[/]" if answer == right else "[red]no[/]",
-        )
-    console.print(answers)
+        figures = [f"{losses[name]:.3f}" for losses in (report.base, report.first, report.now)]
+        rows.append([name, *figures, Text(f"{change:+.3f}", "green" if good else "red")])
+    _print_titled(
+        console, "LEARNING: loss in nats per token on text that no adapter was shown; lower is better", columns, rows,
+        f"The adapter learned {first}, then {report.domains[1]}. `general` is text of other kinds, on which it must not "
+        f"become worse by more than {MAX_GENERAL_RISE_NATS}.",
+    )  # fmt: skip
+    timed = [Column("stage"), *(Column(name, right=True) for name in ("median s", "95 % s", "updates"))]
+    _print_titled(
+        console, "SPEED: from a published document to a served version", timed,
+        [[name.replace("_to_", " to "), f"{p50:.2f}", f"{p95:.2f}", str(n)]
+         for name, (p50, p95, n) in summarise(report.latencies).items()],
+        "All documents of a domain were published at once, so most of the time is spent waiting in line.",
+    )  # fmt: skip
+    _print_answers(report, console)
     print_forgetting(report.forgetting, console)
     outcomes = ", ".join(f"{count} {name}" for name, count in sorted(report.outcomes.items()) if count)
-    first = f"{report.first_promoted_s:.1f} s after the start" if report.first_promoted_s is not None else "never"
-    console.print(f"examples: {outcomes}   drift detections: {len(report.drifts)}   first version promoted: {first}")
+    promoted_s = f"{report.first_promoted_s:.1f} s after the start" if report.first_promoted_s is not None else "never"
+    _print_line(
+        console, f"\nexamples: {outcomes}; changes of the text detected (drift): {len(report.drifts)}; "
+        f"first version promoted: {promoted_s}",
+    )  # fmt: skip
+
+
+def _print_answers(report: DemoReport, console: Console) -> None:
+    console.print(
+        "\nCORRECTIONS: answers of a second adapter before and after it learned corrected answers", style="bold"
+    )
+    for question, right in report.wanted.items():
+        before, answer = (
+            " ".join(text.split()) for text in (report.answers_before[question], report.answers[question])
+        )
+        verdict = "[green]as corrected[/]" if report.answers[question].strip() == right else "[red]not as corrected[/]"
+        _print_line(console, f"{question}")
+        _print_line(console, Text(f"  before: {before[:68]}"))
+        _print_line(console, Text.assemble(f"  now:    {answer[:50]}  ", Text.from_markup(f"({verdict})")))
 
 
 def print_forgetting(forgetting: Forgetting, console: Console) -> None:
-    """The table of what was forgotten, and the verdict on it."""
-    table = Table(
-        "text", *MODELS.values(), title="forgetting: loss in nats per token", title_justify="left",
+    """Print what was forgotten, and the verdict on it.
+
+    Args:
+        forgetting: What was measured.
+        console: Where to print.
+    """
+    _print_titled(
+        console, "FORGETTING: loss in nats per token on the documents themselves",
+        [Column("text"), *(Column(title, right=True) for title in MODELS.values())],
+        [[title, *(f"{forgetting.losses[model][name]:.3f}" for model in MODELS)] for name, title in GROUPS.items()],
+        "After forgetting, a document must cost as much as under a model that never saw it.",
     )  # fmt: skip
-    for name, title in GROUPS.items():
-        table.add_row(title, *(f"{forgetting.losses[model][name]:.3f}" for model in MODELS))
-    console.print(table)
     equal = "[green]yes[/]" if forgetting.is_equal else "[red]no[/]" if forgetting.exact else "no, as is usual on a GPU"
-    console.print(
-        f"bit-equal to a model that never saw them: {equal} ({forgetting.after_sha256[:19]}…)", highlight=False
-    )
-    console.print(
-        f"files of the store with their text: {forgetting.readable_before} before, {len(forgetting.readable)} after; "
-        f"erased {forgetting.erase_s:.1f} s after it was asked for, "
-        f"expired and forgotten {forgetting.expire_s:.1f} s after its time",
-        highlight=False,
-    )
-
-
-def draw(report: DemoReport, path: Path) -> None:
-    """The life of the adapter as a picture: loss by version, one line per domain, dashed where the base stands."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (axes, forgot) = plt.subplots(1, 2, figsize=(13, 5), dpi=110, width_ratios=(8, 5))
-    _draw_forgetting(report.forgetting, forgot)
-    versions = sorted(report.curve)
-    for color, name in zip(("tab:blue", "tab:orange", "tab:gray"), (*report.domains, "general"), strict=False):
-        axes.plot(versions, [report.curve[at][name] for at in versions], color=color, marker=".", label=name)
-        axes.axhline(report.base[name], color=color, linestyle="--", linewidth=0.8, alpha=0.6)
-    axes.axvline(report.change_at, color="black", linewidth=0.8)
-    axes.annotate(
-        f"{report.domains[1]} begins", (report.change_at, 0.98), xycoords=("data", "axes fraction"),
-        xytext=(4, 0), textcoords="offset points", va="top", fontsize=8,
+    _print_line(console, f"weights bit-equal to a model that never saw them: {equal} ({forgetting.after_sha256[:19]}…)")
+    _print_line(
+        console, f"files in the store with their text: {forgetting.readable_before} before, {len(forgetting.readable)} after; "
+        f"erased {forgetting.erase_s:.1f} s after the request, forgotten {forgetting.expire_s:.1f} s after expiry",
     )  # fmt: skip
-    for index, at in enumerate(sorted(set(report.drift_at))):
-        axes.axvline(at, color="magenta", linestyle=":", linewidth=1.2, label="drift detected" if index == 0 else None)
-    axes.set_xlabel("promoted versions of the adapter (0: frozen base, dashed)")
-    axes.set_ylabel("held-out loss, nats per token (lower is better)")
-    axes.set_title("An adapter that lives through a change of domain")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-    plt.close(figure)
 
 
-def _draw_forgetting(forgetting: Forgetting, axes: Axes) -> None:
-    """A line per text over the models: what was learned comes back up, and stays down where it was not forgotten."""
-    places = range(len(MODELS))
-    for color, (name, title) in zip(("tab:red", "tab:purple", "tab:green"), GROUPS.items(), strict=True):
-        heights = [forgetting.losses[model][name] for model in MODELS]
-        axes.plot(places, heights, color=color, marker="o", label=title)
-        above = -14 if name == "rest" else 6  # the lowest line: its figures and another's must not meet
-        for place, height in zip(places, heights, strict=True):
-            axes.annotate(
-                f"{height:.2f}", (place, height), xytext=(0, above), textcoords="offset points", fontsize=8, ha="center"
-            )
-    axes.set_xticks(places, [title.replace(" ", "\n", 1) for title in MODELS.values()], fontsize=9)
-    axes.set_xlim(-0.3, len(MODELS) - 0.7)
-    axes.margins(y=0.12)
-    axes.set_ylabel("loss on the text itself, nats per token")
-    axes.set_title("One document erased, one expired")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center", bbox_to_anchor=(0.8, 0.3), fontsize=8)
+def _print_titled(
+    console: Console, title: str, columns: Sequence[Column], rows: Sequence[Sequence[str | Text]], note: str
+) -> None:
+    _print_line(console, f"\n[bold]{title}[/]")
+    print_table(columns, rows, console=console)
+    _print_line(console, f"[dim]{note}[/]")
+
+
+def _print_line(console: Console, line: str | Text) -> None:
+    console.print(line, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Real text for the demo and the benchmarks: docstrings of packages that are installed anyway, parsed, never imported."""
+"""Real text for the demo and the benchmarks: docstrings of packages that are installed anyway, parsed, not imported."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ _MIN_CHARS, _MAX_CHARS = 200, 4_000
 
 
 @cache
-def package_docstrings(package: str, count: int) -> tuple[tuple[str, str], ...]:
-    """(dotted name, docstring) of an installed package, each text once, from files in an order that is random but fixed.
+def package_docstrings(package: str, count: int, max_chars: int = _MAX_CHARS) -> tuple[tuple[str, str], ...]:
+    """Return (dotted name, docstring) pairs of an installed package in an order that is random but always the same.
 
-    Raises NotFoundError where the package is not installed or has fewer.
+    Args:
+        package: Name of the package.
+        count: How many docstrings to return; each text is returned once.
+        max_chars: Longest docstring; the shortest has 200 characters.
+
+    Raises:
+        NotFoundError: The package is not installed, or has fewer docstrings.
     """
     from perennial.learner.model.general_text import docstrings_of
 
@@ -32,10 +38,10 @@ def package_docstrings(package: str, count: int) -> tuple[tuple[str, str], ...]:
         module = ".".join((package, *parts)).removesuffix(".py").removesuffix(".__init__")
         try:
             for name, text in docstrings_of(path.read_bytes(), module):
-                if _MIN_CHARS <= len(text) <= _MAX_CHARS:
+                if _MIN_CHARS <= len(text) <= max_chars:
                     found.setdefault(text, name)
         except (SyntaxError, ValueError):
-            continue  # templates and files for other Pythons are no text of ours
+            continue  # a template, or a file for another Python version
         if len(found) >= count:
             pairs = [(name, text) for text, name in found.items()][:count]
             return tuple(sorted(pairs, key=lambda pair: _order(pair[1])))
