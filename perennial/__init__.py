@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from perennial.extras import MissingExtraError
+    from perennial.learner.model.base import load_base as load_base
+    from perennial.learner.model.lora import LoraConfig as LoraConfig
     from perennial.learner.serving.peft_backend import PeftBackend as PeftBackend
     from perennial.storage.errors import PerennialError
     from perennial.streams.client.backend import Backend, BackendError
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# PeftBackend is left out: `from perennial import *` must not fail in an environment without the extra `worker`.
+# The names of _NEED_WORKER are left out: `from perennial import *` must not fail without the extra `worker`.
 __all__ = [
     "Backend",
     "BackendError",
@@ -53,6 +55,7 @@ _MODULE_OF = {
     "DirectoryBackend": "streams.client.directory_backend",
     "DocumentObserved": "streams.events.models",
     "InteractionObserved": "streams.events.models",
+    "LoraConfig": "learner.model.lora",
     "MemoryBackend": "streams.client.testing",
     "MissingExtraError": "extras",
     "PeftBackend": "learner.serving.peft_backend",
@@ -64,8 +67,10 @@ _MODULE_OF = {
     "Settings": "streams.settings",
     "Subscriber": "streams.client.subscriber",
     "SubscriberError": "streams.client.subscriber",
+    "load_base": "learner.model.base",
     "load_settings": "streams.settings",
 }
+_NEED_WORKER = frozenset({"LoraConfig", "PeftBackend", "load_base"})
 
 
 def __getattr__(name: str) -> Any:
@@ -73,13 +78,13 @@ def __getattr__(name: str) -> Any:
 
     Raises:
         AttributeError: The package has no such name.
-        MissingExtraError: The name is `PeftBackend` and the extra `worker` is not installed.
+        MissingExtraError: The name needs the extra `worker`, which is not installed.
     """
     if name == "__version__":
         return _installed_version()
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "PeftBackend":
+    if name in _NEED_WORKER:
         from perennial.extras import require_extra
 
         require_extra("worker", f"{__name__}.{name}")

@@ -11,6 +11,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
+OVERLAY = ROOT / "examples/compose.overlay.yml"
 ENTRYPOINT = ("perennial",)
 """Entrypoint of the project's image, as deploy/Dockerfile sets it."""
 ROLE_SERVICES = ("intake", "streams", "scorer", "learner")
@@ -23,11 +24,12 @@ def variables(text: str) -> dict[str, str | None]:
     return {match["name"]: match["default"] for match in _VARIABLE.finditer(text)}
 
 
-def load(env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Return the parsed file with its variables filled in.
+def load(env: Mapping[str, str] | None = None, path: Path = COMPOSE) -> dict[str, Any]:
+    """Return a parsed compose file with its variables filled in.
 
     Args:
         env: Values of the variables.
+        path: The file.
 
     Raises:
         KeyError: A variable has no value and no default.
@@ -40,7 +42,7 @@ def load(env: Mapping[str, str] | None = None) -> dict[str, Any]:
             raise KeyError(match["name"])
         return given
 
-    text = COMPOSE.read_text("utf-8")
+    text = path.read_text("utf-8")
     data: dict[str, Any] = yaml.safe_load(_VARIABLE.sub(fill, text))
     return data
 

@@ -38,6 +38,7 @@ DocumentObserved(*, adapter, document_id, text, source=..., domain=..., subjects
 DocumentObserved.key(self) -> str
 InteractionObserved(*, adapter, interaction_id, prompt, response, correction=..., rating=..., subjects=..., retention_class=..., expires_at=..., observed_at=...) -> None
 InteractionObserved.key(self) -> str
+LoraConfig(rank: int, alpha: int) -> None
 MemoryBackend(base_sha256: str | None = None) -> None
 MemoryBackend.activate(self, name: str) -> None
 MemoryBackend.drain(self, name: str, timeout_s: float) -> bool
@@ -92,6 +93,7 @@ Subscriber.start(self) -> Self
 Subscriber.wait_for(self, generation: int, timeout_s: float) -> bool
 SubscriberError(PerennialError)
 __version__: str
+load_base(name: str = shipped, device: str = auto, threads: int | None = None) -> Base
 load_settings(**values: Any) -> Settings
 publish_version(store: str | ObjectStore, adapter: str, *, weights: bytes | None = None, alias: str = live, base_sha256: str = sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb) -> str
 small_weights(seed: int = 0, rank: int = 2) -> bytes
@@ -99,7 +101,7 @@ small_weights(seed: int = 0, rank: int = 2) -> bytes
 
 
 def public_lines() -> Iterator[str]:
-    names = [(perennial, name) for name in (*perennial.__all__, "PeftBackend")]
+    names = [(perennial, name) for name in (*perennial.__all__, *perennial._NEED_WORKER)]
     names += [(testing, name) for name in testing.__all__ if name not in perennial.__all__]
     for module, name in sorted(names, key=lambda pair: pair[1]):
         member = getattr(module, name)
@@ -153,7 +155,7 @@ def test_public_names_and_signatures_are_pinned():
 
 def test_every_public_name_is_listed_and_imported_only_when_used():
     assert set(perennial.__all__) <= set(dir(perennial))
-    assert set(perennial._MODULE_OF) - {"PeftBackend"} == set(perennial.__all__) - {"__version__"}
+    assert set(perennial._MODULE_OF) - perennial._NEED_WORKER == set(perennial.__all__) - {"__version__"}
     with pytest.raises(AttributeError, match="no attribute 'Publsher'"):
         perennial.Publsher  # noqa: B018
 
