@@ -1,4 +1,4 @@
-"""One suite for every backend: a folder, and a PEFT model in this process; then what each alone promises."""
+"""One suite for every backend: in memory, a folder, and a PEFT model in this process; then what each alone promises."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def versions_of(tmp: Path, weights: list[bytes], base_sha256: str, rank: int) ->
 
 
 def lora_weights(base: Any, count: int) -> list[bytes]:
-    """Adapters that change the model's answers much, each in another way."""
+    """Weights of adapters that change the model's answers much, each in another way."""
     import torch
 
     from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors

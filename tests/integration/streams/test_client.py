@@ -1,4 +1,4 @@
-"""The SDK on a real broker: what is published comes back, and what subscribers hear, miss and acknowledge."""
+"""The client library on a real broker: what is published arrives; what a subscriber hears, misses and acknowledges."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
 
 
 def everything(settings: Settings, topic: str) -> list[tuple[Any, wire.Envelope]]:
-    """All records of a topic, with what they say."""
+    """All records of a topic, each with its decoded event."""
     consumer = KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap, auto_offset_reset="earliest")
     try:
         name = settings.kafka.topic(topic)
@@ -109,7 +109,7 @@ def promoted(manifest: Manifest, state: AliasState) -> AdapterPromoted:
 # ---- publishing
 
 
-def test_what_is_published_comes_back_as_it_was_said(settings: Settings):
+def test_published_events_arrive_unchanged(settings: Settings):
     with Publisher(settings=settings) as publisher:
         first = publisher.document(adapter=ADAPTER, document_id="d1", text="Grüße 👋", subjects=["ada"])
         again = publisher.document(adapter=ADAPTER, document_id="d1", text="Grüße 👋", subjects=["ada"])
@@ -197,7 +197,7 @@ def test_closing_says_what_was_not_delivered_and_a_closed_publisher_takes_nothin
 
 
 class LateStore(DirectoryStore):
-    """A store in which the alias is not to be seen until it is revealed."""
+    """A store that hides the alias until `hidden` is False."""
 
     hidden = True
 
@@ -210,7 +210,7 @@ class LateStore(DirectoryStore):
 def test_a_subscriber_that_comes_late_starts_from_the_topic(
     settings: Settings, line: VersionPublisher, announce: Callable[..., None]
 ):
-    """Polling is off and the first look finds no alias: only the event that was there before can tell."""
+    """Polling is off and the first look finds no alias, so only the earlier event can lead to the version."""
     for _ in range(3):
         state = line.publish()
         announce(line, state)
@@ -262,7 +262,7 @@ def test_old_forged_and_foreign_events_change_nothing(
         assert subscriber.wait_for(2, 30)
         announce(line, first)
         announce(VersionPublisher(line.store, "acme/other"), foreign)
-        announce(line, first, generation=900, version="sha256:" + "f" * 64)  # the alias knows of no such generation
+        announce(line, first, generation=900, version="sha256:" + "f" * 64)  # the alias never had this generation
         third = line.publish()
         announce(line, third)
         assert subscriber.wait_for(3, 30)

@@ -1,4 +1,4 @@
-"""The SDK without a broker: what is refused before it is sent, and the subscriber's judgement over a folder."""
+"""The client library without a broker: what is refused before it is sent, and what a subscriber does over a folder."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class FlakyStore(DirectoryStore):
 
     def get(self, key: str, max_bytes: int = 1 << 30) -> StoredObject:
         if self.fails(key):
-            raise StoreUnavailableError(f"told to fail at {key}")
+            raise StoreUnavailableError(f"asked to fail at {key}")
         return super().get(key, max_bytes)
 
 
@@ -65,7 +65,7 @@ class Harness(Subscriber):
         self.acks: list[AdapterActivated | AdapterFailed] = []
         self._acks.send = self.acks.append
 
-    def told(self) -> list[tuple[str, int]]:
+    def acknowledged(self) -> list[tuple[str, int]]:
         return [(ack.type.removeprefix("adapter."), ack.generation) for ack in self.acks]
 
 
@@ -112,7 +112,7 @@ def test_the_newest_version_is_served_and_the_one_before_is_gone(line: VersionPu
         until(lambda: len(subscriber.acks) == 2)
     stages = {"fetch", "verify", "load", "warm", "activate", "publish_to_served"}
     assert seen == [(1, stages), (2, stages)]
-    assert subscriber.told() == [("activated", 1), ("activated", 2)]
+    assert subscriber.acknowledged() == [("activated", 1), ("activated", 2)]
     assert set(subscriber.acks[0].stage_s) == stages
     old = subscriber.name_of(first.version)
     calls = [call for call, called in backend.calls if called == old]
@@ -142,7 +142,7 @@ def test_a_lower_generation_is_never_applied(line: VersionPublisher, store: Flak
         until(lambda: looks[0] >= 3)
         assert backend.active == served
         assert subscriber.generation == 2
-    assert subscriber.told() == [("activated", 2)]
+    assert subscriber.acknowledged() == [("activated", 2)]
 
 
 def _count_looks(subscriber: Subscriber) -> list[int]:
@@ -200,7 +200,7 @@ def test_a_store_that_comes_back_late_is_waited_for(line: VersionPublisher, stor
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 30)
         assert backend.active == subscriber.name_of(state.version)
-    assert subscriber.told() == [("failed", 1), ("activated", 1)]
+    assert subscriber.acknowledged() == [("failed", 1), ("activated", 1)]
 
 
 @pytest.mark.parametrize("call", ["load", "warm", "activate"])
@@ -211,9 +211,9 @@ def test_a_backend_that_fails_keeps_the_version_before(line: VersionPublisher, s
         assert subscriber.wait_for(1, 20)
         backend.fails = lambda called, _name: called == call
         second = line.publish()
-        until(lambda: ("failed", 2) in subscriber.told())
+        until(lambda: ("failed", 2) in subscriber.acknowledged())
         assert backend.active == subscriber.name_of(first.version)
-        until(lambda: subscriber.told().count(("failed", 2)) == 2)  # at first, and when it is given up
+        until(lambda: subscriber.acknowledged().count(("failed", 2)) == 2)  # at first, and when it is given up
         assert subscriber.name_of(second.version) not in backend.list()
         tried = len(backend.calls)
         looks = _count_looks(subscriber)
@@ -229,7 +229,7 @@ def test_a_backend_that_fails_once_is_tried_again(line: VersionPublisher, store:
     line.publish()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 20)
-    assert subscriber.told() == [("failed", 1), ("activated", 1)]
+    assert subscriber.acknowledged() == [("failed", 1), ("activated", 1)]
 
 
 def test_a_version_of_another_base_is_refused(store: FlakyStore):
@@ -252,10 +252,10 @@ def test_a_revocation_is_done_only_when_the_version_is_gone(line: VersionPublish
         second = line.publish(kind="forget")
         assert subscriber.wait_for(2, 20)
         assert backend.active == subscriber.name_of(second.version)
-        until(lambda: ("failed", 2) in subscriber.told())
-        assert ("activated", 2) not in subscriber.told()
+        until(lambda: ("failed", 2) in subscriber.acknowledged())
+        assert ("activated", 2) not in subscriber.acknowledged()
         backend.busy.clear()
-        until(lambda: ("activated", 2) in subscriber.told())
+        until(lambda: ("activated", 2) in subscriber.acknowledged())
         assert backend.list() == [subscriber.name_of(second.version)]
 
 
@@ -279,7 +279,7 @@ def test_a_retired_adapter_is_unloaded_and_comes_back(line: VersionPublisher, st
         until(lambda: backend.list() == [])
         assert backend.active is None
         assert subscriber.current is None
-        until(lambda: ("activated", 2) in subscriber.told())
+        until(lambda: ("activated", 2) in subscriber.acknowledged())
         back = line.publish()
         assert subscriber.wait_for(3, 20)
         assert backend.active == subscriber.name_of(back.version)
