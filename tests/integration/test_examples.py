@@ -21,7 +21,7 @@ from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.models import Event
 from perennial.streams.kafka.topics import provision
 from perennial.testing import publish_version
-from tests.versions import Line
+from tests.versions import VersionPublisher
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -147,8 +147,8 @@ def test_subscriber_peft(stack: Stack):
         lora = Lora(base, LoraConfig(training.rank, training.alpha), slot="made-by-examples")
     generator = torch.Generator().manual_seed(1)
     weights = to_safetensors({n: 0.2 * torch.randn(shape, generator=generator) for n, shape in lora.shapes.items()})
-    line = Line(DirectoryStore(Path(stack.store), fsync=False), ADAPTER, base.digest)
-    version = line.publish(weights, rank=training.rank, alpha=training.alpha).version
+    versions = VersionPublisher(DirectoryStore(Path(stack.store), fsync=False), ADAPTER, base.digest)
+    version = versions.publish(weights, rank=training.rank, alpha=training.alpha).version
     process = stack.start("subscriber_peft.py", ADAPTER)
     out, errors = process.communicate("How long does a refund take?\nWhen?\n", timeout=120)
     assert process.returncode == 0, errors

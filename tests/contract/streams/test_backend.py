@@ -46,11 +46,11 @@ def base() -> Any:
 
 
 def versions_of(tmp: Path, weights: list[bytes], base_sha256: str, rank: int) -> list[tuple[str, bytes, Manifest]]:
-    line = VersionPublisher(DirectoryStore(tmp / "store", fsync=False), ADAPTER, base_sha256)
+    versions = VersionPublisher(DirectoryStore(tmp / "store", fsync=False), ADAPTER, base_sha256)
     made = []
     for data in weights:
-        state = line.publish(data, rank=rank, alpha=2 * rank)
-        manifest = line.registry.manifest(ADAPTER, state.version)
+        state = versions.publish(data, rank=rank, alpha=2 * rank)
+        manifest = versions.registry.manifest(ADAPTER, state.version)
         made.append((f"{ADAPTER}@{state.version[7:]}", data, manifest))
     return made
 

@@ -52,7 +52,7 @@ def settings(broker, topic_prefix: str, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def line(settings: Settings) -> VersionPublisher:
+def versions(settings: Settings) -> VersionPublisher:
     return VersionPublisher(DirectoryStore(Path(settings.store.uri), fsync=False), ADAPTER)
 
 
@@ -85,8 +85,8 @@ def announce(settings: Settings) -> Iterator[Callable[..., None]]:
     """Sends the event of a generation, as a learner does."""
     producer = KafkaProducer(bootstrap_servers=settings.kafka.bootstrap)
 
-    def send(line: VersionPublisher, state: AliasState, **changes: Any) -> None:
-        manifest = line.registry.manifest(state.adapter, state.version)
+    def send(versions: VersionPublisher, state: AliasState, **changes: Any) -> None:
+        manifest = versions.registry.manifest(state.adapter, state.version)
         event = promoted(manifest, state).model_copy(update=changes)
         record = wire.encode(event, event_id="test", source="test", occurred_at=datetime.now(UTC))
         topic = settings.kafka.topic("adapter-updates")
@@ -208,12 +208,12 @@ class LateStore(DirectoryStore):
 
 
 def test_a_subscriber_that_comes_late_starts_from_the_topic(
-    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+    settings: Settings, versions: VersionPublisher, announce: Callable[..., None]
 ):
     """Polling is off and the first look finds no alias, so only the earlier event can lead to the version."""
     for _ in range(3):
-        state = line.publish()
-        announce(line, state)
+        state = versions.publish()
+        announce(versions, state)
     store = LateStore(Path(settings.store.uri), fsync=False)
     backend = MemoryBackend()
     with Subscriber(ADAPTER, backend, store=store, settings=settings, replica="r1") as subscriber:
@@ -230,7 +230,7 @@ def test_a_subscriber_that_comes_late_starts_from_the_topic(
 
 
 def test_an_event_wakes_a_subscriber_that_does_not_poll(
-    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+    settings: Settings, versions: VersionPublisher, announce: Callable[..., None]
 ):
     backend = MemoryBackend()
     stages: list[dict[str, float]] = []
@@ -238,8 +238,8 @@ def test_an_event_wakes_a_subscriber_that_does_not_poll(
         ADAPTER, backend, settings=settings, replica="r1", on_activate=lambda _s, t: stages.append(dict(t))
     ) as subscriber:
         for generation in range(1, 4):
-            state = line.publish()
-            announce(line, state)
+            state = versions.publish()
+            announce(versions, state)
             assert subscriber.wait_for(generation, 30)
             assert backend.active == subscriber.name_of(state.version)
         until(lambda: len(stages) == 3)
@@ -253,18 +253,18 @@ def test_an_event_wakes_a_subscriber_that_does_not_poll(
 
 
 def test_old_forged_and_foreign_events_change_nothing(
-    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+    settings: Settings, versions: VersionPublisher, announce: Callable[..., None]
 ):
     backend = MemoryBackend()
-    first, second = line.publish(), line.publish()
-    foreign = VersionPublisher(line.store, "acme/other").publish()
+    first, second = versions.publish(), versions.publish()
+    foreign = VersionPublisher(versions.store, "acme/other").publish()
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
         assert subscriber.wait_for(2, 30)
-        announce(line, first)
-        announce(VersionPublisher(line.store, "acme/other"), foreign)
-        announce(line, first, generation=900, version="sha256:" + "f" * 64)  # the alias never had this generation
-        third = line.publish()
-        announce(line, third)
+        announce(versions, first)
+        announce(VersionPublisher(versions.store, "acme/other"), foreign)
+        announce(versions, first, generation=900, version="sha256:" + "f" * 64)  # the alias never had this generation
+        third = versions.publish()
+        announce(versions, third)
         assert subscriber.wait_for(3, 30)
         assert backend.active == subscriber.name_of(third.version)
     loaded = [name for call, name in backend.calls if call == "load"]
@@ -272,43 +272,43 @@ def test_old_forged_and_foreign_events_change_nothing(
 
 
 def test_an_event_behind_the_alias_brings_the_alias(
-    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+    settings: Settings, versions: VersionPublisher, announce: Callable[..., None]
 ):
     backend = MemoryBackend()
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
-        first = line.publish()
-        last = line.publish()
-        announce(line, first)
+        first = versions.publish()
+        last = versions.publish()
+        announce(versions, first)
         assert subscriber.wait_for(2, 30)
         assert backend.active == subscriber.name_of(last.version)
     assert [call for call, _ in backend.calls].count("load") == 1
 
 
-def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, line: VersionPublisher):
+def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, versions: VersionPublisher):
     backend = MemoryBackend()
     polling = settings.replace(poll_s=0.2)
     with Subscriber(ADAPTER, backend, settings=polling, replica="r1") as subscriber:
         assert not subscriber.wait_for(1, 0.5)
         for generation in (1, 2):
-            state = line.publish()
+            state = versions.publish()
             assert subscriber.wait_for(generation, 30)
         assert backend.active == subscriber.name_of(state.version)
     assert everything(settings, "adapter-updates") == []
 
 
 def test_damaged_weights_are_refused_and_said(
-    settings: Settings, line: VersionPublisher, announce: Callable[..., None]
+    settings: Settings, versions: VersionPublisher, announce: Callable[..., None]
 ):
     backend = MemoryBackend()
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
-        good = line.publish()
-        announce(line, good)
+        good = versions.publish()
+        announce(versions, good)
         assert subscriber.wait_for(1, 30)
-        bad = line.publish()
-        key = blob_key(line.registry.manifest(ADAPTER, bad.version).weights.digest)
-        stored = line.store.get(key)
-        line.store.compare_and_swap(key, small_weights(10_000), stored.etag)
-        announce(line, bad)
+        bad = versions.publish()
+        key = blob_key(versions.registry.manifest(ADAPTER, bad.version).weights.digest)
+        stored = versions.store.get(key)
+        versions.store.compare_and_swap(key, small_weights(10_000), stored.etag)
+        announce(versions, bad)
         until(lambda: any(isinstance(e.event, AdapterFailed) for _, e in everything(settings, "adapter-acks")))
         assert backend.active == subscriber.name_of(good.version)
         assert subscriber.generation == 1
@@ -318,18 +318,18 @@ def test_damaged_weights_are_refused_and_said(
     assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(good.version)]
 
 
-def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, line: VersionPublisher, settings: Settings):
+def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, versions: VersionPublisher, settings: Settings):
     nowhere = settings.replace(topic_prefix=f"{topic_prefix}none-", poll_s=0.2)
-    line.publish()
+    versions.publish()
     with Subscriber(ADAPTER, MemoryBackend(), settings=nowhere, replica="r1") as subscriber:
         assert subscriber.wait_for(1, 30)
-        line.publish()
+        versions.publish()
         assert subscriber.wait_for(2, 30)
 
 
 def test_the_five_lines_of_the_readme(
     settings: Settings,
-    line: VersionPublisher,
+    versions: VersionPublisher,
     announce: Callable[..., None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -344,8 +344,8 @@ def test_the_five_lines_of_the_readme(
     with Publisher() as publisher:
         publisher.document(adapter="acme/support", document_id="faq-7", text="Refunds take two days since March.")
 
-    state = line.publish()
-    announce(line, state)
+    state = versions.publish()
+    announce(versions, state)
     stop = threading.Event()
 
     from perennial.streams.client.subscriber import Subscriber

@@ -53,7 +53,7 @@ def store(tmp_path: Path) -> FlakyStore:
 
 
 @pytest.fixture
-def line(store: FlakyStore) -> VersionPublisher:
+def versions(store: FlakyStore) -> VersionPublisher:
     return VersionPublisher(store, ADAPTER)
 
 
@@ -96,13 +96,13 @@ def test_no_store_is_set():
         Subscriber(ADAPTER, MemoryBackend(), settings=Settings.of(store=""))
 
 
-def test_the_newest_version_is_served_and_the_one_before_is_gone(line: VersionPublisher, store: FlakyStore):
+def test_the_newest_version_is_served_and_the_one_before_is_gone(versions: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
     seen: list[tuple[int, set[str]]] = []
     with Harness(backend, store, on_activate=lambda s, t: seen.append((s.generation, set(t)))) as subscriber:
-        first = line.publish()
+        first = versions.publish()
         assert subscriber.wait_for(1, 20)
-        second = line.publish()
+        second = versions.publish()
         assert subscriber.wait_for(2, 20)
         name = subscriber.name_of(second.version)
         until(lambda: backend.list() == [name])
@@ -119,19 +119,19 @@ def test_the_newest_version_is_served_and_the_one_before_is_gone(line: VersionPu
     assert calls == ["load", "warm", "activate", "drain", "unload"]
 
 
-def test_versions_that_were_passed_over_are_not_loaded(line: VersionPublisher, store: FlakyStore):
+def test_versions_that_were_passed_over_are_not_loaded(versions: VersionPublisher, store: FlakyStore):
     for _ in range(5):
-        last = line.publish()
+        last = versions.publish()
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(5, 20)
     assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(last.version)]
 
 
-def test_a_lower_generation_is_never_applied(line: VersionPublisher, store: FlakyStore):
-    line.publish()
+def test_a_lower_generation_is_never_applied(versions: VersionPublisher, store: FlakyStore):
+    versions.publish()
     old = store.get(f"aliases/{ADAPTER}/live")
-    line.publish()
+    versions.publish()
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(2, 20)
@@ -156,16 +156,16 @@ def _count_looks(subscriber: Subscriber) -> list[int]:
     return looks
 
 
-def test_a_damaged_version_is_refused_and_the_next_one_served(line: VersionPublisher, store: FlakyStore):
-    good = line.publish()
+def test_a_damaged_version_is_refused_and_the_next_one_served(versions: VersionPublisher, store: FlakyStore):
+    good = versions.publish()
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 20)
-        damage_next(line, store)
+        damage_next(versions, store)
         until(lambda: len([a for a in subscriber.acks if isinstance(a, AdapterFailed)]) == 2)
         assert backend.active == subscriber.name_of(good.version)
         assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(good.version)]
-        last = line.publish()
+        last = versions.publish()
         assert subscriber.wait_for(3, 20)
         assert backend.active == subscriber.name_of(last.version)
     failed = [ack for ack in subscriber.acks if isinstance(ack, AdapterFailed)]
@@ -173,12 +173,12 @@ def test_a_damaged_version_is_refused_and_the_next_one_served(line: VersionPubli
     assert "IntegrityError" in failed[0].error
 
 
-def damage_next(line: VersionPublisher, store: FlakyStore) -> None:
+def damage_next(versions: VersionPublisher, store: FlakyStore) -> None:
     """Publish a version, one bit of whose weights is flipped before any subscriber can read them."""
     held = store.fails
     store.fails = lambda key: key.startswith("aliases/") and threading.current_thread().name.startswith("subscriber")
-    state = line.publish()
-    digest = line.registry.manifest(ADAPTER, state.version).weights.digest
+    state = versions.publish()
+    digest = versions.registry.manifest(ADAPTER, state.version).weights.digest
     stored = store.get(blob_key(digest))
     data = bytearray(stored.data)
     data[-1] ^= 1
@@ -186,7 +186,7 @@ def damage_next(line: VersionPublisher, store: FlakyStore) -> None:
     store.fails = held
 
 
-def test_a_store_that_comes_back_late_is_waited_for(line: VersionPublisher, store: FlakyStore):
+def test_a_store_that_comes_back_late_is_waited_for(versions: VersionPublisher, store: FlakyStore):
     failures = 0
 
     def down(key: str) -> bool:
@@ -195,7 +195,7 @@ def test_a_store_that_comes_back_late_is_waited_for(line: VersionPublisher, stor
         return key.startswith("blobs/") and failures <= 12  # more often than a broken version is tried
 
     backend = MemoryBackend()
-    state = line.publish()
+    state = versions.publish()
     store.fails = down
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 30)
@@ -204,13 +204,13 @@ def test_a_store_that_comes_back_late_is_waited_for(line: VersionPublisher, stor
 
 
 @pytest.mark.parametrize("call", ["load", "warm", "activate"])
-def test_a_backend_that_fails_keeps_the_version_before(line: VersionPublisher, store: FlakyStore, call: str):
+def test_a_backend_that_fails_keeps_the_version_before(versions: VersionPublisher, store: FlakyStore, call: str):
     backend = MemoryBackend()
-    first = line.publish()
+    first = versions.publish()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 20)
         backend.fails = lambda called, _name: called == call
-        second = line.publish()
+        second = versions.publish()
         until(lambda: ("failed", 2) in subscriber.acknowledged())
         assert backend.active == subscriber.name_of(first.version)
         until(lambda: subscriber.acknowledged().count(("failed", 2)) == 2)  # at first, and when it is given up
@@ -223,10 +223,10 @@ def test_a_backend_that_fails_keeps_the_version_before(line: VersionPublisher, s
     assert subscriber.current.generation == 1
 
 
-def test_a_backend_that_fails_once_is_tried_again(line: VersionPublisher, store: FlakyStore):
+def test_a_backend_that_fails_once_is_tried_again(versions: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
     backend.fails = lambda called, _name: called == "load" and [c for c, _ in backend.calls].count("load") == 1
-    line.publish()
+    versions.publish()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 20)
     assert subscriber.acknowledged() == [("failed", 1), ("activated", 1)]
@@ -241,15 +241,15 @@ def test_a_version_of_another_base_is_refused(store: FlakyStore):
     assert "another base" in subscriber.acks[0].error
 
 
-def test_a_revocation_is_done_only_when_the_version_is_gone(line: VersionPublisher, store: FlakyStore):
+def test_a_revocation_is_done_only_when_the_version_is_gone(versions: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
-    first = line.publish()
+    first = versions.publish()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 20)
         revoked = subscriber.name_of(first.version)
         backend.busy.add(revoked)
-        line.registry.revoke(ADAPTER, first.version, "erased")
-        second = line.publish(kind="forget")
+        versions.registry.revoke(ADAPTER, first.version, "erased")
+        second = versions.publish(kind="forget")
         assert subscriber.wait_for(2, 20)
         assert backend.active == subscriber.name_of(second.version)
         until(lambda: ("failed", 2) in subscriber.acknowledged())
@@ -259,9 +259,9 @@ def test_a_revocation_is_done_only_when_the_version_is_gone(line: VersionPublish
         assert backend.list() == [subscriber.name_of(second.version)]
 
 
-def test_a_revoked_version_is_not_put_into_service(line: VersionPublisher, store: FlakyStore):
-    state = line.publish()
-    line.registry.revoke(ADAPTER, state.version, "erased")
+def test_a_revoked_version_is_not_put_into_service(versions: VersionPublisher, store: FlakyStore):
+    state = versions.publish()
+    versions.registry.revoke(ADAPTER, state.version, "erased")
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
         until(lambda: subscriber.acks)
@@ -269,24 +269,24 @@ def test_a_revoked_version_is_not_put_into_service(line: VersionPublisher, store
         assert "revoked" in subscriber.acks[0].error
 
 
-def test_a_retired_adapter_is_unloaded_and_comes_back(line: VersionPublisher, store: FlakyStore):
+def test_a_retired_adapter_is_unloaded_and_comes_back(versions: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
-    line.publish()
+    versions.publish()
     with Harness(backend, store) as subscriber:
         assert subscriber.wait_for(1, 20)
-        line.registry.retire(ADAPTER, "live", "moved", line.registry.alias(ADAPTER).version)
+        versions.registry.retire(ADAPTER, "live", "moved", versions.registry.alias(ADAPTER).version)
         assert subscriber.wait_for(2, 20)
         until(lambda: backend.list() == [])
         assert backend.active is None
         assert subscriber.current is None
         until(lambda: ("activated", 2) in subscriber.acknowledged())
-        back = line.publish()
+        back = versions.publish()
         assert subscriber.wait_for(3, 20)
         assert backend.active == subscriber.name_of(back.version)
 
 
 def test_what_an_earlier_process_left_is_tidied_but_never_before_there_is_better(
-    line: VersionPublisher, store: FlakyStore
+    versions: VersionPublisher, store: FlakyStore
 ):
     backend = MemoryBackend()
     left, strange = f"{ADAPTER}@{'0' * 64}", f"acme/other@{'0' * 64}"
@@ -296,24 +296,24 @@ def test_what_an_earlier_process_left_is_tidied_but_never_before_there_is_better
         looks = _count_looks(subscriber)
         until(lambda: looks[0] >= 2)
         assert backend.list() == sorted([left, strange])
-        state = line.publish()
+        state = versions.publish()
         assert subscriber.wait_for(1, 20)
         until(lambda: backend.list() == sorted([strange, subscriber.name_of(state.version)]))
 
 
-def test_a_callback_that_fails_does_not_stop_the_service(line: VersionPublisher, store: FlakyStore):
+def test_a_callback_that_fails_does_not_stop_the_service(versions: VersionPublisher, store: FlakyStore):
     def failing(_state: object, _stage_s: object) -> None:
         raise ValueError("mine")
 
     with Harness(MemoryBackend(), store, on_activate=failing) as subscriber:
-        line.publish()
+        versions.publish()
         assert subscriber.wait_for(1, 20)
-        line.publish()
+        versions.publish()
         assert subscriber.wait_for(2, 20)
 
 
-def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(line: VersionPublisher, store: FlakyStore):
-    line.publish()
+def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(versions: VersionPublisher, store: FlakyStore):
+    versions.publish()
     stop = threading.Event()
     subscriber = Harness(MemoryBackend(), store)
     thread = threading.Thread(target=subscriber.run, args=(stop,))
@@ -328,10 +328,10 @@ def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(line: Versi
     other.close()
 
 
-def test_an_unreachable_broker_leaves_polling(line: VersionPublisher, store: FlakyStore):
+def test_an_unreachable_broker_leaves_polling(versions: VersionPublisher, store: FlakyStore):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    line.publish()
+    versions.publish()
     with Subscriber(
         ADAPTER, MemoryBackend(), kafka=f"127.0.0.1:{port}", store=store, settings=SETTINGS, replica="here"
     ) as subscriber:
