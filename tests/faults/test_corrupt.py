@@ -29,7 +29,7 @@ from tests.faults import parts
 from tests.faults.report import Row
 from tests.integration.learner import learner_kit as kit
 from tests.services import start_minio
-from tests.unit.learner.test_versions import ADAPTER, documents, lineage, now
+from tests.unit.learner.test_versions import ADAPTER, documents, local_learner, now
 
 FLIPS = 1000
 
@@ -51,7 +51,7 @@ def store(request, tmp_path):
 @pytest.mark.slow
 def test_flipped_bytes_are_refused_by_learner_and_subscriber(store, record_fault):
     """Flips bits in turn in the manifest, the weights, the optimizer state, the replay index, an old and a new micro-batch."""
-    learner = lineage(store)
+    learner = local_learner(store)
     for cut in range(2):
         learner.update(jobs.update(store, cut, documents(*range(4 * cut, 4 * cut + 4))), "live")
     following = jobs.update(store, 2, documents(*range(8, 12)))

@@ -166,11 +166,11 @@ def test_no_object_version_of_a_bucket_holds_what_was_erased(tmp_path):
         )
         store.probe()
         store._client.set_bucket_versioning(store._bucket, VersioningConfig(ENABLED))
-        line, cuts = unit.lineage(store), unit.documents(1, 12)
-        manifests = [done.manifest for done in unit.learn(line, cuts)]
+        learner, cuts = unit.local_learner(store), unit.documents(1, 12)
+        manifests = [done.manifest for done in unit.learn(learner, cuts)]
         assert versions_with(store, b"secret005")
-        done, told = unit.forget(line, unit.quarantined(store, unit.erase("r1", 5, 6)))
-        assert unit.never_saw(line, tmp_path, cuts, {5, 6}).equals(done.manifest)
+        done, told = unit.forget(learner, unit.quarantined(store, unit.erase("r1", 5, 6)))
+        assert unit.never_saw(learner, tmp_path, cuts, {5, 6}).equals(done.manifest)
         assert [type(event) for event in told] == [AdapterRevoked, AdapterRevoked]
         assert versions_with(store, b"secret005") == versions_with(store, b"secret006") == []
         assert unit.readable(server.data / store._bucket, ["secret005", "secret006"]) == []
@@ -180,7 +180,7 @@ def test_no_object_version_of_a_bucket_holds_what_was_erased(tmp_path):
         )}  # fmt: skip
         for manifest in manifests[1:]:
             assert not any(name.endswith(manifest.weights.digest[7:]) for name in kept)
-        gone, told = unit.forget(line, unit.request("r2", selector=Selector(sources=["wiki-0", "wiki-1", "wiki-2"])))
+        gone, told = unit.forget(learner, unit.request("r2", selector=Selector(sources=["wiki-0", "wiki-1", "wiki-2"])))
         assert isinstance(gone.event, AdapterRetired)
         assert versions_with(store, b"secret") == []
         assert unit.readable(server.data / store._bucket, ["secret"]) == []

@@ -1,4 +1,4 @@
-"""Forgetting over a directory store: bit-equal to a run that never saw it, nothing left, wherever it is cut off."""
+"""Forget jobs over a directory store: equal bits to a run that never saw the examples, wherever they are interrupted."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from perennial.streams.events.models import (
 from perennial.streams.retention.quarantine_filter import text_hash
 from tests import jobs, scratch, tiny
 from tests.local_learner import LocalLearner, complete
-from tests.unit.learner.test_versions import ADAPTER, lineage, now
+from tests.unit.learner.test_versions import ADAPTER, local_learner, now
 
 UNTIL_MS = 1_800_000_000_000
 WORDS = ["amber", "birch", "cedar", "delta", "ember", "flint", "grove", "heath", "inlet", "jetty", "kelp", "larch"]
 
 
 class CutOffError(Exception):
-    """The process dies here."""
+    """Stands for the end of the process."""
 
 
 def documents(seed: int, count: int, per_cut: int = 4) -> dict[int, list[ExampleAccepted]]:
@@ -54,9 +54,9 @@ def documents(seed: int, count: int, per_cut: int = 4) -> dict[int, list[Example
     return {cut: made[cut * per_cut : (cut + 1) * per_cut] for cut in range(-(-count // per_cut))}
 
 
-def learn(line: LocalLearner, cuts: dict[int, list[ExampleAccepted]]) -> list[JobResult]:
-    store = line.registry.store
-    return [line.update(jobs.update(store, cut, examples), "live") for cut, examples in cuts.items()]
+def learn(learner: LocalLearner, cuts: dict[int, list[ExampleAccepted]]) -> list[JobResult]:
+    store = learner.registry.store
+    return [learner.update(jobs.update(store, cut, examples), "live") for cut, examples in cuts.items()]
 
 
 def request(name: str = "r1", **more: Any) -> ForgetRequested:
@@ -80,23 +80,23 @@ def quarantined(store: ObjectStore, job: ForgetRequested) -> ForgetRequested:
 
 
 def forget(
-    line: LocalLearner, job: ForgetRequested, failpoint: Callable[[str], None] = lambda _: None
+    learner: LocalLearner, job: ForgetRequested, failpoint: Callable[[str], None] = lambda _: None
 ) -> tuple[JobResult, list[AdapterUpdate]]:
-    """Do the job to its end as the worker does; what came of it, and the events in order."""
-    told: list[AdapterUpdate] = []
-    done = ForgetExecutor(line, now, failpoint, told.append).forget(job, "live")
+    """Run the job as the learner does; return its result and the published events in order."""
+    published: list[AdapterUpdate] = []
+    done = ForgetExecutor(learner, now, failpoint, published.append).forget(job, "live")
     if done.event is not None:
-        told.append(done.event)
-    complete(line.registry.store, done)
-    return done, told
+        published.append(done.event)
+    complete(learner.registry.store, done)
+    return done, published
 
 
 def never_saw(
-    line: LocalLearner, tmp: Path, cuts: dict[int, list[ExampleAccepted]], gone: Collection[int]
+    learner: LocalLearner, tmp: Path, cuts: dict[int, list[ExampleAccepted]], gone: Collection[int]
 ) -> scratch.Scratch:
     store = DirectoryStore(tmp / "oracle", fsync=False)
     kept = {cut: [e for e in examples if e.origin.offset not in gone] for cut, examples in cuts.items()}
-    return scratch.train(line.updater, store, ADAPTER, kept)
+    return scratch.train(learner.updater, store, ADAPTER, kept)
 
 
 def readable(root: Path, needles: Sequence[str]) -> list[str]:
@@ -120,20 +120,24 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store", fsync=False)
 
 
-def test_forgetting_gives_the_very_bytes_of_a_run_that_never_saw_it(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(1, 20)
-    learned = [done.manifest for done in learn(line, cuts)]
-    done, told = forget(line, quarantined(store, erase("r1", 9)))
-    oracle = never_saw(line, tmp_path, cuts, {9})
+def test_forgetting_gives_the_same_bytes_as_a_run_that_never_saw_the_example(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    learner, cuts = local_learner(store), documents(1, 20)
+    learned = [done.manifest for done in learn(learner, cuts)]
+    done, published = forget(learner, quarantined(store, erase("r1", 9)))
+    oracle = never_saw(learner, tmp_path, cuts, {9})
     assert done.manifest is not None
     assert oracle.equals(done.manifest)
     assert (done.outcome, done.manifest.kind, done.manifest.seq) == ("promoted", "forget", 7)
     assert done.manifest.marks == learned[-1].marks
-    assert [type(event) for event in told] == [AdapterRevoked, AdapterRevoked]
-    assert [event.generation for event in told] == [6, 7]
-    assert told[0].weights_sha256 == learned[1].weights.digest, "what is served meanwhile is from before the first use"
+    assert [type(event) for event in published] == [AdapterRevoked, AdapterRevoked]
+    assert [event.generation for event in published] == [6, 7]
+    assert published[0].weights_sha256 == learned[1].weights.digest, (
+        "what is served meanwhile is from before the first use"
+    )
     assert [(s.state, s.examples) for s in done.statuses] == [("executed", 1), ("published", 1)]
-    revoked = {revocation.version for revocation in line.registry.revocations(ADAPTER)}
+    revoked = {revocation.version for revocation in learner.registry.revocations(ADAPTER)}
     assert revoked == {manifest.digest() for manifest in learned[2:]}
     assert readable(store.root, ["secret009"]) == []
     for manifest in learned[2:]:
@@ -144,50 +148,50 @@ def test_forgetting_gives_the_very_bytes_of_a_run_that_never_saw_it(store: Direc
     assert store.exists(blob_key(learned[3].batch.digest)), "the replay needs what is not erased"
 
 
-def test_a_first_cut_is_forgotten_and_served_again_when_it_is_made_anew(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(2, 12)
-    learn(line, cuts)
-    done, told = forget(line, erase("r1", 0, 2))
-    assert never_saw(line, tmp_path, cuts, {0, 2}).equals(done.manifest)
-    assert [type(event) for event in told] == [AdapterRetired, AdapterRevoked]
-    assert [event.generation for event in told] == [4, 5]
+def test_a_first_cut_is_forgotten_and_served_again_when_it_is_rebuilt(store: DirectoryStore, tmp_path: Path) -> None:
+    learner, cuts = local_learner(store), documents(2, 12)
+    learn(learner, cuts)
+    done, published = forget(learner, erase("r1", 0, 2))
+    assert never_saw(learner, tmp_path, cuts, {0, 2}).equals(done.manifest)
+    assert [type(event) for event in published] == [AdapterRetired, AdapterRevoked]
+    assert [event.generation for event in published] == [4, 5]
 
 
-def test_an_adapter_that_knew_nothing_else_is_served_no_more(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(3, 8)
-    learn(line, cuts)
-    done, told = forget(line, request(selector=Selector(sources=[f"wiki-{n}" for n in range(3)])))
-    assert never_saw(line, tmp_path, cuts, range(8)).equals(done.manifest)
-    assert [type(event) for event in told] == [AdapterRetired, AdapterRetired]
-    assert line.registry.alias(ADAPTER).kind == "retired"
-    assert line.registry.alias(ADAPTER).generation == 3
+def test_an_adapter_that_learned_nothing_else_is_retired(store: DirectoryStore, tmp_path: Path) -> None:
+    learner, cuts = local_learner(store), documents(3, 8)
+    learn(learner, cuts)
+    done, published = forget(learner, request(selector=Selector(sources=[f"wiki-{n}" for n in range(3)])))
+    assert never_saw(learner, tmp_path, cuts, range(8)).equals(done.manifest)
+    assert [type(event) for event in published] == [AdapterRetired, AdapterRetired]
+    assert learner.registry.alias(ADAPTER).kind == "retired"
+    assert learner.registry.alias(ADAPTER).generation == 3
     assert readable(store.root, ["secret"]) == []
     more = documents(3, 12)[2]
-    later = line.update(jobs.update(store, 2, more), "live")
+    later = learner.update(jobs.update(store, 2, more), "live")
     assert later.event.generation == 4
-    assert scratch.train(line.updater, store, ADAPTER, {2: more}).equals(later.manifest)
+    assert scratch.train(learner.updater, store, ADAPTER, {2: more}).equals(later.manifest)
 
 
-def test_forgetting_again_and_again_and_learning_between(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(4, 28)
+def test_forgetting_repeatedly_and_learning_in_between(store: DirectoryStore, tmp_path: Path) -> None:
+    learner, cuts = local_learner(store), documents(4, 28)
     gone: set[int] = set()
-    learn(line, {cut: cuts[cut] for cut in range(4)})
+    learn(learner, {cut: cuts[cut] for cut in range(4)})
     for step, numbers in enumerate([(5,), (14, 15), (1,), (4, 6, 7)]):
-        done, _ = forget(lineage(store), erase(f"r{step}", *numbers))
+        done, _ = forget(local_learner(store), erase(f"r{step}", *numbers))
         gone |= set(numbers)
         known = {cut: cuts[cut] for cut in range(4 + min(step, 2))}
-        assert never_saw(line, tmp_path, known, gone).equals(done.manifest)
+        assert never_saw(learner, tmp_path, known, gone).equals(done.manifest)
         assert readable(store.root, [f"secret{n:03d}" for n in gone]) == []
         if step < 2:
-            learn(line, {4 + step: cuts[4 + step]})
+            learn(learner, {4 + step: cuts[4 + step]})
             known = {cut: cuts[cut] for cut in range(5 + step)}
-            assert never_saw(line, tmp_path, known, gone).equals(head(line.registry))
+            assert never_saw(learner, tmp_path, known, gone).equals(head(learner.registry))
 
 
-def test_gates_judge_again_what_they_refused_on_account_of_it(store: DirectoryStore, tmp_path: Path) -> None:
+def test_the_gate_judges_rebuilt_updates_anew(store: DirectoryStore, tmp_path: Path) -> None:
     cuts = documents(5, 16)
-    learn(lineage(store), {0: cuts[0]})
-    strict = lineage(store, min_gain_nats=0.037, held_out_share=0.5)
+    learn(local_learner(store), {0: cuts[0]})
+    strict = local_learner(store, min_gain_nats=0.037, held_out_share=0.5)
     learn(strict, {1: cuts[1], 2: cuts[2], 3: cuts[3]})
     outcomes = [strict.registry.manifest(ADAPTER, v).outcome for _, v in strict.registry.versions(ADAPTER)]
     assert "refused" in outcomes, "or this test shows nothing"
@@ -195,7 +199,7 @@ def test_gates_judge_again_what_they_refused_on_account_of_it(store: DirectorySt
     chain = made_anew(strict.registry)
     assert [manifest.cut for manifest in chain] == [1, 2, 3]
     oracle_store = DirectoryStore(tmp_path / "oracle", fsync=False)
-    first = scratch.train(lineage(store).updater, oracle_store, ADAPTER, {0: cuts[0]})
+    first = scratch.train(local_learner(store).updater, oracle_store, ADAPTER, {0: cuts[0]})
     state = first.state
     rows = scratch.BatchRows(oracle_store, strict.updater.rows)
     for cut in (1, 2, 3):
@@ -209,12 +213,12 @@ def test_gates_judge_again_what_they_refused_on_account_of_it(store: DirectorySt
 
 
 def test_the_text_of_a_queued_batch_is_suppressed_too(store: DirectoryStore) -> None:
-    line, cuts = lineage(store), documents(1, 8)
-    learn(line, {0: cuts[0]})
+    learner, cuts = local_learner(store), documents(1, 8)
+    learn(learner, {0: cuts[0]})
     job = erase("r1", cuts[1][0].origin.offset)
     quarantined(store, job)
-    learn(line, {1: cuts[1]})
-    forget(line, job)
+    learn(learner, {1: cuts[1]})
+    forget(learner, job)
     assert text_hash(cuts[1][0]) in load_quarantine(store, ADAPTER).suppressed
 
 
@@ -222,25 +226,25 @@ class _Killed(BaseException):
     """Stands for the end of the process."""
 
 
-def test_weights_of_a_publish_that_was_cut_off_go_with_the_erasure(
+def test_weights_of_an_interrupted_publish_are_deleted_with_the_examples(
     store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    line, cuts = lineage(store), documents(1, 8)
-    learn(line, {0: cuts[0]})
+    learner, cuts = local_learner(store), documents(1, 8)
+    learn(learner, {0: cuts[0]})
     before = set(store.root.rglob("blobs/sha256/*"))
 
-    def killed(place: str) -> None:
-        if place == "publish.blobs":
+    def killed(name: str) -> None:
+        if name == "publish.blobs":
             raise _Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(line.registry, "_failpoint", killed)
+        patched.setattr(learner.registry, "_failpoint", killed)
         with pytest.raises(_Killed):
-            learn(line, {1: cuts[1]})
+            learn(learner, {1: cuts[1]})
     left = {path for path in store.root.rglob("blobs/sha256/*") if path.is_file()} - before
     assert left
     job = quarantined(store, erase("r1", cuts[1][0].origin.offset))
-    again = lineage(store)
+    again = local_learner(store)
     learn(again, {1: cuts[1]})
     forget(again, job)
     assert [path for path in left if path.exists()] == []
@@ -248,7 +252,7 @@ def test_weights_of_a_publish_that_was_cut_off_go_with_the_erasure(
 
 
 def made_anew(registry: Registry) -> list[Manifest]:
-    """The updates made anew that the newest version stems from, oldest first."""
+    """Return the rebuilt updates that led to the newest version, oldest first."""
     chain: list[Manifest] = []
     version = head(registry).parent
     while version is not None and (manifest := registry.manifest(ADAPTER, version)).kind == "replayed":
@@ -257,7 +261,7 @@ def made_anew(registry: Registry) -> list[Manifest]:
     return chain[::-1]
 
 
-PLACES = [
+STEPS = [
     "learner.forget_plan", "learner.forget_quarantine", "learner.forget_replayed", "learner.forget_published",
     "learner.forget_deleted",
 ]  # fmt: skip
@@ -267,7 +271,7 @@ PLACES = [
 def learned_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with three cuts learned, and a fourth that the tests only copy."""
     root = tmp_path_factory.mktemp("learned")
-    learn(lineage(DirectoryStore(root / "store", fsync=False)), documents(6, 12))
+    learn(local_learner(DirectoryStore(root / "store", fsync=False)), documents(6, 12))
     return root / "store"
 
 
@@ -276,11 +280,11 @@ def copy_of(root: Path, to: Path) -> DirectoryStore:
     return DirectoryStore(to, fsync=False)
 
 
-@pytest.mark.parametrize("place", [*PLACES, "publish.manifest:1", "publish.claim_seq:1", "publish.manifest:2",
+@pytest.mark.parametrize("step", [*STEPS, "publish.manifest:1", "publish.claim_seq:1", "publish.manifest:2",
                                    "publish.claim_seq:2", "publish.alias:2"])  # fmt: skip
-def test_a_forgetting_cut_off_anywhere_comes_to_the_same_end(learned_store: Path, tmp_path: Path, place: str) -> None:
+def test_an_interrupted_forgetting_ends_in_the_same_state(learned_store: Path, tmp_path: Path, step: str) -> None:
     cut, straight = (copy_of(learned_store, tmp_path / name) for name in ("cut", "straight"))
-    name, _, count = place.partition(":")
+    name, _, count = step.partition(":")
     passed = 0
 
     def dies(here: str) -> None:
@@ -293,10 +297,10 @@ def test_a_forgetting_cut_off_anywhere_comes_to_the_same_end(learned_store: Path
     quarantined(cut, job)
     quarantined(straight, job)
     with pytest.raises(CutOffError):
-        forget(lineage(cut, failpoint=dies), job, dies)
-    line = lineage(cut)
-    done, _ = forget(line, job)
-    want, _ = forget(lineage(straight), job)
+        forget(local_learner(cut, failpoint=dies), job, dies)
+    learner = local_learner(cut)
+    done, _ = forget(learner, job)
+    want, _ = forget(local_learner(straight), job)
     assert done.event.version == want.event.version
     assert done.event.generation == want.event.generation == 5
     assert done.statuses == () or [s.examples for s in done.statuses] == [1, 1]
@@ -308,11 +312,13 @@ def test_a_forgetting_cut_off_anywhere_comes_to_the_same_end(learned_store: Path
     assert entry.done is not None
     assert (entry.done.examples, entry.done.version, entry.done.generation) == (1, want.event.version, 5)
     assert list(cut.list("forgotten/")) == []
-    again, _ = forget(line, job)
+    again, _ = forget(learner, job)
     assert (again.outcome, again.event) == ("repeated", done.event)
 
 
-def test_a_request_accepted_while_another_is_done_again_goes_with_it(learned_store: Path, tmp_path: Path) -> None:
+def test_a_request_accepted_while_another_is_run_again_is_carried_out_with_it(
+    learned_store: Path, tmp_path: Path
+) -> None:
     store = copy_of(learned_store, tmp_path / "store")
     first = quarantined(store, erase("r1", 5))
 
@@ -321,33 +327,35 @@ def test_a_request_accepted_while_another_is_done_again_goes_with_it(learned_sto
             raise CutOffError
 
     with pytest.raises(CutOffError):
-        forget(lineage(store), first, dies)
+        forget(local_learner(store), first, dies)
     quarantined(store, erase("r2", 6))
-    line = lineage(store)
-    done, told = forget(line, first)
-    assert never_saw(line, tmp_path, documents(6, 12), {5, 6}).equals(done.manifest)
-    assert [event.generation for event in told] == [6, 7]
+    learner = local_learner(store)
+    done, published = forget(learner, first)
+    assert never_saw(learner, tmp_path, documents(6, 12), {5, 6}).equals(done.manifest)
+    assert [event.generation for event in published] == [6, 7]
     assert [(s.request_id, s.examples) for s in done.statuses[::2]] == [("r1", 1), ("r2", 1)]
     assert readable(store.root, ["secret005", "secret006"]) == []
 
 
-def test_an_accepted_request_is_in_no_update_that_is_behind_it(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(7, 8)
-    learn(line, {0: cuts[0]})
+def test_no_update_after_the_acceptance_of_a_request_learns_its_examples(store: DirectoryStore, tmp_path: Path) -> None:
+    learner, cuts = local_learner(store), documents(7, 8)
+    learn(learner, {0: cuts[0]})
     behind = jobs.update(store, 1, cuts[1])
     job = quarantined(store, erase("r1", 5))
-    done = line.update(behind, "live")
+    done = learner.update(behind, "live")
     assert [(s.offset, s.reason) for s in done.manifest.skipped] == [(5, "quarantined")]
     assert done.manifest.marks == behind.marks
-    assert never_saw(line, tmp_path, cuts, {5}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, {5}).equals(done.manifest)
     assert readable(store.root, ["secret005"]) == [], "its job's body went with the update"
-    assert line.update(behind, "live").outcome == "repeated"
-    ended, told = forget(line, job)
+    assert learner.update(behind, "live").outcome == "repeated"
+    ended, published = forget(learner, job)
     assert (ended.outcome, [s.examples for s in ended.statuses]) == ("unchanged", [0, 0])
-    assert [event.generation for event in told] == [2], "nothing moves where nothing was learned"
+    assert [event.generation for event in published] == [2], "nothing moves where nothing was learned"
 
 
-def test_an_update_cut_off_before_its_body_went_deletes_it_when_it_comes_again(store: DirectoryStore) -> None:
+def test_an_update_interrupted_before_it_deleted_its_old_micro_batch_deletes_it_when_redelivered(
+    store: DirectoryStore,
+) -> None:
     cuts = documents(8, 4)
     quarantined(store, erase("r1", 1))
     behind = jobs.update(store, 0, cuts[0])
@@ -357,67 +365,67 @@ def test_an_update_cut_off_before_its_body_went_deletes_it_when_it_comes_again(s
             raise CutOffError
 
     with pytest.raises(CutOffError):
-        lineage(store, failpoint=dies).update(behind, "live")
+        local_learner(store, failpoint=dies).update(behind, "live")
     assert readable(store.root, ["secret001"])
-    assert lineage(store).update(behind, "live").outcome == "repeated"
+    assert local_learner(store).update(behind, "live").outcome == "repeated"
     assert readable(store.root, ["secret001"]) == []
     assert list(store.list("forgotten/")) == []
 
 
 def test_an_erased_text_is_not_learned_again_under_any_name(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(9, 8)
+    learner, cuts = local_learner(store), documents(9, 8)
     cuts[1][2] = cuts[1][2].model_copy(update={"text": cuts[0][1].text})
-    learn(line, cuts)
-    done, _ = forget(line, erase("r1", 1))
-    assert never_saw(line, tmp_path, cuts, {1, 6}).equals(done.manifest), "the copy of the text went too"
+    learn(learner, cuts)
+    done, _ = forget(learner, erase("r1", 1))
+    assert never_saw(learner, tmp_path, cuts, {1, 6}).equals(done.manifest), "the copy of the text went too"
     copy = tiny.document(20, cuts[0][1].text)
-    later = line.update(jobs.update(store, 5, [copy, tiny.document(21, "something else")]), "live")
+    later = learner.update(jobs.update(store, 5, [copy, tiny.document(21, "something else")]), "live")
     assert [(s.offset, s.reason) for s in later.manifest.skipped] == [(20, "quarantined")]
     assert readable(store.root, ["secret001"]) == []
 
 
-def test_what_expired_may_be_learned_anew(store: DirectoryStore) -> None:
-    line, cuts = lineage(store), documents(10, 8)
-    learn(line, cuts)
+def test_an_expired_text_may_be_learned_again(store: DirectoryStore) -> None:
+    learner, cuts = local_learner(store), documents(10, 8)
+    learn(learner, cuts)
     until_ms = cuts[1][3].origin.timestamp_ms
     job = request(kind="expire", example_ids=[cuts[0][1].example_id], suppress=False, until_ms=until_ms)
-    forget(line, quarantined(store, job))
+    forget(learner, quarantined(store, job))
     assert load_quarantine(store, ADAPTER).suppressed == []
     again = tiny.document(20, cuts[0][1].text)
-    later = line.update(jobs.update(store, 5, [again]), "live")
+    later = learner.update(jobs.update(store, 5, [again]), "live")
     assert [item.offset for item in later.manifest.learned] == [20]
 
 
-def test_a_hold_stops_it_and_after_its_release_it_goes_on(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(11, 8)
-    learn(line, cuts)
+def test_a_hold_stops_a_forgetting_until_it_is_released(store: DirectoryStore, tmp_path: Path) -> None:
+    learner, cuts = local_learner(store), documents(11, 8)
+    learn(learner, cuts)
     hold = LegalHold(request_id="h1", selector={"subjects": ["person-0"]})
     update_quarantine(store, ADAPTER, lambda found: found.with_holds([hold]))
     job = quarantined(store, erase("r1", 4, 5))
     before = sorted(path.name for path in store.root.rglob("*"))
-    done, told = forget(line, job)
-    assert (done.outcome, told) == ("held", [])
+    done, published = forget(learner, job)
+    assert (done.outcome, published) == ("held", [])
     assert [(s.state, s.examples) for s in done.statuses] == [("held", 2)]
     assert sorted(path.name for path in store.root.rglob("*")) == before
-    free, _ = forget(line, quarantined(store, erase("r2", 2)))
-    assert never_saw(line, tmp_path, cuts, {2, 4}).equals(free.manifest), "doc-5 alone is held"
+    free, _ = forget(learner, quarantined(store, erase("r2", 2)))
+    assert never_saw(learner, tmp_path, cuts, {2, 4}).equals(free.manifest), "doc-5 alone is held"
     assert {status.request_id for status in free.statuses} == {"r2"}
     assert load_quarantine(store, ADAPTER).entry("r1").done is None, "what is held of it comes later"
     update_quarantine(store, ADAPTER, lambda found: found.with_holds([]))
-    released, _ = forget(line, job)
-    assert never_saw(line, tmp_path, cuts, {2, 4, 5}).equals(released.manifest)
+    released, _ = forget(learner, job)
+    assert never_saw(learner, tmp_path, cuts, {2, 4, 5}).equals(released.manifest)
 
 
-def test_requests_that_wait_go_in_one_replay(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(12, 12)
-    learn(line, cuts)
+def test_waiting_requests_are_carried_out_in_one_rebuild(store: DirectoryStore, tmp_path: Path) -> None:
+    learner, cuts = local_learner(store), documents(12, 12)
+    learn(learner, cuts)
     first, second = (quarantined(store, erase(name, number)) for name, number in (("r1", 9), ("r2", 2)))
-    done, _ = forget(line, first)
-    assert never_saw(line, tmp_path, cuts, {2, 9}).equals(done.manifest)
+    done, _ = forget(learner, first)
+    assert never_saw(learner, tmp_path, cuts, {2, 9}).equals(done.manifest)
     assert [(s.request_id, s.state, s.examples) for s in done.statuses] == [
         ("r1", "executed", 1), ("r1", "published", 1), ("r2", "executed", 1), ("r2", "published", 1),
     ]  # fmt: skip
-    then, _ = forget(line, second)
+    then, _ = forget(learner, second)
     assert (then.outcome, then.event) == ("repeated", done.event)
     marks = [load_quarantine(store, ADAPTER).entry(name).done for name in ("r1", "r2")]
     assert [mark.version for mark in marks] == [done.event.version] * 2
@@ -429,86 +437,90 @@ def rollback(job_id: str, version: str | None = None, *, revoke: bool = False) -
     )
 
 
-def test_what_a_rollback_left_behind_is_erased_without_a_replay(store: DirectoryStore, tmp_path: Path) -> None:
-    line, cuts = lineage(store), documents(13, 12)
-    learn(line, {0: cuts[0], 1: cuts[1]})
-    line.rollback(rollback("b1"))
-    learn(line, {2: cuts[2]})
-    before = line.registry.alias(ADAPTER)
-    done, _ = forget(line, erase("r1", 5))
-    assert (done.outcome, line.registry.alias(ADAPTER)) == ("unchanged", before)
+def test_examples_that_a_rollback_undid_are_erased_without_a_rebuild(store: DirectoryStore, tmp_path: Path) -> None:
+    learner, cuts = local_learner(store), documents(13, 12)
+    learn(learner, {0: cuts[0], 1: cuts[1]})
+    learner.rollback(rollback("b1"))
+    learn(learner, {2: cuts[2]})
+    before = learner.registry.alias(ADAPTER)
+    done, _ = forget(learner, erase("r1", 5))
+    assert (done.outcome, learner.registry.alias(ADAPTER)) == ("unchanged", before)
     assert readable(store.root, ["secret005"]) == []
     with pytest.raises(JobError, match="revoked"):
-        line.rollback(rollback("b2", line.registry.manifest(ADAPTER, before.version).head and versions(line)[1]))
-    done, _ = forget(line, erase("r2", 1))
+        learner.rollback(
+            rollback("b2", learner.registry.manifest(ADAPTER, before.version).head and versions(learner)[1])
+        )
+    done, _ = forget(learner, erase("r2", 1))
     kept = {0: cuts[0], 2: cuts[2]}
-    assert never_saw(line, tmp_path, kept, {1}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, kept, {1}).equals(done.manifest)
 
 
-def versions(line: LocalLearner) -> list[str]:
-    return [version for _, version in line.registry.versions(ADAPTER, newest_first=False)]
+def versions(learner: LocalLearner) -> list[str]:
+    return [version for _, version in learner.registry.versions(ADAPTER, newest_first=False)]
 
 
-def test_rolling_back_past_a_forgetting_reaches_only_what_never_knew(store: DirectoryStore) -> None:
-    line, cuts = lineage(store), documents(14, 12)
-    learned = [done.manifest for done in learn(line, cuts)]
-    forget(line, erase("r1", 9))
-    done = line.rollback(rollback("b1"))
+def test_rolling_back_past_a_forgetting_reaches_only_clean_versions(store: DirectoryStore) -> None:
+    learner, cuts = local_learner(store), documents(14, 12)
+    learned = [done.manifest for done in learn(learner, cuts)]
+    forget(learner, erase("r1", 9))
+    done = learner.rollback(rollback("b1"))
     assert done.manifest.weights == learned[1].weights
-    quarantine = versions(line)[3]
-    assert line.registry.manifest(ADAPTER, quarantine).kind == "quarantine"
+    quarantine = versions(learner)[3]
+    assert learner.registry.manifest(ADAPTER, quarantine).kind == "quarantine"
     with pytest.raises(JobError, match="never live"):
-        line.rollback(rollback("b2", done_replayed(line)))
+        learner.rollback(rollback("b2", rebuilt_version(learner)))
 
 
-def done_replayed(line: LocalLearner) -> str:
-    """A version that was made anew: it has no place on the line."""
+def rebuilt_version(learner: LocalLearner) -> str:
+    """Return a rebuilt update, which has no sequence number."""
     forgotten = next(
-        m for _, v in line.registry.versions(ADAPTER) if (m := line.registry.manifest(ADAPTER, v)).kind == "forget"
+        m
+        for _, v in learner.registry.versions(ADAPTER)
+        if (m := learner.registry.manifest(ADAPTER, v)).kind == "forget"
     )
     return forgotten.parent
 
 
 def test_every_alias_that_served_it_is_moved(store: DirectoryStore) -> None:
-    line, cuts = lineage(store), documents(15, 12)
-    learned = [done.manifest for done in learn(line, cuts)]
-    line.registry.swap_alias(learned[1], learned[1].digest(), "canary")
-    line.registry.swap_alias(learned[0], learned[0].digest(), "old")
-    done, _ = forget(line, erase("r1", 6))
-    assert line.registry.alias(ADAPTER, "canary").version == done.event.version
-    assert line.registry.alias(ADAPTER, "old").version == learned[0].digest()
+    learner, cuts = local_learner(store), documents(15, 12)
+    learned = [done.manifest for done in learn(learner, cuts)]
+    learner.registry.swap_alias(learned[1], learned[1].digest(), "canary")
+    learner.registry.swap_alias(learned[0], learned[0].digest(), "old")
+    done, _ = forget(learner, erase("r1", 6))
+    assert learner.registry.alias(ADAPTER, "canary").version == done.event.version
+    assert learner.registry.alias(ADAPTER, "old").version == learned[0].digest()
 
 
-def test_a_store_that_fails_in_mid_replay_leaves_the_old_bodies(learned_store: Path, tmp_path: Path) -> None:
+def test_a_store_that_fails_during_a_rebuild_leaves_the_old_micro_batches(learned_store: Path, tmp_path: Path) -> None:
     store = copy_of(learned_store, tmp_path / "store")
-    line = lineage(store)
+    learner = local_learner(store)
 
     def fails(name: str) -> None:
         if name == "learner.forget_replayed":
             raise StoreUnavailableError("down")
 
     with pytest.raises(StoreUnavailableError):
-        forget(line, erase("r1", 5), fails)
-    assert head(line.registry).kind == "quarantine"
+        forget(learner, erase("r1", 5), fails)
+    assert head(learner.registry).kind == "quarantine"
     more = documents(6, 16)[3]
-    learn(line, {3: more})  # in order it cannot come first, but where it does nothing is lost
-    done, _ = forget(line, erase("r1", 5))
+    learn(learner, {3: more})  # in order it cannot come first, but where it does nothing is lost
+    done, _ = forget(learner, erase("r1", 5))
     cuts = documents(6, 16)
-    assert never_saw(line, tmp_path, cuts, {5}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, {5}).equals(done.manifest)
 
 
-def test_revoking_takes_the_live_version_back_and_once(store: DirectoryStore) -> None:
-    line, cuts = lineage(store), documents(16, 8)
-    learned = [done.manifest for done in learn(line, cuts)]
-    done = line.rollback(rollback("v1", learned[1].digest(), revoke=True))
+def test_revoking_the_live_version_serves_the_one_before_and_happens_once(store: DirectoryStore) -> None:
+    learner, cuts = local_learner(store), documents(16, 8)
+    learned = [done.manifest for done in learn(learner, cuts)]
+    done = learner.rollback(rollback("v1", learned[1].digest(), revoke=True))
     assert isinstance(done.event, AdapterRevoked)
     assert done.event.weights_sha256 == learned[0].weights.digest
-    again = line.rollback(rollback("v1", learned[1].digest(), revoke=True))
+    again = learner.rollback(rollback("v1", learned[1].digest(), revoke=True))
     assert (again.outcome, again.event) == ("repeated", done.event)
-    assert [r.version for r in line.registry.revocations(ADAPTER)] == [learned[1].digest()]
-    gone = line.rollback(rollback("v2", done.event.version, revoke=True))
+    assert [r.version for r in learner.registry.revocations(ADAPTER)] == [learned[1].digest()]
+    gone = learner.rollback(rollback("v2", done.event.version, revoke=True))
     assert gone.event.weights_sha256 == learned[0].weights.digest
-    last = line.rollback(rollback("v3", gone.event.version, revoke=True))
+    last = learner.rollback(rollback("v3", gone.event.version, revoke=True))
     assert isinstance(last.event, AdapterRevoked | AdapterRetired)
     with pytest.raises(JobError, match="does not exist"):
-        line.rollback(rollback("v4", "sha256:" + "0" * 64, revoke=True))
+        learner.rollback(rollback("v4", "sha256:" + "0" * 64, revoke=True))

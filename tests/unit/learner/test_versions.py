@@ -1,4 +1,4 @@
-"""Jobs to versions over a directory store: learned once, repeatable, refused without harm, rolled back."""
+"""Update and rollback jobs over a directory store: learned once, repeatable, refused without harm, rolled back."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ GENERAL = [f"plain words number {number}" for number in range(6)]
 _serial = itertools.count()
 
 
-def lineage(
+def local_learner(
     store: ObjectStore, base_seed: int = 0, failpoint: Callable[[str], None] | None = None, **more: Any
 ) -> LocalLearner:
     make_deterministic(1)
@@ -77,9 +77,9 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store", fsync=False)
 
 
-def test_a_job_becomes_a_version_that_says_everything(store: DirectoryStore) -> None:
-    line = lineage(store)
-    done = line.update(job(store, 1, 0, 1, 2, 3), "live")
+def test_an_update_makes_a_version_with_a_complete_manifest(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    done = learner.update(job(store, 1, 0, 1, 2, 3), "live")
     assert done.outcome == "promoted"
     manifest, event = done.manifest, done.event
     assert manifest is not None
@@ -87,7 +87,7 @@ def test_a_job_becomes_a_version_that_says_everything(store: DirectoryStore) -> 
     assert [example.offset for example in manifest.learned] == [0, 1, 2, 3]
     assert manifest.marks == {tiny.origin(0).partition_key(): 3}
     assert (manifest.seq, manifest.parent, manifest.head) == (1, None, None)
-    assert manifest.base_sha256 == line.base.digest
+    assert manifest.base_sha256 == learner.base.digest
     assert (manifest.published_from_ms, manifest.published_to_ms) == (1_700_000_000_000, 1_700_000_000_003)
     assert "torch" in manifest.code
     assert manifest.config["learning_rate"] == 5e-3
@@ -97,10 +97,10 @@ def test_a_job_becomes_a_version_that_says_everything(store: DirectoryStore) -> 
     assert done.stage_s.keys() == {"load", "train", "publish"}
 
 
-def test_the_line_goes_on_from_version_to_version(store: DirectoryStore) -> None:
-    line = lineage(store)
-    first = line.update(job(store, 1, 0, 1), "live").manifest
-    second = line.update(job(store, 2, 2, 3), "live").manifest
+def test_each_version_follows_the_one_before(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    first = learner.update(job(store, 1, 0, 1), "live").manifest
+    second = learner.update(job(store, 2, 2, 3), "live").manifest
     assert first is not None
     assert second is not None
     assert (second.parent, second.head, second.seq) == (first.digest(), first.digest(), 2)
@@ -111,33 +111,33 @@ def test_the_line_goes_on_from_version_to_version(store: DirectoryStore) -> None
     assert second.gate.replayed_rows > 0
 
 
-def test_a_job_sent_again_is_not_learned_again_but_announced_again(store: DirectoryStore) -> None:
-    line = lineage(store)
+def test_a_redelivered_job_is_not_learned_again_but_published_again(store: DirectoryStore) -> None:
+    learner = local_learner(store)
     request = job(store, 1, 0, 1, 2, 3)
-    first = line.update(request, "live")
-    for other in (line, lineage(store)):
+    first = learner.update(request, "live")
+    for other in (learner, local_learner(store)):
         again = other.update(request, "live")
         assert (again.outcome, again.manifest) == ("repeated", None)
         assert again.event is not None
         assert again.event.model_copy(update={"stage_at": first.event.stage_at}) == first.event
-    assert len(list(line.registry.versions(ADAPTER))) == 1
+    assert len(list(learner.registry.versions(ADAPTER))) == 1
 
 
-def test_only_what_is_above_the_marks_is_learned(store: DirectoryStore) -> None:
-    line = lineage(store)
-    line.update(job(store, 1, 0, 1, 2), "live")
-    manifest = line.update(job(store, 2, 1, 2, 3, 4), "live").manifest
+def test_only_examples_above_the_high_water_marks_are_learned(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    learner.update(job(store, 1, 0, 1, 2), "live")
+    manifest = learner.update(job(store, 2, 1, 2, 3, 4), "live").manifest
     assert manifest is not None
     assert [example.offset for example in manifest.learned] == [3, 4]
     assert manifest.dropped == 2
 
 
 def version_of(root: Path) -> str:
-    """The version that two jobs come to in a fresh store and a fresh process."""
+    """Return the version that two jobs make in a new store and a new process."""
     store = DirectoryStore(root, fsync=False)
-    line = lineage(store)
-    line.update(job(store, 1, 0, 1, 2, 3, 4), "live")
-    done = line.update(job(store, 2, 5, 6, 7, 8), "live")
+    learner = local_learner(store)
+    learner.update(job(store, 1, 0, 1, 2, 3, 4), "live")
+    done = learner.update(job(store, 2, 5, 6, 7, 8), "live")
     assert done.manifest is not None
     return done.manifest.digest()
 
@@ -155,16 +155,16 @@ def test_the_same_jobs_give_the_same_version_in_two_processes(tmp_path: Path) ->
 
 def test_a_restart_between_jobs_changes_no_byte(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "restarted", fsync=False)
-    lineage(store).update(job(store, 1, 0, 1, 2, 3, 4), "live")
-    done = lineage(store).update(job(store, 2, 5, 6, 7, 8), "live")
+    local_learner(store).update(job(store, 1, 0, 1, 2, 3, 4), "live")
+    done = local_learner(store).update(job(store, 2, 5, 6, 7, 8), "live")
     assert done.manifest is not None
     assert done.manifest.digest() == version_of(tmp_path / "straight")
 
 
 def test_a_refused_version_is_recorded_and_the_next_one_starts_from_its_parent(store: DirectoryStore) -> None:
-    line = lineage(store)
-    good = line.update(job(store, 1, 0, 1, 2, 3), "live").manifest
-    strict = lineage(store, min_gain_nats=50.0)
+    learner = local_learner(store)
+    good = learner.update(job(store, 1, 0, 1, 2, 3), "live").manifest
+    strict = local_learner(store, min_gain_nats=50.0)
     refused = strict.update(job(store, 2, 4, 5, 6, 7), "live")
     assert good is not None
     assert refused.manifest is not None
@@ -173,43 +173,43 @@ def test_a_refused_version_is_recorded_and_the_next_one_starts_from_its_parent(s
     assert refused.manifest.weights == good.weights
     assert refused.manifest.optimizer == good.optimizer
     assert [(skip.offset, skip.reason) for skip in refused.manifest.skipped] == [(n, "no-gain") for n in (4, 5, 6, 7)]
-    assert line.registry.alias(ADAPTER).version == good.digest()
-    after = line.update(job(store, 3, 8, 9, 10, 11), "live").manifest
+    assert learner.registry.alias(ADAPTER).version == good.digest()
+    after = learner.update(job(store, 3, 8, 9, 10, 11), "live").manifest
     assert after is not None
     assert (after.outcome, after.seq, after.parent) == ("promoted", 3, good.digest())
     assert after.head == refused.manifest.digest()
-    assert line.registry.alias(ADAPTER).version == after.digest()
+    assert learner.registry.alias(ADAPTER).version == after.digest()
 
 
 def test_a_first_version_that_is_refused_leaves_a_state_to_start_from(store: DirectoryStore) -> None:
-    refused = lineage(store, min_gain_nats=50.0).update(job(store, 1, 0, 1, 2, 3), "live")
+    refused = local_learner(store, min_gain_nats=50.0).update(job(store, 1, 0, 1, 2, 3), "live")
     assert refused.outcome == "refused"
-    assert lineage(store).registry.alias(ADAPTER) is None
-    after = lineage(store).update(job(store, 2, 4, 5), "live").manifest
+    assert local_learner(store).registry.alias(ADAPTER) is None
+    after = local_learner(store).update(job(store, 2, 4, 5), "live").manifest
     assert after is not None
     assert (after.outcome, after.seq, after.parent) == ("promoted", 2, None)
 
 
-def test_a_cut_without_anything_to_learn_moves_the_marks_alone(store: DirectoryStore) -> None:
-    line = lineage(store)
-    first = line.update(job(store, 1, 0, 1), "live").manifest
+def test_a_cut_without_anything_to_learn_moves_only_the_high_water_marks(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    first = learner.update(job(store, 1, 0, 1), "live").manifest
     signal = tiny.document(2, "x").model_copy(update={"learn": False, "kind": "turn"})
-    done = line.update(jobs.update(store, 2, [signal], skipped=[3], high_water_mark=4), "live")
+    done = learner.update(jobs.update(store, 2, [signal], skipped=[3], high_water_mark=4), "live")
     assert first is not None
     assert done.manifest is not None
     assert (done.outcome, done.event, done.manifest.tokens) == ("unchanged", None, 0)
     assert [(skip.offset, skip.reason) for skip in done.manifest.skipped] == [(3, "duplicate"), (2, "signal")]
     assert done.manifest.marks == {tiny.origin(0).partition_key(): 4}
     assert done.manifest.weights == first.weights
-    assert line.registry.alias(ADAPTER).version == first.digest()
+    assert learner.registry.alias(ADAPTER).version == first.digest()
 
 
 def test_erased_micro_batches_are_not_replayed_and_are_counted(store: DirectoryStore) -> None:
     first = job(store, 1, 0, 1, 2, 3)
-    lineage(store).update(first, "live")
+    local_learner(store).update(first, "live")
     store.delete(blob_key(first.batch.digest))
-    line = lineage(store)
-    manifest = line.update(job(store, 2, 4, 5, 6, 7), "live").manifest
+    learner = local_learner(store)
+    manifest = learner.update(job(store, 2, 4, 5, 6, 7), "live").manifest
     assert manifest is not None
     assert manifest.outcome == "promoted"
     assert manifest.gate.replay_missing > 0
@@ -225,60 +225,60 @@ def test_erased_micro_batches_are_not_replayed_and_are_counted(store: DirectoryS
         ("bad-batch", lambda store, request: jobs.with_batch(store, request, b'{"adapter": 1}')),
     ],
 )
-def test_a_job_that_is_no_good_is_refused_and_leaves_no_mark(
+def test_an_invalid_job_is_refused_and_changes_nothing(
     store: DirectoryStore, reason: str, spoil: Callable[..., UpdateRequested]
 ) -> None:
-    line = lineage(store)
+    learner = local_learner(store)
     with pytest.raises(JobError) as caught:
-        line.update(spoil(store, job(store, 1, 0, 1)), "live")
+        learner.update(spoil(store, job(store, 1, 0, 1)), "live")
     assert caught.value.reason == reason
-    assert line.registry.head(ADAPTER) is None
-    assert line.registry.head("other/one") is None
+    assert learner.registry.head(ADAPTER) is None
+    assert learner.registry.head("other/one") is None
 
 
 def test_an_adapter_never_meets_another_base(store: DirectoryStore) -> None:
-    lineage(store).update(job(store, 1, 0, 1), "live")
-    other = lineage(store, base_seed=1)
+    local_learner(store).update(job(store, 1, 0, 1), "live")
+    other = local_learner(store, base_seed=1)
     with pytest.raises(JobError, match="another base") as caught:
         other.update(job(store, 2, 2, 3), "live")
     assert caught.value.reason == "base-mismatch"
     with pytest.raises(JobError) as caught:
-        lineage(store, rank=2).update(job(store, 2, 2, 3), "live")
+        local_learner(store, rank=2).update(job(store, 2, 2, 3), "live")
     assert caught.value.reason == "rank-mismatch"
 
 
-PLACES = [
+STEPS = [
     "learner.load", "learner.train", "publish.blobs", "publish.verify", "publish.manifest", "publish.claim_update",
     "publish.claim_seq", "publish.gate", "publish.alias", "learner.publish",
 ]  # fmt: skip
 
 
 class CutOffError(Exception):
-    """The process dies here."""
+    """Stands for the end of the process."""
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_job_cut_off_anywhere_comes_to_the_same_version_once(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("step", STEPS)
+def test_an_interrupted_update_makes_the_same_version_once(tmp_path: Path, step: str) -> None:
     store, straight = (DirectoryStore(tmp_path / name, fsync=False) for name in ("cut", "straight"))
 
     def dies(name: str) -> None:
-        if name == place:
+        if name == step:
             raise CutOffError
 
     with pytest.raises(CutOffError):
-        lineage(store, failpoint=dies).update(job(store, 1, 0, 1, 2, 3), "live")
-    done = lineage(store).update(job(store, 1, 0, 1, 2, 3), "live")
-    want = lineage(straight).update(job(straight, 1, 0, 1, 2, 3), "live")
+        local_learner(store, failpoint=dies).update(job(store, 1, 0, 1, 2, 3), "live")
+    done = local_learner(store).update(job(store, 1, 0, 1, 2, 3), "live")
+    want = local_learner(straight).update(job(straight, 1, 0, 1, 2, 3), "live")
     assert done.event is not None
     assert want.event is not None
     assert (done.event.version, done.event.generation) == (want.event.version, 1)
-    line = lineage(store).registry
-    assert [version for _, version in line.versions(ADAPTER)] == [want.event.version]
-    assert line.alias(ADAPTER).version == want.event.version
+    learner = local_learner(store).registry
+    assert [version for _, version in learner.versions(ADAPTER)] == [want.event.version]
+    assert learner.alias(ADAPTER).version == want.event.version
 
 
-def test_a_learner_whose_head_is_stale_begins_anew(store: DirectoryStore) -> None:
-    slow, fast = lineage(store), lineage(store)
+def test_a_learner_whose_head_is_stale_starts_over(store: DirectoryStore) -> None:
+    slow, fast = local_learner(store), local_learner(store)
     slow.update(job(store, 1, 0, 1), "live")
     intruded = []
 
@@ -286,7 +286,7 @@ def test_a_learner_whose_head_is_stale_begins_anew(store: DirectoryStore) -> Non
         if name == "learner.train" and not intruded:
             intruded.append(fast.update(job(store, 2, 2, 3), "live"))
 
-    done = lineage(store, failpoint=meanwhile).update(job(store, 3, 2, 3, 4, 5), "live")
+    done = local_learner(store, failpoint=meanwhile).update(job(store, 3, 2, 3, 4, 5), "live")
     assert done.manifest is not None
     assert [example.offset for example in done.manifest.learned] == [4, 5]
     assert done.manifest.seq == 3
@@ -299,29 +299,29 @@ def test_two_learners_with_the_same_job_make_one_version(store: DirectoryStore) 
 
     def meanwhile(name: str) -> None:
         if name == "learner.train" and not twins:
-            twins.append(lineage(store).update(request, "live"))
+            twins.append(local_learner(store).update(request, "live"))
 
-    done = lineage(store, failpoint=meanwhile).update(request, "live")
+    done = local_learner(store, failpoint=meanwhile).update(request, "live")
     assert done.manifest == twins[0].manifest
     assert done.event.generation == twins[0].event.generation == 1
 
 
 def test_endless_races_end(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = lineage(store)
-    monkeypatch.setattr(line.registry, "publish", lambda *_: (_ for _ in ()).throw(ConflictError("faster")))
+    learner = local_learner(store)
+    monkeypatch.setattr(learner.registry, "publish", lambda *_: (_ for _ in ()).throw(ConflictError("faster")))
     with pytest.raises(ConflictError, match="in a row"):
-        line.update(job(store, 1, 0, 1), "live")
+        learner.update(job(store, 1, 0, 1), "live")
 
 
 def rollback(job_id: str, version: str | None = None) -> RollbackRequested:
     return RollbackRequested(job_id=job_id, adapter=ADAPTER, version=version, requested_by="ann", reason="worse")
 
 
-def test_a_rollback_makes_the_version_before_live_and_keeps_the_marks(store: DirectoryStore) -> None:
-    line = lineage(store)
-    first = line.update(job(store, 1, 0, 1), "live").manifest
-    second = line.update(job(store, 2, 2, 3), "live").manifest
-    done = line.rollback(rollback("r1"))
+def test_a_rollback_serves_the_version_before_and_keeps_the_high_water_marks(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    first = learner.update(job(store, 1, 0, 1), "live").manifest
+    second = learner.update(job(store, 2, 2, 3), "live").manifest
+    done = learner.rollback(rollback("r1"))
     assert first is not None
     assert second is not None
     assert done.manifest is not None
@@ -331,9 +331,9 @@ def test_a_rollback_makes_the_version_before_live_and_keeps_the_marks(store: Dir
     assert done.manifest.marks == second.marks
     assert done.event.weights_sha256 == first.weights.digest
     assert done.event.previous_version == second.digest()
-    again = line.rollback(rollback("r1"))
+    again = learner.rollback(rollback("r1"))
     assert (again.outcome, again.event) == ("repeated", done.event)
-    third = line.update(job(store, 3, 4, 5), "live").manifest
+    third = learner.update(job(store, 3, 4, 5), "live").manifest
     assert third is not None
     assert third.parent == done.manifest.digest()
     assert third.replay is not None
@@ -342,29 +342,29 @@ def test_a_rollback_makes_the_version_before_live_and_keeps_the_marks(store: Dir
 
 
 def test_rolling_back_twice_goes_back_further(store: DirectoryStore) -> None:
-    line = lineage(store)
-    manifests = [line.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in (1, 2, 3)]
+    learner = local_learner(store)
+    manifests = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in (1, 2, 3)]
     weights = [manifest.weights for manifest in manifests if manifest]
-    assert line.rollback(rollback("r1")).manifest.weights == weights[1]
-    assert line.rollback(rollback("r2")).manifest.weights == weights[0]
+    assert learner.rollback(rollback("r1")).manifest.weights == weights[1]
+    assert learner.rollback(rollback("r2")).manifest.weights == weights[0]
     with pytest.raises(JobError, match="live before"):
-        line.rollback(rollback("r3"))
-    named = line.rollback(rollback("r4", manifests[2].digest()))
+        learner.rollback(rollback("r3"))
+    named = learner.rollback(rollback("r4", manifests[2].digest()))
     assert named.manifest.weights == weights[2]
 
 
 def test_a_version_that_cannot_be_rolled_back_to_is_refused(store: DirectoryStore) -> None:
-    line = lineage(store)
+    learner = local_learner(store)
     with pytest.raises(JobError, match="no version"):
-        line.rollback(rollback("r0"))
-    first = line.update(job(store, 1, 0, 1), "live").manifest
-    refused = lineage(store, min_gain_nats=50.0).update(job(store, 2, 2, 3), "live").manifest
-    line.update(job(store, 3, 4, 5), "live")
-    line.registry.revoke(ADAPTER, first.digest(), "leak")
+        learner.rollback(rollback("r0"))
+    first = learner.update(job(store, 1, 0, 1), "live").manifest
+    refused = local_learner(store, min_gain_nats=50.0).update(job(store, 2, 2, 3), "live").manifest
+    learner.update(job(store, 3, 4, 5), "live")
+    learner.registry.revoke(ADAPTER, first.digest(), "leak")
     for version, reason in (
         ("sha256:" + "0" * 64, "unknown-version"), (refused.digest(), "not-promoted"),
         (first.digest(), "revoked-version"), (None, "nothing-to-roll-back-to"),
     ):  # fmt: skip
         with pytest.raises(JobError) as caught:
-            line.rollback(rollback(f"r {version}", version))
+            learner.rollback(rollback(f"r {version}", version))
         assert caught.value.reason == reason
