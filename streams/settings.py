@@ -1,13 +1,13 @@
 """All settings, in groups. An environment variable or a line in `.env` sets each field.
 
 The variable of a field is PERENNIAL_ and the field's name in capitals: PERENNIAL_MAX_AGE_S sets
-`settings.curate.max_age_s`. Two names mean nothing without their group and have other variables:
-`kafka.bootstrap` is PERENNIAL_KAFKA and `store.uri` is PERENNIAL_STORE. The flat name of a field, by which
-`Settings.of` and `Settings.replace` take it, is its variable in small letters without the prefix: `max_age_s`, `kafka`,
+`settings.curate.max_age_s`. Two fields have another variable, because their names say too little without the group:
+`kafka.bootstrap` is set by PERENNIAL_KAFKA and `store.uri` by PERENNIAL_STORE. `Settings.of` and `Settings.replace`
+take fields by their flat names. A flat name is the variable in small letters without the prefix: `max_age_s`, `kafka`,
 `store`. Flat names are unique over all groups.
 
-The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials. It is read from the same two places, is not shown or dumped, and is not
-among `Settings.environment()`.
+The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials. It is read from the same two places. It is not shown or
+dumped, and `Settings.environment()` leaves it out.
 
 To add a setting: add a field with a description to its group, then run `make schema`, which writes it into the README.
 """
@@ -145,16 +145,17 @@ class CurateSettings(_Group):
         30.0, description="curate: seconds after which a pending example cuts a micro-batch"
     )
     cooldown_examples: Annotated[int, Field(ge=0)] = Field(
-        32, description="curate: number of examples after a new live version in which drift does not cut"
+        32, description="curate: number of examples after each new live version during which drift does not cut"
     )
     detector_window: PositiveInt = Field(
-        512, description="curate: last values per signal that are kept to rebuild the drift detectors"
+        512, description="curate: last values of each signal that are kept to rebuild the drift detectors"
     )
     max_adapters: PositiveInt = Field(
-        10_000, description="curate: adapters in memory; further ones replace the least recently used"
+        10_000,
+        description="curate: adapters in memory; a further one replaces the least recently used, which is cut early",
     )
     learn_turns: bool = Field(
-        False, description="intake: learn the response of an interaction without a correction too"
+        False, description="intake: also learn the response of an interaction that has no correction"
     )
 
 
@@ -163,7 +164,7 @@ class RetainSettings(_Group):
 
     clock_settle_s: PositiveFloat = Field(
         600.0,
-        description="retain: seconds that a clock which jumped forward must keep its time before examples expire by it",
+        description="retain: seconds after a jump of the wall clock forward until examples expire by the new time",
     )
 
 
@@ -175,9 +176,12 @@ class ModelSettings(_Group):
         "auto", description="device of the model; auto: a CUDA GPU if there is one"
     )
     threads: PositiveInt = Field(
-        2, description="CPU threads of the model; part of the recipe, because they change the last bits of a result"
+        2,
+        description="CPU threads of the model; every manifest names them, for they change the last bits of a result",
     )
-    max_tokens: PositiveInt = Field(256, description="tokens per training row and per scored example")
+    max_tokens: PositiveInt = Field(
+        256, description="scorer: tokens at the start of an example on which its losses are measured"
+    )
     score_batch: PositiveInt = Field(32, description="scorer: examples per forward pass")
 
 
@@ -191,7 +195,7 @@ class TrainingSettings(_Group):
         3, description="least number of optimizer steps per update; there are more if the new rows need them"
     )
     rows: PositiveInt = Field(12, description="rows per optimizer step")
-    row_tokens: PositiveInt = Field(128, description="tokens per row")
+    row_tokens: PositiveInt = Field(128, description="largest number of tokens per row")
     replay_share: Share = Field(0.4, description="share of training rows that come from earlier examples, from 0 to 1")
     general_share: Share = Field(
         0.2, description="share of training rows that come from the base's own kind of text, from 0 to 1"
@@ -208,17 +212,18 @@ class GateSettings(_Group):
 
     held_out_share: Share = Field(
         0.2,
-        description="share of a micro-batch, from 0 to 1, on which the gate measures the update before it is trained too",
+        description="share of a micro-batch, from 0 to 1, that is held out: measured first, and trained on after that",
     )
     anchor_rows: PositiveInt = Field(
         12, description="rows of general text on which the gate measures each update; other rows each time"
     )
     max_general_rise_nats: PositiveFloat = Field(
         0.15,
-        description="largest rise of the loss on general text above the base's, in nats per token; the gate refuses more",
+        description="largest rise of the general loss above the base's, in nats per token; the gate refuses a rise past it",
     )
     min_gain_nats: float = Field(
-        0.0, description="least fall of the held-out loss, in nats per token; the gate refuses less"
+        0.0,
+        description="least fall of the held-out loss, in nats per token; the gate allows for noise of three standard errors",
     )
 
 
@@ -227,7 +232,7 @@ class ServingSettings(_Group):
 
     alias: str = Field("live", description="alias that subscribers and the scorer follow")
     poll_s: PositiveFloat = Field(
-        5.0, description="subscriber and scorer: seconds between two looks at the alias in the store"
+        5.0, description="subscriber and scorer: seconds between two readings of the alias in the store"
     )
 
 
