@@ -5,8 +5,8 @@ Three hazards of Faust, found in its source, shape the agents (streams/curate/ag
 - When an agent raises an exception, Faust acknowledges the record that the agent was handling. So no agent raises. A
   fatal error blocks the agent and ends the application, and `run_streams` raises the error.
 - Acknowledging out of order commits offsets past records that are not handled yet (see streams/curate/offsets.py).
-- Every rebalance revokes all partitions, and rewinds those that it returns to their committed offsets. So the state in
-  memory belongs to one generation of the group and is dropped at the end of that generation.
+- Every rebalance revokes all partitions. Those that it gives back start at their committed offsets again. So the state
+  in memory belongs to one generation of the consumer group and is dropped when that generation ends.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Guard:
 
     A failure is kept in `failure` and blocks the agent; it is not raised, because Faust would acknowledge the record.
 
-    Hazard: after a step that did not complete (an error, or a cancellation when the application stops), the state in
-    memory may be older than what the step has stored. Another step on that state would count examples twice.
+    Hazard: a step may not complete, because of an error or because the application stops and cancels it. The state in
+    memory may then be older than what the step has stored. Another step on that state would count examples twice.
 
     Attributes:
         failure: The first error of a step, None while there is none.

@@ -30,7 +30,7 @@ class PendingDeletes(RegistryRecord):
         job_id: The job.
         requests: The number of examples found, by retention request.
         digests: The blobs.
-        refused: The job will never be carried out; its blobs are listed so that a later forgetting finds their texts.
+        refused: The job will never be carried out. Its blobs stay until a forgetting finds texts in them to delete.
     """
 
     adapter: AdapterName
@@ -63,7 +63,7 @@ def record_pending_deletes(
     *,
     refused: bool = False,
 ) -> None:
-    """Add blobs to the job's pending deletes. Nothing that is recorded ever shrinks.
+    """Add blobs to the job's pending deletes; what is recorded already stays.
 
     Args:
         store: The store.

@@ -1,8 +1,8 @@
 """What one adapter must not learn: an object that is replaced by compare-and-swap.
 
-An entry names examples to forget. It is written before anything else is done about them, marked as done by the learner
-that forgot them, and removed once nothing published before its `until_ms` can arrive any more. A hold exempts examples
-from entries. `suppressed` lists, by hash, texts that must never be learned again.
+An entry names examples to forget. retain writes it before anything else is done about them. The learner that forgot
+them marks it as done. retain removes it once nothing published before its `until_ms` can arrive any more. A hold
+exempts examples from entries. `suppressed` lists, by hash, texts that must never be learned again.
 
 retain writes entries and holds. The learner marks entries as done. retain, curate and the learner add suppressed texts.
 curate, the learner and redrive read. Selectors are plain JSON here; streams/retention/quarantine_filter.py says which
@@ -116,7 +116,7 @@ class Quarantine(_Part):
         return next((entry for entry in self.entries if entry.request_id == request_id), None)
 
     def with_entry(self, entry: QuarantineEntry) -> Self:
-        """Return a copy with the entry; unchanged if its request has one, for an entry only changes by `finished`."""
+        """Return a copy with the entry, or this object if its request has one already: only `finished` changes an entry."""
         if self.entry(entry.request_id) is not None:
             return self
         return self.model_copy(update={"entries": [*self.entries, entry]})

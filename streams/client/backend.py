@@ -61,7 +61,7 @@ class Backend(Protocol):
         """
 
     def unload(self, name: str) -> None:
-        """Remove the version, from memory too. An active version goes out of service first.
+        """Remove the version, from memory too. If it is active, take it out of service first.
 
         Removing a name that is not held is not an error.
 

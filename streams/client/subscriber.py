@@ -1,9 +1,9 @@
 """`Subscriber` follows one alias and keeps a backend serving the version that the alias names.
 
-This module decides when a version is fetched, checked, activated, retried and acknowledged; `subscriber_state` holds the
-state machine. How a version is served is the backend's business. The alias in the object store is the truth. An event
-on `adapter-updates` only says when to look at it, so a lost, late, repeated or forged event changes nothing but the time
-of the next look.
+This module decides when a version is fetched, checked, activated, retried and acknowledged; `subscriber_state` holds
+the state machine. How a version is served is the backend's business. The alias in the object store is the truth. An
+event on `adapter-updates` only says when to look at it, so a lost, late, repeated or forged event changes nothing but
+the time of the next look.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ class Subscriber:
         alias: The alias to follow. Default: `settings.serving.alias`.
         replica: Name of this subscriber in acknowledgements, up to 256 characters. Default: host name and process id.
         metrics: Where to count. Default: a registry of its own.
-        on_activate: Called as `on_activate(state, stage_s)` after a version is served; `stage_s` has the seconds of each
-            stage: fetch, verify, load, warm, activate, publish_to_served. What it raises is logged and ignored.
-        drain_s: Longest time that one look waits for requests on the version before, in seconds. The next look waits
-            again.
+        on_activate: Called as `on_activate(state, stage_s)` after a version is served; `stage_s` has the seconds of
+            each stage: fetch, verify, load, warm, activate, publish_to_served. What it raises is logged and ignored.
+        drain_s: Longest time that one look at the alias waits for requests that still use the previous version, in
+            seconds. The next look waits again.
         clock: Monotonic clock in seconds.
         now: The wall clock.
 
@@ -273,7 +273,10 @@ class Subscriber:
         self._metrics.generation(self.adapter, alias.generation)
         self._metrics.progress()
         self._metrics.waiting(False)
-        if alias.kind not in {"revoked", "retired"}:  # those are done only when the version before is unloaded
+        if alias.kind not in {
+            "revoked",
+            "retired",
+        }:  # those count as applied only when the previous version is unloaded
             self._acknowledge()
         if self._on_activate is not None and current is not None:
             try:
@@ -414,7 +417,8 @@ class Subscriber:
         left: list[str] = []
         try:
             for name in self._held(kept):
-                # A retired adapter has no version that new requests could use: they come until it is unloaded.
+                # A retired adapter has no other version for new requests, so they use this one until it is unloaded:
+                # waiting for them would never end.
                 if kept is None or self._backend.drain(name, self._drain_s):
                     self._backend.unload(name)
             left = self._held(kept)

@@ -2,13 +2,12 @@
 
 A look at the alias moves the machine to one state; what the subscriber then does moves it on:
 
-| state | how it is reached | what follows |
-|---|---|---|
-| FOLLOWING | the alias names nothing newer than what is served | the next look after the poll time |
-| BEHIND | the alias names a newer generation | serve it: FOLLOWING; if that fails: BEHIND again soon, at last GIVEN_UP |
-| EXPECTING | an event announced a generation that the alias does not show yet | look again soon, at last ignore the event |
-| UNREADABLE | the alias cannot be read | look again soon, without an end while the store does not answer |
-| GIVEN_UP | the alias names a generation that failed too often | nothing, until the alias names another generation |
+| state | how it is reached | what follows | |---|---|---| | FOLLOWING | the alias names nothing newer than what is
+served | the next look after the poll time | | BEHIND | the alias names a newer generation | serve it: FOLLOWING; if
+that fails: BEHIND again soon, at last GIVEN_UP | | EXPECTING | an event announced a generation that the alias does not
+show yet | look again soon, at last ignore the event | | UNREADABLE | the alias cannot be read | look again soon,
+without an end while the store does not answer | | GIVEN_UP | the alias names a generation that failed too often |
+nothing, until the alias names another generation |
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class Progress:
-    """A subscriber's state and what it carries from look to look. Every method returns the next value.
+    """A subscriber's state, and what it remembers from one look to the next. Every method returns a new value.
 
     Attributes:
         state: What the last look led to.
@@ -66,7 +65,7 @@ class Progress:
         failing: Generation that `attempts` counts; 0: the alias itself.
         attempts: Failed attempts on `failing` in succession.
         given_up: Generation that is not tried again; 0: none.
-        owed: Acknowledgement that waits until the versions before are unloaded.
+        owed: Acknowledgement that waits until the previous versions are unloaded.
         owed_reported: Whether `adapter.failed` has said that `owed` waits.
         leftovers: Whether the backend may hold versions that are not served any more.
     """
@@ -125,7 +124,7 @@ class Progress:
         return replace(self, due_s=time_s)
 
     def gave_up(self) -> Self:
-        """Stop the attempts: ignore the generation that failed, or the event that the alias never confirmed."""
+        """Stop the attempts: ignore the generation that failed, or the event whose generation the alias never showed."""
         if self.state is State.BEHIND:
             return replace(self, state=State.GIVEN_UP, given_up=self.failing)
         return replace(self, announced=0)

@@ -34,8 +34,8 @@ _serial = itertools.count()
 class MemoryBackend:
     """A `Backend` that holds versions in memory and serves nothing.
 
-    It keeps the rules of a real backend: only weights that are safetensors are taken, only a version that is held can be
-    activated, and a version in use is not unloaded.
+    It keeps the rules of a real backend: only weights that are safetensors are taken, only a version that is held can
+    be activated, and a version in use is not unloaded.
 
     >>> from perennial.testing import MemoryBackend, small_weights
     >>> backend = MemoryBackend()
@@ -82,7 +82,7 @@ class MemoryBackend:
         self.active = name
 
     def drain(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002 - it does not wait
-        """Return whether `busy` leaves the version out; the double does not wait."""
+        """Return whether the version is not in `busy`; the double does not wait."""
         self._record("drain", name)
         return name not in self.busy
 

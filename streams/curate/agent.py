@@ -2,15 +2,16 @@
 
 The order of the steps of a cut is fixed, so that a crash at any point loses nothing and learns nothing twice:
 
-1. the name of the micro-batch's body, in `state/cutting/<adapter>`;
+1. the name of the micro-batch's body (its bytes), in `state/cutting/<adapter>`;
 2. the body, as a blob;
-3. the adapter's state, in `state/curate/<adapter>`, by compare-and-swap. This commits the cut. It also stops a process
-   that lost its partitions without noticing;
+3. the adapter's state, in `state/curate/<adapter>`, by compare-and-swap. This commits the cut. A process that lost its
+   partitions and did not notice fails here;
 4. the job, to the topic adapter-jobs;
 5. the acknowledgement of the deliveries that the cut covers.
 
-A crash between 3 and 4 leaves a job that is stored but possibly not published. Its deliveries were not acknowledged, so
-they arrive again; the first one that the restored state covers makes the agent publish the job again. A crash between
+A crash between 3 and 4 leaves a job that is stored but possibly not published. The deliveries of its examples were not
+acknowledged, so they arrive again. When the first of them arrives, the restored state shows that it is covered, and the
+agent publishes the stored job again. A crash between
 1 and 3 leaves a body that no cut names. It is deleted when the adapter is loaded, because no forgetting would find the
 texts in it.
 
@@ -121,7 +122,7 @@ class CurateAgent:
     Args:
         app: the Faust application, of which consumer, producer and `consumer_generation_id` are used.
         settings: topics, bounds of a micro-batch and number of adapters in memory.
-        metrics: the figures of the role.
+        metrics: where the agent counts what it does.
         store: the object store.
     """
 
@@ -207,9 +208,9 @@ class CurateAgent:
     ) -> None:
         """Offer deliveries to a loaded adapter, and cut whenever its policy asks for it.
 
-        If another process has cut the adapter meanwhile, its state is loaded and what is pending is offered again.
-        Nothing is missing then: the pending deliveries are a part of the log without holes, so they contain all that
-        is beyond the other process's high-water marks.
+        If another process has cut the adapter meanwhile, that process's state is loaded and what is pending is offered
+        again. Nothing is missing then: the pending deliveries have no holes, so they contain everything that is above
+        the high-water marks of that state.
         """
         queue, repeated = deque(deliveries), list(redelivered)
         while queue:
@@ -273,7 +274,11 @@ class CurateAgent:
         return True
 
     def _write_body(self, adapter: _Adapter, body: bytes, job: UpdateRequested) -> None:
-        """Write the body after its name, so that it is found after a crash. Raise ConflictError if another wrote."""
+        """Write the body's name, then the body, so that it is found after a crash.
+
+        Raises:
+            ConflictError: another process replaced the name meanwhile.
+        """
         name = _Cutting(cut=job.cut, batch=job.batch).model_dump_json().encode()
         adapter.cutting_etag = self._store.compare_and_swap(cutting_key(job.adapter), name, adapter.cutting_etag)
         put_blob(self._store, body)
@@ -281,8 +286,8 @@ class CurateAgent:
     def _blocked(self, batcher: MicroBatcher[Delivery]) -> Collection[str]:
         """Return the ids of the pending examples that are in quarantine. Their texts never reach the store.
 
-        No version will know an example that is blocked here, so the job that erases it will not find its text. The
-        text of an example to be erased is therefore suppressed here.
+        An example that is blocked here reaches no version, so the forget job will not find it and cannot suppress its
+        text. This method therefore suppresses the text of every blocked example that is to be erased.
         """
         quarantine = load_quarantine(self._store, batcher.adapter)
         if not (quarantine.entries or quarantine.suppressed):
@@ -346,8 +351,8 @@ class CurateAgent:
     def _delete_uncommitted_body(self, adapter: _Adapter) -> None:
         """Delete the body that an earlier process wrote, or was about to write, and did not commit.
 
-        Hazard: that process may still be running. The state is therefore replaced first, so that its compare-and-swap
-        fails and it can never commit a cut with that body. Raise ConflictError if it committed before.
+        Hazard: that process may still be running. So the state is replaced first: the other process's compare-and-swap
+        then fails, and it can never commit a cut with that body. Raise ConflictError if it was faster and committed.
         """
         batcher = adapter.batcher
         key = cutting_key(batcher.adapter)

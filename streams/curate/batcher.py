@@ -1,14 +1,13 @@
 """Decide when to cut a micro-batch of one adapter, and what to store with the cut. No I/O; time is an argument.
 
-Each example is identified by its origin (partition and offset). The stored high-water marks (`marks` in the JSON) say
-which origins earlier cuts cover; the origins in memory say what arrived since. An example at or below the stored mark
-is covered and is dropped. An example at or below the mark in memory is a redelivery of a pending one. So each example
-is in exactly one cut, however often it is delivered, provided that the deliveries of one adapter and origin partition
-arrive in order and without holes. Cuts for size depend on the examples alone, so a replay of the log makes the same
-cuts.
+Each example is identified by its origin (partition and offset). There are two high-water marks per origin partition.
+The stored one (`marks` in the JSON) says what earlier cuts cover: an example at or below it is dropped. The one in
+memory says what arrived since the last cut: an example between the two is a redelivery of a pending one. So each
+example is in exactly one cut, however often it is delivered. This needs deliveries of one adapter and origin partition
+that arrive in order and without holes. Cuts for size depend on the examples alone, so a replay of the log makes the
+same cuts.
 
-Nothing is changed by making a cut: `MicroBatcher.cut` returns what to store, and `MicroBatcher.apply` adopts it once
-it is stored.
+`MicroBatcher.cut` changes nothing: it returns what to store. `MicroBatcher.apply` adopts the cut once it is stored.
 
 Memory per adapter is bounded: at most `max_batch_examples` and MAX_SKIPPED pending deliveries, RECENT_IDS ids of
 8 bytes, the windows of the drift monitor, and one mark per origin partition.
@@ -106,7 +105,7 @@ class CutHistory:
 
     Attributes:
         cuts: number of cuts; also the number of the next cut.
-        fences: number of times that the state was rewritten only to invalidate the etag of another process.
+        fences: number of times that the state was rewritten only to make the compare-and-swap of another process fail.
         high_water_marks: the highest covered offset per origin partition.
         carried: examples that are not learned and that the next micro-batch will list as skipped.
         last_job: the job of the last cut; None before the first.
@@ -179,10 +178,10 @@ class _Pending(Generic[T]):
     """What arrived since the last cut was applied, in order of arrival.
 
     Attributes:
-        deliveries: the first delivery of each example, with the caller's token.
-        redelivered: tokens of further deliveries of the same examples.
+        deliveries: the first delivery of each example, with the caller's handle of it.
+        redelivered: handles of further deliveries of the same examples.
         examples: the examples to learn.
-        sizes: the number of tokens of each of these examples.
+        sizes: the number of text tokens of each of these examples.
         tokens: the sum of `sizes`.
         skipped: the examples that are not learned.
         high_water_marks: the highest offset per origin partition.
@@ -200,7 +199,9 @@ class _Pending(Generic[T]):
 
 
 class MicroBatcher(Generic[T]):
-    """Collect the examples of one adapter and decide when to cut a micro-batch. T is the caller's token of a delivery.
+    """Collect the examples of one adapter and decide when to cut a micro-batch.
+
+    T is the caller's handle of a delivery. The parameters `token` and `tokens` take handles, not tokens of a text.
 
     The caller stores what `cut`, `flush` or `fence` returns and calls `apply` only after the store accepted it. It
     offers nothing between the two calls. If the store reports a conflict, the caller restores a new MicroBatcher from
@@ -219,7 +220,7 @@ class MicroBatcher(Generic[T]):
         self._monitor = DriftMonitor(policy.window)
         self._generation = 0
         self._cooldown = 0
-        self._armed: DriftDetected | None = None  # drift that cuts as soon as min_examples are pending
+        self._armed: DriftDetected | None = None  # drift that will cut, as soon as min_examples are pending
         self._pending: _Pending[T] = _Pending()
 
     @property
@@ -242,11 +243,14 @@ class MicroBatcher(Generic[T]):
         return list(self._pending.deliveries)
 
     def redelivered(self) -> list[T]:
-        """Return the tokens of further deliveries of the pending examples."""
+        """Return the handles of further deliveries of the pending examples."""
         return list(self._pending.redelivered)
 
     def add_redelivered(self, tokens: list[T]) -> None:
-        """Add tokens of redeliveries, which the next `apply` returns.
+        """Add handles of redeliveries, which the next `apply` returns.
+
+        Args:
+            tokens: the handles.
 
         Hazard: a redelivery must not be acknowledged before the pending example that it repeats is stored.
         """
@@ -257,7 +261,7 @@ class MicroBatcher(Generic[T]):
 
         Args:
             scored: the example with its losses.
-            token: identifies the delivery; returned once it may be acknowledged.
+            token: the caller's handle of the delivery; `apply` returns it once the delivery may be acknowledged.
             now_ms: a monotonic clock, in milliseconds.
         """
         example, pending = scored.example, self._pending
@@ -373,11 +377,14 @@ class MicroBatcher(Generic[T]):
         return self._cut(replace(history, cuts=history.cuts + 1, carried=(), last_job=job), body, job)
 
     def flush(self) -> Cut:
-        """Return a state that carries the pending skips to the next micro-batch, so that they can be acknowledged."""
+        """Return a state that keeps the pending skipped examples for the next micro-batch to list.
+
+        Once it is stored, their deliveries may be acknowledged without a micro-batch of their own.
+        """
         return self._cut(replace(self.history, carried=(*self.history.carried, *self._pending.skipped)))
 
     def fence(self) -> Cut:
-        """Return the same state as different bytes. Storing it makes the etag that another process holds outdated."""
+        """Return the same state in other bytes. Once it is stored, the compare-and-swap of another process fails."""
         return self._cut(replace(self.history, fences=self.history.fences + 1))
 
     def _cut(self, history: CutHistory, body: bytes | None = None, job: UpdateRequested | None = None) -> Cut:
@@ -413,7 +420,7 @@ class MicroBatcher(Generic[T]):
             cut: what `cut`, `flush` or `fence` returned last.
 
         Returns:
-            The tokens of all deliveries that may be acknowledged now; nothing is pending any more.
+            The handles of all deliveries that may be acknowledged now; nothing is pending any more.
         """
         tokens = [token for _, token in self._pending.deliveries] + self._pending.redelivered
         self._pending = _Pending()

@@ -17,7 +17,7 @@ streams/curate/drift.py decides whether a report is worth a micro-batch, and has
 
 Three traps of river's detectors are closed before values reach them: one NaN disables ADWIN and Page-Hinkley for good
 (values that are not finite are dropped), ADWIN depends on the scale (values are standardised against a frozen
-reference), and autocorrelated losses raise false alarms (values go in as means of blocks).
+reference), and losses that depend on the losses just before them raise false alarms (values go in as means of blocks).
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class DetectorSpec:
         block: number of values whose mean is one input.
         reference: number of first inputs that are not fed but give the mean and the standard deviation by which the
             later ones are standardised. 0: inputs are fed as they are.
-        values_per_kept: `window // values_per_kept` inputs are kept to rebuild the detector. Choose a larger number
-            for a detector with slow updates, because every cut rebuilds it.
+        values_per_kept: The last `window // values_per_kept` inputs are kept to rebuild the detector, where `window` is
+            PERENNIAL_DETECTOR_WINDOW. Every cut rebuilds it, so choose a larger number for a detector with slow
+            updates.
 
     Example:
         A detector that looks at the live loss alone, example by example:
@@ -95,8 +96,9 @@ def adwin() -> Detector:
     """Return ADWIN: a window that shrinks when the means of its older and newer part differ too much.
 
     It finds a change in either direction and needs no threshold in the signal's unit. `delta` is the probability of a
-    false alarm per test; a larger one reacts sooner. `clock=1` tests after every input, because an input is a block
-    already. `grace_period` and `min_window_length` are the inputs below which it is silent.
+    false alarm per test; with a larger one it reacts sooner. `clock=1` makes it test after every input, because each
+    input is the mean of a block already. It is silent until it has `grace_period` inputs, and each part that it
+    compares has at least `min_window_length`.
 
     Source: Bifet and Gavaldà 2007, Learning from Time-Changing Data with Adaptive Windowing,
     doi 10.1137/1.9781611972771.42.
@@ -116,11 +118,11 @@ def adwin() -> Detector:
 
 
 def page_hinkley() -> Detector:
-    """Return Page-Hinkley: the sum by which values exceed their running mean, which drift makes grow.
+    """Return Page-Hinkley: it sums how far values exceed their running mean, and raises an alarm when the sum is large.
 
-    It watches for a rise only: a vocabulary that comes closer to the reference is no drift. Inputs are standardised:
-    `delta` is the rise that is tolerated, and `threshold` the sum that raises the alarm, both in standard deviations
-    of the reference. A larger threshold means fewer and later alarms.
+    It watches for a rise only: a vocabulary that comes closer to the reference is no drift. `delta` is the excess per
+    input that it tolerates, and `threshold` the sum that raises the alarm. Both are in standard deviations of the
+    reference, because inputs are standardised. A larger threshold means fewer and later alarms.
 
     Source: Page 1954, Continuous Inspection Schemes, doi 10.1093/biomet/41.1-2.100.
 
@@ -139,10 +141,10 @@ def page_hinkley() -> Detector:
 
 
 def hddm_w() -> Detector:
-    """Return HDDM_W: the weighted mean of errors (0 or 1), which must not exceed its lowest value by a bound.
+    """Return HDDM_W: an alarm when the weighted mean of errors (0 or 1) is well above its lowest value so far.
 
-    Recent errors weigh more, so a rate of errors that creeps up is found too. It has no parameter here: river's
-    defaults bound the false alarms at 0.1 %.
+    Recent errors weigh more, so it also finds a rate of errors that rises slowly. How far above is too far
+    follows from the allowed share of false alarms. It has no parameter here: river's defaults allow 0.1 %.
 
     Source: Frías-Blanco et al. 2015, Online and Non-Parametric Drift Detection Methods Based on Hoeffding's Bounds,
     doi 10.1109/TKDE.2014.2345382.

@@ -12,8 +12,8 @@ A detection cuts a micro-batch (`Shift.cuts`) if
   examples, before or after.
 Vocabulary and ratings never cut alone: a new subject that the model already predicts well needs no update.
 
-To add a signal: add its name to `detectors.Signal` and its family to FAMILIES, let `DriftMonitor.update` take its value,
-pass the value in `MicroBatcher._watch`, and give it a row in `detectors.DETECTORS`.
+To add a signal: add its name to `detectors.Signal` and its family to FAMILIES, let `DriftMonitor.update` take its
+value, pass the value in `MicroBatcher._watch`, and give it a row in `detectors.DETECTORS`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,17 @@ from numpy.typing import NDArray
 from perennial.streams.curate.detectors import DETECTORS, VOCABULARY_REFERENCE, DetectorSpec, Signal
 
 WORD_BINS: Final = 256
+"""Bins of the histograms of hashed words."""
 WORD_BLOCK: Final = 128
+"""Words per histogram that is compared with the reference."""
 CLIP: Final = 8.0
+"""An input counts as at most so many standard deviations away from the reference."""
 LOUD: Final = 0.5
+"""Shift of a loss, in standard deviations of single values, from which it is worth a micro-batch by itself."""
 AGREE_EXAMPLES: Final = 128
+"""Number of examples within which two families of signals must report drift to count together."""
 AFTER_INPUTS: Final = 4
+"""Number of latest inputs whose mean is reported as the level after a shift."""
 FAMILIES: Final[Mapping[Signal, str]] = {
     "base_loss": "loss",
     "live_loss": "loss",
@@ -84,7 +90,7 @@ class _Feed:
         self.reference: list[float] = []
         self.centre, self.spread = 0.0, 1.0
         self.detector = spec.make()
-        self.fed = False  # since the detector was rebuilt
+        self.fed = False  # whether it got an input since it was rebuilt
 
     def add(self, value: float) -> tuple[float, float, float] | None:
         """Take one finite value.
@@ -134,7 +140,7 @@ class _Feed:
         self.detector = self.spec.make()
 
     def rebuild(self) -> None:
-        """Replace the detector by a new one that is fed the kept inputs. Its detections were reported before."""
+        """Replace the detector by a new one that is fed the kept inputs. Its detections were reported already."""
         self.detector = self.spec.make()
         self.fed = False
         for mean in self.kept:
@@ -271,7 +277,7 @@ class DriftMonitor:
         return shifts
 
     def _restart_vocabulary(self) -> None:
-        """Start a new histogram, with which the values that its detectors saw cannot be compared."""
+        """Start a new reference histogram, and reset its detectors: their values were measured against the old one."""
         self._words = _Vocabulary()
         for feed in self._feeds_of["vocabulary"]:
             feed.reset()

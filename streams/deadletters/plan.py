@@ -31,9 +31,10 @@ _MAX_KINDS = 200
 State = Literal["waiting", "replayed", "quarantined", "erased", "inside", "cut", "unreadable"]
 """The state of a dead letter, as a redrive sees it.
 
-waiting: would be sent. replayed: was sent by an earlier redrive. quarantined: was refused again after the most redrives
-allowed. erased: its content was to be forgotten by a request since it was refused. inside: comes from a topic that the
-project itself writes. cut: was too large to be kept whole. unreadable: was not written by this project.
+waiting: would be sent. replayed: was sent by an earlier redrive. quarantined: was sent back as often as allowed and
+refused each time (this has nothing to do with an adapter's quarantine). erased: a request to forget that came after the
+refusal matches it. inside: comes from a topic that the project itself writes. cut: was too large to be kept whole.
+unreadable: was not written by this project.
 """
 
 
@@ -44,7 +45,7 @@ _CUT = re.compile(
 
 
 def redrive_state(record: DeadLetterRecord, *, handled: bool, max_redrives: int) -> State:
-    """Return the state of a dead letter. Requests to forget are not considered; `plan_redrive` does that.
+    """Return the state of a dead letter, but never `erased`: only `plan_redrive` looks at requests to forget.
 
     Args:
         record: The dead letter.
@@ -101,7 +102,7 @@ def redriven_record(record: DeadLetterRecord) -> RedrivenRecord:
 
 
 class RedriveProgress:
-    """The set of a partition's offsets that redrives have handled. It contains all below `first`, and ranges above it.
+    """The offsets of one partition that redrives have handled: all below `first`, and some ranges above it.
 
     Args:
         first: The lowest offset that is not handled.
@@ -136,7 +137,7 @@ class RedriveProgress:
         self.add(self.first, first)
 
     def to_numbers(self) -> list[int]:
-        """Return `first`, then per range the distance from the end of the one before, and its length."""
+        """Return `first`, then per range its distance from the end of the previous range, and its length."""
         found, at = [self.first], self.first
         for start, end in self._ranges:
             found += (start - at, end - start)
@@ -163,8 +164,8 @@ def dump_progress(topic_id: str, progress: Mapping[int, RedriveProgress]) -> byt
     """Return the progress as it is stored.
 
     Args:
-        topic_id: The id of the topic `dead-letters`: after the topic was deleted and created again, the progress of
-            the old one does not count.
+        topic_id: The id of the topic `dead-letters`. A topic that is deleted and created again gets another id, and
+            the progress of the old topic then does not count.
         progress: The progress by partition.
 
     Returns:
@@ -203,7 +204,7 @@ def load_progress(data: bytes, topic_id: str) -> dict[int, RedriveProgress]:
 
 @dataclass
 class RedriveReport:
-    """What a redrive did, or on a dry run would do.
+    """What a redrive did, or what a dry run found that it would do.
 
     Attributes:
         sent: Numbers of dead letters sent back, by reason and stage.
@@ -252,8 +253,8 @@ def plan_redrive(
         progress: What earlier redrives handled, by partition.
         max_redrives: The most times that a record is sent back.
         room: The most dead letters to send. Further ones are neither sent nor counted as left.
-        is_erased: Returns whether the content of a dead letter was to be forgotten by a request since. Sent back, it
-            would count as published after that request, and be learned.
+        is_erased: Returns whether a request to forget that came after the refusal matches the dead letter. If such a
+            record were sent back, it would count as published after that request, and would be learned.
 
     Returns:
         The plan.

@@ -48,7 +48,7 @@ _MAX_ADAPTERS = 1000
 
 
 class ErasureCheck:
-    """Tells whether the content of a dead letter was to be forgotten by a request since it was refused.
+    """Tells whether a request to forget that came after a record was refused matches its dead letter.
 
     An adapter's quarantine is read once and kept, so make a new check for every batch.
 
@@ -61,7 +61,7 @@ class ErasureCheck:
         self._filters: LRUCache[str, QuarantineFilter] = LRUCache(_MAX_ADAPTERS)
 
     def __call__(self, record: DeadLetterRecord) -> bool:
-        """Return whether the dead letter's content was to be forgotten."""
+        """Return whether a request to forget matches the dead letter."""
         example = as_example(record)
         found = self._filters.get(example.adapter)
         if found is None:
@@ -169,7 +169,9 @@ class DeadLetterReader:
         with translated_errors(self._settings):
             ends = self._consumer.end_offsets(self._partitions)
             starts = self._consumer.beginning_offsets(self._partitions)
-            if since is not None:  # the record's timestamp is later than its time of refusal, but cut to milliseconds
+            if (
+                since is not None
+            ):  # Kafka has the time of the write, a little later than the refusal, in whole milliseconds
                 moment = max(0, int(since.timestamp() * 1000) - 1000)
                 found = self._consumer.offsets_for_times(dict.fromkeys(self._partitions, moment))
                 starts = {each: found[each].offset if found.get(each) else ends[each] for each in self._partitions}

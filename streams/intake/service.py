@@ -3,7 +3,8 @@
 The role is a batch loop on librdkafka around `validation.Acceptor`. Per batch it consumes, decides about every record,
 produces the results in order, waits until all of them are acknowledged, and commits. A write that fails ends the role
 with nothing committed; after a restart it begins at the last commit and writes the same results again, with the same
-origins. So whatever crashes, a record of an origin partition is in `examples` only after all accepted records before it.
+origins. So whatever crashes, a record of an origin partition is in `examples` only after all accepted records before
+it.
 
 Hazard: a gap would lose events, because downstream roles drop records at or below the highest offset that they have
 seen. Hence the idempotent producer with librdkafka's gapless guarantee, and no delivery timeout: a record that timed
@@ -84,10 +85,11 @@ class _Partition:
     Attributes:
         topic: The topic's name without the prefix.
         acceptor: Decides about the partition's records.
-        resume_at: Records below this offset were handled before an earlier commit; they only rebuild the window.
+        resume_at: The committed offset. Records below it were handled before; they are read again only to rebuild the
+            window of duplicates.
         next_offset: The offset behind the last record that was read.
-        end_offset: The end of the log when the consumer last reached it. It lies behind transaction markers, which take
-            up offsets but are never delivered.
+        end_offset: The end of the log when the consumer last reached it. It counts transaction markers too, which have
+            offsets but are never delivered, so that they do not count as lag.
         last_ms: The time of the last record that was read, in ms since the epoch.
     """
 

@@ -1,9 +1,9 @@
 """Decide about one record: accept it as an example, drop it as a duplicate, or refuse it. No I/O.
 
-A decision depends on the record and on the records at the last `window` offsets of its partition. A record is a
-duplicate if the same example (adapter, kind, document id, text) occurred at one of those offsets, whether or not that
-occurrence was itself dropped. The window is thus defined by the log alone: passing the last `window` offsets through
-`Acceptor.accept` again rebuilds the same state.
+A decision depends on the record and on the records at the last `window` offsets of its partition, the window. A record
+is a duplicate if the same example (adapter, kind, document id, text) occurred in the window, even if that occurrence
+was a duplicate too. So the window depends on the log alone: whoever passes the records of the last `window` offsets
+through `Acceptor.accept` again gets the same state.
 """
 
 from __future__ import annotations
@@ -161,8 +161,9 @@ class Acceptor:
         example_id = sha256(identity).hexdigest()[:32]
         redrives = redrive_count(headers)
         previous, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"], redrives)
-        # A rebuilt window also holds records that an older version of this code refused. Such a record comes back by a
-        # redrive and must not count as a duplicate of itself, so an occurrence with fewer redrives does not hide it.
+        # Hazard: an older version of this code may have refused a record that this code accepts, and a rebuilt window
+        # holds it. A redrive sends that record back, and it must not count as a duplicate of its own first occurrence.
+        # So only an occurrence with at least as many redrives makes a record a duplicate.
         if previous is not None and previous[3] >= redrives:
             return Duplicate(example_id, previous[0])
         fields["example_id"] = example_id
@@ -179,7 +180,12 @@ class Acceptor:
     def _remember(
         self, offset: int, example_id: str, document: tuple[str, str], learn: bool, redrives: int
     ) -> tuple[_Occurrence | None, _Occurrence | None]:
-        """Add an occurrence to the window. Return the example's occurrence before, and that of the example it revises."""
+        """Add an occurrence to the window.
+
+        Returns:
+            The example's previous occurrence, and the latest occurrence of an example of the same document, which this
+            example revises. None for what is not in the window.
+        """
         first, occurrences = offset - self._window, self._occurrences
         while occurrences and occurrences[0][0] < first:
             expired = occurrences.popleft()
@@ -199,7 +205,10 @@ class Acceptor:
 
 
 _Occurrence: TypeAlias = tuple[int, str, tuple[str, str], int]
-"""Offset, example id, (adapter, document id), most redrives of the example so far. Plain tuples: one is made per record."""
+"""Offset, example id, (adapter, document id), highest redrive count of the example so far.
+
+A plain tuple, because one is made per record.
+"""
 
 
 def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], bytes]:

@@ -1,6 +1,6 @@
 """Read the latest acknowledgement of every replica from the compacted topic `adapter-acks`, without a consumer group.
 
-Used by the retention role, which closes a request only when no replica serves a revoked version any more.
+The retain agent uses it: it closes a request only when no replica is known to serve a revoked version any more.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def replicas_behind(
 ) -> list[str]:
     """Return the replicas that may still serve a revoked version of the adapter.
 
-    These are the replicas whose latest acknowledgement names a revoked version of an earlier generation, and all
-    replicas whose latest acknowledgement is a failure: what such a replica serves is not known, and a failure during
-    a revocation means that it still holds the version before.
+    These are the replicas whose latest acknowledgement names a revoked version and an earlier generation. All replicas
+    whose latest acknowledgement is a failure count too: nobody knows what such a replica serves, and after a failure
+    during a revocation it still holds the previous version.
 
     Args:
         acks: The latest acknowledgement per record key (`adapter#replica`).
         adapter: The adapter's name.
         alias: The alias that the replicas follow.
-        generation: The alias's generation since which the revoked versions are no longer served.
+        generation: The alias's generation at which the revoked versions went out of service.
         revoked: Ids of the revoked versions. Where it is empty, no replica is behind.
 
     Returns:
@@ -77,7 +77,7 @@ class AckReader:
         Args:
             adapter: The adapter's name.
             alias: The alias that the replicas follow.
-            generation: The alias's generation since which the revoked versions are no longer served.
+            generation: The alias's generation at which the revoked versions went out of service.
             revoked: Ids of the revoked versions.
 
         Returns:
@@ -103,8 +103,8 @@ class AckReader:
         topic = self._settings.kafka.topic(_TOPIC)
         if self._consumer is None:
             self._consumer = connect(
-                KafkaConsumer, self._settings.kafka.require_bootstrap(), _TIMEOUT_S, group_id=None, enable_auto_commit=False,
-                auto_offset_reset="earliest",
+                KafkaConsumer, self._settings.kafka.require_bootstrap(), _TIMEOUT_S, group_id=None,
+                enable_auto_commit=False, auto_offset_reset="earliest",
             )  # fmt: skip
             self._acks.clear()
             partitions = [TopicPartition(topic, number) for number in self._consumer.partitions_for_topic(topic) or ()]

@@ -2,7 +2,7 @@
 
 Hazard: Kafka accepts any bytes as a header's name. aiokafka 0.14 raises UnicodeDecodeError on such a name at every
 fetch, so the consumer ends and no member of the group ever gets past the record. One record by anybody who may write
-to `retention` would stop the roles curate and retain for good. aiokafka has no setting for this, so its private record
+to `retention` would stop the agents curate and retain for good. aiokafka has no setting for this, so its private record
 parser is replaced.
 """
 

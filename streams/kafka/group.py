@@ -82,7 +82,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         self._epochs: Counter[TopicPartition] = Counter()
         self._assigned: set[TopicPartition] = set()
         self._rebalancing = False
-        self._uncommitted: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the record before it
+        self._uncommitted: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the last record
         try:
             self._consumer: Any = connect(
                 KafkaConsumer,
@@ -92,8 +92,8 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
                 group_id=settings.kafka.topic(group),
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
-                # The range assignor is an eager protocol: on_partitions_assigned then names every partition of this
-                # member, and those missing from it were taken away.
+                # With the range assignor every rebalance is eager: on_partitions_assigned names all partitions that
+                # this member now has, so those that it does not name were taken away.
                 partition_assignment_strategy=[RangePartitionAssignor],
                 max_poll_records=max_records,
                 session_timeout_ms=SESSION_TIMEOUT_MS,
@@ -116,7 +116,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         self._rebalancing = True
 
     def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
-        """Raise the epoch of partitions that did not return: another member reads them from the last commit on."""
+        """Raise the epoch of partitions that were taken away: another member reads them from the last commit on."""
         now_assigned = set(assigned)
         self._epochs.update(self._assigned - now_assigned)
         self._assigned = now_assigned

@@ -52,7 +52,7 @@ class TopicSpec:
 
     Attributes:
         name: The topic's name without the prefix.
-        key: What the records' keys are, for the documentation.
+        key: What the records' keys are, in words, for docs/asyncapi.json.
         cleanup: The cleanup policy.
         configs: The topic's configs.
         partitioned: Whether the topic has the settings' partition count; otherwise it has one partition.
@@ -95,7 +95,8 @@ def _compacted_topic(name: str, key: str) -> TopicSpec:
         **_UNCOMPRESSED,
         "cleanup.policy": "compact",
         "max.message.bytes": str(MAX_INSIDE_MESSAGE_BYTES),
-        # The active segment is never compacted. A small, short one leaves little for a reader that starts anew.
+        # Kafka never compacts the segment that it writes to. A small, short-lived segment therefore leaves a reader
+        # that starts at the beginning few outdated records.
         "segment.bytes": str(4 * 1024 * 1024),
         "segment.ms": str(10 * _MINUTE_MS),
         "min.cleanable.dirty.ratio": "0.05",
@@ -122,11 +123,9 @@ TOPICS: Mapping[str, TopicSpec] = MappingProxyType({
         _deleting_topic(
             "retention", "any", retention_ms=3650 * _DAY_MS, max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES,
             broker_time=True,
-        ),
-        _compacted_topic("retention-status", "request id"),
-        _compacted_topic("adapter-updates", "adapter#alias"),
-        _compacted_topic("adapter-acks", "adapter#replica"),
-        _deleting_topic("dead-letters", "source key", retention_ms=30 * _DAY_MS, max_message_bytes=MAX_DEAD_LETTER_BYTES),
+        ), _compacted_topic("retention-status", "request id"), _compacted_topic("adapter-updates", "adapter#alias"),
+        _compacted_topic("adapter-acks", "adapter#replica"), _deleting_topic("dead-letters", "source key",
+        retention_ms=30 * _DAY_MS, max_message_bytes=MAX_DEAD_LETTER_BYTES),
     )
 })  # fmt: skip
 

@@ -40,8 +40,8 @@ class HealthReport:
 class Health:
     """Collect what a role reports about its work, and judge it.
 
-    The time without progress starts when work begins to wait, so an idle role is never stalled. More waiting work is no
-    progress. Thread-safe.
+    The time without progress starts when work begins to wait, so an idle role is never stalled. If more work arrives,
+    the time goes on. Thread-safe.
 
     Args:
         role: the name of the role.

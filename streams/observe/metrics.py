@@ -192,7 +192,7 @@ class Metrics:
         self.health.lag(topic, events)
 
     def oldest_age_s(self, seconds: float) -> None:
-        """Set the age of the oldest event that is not learned; 0: there is none. It grows here until the next call."""
+        """Set the age of the oldest event that is not learned; 0: none. It grows by itself until the next call."""
         with self._lock:
             self._oldest = (seconds, self._clock()) if seconds > 0 else None
 
@@ -208,7 +208,10 @@ class Metrics:
         self.health.progress()
 
     def waiting(self, waits: bool) -> None:
-        """Report whether work waits. Call it with False at the first assignment too: that ends "starting"."""
+        """Report whether work waits that `lag` does not count.
+
+        Call it with False when partitions are assigned for the first time too: that ends the status "starting".
+        """
         self.health.waiting(waits)
 
     # Curate: drift and micro-batches.
@@ -235,7 +238,7 @@ class Metrics:
         self._inc("updates", outcome=outcome, adapter=adapter)
         adapter = self._bounded("updates", "adapter", adapter)
         if adapter == OTHER:
-            return  # many adapters share this value, so they have no common row of refusals
+            return  # many adapters share this label value: refusals of one after those of another are not in a row
         with self._lock:
             run = self._refused_runs.get(adapter, 0)
             run = run + 1 if outcome == "refused" else 0 if outcome == "promoted" else run
@@ -251,7 +254,7 @@ class Metrics:
 
         Args:
             adapter: the adapter's name.
-            which: the text and the time it was measured: before, after, general.
+            which: `before` and `after` the update on its new text, or `general`, after it on general text.
             nats: the loss, in nats per token.
         """
         self._set("loss_nats", nats, adapter=adapter, which=which)

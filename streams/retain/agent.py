@@ -1,9 +1,9 @@
 """The retain agent: take deliveries of `retention` from Faust, acknowledge them, and run the calendar in one process.
 
-Each request's step is performed whole before the next request is taken, and its record is acknowledged only then, so
-the acknowledged offsets have no gaps. The process that has partition 0 of `retention` runs the calendar. Two processes
-may both believe for a moment that they have it: the ledger's compare-and-swap then accepts one step, and the other has
-only sent the same jobs under the same ids.
+The agent performs the step of one request completely, acknowledges its record, and only then takes the next request. So
+the acknowledged offsets have no gaps. The process that has partition 0 of `retention` runs the calendar. For a moment
+two processes may both believe that they have it. The ledger's compare-and-swap then accepts the step of one of them;
+the other has only sent the same jobs under the same ids, and its ledger is not stored.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class RetainError(PerennialError):
 
 
 class RetainAgent:
-    """One process of the retain role.
+    """The retain agent in one process of the role `streams`.
 
     Args:
         app: The Faust application.
@@ -73,7 +73,7 @@ class RetainAgent:
         """Handle one delivery of `retention` and acknowledge it."""
         message = event.message
         if not self._is_current(message.generation_id):
-            return  # the process that has the partition now gets it again
+            return  # it will be delivered again to the process that has the partition now
         failpoint("retain.receive")
         self._metrics.events_in(TOPIC)
         try:

@@ -9,17 +9,17 @@ MAX_GAP_MS: Final = 60_000
 
 
 class ClockGuard:
-    """Wall time that accepts a step forward only after it lasted for `settle_ms`, and a step back at once.
+    """The guarded clock: it follows a jump forward only after the jump lasted for `settle_ms`, and a jump back at once.
 
-    The guard watches the difference between the wall clock and the monotonic clock and uses the smallest difference
-    of the settling time. However the wall clock is set, the guarded time is never ahead of it, nor ahead of a wall
-    clock that was set back within the settling time.
+    The guard watches the difference between the wall clock and the monotonic clock. Guarded time is the monotonic clock
+    plus the smallest difference of the last `settle_ms`. So it is never ahead of the wall clock, and a jump forward
+    that is taken back within `settle_ms` has no effect on it.
 
     Args:
-        settle_ms: How long a step forward must last, in milliseconds.
-        last_ms: The guarded time that was saved before a restart; None at the first start ever. A wall clock that is
-            more than MAX_GAP_MS later counts as stepped forward, because a restart cannot tell a pause from a changed
-            clock.
+        settle_ms: How long a jump forward must last, in milliseconds.
+        last_ms: The guarded time that was saved before a restart; None at the first start ever. If the wall clock is
+            more than MAX_GAP_MS later, that counts as a jump forward, because nobody can tell a long pause from a clock
+            that was set. So after a longer pause nothing expires by the new time for `settle_ms`.
         wall_ms: The wall clock now, in milliseconds since 1970.
         monotonic_ms: The monotonic clock now.
     """
@@ -43,7 +43,8 @@ class ClockGuard:
             self._offsets.pop()
         if not self._offsets or self._offsets[-1][1] < offset:
             self._offsets.append((monotonic_ms, offset))
-        # The second difference has lasted since it was seen: once that is long enough, the first no longer counts.
+        # The first difference is the smallest; the second is the smallest of those seen after it. Once the second is
+        # old enough, the first is older than the settling time and no longer counts.
         while len(self._offsets) > 1 and self._offsets[1][0] <= monotonic_ms - self._settle_ms:
             self._offsets.popleft()
         return monotonic_ms + self._offsets[0][1]

@@ -1,8 +1,8 @@
 """Index of the examples that the store has of an adapter, read from the micro-batches of its versions.
 
-Examples of refused updates are included, for their text is in the store too. Texts are not kept in memory. Erased
-micro-batches are simply missing. A damaged one is left out and logged: one bad object must not stop the calendar of
-every other adapter.
+Examples of refused updates are included, because their text is in the store too. Texts are not kept in memory. A
+micro-batch that was erased is passed over. A damaged one is passed over and logged: one bad object must not stop the
+calendar of every other adapter.
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ class RequestRecord(_LedgerPart):
     Attributes:
         request: The request itself.
         received_ms: When the broker took it, in milliseconds since 1970.
-        until_ms: See `ForgetRequested`.
+        until_ms: Only examples published up to this time are meant, in milliseconds since 1970.
         example_ids: The examples of an expiry that the calendar made; empty for every other request.
         state: The state as published.
         detail: The explanation as published.
@@ -159,7 +159,7 @@ class StoredExample:
 
 @dataclass(frozen=True, slots=True)
 class LifetimeLimit:
-    """A policy in force: examples that match the selector end `time_to_live_s` seconds after their publication."""
+    """A policy in force: examples that match the selector expire `time_to_live_s` seconds after their publication."""
 
     selector: Selector
     time_to_live_s: int
@@ -173,7 +173,8 @@ def covers(pattern: str, adapter: str) -> bool:
 def expires_ms(example: ExampleAccepted, policies: Iterable[LifetimeLimit]) -> int | None:
     """Return when the example's life ends, in milliseconds since 1970; None: never.
 
-    The earliest counts of its own `expires_at`, the duration of its retention class, and the policies.
+    It is the earliest of three ends: the example's own `expires_at`, the duration that its retention class names, and
+    the time to live of each policy that matches it.
 
     Args:
         example: The example.

@@ -1,4 +1,4 @@
-"""The retain role without Kafka's consumer: keep the ledger in the store and perform the steps of the state machine.
+"""The retain agent without Kafka's consumer: keep the ledger in the store and perform the steps of the state machine.
 
 The order of one step: change the quarantines, send the events, save the ledger by compare-and-swap; then the caller
 acknowledges the Kafka record. A crash at any point repeats the step, which does no harm: changes of quarantines and of
@@ -44,7 +44,8 @@ MAX_LEDGER_BYTES: Final = 64 << 20
 CALENDAR_LEDGER_BYTES: Final = MAX_LEDGER_BYTES // 2
 """A larger ledger takes no more requests of the calendar; examples that are due wait."""
 REQUESTS_LEDGER_BYTES: Final = MAX_LEDGER_BYTES // 8 * 7
-"""A larger ledger takes no more requests, except releases; the rest is room for the progress of those in it."""
+"""A larger ledger takes no more requests, except releases. The room up to MAX_LEDGER_BYTES is for the progress of the
+requests that are in it."""
 ADAPTERS_EVERY_S: Final = 15.0
 CLOCK_EVERY_S: Final = 20.0
 CALENDAR_BUDGET_S: Final = 1.0
@@ -175,8 +176,8 @@ class RetainService:
     def _refuse_if_full(self, ledger: RequestLedger, request: RetentionRequested) -> None:
         """Raise WireError if the ledger has no room.
 
-        A request in the dead letters can be sent again; a ledger over its limit would end the role and stop every
-        request.
+        The refused request becomes a dead letter and can be sent again. A ledger over its limit would be worse: it
+        would end the role, and no request could go on.
         """
         if request.request_id in ledger.records or KINDS[request.kind].accepted_when_full:
             return

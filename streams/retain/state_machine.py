@@ -1,9 +1,9 @@
 """The state machine of retention requests: what one step writes, sends and changes. Pure.
 
-A step takes the ledger and facts from the store. It returns, in a `RequestProcessor`, the ledger as it will be,
-changes to quarantines, and events. The caller applies the changes, then sends the events, then saves the ledger. Every
-change is idempotent and the name of every job follows from its request, so a step that was cut off anywhere is simply
-repeated.
+A step takes the ledger and facts from the store. It leaves its results in a `RequestProcessor`: the new ledger, changes
+of quarantines, and events. The caller applies the changes, then sends the events, then saves the ledger. Every change
+is idempotent and the id of every job follows from its request and adapter, so a step that was interrupted anywhere is
+simply repeated.
 
 Holds win: a job is sent only while no hold is on any stored example that the job would forget. `now_ms` is the time of
 the guarded clock (streams/retain/clock.py). The tables of phases and states are in streams/retain/transitions.py.
@@ -52,11 +52,11 @@ from perennial.streams.retain.transitions import (
 from perennial.streams.retention.kinds import KINDS, Job, refusal_of
 
 KEEP_MS: Final = 30 * 86_400_000
-"""How long an ended request is kept: longer than an earlier example can be under way, at a week per topic."""
+"""How long an ended request is kept: longer than an example published before it can wait, at a week per topic."""
 KEEP_OWN: Final = 256
-"""How many closed expiries of the calendar are kept: on an endless stream a policy makes one after another."""
+"""How many closed expiries of the calendar are kept. On an endless stream a policy makes one after another."""
 RESEND_MS: Final = 86_400_000
-"""A job without an end is sent again after this time: its topic may have deleted it while no learner ran."""
+"""A job without an outcome is sent again after this time: Kafka may have deleted it while no learner ran."""
 _MAX_DETAIL_CHARS: Final = 2000
 _MAX_LISTED: Final = 5
 
@@ -374,7 +374,7 @@ class RequestProcessor:
         )  # fmt: skip
         self._set_state(record, step.state, detail[:_MAX_DETAIL_CHARS], self.now_ms if step.ends else None)
         if summary == "done" and record.example_ids:
-            # Nothing that was learned comes back under its old high-water mark, so the entries can go.
+            # The examples are at or below the high-water marks, so they cannot be learned again and the entries can go.
             self.changes += [self._change(adapter, drop=(record.request.request_id,)) for adapter in adapters]
 
     def _prune(self) -> None:

@@ -55,7 +55,7 @@ FORGET_TRANSITIONS: Final[Mapping[tuple[Phase, Observation], Transition]] = Mapp
     ("waiting", Observation.READY): _to("sent", Action.QUARANTINE, Action.SUPPRESS, Action.SEND_JOB),
     ("held", Observation.HELD): _to("held"),
     ("held", Observation.READY): _to("sent", Action.QUARANTINE, Action.SUPPRESS, Action.SEND_JOB),
-    ("held", Observation.DONE): _to("done"),  # the learner was faster than the hold
+    ("held", Observation.DONE): _to("done"),  # the learner had carried the job out before it saw the hold
     ("held", Observation.FAILED): _to("failed"),
     ("sent", Observation.HELD): _to("held", Action.QUARANTINE),  # the learner asks for holds again before it begins
     ("sent", Observation.READY): _to("sent"),

@@ -1,7 +1,8 @@
 """The kinds of retention requests: one table that says what each kind does. Pure.
 
-Every other place reads this table: retain (streams/retain/), the command line (streams/cli/forget/), the README's table,
-the tests and the soak. The wire's type is the Literal `RetentionKind` in streams/events/models.py; a test holds the two equal.
+Every other place reads this table: retain (streams/retain/), the command line (streams/cli/forget/), the README's
+table, the tests and the soak. The wire's type is the Literal `RetentionKind` in streams/events/models.py; a test holds
+the two equal.
 
 To add a kind:
 
@@ -40,7 +41,8 @@ class KindRules:
         kind: The name of the kind in `retention.requested`.
         summary: What the kind does, for people.
         selector: Whether the request gives a selector.
-        requires: Fields of `RetentionRequested` that only this kind (and others that list them) may and must give.
+        requires: Fields of `RetentionRequested` that a request of this kind must give. A kind that does not list such a
+            field refuses it.
         patterns: The request may name many adapters by a pattern such as `acme/*`.
         due_at: The meaning of the request's `due_at`.
         job: The job that retain sends to the learner for each adapter: `forget` for the selected examples, `rollback`
@@ -48,8 +50,8 @@ class KindRules:
         suppresses_text: Equal texts are never learned again, under any document id. Only for `job="forget"`.
         stays_in_force: The request has no end of its own: it is in state `executed` until another request or its
             `due_at` ends it. Such a request is never overdue.
-        accepted_when_full: The request is taken even when the ledger of requests is full, because it makes room.
-        done: The one word for a request that did what it should.
+        accepted_when_full: The request is accepted even when the ledger is full, because it makes room there.
+        done: What `retention-status` says of a request that did what it should.
         refused_because: Why no request of this kind is accepted yet, and what to do instead; empty: accepted.
     """
 

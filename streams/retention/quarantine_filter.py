@@ -1,7 +1,7 @@
 """The filter that says whether an example may be learned, by a quarantine's entries, holds and suppressed texts. Pure.
 
-curate asks at every cut, so that quarantined text does not reach a micro-batch. The learner asks at every update, with
-the quarantine read again, and its answer is the final one.
+curate asks at every cut, so that quarantined text does not reach a micro-batch. The learner reads the quarantine again
+and asks at every update, and its answer is the final one.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class QuarantineFilter:
         return next((hold.request_id for hold, matches in self._holds if matches(example)), None)
 
     def entry_of(self, example: ExampleAccepted) -> QuarantineEntry | None:
-        """Return the first entry that matches the example; None where there is none or a hold exempts the example.
+        """Return the first entry that blocks the example; None where there is none.
 
-        A hold does not undo what was carried out before it: an entry that is done still blocks examples that arrive
-        late.
+        A hold on the example lifts the entries that are open. It does not undo what was carried out before it: an entry
+        that is done still blocks examples that arrive late.
         """
         found = self._entries_of(example)
         return found[0] if found else None
