@@ -67,7 +67,7 @@ class MinioServer:
         """End the child and wait for it."""
         self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(120)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()

@@ -1,10 +1,10 @@
-"""Random erasures and expiries while a stream is learned, each compared with training from scratch without them.
+"""Compare erasures and expiries at random times with training from scratch without the forgotten examples.
 
-`python -m tests.benchmarks.bench_forgetting [--examples 500] [--requests 20]`: docstrings of an installed package are
-learned cut by cut with the shipped base, through the learner's own code over a folder and without Kafka. In the second
-half of the stream requests come in between. After each one the weights, optimizer and replay index must have the
-digests that training from scratch on what is left comes to; its seconds are divided by that training's, timed right
-after it. The last line is JSON.
+`python -m tests.benchmarks.bench_forgetting [--examples 500] [--requests 20]` learns docstrings of an installed package
+in micro-batches with the shipped base, through the learner's own code over a folder and without Kafka. In the second
+half of the stream requests come in between. After each request the weights, optimizer state and replay index must have
+the digests of a training from scratch on the remaining examples. The cost of a request is its time divided by that
+training's, which is timed right after it. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -54,14 +54,26 @@ ADAPTER = "bench/forgetting"
 PACKAGE = "sympy"
 HELD_OUT = 32
 TEXT_CHARS = 80
-"""Of each docstring so much is learned, about one row: what is measured is updates, not long documents."""
-BORN_MS = 1_700_000_000_000
+"""Characters of each docstring that are learned, about one row: the benchmark measures updates, not long documents."""
+START_MS = 1_700_000_000_000
 KINDS = ("document", "subject", "source", "expiry")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One request. replayed, cuts: updates made anew, and updates that training from scratch makes."""
+    """The figures of one request.
+
+    Attributes:
+        kind: What kind of request it was, one of `KINDS`.
+        examples: How many examples it matched.
+        replayed: How many updates were rebuilt.
+        cuts: How many updates training from scratch makes.
+        forget_s: Seconds of the forgetting.
+        scratch_s: Seconds of the training from scratch.
+        is_equal: Whether both end in the same state.
+        before_nats: Loss on held-out documents before the request, in nats per token.
+        after_nats: The same after it.
+    """
 
     kind: str
     examples: int
@@ -80,7 +92,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20, help="erasures and expiries")
     parser.add_argument("--per-cut", type=int, default=32, help="documents per micro-batch")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
-    parser.add_argument("--seed", type=int, default=0, help="of what is asked for")
+    parser.add_argument("--seed", type=int, default=0, help="determines the requests")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
     settings = load_settings(
@@ -99,16 +111,24 @@ def main() -> None:
 
 
 class Bench:
-    """A stream of documents, what of it is known, and what was forgotten."""
+    """A stream of documents, what of it was learned, and what was forgotten.
+
+    Args:
+        settings: Of the learner.
+        folder: For the stores.
+        examples: Documents in the stream.
+        per_cut: Documents per micro-batch.
+        seed: Determines documents and requests.
+    """
 
     def __init__(self, settings: Settings, folder: Path, examples: int, per_cut: int, seed: int) -> None:
         self.rng = random.Random(f"forgetting {seed}")
         self.folder = folder
         self.store = DirectoryStore(folder / "store")
-        self.line: VersionWriter = make_version_writer(
+        self.writer: VersionWriter = make_version_writer(
             settings, self.store, load_base(settings.model.base, "cpu", settings.model.threads)
         )
-        self.forgetter = ForgetExecutor(self.line, _now, lambda _: None)
+        self.forgetter = ForgetExecutor(self.writer, _now, lambda _: None)
         found = package_docstrings(PACKAGE, examples + HELD_OUT)
         texts = [(name, f"{name}: {text}"[:TEXT_CHARS]) for name, text in found]
         self.documents = [self.document(number, name, text) for number, (name, text) in enumerate(texts[:examples])]
@@ -116,46 +136,46 @@ class Bench:
             number // per_cut: self.documents[number : number + per_cut] for number in range(0, examples, per_cut)
         }
         self.probe = [row for _, text in texts[examples:] for row in self.rows(text)]
-        self.known: list[ExampleAccepted] = []
-        self.gone: set[str] = set()
+        self.learned: list[ExampleAccepted] = []
+        self.forgotten: set[str] = set()
         self.outcomes: Counter[str] = Counter()
 
     def document(self, number: int, name: str, text: str) -> ExampleAccepted:
-        """A document of one of some persons and sources; every third has a lifetime."""
+        """Return a document with a random subject and source; every third has a lifetime."""
         return ExampleAccepted(
             adapter=ADAPTER, example_id=hashlib.sha256(name.encode()).hexdigest()[:32], kind="document",
             document_id=name, learn=True, text=text, subjects=[f"person-{self.rng.randrange(150)}"],
             source=f"wiki-{self.rng.randrange(60)}", retention_class="permanent" if number % 3 else "P30D",
             origin=Origin(
                 cluster_id="bench", topic="documents", topic_id="bench", partition=0, offset=number,
-                timestamp_ms=BORN_MS + 1000 * number,
+                timestamp_ms=START_MS + 1000 * number,
             ),
         )  # fmt: skip
 
     def rows(self, text: str) -> list[TokenRow]:
-        """Rows of a text that nothing learns."""
+        """Return the rows of a text that is never learned."""
         example = self.document(0, "held-out", text)
         try:
-            return self.line.updater.rows(example)
+            return self.writer.updater.rows(example)
         except ExampleError:
             return []
 
     def run(self, requests: int) -> list[Outcome]:
-        """Learn the stream; what came of each request."""
+        """Learn the stream with requests in between, and return the figures of each request."""
         done: list[Outcome] = []
         first = len(self.cuts) // 2
         for cut, examples in self.cuts.items():
-            manifest = UpdateExecutor(self.line).update(self.job(cut, examples), "live").manifest
+            manifest = UpdateExecutor(self.writer).update(self.job(cut, examples), "live").manifest
             self.outcomes[manifest.outcome if manifest else "repeated"] += 1
-            self.known += examples
+            self.learned += examples
             due = requests * (cut - first + 1) // (len(self.cuts) - first) if cut >= first else 0
             while len(done) < due:
                 done.append(self.forget(len(done)))
-                print(line_of(len(done), done[-1]), flush=True)
+                print(table_row(len(done), done[-1]), flush=True)
         return done
 
     def job(self, cut: int, examples: Sequence[ExampleAccepted]) -> UpdateRequested:
-        """The update as curate asks for it."""
+        """Return the job of an update as curate would."""
         batch = Batch(adapter=ADAPTER, cut=cut, examples=list(examples), skipped=[])
         body = batch.model_dump_json(by_alias=True).encode()
         return UpdateRequested(
@@ -165,10 +185,10 @@ class Bench:
             oldest_ms=examples[0].origin.timestamp_ms, newest_ms=examples[-1].origin.timestamp_ms, cut_at=_now(),
         )  # fmt: skip
 
-    def ask(self, number: int) -> tuple[str, ForgetRequested, set[str]]:
-        """A request for something that is known, and the documents that it means."""
+    def request(self, number: int) -> tuple[str, ForgetRequested, set[str]]:
+        """Return a request for something that was learned: its kind, its job, and the documents that it matches."""
         kind = KINDS[number % len(KINDS)]
-        left = [example for example in self.known if example.document_id not in self.gone]
+        left = [example for example in self.learned if example.document_id not in self.forgotten]
         one = self.rng.choice(left)
         fields: dict[str, Any] = {"kind": "erase"}
         if kind == "document":
@@ -178,18 +198,18 @@ class Bench:
         elif kind == "source":
             fields["selector"] = Selector(sources=[one.source or ""])
         else:
-            mortal = [example for example in left if example.retention_class != "permanent"]
-            ids = [example.example_id for example in self.rng.sample(mortal, 3)]
+            expiring = [example for example in left if example.retention_class != "permanent"]
+            ids = [example.example_id for example in self.rng.sample(expiring, 3)]
             fields = {"kind": "expire", "example_ids": ids, "suppress": False}
         job = ForgetRequested(
             job_id=f"job-{number}", request_id=f"request-{number}", adapter=ADAPTER,
-            until_ms=self.known[-1].origin.timestamp_ms, **fields,
+            until_ms=self.learned[-1].origin.timestamp_ms, **fields,
         )  # fmt: skip
         return kind, job, {example.document_id for example in left if job.matches(example)}
 
     def forget(self, number: int) -> Outcome:
-        """Have one request carried out as retain and learner do, then train from scratch without it."""
-        kind, job, meant = self.ask(number)
+        """Run one request as retain and the learner do, then train from scratch without its examples."""
+        kind, job, matched = self.request(number)
         entry = QuarantineEntry(
             request_id=job.request_id, job_id=job.job_id, kind=job.kind, until_ms=job.until_ms, suppress=job.suppress,
             example_ids=job.example_ids,
@@ -202,26 +222,26 @@ class Bench:
         complete(self.store, done)
         forget_s = time.perf_counter() - began
         after_nats = self.held_out_nats()
-        self.gone |= meant
-        scratch_s, made = self.scratch(number, self.gone)
-        head = self.line.registry.head(ADAPTER)
+        self.forgotten |= matched
+        scratch_s, made = self.scratch(number, self.forgotten)
+        head = self.writer.registry.head(ADAPTER)
         return Outcome(
-            kind, len(meant), self.replayed(), len(made.outcomes), forget_s, scratch_s,
+            kind, len(matched), self.replayed(), len(made.outcomes), forget_s, scratch_s,
             head is not None and made.equals(head.manifest), before_nats, after_nats,
         )  # fmt: skip
 
-    def scratch(self, number: int, gone: Collection[str]) -> tuple[float, scratch.Scratch]:
-        """Seconds of, and what comes of, training on all that is known and not gone, in a store of its own."""
+    def scratch(self, number: int, forgotten: Collection[str]) -> tuple[float, scratch.Scratch]:
+        """Train from scratch on what was learned and not forgotten, in a store of its own; return seconds and result."""
         store = DirectoryStore(self.folder / f"scratch-{number}")
-        known = {example.document_id for example in self.known} - set(gone)
+        known = {example.document_id for example in self.learned} - set(forgotten)
         cuts = {cut: [e for e in examples if e.document_id in known] for cut, examples in self.cuts.items()}
         began = time.perf_counter()
-        made = scratch.train(self.line.updater, store, ADAPTER, cuts)
+        made = scratch.train(self.writer.updater, store, ADAPTER, cuts)
         return time.perf_counter() - began, made
 
     def replayed(self) -> int:
-        """How many updates the newest version's forgetting made anew."""
-        registry = self.line.registry
+        """Return how many updates the newest forgetting rebuilt."""
+        registry = self.writer.registry
         head = registry.head(ADAPTER)
         count, version = 0, head.manifest.parent if head else None
         before = [v for _, v in registry.versions(ADAPTER) if registry.manifest(ADAPTER, v).kind == "forget"][1:]
@@ -234,32 +254,32 @@ class Bench:
         return count
 
     def chain(self, version: str | None) -> list[str]:
-        """A version and those that its schedule goes back to."""
+        """Return a version and all versions before it on its schedule."""
         found = []
         while version is not None:
             found.append(version)
-            version = self.line.registry.manifest(ADAPTER, version).schedule_parent
+            version = self.writer.registry.manifest(ADAPTER, version).schedule_parent
         return found
 
     def held_out_nats(self) -> float:
-        """Loss per token, under the newest version, on documents that are never learned."""
-        head = self.line.registry.head(ADAPTER)
+        """Return the loss of the newest version on documents that are never learned, in nats per token."""
+        head = self.writer.registry.head(ADAPTER)
         if head is None:
             raise ValueError("nothing was learned")
-        updater = self.line.updater
-        state, _ = self.line.state_at(Head(head.seq, head.version, head.manifest), ADAPTER)
+        updater = self.writer.updater
+        state, _ = self.writer.state_at(Head(head.seq, head.version, head.manifest), ADAPTER)
         updater.lora.load(state.weights)
         return mean_nats(row_losses(updater.lora, self.probe, pad=updater.codec.pad, adapted=True))
 
     def readable(self) -> int:
-        """How many documents that are gone can still be found in a blob of the store."""
+        """Return how many forgotten documents can still be found in a blob of the store."""
         blobs = [path.read_bytes() for path in (self.folder / "store/blobs").rglob("*") if path.is_file()]
-        needles = [json.dumps({"document_id": name}, separators=(",", ":"))[1:-1].encode() for name in self.gone]
+        needles = [json.dumps({"document_id": name}, separators=(",", ":"))[1:-1].encode() for name in self.forgotten]
         return sum(any(needle in blob for blob in blobs) for needle in needles)
 
 
-def line_of(number: int, outcome: Outcome) -> str:
-    """One row of the table."""
+def table_row(number: int, outcome: Outcome) -> str:
+    """Return one row of the table."""
     return (
         f"{number:>3} {outcome.kind:<9}{outcome.examples:>4} examples {outcome.replayed:>4} of {outcome.cuts:>3} updates"
         f"{outcome.forget_s:>8.2f} s {outcome.scratch_s:>8.2f} s {outcome.forget_s / outcome.scratch_s:>7.3f}"
@@ -268,7 +288,7 @@ def line_of(number: int, outcome: Outcome) -> str:
 
 
 def report(outcomes: Sequence[Outcome], learned: Counter[str], readable: int) -> None:
-    """Print the summary and, last, the line of JSON."""
+    """Print the summary and, as the last line, the JSON."""
     print(f"updates: {dict(learned)}; {os.cpu_count()} cores")
     for kind in KINDS:
         ratios = [o.forget_s / o.scratch_s for o in outcomes if o.kind == kind]

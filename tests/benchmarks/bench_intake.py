@@ -1,10 +1,10 @@
-"""Intake as shipped against the same work in Quix Streams and in a plain Faust agent, on one real broker.
+"""Compare intake as shipped with the same work in Quix Streams and in a plain Faust agent, on one real broker.
 
-`python -m tests.benchmarks.bench_intake [--events 60000] [--repeats 3]`. Each contender reads the same topic (one
-partition, documents of about 600 B, one in fifty a repeat), decides with the same Acceptor (validation, window,
-origin), writes what was accepted keyed by adapter and acknowledged by all replicas, and commits. Each runs as a
-process of its own, in turns; its time runs from its first record to its last commit, start-up and joining the group
-left out. CPU is that process's own (the broker's is not counted). The last line is JSON.
+Run `python -m tests.benchmarks.bench_intake [--events 60000] [--repeats 3]`. Each contender reads the same topic (one
+partition, documents of about 600 B, one in fifty a duplicate), decides with the same Acceptor (validation, window,
+origin), writes accepted examples keyed by adapter and acknowledged by all replicas, and commits. The contenders run in
+turn, each as a process of its own. Time is measured from the first record to the last commit, without start-up and
+joining the group. CPU time is that of the process alone, without the broker's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,28 +37,13 @@ PREFIX = "bench-"
 CONTENDERS = ("perennial", "quix", "faust")
 LIMIT_S = 300
 WORDS = [
-    "the",
-    "stream",
-    "carries",
-    "what",
-    "changed",
-    "and",
-    "the",
-    "model",
-    "learns",
-    "it",
-    "while",
-    "nobody",
-    "waits",
-    "for",
-    "a",
-    "nightly",
-    "job",
-]
+    "the", "stream", "carries", "what", "changed", "and", "the", "model", "learns", "it", "while", "nobody", "waits", "for",
+    "a", "nightly", "job",
+]  # fmt: skip
 
 
 def main() -> int:
-    """Run all contenders in turns. Returns the exit status: 1 where a contender lost or doubled events."""
+    """Run all contenders in turn and return the exit status: 1 if a contender lost or duplicated events."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=60_000)
     parser.add_argument("--repeats", type=int, default=3)
@@ -92,7 +77,7 @@ def _broker() -> Iterator[str]:
 
 
 def _document(number: int, rng: random.Random) -> bytes:
-    """About 600 bytes of JSON; one in fifty is the document before it once more."""
+    """Return about 600 bytes of JSON; one in fifty is a duplicate of the document before it."""
     if number % REPEAT_EVERY == REPEAT_EVERY - 1:
         number -= 1
     rng.seed(number)
@@ -107,7 +92,7 @@ def _document(number: int, rng: random.Random) -> bytes:
 
 
 def _publish(settings: Settings, events: int) -> float:
-    """Provision and fill the input topic. Returns the mean size of a value in bytes."""
+    """Create and fill the input topic, and return the mean size of a value in bytes."""
     from confluent_kafka import Producer
 
     from perennial.streams.kafka.topics import provision
@@ -181,7 +166,7 @@ def _end(settings: Settings) -> int:
 
 
 class Stopwatch:
-    """Wall and own CPU seconds between start (the first call counts) and the last lap."""
+    """Measures wall time and this process's CPU time from the first call of `start` to the last call of `lap`."""
 
     def __init__(self) -> None:
         self._started: tuple[float, float] | None = None
@@ -219,7 +204,7 @@ def _acceptor(settings: Settings) -> Acceptor:
 
 
 def _perennial(settings: Settings, events: int, group: str, watch: Stopwatch) -> None:
-    """The shipped loop and metrics; only the stopwatch is added."""
+    """Run the shipped loop with its metrics; only the stopwatch is added."""
     from perennial.streams.intake.service import Intake
     from perennial.streams.observe.metrics import Metrics
 
@@ -237,7 +222,7 @@ def _perennial(settings: Settings, events: int, group: str, watch: Stopwatch) ->
 
 
 def _quix(settings: Settings, events: int, group: str, watch: Stopwatch) -> None:
-    """A StreamingDataFrame with checkpoints of the same size as intake's batches."""
+    """Run a StreamingDataFrame with checkpoints of the same size as intake's batches."""
     from quixstreams import Application
     from quixstreams.checkpointing import Checkpoint
     from quixstreams.context import message_context
@@ -285,7 +270,7 @@ def _quix(settings: Settings, events: int, group: str, watch: Stopwatch) -> None
 
 
 def _faust(settings: Settings, events: int, group: str, watch: Stopwatch) -> None:
-    """A plain agent: decides per event, sends, and acknowledges a chunk once its sends are acknowledged."""
+    """Run a plain agent: it decides per event, sends, and acknowledges a chunk once its sends are acknowledged."""
     import faust
 
     app = faust.App(

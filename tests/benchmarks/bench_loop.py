@@ -1,8 +1,8 @@
-"""Publish → cut → trained → promoted → served, in seconds by stage, through every role on a real broker.
+"""Measure the seconds from publish to cut, trained, promoted and served, through every role on a real broker.
 
-`python -m tests.benchmarks.bench_loop [--updates 100] [--per-s 1.5]`: documents are published at a steady rate whatever
-the loop does (open loop, so a slow update cannot hide the wait of those behind it); a subscriber in this process puts
-each version into a model. The last line is JSON.
+`python -m tests.benchmarks.bench_loop [--updates 100] [--per-s 1.5]` publishes documents at a steady rate that does not
+depend on the roles (an open loop, so a slow update cannot hide the wait of those behind it). A subscriber in this
+process loads each version into a model. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ADAPTER = "bench/loop"
 
 
 class Times:
-    """Pairs each promoted version's event with the moment that it was served."""
+    """Pairs each promoted version's event with the time at which it was served."""
 
     def __init__(self) -> None:
         self.events: dict[int, AdapterPromoted] = {}
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=100, help="promoted and served updates to measure")
     parser.add_argument("--per-s", type=float, default=1.5, help="documents published per second")
-    parser.add_argument("--limit-s", type=float, default=900.0, help="give up after so long")
+    parser.add_argument("--limit-s", type=float, default=900.0, help="give up after so many seconds")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
     settings = load_settings(data_dir=folder, kafka="", store="", metrics_port=0)
@@ -82,12 +82,12 @@ def main() -> None:
         publishing = threading.Thread(target=publish, args=(settings.kafka.bootstrap, arguments.per_s, stop))
         publishing.start()
         deadline = time.monotonic() + arguments.limit_s
-        said = 0
+        reported = 0
         while len(times.served) <= arguments.updates and time.monotonic() < deadline:
             time.sleep(0.5)
-            if len(times.served) >= said + 10:
-                said = len(times.served)
-                print(f"{said} updates served", flush=True)
+            if len(times.served) >= reported + 10:
+                reported = len(times.served)
+                print(f"{reported} updates served", flush=True)
         stop.set()
         publishing.join()
         subscriber.close()
@@ -98,11 +98,11 @@ def main() -> None:
         stop.set()
         stack.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    report(times.rows()[1:], ledger, arguments.per_s)  # the first update pays for warming up, once
+    report(times.rows()[1:], ledger, arguments.per_s)  # the first update is slower, because it warms up
 
 
 def publish(kafka: str, per_s: float, stop: threading.Event) -> None:
-    """Publish documents at a steady rate until told to stop, each once."""
+    """Publish each document once, at a steady rate, until `stop` is set."""
     texts = package_docstrings("sympy", 4000)
     started = time.monotonic()
     with Publisher(kafka) as publisher:
@@ -113,7 +113,7 @@ def publish(kafka: str, per_s: float, stop: threading.Event) -> None:
 
 
 def report(rows: list[dict[str, float]], ledger: LearnedExamples, per_s: float) -> None:
-    """Print the table and, last, the line of JSON."""
+    """Print the table and, as the last line, the JSON."""
     summary = summarise(rows)
     print(f"\n{'stage':<24}{'p50 s':>9}{'p95 s':>9}{'n':>6}")
     for name, (p50, p95, n) in summary.items():

@@ -124,7 +124,7 @@ class Crew:
         """End all roles, with SIGKILL those that do not end by themselves."""
         for role in self._processes:
             self.signal(role, signal.SIGTERM)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         for process in self._processes.values():
             process.join(max(0.1, deadline - time.monotonic()))
             if process.exitcode is None:

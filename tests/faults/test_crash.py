@@ -119,7 +119,7 @@ class Bench:
             )
             for number in range(count)
         ]  # fmt: skip
-        log += [(f"{d.topic}/{d.partition}", d.offset) for d in (receipt.result(60) for receipt in receipts)]
+        log += [(f"{d.topic}/{d.partition}", d.offset) for d in (receipt.result(120) for receipt in receipts)]
 
     def settled(self, adapter: str) -> bool:
         """Return whether the newest version accounts for the last acknowledged document and is served."""
@@ -306,7 +306,7 @@ def erase(bench: Bench, adapter: str, request: str) -> None:
     """Request the erasure of the fourth document."""
     bench.publisher.retention(
         request_id=request, kind="erase", adapter=adapter, requested_by="test", selector={"document_ids": ["doc-3"]}
-    ).result(60)
+    ).result(120)
 
 
 def forgotten(bench: Bench, adapter: str, request: str) -> bool:

@@ -201,7 +201,7 @@ def test_a_publisher_closed_over_a_broker_that_hangs_ends_every_promise_and_its_
         time.sleep(0.5)
         with pytest.raises(PublishError):
             publisher.close()
-        sender.join(60)
+        sender.join(120)
         assert receipt.done
         assert not sender.is_alive()
     finally:

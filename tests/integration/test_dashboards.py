@@ -183,7 +183,7 @@ def prometheus(tmp_path) -> Iterator[Any]:
     yield start
     for process in started:
         process.terminate()
-        process.wait(60)
+        process.wait(120)
 
 
 @dataclass

@@ -79,7 +79,7 @@ def stack(broker, topic_prefix: str, tmp_path: Path) -> Stack:
     return Stack(settings, environment, folder)
 
 
-def until(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 60.0) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen[str], timeout_s: float = 180.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -94,7 +94,7 @@ def test_every_example_is_run_here():
 
 
 def test_publisher(stack: Stack):
-    out, errors = stack.start("publisher.py", ADAPTER).communicate(timeout=60)
+    out, errors = stack.start("publisher.py", ADAPTER).communicate(timeout=120)
     assert errors == ""
     topics = [stack.settings.kafka.topic(name) for name in ("documents", "interactions")]
     assert [line.split(": ")[1] for line in out.splitlines()] == [f"{t}, partition 0, offset 0" for t in topics]
@@ -107,7 +107,7 @@ def test_publisher(stack: Stack):
 
 def test_publisher_says_what_is_wrong(stack: Stack):
     process = stack.start("publisher.py", "No Such Name")
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "adapter is not valid" in errors
     assert "Traceback" not in errors
@@ -125,7 +125,7 @@ def test_subscriber_folder(stack: Stack, number: signal.Signals):
             assert process.stdout is not None
             assert process.stdout.readline().startswith(f"generation {generation}: {version}, ")
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         assert "Traceback" not in errors
         assert served.current(ADAPTER) == name

@@ -72,7 +72,7 @@ def test_events_arrive_in_order_in_the_topic_of_their_type(case: Case):
         publisher.publish(DocumentObserved(adapter=ADAPTER, document_id="d3", text="y")),
     ]
     publisher.flush(30)
-    assert [receipt.result(30) for receipt in receipts] == [
+    assert [receipt.result(120) for receipt in receipts] == [
         Delivery(f"{case.prefix}{topic}", 0, offset)
         for topic, offset in (
             ("documents", 0),

@@ -45,19 +45,19 @@ def send(given: Settings, *events: Event | tuple[str, bytes], traceparent: str |
     try:
         for event in events:
             if isinstance(event, tuple):
-                producer.send(given.kafka.topic(event[0]), value=event[1], key=b"k").get(30)
+                producer.send(given.kafka.topic(event[0]), value=event[1], key=b"k").get(120)
                 continue
             record = encode(
                 event, event_id="test", source="test", occurred_at=datetime.now(UTC), traceparent=traceparent
             )
             producer.send(
                 given.kafka.topic(event.topic), key=record.key, value=record.value, headers=record.headers
-            ).get(30)
+            ).get(120)
     finally:
         producer.close()
 
 
-def read(given: Settings, topic: str, count: int, timeout_s: float = 60) -> list[Any]:
+def read(given: Settings, topic: str, count: int, timeout_s: float = 180) -> list[Any]:
     """The first records of a one-partition topic; fewer where the time runs out."""
     consumer = connect(KafkaConsumer, given.kafka.bootstrap, 10, group_id=None, enable_auto_commit=False)
     records: list[Any] = []
@@ -74,7 +74,7 @@ def read(given: Settings, topic: str, count: int, timeout_s: float = 60) -> list
     return records
 
 
-def envelopes(given: Settings, topic: str, count: int, timeout_s: float = 60) -> list[Envelope]:
+def envelopes(given: Settings, topic: str, count: int, timeout_s: float = 180) -> list[Envelope]:
     return [decode(record.value, record.headers, topic) for record in read(given, topic, count, timeout_s)]
 
 
@@ -96,7 +96,7 @@ def committed(given: Settings, topic: str, group: str) -> int:
         consumer.close()
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 90) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 180) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -121,7 +121,7 @@ def running(body: Callable[[threading.Event], None]) -> Iterator[threading.Event
         yield stop
     finally:
         stop.set()
-        thread.join(60)
+        thread.join(120)
     if raised:
         raise raised[0]
     assert not thread.is_alive()

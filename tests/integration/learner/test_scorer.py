@@ -34,7 +34,7 @@ def documents(*numbers: int):
     return [tiny.document(n, f"the blue parrot {n} sings at noon") for n in numbers]
 
 
-def scored(settings, count: int, timeout_s: float = 60) -> list[ExampleScored]:
+def scored(settings, count: int, timeout_s: float = 180) -> list[ExampleScored]:
     events = [envelope.event for envelope in kit.envelopes(settings, "scored-examples", count, timeout_s)]
     assert all(isinstance(event, ExampleScored) for event in events)
     return events  # type: ignore[return-value]

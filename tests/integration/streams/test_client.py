@@ -56,7 +56,7 @@ def versions(settings: Settings) -> VersionPublisher:
     return VersionPublisher(DirectoryStore(Path(settings.store.uri), fsync=False), ADAPTER)
 
 
-def until(condition: Callable[[], object], timeout_s: float = 30.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "nothing happened in time"
@@ -90,7 +90,7 @@ def announce(settings: Settings) -> Iterator[Callable[..., None]]:
         event = promoted(manifest, state).model_copy(update=changes)
         record = wire.encode(event, event_id="test", source="test", occurred_at=datetime.now(UTC))
         topic = settings.kafka.topic("adapter-updates")
-        producer.send(topic, key=record.key, value=record.value, headers=record.headers).get(timeout=30)
+        producer.send(topic, key=record.key, value=record.value, headers=record.headers).get(timeout=120)
 
     yield send
     producer.close()
@@ -117,7 +117,7 @@ def test_published_events_arrive_unchanged(settings: Settings):
         turn = publisher.interaction(
             adapter=ADAPTER, interaction_id="i1", prompt="When?", response="Never.", correction="On Monday.", rating=-1
         )
-        places = [receipt.result(30) for receipt in (first, again, other)]
+        places = [receipt.result(120) for receipt in (first, again, other)]
     assert turn.done
     assert first.event_id == again.event_id != other.event_id
     found = everything(settings, "documents")
@@ -182,10 +182,10 @@ def test_a_topic_that_is_not_there_is_said_in_bounded_time_with_the_command_that
 
 def test_closing_says_what_was_not_delivered_and_a_closed_publisher_takes_nothing(settings: Settings):
     publisher = Publisher(settings=settings)
-    publisher.document(adapter=ADAPTER, document_id="d1", text="x").result(30)
+    publisher.document(adapter=ADAPTER, document_id="d1", text="x").result(120)
     future = publisher._producer.send(settings.kafka.topic("documents"), key=b"k", value=b"v")
     publisher._accepted += 1  # an event whose acknowledgement never came
-    future.get(timeout=30)
+    future.get(timeout=120)
     with pytest.raises(PublishError, match="1 of 2 events"):
         publisher.close()
     publisher.close()
@@ -224,7 +224,7 @@ def test_a_subscriber_that_comes_late_starts_from_the_topic(
             return original(record)
 
         subscriber._updates._generation = revealing
-        assert subscriber.wait_for(3, 30)
+        assert subscriber.wait_for(3, 120)
         assert backend.active == subscriber.name_of(state.version)
     assert [call for call, _ in backend.calls].count("load") == 1
 
@@ -240,7 +240,7 @@ def test_an_event_wakes_a_subscriber_that_does_not_poll(
         for generation in range(1, 4):
             state = versions.publish()
             announce(versions, state)
-            assert subscriber.wait_for(generation, 30)
+            assert subscriber.wait_for(generation, 120)
             assert backend.active == subscriber.name_of(state.version)
         until(lambda: len(stages) == 3)
     acks = [envelope.event for _, envelope in everything(settings, "adapter-acks")]
@@ -259,13 +259,13 @@ def test_old_forged_and_foreign_events_change_nothing(
     first, second = versions.publish(), versions.publish()
     foreign = VersionPublisher(versions.store, "acme/other").publish()
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
-        assert subscriber.wait_for(2, 30)
+        assert subscriber.wait_for(2, 120)
         announce(versions, first)
         announce(VersionPublisher(versions.store, "acme/other"), foreign)
         announce(versions, first, generation=900, version="sha256:" + "f" * 64)  # the alias never had this generation
         third = versions.publish()
         announce(versions, third)
-        assert subscriber.wait_for(3, 30)
+        assert subscriber.wait_for(3, 120)
         assert backend.active == subscriber.name_of(third.version)
     loaded = [name for call, name in backend.calls if call == "load"]
     assert loaded == [subscriber.name_of(second.version), subscriber.name_of(third.version)]
@@ -279,7 +279,7 @@ def test_an_event_behind_the_alias_brings_the_alias(
         first = versions.publish()
         last = versions.publish()
         announce(versions, first)
-        assert subscriber.wait_for(2, 30)
+        assert subscriber.wait_for(2, 120)
         assert backend.active == subscriber.name_of(last.version)
     assert [call for call, _ in backend.calls].count("load") == 1
 
@@ -291,7 +291,7 @@ def test_polling_alone_is_enough_when_the_event_is_lost(settings: Settings, vers
         assert not subscriber.wait_for(1, 0.5)
         for generation in (1, 2):
             state = versions.publish()
-            assert subscriber.wait_for(generation, 30)
+            assert subscriber.wait_for(generation, 120)
         assert backend.active == subscriber.name_of(state.version)
     assert everything(settings, "adapter-updates") == []
 
@@ -303,7 +303,7 @@ def test_damaged_weights_are_refused_and_said(
     with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
         good = versions.publish()
         announce(versions, good)
-        assert subscriber.wait_for(1, 30)
+        assert subscriber.wait_for(1, 120)
         bad = versions.publish()
         key = blob_key(versions.registry.manifest(ADAPTER, bad.version).weights.digest)
         stored = versions.store.get(key)
@@ -322,9 +322,9 @@ def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, versions: Ver
     nowhere = settings.replace(topic_prefix=f"{topic_prefix}none-", poll_s=0.2)
     versions.publish()
     with Subscriber(ADAPTER, MemoryBackend(), settings=nowhere, replica="r1") as subscriber:
-        assert subscriber.wait_for(1, 30)
+        assert subscriber.wait_for(1, 120)
         versions.publish()
-        assert subscriber.wait_for(2, 30)
+        assert subscriber.wait_for(2, 120)
 
 
 def test_the_five_lines_of_the_readme(
@@ -353,9 +353,9 @@ def test_the_five_lines_of_the_readme(
     subscriber = Subscriber("acme/support", DirectoryBackend("served"))
     thread = threading.Thread(target=subscriber.run, args=(stop,))
     thread.start()
-    assert subscriber.wait_for(1, 30)
+    assert subscriber.wait_for(1, 120)
     stop.set()
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive()
     assert DirectoryBackend("served").current(ADAPTER) == subscriber.name_of(state.version)
     assert [e.event for _, e in everything(settings, "documents")] == [

@@ -31,7 +31,7 @@ from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 from tests.oracle import wait_until
 
-WAIT_S = 60
+WAIT_S = 180
 NOW = datetime(2026, 1, 31, tzinfo=UTC)
 NEW_FIELD = "a field of the next version"
 

@@ -34,7 +34,7 @@ from perennial.streams.kafka.topics import KafkaUnavailableError, TopicError, id
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
-WAIT_S = 60
+WAIT_S = 180
 
 
 class RecordedMetrics:

@@ -76,6 +76,6 @@ def test_an_unreachable_broker_raises_kafka_unavailable():
         "try: topics.provision(Settings.of(kafka='127.0.0.1:9'))\n"
         "except topics.KafkaUnavailableError as error: print(error)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
     assert "127.0.0.1:9" in done.stdout
     assert "remedy: " in done.stdout

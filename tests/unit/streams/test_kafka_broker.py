@@ -155,7 +155,7 @@ def guard(folder: Path, *command: str, owner: int | None = None, remove: Path | 
 def test_the_guard_reports_the_pid_and_passes_the_exit_status_on(tmp_path: Path):
     with guard(tmp_path, sys.executable, "-c", "raise SystemExit(7)") as process:
         assert command_pid(process) > 0
-        assert process.wait(20) == 7
+        assert process.wait(120) == 7
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -163,7 +163,7 @@ def test_the_guard_ends_its_command_on_a_signal_and_keeps_the_folder(tmp_path: P
     with guard(tmp_path, "sleep", "60", remove=tmp_path) as process:
         child = command_pid(process)
         process.send_signal(number)
-        assert process.wait(20) == 128 + 15
+        assert process.wait(120) == 128 + 15
     assert not process_guard.alive(child, None)
     assert tmp_path.exists()
 
@@ -174,7 +174,7 @@ def test_the_guard_hears_a_signal_that_its_parent_ignores(tmp_path: Path):
     with process:
         child = command_pid(process)
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 128 + 15
+        assert process.wait(120) == 128 + 15
     assert not process_guard.alive(child, None)
 
 
@@ -185,7 +185,7 @@ def test_the_guard_ends_its_command_and_drops_the_folder_when_the_owner_is_gone(
     with guard(tmp_path, "sleep", "60", owner=owner.pid, remove=folder) as process:
         child = command_pid(process)
         owner.kill()  # it stays a zombie until the wait below, which counts as dead
-        assert process.wait(20) == 128 + 15
+        assert process.wait(120) == 128 + 15
         owner.wait()
     assert not process_guard.alive(child, None)
     assert not folder.exists()

@@ -29,7 +29,7 @@ ADAPTER = "acme/support"
 SETTINGS = Settings.of(poll_s=0.05)
 
 
-def until(condition: Callable[[], object], timeout_s: float = 20.0) -> None:
+def until(condition: Callable[[], object], timeout_s: float = 120.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "nothing happened in time"
@@ -74,7 +74,7 @@ def test_importing_the_client_loads_neither_faust_nor_torch_nor_librdkafka():
         "import sys; from perennial import DirectoryBackend, Publisher, Subscriber;"
         "print(sorted({'faust', 'mode', 'torch', 'confluent_kafka', 'river', 'numpy', 'perennial.learner'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[]"
 
 
@@ -101,9 +101,9 @@ def test_the_newest_version_is_served_and_the_one_before_is_gone(versions: Versi
     seen: list[tuple[int, set[str]]] = []
     with Harness(backend, store, on_activate=lambda s, t: seen.append((s.generation, set(t)))) as subscriber:
         first = versions.publish()
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
         second = versions.publish()
-        assert subscriber.wait_for(2, 20)
+        assert subscriber.wait_for(2, 120)
         name = subscriber.name_of(second.version)
         until(lambda: backend.list() == [name])
         assert backend.active == name
@@ -124,7 +124,7 @@ def test_versions_that_were_passed_over_are_not_loaded(versions: VersionPublishe
         last = versions.publish()
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(5, 20)
+        assert subscriber.wait_for(5, 120)
     assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(last.version)]
 
 
@@ -134,7 +134,7 @@ def test_a_lower_generation_is_never_applied(versions: VersionPublisher, store: 
     versions.publish()
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(2, 20)
+        assert subscriber.wait_for(2, 120)
         served = backend.active
         now = store.get(f"aliases/{ADAPTER}/live")
         store.compare_and_swap(f"aliases/{ADAPTER}/live", old.data, now.etag)  # a store restored from a backup
@@ -160,13 +160,13 @@ def test_a_damaged_version_is_refused_and_the_next_one_served(versions: VersionP
     good = versions.publish()
     backend = MemoryBackend()
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
         damage_next(versions, store)
         until(lambda: len([a for a in subscriber.acks if isinstance(a, AdapterFailed)]) == 2)
         assert backend.active == subscriber.name_of(good.version)
         assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(good.version)]
         last = versions.publish()
-        assert subscriber.wait_for(3, 20)
+        assert subscriber.wait_for(3, 120)
         assert backend.active == subscriber.name_of(last.version)
     failed = [ack for ack in subscriber.acks if isinstance(ack, AdapterFailed)]
     assert {ack.generation for ack in failed} == {2}
@@ -198,7 +198,7 @@ def test_a_store_that_comes_back_late_is_waited_for(versions: VersionPublisher, 
     state = versions.publish()
     store.fails = down
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(1, 30)
+        assert subscriber.wait_for(1, 120)
         assert backend.active == subscriber.name_of(state.version)
     assert subscriber.acknowledged() == [("failed", 1), ("activated", 1)]
 
@@ -208,7 +208,7 @@ def test_a_backend_that_fails_keeps_the_version_before(versions: VersionPublishe
     backend = MemoryBackend()
     first = versions.publish()
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
         backend.fails = lambda called, _name: called == call
         second = versions.publish()
         until(lambda: ("failed", 2) in subscriber.acknowledged())
@@ -228,7 +228,7 @@ def test_a_backend_that_fails_once_is_tried_again(versions: VersionPublisher, st
     backend.fails = lambda called, _name: called == "load" and [c for c, _ in backend.calls].count("load") == 1
     versions.publish()
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
     assert subscriber.acknowledged() == [("failed", 1), ("activated", 1)]
 
 
@@ -245,12 +245,12 @@ def test_a_revocation_is_done_only_when_the_version_is_gone(versions: VersionPub
     backend = MemoryBackend()
     first = versions.publish()
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
         revoked = subscriber.name_of(first.version)
         backend.busy.add(revoked)
         versions.registry.revoke(ADAPTER, first.version, "erased")
         second = versions.publish(kind="forget")
-        assert subscriber.wait_for(2, 20)
+        assert subscriber.wait_for(2, 120)
         assert backend.active == subscriber.name_of(second.version)
         until(lambda: ("failed", 2) in subscriber.acknowledged())
         assert ("activated", 2) not in subscriber.acknowledged()
@@ -273,15 +273,15 @@ def test_a_retired_adapter_is_unloaded_and_comes_back(versions: VersionPublisher
     backend = MemoryBackend()
     versions.publish()
     with Harness(backend, store) as subscriber:
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
         versions.registry.retire(ADAPTER, "live", "moved", versions.registry.alias(ADAPTER).version)
-        assert subscriber.wait_for(2, 20)
+        assert subscriber.wait_for(2, 120)
         until(lambda: backend.list() == [])
         assert backend.active is None
         assert subscriber.current is None
         until(lambda: ("activated", 2) in subscriber.acknowledged())
         back = versions.publish()
-        assert subscriber.wait_for(3, 20)
+        assert subscriber.wait_for(3, 120)
         assert backend.active == subscriber.name_of(back.version)
 
 
@@ -297,7 +297,7 @@ def test_what_an_earlier_process_left_is_tidied_but_never_before_there_is_better
         until(lambda: looks[0] >= 2)
         assert backend.list() == sorted([left, strange])
         state = versions.publish()
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
         until(lambda: backend.list() == sorted([strange, subscriber.name_of(state.version)]))
 
 
@@ -307,9 +307,9 @@ def test_a_callback_that_fails_does_not_stop_the_service(versions: VersionPublis
 
     with Harness(MemoryBackend(), store, on_activate=failing) as subscriber:
         versions.publish()
-        assert subscriber.wait_for(1, 20)
+        assert subscriber.wait_for(1, 120)
         versions.publish()
-        assert subscriber.wait_for(2, 20)
+        assert subscriber.wait_for(2, 120)
 
 
 def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(versions: VersionPublisher, store: FlakyStore):
@@ -318,9 +318,9 @@ def test_run_returns_when_it_is_stopped_and_a_subscriber_starts_once(versions: V
     subscriber = Harness(MemoryBackend(), store)
     thread = threading.Thread(target=subscriber.run, args=(stop,))
     thread.start()
-    assert subscriber.wait_for(1, 20)
+    assert subscriber.wait_for(1, 120)
     stop.set()
-    thread.join(20)
+    thread.join(120)
     assert not thread.is_alive()
     other = Harness(MemoryBackend(), store).start()
     with pytest.raises(SubscriberError, match="started before"):
@@ -335,4 +335,4 @@ def test_an_unreachable_broker_leaves_polling(versions: VersionPublisher, store:
     with Subscriber(
         ADAPTER, MemoryBackend(), kafka=f"127.0.0.1:{port}", store=store, settings=SETTINGS, replica="here"
     ) as subscriber:
-        assert subscriber.wait_for(1, 60)
+        assert subscriber.wait_for(1, 120)

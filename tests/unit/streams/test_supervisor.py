@@ -29,7 +29,7 @@ def test_a_role_waits_longer_after_each_short_life_and_not_after_a_long_one(tmp_
         """Let the role live so long. Return how long it is down afterwards."""
         nonlocal now
         before = role.process
-        before.wait(30)
+        before.wait(120)
         now += lives_s
         supervisor.tend()
         died = now
@@ -40,7 +40,7 @@ def test_a_role_waits_longer_after_each_short_life_and_not_after_a_long_one(tmp_
 
     assert [down_s(lives_s) for lives_s in (1, 1, 1, 1, 1, 1)] == [0.5, 1, 2, 5, 10, 10]
     assert [down_s(lives_s) for lives_s in (60, 1, 1)] == [0.5, 1, 2]
-    role.process.wait(30)
+    role.process.wait(120)
 
 
 def test_a_role_that_was_started_early_gets_the_settings_that_are_known_later(tmp_path: Path):
@@ -54,7 +54,7 @@ def test_a_role_that_was_started_early_gets_the_settings_that_are_known_later(tm
     supervisor.start()
     assert role.process is early
     assert early is not None
-    assert early.wait(30) == 0
+    assert early.wait(120) == 0
     arguments, _, line = role.log_path.read_text().partition("] ")
     assert "--settings-from-stdin" in arguments
     sent = json.loads(line)
@@ -68,10 +68,10 @@ def test_a_role_that_ended_early_is_started_with_all_its_settings(tmp_path: Path
     role.command = [sys.executable, "-S", "-c", "import os; print(os.environ['PERENNIAL_KAFKA'])"]
     supervisor.start_early()
     assert role.process is not None
-    role.process.wait(30)
+    role.process.wait(120)
     supervisor.settings = supervisor.settings.replace(kafka="there:1")
     supervisor.start()
-    role.process.wait(30)
+    role.process.wait(120)
     assert role.log_path.read_text().splitlines()[-1] == "there:1"
     supervisor.stop()
 
@@ -82,7 +82,7 @@ def test_a_worker_that_was_started_early_ends_with_the_supervisor(tmp_path: Path
     with subprocess.Popen(command, stdin=subprocess.PIPE, cwd=tmp_path) as worker:
         assert worker.stdin is not None
         worker.stdin.close()
-        assert worker.wait(60) == 0
+        assert worker.wait(120) == 0
 
 
 def test_a_worker_hears_a_signal_that_its_parent_ignores(tmp_path: Path):
