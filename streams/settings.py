@@ -10,6 +10,7 @@ The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials. It is read from th
 dumped, and `Settings.environment()` leaves it out.
 
 To add a setting: add a field with a description to its group, then run `make schema`, which writes it into the README.
+CONTRIBUTING.md says what else the groups of training and gate need.
 """
 
 from __future__ import annotations

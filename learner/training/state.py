@@ -5,8 +5,11 @@ How to add one more state tensor (for example a moving average of the weights):
 1. In this file, add a field to `TrainingState`, a field of the same name to `StateRefs`, and one line each to
    `StateRefs.of_manifest`, `StateRefs.manifest_fields`, `to_blobs` and `load_state`.
 2. In `storage/registry/manifest.py`, add a `BlobRef | None` field to `Manifest` and to `Manifest.blobs`, so that the
-   blob is verified before publishing, kept while a version needs it, and deleted when an example is forgotten.
-3. Compute it where `Updater.update` makes the next `TrainingState` (`learner/training/update.py`).
+   blob is verified before publishing, kept while a version needs it, and deleted when an example is forgotten. Let
+   `Manifest.to_bytes` leave it out while it is None. Hazard: a manifest's digest is its version's id, so stored
+   manifests must keep their bytes.
+3. In `storage/registry/registry.py`, add it to the safetensors that `_verify` checks.
+4. Compute it where `Updater.update` makes the next `TrainingState` (`learner/training/update.py`).
 
 Everything else (updates, rollbacks, rebuilds for forgetting, caches) passes these two classes on as they are. Keep the
 order in which `to_blobs` fills its dictionary: blobs are written to the store in that order.

@@ -5,7 +5,7 @@ To add a metric with its panel:
 1. Append a row to SERIES: kind, name without the prefix `perennial_`, help text, labels.
 2. Add a method to Metrics that roles call when it happens, named after the event, next to the methods of its section.
    It calls `_inc` (counters), `_set` (gauges) or `_observe` (histograms) with the row's name. prometheus_client adds
-   `_total` to counters.
+   `_total` to counters. If intake calls it, add it to streams/intake/metrics.py too.
 3. Add a panel to tools/generate_dashboards.py and run `make dashboards`. An alert goes to
    deploy/prometheus/rules/perennial.yml and its test to tests/prometheus/rules_test.yml.
 4. Run `pytest tests/unit/streams/test_metrics.py tests/unit/test_compose.py`. They fail for a metric that no method

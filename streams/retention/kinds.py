@@ -13,6 +13,7 @@ To add a kind:
      again and closes the request; the learner carries the job out.
    - `job=None`: add the function that carries the kind out to `RequestProcessor` in streams/retain/state_machine.py
      and name it there in `_WITHOUT_JOB`. A test fails as long as it is missing.
+   - another job: CONTRIBUTING.md lists the files.
    - a value in `requires` that is new: add the field to `RetentionRequested`, and what it holds to `_FIELDS`.
 4. Add a case to tests/unit/streams/test_retention_requests.py.
 """
