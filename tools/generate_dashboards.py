@@ -240,7 +240,7 @@ FLOW = Dashboard(
             stat("Versions promoted", counted('perennial_updates_total{outcome="promoted"}', "", "$__range"),
                  "In the time shown.", zero="0", decimals=0, width=3),
             stat("Updates refused", counted('perennial_updates_total{outcome="refused"}', "", "$__range"),
-                 "By the gate, in the time shown. Some are normal: the version before stays in service.",
+                 "By the gate, in the time shown. Some are normal: the previous version stays in service.",
                  zero="0", decimals=0, thresholds=ANY_IS_DOUBTFUL, width=3),
             stat("Dead letters", counted("perennial_refused_total", "", "$__range"),
                  "Events refused in the time shown; each is in dead-letters with its reason.",

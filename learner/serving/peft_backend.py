@@ -42,7 +42,7 @@ class PeftBackend:
     """Swaps versions in and out of a running model without a pause and without mixing two versions in one request.
 
     Each version is held in its own LoRA slot. A request leases the slot that is active when it begins, and keeps it to
-    its end. The slot is selected for every forward pass, under a lock, so that requests on the version before and on
+    its end. The slot is selected for every forward pass, under a lock, so that requests on the previous version and on
     the new one interleave. Activation therefore waits for no request. Thread-safe.
 
     Args:

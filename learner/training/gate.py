@@ -149,7 +149,7 @@ def general_loss_pressure(base_nats: float, before_nats: float, limits: GateLimi
 
     Args:
         base_nats: Loss of the anchor rows under the frozen base, nats per token.
-        before_nats: Their loss under the version before, nats per token.
+        before_nats: Their loss under the previous version, nats per token.
         limits: Limits of the gate.
     """
     if not math.isfinite(before_nats):
@@ -165,7 +165,7 @@ def judge_general(base_nats: float, measured: Gain, limits: GateLimits) -> GateV
 
     Args:
         base_nats: Loss of the anchor rows under the frozen base, nats per token.
-        measured: Their loss under the version before and under the new one.
+        measured: Their loss under the previous version and under the new one.
         limits: Limits of the gate.
     """
     if not math.isfinite(measured.after_nats):

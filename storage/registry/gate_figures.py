@@ -27,14 +27,14 @@ class GateFigures(BaseModel):
         basis: What the gain was measured on: `held-out` (examples that were measured before they were trained), or
             `seen` (rows that were trained, where the micro-batch was too small to hold anything out).
         held_out_examples: Number of examples held out.
-        held_out_before: Loss of the held-out examples under the version before, nats per token.
+        held_out_before: Loss of the held-out examples under the previous version, nats per token.
         held_out_after: Their loss after training on the other examples, nats per token.
         held_out_error: Standard error of the mean fall from before to after, paired by token, nats per token.
         new_before: As held_out_before, for rows that are trained; only where the basis is `seen`.
         new_after: As held_out_after, for rows that were trained.
         new_error: As held_out_error, for rows that were trained.
         anchor_base: Loss of the anchor rows (general text) under the frozen base, nats per token.
-        anchor_before: Loss of the anchor rows under the version before, nats per token.
+        anchor_before: Loss of the anchor rows under the previous version, nats per token.
         anchor_after: Loss of the anchor rows under the new version, nats per token.
         replayed_rows: Number of rows of earlier examples that were mixed into training.
         replay_missing: Number of replay draws whose text had been erased.
@@ -68,7 +68,7 @@ class GateFigures(BaseModel):
 
     @property
     def loss_before(self) -> float | None:
-        """Loss under the version before, on what the gain was measured on, nats per token."""
+        """Loss under the previous version, on what the gain was measured on, nats per token."""
         return self.held_out_before if self.basis == HELD_OUT else self.new_before
 
     @property

@@ -47,7 +47,7 @@ class AliasState(RegistryRecord):
         version: the version that is served.
         seq: that version's sequence number.
         kind: what the last change was.
-        previous_version: the version before the last change.
+        previous_version: the version that the alias pointed at before its last change.
         reason: why it was changed, for people.
         published_at: when it was changed.
         nonce: keeps the bytes, and so the etags, of any two states apart.

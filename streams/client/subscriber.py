@@ -302,7 +302,7 @@ class Subscriber:
                 with self._timed("activate", stage_s):
                     self._backend.activate(name)
             except Exception:
-                with suppress(Exception):  # the first error is reported; the version before is still active
+                with suppress(Exception):  # the first error is reported; the previous version is still active
                     self._backend.unload(name)
                 raise
         stage_s["publish_to_served"] = max(0.0, (self._now() - alias.published_at).total_seconds())
@@ -428,12 +428,12 @@ class Subscriber:
             self._progress = self._progress.unloaded()
             self._acknowledge()
             return
-        _log.warning("%s: a version before is still held (%s): %s", self.adapter, reason, left)
+        _log.warning("%s: an earlier version is still held (%s): %s", self.adapter, reason, left)
         owed, reported = self._progress.owed, self._progress.owed_reported
         retry_s = self._clock() + max(RETRY.first_s, self.settings.serving.poll_s / 10)
         self._progress = self._progress.still_held(retry_s)
         if owed is not None and not reported:
-            held = SubscriberError("the version before is still held", got=reason, remedy="it is tried again")
+            held = SubscriberError("an earlier version is still held", got=reason, remedy="it is tried again")
             self._send_failed(owed.generation, owed.version, owed.published_at, owed.stage_s, held)
 
     def _held(self, kept: str | None) -> list[str]:
