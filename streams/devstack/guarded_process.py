@@ -31,7 +31,7 @@ def start_guarded(
         lock: descriptor that the command inherits; the caller closes its own copy.
         grace_s: seconds between SIGTERM and SIGKILL when the guard ends the command.
         owner_pid: process whose end ends the command; None: this process.
-        remove: folder to delete when the owner is gone; None: none.
+        remove: folder to delete when the owner has ended; None: none.
         environment: variables of the command; None: those of this process.
 
     Returns:

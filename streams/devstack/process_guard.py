@@ -2,7 +2,7 @@
 
 Run as `python -I -S process_guard.py OWNER_PID GRACE_S LOCK_FD REMOVE COMMAND...`. The guard starts COMMAND and writes
 its process id as one line to standard output. It ends COMMAND (SIGTERM, after GRACE_S seconds SIGKILL) on SIGTERM,
-SIGINT or SIGHUP, or once the process OWNER_PID is gone; in that last case it also deletes the folder REMOVE, unless
+SIGINT or SIGHUP, or once the process OWNER_PID has ended; in that last case it also deletes the folder REMOVE, unless
 REMOVE is empty.
 
 Why a process of its own: on Linux PR_SET_PDEATHSIG fires when the *thread* that forked ends, so a broker started from a

@@ -26,6 +26,7 @@ from perennial.streams.cli.demo.persons import PersonDocument, person_document
 from perennial.streams.cli.demo.progress import DemoProgress
 from perennial.streams.cli.demo.report import Forgetting
 from perennial.streams.cli.demo.watcher import RequestStatuses
+from perennial.streams.client.base_publisher import Receipt
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events.models import Batch, RetentionProgressed, RetentionRequested, Selector
@@ -39,6 +40,8 @@ DOCUMENTS_PER_UPDATE: Final = 8
 """About so many of the other documents make an update."""
 LIFE_RESERVE: Final = 1.5
 """The expiring document lives so much longer than learning all documents should take."""
+EARLY: Final = 4
+"""So many of the other documents are published together with the two."""
 WAIT_S: Final = 300.0
 _NAMES: Final = ("clara", "bruno")
 _SHARE_DONE: Final[Mapping[str, float]] = {
@@ -229,14 +232,19 @@ def _publish(
     expiring: PersonDocument,
     due: datetime,
 ) -> None:
-    """Publish the two early among the others, so that later updates replay them and forgetting has to undo that too."""
-    receipts = []
-    for number, (name, text) in enumerate(others):
-        receipts.append(publisher.document(adapter=PEOPLE, document_id=name, text=text))
-        if number == 2:
-            receipts.append(publisher.document(adapter=PEOPLE, document_id=erased.document_id, text=erased.text))
-        if number == 4:
-            fields = {"document_id": expiring.document_id, "text": expiring.text}
-            receipts.append(publisher.document(adapter=PEOPLE, expires_at=due, **fields))
-    for receipt in receipts:
-        receipt.result(30)
+    """Publish the two early among the others, so that later updates replay them and forgetting has to undo that too.
+
+    The first documents are confirmed before the others are published: partitions are read in any order.
+    """
+    persons = (
+        publisher.document(adapter=PEOPLE, document_id=erased.document_id, text=erased.text),
+        publisher.document(adapter=PEOPLE, document_id=expiring.document_id, text=expiring.text, expires_at=due),
+    )
+    for first in (*persons, *_publish_others(publisher, others[:EARLY])):
+        first.result(30)
+    for later in _publish_others(publisher, others[EARLY:]):
+        later.result(30)
+
+
+def _publish_others(publisher: Publisher, others: Sequence[tuple[str, str]]) -> list[Receipt]:
+    return [publisher.document(adapter=PEOPLE, document_id=name, text=text) for name, text in others]

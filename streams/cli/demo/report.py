@@ -209,9 +209,7 @@ def print_report(report: DemoReport, console: Console) -> None:
 
 
 def _print_answers(report: DemoReport, console: Console) -> None:
-    console.print(
-        "\nCORRECTIONS: answers of a second adapter before and after it learned corrected answers", style="bold"
-    )
+    _print_line(console, "\n[bold]CORRECTIONS: answers before and after a second adapter learned corrected ones[/]")
     for question, right in report.wanted.items():
         before, answer = (
             " ".join(text.split()) for text in (report.answers_before[question], report.answers[question])

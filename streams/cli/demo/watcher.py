@@ -26,7 +26,7 @@ TOPICS = ("drift", "adapter-updates", "retention-status")
 
 @dataclass
 class RequestStatuses:
-    """States of retention requests as the topic retention-status told them: in order, repetitions left out."""
+    """States of retention requests from the topic retention-status, in order and without repetitions."""
 
     events: list[RetentionProgressed] = field(default_factory=list)
 

@@ -7,7 +7,7 @@ from perennial.streams.cli.demo.latency import quantile, stage_seconds, summaris
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def test_stages_lie_between_neighbouring_moments():
+def test_a_stage_lasts_from_one_moment_to_the_next():
     moments = {name: START + timedelta(seconds=at) for name, at in
                {"published": 0, "cut": 3, "received": 3.5, "trained": 5, "promoted": 5.25, "served": 6}.items()}  # fmt: skip
     seconds = stage_seconds(moments)
