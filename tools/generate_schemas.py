@@ -16,7 +16,8 @@ from typing import Any
 
 import orjson
 
-from perennial.streams.events.models import EVENTS, Event
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import EVENTS
 from perennial.streams.kafka.topics import TOPICS, TopicSpec
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

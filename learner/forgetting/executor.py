@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from perennial.learner.forgetting.plan import (
+from perennial.learner.forgetting.rebuild import UpdateRebuilder
+from perennial.learner.forgetting.rebuild_plan import (
     BatchMatches,
     ExampleMatch,
     ForgetTarget,
@@ -21,7 +22,6 @@ from perennial.learner.forgetting.plan import (
     plan_rebuild,
     state_version,
 )
-from perennial.learner.forgetting.rebuild import UpdateRebuilder
 from perennial.learner.forgetting.scan import FoundExamples, find_examples
 from perennial.learner.training.state import to_blobs
 from perennial.learner.versions.alias_events import alias_event
@@ -49,7 +49,8 @@ from perennial.storage.registry.quarantine import (
     update_quarantine,
 )
 from perennial.storage.registry.registry import AliasState, Head, Publication
-from perennial.streams.events.models import AdapterUpdate, ForgetRequested, RetentionProgressed, RetentionState
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RetentionState
 
 
 @dataclass(frozen=True)

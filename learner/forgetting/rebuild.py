@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from perennial.learner.forgetting.plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
+from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.update import Recipe, Updater, UpdateResult

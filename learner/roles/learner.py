@@ -30,8 +30,9 @@ from perennial.storage.errors import IntegrityError, NotFoundError, StoreUnavail
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
+from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.cloudevents import Envelope, WireError, decode
-from perennial.streams.events.models import AdapterUpdate, ForgetRequested, RetentionProgressed, UpdateRequested
+from perennial.streams.events.models import ForgetRequested, RetentionProgressed, UpdateRequested
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.topics import identify
 from perennial.streams.observe.metrics import Metrics

@@ -18,7 +18,9 @@ from perennial.learner.versions.rollback_job import RollbackExecutor
 from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import IntegrityError, NotFoundError
-from perennial.streams.events.models import AdapterUpdate, Event, ForgetRequested, RollbackRequested, UpdateRequested
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import ForgetRequested, RollbackRequested, UpdateRequested
 
 _log = logging.getLogger("perennial.learner")
 

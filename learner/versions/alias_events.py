@@ -8,7 +8,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.registry import AliasState, Registry, manifest_key
-from perennial.streams.events.models import (
+from perennial.streams.events.adapter_events import (
     AdapterPromoted,
     AdapterRetired,
     AdapterRevoked,
@@ -16,8 +16,8 @@ from perennial.streams.events.models import (
     AdapterUpdate,
     BaseRef,
     Learned,
-    RetentionProgressed,
 )
+from perennial.streams.events.models import RetentionProgressed
 
 _EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired]] = {
     "promoted": AdapterPromoted,

@@ -11,7 +11,8 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.pending_deletes import clear_pending_deletes
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
-from perennial.streams.events.models import AdapterUpdate, RetentionProgressed
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.models import RetentionProgressed
 
 JobErrorReason = Literal[
     "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",

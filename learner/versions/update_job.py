@@ -36,7 +36,8 @@ from perennial.storage.registry.pending_deletes import (
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Head, Publication
 from perennial.storage.registry.scalars import Scalar
-from perennial.streams.events.models import AdapterUpdate, Batch, ExampleAccepted, UpdateRequested
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.models import Batch, ExampleAccepted, UpdateRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 
 

@@ -26,7 +26,8 @@ from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest, update_id
 from perennial.storage.registry.registry import Head, Registry
-from perennial.streams.events.models import AdapterUpdate, ExampleAccepted
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 
 MAX_LOOK_BACK = 256

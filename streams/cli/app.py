@@ -31,7 +31,7 @@ from rich.console import Console
 
 from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
-from perennial.streams.cli.forget.app import forget_app
+from perennial.streams.cli.forget.commands import forget_app
 
 app = typer.Typer(
     help="Keep language models learning from Kafka, and make them forget on request.",

@@ -17,9 +17,9 @@ from rich.text import Text
 
 from perennial.streams.cli.tables import Column, Row, print_facts, print_table, printable, short_time
 from perennial.streams.deadletters.model import DeadLetterRecord, Selection, parse_position, parse_since
-from perennial.streams.deadletters.plan import RedriveReport, is_handled, redrive_state
 from perennial.streams.deadletters.reader import DeadLetterReader
 from perennial.streams.deadletters.redrive import Redriver
+from perennial.streams.deadletters.redrive_plan import RedriveReport, is_handled, redrive_state
 from perennial.streams.devstack.discovery import connected_settings
 
 _SHOWN_BYTES = 4096

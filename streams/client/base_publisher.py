@@ -17,7 +17,8 @@ from pydantic import ValidationError
 
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import Encoded, WireError, encode
-from perennial.streams.events.models import DocumentObserved, Event, InteractionObserved, RetentionRequested
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested
 
 
 class PublishError(PerennialError):

@@ -18,7 +18,7 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 
 from perennial.streams.client.base_publisher import BasePublisher, Delivery, PublishError, Receipt
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, Encoded
-from perennial.streams.events.models import Event
+from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
 from perennial.streams.settings import Settings, load_settings
 

@@ -29,7 +29,7 @@ from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.client.backend import Backend, Current
 from perennial.streams.client.subscriber_kafka import Acks, Updates
 from perennial.streams.client.subscriber_state import Progress, RetryPolicy, State
-from perennial.streams.events.models import AdapterActivated, AdapterFailed
+from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings, load_settings
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Self
 
-from perennial.streams.events.models import AdapterActivated
+from perennial.streams.events.adapter_events import AdapterActivated
 
 
 class State(Enum):

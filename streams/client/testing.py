@@ -23,7 +23,7 @@ from perennial.storage.registry.registry import LIVE, Registry
 from perennial.streams.client.backend import BackendError
 from perennial.streams.client.base_publisher import BasePublisher, Delivery, PublishError, Receipt
 from perennial.streams.events.cloudevents import Encoded
-from perennial.streams.events.models import Event
+from perennial.streams.events.fields import Event
 
 BASE_SHA256 = "sha256:" + "b" * 64
 """Digest of the base that the versions of `publish_version` name; no model has it."""

@@ -42,7 +42,8 @@ from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, Mi
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.events.cloudevents import Encoded, WireError, decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
-from perennial.streams.events.models import BlobRef, CutReason, DriftDetected, Event, ExampleScored, UpdateRequested
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import BlobRef, CutReason, DriftDetected, ExampleScored, UpdateRequested
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings

@@ -14,7 +14,8 @@ import orjson
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, WireError
 from perennial.streams.events.dead_letter import DeadLetter, decode_dead_letter, redrive_count
-from perennial.streams.events.models import DEFAULT_TYPES, PERMANENT, ExampleAccepted, Origin
+from perennial.streams.events.fields import PERMANENT
+from perennial.streams.events.models import DEFAULT_TYPES, ExampleAccepted, Origin
 from perennial.streams.settings import SettingsError
 
 _UNREADABLE = DeadLetter(None, [], "not-a-dead-letter", "-", "", "", -1, -1, datetime.fromtimestamp(0, UTC))

@@ -24,7 +24,7 @@ from perennial.streams.deadletters.model import (
     as_example,
     read_dead_letter,
 )
-from perennial.streams.deadletters.plan import (
+from perennial.streams.deadletters.redrive_plan import (
     STATE_PREFIX,
     RedriveProgress,
     RedriveReport,

@@ -20,14 +20,6 @@ from kafka.errors import MessageSizeTooLargeError
 
 from perennial.storage.failpoints import failpoint
 from perennial.streams.deadletters.model import DeadLetterRecord, Selection
-from perennial.streams.deadletters.plan import (
-    RedrivenRecord,
-    RedrivePlan,
-    RedriveProgress,
-    RedriveReport,
-    plan_redrive,
-    redriven_record,
-)
 from perennial.streams.deadletters.reader import (
     CONNECT_S,
     MAX_BATCH,
@@ -40,6 +32,14 @@ from perennial.streams.deadletters.reader import (
     make_consumer,
     partitions_of,
     translated_errors,
+)
+from perennial.streams.deadletters.redrive_plan import (
+    RedrivenRecord,
+    RedrivePlan,
+    RedriveProgress,
+    RedriveReport,
+    plan_redrive,
+    redriven_record,
 )
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
 from perennial.streams.kafka.connect import close_producer, connect

@@ -20,7 +20,8 @@ import orjson
 from pydantic import ValidationError
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.models import DEFAULT_TYPES, EVENTS, Event
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import DEFAULT_TYPES, EVENTS
 
 MAX_VALUE_BYTES = 1024 * 1024
 """Largest value that a producer outside the project may write."""

@@ -1,7 +1,7 @@
 """The events of every topic, and the body of a micro-batch, as pydantic models.
 
-This module alone defines fields, limits and types; it imports nothing else of the project. JSON Schema and the AsyncAPI
-document in docs/ are generated from it.
+Base classes and types of single fields are in fields.py, the events of adapter-updates and adapter-acks in
+adapter_events.py. JSON Schema and the AsyncAPI document in docs/ are generated from the three.
 
 Add a field to an event:
 
@@ -20,105 +20,43 @@ Add an event: write the model in the section of its topic, add it to EVENTS, nam
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
-# --- Limits and types of fields ---------------------------------------------------------------------------------------
-
-MAX_TEXT_BYTES = 256 * 1024
-MAX_ID_CHARS = 512
-MAX_LIST_ITEMS = 64
-PERMANENT = "permanent"
-
-ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$"
-ADAPTERS_PATTERN = rf"{ADAPTER_PATTERN[:-1]}(/\*)?$|^\*$"
-ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
-_DURATION = re.compile(
-    r"^P(?!$)(?:(\d{1,4})Y)?(?:(\d{1,4})M)?(?:(\d{1,4})W)?(?:(\d{1,6})D)?"
-    r"(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?$",
-    re.ASCII,
+from perennial.streams.events.adapter_events import (
+    AdapterActivated,
+    AdapterFailed,
+    AdapterPromoted,
+    AdapterRetired,
+    AdapterRevoked,
+    AdapterRolledBack,
 )
-_DURATION_UNITS_S = (365 * 86400, 30 * 86400, 7 * 86400, 86400, 3600, 60, 1)
-
-
-def duration_s(value: str) -> int:
-    """Return the seconds in an ISO 8601 duration; a year counts 365 days and a month 30.
-
-    Raises:
-        ValueError: The text is not a duration above zero.
-    """
-    match = _DURATION.fullmatch(value)
-    total = sum(int(n) * unit for n, unit in zip(match.groups(), _DURATION_UNITS_S, strict=True) if n) if match else 0
-    if total <= 0:
-        raise ValueError(f"not an ISO 8601 duration above zero: {value!r} (for example P30D or PT12H)")
-    return total
-
-
-def _check_text(value: str) -> str:
-    size = len(value) if value.isascii() else len(value.encode("utf-8"))
-    if size > MAX_TEXT_BYTES:
-        raise ValueError(f"text has {size} bytes, at most {MAX_TEXT_BYTES} are allowed")
-    return value
-
-
-def _check_retention(value: str) -> str:
-    if value != PERMANENT:
-        duration_s(value)
-    return value
-
-
-Adapter = Annotated[str, Field(pattern=ADAPTER_PATTERN, max_length=200)]
-AdapterPattern = Annotated[str, Field(pattern=ADAPTERS_PATTERN, max_length=202)]
-"""One adapter, all adapters below a prefix (`acme/*`), or all adapters (`*`)."""
-Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_BYTES), AfterValidator(_check_text)]
-Subjects = Annotated[list[Name], Field(max_length=MAX_LIST_ITEMS)]
-Ids = Annotated[list[Id], Field(max_length=MAX_LIST_ITEMS)]
-RetentionClass = Annotated[str, Field(max_length=32), AfterValidator(_check_retention)]
-Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Loss = Finite
-Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Millis = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
-"""Milliseconds since 1970, up to the end of the year 9999, which is the latest date that Python can represent."""
-Alias = Annotated[str, Field(pattern=ALIAS_PATTERN, max_length=64)]
-
-
-# --- Base classes -----------------------------------------------------------------------------------------------------
-
-_FROZEN = ConfigDict(frozen=True, use_attribute_docstrings=True)
-
-
-class Event(BaseModel):
-    """Base of all events: immutable, and tolerant of fields that a newer writer added.
-
-    Attributes:
-        type: CloudEvents type.
-        topic: Topic without the prefix.
-    """
-
-    model_config = ConfigDict(**_FROZEN, extra="ignore")
-    type: ClassVar[str]
-    topic: ClassVar[str]
-
-    def key(self) -> str:
-        """Return the Kafka key; records with the same key stay in order, because they share a partition."""
-        raise TypeError(f"{type(self).__name__} has no key")
-
-
-class _OutsideEvent(Event):
-    """An event that people write: an unknown field is an error, because it may be a misspelt one."""
-
-    model_config = ConfigDict(**_FROZEN, extra="forbid")
-
+from perennial.streams.events.fields import (
+    FROZEN,
+    PERMANENT,
+    Adapter,
+    AdapterPattern,
+    Alias,
+    Count,
+    Digest,
+    Event,
+    Finite,
+    Id,
+    Ids,
+    Loss,
+    Millis,
+    Name,
+    OutsideEvent,
+    RetentionClass,
+    Subjects,
+    Text,
+)
 
 # --- documents, interactions: what is published to be learned ---------------------------------------------------------
 
 
-class DocumentObserved(_OutsideEvent):
+class DocumentObserved(OutsideEvent):
     """A document that the adapter must learn."""
 
     type: ClassVar[str] = "document.observed"
@@ -148,7 +86,7 @@ class DocumentObserved(_OutsideEvent):
         return f"{self.adapter}|{self.document_id}"
 
 
-class InteractionObserved(_OutsideEvent):
+class InteractionObserved(OutsideEvent):
     """An exchange between a user and the model, with a correction or a rating by people."""
 
     type: ClassVar[str] = "interaction.observed"
@@ -184,7 +122,7 @@ class InteractionObserved(_OutsideEvent):
 class Origin(BaseModel):
     """The Kafka record from which an example came; exactly-once learning compares these positions."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
     cluster_id: str
     topic: str
     topic_id: str
@@ -276,7 +214,7 @@ RetentionKind = Literal["policy", "expire", "supersede", "erase", "decay", "hold
 class Selector(BaseModel):
     """Selects the examples of a retention request; every given field must match."""
 
-    model_config = ConfigDict(**_FROZEN, extra="forbid")
+    model_config = ConfigDict(**FROZEN, extra="forbid")
     document_ids: Annotated[list[Id], Field(max_length=1000)] | None = None
     subjects: Annotated[list[Name], Field(max_length=1000)] | None = None
     sources: Annotated[list[Name], Field(max_length=1000)] | None = None
@@ -303,7 +241,7 @@ class Selector(BaseModel):
         )
 
 
-class RetentionRequested(_OutsideEvent):
+class RetentionRequested(OutsideEvent):
     """A request to forget or to hold examples, or to take a version out of service.
 
     half_life and assurance are in the model so that retain can refuse a request that gives them, with a reason.
@@ -362,7 +300,7 @@ class RetentionProgressed(Event):
 class BlobRef(BaseModel):
     """Reference to an object that is stored under its digest."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
     digest: Digest
     size_bytes: Count
 
@@ -446,123 +384,13 @@ class ForgetRequested(Event):
         return example.example_id in self.example_ids or (self.selector is not None and self.selector.matches(example))
 
 
-# --- adapter-updates, adapter-acks: which version is live, and who serves it ------------------------------------------
-
-
-class BaseRef(BaseModel):
-    """The frozen base model that an adapter belongs to."""
-
-    model_config = _FROZEN
-    model: str
-    sha256: Digest
-
-
-class Learned(BaseModel):
-    """Counts of what a version learned from, and the publication times of its oldest and newest example."""
-
-    model_config = ConfigDict(**_FROZEN, populate_by_name=True)
-    examples: Count
-    tokens: Count
-    from_: AwareDatetime | None = Field(default=None, alias="from")
-    to: AwareDatetime | None = None
-
-
-class _AliasEvent(Event):
-    """The full state of an alias, never a delta, because the topic is compacted."""
-
-    topic: ClassVar[str] = "adapter-updates"
-    adapter: Adapter
-    alias: Alias = "live"
-    generation: Count
-    """Counts the changes of the alias."""
-    version: Digest
-    """The live version: the digest of its manifest."""
-    seq: Count
-    """Sequence number of the version among all versions of the adapter."""
-    manifest_uri: str
-    weights_uri: str
-    weights_sha256: Digest
-    weights_bytes: Count
-    rank: Count
-    base: BaseRef
-    previous_version: Digest | None = None
-    learned: Learned
-    gate: dict[str, Finite | int | str | bool | None] = {}
-    """What the gate measured."""
-    reason: str
-    stage_at: dict[str, AwareDatetime] = {}
-    """When the example behind the version passed each stage, by stage."""
-    published_at: AwareDatetime
-
-    def key(self) -> str:
-        return f"{self.adapter}#{self.alias}"
-
-
-class AdapterPromoted(_AliasEvent):
-    """A newer version is live."""
-
-    type: ClassVar[str] = "adapter.promoted"
-
-
-class AdapterRolledBack(_AliasEvent):
-    """An earlier version is live again."""
-
-    type: ClassVar[str] = "adapter.rolled_back"
-
-
-class AdapterRevoked(_AliasEvent):
-    """The previous version must not be served any more; this one replaces it."""
-
-    type: ClassVar[str] = "adapter.revoked"
-
-
-class AdapterRetired(_AliasEvent):
-    """The adapter is not served any more."""
-
-    type: ClassVar[str] = "adapter.retired"
-
-
-AdapterUpdate = AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired
-
-
-class _AcknowledgementEvent(Event):
-    """What one subscriber reports about a version."""
-
-    topic: ClassVar[str] = "adapter-acks"
-    adapter: Adapter
-    alias: Alias = "live"
-    replica: Name
-    generation: Count
-    version: Digest
-    stage_s: dict[str, Finite] = {}
-    """Seconds that each stage of taking the version took."""
-    published_at: AwareDatetime
-    at: AwareDatetime
-
-    def key(self) -> str:
-        return f"{self.adapter}#{self.replica}"
-
-
-class AdapterActivated(_AcknowledgementEvent):
-    """A subscriber serves this version."""
-
-    type: ClassVar[str] = "adapter.activated"
-
-
-class AdapterFailed(_AcknowledgementEvent):
-    """A subscriber cannot serve this version."""
-
-    type: ClassVar[str] = "adapter.failed"
-    error: str
-
-
 # --- The body of a micro-batch ----------------------------------------------------------------------------------------
 
 
 class BatchSkip(BaseModel):
     """An accepted example that a cut covers and does not learn, and the reason."""
 
-    model_config = _FROZEN
+    model_config = FROZEN
     example_id: str
     origin: Origin
     reason: Literal["signal", "duplicate", "expired", "quarantined"]
@@ -574,7 +402,7 @@ class Batch(BaseModel):
     Outside the topics, texts are stored only here, so that they can be erased.
     """
 
-    model_config = _FROZEN
+    model_config = FROZEN
     adapter: Adapter
     cut: Count
     examples: list[ExampleAccepted]

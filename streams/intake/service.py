@@ -26,6 +26,7 @@ from confluent_kafka.admin import AdminClient
 from perennial.storage.failpoints import failpoint
 from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, Headers
 from perennial.streams.events.dead_letter import encode_dead_letter
+from perennial.streams.intake.intake_metrics import IntakeMetrics
 from perennial.streams.intake.librdkafka import (
     CONSUMER_CONFIG,
     LOST_GROUP,
@@ -41,7 +42,6 @@ from perennial.streams.intake.librdkafka import (
     raise_unless_recovering,
     unavailable_error,
 )
-from perennial.streams.intake.metrics import IntakeMetrics
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition, Refused
 from perennial.streams.kafka.topics import ClusterIds
 from perennial.streams.settings import Settings

@@ -18,13 +18,8 @@ import orjson
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import Envelope, Headers, Reason, WireError, decode_without_id
 from perennial.streams.events.dead_letter import redrive_count
-from perennial.streams.events.models import (
-    PERMANENT,
-    DocumentObserved,
-    ExampleAccepted,
-    ExampleKind,
-    InteractionObserved,
-)
+from perennial.streams.events.fields import PERMANENT
+from perennial.streams.events.models import DocumentObserved, ExampleAccepted, ExampleKind, InteractionObserved
 
 SOURCE = "/perennial/intake"
 MAX_TIMESTAMP_MS = 253_402_300_799_999

@@ -13,8 +13,8 @@ from typing import Any, Final
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
+from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
 from perennial.streams.events.cloudevents import WireError, decode
-from perennial.streams.events.models import AdapterActivated, AdapterFailed
 from perennial.streams.kafka.connect import connect
 from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.settings import Settings

@@ -17,7 +17,7 @@ from kafka.structs import OffsetAndMetadata
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES, encode_dead_letter
-from perennial.streams.events.models import Event
+from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings

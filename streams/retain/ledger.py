@@ -16,14 +16,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field
 
 from perennial.storage.registry.quarantine import LegalHold
-from perennial.streams.events.models import (
-    PERMANENT,
-    ExampleAccepted,
-    RetentionRequested,
-    RetentionState,
-    Selector,
-    duration_s,
-)
+from perennial.streams.events.fields import PERMANENT, duration_s
+from perennial.streams.events.models import ExampleAccepted, RetentionRequested, RetentionState, Selector
 from perennial.streams.retention.kinds import KINDS
 
 CALENDAR: Final = "perennial/retain"

@@ -19,9 +19,8 @@ from typing import ClassVar, Final, Protocol
 
 from perennial.storage.registry.quarantine import LegalHold, Quarantine, QuarantineEntry, RequestOutcome
 from perennial.streams.events.cloudevents import WireError
+from perennial.streams.events.fields import PERMANENT, Event
 from perennial.streams.events.models import (
-    PERMANENT,
-    Event,
     ForgetRequested,
     RetentionKind,
     RetentionProgressed,

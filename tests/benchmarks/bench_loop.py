@@ -25,12 +25,13 @@ from perennial.storage.registry.registry import AliasState
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.latency import stage_seconds, summarise
-from perennial.streams.cli.demo.ledger import LearnedExamples
+from perennial.streams.cli.demo.learned_examples import LearnedExamples
 from perennial.streams.cli.demo.texts import package_docstrings
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.stack import Stack
-from perennial.streams.events.models import AdapterPromoted, Event
+from perennial.streams.events.adapter_events import AdapterPromoted
+from perennial.streams.events.fields import Event
 from perennial.streams.settings import load_settings
 
 ADAPTER = "bench/loop"

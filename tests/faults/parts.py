@@ -15,8 +15,8 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 
 from perennial.storage.registry.registry import Registry
+from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.cloudevents import Envelope, decode
-from perennial.streams.events.models import AdapterUpdate
 from perennial.streams.settings import Settings
 from tests.oracle import wait_until
 from tests.services import missing_service

@@ -21,8 +21,8 @@ from perennial.streams.curate.agent import state_key
 from perennial.streams.curate.batcher import MAX_STATE_BYTES
 from perennial.streams.deadletters.model import read_dead_letter
 from perennial.streams.events.cloudevents import decode
+from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import (
-    PERMANENT,
     Batch,
     ExampleAccepted,
     ExampleScored,

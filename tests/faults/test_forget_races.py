@@ -13,7 +13,7 @@ import pytest
 
 from perennial.learner.versions import version_writer
 from perennial.storage.registry.quarantine import LegalHold, load_quarantine, update_quarantine
-from perennial.streams.events.models import AdapterPromoted
+from perennial.streams.events.adapter_events import AdapterPromoted
 from perennial.streams.kafka.topics import provision
 from tests import jobs
 from tests.faults import parts

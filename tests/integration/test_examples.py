@@ -18,7 +18,7 @@ from kafka import KafkaConsumer, TopicPartition
 from perennial import DirectoryBackend, DocumentObserved, InteractionObserved, Settings
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.events.cloudevents import decode
-from perennial.streams.events.models import Event
+from perennial.streams.events.fields import Event
 from perennial.streams.kafka.topics import provision
 from perennial.testing import publish_version
 from tests.versions import VersionPublisher

@@ -9,7 +9,7 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 
 from perennial.streams.events import cloudevents as wire
-from perennial.streams.events.models import Event
+from perennial.streams.events.fields import Event
 from perennial.streams.settings import Settings
 
 

@@ -21,7 +21,7 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
 from perennial.streams.cli.demo.comparison import train_without
-from perennial.streams.cli.demo.ledger import LearnedExamples
+from perennial.streams.cli.demo.learned_examples import LearnedExamples
 from perennial.streams.cli.demo.persons import PersonDocument, person_document
 from perennial.streams.cli.demo.progress import DemoProgress
 from perennial.streams.cli.demo.report import Forgetting

@@ -23,7 +23,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.forgetting import PEOPLE, ForgetDemo
-from perennial.streams.cli.demo.ledger import LearnedExamples
+from perennial.streams.cli.demo.learned_examples import LearnedExamples
 from perennial.streams.cli.demo.measure import Losses, measure_curve
 from perennial.streams.cli.demo.picture import draw
 from perennial.streams.cli.demo.progress import STAGES, DemoProgress, spoken

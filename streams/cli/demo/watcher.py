@@ -11,14 +11,9 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.registry import AliasState
 from perennial.streams.cli.demo.latency import stage_seconds
 from perennial.streams.cli.tables import short_version
-from perennial.streams.events.models import (
-    AdapterPromoted,
-    AdapterRevoked,
-    AdapterUpdate,
-    DriftDetected,
-    Event,
-    RetentionProgressed,
-)
+from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRevoked, AdapterUpdate
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import DriftDetected, RetentionProgressed
 
 TOPICS = ("drift", "adapter-updates", "retention-status")
 """Topics whose events the watcher takes."""

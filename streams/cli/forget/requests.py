@@ -9,8 +9,8 @@ from typing import Literal
 from rich.console import Console
 from rich.text import Text
 
+from perennial.streams.cli.forget.request_status import StatusReader
 from perennial.streams.cli.forget.selection import count_of
-from perennial.streams.cli.forget.status import StatusReader
 from perennial.streams.cli.tables import printable
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings

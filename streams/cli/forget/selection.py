@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pydantic import TypeAdapter, ValidationError
 
-from perennial.streams.events.models import AdapterPattern, Selector
+from perennial.streams.events.fields import AdapterPattern
+from perennial.streams.events.models import Selector
 from perennial.streams.retain.ledger import RequestRecord
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import SettingsError

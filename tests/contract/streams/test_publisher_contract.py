@@ -12,7 +12,8 @@ from kafka import KafkaConsumer, TopicPartition
 from perennial.streams.client.base_publisher import BasePublisher, Delivery, PublishError
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.events.cloudevents import decode
-from perennial.streams.events.models import DocumentObserved, Event, InteractionObserved, RetentionRequested, Selector
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested, Selector
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryPublisher

@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from transformers.utils.logging import disable_progress_bar
 
 from perennial.streams.events.cloudevents import Envelope, decode, encode
-from perennial.streams.events.models import Event
+from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import connect
 from perennial.streams.settings import Settings
 from tests import tiny

@@ -18,7 +18,8 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.quarantine import LegalHold, QuarantineEntry, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.models import AdapterPromoted, AdapterRetired, AdapterRevoked, ForgetRequested, Selector
+from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRetired, AdapterRevoked
+from perennial.streams.events.models import ForgetRequested, Selector
 from perennial.streams.kafka.topics import provision
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings

@@ -20,7 +20,8 @@ from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.models import AdapterPromoted, AdapterRolledBack, ExampleScored, RollbackRequested
+from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRolledBack
+from perennial.streams.events.models import ExampleScored, RollbackRequested
 from perennial.streams.kafka import group as transport
 from perennial.streams.kafka.topics import provision
 from perennial.streams.observe.metrics import Metrics

@@ -23,15 +23,8 @@ from perennial.streams.client.directory_backend import DirectoryBackend
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events import cloudevents as wire
-from perennial.streams.events.models import (
-    AdapterActivated,
-    AdapterFailed,
-    AdapterPromoted,
-    BaseRef,
-    DocumentObserved,
-    InteractionObserved,
-    Learned,
-)
+from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, AdapterPromoted, BaseRef, Learned
+from perennial.streams.events.models import DocumentObserved, InteractionObserved
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend, small_weights

@@ -21,10 +21,10 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry, load_quarantine
+from perennial.streams.events.adapter_events import AdapterActivated
 from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import decode_dead_letter
 from perennial.streams.events.models import (
-    AdapterActivated,
     Batch,
     ExampleAccepted,
     ExampleScored,

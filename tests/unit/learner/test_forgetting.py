@@ -19,15 +19,8 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import LegalHold, QuarantineEntry, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.models import (
-    AdapterRetired,
-    AdapterRevoked,
-    AdapterUpdate,
-    ExampleAccepted,
-    ForgetRequested,
-    RollbackRequested,
-    Selector,
-)
+from perennial.streams.events.adapter_events import AdapterRetired, AdapterRevoked, AdapterUpdate
+from perennial.streams.events.models import ExampleAccepted, ForgetRequested, RollbackRequested, Selector
 from perennial.streams.retention.quarantine_filter import text_hash
 from tests import jobs, scratch, tiny
 from tests.local_learner import LocalLearner, complete

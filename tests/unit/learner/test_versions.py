@@ -25,13 +25,8 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.models import (
-    AdapterPromoted,
-    AdapterRolledBack,
-    ExampleAccepted,
-    RollbackRequested,
-    UpdateRequested,
-)
+from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRolledBack
+from perennial.streams.events.models import ExampleAccepted, RollbackRequested, UpdateRequested
 from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.local_learner import LocalLearner

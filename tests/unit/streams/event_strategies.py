@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pydantic import AwareDatetime, BaseModel
 from pydantic.fields import FieldInfo
 
-from perennial.streams.events import models as events
-from perennial.streams.events.models import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, EVENTS, Event, Selector
+from perennial.streams.events import fields
+from perennial.streams.events.fields import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, Event
+from perennial.streams.events.models import EVENTS, Selector
 
 # Seeded, and without time limits: a busy machine must not fail a property.
 settings.register_profile(
@@ -32,7 +33,7 @@ _PATTERNS: dict[str, st.SearchStrategy[str]] = {
     r"^sha256:[0-9a-f]{64}$": st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}"),
     r"^[0-9a-f]{32}$": st.binary(min_size=16, max_size=16).map(bytes.hex),
 }
-_RETENTION = st.sampled_from([events.PERMANENT, "P30D", "PT12H", "P1Y2M"])
+_RETENTION = st.sampled_from([fields.PERMANENT, "P30D", "PT12H", "P1Y2M"])
 
 
 def event_of(model: type[Event]) -> st.SearchStrategy[Event]:
@@ -58,7 +59,7 @@ def _field(field: FieldInfo) -> st.SearchStrategy[Any]:
 
 def _of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if any(getattr(item, "func", None) is events._check_retention for item in metadata):
+    if any(getattr(item, "func", None) is fields._check_retention for item in metadata):
         return _RETENTION
     if annotation is AwareDatetime:
         return _TIME

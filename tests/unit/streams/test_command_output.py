@@ -19,7 +19,7 @@ from perennial.streams.cli.flow import AdapterStatus, FlowSnapshot
 from perennial.streams.cli.tables import short_version
 from perennial.streams.client.testing import small_weights
 from perennial.streams.deadletters.model import Selection, read_dead_letter
-from perennial.streams.deadletters.plan import RedriveReport
+from perennial.streams.deadletters.redrive_plan import RedriveReport
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.kafka.topics import TOPICS
 from tests.versions import VersionPublisher

@@ -16,7 +16,7 @@ from perennial.streams.deadletters.model import (
     parse_since,
     read_dead_letter,
 )
-from perennial.streams.deadletters.plan import (
+from perennial.streams.deadletters.redrive_plan import (
     RedriveProgress,
     RedriveReport,
     dump_progress,

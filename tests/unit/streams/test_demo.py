@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from perennial.streams.cli.demo.forgetting import PEOPLE
-from perennial.streams.cli.demo.ledger import LearnedExamples
+from perennial.streams.cli.demo.learned_examples import LearnedExamples
 from perennial.streams.cli.demo.measure import measured_points
 from perennial.streams.cli.demo.persons import person_document
 from perennial.streams.cli.demo.picture import draw

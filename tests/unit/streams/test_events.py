@@ -6,17 +6,16 @@ import pytest
 from hypothesis import given
 from pydantic import ValidationError
 
+from perennial.streams.events.fields import MAX_TEXT_BYTES, duration_s
 from perennial.streams.events.models import (
     DEFAULT_TYPES,
     EVENTS,
-    MAX_TEXT_BYTES,
     DocumentObserved,
     InteractionObserved,
     Origin,
     RollbackRequested,
     Selector,
     UpdateRequested,
-    duration_s,
 )
 from perennial.streams.kafka.topics import TOPICS
 from tests.unit.streams.event_strategies import any_event

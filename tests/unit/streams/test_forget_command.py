@@ -16,11 +16,11 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.cli.explain import explain
-from perennial.streams.cli.forget import status
-from perennial.streams.cli.forget.plan import show_plan
+from perennial.streams.cli.forget import request_status as status
+from perennial.streams.cli.forget.preview import show_plan
+from perennial.streams.cli.forget.request_status import show_requests
 from perennial.streams.cli.forget.requests import _conclusion
 from perennial.streams.cli.forget.selection import describe_selection, selector_of
-from perennial.streams.cli.forget.status import show_requests
 from perennial.streams.events.models import (
     Batch,
     ExampleAccepted,

@@ -20,7 +20,7 @@ from perennial.storage.registry.registry import AliasState
 from perennial.streams.client.base_publisher import PublishError
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber, SubscriberError
-from perennial.streams.events.models import AdapterActivated, AdapterFailed
+from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
 from perennial.streams.settings import Settings, SettingsError
 from perennial.testing import MemoryBackend
 from tests.versions import VersionPublisher

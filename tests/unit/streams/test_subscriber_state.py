@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 
 from perennial.streams.client.subscriber_state import Progress, RetryPolicy, State
-from perennial.streams.events.models import AdapterActivated
+from perennial.streams.events.adapter_events import AdapterActivated
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

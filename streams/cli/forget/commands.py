@@ -55,7 +55,7 @@ def forget(
 
     selector = selector_of(adapter, document or [], subject or [], source or [])
     if dry_run:
-        from perennial.streams.cli.forget.plan import show_plan
+        from perennial.streams.cli.forget.preview import show_plan
 
         raise typer.Exit(show_plan(adapter, selector, as_json=json_))
     from perennial.streams.cli.forget.requests import send_request
@@ -70,7 +70,7 @@ def status(
     json_: _Json = False,
 ) -> None:
     """Show how far requests to forget, hold, release or expire have come."""
-    from perennial.streams.cli.forget.status import show_requests
+    from perennial.streams.cli.forget.request_status import show_requests
 
     raise typer.Exit(show_requests(request, limit=limit, as_json=json_))
 

@@ -1,0 +1,116 @@
+"""Events of adapter-updates and adapter-acks: which version is live, and which replica serves it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+
+from perennial.streams.events.fields import FROZEN, Adapter, Alias, Count, Digest, Event, Finite, Name
+
+
+class BaseRef(BaseModel):
+    """The frozen base model that an adapter belongs to."""
+
+    model_config = FROZEN
+    model: str
+    sha256: Digest
+
+
+class Learned(BaseModel):
+    """Counts of what a version learned from, and the publication times of its oldest and newest example."""
+
+    model_config = ConfigDict(**FROZEN, populate_by_name=True)
+    examples: Count
+    tokens: Count
+    from_: AwareDatetime | None = Field(default=None, alias="from")
+    to: AwareDatetime | None = None
+
+
+class _AliasEvent(Event):
+    """The full state of an alias, never a delta, because the topic is compacted."""
+
+    topic: ClassVar[str] = "adapter-updates"
+    adapter: Adapter
+    alias: Alias = "live"
+    generation: Count
+    """Counts the changes of the alias."""
+    version: Digest
+    """The live version: the digest of its manifest."""
+    seq: Count
+    """Sequence number of the version among all versions of the adapter."""
+    manifest_uri: str
+    weights_uri: str
+    weights_sha256: Digest
+    weights_bytes: Count
+    rank: Count
+    base: BaseRef
+    previous_version: Digest | None = None
+    learned: Learned
+    gate: dict[str, Finite | int | str | bool | None] = {}
+    """What the gate measured."""
+    reason: str
+    stage_at: dict[str, AwareDatetime] = {}
+    """When the example behind the version passed each stage, by stage."""
+    published_at: AwareDatetime
+
+    def key(self) -> str:
+        return f"{self.adapter}#{self.alias}"
+
+
+class AdapterPromoted(_AliasEvent):
+    """A newer version is live."""
+
+    type: ClassVar[str] = "adapter.promoted"
+
+
+class AdapterRolledBack(_AliasEvent):
+    """An earlier version is live again."""
+
+    type: ClassVar[str] = "adapter.rolled_back"
+
+
+class AdapterRevoked(_AliasEvent):
+    """The previous version must not be served any more; this one replaces it."""
+
+    type: ClassVar[str] = "adapter.revoked"
+
+
+class AdapterRetired(_AliasEvent):
+    """The adapter is not served any more."""
+
+    type: ClassVar[str] = "adapter.retired"
+
+
+AdapterUpdate = AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired
+
+
+class _AcknowledgementEvent(Event):
+    """What one subscriber reports about a version."""
+
+    topic: ClassVar[str] = "adapter-acks"
+    adapter: Adapter
+    alias: Alias = "live"
+    replica: Name
+    generation: Count
+    version: Digest
+    stage_s: dict[str, Finite] = {}
+    """Seconds that each stage of taking the version took."""
+    published_at: AwareDatetime
+    at: AwareDatetime
+
+    def key(self) -> str:
+        return f"{self.adapter}#{self.replica}"
+
+
+class AdapterActivated(_AcknowledgementEvent):
+    """A subscriber serves this version."""
+
+    type: ClassVar[str] = "adapter.activated"
+
+
+class AdapterFailed(_AcknowledgementEvent):
+    """A subscriber cannot serve this version."""
+
+    type: ClassVar[str] = "adapter.failed"
+    error: str

@@ -1,0 +1,93 @@
+"""Base classes of events, and limits and types of their fields. Imports nothing else of the project."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, ClassVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+MAX_TEXT_BYTES = 256 * 1024
+MAX_ID_CHARS = 512
+MAX_LIST_ITEMS = 64
+PERMANENT = "permanent"
+
+ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$"
+ADAPTERS_PATTERN = rf"{ADAPTER_PATTERN[:-1]}(/\*)?$|^\*$"
+ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+_DURATION = re.compile(
+    r"^P(?!$)(?:(\d{1,4})Y)?(?:(\d{1,4})M)?(?:(\d{1,4})W)?(?:(\d{1,6})D)?"
+    r"(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?$",
+    re.ASCII,
+)
+_DURATION_UNITS_S = (365 * 86400, 30 * 86400, 7 * 86400, 86400, 3600, 60, 1)
+
+
+def duration_s(value: str) -> int:
+    """Return the seconds in an ISO 8601 duration; a year counts 365 days and a month 30.
+
+    Raises:
+        ValueError: The text is not a duration above zero.
+    """
+    match = _DURATION.fullmatch(value)
+    total = sum(int(n) * unit for n, unit in zip(match.groups(), _DURATION_UNITS_S, strict=True) if n) if match else 0
+    if total <= 0:
+        raise ValueError(f"not an ISO 8601 duration above zero: {value!r} (for example P30D or PT12H)")
+    return total
+
+
+def _check_text(value: str) -> str:
+    size = len(value) if value.isascii() else len(value.encode("utf-8"))
+    if size > MAX_TEXT_BYTES:
+        raise ValueError(f"text has {size} bytes, at most {MAX_TEXT_BYTES} are allowed")
+    return value
+
+
+def _check_retention(value: str) -> str:
+    if value != PERMANENT:
+        duration_s(value)
+    return value
+
+
+Adapter = Annotated[str, Field(pattern=ADAPTER_PATTERN, max_length=200)]
+AdapterPattern = Annotated[str, Field(pattern=ADAPTERS_PATTERN, max_length=202)]
+"""One adapter, all adapters below a prefix (`acme/*`), or all adapters (`*`)."""
+Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_BYTES), AfterValidator(_check_text)]
+Subjects = Annotated[list[Name], Field(max_length=MAX_LIST_ITEMS)]
+Ids = Annotated[list[Id], Field(max_length=MAX_LIST_ITEMS)]
+RetentionClass = Annotated[str, Field(max_length=32), AfterValidator(_check_retention)]
+Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Loss = Finite
+Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Millis = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
+"""Milliseconds since 1970, up to the end of the year 9999, which is the latest date that Python can represent."""
+Alias = Annotated[str, Field(pattern=ALIAS_PATTERN, max_length=64)]
+
+FROZEN = ConfigDict(frozen=True, use_attribute_docstrings=True)
+"""Configuration of every model: immutable, the text below a field is its description in the schema."""
+
+
+class Event(BaseModel):
+    """Base of all events: immutable, and tolerant of fields that a newer writer added.
+
+    Attributes:
+        type: CloudEvents type.
+        topic: Topic without the prefix.
+    """
+
+    model_config = ConfigDict(**FROZEN, extra="ignore")
+    type: ClassVar[str]
+    topic: ClassVar[str]
+
+    def key(self) -> str:
+        """Return the Kafka key; records with the same key stay in order, because they share a partition."""
+        raise TypeError(f"{type(self).__name__} has no key")
+
+
+class OutsideEvent(Event):
+    """An event that people write: an unknown field is an error, because it may be a misspelt one."""
+
+    model_config = ConfigDict(**FROZEN, extra="forbid")
