@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
-from perennial.streams.devstack.kafka_jars import java_path
+from perennial.streams.devstack.embedded_kafka.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
+from perennial.streams.devstack.embedded_kafka.kafka_jars import java_path
 
 _started: list[EmbeddedBroker] = []  # kept until the process ends: the other workers may still use the broker
 

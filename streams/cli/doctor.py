@@ -55,7 +55,7 @@ def _disk(settings: Settings) -> Finding:
 
 
 def _jars(_: Settings) -> Finding:
-    from perennial.streams.devstack.kafka_broker import fetch_jars
+    from perennial.streams.devstack.embedded_kafka.kafka_broker import fetch_jars
 
     require_extra("devstack", "the embedded broker")
     jars = fetch_jars()

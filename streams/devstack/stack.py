@@ -19,7 +19,7 @@ from perennial.extras import require_extra
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.devstack.discovery import announce, running, withdraw
-from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
 from perennial.streams.devstack.signals import STOP_SIGNALS, interrupt_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, Supervisor

@@ -70,7 +70,7 @@ def _broker() -> Iterator[str]:
     if os.environ.get("PERENNIAL_KAFKA"):
         yield os.environ["PERENNIAL_KAFKA"]
         return
-    from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+    from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 
     with tempfile.TemporaryDirectory() as folder, EmbeddedBroker(Path(folder) / "broker") as broker:
         yield broker.bootstrap

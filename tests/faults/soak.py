@@ -28,7 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from perennial.storage.errors import PerennialError
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer, MinioServerError
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.kafka.topics import provision

@@ -25,7 +25,7 @@ from perennial.storage.registry.registry import Registry
 from perennial.streams.client.base_publisher import PublishError, Receipt
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
-from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
 from perennial.streams.devstack.supervisor import Supervisor
 from perennial.streams.kafka.topics import provision

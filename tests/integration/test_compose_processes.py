@@ -25,8 +25,8 @@ import pytest
 from perennial.storage.objects.factory import open_store
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.client.publisher import Publisher
-from perennial.streams.devstack.kafka_broker import EmbeddedBroker
-from perennial.streams.devstack.kafka_config import OWNED
+from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.embedded_kafka.kafka_config import OWNED
 from perennial.streams.settings import Settings
 from tests import compose
 from tests.services import free_port, minio_binary, missing_service

@@ -19,8 +19,8 @@ import yaml
 from perennial.storage.objects.s3 import open_minio
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.cli.app import app
-from perennial.streams.devstack.kafka_config import DEVELOPMENT
-from perennial.streams.devstack.kafka_jars import KAFKA_VERSION
+from perennial.streams.devstack.embedded_kafka.kafka_config import DEVELOPMENT
+from perennial.streams.devstack.embedded_kafka.kafka_jars import KAFKA_VERSION
 from perennial.streams.devstack.supervisor import ROLES
 from perennial.streams.observe.http_server import serve_metrics
 from perennial.streams.observe.metrics import Metrics

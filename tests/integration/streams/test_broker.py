@@ -18,7 +18,7 @@ import pytest
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker
+from perennial.streams.devstack.embedded_kafka.kafka_broker import BrokerError, EmbeddedBroker
 from perennial.streams.devstack.process_guard import alive, start_time
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ OWNER = """
 import signal, sys, time
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 broker = EmbeddedBroker(Path(sys.argv[1]) if sys.argv[1] else None).start()
 try:
     print(broker.pid, broker.log_path.parent, flush=True)

@@ -22,7 +22,7 @@ from kafka.errors import CoordinatorNotAvailableError
 from kafka.partitioner import murmur2
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.devstack.kafka_broker import EmbeddedBroker
+from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import decode_dead_letter
 from perennial.streams.events.models import InteractionObserved

@@ -12,11 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from perennial.streams.devstack import kafka_jars, process_guard
+from perennial.streams.devstack import process_guard
+from perennial.streams.devstack.embedded_kafka import kafka_jars
+from perennial.streams.devstack.embedded_kafka.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
+from perennial.streams.devstack.embedded_kafka.kafka_config import (
+    log_tail,
+    new_cluster_id,
+    render_properties,
+    server_properties,
+)
 from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
-from perennial.streams.devstack.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
-from perennial.streams.devstack.kafka_config import log_tail, new_cluster_id, render_properties, server_properties
 from tests.services import sigint_ignored
 
 

@@ -10,8 +10,13 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from perennial.streams.devstack.kafka_config import NODE_ID, new_cluster_id, render_properties, server_properties
-from perennial.streams.devstack.kafka_jars import OWN_BROKER, BrokerError, kafka_home
+from perennial.streams.devstack.embedded_kafka.kafka_config import (
+    NODE_ID,
+    new_cluster_id,
+    render_properties,
+    server_properties,
+)
+from perennial.streams.devstack.embedded_kafka.kafka_jars import OWN_BROKER, BrokerError, kafka_home
 
 
 def is_formatted(folder: Path) -> bool:

@@ -21,10 +21,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
-from perennial.streams.devstack.guarded_process import command_pid, start_guarded
-from perennial.streams.devstack.kafka_config import LOG4J, OWNED, log_tail, render_properties, server_properties
-from perennial.streams.devstack.kafka_jars import (
+from perennial.streams.devstack.embedded_kafka.kafka_config import (
+    LOG4J,
+    OWNED,
+    log_tail,
+    render_properties,
+    server_properties,
+)
+from perennial.streams.devstack.embedded_kafka.kafka_jars import (
     KAFKA_VERSION,
     OWN_BROKER,
     BrokerError,
@@ -32,8 +36,10 @@ from perennial.streams.devstack.kafka_jars import (
     fetch_jars,
     java_path,
 )
-from perennial.streams.devstack.kafka_probe import serves
-from perennial.streams.devstack.kafka_storage import format_storage, is_formatted
+from perennial.streams.devstack.embedded_kafka.kafka_probe import serves
+from perennial.streams.devstack.embedded_kafka.kafka_storage import format_storage, is_formatted
+from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
+from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port, is_free
 
 __all__ = ["KAFKA_VERSION", "BrokerError", "EmbeddedBroker", "fetch_jars"]
