@@ -26,9 +26,9 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 _WRITES: Mapping[str, tuple[str, ...]] = {
     "intake": ("examples", "dead-letters"),
-    "scorer": ("scored-examples",),
-    "curate": ("drift", "adapter-jobs"),
-    "learner": ("adapter-updates",),
+    "scorer": ("scored-examples", "dead-letters"),
+    "curate": ("drift", "adapter-jobs", "dead-letters"),
+    "learner": ("adapter-updates", "retention-status", "dead-letters"),
     "retain": ("adapter-jobs", "retention-status", "dead-letters"),
     "subscriber": ("adapter-acks",),
 }
