@@ -4,8 +4,8 @@ A panel here has a title, the queries to Prometheus and a description of how to 
 lines of Grafana's JSON are generated.
 
 To add a panel: append a `Panel` (a curve) or a `stat` (a single number) to a `Row` of FLOW (the whole installation),
-ADAPTER (one adapter; its queries select `{adapter=~"$adapter"}`) or FORGETTING. Use `counted` for counters and `p` for
-histograms. Then run `make dashboards` and `pytest tests/unit/test_compose.py tests/unit/streams/test_metrics.py`.
+ADAPTER (one adapter; its queries select `{adapter=~"$adapter"}`) or FORGETTING. Use `counted` for counters and `quantile_of`
+for histograms. Then run `make dashboards` and `pytest tests/unit/test_compose.py tests/unit/streams/test_metrics.py`.
 The docstring of streams/observe/metrics.py has the recipe for the metric itself.
 """
 
@@ -112,7 +112,7 @@ def counted(series: str, by: str, window: str = "$__rate_interval") -> str:
     return f"sum{grouping} ({_grown(series, window)} > 0)"
 
 
-def p(quantile: float, histogram: str, by: str, window: str = "$__rate_interval") -> str:
+def quantile_of(quantile: float, histogram: str, by: str, window: str = "$__rate_interval") -> str:
     """Return a query for a quantile of a histogram in a window, with its first observation included.
 
     Args:
@@ -284,7 +284,7 @@ FLOW = Dashboard(
         Row("Learning", [
             Panel("Updates", [Query(counted("perennial_updates_total", "outcome"), "{{outcome}}")],
                   "Per outcome: promoted, refused by the gate, unchanged.", bars=True, stacked=True),
-            Panel("Time per stage, 95 %", [Query(p(0.95, "perennial_stage_seconds", "role, stage"), "{{role}}: {{stage}}")],
+            Panel("Time per stage, 95 %", [Query(quantile_of(0.95, "perennial_stage_seconds", "role, stage"), "{{role}}: {{stage}}")],
                   "How long the stages of scorers, learners and subscribers take.", unit="s"),
             Panel("Training speed",
                   [Query("sum(rate(perennial_trained_tokens_total[$__rate_interval])) "
@@ -293,7 +293,7 @@ FLOW = Dashboard(
             Panel("Learners busy with training",
                   [Query("sum by (instance) (rate(perennial_trained_seconds_total[$__rate_interval]) > 0)", "{{instance}}")],
                   "Share of time. Near 100 %: start more learners, up to one per partition.", unit="percentunit"),
-            Panel("Published to served", [Query(p(q, "perennial_ack_stage_seconds", "stage"), f"{{{{stage}}}} {name}")
+            Panel("Published to served", [Query(quantile_of(q, "perennial_ack_stage_seconds", "stage"), f"{{{{stage}}}} {name}")
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
                   "Time that subscribers need for a new version, by stage; publish_to_served is the total.", unit="s"),
             Panel("Store errors", [Query(counted("perennial_store_errors_total", "role, op"), "{{role}}: {{op}}")],
@@ -352,7 +352,7 @@ ADAPTER = Dashboard(
                   "Versions that subscribers put into service. If there is none while versions are promoted, no subscriber follows.",
                   bars=True, stacked=True, width=12),
             Panel("Published to served, 95 %",
-                  [Query(p(0.95, "perennial_ack_stage_seconds", "stage"), "{{stage}}")],
+                  [Query(quantile_of(0.95, "perennial_ack_stage_seconds", "stage"), "{{stage}}")],
                   "By stage, over all adapters.", unit="s", width=12),
         ]),
     ],
@@ -377,7 +377,7 @@ FORGETTING = Dashboard(
         Row("Requests", [
             Panel("Requests by state", [Query("sum by (state) (perennial_forget_requests)", "{{state}}")],
                   "The number of requests in each state; the topic retention-status has each request.", stacked=True, width=12),
-            Panel("From request to end", [Query(p(q, "perennial_forget_seconds", "role", "$__range"), name)
+            Panel("From request to end", [Query(quantile_of(q, "perennial_forget_seconds", "role", "$__range"), name)
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
                   "For the requests that ended in the time shown.", unit="s", width=12),
             Panel("Past due", [Query("sum(perennial_forget_overdue_requests)", "past due")],

@@ -188,7 +188,7 @@ class ForgetExecutor:
         self._failpoint("learner.forget_plan")
         self._record_pending_deletes(job, history, plan, matches)
         self._suppress(job, scope)
-        head = self._quarantine(job, alias, head, history, plan)
+        head = self._serve_clean_state(job, alias, head, history, plan)
         self._failpoint("learner.forget_quarantine")
         if plan.steps:
             self._publish_rebuilt(job, alias, head, plan, _count(job, matches))
@@ -218,8 +218,10 @@ class ForgetExecutor:
     def _suppress(self, job: ForgetRequested, scope: _Scope) -> None:
         update_quarantine(self._store, job.adapter, lambda found: found.suppressing(scope.text_hashes))
 
-    def _quarantine(self, job: ForgetRequested, alias: str, head: Head, history: History, plan: RebuildPlan) -> Head:
-        """Serve the state from before the examples' first use, or nothing, wherever a contaminated version is served.
+    def _serve_clean_state(
+        self, job: ForgetRequested, alias: str, head: Head, history: History, plan: RebuildPlan
+    ) -> Head:
+        """Serve the state from before the examples' first use, or nothing, in place of every contaminated version.
 
         The newest version must not be contaminated either: later updates would start from it.
 

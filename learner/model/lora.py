@@ -180,10 +180,10 @@ def _lora_layers(model: torch.nn.Module) -> dict[str, Any]:
 def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise AdapterError unless the weights have exactly these names and shapes."""
     if weights.keys() != shapes.keys():
-        odd = sorted(weights.keys() ^ shapes.keys())
+        differing = sorted(weights.keys() ^ shapes.keys())
         raise AdapterError(
             "an adapter has other tensors than the base's linear layers need",
-            got=odd[:4],
+            got=differing[:4],
             allowed=f"{len(shapes)} tensors named as in a PEFT adapter file",
             remedy="use the base that the adapter's manifest names",
         )

@@ -14,7 +14,6 @@ from perennial.learner.model.lora import Lora
 from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import PerennialError
 
-EMPTY = 0.0
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
 T = TypeVar("T")
@@ -40,7 +39,7 @@ class RowLoss:
 def mean_nats(losses: Sequence[RowLoss]) -> float:
     """Return nats per token over all rows: total by total, not a mean of means; 0 where there are no tokens."""
     tokens = sum(loss.tokens for loss in losses)
-    return sum(loss.nats for loss in losses) / tokens if tokens else EMPTY
+    return sum(loss.nats for loss in losses) / tokens if tokens else 0.0
 
 
 def token_losses(model: Any, rows: Sequence[TokenRow], device: torch.device, pad: int) -> torch.Tensor:

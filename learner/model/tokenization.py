@@ -13,8 +13,8 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.events.models import ExampleAccepted
 
 _SENTINEL = "\u2063PROMPT\u2063"
-_PROMPT_SHARE = 4
-"""A long answer leaves its prompt at least 1/4 of a row."""
+_MIN_PROMPT_DIVISOR = 4
+"""However long an answer is, its prompt may take 1/4 of a row."""
 _MIN_ROW_TOKENS = 8
 
 
@@ -86,10 +86,10 @@ class ExampleTokenizer:
             )
             head, found, tail = text.partition(_SENTINEL)
             if found and _SENTINEL not in tail:
-                return self._trusted(head), self._trusted(tail)
-        return (self.bos, *self._trusted("User: ")), self._trusted("\nAssistant: ")
+                return self._encode_trusted(head), self._encode_trusted(tail)
+        return (self.bos, *self._encode_trusted("User: ")), self._encode_trusted("\nAssistant: ")
 
-    def _trusted(self, text: str) -> tuple[int, ...]:
+    def _encode_trusted(self, text: str) -> tuple[int, ...]:
         """Return the token ids of our own text, in which markers such as `<|user|>` are special tokens."""
         return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -146,7 +146,7 @@ def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int
     """
     _check_row_tokens(row_tokens)
     target = [*codec.encode(answer), codec.eos]
-    room = max(row_tokens // _PROMPT_SHARE, row_tokens - len(target))
+    room = max(row_tokens // _MIN_PROMPT_DIVISOR, row_tokens - len(target))
     # A chat template may be longer than a row. Its end must stay, because it says that an answer follows.
     asked = codec.prompt_ids(prompt, room)[-room:]
     first = row_tokens - len(asked)

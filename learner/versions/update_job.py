@@ -145,7 +145,7 @@ class UpdateExecutor:
             ref = BlobRef(digest=job.batch.digest, size_bytes=job.batch.size_bytes)
             return _AllowedBatch(batch, batch, ref, None)
         allowed = without_examples(batch, blocked)
-        erased = {text for e in batch.examples if quarantine.erases(e) and (text := text_hash(e))}
+        erased = {found for e in batch.examples if quarantine.erases(e) and (found := text_hash(e))}
         update_quarantine(self._store, job.adapter, lambda found: found.suppressing(erased))
         record_pending_deletes(self._store, job.adapter, job.job_id, [job.batch.digest])
         body = batch_to_bytes(allowed)

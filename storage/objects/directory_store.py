@@ -110,8 +110,8 @@ class DirectoryStore:
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[str]:
         """See ObjectStore."""
-        above = check_prefix(prefix).rpartition("/")[0]
-        yield from self._walk(self.root / above, f"{above}/" if above else "", prefix, start_after)
+        folder = check_prefix(prefix).rpartition("/")[0]
+        yield from self._walk(self.root / folder, f"{folder}/" if folder else "", prefix, start_after)
 
     def probe(self) -> None:
         """See ObjectStore."""
@@ -120,11 +120,11 @@ class DirectoryStore:
     def _path(self, key: str) -> Path:
         return self.root / stored_name(key)
 
-    def _walk(self, folder: Path, above: str, prefix: str, start_after: str) -> Iterator[str]:
+    def _walk(self, folder: Path, folder_key: str, prefix: str, start_after: str) -> Iterator[str]:
         with self._mapped_errors(prefix):
             try:
                 with os.scandir(folder) as entries:
-                    found = sorted((above + e.name + ("/" if e.is_dir() else "")) for e in entries)
+                    found = sorted((folder_key + entry.name + ("/" if entry.is_dir() else "")) for entry in entries)
             except (FileNotFoundError, NotADirectoryError):
                 return
         for name in found:
@@ -132,7 +132,7 @@ class DirectoryStore:
                 key = key_of(name)
                 if key is not None and key.startswith(prefix) and key > start_after:
                     yield key
-            elif is_segment(name[len(above) : -1]) and (  # not the locks and temporaries
+            elif is_segment(name[len(folder_key) : -1]) and (  # not the locks and temporaries
                 (name.startswith(prefix) or prefix.startswith(name))
                 and (name > start_after or start_after.startswith(name))
             ):

@@ -31,7 +31,7 @@ from perennial.storage.objects.keys import check_prefix, key_of, stored_name
 from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, StoredObject, probe_conditional_writes, too_large
 from perennial.storage.objects.s3_settings import S3Settings
 
-_PUT_LIFE = timedelta(minutes=15)
+_PRESIGNED_LIFETIME = timedelta(minutes=15)
 _TIMEOUT = urllib3.Timeout(connect=5.0, read=60.0)
 _ATTEMPTS = 4
 _BACKOFF_S = 0.2
@@ -186,7 +186,7 @@ class MinioStore:
 
     def _put(self, key: str, data: bytes, condition: dict[str, str]) -> tuple[int, str]:
         """Send one conditional PUT; return (200, etag) or (status, reason), with status 0 if no answer came."""
-        url = self._client.get_presigned_url("PUT", self._bucket, self._name(key), expires=_PUT_LIFE)
+        url = self._client.get_presigned_url("PUT", self._bucket, self._name(key), expires=_PRESIGNED_LIFETIME)
         md5 = base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode()
         headers = {"Content-Type": "application/octet-stream", "Content-MD5": md5, **condition}
         try:
@@ -278,7 +278,7 @@ def open_minio(uri: str, s3: S3Settings, http: urllib3.PoolManager | None = None
             http_client=http,
         )
         # checks the bucket's name and sends nothing
-        client.get_presigned_url("GET", address.netloc, "x", expires=_PUT_LIFE)
+        client.get_presigned_url("GET", address.netloc, "x", expires=_PRESIGNED_LIFETIME)
     except ValueError as error:
         raise StoreError(
             "not a usable S3 address",

@@ -108,10 +108,10 @@ class S3Settings(BaseModel):
         Raises:
             StoreError: the endpoint or PERENNIAL_S3_SECURE is not usable.
         """
-        wish = self.secure.strip().lower()
-        if wish not in {"", "1", "0", "true", "false", "yes", "no"}:
+        secure = self.secure.strip().lower()
+        if secure not in {"", "1", "0", "true", "false", "yes", "no"}:
             raise StoreError(
-                "PERENNIAL_S3_SECURE is not usable", got=wish, allowed="true or false", remedy="correct it"
+                "PERENNIAL_S3_SECURE is not usable", got=secure, allowed="true or false", remedy="correct it"
             )
         parts = urlsplit(self.endpoint if "://" in self.endpoint else f"//{self.endpoint}")
         unusable = parts.scheme not in {"", "http", "https"} or not parts.netloc
@@ -122,7 +122,7 @@ class S3Settings(BaseModel):
                 allowed="host:port, or http(s)://host:port without a path or credentials",
                 remedy="correct it",
             )
-        return parts.netloc, wish in {"1", "true", "yes"} if wish else parts.scheme != "http"
+        return parts.netloc, secure in {"1", "true", "yes"} if secure else parts.scheme != "http"
 
     def credentials(self) -> tuple[str, str, str]:
         """Resolve access key, secret key and session token, the token empty where there is none.

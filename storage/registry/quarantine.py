@@ -181,11 +181,13 @@ def update_quarantine(store: ObjectStore, adapter: str, change: Callable[[Quaran
         IntegrityError: The object is not readable or would grow too large.
     """
 
-    def counted(found: Quarantine) -> Quarantine:
+    def with_next_revision(found: Quarantine) -> Quarantine:
         wanted = change(found)
         return found if wanted == found else wanted.model_copy(update={"revision": found.revision + 1})
 
-    return update_object(store, quarantine_key(adapter), lambda: _load(store, adapter), counted, _bounded_bytes)
+    return update_object(
+        store, quarantine_key(adapter), lambda: _load(store, adapter), with_next_revision, _bounded_bytes
+    )
 
 
 def finish_entry(store: ObjectStore, adapter: str, request_id: str, done: RequestOutcome) -> Quarantine:

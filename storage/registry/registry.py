@@ -192,9 +192,9 @@ class Registry:
 
     def revocations(self, adapter: str) -> Iterator[Revocation]:
         """Yield the adapter's revoked versions by sequence number."""
-        above = f"revocations/{check_adapter(adapter)}/"
-        for key in self.store.list(above):
-            if len(key) == len(above) + SEQ_DIGITS and key[len(above) :].isdigit():
+        prefix = f"revocations/{check_adapter(adapter)}/"
+        for key in self.store.list(prefix):
+            if len(key) == len(prefix) + SEQ_DIGITS and key[len(prefix) :].isdigit():
                 yield parse_record(Revocation, key, self.store.get(key, MAX_RECORD_BYTES).data)
 
     # ---- writing
@@ -262,9 +262,9 @@ class Registry:
 
     def aliases(self, adapter: str) -> Iterator[AliasState]:
         """Yield every alias of the adapter."""
-        above = f"aliases/{check_adapter(adapter)}/"
-        for key in self.store.list(above):
-            name = key[len(above) :]
+        prefix = f"aliases/{check_adapter(adapter)}/"
+        for key in self.store.list(prefix):
+            name = key[len(prefix) :]
             state = None if "/" in name else self.alias(adapter, name)
             if state is not None:
                 yield state
@@ -387,7 +387,7 @@ class Registry:
                 return version
             stored = self.store.get(key, MAX_RECORD_BYTES)
             winner = parse_record(Claim, key, stored.data).version
-            if winner == version or not self._is_dead(self.manifest(manifest.adapter, winner), winner):
+            if winner == version or not self._lost_its_seq(self.manifest(manifest.adapter, winner), winner):
                 return winner
             # Its sequence number went to another version, so it can never be published: the update is free again.
             try:
@@ -416,7 +416,7 @@ class Registry:
         claim = self._claim(version_key(manifest.adapter, manifest.seq))
         return claim is not None and claim.version == version
 
-    def _is_dead(self, manifest: Manifest, version: str) -> bool:
+    def _lost_its_seq(self, manifest: Manifest, version: str) -> bool:
         claim = self._claim(version_key(manifest.adapter, manifest.seq))
         return claim is not None and claim.version != version
 

@@ -121,9 +121,11 @@ def plain(columns: Sequence[Column], rows: Sequence[Row], *, title: str = "") ->
     An empty cell is `-`. The width of the terminal and COLUMNS play no part.
     """
     lines = [[column.name for column in columns], *([_escaped(cell).plain or "-" for cell in row] for row in rows)]
-    widths = [max(cell_len(line[at]) for line in lines) for at in range(len(columns))]
+    widths = [max(cell_len(line[col]) for line in lines) for col in range(len(columns))]
     shown = [
-        (" " * _GAP).join(_padded(cell, widths[at], right=columns[at].right) for at, cell in enumerate(line)).rstrip()
+        (" " * _GAP)
+        .join(_padded(cell, widths[col], right=columns[col].right) for col, cell in enumerate(line))
+        .rstrip()
         for line in lines
     ]
     return "\n".join([title, *shown] if title else shown)
@@ -137,7 +139,7 @@ def layout(columns: Sequence[Column], rows: Sequence[Row], *, width: int, title:
     cells = [[_shortened(column, cell) for column, cell in zip(columns, row, strict=True)] for row in rows]
     shown = list(range(len(columns)))
     while (widths := _widths(columns, cells, shown, width)) is None:
-        last = max(shown, key=lambda at: (columns[at].priority, at))
+        last = max(shown, key=lambda col: (columns[col].priority, col))
         if columns[last].priority == 0:
             return _blocks(columns, cells, title)
         shown.remove(last)
@@ -145,13 +147,13 @@ def layout(columns: Sequence[Column], rows: Sequence[Row], *, width: int, title:
         box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0), title=title or None,
         title_justify="left",
     )  # fmt: skip
-    for at, cells_wide in zip(shown, widths, strict=True):
+    for col, wide in zip(shown, widths, strict=True):
         table.add_column(
-            columns[at].name, width=cells_wide, overflow="fold", justify="right" if columns[at].right else "left"
+            columns[col].name, width=wide, overflow="fold", justify="right" if columns[col].right else "left"
         )
     for row in cells:
-        table.add_row(*(row[at] for at in shown))
-    hidden = [column.name for at, column in enumerate(columns) if at not in shown]
+        table.add_row(*(row[col] for col in shown))
+    hidden = [column.name for col, column in enumerate(columns) if col not in shown]
     if not hidden:
         return table
     note = f"not shown at this width: {', '.join(hidden)}; a wider terminal or a pipe shows all"
@@ -163,16 +165,18 @@ def _widths(
 ) -> list[int] | None:
     """Return a width per shown column, or None where they do not fit: headers and texts wrap, other cells never do."""
     least, wanted = [], []
-    for at in shown:
-        longest = max((cell_len(line) for row in cells for line in row[at].plain.split("\n")), default=0)
-        header = columns[at].name
+    for col in shown:
+        longest = max((cell_len(line) for row in cells for line in row[col].plain.split("\n")), default=0)
+        header = columns[col].name
         word = max(cell_len(part) for part in header.split())
-        least.append(max(word, min(longest, _MIN_WRAPPED) if columns[at].wraps else longest))
+        least.append(max(word, min(longest, _MIN_WRAPPED) if columns[col].wraps else longest))
         wanted.append(max(longest, cell_len(header)))
     spare = width - sum(least) - _GAP * (len(shown) - 1)
     if spare < 0:
         return None
-    while spare and (needy := max(range(len(shown)), key=lambda at: wanted[at] - least[at], default=None)) is not None:
+    while (
+        spare and (needy := max(range(len(shown)), key=lambda col: wanted[col] - least[col], default=None)) is not None
+    ):
         if wanted[needy] <= least[needy]:
             break
         least[needy] += 1

@@ -111,7 +111,7 @@ _OUTSIDE_TOPICS = frozenset(DEFAULT_TYPES)
 # Possessive quantifiers and an optional closing quote: the scan never goes back, so hostile input takes linear time.
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(b for b in range(256) if b not in b"[]{}")
-_STEP = [1 if b in b"[{" else -1 for b in range(256)]
+_DEPTH_CHANGE = [1 if b in b"[{" else -1 for b in range(256)]
 _PLAIN_CONTENT = frozenset({None, b"application/json"})
 _BINARY_HEADERS = ("ce_specversion", "ce_type", "ce_id", "ce_source")
 _CONTENT_TYPE = "content-type"
@@ -222,7 +222,7 @@ def check_size(value: bytes | None, topic: str) -> bytes:
         raise WireError("oversize", "size of the value in bytes", got=len(value), allowed=f"at most {limit}")
     if value.count(b"{") + value.count(b"[") > MAX_DEPTH:
         brackets = _STRINGS.sub(b"", value).translate(None, _NOT_BRACKETS)
-        depth = max(accumulate(map(_STEP.__getitem__, brackets)), default=0)
+        depth = max(accumulate(map(_DEPTH_CHANGE.__getitem__, brackets)), default=0)
         if depth > MAX_DEPTH:
             raise WireError("too-deep", "nesting of the value", got=depth, allowed=f"at most {MAX_DEPTH} levels")
     return value
@@ -272,7 +272,7 @@ def _decode_plain(value: bytes, topic: str, trace: bytes | None = None) -> Envel
             "missing-attribute", f"an event without ce_ headers on topic {topic}", allowed=sorted(DEFAULT_TYPES)
         )
     event = parse_event(value, event_type, topic)
-    return Envelope("", topic, event_type, None, event, _trace(trace))
+    return Envelope("", topic, event_type, None, event, _valid_traceparent(trace))
 
 
 def _decode_binary(value: bytes, found: Mapping[str, bytes], topic: str) -> Envelope:
@@ -288,7 +288,12 @@ def _decode_binary(value: bytes, found: Mapping[str, bytes], topic: str) -> Enve
     time = None if raw_time is None else _time(_header_text("ce_time", raw_time))
     event = parse_event(value, event_type, topic)
     return Envelope(
-        event_id, source, event_type, time, event, _trace(found.get("ce_traceparent") or found.get("traceparent"))
+        event_id,
+        source,
+        event_type,
+        time,
+        event,
+        _valid_traceparent(found.get("ce_traceparent") or found.get("traceparent")),
     )
 
 
@@ -315,7 +320,7 @@ def _decode_structured(value: bytes, topic: str) -> Envelope:
     trace = parsed.get("traceparent")
     event = parse_event(orjson.dumps(parsed["data"]), event_type, topic)
     return Envelope(
-        event_id, source, event_type, time, event, trace if isinstance(trace, str) and _is_trace(trace) else None
+        event_id, source, event_type, time, event, trace if isinstance(trace, str) and _is_traceparent(trace) else None
     )
 
 
@@ -366,15 +371,15 @@ def _time(text: str) -> datetime:
     raise WireError("bad-attribute", "time", got=text, allowed="RFC 3339 with a zone, for example 2026-01-31T12:00:00Z")
 
 
-def _trace(raw: bytes | None) -> str | None:
+def _valid_traceparent(raw: bytes | None) -> str | None:
     """Return the traceparent, or None where it is invalid: W3C says to ignore an invalid one, not to fail."""
     if raw is None or len(raw) > 64:
         return None
     text = raw.decode("latin-1")
-    return text if _is_trace(text) else None
+    return text if _is_traceparent(text) else None
 
 
-def _is_trace(text: str) -> bool:
+def _is_traceparent(text: str) -> bool:
     return _TRACEPARENT.fullmatch(text) is not None
 
 
@@ -393,7 +398,7 @@ def _not_json(value: bytes, message: str) -> WireError:
 def _from_pydantic(error: ValidationError, value: bytes, model: type[Event]) -> WireError:
     """Return pydantic's most useful complaint as a WireError: missing fields first, then unknown ones, then the rest."""
     found = error.errors(include_url=False, include_context=False)
-    first = min(found, key=lambda e: _ORDER.get(e["type"], 2))
+    first = min(found, key=lambda e: _COMPLAINT_ORDER.get(e["type"], 2))
     field = shorten(".".join(str(part) for part in first["loc"]))
     match first["type"]:
         case "json_invalid":
@@ -408,7 +413,7 @@ def _from_pydantic(error: ValidationError, value: bytes, model: type[Event]) -> 
             return WireError("bad-field", field, got=first["input"], allowed=first["msg"])
 
 
-_ORDER = {"json_invalid": 0, "missing": 0, "extra_forbidden": 1}
+_COMPLAINT_ORDER = {"json_invalid": 0, "missing": 0, "extra_forbidden": 1}
 
 
 def _fields(names: Iterable[str]) -> str:

@@ -95,7 +95,10 @@ def _print_one(event: RetentionProgressed, record: RequestRecord | None) -> None
     if record is not None:
         request = record.request
         facts |= {"requested by": request.requested_by, "reason": request.reason or "-"}
-        facts |= {f"in {name}": f"{p.phase}, {p.examples} examples" for name, p in record.adapters.items()}
+        facts |= {
+            f"in {name}": f"{progress.phase}, {progress.examples} examples"
+            for name, progress in record.adapters.items()
+        }
     print_facts(facts, console=console)
 
 

@@ -51,7 +51,7 @@ _POLL_S = 0.05
 _LOCK_WAIT_S = 5.0
 """A broker that was just killed holds its folder's lock until the kernel has ended it."""
 _GRACE_S = 30.0
-_END_S = 10.0
+_UNLOCK_WAIT_S = 10.0
 _PORT_ATTEMPTS = 3
 _LOCK = "broker.lock"
 _BIND_FAILURES = ("Address already in use", "Socket server failed to bind")
@@ -276,7 +276,7 @@ class EmbeddedBroker:
 
     def _choose_ports(self, folder: Path) -> tuple[int, int]:
         """Return the client port and the controller's port. The client port is remembered in the folder."""
-        memory = folder / "port.json"
+        port_file = folder / "port.json"
         if self._wanted_port is not None:
             if not is_free(self._wanted_port):
                 raise BrokerError(
@@ -287,9 +287,9 @@ class EmbeddedBroker:
                 )
             port = self._wanted_port
         else:
-            remembered = _read_port(memory)
+            remembered = _read_port(port_file)
             port = remembered if remembered and is_free(remembered) else free_port()
-        memory.write_text(json.dumps({"port": port}), encoding="ascii")
+        port_file.write_text(json.dumps({"port": port}), encoding="ascii")
         controller = free_port()
         while controller == port:
             controller = free_port()
@@ -305,7 +305,7 @@ class EmbeddedBroker:
         process.wait()
         if self._folder is not None:
             with suppress(FolderLockedError, FileNotFoundError):
-                os.close(lock_folder(self._folder / _LOCK, _END_S))
+                os.close(lock_folder(self._folder / _LOCK, _UNLOCK_WAIT_S))
 
     def _drop_folder(self) -> None:
         if self._data_dir is None and self._folder is not None:
@@ -345,9 +345,9 @@ def _lock(folder: Path) -> int:
         raise BrokerError("the data folder cannot be locked", got=str(error)) from error
 
 
-def _read_port(memory: Path) -> int | None:
+def _read_port(port_file: Path) -> int | None:
     try:
-        port = json.loads(memory.read_bytes())["port"]
+        port = json.loads(port_file.read_bytes())["port"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return port if isinstance(port, int) and 0 < port < 65536 else None
