@@ -270,7 +270,7 @@ FLOW = Dashboard(
         ]),
         Row("Micro-batches and drift", [
             Panel("Micro-batches cut", [Query(counted("perennial_cuts_total", "reason"), "{{reason}}")],
-                  "Per reason: drift, size, tokens or age.", bars=True, stacked=True),
+                  "Per reason: drift, size (examples or tokens) or age.", bars=True, stacked=True),
             Panel("Size of a micro-batch",
                   [Query("sum(rate(perennial_cut_examples_total[$__rate_interval])) "
                          "/ sum(rate(perennial_cuts_total[$__rate_interval]))", "examples"),
