@@ -51,7 +51,8 @@ class _AliasEvent(Event):
     """What the gate measured."""
     reason: str
     stage_at: dict[str, AwareDatetime] = {}
-    """When the example behind the version passed each stage, by stage."""
+    """By stage, when the oldest example of the update was published, and when the update was cut, received, trained and
+    promoted; empty where these times are not known."""
     published_at: AwareDatetime
 
     def key(self) -> str:

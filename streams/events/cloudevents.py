@@ -26,7 +26,8 @@ from perennial.streams.events.models import DEFAULT_TYPES, EVENTS
 MAX_VALUE_BYTES = 1024 * 1024
 """Largest value that a producer outside the project may write."""
 MAX_INSIDE_VALUE_BYTES = MAX_VALUE_BYTES + 64 * 1024
-"""Largest value that Perennial writes: an outside value and the fields around it. JSON escapes never grow on the way."""
+"""Largest value that Perennial writes: the largest value from outside, and the fields that Perennial adds to it. Writing
+a text as JSON again never makes it longer."""
 MAX_DEPTH = 32
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16 * 1024
@@ -139,7 +140,7 @@ def decode(value: bytes | None, headers: Headers | None, topic: str) -> Envelope
 def decode_without_id(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
     """Decode one Kafka record as `decode` does, but leave the id of a plain event empty.
 
-    The hash that would be its id takes a tenth of the time, and intake does not need it.
+    The id would be a hash of the value. Computing it takes a tenth of the time, and intake does not need it.
     """
     value = check_size(value, topic)
     if not headers:

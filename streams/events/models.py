@@ -164,6 +164,7 @@ class ExampleAccepted(Event):
     supersedes: list[str] = Field(default_factory=list)
     observed_at: AwareDatetime | None = None
     revises: str | None = None
+    """Id of the example of the same document that this one follows with another text."""
     origin: Origin
 
     def key(self) -> str:
@@ -177,6 +178,7 @@ class ExampleScored(Event):
     topic: ClassVar[str] = "scored-examples"
     example: ExampleAccepted
     tokens: Count
+    """Number of tokens that training on the example would train."""
     base_loss_nats: Loss | None
     """Mean loss under the frozen base, in nats per token; None where it was not computed."""
     live_loss_nats: Loss | None
@@ -197,9 +199,13 @@ class DriftDetected(Event):
     signal: Name
     detector: Name
     before: Finite
+    """Mean of the signal before the change, in the signal's own unit."""
     after: Finite
+    """Mean of the signal's latest values, in the same unit."""
     examples_seen: Count
+    """Number of the adapter's examples that the detectors had seen by then."""
     origin: Origin
+    """The record at which the change was detected."""
 
     def key(self) -> str:
         return self.adapter
@@ -244,7 +250,8 @@ class Selector(BaseModel):
 class RetentionRequested(OutsideEvent):
     """A request to forget or to hold examples, or to take a version out of service.
 
-    half_life and assurance are in the model so that retain can refuse a request that gives them, with a reason.
+    Nothing supports half_life and assurance. They are in the model so that retain can refuse a request that gives them
+    and say why.
     """
 
     type: ClassVar[str] = "retention.requested"
