@@ -60,9 +60,12 @@ Source = Annotated[str, typer.Option("--topic", help="Only dead letters from thi
 AdapterPattern = Annotated[
     str, typer.Option("--adapter", help="Only dead letters of this adapter; * stands for any text.")
 ]
-Since = Annotated[str, typer.Option(help="Only dead letters refused since: 30m, 12h, 7d or an ISO 8601 time.")]
+Since = Annotated[
+    str, typer.Option(help="Only dead letters refused in the last 30m, 12h, 7d and so on, or since an ISO 8601 time.")
+]
 MaxReplays = Annotated[
-    int, typer.Option(min=1, help="Number of replays after which a dead letter stays in quarantine.")
+    int,
+    typer.Option(min=1, help="Number of replays after which a dead letter is no longer sent back (state quarantined)."),
 ]
 errors = Console(stderr=True)
 
@@ -128,7 +131,8 @@ def up(
         bool, typer.Option(help="Run scorer and learner in one process that loads the base model once.")
     ] = False,
     store: Annotated[
-        str | None, typer.Option(help="`minio` starts a MinIO server; anything else is a store as in PERENNIAL_STORE.")
+        str | None,
+        typer.Option(help="`minio` to start a MinIO server, or the address of a store, as in PERENNIAL_STORE."),
     ] = None,
 ) -> None:
     """Run an embedded broker and every role until Ctrl-C; the next start continues with the same data."""
@@ -229,7 +233,10 @@ def adapters_history(
 def adapters_rollback(
     adapter: AdapterName,
     to: Annotated[
-        str | None, typer.Option(help="Version to make live, or its beginning; default: the one that was live before.")
+        str | None,
+        typer.Option(
+            help="Id of the version to make live, or the beginning of its id; default: the one that was live before."
+        ),
     ] = None,
     reason: Annotated[
         str, typer.Option(help="Text that is recorded with the rollback.")
@@ -248,7 +255,7 @@ def adapters_rollback(
 @dlq_app.command("ls")
 def dlq_ls(
     reason: Reason = "", stage: Stage = "", topic: Source = "", adapter: AdapterPattern = "", since: Since = "",
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most dead letters to show, the newest.")] = 50,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="Most dead letters to show: the newest ones.")] = 50,
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
     """List dead letters: why and by which role they were refused, and whether a replay would send them."""

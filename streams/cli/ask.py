@@ -24,7 +24,7 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
 
     Args:
         adapter: Name of the adapter.
-        prompt: The text to continue.
+        prompt: The text to answer.
         max_new_tokens: Most tokens to generate for each answer.
         as_json: Print JSON instead of text.
 

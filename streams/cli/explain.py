@@ -54,7 +54,7 @@ class ExplainedExample:
         gate_before_nats: Loss on held-out examples before that update, in nats per token.
         gate_after_nats: The same after it.
         state: `live`, `learned`, `not learned`, `quarantined`, `held` or `erased`.
-        expires_at: When its life ends; None: never.
+        expires_at: When it will be forgotten; None: never.
     """
 
     document_id: str | None

@@ -21,7 +21,7 @@ _Source = Annotated[list[str] | None, typer.Option(help="Source that texts came 
 _Reason = Annotated[str, typer.Option(help="Why; recorded with the request.")]
 _HoldWait = Annotated[
     float,
-    typer.Option(help="Seconds to wait until the request takes effect; 0: do not wait. Not in time: exit code 1."),
+    typer.Option(help="Seconds to wait until the request takes effect, else exit code 1; 0: do not wait."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
@@ -36,18 +36,19 @@ def forget(
     reason: _Reason = "",
     wait_s: Annotated[
         float,
-        typer.Option(help="Seconds to wait until all is forgotten; 0: do not wait. Not in time: exit code 1."),
+        typer.Option(help="Seconds to wait until all is forgotten, else exit code 1; 0: do not wait."),
     ] = 300,
     dry_run: Annotated[bool, typer.Option(help="Only show what would be forgotten; send no request.")] = False,
     json_: _Json = False,
 ) -> None:
     """Make adapters forget documents, persons or sources exactly, as if they had never seen them.
 
-    An example is forgotten if it fits every option that you give: --document A --document B --source crm means A or B,
-    if it came from crm.
+    An example is forgotten if it fits every option that you give.
+    `--document A --document B --source crm` means: A or B, if it came from crm.
 
-    As soon as the request is accepted, no update learns the examples any more. Then the learner rebuilds the adapter as
-    if it had never seen them, deletes their texts, and never learns equal texts again.
+    As soon as the request is accepted, no update learns the examples any more.
+    Then the learner rebuilds the adapter as if it had never seen them,
+    deletes their texts, and never learns equal texts again.
     """
     if context.invoked_subcommand is not None:
         return
@@ -87,8 +88,8 @@ def hold(
 ) -> None:
     """Put a legal hold on documents, persons or sources, or on all that an adapter learned.
 
-    Nothing on hold is forgotten. A request to forget it waits until you run `perennial forget release` with the same
-    options.
+    Nothing on hold is forgotten. A request to forget it waits until you run
+    `perennial forget release` with the same options.
     """
     _send("hold", adapter, (document, subject, source), reason, wait_s, as_json=json_)
 
@@ -105,7 +106,8 @@ def release(
 ) -> None:
     """End the holds that were made with the same --adapter, --document, --subject and --source.
 
-    Requests to forget that waited for these holds are then carried out. `perennial forget status` lists the holds.
+    Requests to forget that waited for these holds are then carried out.
+    `perennial forget status` lists the holds.
     """
     _send("release", adapter, (document, subject, source), reason, wait_s, as_json=json_)
 

@@ -1,4 +1,4 @@
-"""From command-line options to a selector, and from a request's selector back to words."""
+"""Turn command-line options into a selector, and a request's selector back into words."""
 
 from __future__ import annotations
 
