@@ -1,7 +1,7 @@
 """Named points in the code where a fault test may kill or stop the process; without effect in normal runs.
 
-`PERENNIAL_FAILPOINT=learner.manifest:3` kills the process (SIGKILL) the third time it reaches the failpoint
-`learner.manifest`; `learner.manifest:3:stop` sends SIGSTOP instead, so that a test can resume the process later.
+`PERENNIAL_FAILPOINT=publish.manifest:3` kills the process (SIGKILL) the third time it reaches the failpoint
+`publish.manifest`; `publish.manifest:3:stop` sends SIGSTOP instead, so that a test can resume the process later.
 `PERENNIAL_FAILPOINT=@FILE` reads the same text from a file at each failpoint, so that a test can set one in a process
 that already runs.
 """
@@ -22,7 +22,7 @@ def failpoint(name: str) -> None:
     """Kill or stop this process where PERENNIAL_FAILPOINT names this point and its count is reached.
 
     Args:
-        name: Name of the point: the role or part, a dot, and the step that comes next or was just done.
+        name: Name of the point: the role or part, a dot, and the step before or after which the point stands.
     """
     setting = os.environ.get("PERENNIAL_FAILPOINT")
     if not setting:

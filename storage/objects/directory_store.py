@@ -145,7 +145,8 @@ class DirectoryStore:
             for attempt in range(_LINK_ATTEMPTS):
                 self._make_folder(path.parent)
                 try:
-                    # any src_dir_fd makes this linkat(2), which alone follows /proc to the unnamed file
+                    # With a src_dir_fd, whichever it is, Python calls linkat(2), and only linkat(2) follows the link in /proc
+                    # to the unnamed file.
                     os.link(source, path, src_dir_fd=fd, follow_symlinks=True)
                     break
                 except FileExistsError:

@@ -53,7 +53,7 @@ class StoredObject:
     Attributes:
         data: its bytes.
         etag: what a compare-and-swap expects.
-        digest: digest of `data`, if the store had to compute it anyway; never one that a server claims.
+        digest: digest of `data`, computed here; None if the store had no need to compute it. Never a server's claim.
     """
 
     data: bytes
@@ -81,8 +81,8 @@ class ObjectStore(Protocol):
             data: its bytes.
 
         Returns:
-            True if this call created it; False if it existed, unchanged. After an answer that was lost on the way,
-            False may also mean that this call's own bytes are stored.
+            True if this call created the object; False if it existed, and then it is unchanged. A store may send a
+            request again when its answer is lost; then False may mean that the first try stored these bytes.
         """
         ...
 
@@ -191,11 +191,11 @@ def get_verified(store: ObjectStore, key: str, digest: str, max_bytes: int = MAX
 
 
 def probe_conditional_writes(store: ObjectStore, remedy: str) -> None:
-    """Write a probe object and try to overwrite it against its conditions; for `ObjectStore.probe`.
+    """Write a probe object, then try to overwrite it under conditions that do not hold; `ObjectStore.probe` calls this.
 
     Args:
         store: the store to check.
-        remedy: what the operator should do if it fails.
+        remedy: what the operator should do if the store ignores a condition.
 
     Raises:
         StoreError: the store ignored a condition.

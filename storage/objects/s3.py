@@ -1,7 +1,8 @@
 """An object store over S3: MinIO, or any server that honours If-None-Match and If-Match on PUT.
 
-minio-py has no parameter for conditions and sends unknown metadata as `x-amz-meta-*`, which would overwrite. So writes
-go to a presigned PUT address with the condition as a header. This is the only file that imports minio and urllib3.
+minio-py has no parameter for conditions. A condition passed as metadata would be sent as `x-amz-meta-*`, and the server
+would ignore it and overwrite the object. So writes go to a presigned PUT address with the condition as a header. This
+is the only file that imports minio and urllib3.
 
 Retries are loops here instead of a retry library's: whether a request may be sent again depends on its kind and on the
 status of the answer, and listing continues after the last key that was received.
@@ -152,7 +153,8 @@ class MinioStore:
         last = start_after
         for attempt in range(_ATTEMPTS):
             try:
-                # A stored name is its key or the key and a "+", which sorts before all that a key may hold.
+                # The object of a key is stored as `key` or `key+`. "+" sorts before every character of a key, so a
+                # listing after `last+` leaves out both names of `last` and nothing else.
                 after = f"{self._prefix}{last}+" if last else None
                 for entry in self._client.list_objects(
                     self._bucket, prefix=within or None, recursive=True, start_after=after

@@ -1,4 +1,4 @@
-"""Read, change and replace an object atomically, with new attempts while other writers are first."""
+"""Read, change and replace an object atomically; try again each time another writer was first."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def update_object(
     Args:
         store: The store that holds the object.
         key: The key of the object.
-        load: Return the object and its etag as they are now; an empty object and None where none is stored.
+        load: Return the object as it is now, and its etag. Where none is stored: an empty object, and None.
         change: A pure function of the current object. It is called again after a conflict.
         to_bytes: Return the bytes to store. May raise where they are too many.
         always_create: Write an object that is not stored yet even where `change` leaves it empty.

@@ -1,4 +1,4 @@
-"""The figures that the gate measured and decided by, as a manifest records them."""
+"""The figures that the gate measured, and on which it decided, as a manifest records them."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class GateFigures(BaseModel):
         anchor_before: Loss of the anchor rows under the previous version, nats per token.
         anchor_after: Loss of the anchor rows under the new version, nats per token.
         replayed_rows: Number of rows of earlier examples that were mixed into training.
-        replay_missing: Number of replay draws whose text had been erased.
-        strain: Share of the allowed rise of general loss that was used up before training, 0 to 1; the higher, the
-            more general text was mixed in.
+        replay_missing: Number of replay draws that gave no row, because the example was erased or is quarantined.
+        strain: General-loss pressure before training, 0 to 1: the share of the allowed rise of general loss that was
+            used up. The higher it was, the more general text was mixed in.
         steps: Number of optimizer steps scheduled.
         reason: The verdict: `ok`, or why the version was refused (`learner.training.gate.GateReason`).
-        forgotten_examples: Number of examples that the version forgot; only on versions that end a forgetting.
+        forgotten_examples: Number of examples that the version forgot; only on versions of kind `forget`.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")

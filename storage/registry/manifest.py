@@ -30,7 +30,7 @@ Kind = Literal["update", "rollback", "revoke", "quarantine", "forget", "replayed
 update: a micro-batch was learned. rollback: an earlier state was published again. revoke: the version takes the place
 of one that must not be served. quarantine: it is served while examples are being forgotten; its state is the one from
 before their first use. forget: the examples are forgotten; its parent is the last of the rebuilt updates. replayed: a
-rebuilt update; it has no sequence number among the published versions, and its head is the rebuilt update before it.
+rebuilt update. It is not among the published versions: its seq and its head count along the rebuilt updates.
 """
 Outcome = Literal["promoted", "refused", "unchanged"]
 AdapterName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)]
@@ -98,13 +98,13 @@ class Manifest(_Part):
     Attributes:
         schema_version: version of this format.
         adapter: the adapter.
-        seq: sequence number among the adapter's versions, from 1, without gaps.
+        seq: sequence number among the adapter's versions, from 1, without gaps; see `Kind` for rebuilt updates.
         kind: what made the version.
         outcome: `promoted` (may be served), `refused` by the gate, or `unchanged` (nothing was trained or served).
         reason: why, for people.
         parent: the version whose state it started from.
-        head: the version with the sequence number before.
-        update_id: one state, high-water marks and recipe give one id, and one version may claim it.
+        head: the version with the sequence number before this one; None at seq 1.
+        update_id: what the function `update_id` returns for the update; only one version may claim it.
         job_id: the job that made it.
         base_model: name of the frozen base.
         base_sha256: digest of the frozen base.
@@ -127,7 +127,7 @@ class Manifest(_Part):
         tokens: trained tokens, in all steps.
         rank: LoRA rank.
         published_from_ms: earliest Kafka timestamp of a learned example, ms since 1970.
-        published_to_ms: latest one.
+        published_to_ms: latest such timestamp.
     """
 
     schema_version: Literal[1] = 1

@@ -2,7 +2,7 @@
 
 An entry names examples to forget. retain writes it before anything else is done about them. The learner that forgot
 them marks it as done. retain removes it once nothing published before its `until_ms` can arrive any more. A hold
-exempts examples from entries. `suppressed` lists, by hash, texts that must never be learned again.
+exempts the examples that it covers from all entries. `suppressed` lists, by hash, texts that must never be learned again.
 
 retain writes entries and holds. The learner marks entries as done. retain, curate and the learner add suppressed texts.
 curate, the learner and redrive read. Selectors are plain JSON here; streams/retention/quarantine_filter.py says which

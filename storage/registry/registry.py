@@ -66,8 +66,9 @@ class Publication:
     Attributes:
         version: the version that was published for the update; another publisher's, if that one was first.
         manifest: its manifest.
-        alias_state: the alias afterwards; None if the gate refused the version.
-        was_new: this call claimed the sequence number.
+        alias_state: the alias afterwards; None if the version is not promoted, or if it was revoked before the alias was
+            ever set.
+        was_new: True if this call claimed the sequence number.
     """
 
     version: str
@@ -157,7 +158,7 @@ class Registry:
 
         Args:
             adapter: the adapter.
-            newest_first: the order.
+            newest_first: False for the oldest first.
             limit: yield at most so many.
         """
         head = self.head(adapter)

@@ -1,4 +1,4 @@
-"""Values that a manifest may hold in its open dictionaries: what JSON keeps exactly."""
+"""Types of the values in a manifest's open dictionaries (recipe and gate figures): what JSON stores without loss."""
 
 from __future__ import annotations
 
