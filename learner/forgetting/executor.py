@@ -2,7 +2,7 @@
 
 A job may be interrupted anywhere and run again. Before anything changes, the adapter's pending deletes name what the
 job deletes at its end; each rebuilt blob is added before it is stored, so an interrupted attempt leaves nothing behind.
-Every version that a job makes follows from the store alone.
+What is in the store decides every version that a job makes; nothing else does.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _Scope:
 
     Attributes:
         found: every stored example of the adapter.
-        text_hashes: texts that must never be learned again.
+        text_hashes: hashes of the texts that must never be learned again.
         learned: examples to remove from micro-batches of versions.
         unlearned: examples to remove from micro-batches of refused and interrupted jobs.
     """
@@ -90,7 +90,7 @@ class ForgetExecutor:
         writer: the adapter's versions and the updater.
         now: wall clock, for statuses.
         failpoint: called with a name at each step where fault tests may stop the process.
-        publish: takes events that are to be published before the job is through.
+        publish: called with each event that must be published before the job ends.
         progress: called after each rebuilt update.
     """
 
@@ -130,7 +130,7 @@ class ForgetExecutor:
         return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
 
     def give_up(self, job: ForgetRequested) -> None:
-        """Delete what a job that will never be done has half made.
+        """Delete what an attempt left in the store that did not end, for a job that will never be done.
 
         Raises:
             StoreError: the store failed.
@@ -201,7 +201,7 @@ class ForgetExecutor:
         """Persist which blobs this job will delete and how many examples each request had.
 
         Written before any change, so that a job that runs again deletes the same blobs. A request that also asks for
-        held examples is not among them: it is not through when this job is.
+        held examples is not counted: this job does not complete it.
         """
         held = {match.wanted_by for match in matches if match.held}
         ids: dict[str, set[str]] = {job.request_id: set()}
@@ -301,10 +301,11 @@ class ForgetExecutor:
             raise ConflictError(f"a hold came while {job.request_id} was carried out", remedy="release it first")
 
     def _keep_held(self, job: ForgetRequested, matches: BatchMatches, removed_offsets: RemovedOffsets) -> None:
-        """Store the rest of every micro-batch that is deleted although a hold covers some of it.
+        """Store each micro-batch that the job deletes again, without the removed examples, if a hold covers any of the rest.
 
-        A rebuild stores only micro-batches that it trains. A held example may be in one that was skipped, or that
-        belongs to a refused job; its rest is kept as a refused job's micro-batch.
+        A rebuild stores only the micro-batches that it trains again. A held example may also be in a micro-batch that
+        the rebuild leaves out, or that belongs to a refused job. What is left of such a micro-batch is recorded as a
+        refused job's, so that later forgettings find it.
         """
         for digest, offsets in removed_offsets.items():
             if not any(match.held and match.origin_offset not in offsets for match in matches.get(digest, ())):
@@ -357,7 +358,7 @@ class ForgetExecutor:
     def _statuses(
         self, job: ForgetRequested, counts: Mapping[str, int], version: str | None
     ) -> list[RetentionProgressed]:
-        """Return the statuses of the job's request and of every open request that went in the same rebuild."""
+        """Return the statuses of the job's request and of every open request that the same rebuild carried out."""
         quarantine = load_quarantine(self._store, job.adapter)
         statuses: list[RetentionProgressed] = []
         for request_id, count in counts.items():

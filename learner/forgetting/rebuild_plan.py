@@ -49,8 +49,8 @@ RemovedOffsets = Mapping[str, Collection[OriginOffset]]
 class ForgetTarget:
     """Decides which examples are forgotten: those of the job, and whatever else the quarantine forbids to learn.
 
-    The others go in the same rebuild: they were accepted for forgetting, so no update may hold them, and their own
-    jobs then find nothing left to do.
+    The examples of other requests go in the same rebuild: they were accepted for forgetting, so no rebuilt update may
+    hold them. The jobs of those requests then find nothing left to do.
 
     Args:
         job: the forget job.
@@ -64,7 +64,7 @@ class ForgetTarget:
         self._suppressed = frozenset(quarantine.suppressed)
 
     def match(self, examples: Iterable[ExampleAccepted]) -> list[ExampleMatch]:
-        """Return one match per example of a micro-batch, those that stay included."""
+        """Return one match per example of a micro-batch, also for examples that stay."""
         return [self._match(example) for example in examples]
 
     def _match(self, example: ExampleAccepted) -> ExampleMatch:
@@ -127,10 +127,11 @@ class RebuildPlan:
 
     Attributes:
         removed_offsets: the examples to leave out.
-        contaminated_versions: versions that have such an example in their weights.
-        affected_versions: those, and versions that a gate judged differently because of such an example.
+        contaminated_versions: versions that have such an example in their weights, learned or taken over.
+        affected_versions: those, and versions whose gate may have decided differently because of such an example, with
+            every version whose state started from one of them.
         last_clean: the newest version of the schedule before the first affected one; None if there is none.
-        steps: the updates to rebuild, in order; empty if the newest version is not affected.
+        steps: the updates to rebuild, in order; empty if no version of the schedule is affected.
     """
 
     removed_offsets: RemovedOffsets

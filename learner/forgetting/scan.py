@@ -33,11 +33,11 @@ class FoundExamples:
     unfinished: BatchMatches
 
     def by_batch(self) -> BatchMatches:
-        """Return all of them."""
+        """Return all matches, by micro-batch."""
         return {**self.learned, **self.refused, **self.unfinished}
 
     def all(self) -> list[ExampleMatch]:
-        """Return all matches."""
+        """Return all matches in one list."""
         return [match for group in self.by_batch().values() for match in group]
 
 
@@ -75,7 +75,7 @@ def _match_batches(
                     "a version's micro-batch does not parse", got=digest, allowed="a micro-batch",
                     remedy="restore the object from a copy: until then, what it holds cannot be forgotten",
                 ) from error  # fmt: skip
-            # Weights, or whatever a refused job named. It must not keep everything else from being erased.
+            # The blob holds weights, or whatever a refused job named. It must not keep everything else from being erased.
             if isinstance(error, IntegrityError):
                 _log.error("%s: cannot search a blob that a job left behind: %s", adapter, error)
             continue

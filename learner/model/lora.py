@@ -1,7 +1,9 @@
 """LoRA weights over the shared frozen base: initial values, loading in place, and the bytes that are stored.
 
-The layers are PEFT's and are injected into the base once per process; each role has its own slot in them. Tensors have
-the names that PEFT uses in adapter files, so that PEFT and vLLM load a stored version as it is.
+The layers are PEFT's and are injected into the base once per process. A slot is one set of weights in these layers (in
+PEFT's words, an adapter); each role has a slot of its own, and loads one adapter after another into it.
+
+Tensors have the names that PEFT uses in adapter files, so that PEFT and vLLM load a stored version as it is.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class RowLoss:
 
 
 def mean_nats(losses: Sequence[RowLoss]) -> float:
-    """Return nats per token over all rows: total by total, not a mean of means; 0 where there are no tokens."""
+    """Return the mean loss over the tokens of all rows, not the mean of the rows' means; 0 where there are no tokens."""
     tokens = sum(loss.tokens for loss in losses)
     return sum(loss.nats for loss in losses) / tokens if tokens else 0.0
 
@@ -156,15 +156,15 @@ def _losses_of_batch(
 
 
 def within_memory(attempt: Callable[[int], T], rows: Sequence[TokenRow], max_rows: int) -> tuple[T, int]:
-    """Call `attempt` with a number of rows per pass, halved each time that memory runs out.
+    """Call `attempt` with a number of rows per forward pass, and halve the number each time that memory runs out.
 
     Args:
-        attempt: Computes with at most as many rows per pass as its argument says, from the beginning each time.
+        attempt: Takes the most rows per forward pass, and computes everything from the beginning with such passes.
         rows: Rows that the attempt computes with, at least one.
-        max_rows: Most rows per pass to try first.
+        max_rows: Most rows per forward pass in the first attempt.
 
     Returns:
-        The attempt's result, and the rows per pass that fitted.
+        The result of the attempt that succeeded, and its most rows per forward pass.
 
     Raises:
         OutOfMemoryError: A single row per pass does not fit the memory.

@@ -61,7 +61,7 @@ def _read(path: Path) -> Texts | None:
 
 
 def _write(path: Path, texts: Texts) -> None:
-    """Write a cache file; processes that write at the same time replace each other's, which are equal."""
+    """Write a cache file. Processes that write at the same time replace each other's files, and these are equal."""
     body = json.dumps(texts).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)

@@ -28,7 +28,7 @@ class LiveAdapter:
     Attributes:
         version: the version; None if there is none or it could not be read.
         generation: the alias's generation; 0 without a version.
-        state: the version's weights; None if there are none.
+        state: the version's LoRA weights; None if there is no version.
     """
 
     version: str | None
@@ -47,7 +47,8 @@ NO_ADAPTER = LiveAdapter(None, 0, None)
 class AdapterCache:
     """Live weights by adapter.
 
-    Bounded both in bytes and in number of adapters, which a cachetools cache is not; so eviction is done here.
+    The cache is bounded both in bytes and in number of adapters. A cachetools cache has one bound only, so this class
+    evicts by itself: the least recently used adapter first.
 
     Args:
         registry: versions and aliases.
@@ -123,7 +124,7 @@ class AdapterCache:
                 self._changed.notify_all()
 
     def _read(self, adapter: str, known: LiveAdapter) -> LiveAdapter:
-        """Return the alias's version; none if the read failed, because a loss under old weights would look like drift."""
+        """Return the alias's version; `NO_ADAPTER` if the read failed: a loss under old weights would look like drift."""
         try:
             state = self._registry.alias(adapter, self._alias)
             if state is None or state.kind == "retired":

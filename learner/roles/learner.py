@@ -44,7 +44,7 @@ TOPIC = "adapter-jobs"
 IDLE_POLL_S = 0.5
 TRAINING_POLL_S = 0.02
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
-"""Waits between tries on a store that does not answer, half a minute in all; then the role ends and health is red."""
+"""Waits between tries on a store that does not answer, half a minute in all; then the role ends with an error."""
 
 
 def run_learner(
@@ -230,7 +230,7 @@ class Learner:
             published = event.generation
 
     def _publish_pending(self, traceparent: str | None = None) -> None:
-        """Publish the events that the running job does not keep until its end."""
+        """Publish the events that the running job wants published before its end."""
         try:
             while True:
                 self._publish(self._pending_events.get_nowait(), traceparent)

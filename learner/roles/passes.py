@@ -33,7 +33,7 @@ class PassRunner:
         alias: the alias that updates and forgettings publish under.
         now: wall clock, for statuses.
         failpoint: called with a name at each step where fault tests may stop the process.
-        publish: takes events that are to be published while a forget job goes on.
+        publish: called with each event that must be published before a forget job ends.
         progress: called after each rebuilt update.
     """
 
@@ -70,7 +70,7 @@ class PassRunner:
         raise JobError("unsupported", f"{job.type} is not supported by this learner", got=job.type)
 
     def _with_event(self, result: JobResult, adapter: str, alias: str) -> JobResult:
-        """Report each adapter's alias at least once per process: an earlier process may have died before it could."""
+        """Add the alias's event to an adapter's first result: an earlier process may have died before it could send it."""
         if result.event is None and adapter not in self._reported:
             result = replace(result, event=self._writer.current_alias_event(adapter, alias))
         self._reported.add(adapter)

@@ -93,7 +93,7 @@ def run_scorer(
 
 
 class Scorer:
-    """Computes losses of examples under the base and under given versions; pure, given those.
+    """Computes losses of examples under the base and under given versions. Equal arguments give equal losses.
 
     Args:
         base: the frozen model; a LoRA slot is put into it.

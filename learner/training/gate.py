@@ -20,7 +20,7 @@ DECIMALS = 6
 FULL_PRESSURE_SHARE = 0.6
 """Share of the allowed rise at which the pressure is 1: the rest absorbs the noise of the rotating anchors."""
 NOISE_ERRORS = 3.0
-"""Standard errors of the mean fall that count as noise."""
+"""So many standard errors of the mean fall count as noise."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def hold_out(document_ids: Sequence[str], share: float) -> frozenset[int]:
     """Choose the examples that are measured before they are learned, by document.
 
     All examples of one document are held out together: its text must not be measured after a part of it was trained.
-    Fewer than `MIN_EXAMPLES_TO_HOLD_OUT` examples, a single document, or a share of 0 hold nothing out; otherwise at
-    least one document is held out, and at most half of them.
+    Nothing is held out where there are fewer than `MIN_EXAMPLES_TO_HOLD_OUT` examples or a single document, or where
+    the share is 0. Otherwise at least one document is held out, and at most half of them.
 
     Args:
         document_ids: Document of each example.
@@ -77,12 +77,12 @@ def _fraction(name: str) -> float:
 
 
 def judge_training(norms: Sequence[float], *, finite: bool, noop: bool) -> GateVerdict:
-    """Refuse a training run that needs no measurement to be refused.
+    """Refuse a training run whose weights or gradients alone show that it failed.
 
     Args:
         norms: Gradient norm of each step, before clipping.
         finite: True if all new weights are finite.
-        noop: True if the adapter changes nothing.
+        noop: True if training left the weights as they were, or if the adapter has no effect because every B is zero.
     """
     if not finite or not all(math.isfinite(norm) for norm in norms):
         return GateVerdict(promote=False, reason="not-finite")
@@ -128,11 +128,11 @@ def gain(before: Sequence[float], after: Sequence[float]) -> Gain:
 
 
 def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
-    """Refuse an update that did not lower the loss on new examples, as far as so few tokens can tell.
+    """Refuse an update whose loss on new examples did not fall enough; noise counts in the update's favour.
 
     A micro-batch holds out some hundred tokens of one or two documents. Once a stream is half learned, one update
     gains less than their noise, and a bare comparison would throw away every third good update and its examples. The
-    fall must therefore be above `min_gain_nats` less `NOISE_ERRORS` standard errors.
+    fall must therefore be above `min_gain_nats` minus `NOISE_ERRORS` standard errors.
     """
     if not all(map(math.isfinite, (measured.before_nats, measured.after_nats, measured.error_nats))):
         return GateVerdict(promote=False, reason="not-finite")
@@ -158,7 +158,7 @@ def general_loss_pressure(base_nats: float, before_nats: float, limits: GateLimi
 
 
 def judge_general(base_nats: float, measured: Gain, limits: GateLimits) -> GateVerdict:
-    """Refuse a version whose general loss is past the limit over the frozen base's and that raised it further.
+    """Refuse a version that raised the general loss, and to more than the allowed rise above the frozen base's.
 
     The anchors rotate, so a version that was under the limit may measure above it on the next rows. An update that
     lowers the general loss again must pass, or the adapter could never recover.

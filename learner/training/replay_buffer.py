@@ -1,4 +1,4 @@
-"""Which earlier examples an adapter may replay, and which rows each optimizer step consists of.
+"""Choose the earlier examples that an adapter may replay, and the rows of each optimizer step.
 
 Pure functions. The replay index depends only on which examples were learned, not on their order, so that leaving one
 example out of the past gives exactly the index of a run that never saw it.
@@ -18,10 +18,10 @@ from perennial.storage.errors import IntegrityError
 
 MAX_INDEX_BYTES = 64 * 1024**2
 MAX_STEP_FACTOR = 3
-"""A micro-batch too small to fill a step takes up to so many times the steps."""
+"""A micro-batch that is too small to fill a step is trained in up to so many times the steps."""
 
 RowsOf = Callable[["ReplayEntry"], Sequence[TokenRow] | None]
-"""Returns the rows of an earlier example, None where its text was erased."""
+"""Returns the rows of an earlier example; None where it must not be replayed, because it was erased or is quarantined."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -61,7 +61,7 @@ class TrainingSchedule:
     Attributes:
         steps: Rows of each optimizer step.
         replayed: Number of replayed rows over all steps.
-        missing: Number of replay draws that gave no row, because the example's text was erased.
+        missing: Number of replay draws that gave no row, because the example was erased or is quarantined.
     """
 
     steps: tuple[tuple[TokenRow, ...], ...]
@@ -144,14 +144,15 @@ def build_schedule(
 ) -> TrainingSchedule:
     """Draw the rows of every step: new rows in shuffled passes, each at least once, with replayed and general rows.
 
-    A small micro-batch shrinks the step instead of repeating a row within it, shrinks the replayed and general rows in
-    proportion, and takes up to `MAX_STEP_FACTOR` times the steps, because a single correction must show after one
-    update or a few. Where nothing was learned before, new rows fill the replayed share.
+    Where the micro-batch has too few rows for a full step, every step gets smaller: no row comes twice in a step, and
+    there are fewer replayed and general rows in proportion. In exchange there are up to `MAX_STEP_FACTOR` times as many
+    steps, because even a single correction must show after an update or a few. Where nothing was learned before, new
+    rows take the place of the replayed ones.
 
     Args:
         new: Rows of the micro-batch; without any the schedule is empty.
         index: Earlier examples to draw from.
-        rows_of: Returns the rows of an earlier example, None where its text was erased.
+        rows_of: Returns the rows of an earlier example, None where it must not be replayed.
         general: Draws one row of general text, None where there is none.
         composition: Wanted steps, rows and shares.
         rng: Random generator. The order of the draws (replayed, new, general step by step) is part of the recipe.
@@ -204,7 +205,10 @@ def _shuffled_passes(rows: Sequence[TokenRow], wanted: int, rng: random.Random) 
 def _draw_replayed(
     index: Sequence[ReplayEntry], rows_of: RowsOf, wanted: int, rng: random.Random
 ) -> list[TokenRow | None]:
-    """Draw `wanted` rows of earlier examples, each example once before any is drawn again; None for erased text."""
+    """Draw `wanted` rows of earlier examples, each example once before any is drawn again.
+
+    None stands for an example that must not be replayed.
+    """
     draws: list[TokenRow | None] = []
     while index and len(draws) < wanted:
         for entry in rng.sample(index, min(len(index), wanted - len(draws))):

@@ -1,4 +1,4 @@
-"""Training of one adapter over a given schedule of rows; nothing else decides what the weights become.
+"""Train one adapter over a given schedule of rows. What it is given, and nothing else, decides the new weights.
 
 On a CPU the same weights, rows, config and thread count give the same bits. The optimizer is AdamW (arXiv 1711.05101),
 and its moments are carried from update to update, so that a micro-batch continues the run instead of starting it anew.
@@ -51,7 +51,7 @@ class TrainResult:
     Attributes:
         weights: New LoRA tensors by name, fp32 on the CPU.
         optimizer: AdamW moments (shaped as the weights) and step count (1,), fp32 on the CPU.
-        losses: Loss of each step before it was applied, nats per token.
+        losses: Loss of each step's rows before the step changed the weights, nats per token.
         norms: Gradient norm of each step before clipping.
         tokens: Number of trained tokens over all steps.
     """
@@ -102,7 +102,7 @@ def train(
     """Train the slot from `weights`, one optimizer step per entry of the schedule.
 
     The loss of a step is the sum over its trainable tokens divided by their number. Where memory runs out, the rows
-    per pass are halved and the step begins again.
+    per forward pass are halved and the step begins again.
 
     Args:
         lora: Slot to train in; what it held before has no effect.
@@ -152,7 +152,7 @@ def _accumulate_gradients(
     """Put the gradient of one step into the parameters.
 
     Returns:
-        The loss of the step, nats per token, and the rows per pass that fitted the memory.
+        The loss of the step, nats per token, and the most rows per pass that fitted the memory.
     """
     device = torch.device(lora.base.device)
     total = sum(row.tokens for row in rows)

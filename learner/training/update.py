@@ -152,7 +152,7 @@ class _LossesBefore:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What training came to so far, and the verdict of the last check.
+    """The result of the training so far, and the verdict of the last check.
 
     Attributes:
         trained: Weights and optimizer after the last training run.
@@ -216,7 +216,7 @@ class Updater:
             adapter: Name of the adapter; with the cut and the recipe's seed it decides every random draw.
             cut: Number of the cut.
             batch: Digest of the micro-batch blob.
-            replayed: Returns the rows of an earlier example, None where its text was erased.
+            replayed: Returns the rows of an earlier example, None where it must not be replayed.
 
         Raises:
             ExampleError: An example has nothing to train.

@@ -33,7 +33,8 @@ def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, da
     Args:
         registry: holds the manifest of the alias's version.
         state: the alias.
-        stage_at: when the example behind the version passed each stage, by stage.
+        stage_at: by stage, when the update's oldest example was published, and when the update was cut, received,
+            trained and promoted; None where these times are not known.
     """
     manifest = registry.manifest(state.adapter, state.version)
     return _EVENTS[state.kind](

@@ -1,9 +1,11 @@
 """The recorded versions of an adapter: which follow from which, and which blobs are still needed.
 
-Versions are followed in two ways. By state: an example reaches, directly or as a replayed row, the version that
-learned it and every version whose state started from that one's. By schedule: the updates that led to the newest
-version, in order, refused ones included; a run that never saw an example would have made the same updates without the
-example, and the gate would have judged each of them anew.
+A version is traced back in two ways:
+
+- By state, from a version to the one whose state it started from. An example is in the weights of the version that
+  learned it and of every version that is traced back to that one; later updates may replay it, too.
+- By schedule, along the updates that led to the newest version, refused ones included. A run that never saw an example
+  would have made the same updates without the example, and the gate would have judged each of them anew.
 """
 
 from __future__ import annotations
@@ -61,10 +63,10 @@ class History:
         return frozenset(ancestors) | {version for version, found in descends.items() if found}
 
     def reachable_blobs(self, revoked: Collection[str]) -> set[str]:
-        """Return the digests of all blobs that are needed to train on, to rebuild, or to roll back.
+        """Return the digests of all blobs that are needed to go on training, to rebuild, or to roll back.
 
         Args:
-            revoked: versions that nothing is rolled back to.
+            revoked: the revoked versions; nothing is rolled back to them.
         """
         seen: set[str] = set()
         roots = [self.head]

@@ -37,7 +37,7 @@ class JobError(PerennialError):
 
 @dataclass(frozen=True)
 class Completion:
-    """What to record in the store once everything that a job sends was confirmed by Kafka.
+    """What to record in the store once Kafka has confirmed everything that the job sends.
 
     Attributes:
         adapter: the job's adapter.
@@ -68,8 +68,9 @@ class JobResult:
         outcome: `promoted`, `refused` and `unchanged` as in the manifest; `repeated`: an earlier run did the job;
             `held`: a legal hold forbids it and nothing was done.
         manifest: the version that the job made, if any.
-        event: the state of the alias, to be published; also where an earlier run may have stopped before publishing.
-        stage_s: seconds by stage.
+        event: the state of the alias, to be published; None if there is nothing to tell. A repeated job has one too: its
+            earlier run may have stopped before it published.
+        stage_s: seconds that each stage took, by stage.
         statuses: progress of retention requests, to be published after the event.
         completion: to be recorded when everything that was published is confirmed.
     """

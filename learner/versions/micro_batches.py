@@ -175,7 +175,7 @@ class BatchRows:
 
         Args:
             quarantine: decides which examples must not be trained on.
-            drawn: is filled with every other example that was asked for, by example id.
+            drawn: the look-up adds every example whose rows it returns, by example id.
         """
 
         def rows(entry: ReplayEntry) -> Sequence[TokenRow] | None:

@@ -30,7 +30,7 @@ class RollbackExecutor:
         Raises:
             JobError: the job can never be done.
             StoreError: the store failed.
-            ConflictError: other learners were faster time and again.
+            ConflictError: other learners were faster at every attempt.
         """
         return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job))
 

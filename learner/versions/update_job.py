@@ -60,7 +60,13 @@ class _AllowedBatch:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where an update starts: the head that it follows and the state that it trains from."""
+    """Where an update starts.
+
+    Attributes:
+        head: the version that it follows; None for the adapter's first.
+        state: the state that it trains from.
+        version: the version that produced this state; None for the initial state.
+    """
 
     head: Head | None
     state: TrainingState
@@ -72,7 +78,16 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What one attempt trained, before anything of it is published. No result: there was nothing new to learn."""
+    """What one attempt trained, before anything of it is published.
+
+    Attributes:
+        start: where it started.
+        batch: its micro-batch.
+        selection: what was done with each example.
+        result: the outcome of the training; None if there was nothing new to learn.
+        refs: the blobs of the state that the new version holds.
+        blobs: bytes that may not be stored yet, by digest, in the order in which they are written.
+    """
 
     start: _Start
     batch: _AllowedBatch
@@ -100,7 +115,7 @@ class UpdateExecutor:
         Raises:
             JobError: the job can never be done.
             StoreError: the store failed.
-            ConflictError: other learners were faster time and again.
+            ConflictError: other learners were faster at every attempt.
         """
         received = self._writer.now()
         began = time.perf_counter()
@@ -206,8 +221,8 @@ class UpdateExecutor:
             skipped = [*skipped, *(skipped_example(example, result.reason) for example in selection.new)]
         config: dict[str, Scalar] = {**recipe.config()}
         high_water_marks = _advanced(start.high_water_marks(), job.marks, batch.stored)
-        # An update under another quarantine is another update: one that was claimed before a request was accepted
-        # must not win after it.
+        # Where a quarantine left out other examples, the update has another id. So a version that claimed its update
+        # before a request to forget was accepted does not win over one that was trained after that.
         missing = result.gate.replay_missing if result else 0
         claim = {**config, "batch": batch.ref.digest, "missing": missing}
         times = [example.origin.timestamp_ms for example in learned]
@@ -246,14 +261,14 @@ class UpdateExecutor:
     ) -> None:
         """Raise ConflictError if anything that was trained on was accepted for forgetting in the meantime.
 
-        Such an example goes into no version that is published after its acceptance.
+        No version that is published after the acceptance may have such an example in it.
         """
         quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter))
         if any(quarantine.blocks(example) for example in (*allowed.examples, *replayed.values())):
             raise ConflictError(f"an example that {job.job_id} learned or replayed is now to be forgotten")
 
     def _publish(self, job: UpdateRequested, alias: str, manifest: Manifest, trained: _Trained) -> Publication:
-        """Record the blobs for deletion, publish the version, and delete those that it turned out not to need."""
+        """Record the blobs for deletion, publish the version, then delete the recorded blobs that no version needs."""
         blobs = trained.blobs
         earlier = load_pending_deletes(self._store, job.adapter, job.job_id)
         record_pending_deletes(self._store, job.adapter, job.job_id, blobs)
@@ -299,7 +314,7 @@ def _is_learned(job: UpdateRequested, head: Head | None) -> bool:
 
 
 def _advanced(high_water_marks: Mapping[str, int], job_marks: Mapping[str, int], batch: Batch) -> dict[str, int]:
-    """Return the high-water marks after the job: as high as its own and as every origin in its micro-batch."""
+    """Return the high-water marks after the job: raised to the job's own and to every origin in its micro-batch."""
     advanced = dict(high_water_marks)
     origins = [(origin.partition_key(), origin.offset) for origin in batch_origins(batch)]
     for partition, offset in (*job_marks.items(), *origins):

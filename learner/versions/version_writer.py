@@ -175,8 +175,8 @@ class VersionWriter:
         """Return the trial load of a version that is about to be published.
 
         Args:
-            blobs: bytes by digest that are not read from the store again: the registry compared the stored ones by
-                digest already.
+            blobs: bytes by digest. They are not read from the store again: the registry has read the stored ones and
+                checked their digests.
         """
 
         def verify(manifest: Manifest) -> None:
