@@ -106,7 +106,7 @@ class MinioServer:
         }
 
     def start(self, timeout_s: float = 60.0) -> None:
-        """Start the server and wait until it is ready. The caller tests how it treats conditional writes.
+        """Start the server and wait until it is ready. Whether it obeys conditional writes is for the caller to test.
 
         Args:
             timeout_s: how long it may take.

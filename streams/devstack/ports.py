@@ -18,7 +18,7 @@ class NoFreePortError(PerennialError):
 
 
 def is_free(port: int) -> bool:
-    """Return whether a server could bind the port of 127.0.0.1 now, over old connections in TIME_WAIT."""
+    """Return whether a server could bind the port of 127.0.0.1 now; old connections in TIME_WAIT do not count."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -43,8 +43,8 @@ class Stack:
         environment: variables for the roles in addition to this process's own.
         on_progress: called with one line of text per step.
         broker: the embedded broker, where one was started.
-        supervisor: the roles' supervisor, from the first part of `start` on.
-        minio: start a MinIO server, where settings name no store; otherwise objects are kept in a folder.
+        supervisor: the roles' supervisor; None before `start`.
+        minio: where the settings name no store: True starts a MinIO server, False keeps the objects in a folder.
         server: the MinIO server, where one was started.
     """
 
@@ -67,8 +67,8 @@ class Stack:
     def start(self) -> None:
         """Start everything and wait until every role is healthy.
 
-        The roles' processes start first: loading their modules and the base takes longer than the broker and the store
-        take to start, so both go on at the same time. Only when the topics exist and the store has shown that it obeys
+        The roles' processes start first. They load their modules and the base while the broker and the store start,
+        because the loading takes longer. Only when the topics exist and the store has shown that it obeys
         conditional writes do the roles get their addresses and begin to work.
 
         Raises:

@@ -26,7 +26,7 @@ ROLES: tuple[str, ...] = ("intake", "streams", "scorer", "learner")
 
 _RESTART_DELAYS_S = (0.5, 1, 2, 5, 10)
 _STEADY_S = 30.0
-"""A role that ran for so long restarts without a longer delay: only one that ends again and again waits longer."""
+"""A role that ran for at least so long is restarted after the shortest delay again."""
 _PR_SET_PDEATHSIG = 1
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Requests to this machine must not go through the proxy that http_proxy names."""
@@ -88,7 +88,7 @@ class Role:
         command: the command to run.
         environment: variables in addition to those of this process.
         process: the child process, None before the first start.
-        restarts: restarts in a row without a long life between them.
+        restarts: restarts since the process last ran for `_STEADY_S` seconds.
         started_at: time of the last start by the supervisor's clock.
         ended_at: time at which the supervisor noticed the end; None while the role runs.
         waits_for_settings: the process has loaded early and reads the rest of its settings from standard input.

@@ -63,7 +63,7 @@ class EmbeddedBroker:
     Args:
         data_dir: folder that keeps topics, offsets and the cluster id over restarts; None: a temporary folder, which
             `stop` removes.
-        port: TCP port on 127.0.0.1; None: a free one, and with a data_dir the one of the last start if it is free.
+        port: TCP port on 127.0.0.1; None: the one of the last start in this data_dir if it is free, or else a free one.
         on_progress: called with one line of text per step.
         settings: more lines for server.properties.
         heap_mb: Java heap in MiB.
@@ -157,7 +157,7 @@ class EmbeddedBroker:
         folder = self._prepare_folder()
         lock = _lock(folder)
         try:
-            os.ftruncate(lock, 0)  # the process id in it is of a process that has ended
+            os.ftruncate(lock, 0)  # it names the process that held the lock before and has ended
             deadline = time.monotonic() + timeout_s
             for attempt in range(1, _PORT_ATTEMPTS + 1):
                 self._port, controller_port = self._choose_ports(folder)

@@ -33,7 +33,7 @@ DEVELOPMENT = {
     "share.coordinator.state.topic.min.isr": "1",
     "share.coordinator.state.topic.num.partitions": "1",
     "group.initial.rebalance.delay.ms": "0",
-    # Sizes for one small machine: Kafka's own take 128 MB of heap for compaction, 20 MB of index a partition.
+    # Sizes for one small machine: Kafka's defaults take 128 MB of heap for compaction and 20 MB of index per partition.
     "log.cleaner.dedupe.buffer.size": str(16 * 1024 * 1024),
     "log.index.size.max.bytes": str(2 * 1024 * 1024),
     "log.segment.bytes": str(128 * 1024 * 1024),
@@ -69,7 +69,7 @@ def server_properties(folder: Path, port: int, controller_port: int, settings: M
         **settings,
         "process.roles": "broker,controller",
         "node.id": str(NODE_ID),
-        # A fixed voter, not a dynamic quorum, which stores the controller's port in the data: it could never change.
+        # A fixed voter: a dynamic quorum would store the controller's port in the data, and the port could never change.
         "controller.quorum.voters": f"{NODE_ID}@{HOST}:{controller_port}",
         "controller.listener.names": "CONTROLLER",
         "listeners": f"PLAINTEXT://{HOST}:{port},CONTROLLER://{HOST}:{controller_port}",
@@ -104,7 +104,7 @@ def log_tail(path: Path, start: int = 0, lines: int = 12, limit_bytes: int = 64 
 
     Args:
         path: the log file.
-        start: byte from which on lines count.
+        start: byte of the file at which to begin; what is before it is ignored.
         lines: how many lines to return at most.
         limit_bytes: how much of the file's end to read at most.
     """

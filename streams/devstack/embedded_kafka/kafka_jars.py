@@ -170,7 +170,7 @@ def _download(repository: Path, progress: Progress) -> Iterator[Path]:
 
 
 def _check_zip(path: Path) -> None:
-    """Check the checksums inside a jar, for jgo only warns where a jar's own checksum does not match."""
+    """Check the checksums inside a jar: where the jar's own checksum does not match, jgo only warns."""
     try:
         with zipfile.ZipFile(path) as jar:
             damaged = jar.testzip()

@@ -13,7 +13,7 @@ _TIMEOUT_S = 2.0
 
 
 def serves(port: int) -> bool:
-    """Return whether the broker on 127.0.0.1 answers a Metadata request with itself: it is registered and unfenced.
+    """Return whether the broker on 127.0.0.1 lists itself when asked for Metadata: it is registered and unfenced.
 
     An open port or an answer to ApiVersions comes earlier, when no topic can be created yet.
     """
