@@ -178,7 +178,7 @@ def test_an_import_loads_no_more_than_it_needs(statement: str, unwanted: set[str
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(EXTRAS, "worker", ("torch", "not_an_installed_module"))
-    monkeypatch.delattr(perennial, "PeftBackend", raising=False)
+    monkeypatch.delitem(vars(perennial), "PeftBackend", raising=False)
     with pytest.raises(MissingExtraError, match="PeftBackend") as caught:
         perennial.PeftBackend  # noqa: B018
     assert caught.value.remedy == "pip install 'perennial-lm[worker]'"
