@@ -371,7 +371,7 @@ FORGETTING = Dashboard(
             stat("Examples forgotten", "sum(perennial_forgotten_examples_total)",
                  "Since the roles were started.", decimals=0, width=6),
             stat("Held back", "sum(perennial_quarantined_examples)",
-                 "Examples kept from learning: on hold, or waiting for a decision.",
+                 "Examples of open requests: quarantined until they are forgotten, or kept because of a legal hold.",
                  decimals=0, thresholds=ANY_IS_DOUBTFUL, width=6),
         ]),
         Row("Requests", [
