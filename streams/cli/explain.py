@@ -53,7 +53,9 @@ class ExplainedExample:
         outcome: The gate's decision on that version: `promoted` or `refused`.
         gate_before_nats: Loss on held-out examples before that update, in nats per token.
         gate_after_nats: The same after it.
-        state: `live`, `learned`, `not learned`, `quarantined`, `held` or `erased`.
+        state: `live`: the live version was trained on it; `learned`: another version that may be served was;
+            `not learned`: none was; `quarantined`: it is to be forgotten; `held`: a legal hold covers it; `erased`: its
+            text is deleted.
         expires_at: When it will be forgotten; None: never.
     """
 
