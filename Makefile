@@ -9,7 +9,7 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-faults test-faults-short soak bench-loop bench-intake bench-forgetting lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -37,7 +37,7 @@ $(READY): requirements.lock requirements-uv.lock pyproject.toml
 demo: $(READY)
 	$(BIN)/perennial demo
 
-test: lint unit test-faults-short
+test: lint test-all
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -46,13 +46,14 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n 3 --dist loadgroup --ignore tests/faults
+	$(BIN)/python -m pytest -n 4 --dist loadscope --ignore tests/faults
 
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults --runs $(RUNS)
 
-test-faults-short: $(READY)
-	$(BIN)/python -m tests.faults --runs 1
+# One run for all: the unit tests compute while the fault tests wait for sessions to end and processes to start.
+test-all: $(READY)
+	$(BIN)/python -m tests.faults --all --runs 1
 
 soak: $(READY)
 	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))

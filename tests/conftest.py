@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from perennial.streams.devstack.embedded_kafka.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
 from perennial.streams.devstack.embedded_kafka.kafka_jars import java_path
+from tests.scheduling import LongestFirst, longest_first
 
 _started: list[EmbeddedBroker] = []  # kept until the process ends: the other workers may still use the broker
 
@@ -24,6 +26,21 @@ _started: list[EmbeddedBroker] = []  # kept until the process ends: the other wo
 def pytest_configure(config: pytest.Config) -> None:
     """Ignore one warning: kafka-python reads its schemas through a deprecated call when it is imported."""
     config.addinivalue_line("filterwarnings", "ignore:(read_text|open_text) is deprecated:DeprecationWarning")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest tests first in a parallel run."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items[:] = longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Replace the scheduling of `--dist loadscope`."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    config.option.loadscopereorder = False  # it would put modules with many tests first, however short
+    return LongestFirst(config, log)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Make every fault on real services: `python -m tests.faults [--runs 1] [pytest arguments]`.
+"""Make every fault on real services: `python -m tests.faults [--runs 1] [--all] [pytest arguments]`.
 
-Prints a table of what each fault did; the last line is JSON.
+Prints a table of what each fault did; the last line is JSON. With --all the other tests run beside the faults: they need
+the CPU while the faults mostly wait.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 
 from tests.faults.report import PROPERTY, Row, merged, summary, table
+
+PARALLEL = ("-n", "4", "--dist", "loadscope")
 
 
 class Collector:
@@ -32,13 +35,13 @@ class Collector:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1, help="kills at each failpoint")
+    parser.add_argument("--all", action="store_true", help="run all other tests, too")
     arguments, more = parser.parse_known_args()
     os.environ["PERENNIAL_FAULT_RUNS"] = str(arguments.runs)
     collector = Collector()
-    code = pytest.main(
-        ["-n", "3", "--dist", "loadgroup", "--timeout", "3600", str(Path(__file__).parent), *more],
-        plugins=[collector],
-    )
+    folder = Path(__file__).parent
+    paths = [str(folder.parent if arguments.all else folder)]
+    code = pytest.main([*PARALLEL, *paths, *more], plugins=[collector])
     rows = merged(collector.rows)
     print(f"\n{table(rows)}\n{summary(rows)}")
     bad = any(row.lost or row.learned_twice or row.stale_publishes for row in rows)

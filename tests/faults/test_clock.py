@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
 from tests.faults import parts
 from tests.faults.report import Row
 from tests.integration.streams import test_curate as curating
@@ -23,6 +25,7 @@ agent.time = types.SimpleNamespace(time_ns=time_ns, monotonic_ns=time.monotonic_
 """
 
 
+@pytest.mark.slow(20)
 def test_a_clock_set_back_an_hour_keeps_nothing_waiting(bench, tmp_path, record_fault):
     flag = tmp_path / "back"
     with parts.child("streams", bench.settings, more=SET_BACK.format(flag=str(flag))):

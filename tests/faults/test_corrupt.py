@@ -48,7 +48,7 @@ def store(request, tmp_path):
         server.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(45)
 def test_flipped_bytes_are_refused_by_learner_and_subscriber(store, record_fault):
     """Flips bits in turn in the manifest, the weights, the optimizer state, the replay index, an old and a new micro-batch."""
     learner = local_learner(store)
@@ -105,6 +105,7 @@ def replay_entry(registry: Registry, manifest: Manifest, batch: str):
     return next(entry for entry in index if entry.batch == batch)
 
 
+@pytest.mark.slow(30)
 def test_a_flipped_byte_ends_in_dead_letters_and_the_learner_goes_on(broker, topic_prefix, tmp_path, record_fault):
     given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
     provision(given)

@@ -236,7 +236,7 @@ def judge(bench: Bench, recovered: Mapping[str, float], record_fault: Callable[[
     return [f"{', '.join(recovered)}: lost {lost}, twice {twice}, stale {stale}"] if lost or twice or stale else []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(210)
 @pytest.mark.timeout(7200)
 def test_a_kill_at_every_failpoint_of_learning_loses_nothing_and_learns_nothing_twice(
     bench, fault_runs, record_fault, tmp_path
@@ -250,7 +250,7 @@ def test_a_kill_at_every_failpoint_of_learning_loses_nothing_and_learns_nothing_
     assert from_scratch(bench, ADAPTER, tmp_path / "oracle").equals(bench.registry.head(ADAPTER).manifest)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(120)
 @pytest.mark.timeout(7200)
 def test_a_kill_at_every_failpoint_of_forgetting_leaves_what_never_saw_it(bench, fault_runs, record_fault, tmp_path):
     rounds = plan(failpoints(), fault_runs)[1]

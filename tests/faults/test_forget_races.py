@@ -46,7 +46,7 @@ def row(fault: str, settings, documents: int, recovery_s: float) -> tuple[Row, l
     return Row(fault, 1, len(lost), len(found.learned_twice), len(stale), recovery_s), stale
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_an_erasure_that_is_accepted_while_its_example_is_learned(given, tmp_path, record_fault):
     """No version that is published after the acceptance has learned the example, and in the end none has."""
     cuts = forgetting.documents(3)
@@ -72,7 +72,7 @@ def test_an_erasure_that_is_accepted_while_its_example_is_learned(given, tmp_pat
     assert readable(Path(given.store.uri), ["secret001", "secret006"]) == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(45)
 @pytest.mark.timeout(600)
 def test_a_hold_that_comes_while_the_erasure_is_carried_out(given, tmp_path, record_fault):
     """Until the deletion the hold wins. After its release the erasure goes on, with the same bytes as result."""

@@ -40,8 +40,7 @@ from tests.oracle import account
 from tests.services import minio_binary, missing_service
 
 pytestmark = [
-    pytest.mark.xdist_group("outage"),
-    pytest.mark.slow,
+    pytest.mark.slow(300),
     pytest.mark.timeout(900),
     # kafka-python leaves the socket of every refused connection to the garbage collector.
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),

@@ -65,7 +65,7 @@ def row(fault: str, cases: list[Settings], cuts: int, recovery_s: float) -> tupl
     return Row(fault, len(cases), lost, twice, len(stale), recovery_s), stale
 
 
-@pytest.mark.slow
+@pytest.mark.slow(30)
 def test_a_learner_stopped_past_its_session_publishes_nothing_stale(broker, topic_prefix, tmp_path, record_fault):
     """Another learner does its jobs meanwhile; resumed at any failpoint, it notices. Several cases run at once."""
     failpoints = ("learner.train", "publish.gate", "learner.publish")
@@ -116,7 +116,7 @@ def test_a_learner_stopped_past_its_session_publishes_nothing_stale(broker, topi
         assert registry(given).alias(ADAPTER).version == registry(given).head(ADAPTER).version
 
 
-@pytest.mark.slow
+@pytest.mark.slow(15)
 def test_two_learners_at_every_job_make_one_line(broker, topic_prefix, tmp_path, record_fault):
     """Two groups, so that each learner gets all jobs: the store alone decides, as after a session that ended unnoticed."""
     given = kit.settings(broker.bootstrap, topic_prefix, tmp_path)
@@ -151,7 +151,7 @@ def test_two_learners_at_every_job_make_one_line(broker, topic_prefix, tmp_path,
     assert [seq for seq, _ in registry(given).versions(ADAPTER)] == list(range(cuts, 0, -1))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 @pytest.mark.parametrize(("name", "taken"), [("0", True), ("zz", False)])
 def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch, record_fault, name, taken):
     """A job is committed if its partition stayed, because it is not redelivered; it is not if the partition moved.
@@ -211,7 +211,7 @@ def test_a_rebalance_while_training(broker, topic_prefix, tmp_path, monkeypatch,
     assert len(list(registry(given).versions(ADAPTER))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow(8)
 def test_an_intake_stopped_past_its_session_reorders_nothing(broker, topic_prefix, record_fault):
     """Stopped with half of a batch sent; another intake takes its partitions over, and then it sends the rest."""
     given = Settings.of(kafka=broker.bootstrap, topic_prefix=topic_prefix, partitions=2, intake_batch=40, env_file=None)
@@ -244,7 +244,7 @@ def test_an_intake_stopped_past_its_session_reorders_nothing(broker, topic_prefi
     intaking.assert_in_order_without_gaps(given, {0: 180, 1: 180})
 
 
-@pytest.mark.slow
+@pytest.mark.slow(25)
 def test_a_curate_stopped_past_its_session_does_not_cut_again_what_another_cut(bench, record_fault):
     bench.publish(curating.scored(n) for n in range(30))
     stopped = bench.start(failpoint="curate.blob:1:stop")
