@@ -24,7 +24,7 @@ def expected_s(item: pytest.Item) -> float:
     In a module of `PER_MODULE` the mark tells how long the whole module takes.
     """
     mark = item.get_closest_marker("slow")
-    return float(mark.args[0]) if mark is not None else 0.0
+    return float(mark.args[0]) if mark is not None and mark.args else 0.0
 
 
 def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:

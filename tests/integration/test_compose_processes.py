@@ -244,7 +244,7 @@ def start_prometheus(services: Services) -> None:
     services.spawn("prometheus", [binary, *services.command("prometheus")])
 
 
-@pytest.mark.slow
+@pytest.mark.slow(70)
 @pytest.mark.timeout(1200)
 @pytest.mark.usefixtures("broker_jars")
 def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypatch):

@@ -287,7 +287,7 @@ def table(queries: list[Query]) -> str:
     return "\n".join(lines)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(60)
 @pytest.mark.timeout(1200)
 def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_prefix, tmp_path, prometheus):
     settings = small_settings(broker.bootstrap, topic_prefix, tmp_path / "store")

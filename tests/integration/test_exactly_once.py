@@ -37,7 +37,7 @@ def text(rng: random.Random, number: int) -> str:
     return f"note {number}: " + " ".join(rng.choices(WORDS, k=24))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 @pytest.mark.timeout(600)
 def test_every_example_is_learned_once_though_each_role_is_killed_in_turn(broker, topic_prefix, tmp_path):
     """Kills at random times instead of failpoints, with several adapters and partitions, and a folder as the store."""

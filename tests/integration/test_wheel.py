@@ -15,7 +15,7 @@ from mypy.options import Options
 
 from tests.services import missing_service
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow(10), pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("storage", "streams", "learner")

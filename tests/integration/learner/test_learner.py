@@ -121,6 +121,7 @@ def test_a_rollback_is_announced_as_one(given):
     assert events[2].reason == "worse"
 
 
+@pytest.mark.slow(15)
 def test_membership_is_kept_while_training_takes_longer_than_the_poll_interval(given, monkeypatch):
     monkeypatch.setattr(transport, "MAX_POLL_INTERVAL_MS", 3_000)
     monkeypatch.setattr(transport, "SESSION_TIMEOUT_MS", 6_000)

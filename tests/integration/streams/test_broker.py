@@ -117,6 +117,7 @@ def test_a_mistyped_topic_is_not_made(broker: TestBroker, topic_prefix: str):
         assert f"{topic_prefix}mistyped" not in admin.list_topics()
 
 
+@pytest.mark.slow(18)
 def test_a_data_folder_keeps_everything_over_stop_and_kill(tmp_path: Path, topic_prefix: str):
     said: list[str] = []
     topic = f"{topic_prefix}kept"
@@ -152,6 +153,7 @@ def test_a_data_folder_keeps_everything_over_stop_and_kill(tmp_path: Path, topic
         keeper.stop()
 
 
+@pytest.mark.slow(10)
 def test_one_folder_one_broker_and_a_started_one_is_not_started_again(tmp_path: Path):
     with EmbeddedBroker(tmp_path) as keeper:
         with pytest.raises(BrokerError, match=rf"got: process {keeper.pid}"):

@@ -200,6 +200,17 @@ class LateStore(DirectoryStore):
         return super().get(key, max_bytes)
 
 
+def reveal_with_event(subscriber: Subscriber, store: LateStore) -> None:
+    """Let the subscriber find the alias only after it has read an event."""
+    original = subscriber._updates._generation
+
+    def revealing(record: Any) -> int:
+        store.hidden = False
+        return original(record)
+
+    subscriber._updates._generation = revealing
+
+
 def test_a_subscriber_that_comes_late_starts_from_the_topic(
     settings: Settings, versions: VersionPublisher, announce: Callable[..., None]
 ):
@@ -210,13 +221,7 @@ def test_a_subscriber_that_comes_late_starts_from_the_topic(
     store = LateStore(Path(settings.store.uri), fsync=False)
     backend = MemoryBackend()
     with Subscriber(ADAPTER, backend, store=store, settings=settings, replica="r1") as subscriber:
-        original = subscriber._updates._generation
-
-        def revealing(record: Any) -> int:
-            store.hidden = False
-            return original(record)
-
-        subscriber._updates._generation = revealing
+        reveal_with_event(subscriber, store)
         assert subscriber.wait_for(3, 120)
         assert backend.active == subscriber.name_of(state.version)
     assert [call for call, _ in backend.calls].count("load") == 1
@@ -267,10 +272,12 @@ def test_old_forged_and_foreign_events_change_nothing(
 def test_an_event_behind_the_alias_brings_the_alias(
     settings: Settings, versions: VersionPublisher, announce: Callable[..., None]
 ):
+    first = versions.publish()
+    last = versions.publish()
+    store = LateStore(Path(settings.store.uri), fsync=False)
     backend = MemoryBackend()
-    with Subscriber(ADAPTER, backend, settings=settings, replica="r1") as subscriber:
-        first = versions.publish()
-        last = versions.publish()
+    with Subscriber(ADAPTER, backend, store=store, settings=settings, replica="r1") as subscriber:
+        reveal_with_event(subscriber, store)
         announce(versions, first)
         assert subscriber.wait_for(2, 120)
         assert backend.active == subscriber.name_of(last.version)

@@ -151,6 +151,7 @@ def test_size_cuts_cover_every_example_once_and_in_order(bench):
     assert child.wait(120) == 0, bench.log.read_text()
 
 
+@pytest.mark.slow(15)
 def test_a_body_that_a_kill_left_behind_holds_no_text_that_is_erased_before_the_next_start(bench):
     bench.publish(scored(n) for n in range(20))
     dead = bench.start(failpoint="curate.blob")
@@ -167,7 +168,7 @@ def test_a_body_that_a_kill_left_behind_holds_no_text_that_is_erased_before_the_
     assert holding == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 def test_kills_in_mid_flow_lose_and_double_nothing(bench):
     rng = random.Random(5)
     numbers = iter(range(10_000))
@@ -192,7 +193,7 @@ def test_kills_in_mid_flow_lose_and_double_nothing(bench):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.slow(20)
 def test_a_process_that_joins_and_one_that_leaves_lose_and_double_nothing(bench):
     adapters = [f"acme/{name}" for name in "abcdef"]
     rng = random.Random(6)
@@ -217,6 +218,7 @@ def test_a_process_that_joins_and_one_that_leaves_lose_and_double_nothing(bench)
     assert len(learned) == total, bench.log.read_text()
 
 
+@pytest.mark.slow(12)
 def test_poison_goes_to_dead_letters_and_what_is_behind_goes_through(bench):
     bench.start()
     bench.publish([scored(0), b"{not json", scored(1), b"\xff", scored(2)])
@@ -239,6 +241,7 @@ def test_more_adapters_than_fit_in_memory_are_all_cut(bench):
     assert len(learned) == 50
 
 
+@pytest.mark.slow(20)
 def test_signals_alone_make_no_job_and_are_recorded_by_the_next(bench):
     child = bench.start()
     bench.publish(scored(n, learn=False) for n in range(5))
@@ -256,6 +259,7 @@ def test_signals_alone_make_no_job_and_are_recorded_by_the_next(bench):
     assert [job.marks for job in bench.jobs()] == [{"c/t/documents/0": 24}]
 
 
+@pytest.mark.slow(12)
 def test_a_change_of_domain_is_reported_and_cuts(bench):
     rng = random.Random(7)
     domains = [[f"{kind}{n}" for n in range(300)] for kind in ("law", "sea")]

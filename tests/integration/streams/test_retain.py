@@ -239,6 +239,7 @@ def test_no_bytes_in_the_topic_end_the_role(bench):
     assert child.poll() is None
 
 
+@pytest.mark.slow(15)
 def test_a_hold_beats_an_erase_until_it_is_released_also_across_a_restart(bench):
     bench.learn(example(1, subjects=["ann"]))
     first = bench.start()
@@ -309,6 +310,7 @@ def test_bad_requests_are_told_apart_from_broken_ones(bench):
     )
 
 
+@pytest.mark.slow(10)
 def test_the_command_line_asks_and_follows_until_it_is_closed(bench):
     bench.learn(example(1))
     bench.start()

@@ -24,7 +24,7 @@ SMALL = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.slow(35)
 @pytest.mark.timeout(900)
 @pytest.mark.usefixtures("broker_jars")
 def test_kcat_publishes_and_reads_what_was_promoted(tmp_path: Path):

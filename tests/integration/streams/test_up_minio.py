@@ -84,7 +84,7 @@ def up(data_dir, *arguments: str) -> Iterator[Path]:
         process.wait(120)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(40)
 @pytest.mark.timeout(900)
 def test_the_whole_loop_runs_on_a_minio_of_its_own(minio, broker_jars, tmp_path):
     data_dir, rng = tmp_path / "data", random.Random(1)

@@ -43,6 +43,7 @@ def test_training_lowers_the_loss_on_what_it_is_trained_on() -> None:
     assert steps_taken(result.optimizer) == 20
 
 
+@pytest.mark.slow(15)
 def test_the_same_training_gives_the_same_bytes_in_two_processes() -> None:
     code = "from tests.unit.learner.test_trainer import digests, fresh; print(*digests(*fresh()))"
     root = Path(__file__).parents[3]
