@@ -7,6 +7,7 @@ passes them on.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
@@ -33,17 +34,23 @@ def longest_first(items: Sequence[pytest.Item]) -> list[pytest.Item]:
 
 
 class LongestFirst(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist does not export it with types
-    """Gives every worker one of the longest units that are left and, to wait behind it, one of the shortest.
+    """Gives a worker one of the longest units that are left, and the shortest ones to wait behind it.
 
-    A worker runs a test only once it has the next one. Were that one long as well, it would wait behind the first while
-    other workers are idle.
+    A worker is given its next units while it still runs one. Were these long as well, they would wait behind the first
+    while other workers are idle.
     """
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        self._long_units: dict[WorkerController, dict[str, bool]] = {}
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
         return nodeid if module.startswith(PER_TEST) and module not in PER_MODULE else module
 
     def _assign_work_unit(self, node: WorkerController) -> None:
-        if self._pending_of(self.assigned_work.get(node, {})):
+        if all(self._long_units.get(node, {}).values()):  # every test of it is complete
+            self._long_units[node] = next(iter(self.workqueue.values()))
+        else:
             self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
         super()._assign_work_unit(node)
