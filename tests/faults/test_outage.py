@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from perennial.learner.roles import learner as worker
+from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
@@ -109,10 +110,17 @@ class Flow:
                 )
         return failed
 
+    def missing(self) -> list[tuple[str, int]]:
+        """Return what was acknowledged and is in no manifest; all of it while the store does not answer."""
+        try:
+            return account(self.registry, ADAPTERS).missing(self.acked)
+        except StoreUnavailableError:
+            return self.acked
+
     def settle(self) -> float:
         """Wait until every acknowledged event is in a manifest, and return the seconds it took."""
         return parts.seconds_until(
-            lambda: not account(self.registry, ADAPTERS).missing(self.acked), SETTLED_S,
+            lambda: not self.missing(), SETTLED_S,
             f"{len(self.acked)} events in manifests; logs in {self.supervisor.log_dir}", self.supervisor.tend,
         )  # fmt: skip
 
