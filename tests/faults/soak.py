@@ -38,7 +38,7 @@ from tests.faults.soak_verdict import Verdict, judge
 from tests.integration.learner.learner_kit import base_folder
 from tests.integration.test_exactly_once import small_settings
 
-QUIET_S = 300.0
+QUIET_S = 150.0
 """Seconds to wait for pending work after the last fault."""
 _PAST_SESSION_S = 34.0
 _REPORT_EVERY_S = 5.0

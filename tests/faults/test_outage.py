@@ -49,7 +49,7 @@ pytestmark = [
 
 STORE_AWAY_S = 60.0
 BROKER_AWAY_S = 3.0
-SETTLED_S = 300.0
+SETTLED_S = 240.0
 
 
 @dataclass

@@ -50,7 +50,7 @@ WINDOW, RANGE = "1m", "15m"
 SERVED, ALONE, REFUSED, LATE = "acme/served", "acme/alone", "acme/refused", "acme/late"
 DOCUMENTS, RATINGS, UNREADABLE, BACK_FILL = 48, 96, 6, 60
 HOURS_AGO_MS = 3 * 3600 * 1000
-TIMEOUT_S = 300.0
+TIMEOUT_S = 240.0
 OF_FORGETTING = re.compile("perennial_(forget|forgotten|quarantined)_")
 """Metrics of forgetting, which does not happen in this run."""
 OF_REFUSALS = {"Refused", "Updates refused", "UpdatesRefusedInARow"}

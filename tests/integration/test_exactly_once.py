@@ -64,7 +64,7 @@ def test_every_example_is_learned_once_though_each_role_is_killed_in_turn(broker
         acked = [(f"{r.topic}/{r.partition}", r.offset) for r in (receipt.result(120) for receipt in receipts)]
         assert len(set(acked)) == len(receipts) == EVENTS_BETWEEN * (len(ROLES) + 1)
         wait_until(
-            lambda: not account(registry, ADAPTERS).missing(acked), 300,
+            lambda: not account(registry, ADAPTERS).missing(acked), 240,
             f"all {len(acked)} examples in a manifest; logs in {tmp_path / 'logs'}",
         )  # fmt: skip
         time.sleep(2)  # a second learning of an example would show now
