@@ -54,6 +54,18 @@ class PeftBackend:
     Raises:
         BackendError: There are fewer than 2 slots.
         AdapterError: The base has no linear layers, or has slots of another rank.
+
+    Example:
+        Before a version is live, the frozen base answers:
+
+        >>> from perennial import LoraConfig, PeftBackend, load_base
+        >>> backend = PeftBackend(load_base("shipped", "cpu"), LoraConfig(rank=8, alpha=16))
+        >>> with backend.lease() as version:
+        ...     answer = backend.generate("How long does a refund take?", max_new_tokens=4)
+        >>> version is None, bool(answer), backend.list()
+        (True, True, [])
+
+        `Subscriber("acme/support", backend, ...).run()` then keeps it at the live version.
     """
 
     def __init__(

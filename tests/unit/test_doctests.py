@@ -8,6 +8,7 @@ import importlib
 import pytest
 
 MODULES = (
+    "perennial.learner.serving.peft_backend",
     "perennial.streams.client.directory_backend",
     "perennial.streams.client.publisher",
     "perennial.streams.client.subscriber",
