@@ -40,6 +40,8 @@ from tests.integration.test_exactly_once import small_settings
 
 QUIET_S = 150.0
 """Seconds to wait for pending work after the last fault."""
+STALL_S = 60.0
+"""Pending work that takes longer is worth a look at the logs: they are then kept even if all is well."""
 _PAST_SESSION_S = 34.0
 _REPORT_EVERY_S = 5.0
 
@@ -297,8 +299,13 @@ def main() -> int:
     verdict = soak(arguments.minutes, arguments.seed, folder)
     for line in verdict.lines():
         print(line)
-    if verdict.holds and not arguments.keep:
+    stalled = verdict.figures["quiet_s"] > STALL_S
+    if verdict.holds and not arguments.keep and not stalled:
         shutil.rmtree(folder, ignore_errors=True)
+    elif verdict.holds and stalled:
+        print(
+            f"pending work took {verdict.figures['quiet_s']:.0f} s after the last fault; logs and data are kept in {folder}"
+        )
     elif not verdict.holds:
         print(f"the verdict does not hold; logs and data are kept in {folder}")
     print(json.dumps(verdict.figures))
