@@ -55,7 +55,7 @@ from perennial.streams.events.models import ForgetRequested, RetentionProgressed
 
 @dataclass(frozen=True)
 class _Scope:
-    """What one attempt forgets.
+    """The examples and micro-batches that one attempt forgets.
 
     Attributes:
         found: every stored example of the adapter.

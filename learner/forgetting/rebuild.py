@@ -36,7 +36,7 @@ from perennial.streams.events.models import Batch, ExampleAccepted, ForgetReques
 
 @dataclass(frozen=True)
 class RebuiltState:
-    """Where a rebuild stands.
+    """The state and position that a rebuild has reached.
 
     Attributes:
         step: the last version of the rebuilt schedule; None before its first one.
@@ -53,7 +53,7 @@ class RebuiltState:
 
 @dataclass(frozen=True)
 class _RemainingUpdate:
-    """What is left of a recorded update.
+    """The part of a recorded update that is trained again.
 
     Attributes:
         recorded: the version as it was made.

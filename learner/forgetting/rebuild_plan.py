@@ -18,7 +18,7 @@ from perennial.streams.retention.quarantine_filter import QuarantineFilter, text
 
 @dataclass(frozen=True)
 class ExampleMatch:
-    """What a forgetting notes of a stored example; it holds no text.
+    """A stored example that a forgetting found; it holds no text.
 
     Attributes:
         origin_offset: where the example was published.
@@ -123,7 +123,7 @@ def _request_id(entry: QuarantineEntry | None) -> str | None:
 
 @dataclass(frozen=True)
 class RebuildPlan:
-    """What a forgetting changes.
+    """The changes that a forgetting makes.
 
     Attributes:
         removed_offsets: the examples to leave out.

@@ -23,7 +23,7 @@ MAX_CACHED_ADAPTERS = 10_000
 
 @dataclass(frozen=True)
 class LiveAdapter:
-    """What an alias pointed at when it was last read.
+    """The version that an alias pointed at when it was last read.
 
     Attributes:
         version: the version; None if there is none or it could not be read.

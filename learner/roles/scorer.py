@@ -33,7 +33,7 @@ _log = logging.getLogger("perennial.scorer")
 TOPIC = "examples"
 POLL_S = 0.2
 FIRST_READ_WAIT_S = 0.25
-"""How long scoring waits for the weights of an adapter that it has not met before."""
+"""Seconds that scoring waits for the weights of an adapter that it has not met before."""
 
 
 def run_scorer(

@@ -25,7 +25,7 @@ NOISE_ERRORS = 3.0
 
 @dataclass(frozen=True)
 class GateLimits:
-    """What the gate asks of a version.
+    """The limits that the gate sets for a version.
 
     Attributes:
         min_gain_nats: Least fall of the held-out loss, nats per token.

@@ -39,7 +39,7 @@ class ReplayEntry:
 
 @dataclass(frozen=True)
 class BatchComposition:
-    """What the steps of an update should consist of.
+    """The wanted composition of the steps of an update.
 
     Attributes:
         steps: Least number of optimizer steps.
@@ -71,7 +71,7 @@ class TrainingSchedule:
 
 @dataclass(frozen=True)
 class _StepCounts:
-    """How many steps there are, and how many rows of each kind one step has."""
+    """The number of steps, and the number of rows of each kind in one step."""
 
     steps: int
     new: int

@@ -25,7 +25,7 @@ _YIELD_S = 0.001
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How to train.
+    """The hyperparameters of training.
 
     Attributes:
         learning_rate: Rate after the warm-up, constant.

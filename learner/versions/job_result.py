@@ -1,4 +1,4 @@
-"""What running a job returns or raises."""
+"""The result of a job, and the error of a job that can never be done."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class JobError(PerennialError):
 
 @dataclass(frozen=True)
 class Completion:
-    """What to record in the store once Kafka has confirmed everything that the job sends.
+    """Records for the store, to be written once Kafka has confirmed everything that the job sends.
 
     Attributes:
         adapter: the job's adapter.

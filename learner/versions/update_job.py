@@ -60,7 +60,7 @@ class _AllowedBatch:
 
 @dataclass(frozen=True)
 class _Start:
-    """Where an update starts.
+    """The state that an update starts from.
 
     Attributes:
         head: the version that it follows; None for the adapter's first.
@@ -78,7 +78,7 @@ class _Start:
 
 @dataclass(frozen=True)
 class _Trained:
-    """What one attempt trained, before anything of it is published.
+    """The outcome of one attempt, before anything of it is published.
 
     Attributes:
         start: where it started.

@@ -1,4 +1,4 @@
-"""What the executors of all three kinds of jobs share: the head, states, manifests without training, trial load."""
+"""The parts that all three kinds of jobs share: the head, states, manifests without training, trial load."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 
 MAX_LOOK_BACK = 256
-"""How many versions are searched for the one that a job made; a job redelivered later than that is done again."""
+"""Number of versions that are searched for the one that a job made; a job redelivered later than that is done again."""
 CACHED_STATES = 16
 
 

@@ -16,7 +16,7 @@ _Count = Annotated[Int64, Field(strict=True)] | None
 
 
 class GateFigures(BaseModel):
-    """What the gate measured for one version; every figure is optional.
+    """The figures that the gate measured for one version; every figure is optional.
 
     Losses are means in nats per token, rounded to 6 decimals. A figure that was not measured is absent. A figure that
     came out as NaN or infinity is None, because JSON has no such number. Absent and None are told apart: the record

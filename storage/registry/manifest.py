@@ -25,7 +25,7 @@ MAX_MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
 
 Kind = Literal["update", "rollback", "revoke", "quarantine", "forget", "replayed"]
-"""What made a version. All but `update` and `replayed` train nothing and take over the state of an earlier version.
+"""The kind of job that made a version. All but `update` and `replayed` train nothing and take over the state of an earlier version.
 
 update: a micro-batch was learned. rollback: an earlier state was published again. revoke: the version takes the place
 of one that must not be served. quarantine: it is served while examples are being forgotten; its state is the one from

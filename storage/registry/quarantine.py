@@ -1,4 +1,4 @@
-"""What one adapter must not learn: an object that is replaced by compare-and-swap.
+"""The examples that one adapter must not learn: an object that is replaced by compare-and-swap.
 
 An entry names examples to forget. retain writes it before anything else is done about them. The learner that forgot
 them marks it as done. retain removes it once nothing published before its `until_ms` can arrive any more. A hold
@@ -35,7 +35,7 @@ class _Part(BaseModel):
 
 
 class RequestOutcome(_Part):
-    """How the learner ended an entry.
+    """The end that the learner gave an entry.
 
     Attributes:
         at_ms: When, in milliseconds since 1970.

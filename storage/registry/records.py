@@ -38,7 +38,7 @@ class Claim(RegistryRecord):
 
 
 class AliasState(RegistryRecord):
-    """Where an alias points.
+    """The version that an alias points at.
 
     Attributes:
         adapter: the adapter.

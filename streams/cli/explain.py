@@ -39,7 +39,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class ExplainedExample:
-    """Where one example came from and what became of it. Times are ISO 8601 in UTC.
+    """The origin of one example, and what became of it. Times are ISO 8601 in UTC.
 
     Attributes:
         document_id: Id of the document or interaction; None where its text is erased.

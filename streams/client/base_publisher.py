@@ -1,4 +1,4 @@
-"""What every publisher does before it sends: build the event, check it, name it by its content, encode it.
+"""The steps of every publisher before it sends: build the event, check it, name it by its content, encode it.
 
 Holds the interface that `Publisher` and the in-memory double of `perennial.testing` share. Imports no Kafka client.
 """
@@ -27,7 +27,7 @@ class PublishError(PerennialError):
 
 @dataclass(frozen=True)
 class Delivery:
-    """Where the broker stored an event.
+    """The position at which the broker stored an event.
 
     Attributes:
         topic: Full name of the topic, with its prefix.

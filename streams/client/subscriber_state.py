@@ -20,7 +20,7 @@ from perennial.streams.events.adapter_events import AdapterActivated
 
 
 class State(Enum):
-    """What the last look at the alias led to; the table above has the transitions."""
+    """The outcome of the last look at the alias; the table above has the transitions."""
 
     FOLLOWING = "following"
     BEHIND = "behind"

@@ -101,7 +101,7 @@ class Offer:
 
 @dataclass(frozen=True)
 class CutHistory:
-    """What the cuts so far leave behind.
+    """The state that the cuts so far leave behind.
 
     Attributes:
         cuts: number of cuts; also the number of the next cut.
@@ -120,7 +120,7 @@ class CutHistory:
 
 @dataclass(frozen=True)
 class Cut:
-    """What to store and publish, in this order: the body, the state, the job.
+    """The things to store and publish, in this order: the body, the state, the job.
 
     Attributes:
         body: the bytes of the micro-batch; None if only the state is stored.
@@ -175,7 +175,7 @@ class RecentIds:
 
 @dataclass
 class _Pending(Generic[T]):
-    """What arrived since the last cut was applied, in order of arrival.
+    """The deliveries since the last cut was applied, in order of arrival.
 
     Attributes:
         deliveries: the first delivery of each example, with the caller's handle of it.

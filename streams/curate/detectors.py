@@ -39,7 +39,7 @@ VOCABULARY_REFERENCE: Final = 16
 
 
 class Detector(Protocol):
-    """What DriftMonitor needs of a detector. The detectors of river.drift have it."""
+    """The methods that DriftMonitor calls on a detector. The detectors of river.drift have it."""
 
     @property
     def drift_detected(self) -> bool:

@@ -204,7 +204,7 @@ def load_progress(data: bytes, topic_id: str) -> dict[int, RedriveProgress]:
 
 @dataclass
 class RedriveReport:
-    """What a redrive did, or what a dry run found that it would do.
+    """The counts of a redrive, or of a dry run.
 
     Attributes:
         sent: Numbers of dead letters sent back, by reason and stage.
@@ -223,7 +223,7 @@ class RedriveReport:
 
 
 class RedrivePlan(NamedTuple):
-    """What to do with a batch of dead letters.
+    """The decision about a batch of dead letters.
 
     Attributes:
         send: These are sent back.

@@ -87,7 +87,7 @@ AdapterUpdate = AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRe
 
 
 class _AcknowledgementEvent(Event):
-    """What one subscriber reports about a version."""
+    """A report of one subscriber about a version."""
 
     topic: ClassVar[str] = "adapter-acks"
     adapter: Adapter

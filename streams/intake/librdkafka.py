@@ -1,4 +1,4 @@
-"""How intake uses librdkafka: client configurations, calls that need care, and which errors are fatal."""
+"""The use that intake makes of librdkafka: client configurations, calls that need care, and which errors are fatal."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ STATES: Final[tuple[RetentionState, ...]] = (
     "accepted", "held", "quarantined", "executed", "published", "closed", "failed",
 )  # fmt: skip
 Phase = Literal["waiting", "held", "sent", "done", "failed"]
-"""How far a request has come in one adapter; streams/retain/transitions.py has the transitions."""
+"""The phase of a request in one adapter; streams/retain/transitions.py has the transitions."""
 
 
 class _LedgerPart(BaseModel):
@@ -37,7 +37,7 @@ class _LedgerPart(BaseModel):
 
 
 class AdapterProgress(_LedgerPart):
-    """How far a request has come in one adapter.
+    """The progress of a request in one adapter.
 
     Attributes:
         phase: Where the adapter is in the transition table.

@@ -51,9 +51,9 @@ from perennial.streams.retain.transitions import (
 from perennial.streams.retention.kinds import KINDS, Job, refusal_of
 
 KEEP_MS: Final = 30 * 86_400_000
-"""How long an ended request is kept: longer than an example published before it can wait, at a week per topic."""
+"""Time for which an ended request is kept: longer than an example published before it can wait, at a week per topic."""
 KEEP_OWN: Final = 256
-"""How many closed expiries of the calendar are kept. On an endless stream a policy makes one after another."""
+"""Number of closed expiries of the calendar that are kept. On an endless stream a policy makes one after another."""
 RESEND_MS: Final = 86_400_000
 """A job without an outcome is sent again after this time: Kafka may have deleted it while no learner ran."""
 _MAX_DETAIL_CHARS: Final = 2000
@@ -62,7 +62,7 @@ _MAX_LISTED: Final = 5
 
 @dataclass(frozen=True)
 class AliasPosition:
-    """Where an alias points.
+    """The version that an alias points at.
 
     Attributes:
         version: The live version; None where nothing is live.
@@ -74,7 +74,7 @@ class AliasPosition:
 
 
 class Facts(Protocol):
-    """What a step asks of the store and of the acknowledgements of replicas."""
+    """The facts that a step needs from the store and from the acknowledgements of replicas."""
 
     def adapters(self) -> Iterable[str]:
         """Return every adapter that has anything in the store."""

@@ -30,7 +30,7 @@ class Observation(StrEnum):
 
 
 class Action(StrEnum):
-    """What a transition does, besides changing the phase."""
+    """The actions of a transition, besides changing the phase."""
 
     QUARANTINE = "write the request's quarantine entry, so that no update learns the examples"
     SUPPRESS = "suppress the texts of the examples that the store has, if the kind suppresses texts"

@@ -47,7 +47,7 @@ _NAMES: Final = ("clara", "bruno")
 _SHARE_DONE: Final[Mapping[str, float]] = {
     "accepted": 0.1, "quarantined": 0.2, "executed": 0.8, "published": 0.9, "closed": 1.0, "failed": 1.0,
 }  # fmt: skip
-"""How far a request for forgetting is, by its state."""
+"""Share of a request to forget that is done, by its state."""
 
 
 class ForgetDemoError(PerennialError):

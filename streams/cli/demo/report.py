@@ -24,7 +24,7 @@ GROUPS = {"erased": "the erased document", "expired": "the expired document", "r
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What was measured while two documents were forgotten.
+    """The figures measured while two documents were forgotten.
 
     Attributes:
         losses: Loss in nats per token, by model (`MODELS`) and text (`GROUPS`).
@@ -90,7 +90,7 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo measured. Losses are means in nats per token on texts that no adapter was shown.
+    """The figures that the demo measured. Losses are means in nats per token on texts that no adapter was shown.
 
     Attributes:
         domains: The two domains in the order in which they were learned.

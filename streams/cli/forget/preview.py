@@ -41,7 +41,7 @@ class _Example(TypedDict):
 
 
 class _Plan(TypedDict):
-    """What a request would do to one adapter.
+    """The effect that a request would have on one adapter.
 
     `versions`: those that were trained on a selected example, directly or through a parent. `replayed`: the updates
     that the learner would train again.
