@@ -13,14 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from kafka import KafkaConsumer, TopicPartition
 
 from perennial import DirectoryBackend, DocumentObserved, InteractionObserved, Settings
 from perennial.storage.objects.directory_store import DirectoryStore
-from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.fields import Event
 from perennial.streams.kafka.topics import provision
 from perennial.testing import publish_version
+from tests.faults.parts import envelopes
 from tests.versions import VersionPublisher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,18 +48,7 @@ class Stack:
 
     def published(self, topic: str) -> list[Event]:
         """All events of a topic."""
-        consumer = KafkaConsumer(bootstrap_servers=self.settings.kafka.bootstrap, auto_offset_reset="earliest")
-        try:
-            partition = TopicPartition(self.settings.kafka.topic(topic), 0)
-            consumer.assign([partition])
-            end = consumer.end_offsets([partition])[partition]
-            found: list[Event] = []
-            while consumer.position(partition) < end:
-                for batch in consumer.poll(timeout_ms=200).values():
-                    found += [decode(record.value, record.headers, topic).event for record in batch]
-            return found
-        finally:
-            consumer.close()
+        return [envelope.event for envelope in envelopes(self.settings, topic)]
 
 
 @pytest.fixture

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from kafka import KafkaConsumer, TopicPartition
 
 from perennial.streams.client.base_publisher import BasePublisher, Delivery, PublishError
 from perennial.streams.client.publisher import Publisher
-from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested, Selector
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryPublisher
+from tests.faults.parts import envelopes
 
 ADAPTER = "acme/support"
 PREFIX = "of-memory-"
@@ -42,23 +41,8 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     settings = Settings.of(kafka=broker.bootstrap, topic_prefix=prefix, partitions=1, env_file=None)
     provision(settings)
     publisher = Publisher(settings=settings)
-    yield Case(publisher, prefix, lambda topic: records(settings, topic))
+    yield Case(publisher, prefix, lambda topic: [envelope.event for envelope in envelopes(settings, topic)])
     publisher.close()
-
-
-def records(settings: Settings, topic: str) -> list[Event]:
-    consumer = KafkaConsumer(bootstrap_servers=settings.kafka.bootstrap, auto_offset_reset="earliest")
-    try:
-        partition = TopicPartition(settings.kafka.topic(topic), 0)
-        consumer.assign([partition])
-        end = consumer.end_offsets([partition])[partition]
-        found: list[Event] = []
-        while consumer.position(partition) < end:
-            for batch in consumer.poll(timeout_ms=200).values():
-                found += [decode(record.value, record.headers, topic).event for record in batch]
-        return found
-    finally:
-        consumer.close()
 
 
 def test_events_arrive_in_order_in_the_topic_of_their_type(case: Case):
