@@ -13,14 +13,14 @@ import gc
 import hashlib
 import inspect
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from random import Random
 from typing import Literal
 
 from perennial.learner.model.lora import Lora
-from perennial.learner.model.loss import RowLoss, row_losses
+from perennial.learner.model.loss import RowLoss, ignore_step, row_losses
 from perennial.learner.model.text_cache import cached_texts
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 
@@ -169,7 +169,11 @@ class GeneralText:
         return [rng.choice(self._rows_of(text)) for text in texts]
 
     def base_losses(
-        self, lora: Lora, rows: Sequence[TokenRow], lock: AbstractContextManager[object] | None
+        self,
+        lora: Lora,
+        rows: Sequence[TokenRow],
+        lock: AbstractContextManager[object] | None,
+        on_step: Callable[[], None] = ignore_step,
     ) -> list[RowLoss]:
         """Return the frozen base's loss on each row, computed once per row and process.
 
@@ -177,9 +181,10 @@ class GeneralText:
             lora: Slot over the base to measure; its own weights are not used.
             rows: Anchor rows.
             lock: Lock on the base, held for each forward pass; None where nobody shares the base.
+            on_step: Called after each forward pass, without the lock.
         """
         new = [row for row in dict.fromkeys(rows) if row not in self._base_losses]
         # One row per forward pass: in a batch the last bits would depend on which rows were measured before.
-        losses = row_losses(lora, new, pad=self._codec.pad, adapted=False, max_rows=1, lock=lock)
+        losses = row_losses(lora, new, pad=self._codec.pad, adapted=False, max_rows=1, lock=lock, on_step=on_step)
         self._base_losses.update(zip(new, losses, strict=True))
         return [self._base_losses[row] for row in rows]

@@ -19,6 +19,10 @@ _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 T = TypeVar("T")
 
 
+def ignore_step() -> None:
+    """Do nothing: the `on_step` of a caller that does not want to know of each step."""
+
+
 class OutOfMemoryError(PerennialError):
     """A single row does not fit the memory."""
 
@@ -103,6 +107,7 @@ def row_token_losses(
     adapted: bool,
     max_rows: int = 32,
     lock: AbstractContextManager[object] | None = None,
+    on_step: Callable[[], None] = ignore_step,
 ) -> list[torch.Tensor]:
     """Compute the loss of every trainable token of each row.
 
@@ -115,6 +120,7 @@ def row_token_losses(
         adapted: True to compute with the slot's weights, False for the frozen base.
         max_rows: Most rows in one forward pass; fewer are taken where memory runs out.
         lock: Lock on the base, held for each forward pass, so that others can use the base in between.
+        on_step: Called after each forward pass, without the lock.
 
     Returns:
         One tensor (tokens,) of nats per row, fp64 on the CPU, in the order of `rows`.
@@ -135,6 +141,7 @@ def row_token_losses(
         for index, nats in zip(order[start:], losses, strict=False):
             result[index] = nats
         start += len(losses)
+        on_step()
     return result
 
 
@@ -204,7 +211,8 @@ def row_losses(
     adapted: bool,
     max_rows: int = 32,
     lock: AbstractContextManager[object] | None = None,
+    on_step: Callable[[], None] = ignore_step,
 ) -> list[RowLoss]:
     """Compute the summed loss of each row, in the order of `rows`; arguments as for `row_token_losses`."""
-    losses = row_token_losses(lora, rows, pad=pad, adapted=adapted, max_rows=max_rows, lock=lock)
+    losses = row_token_losses(lora, rows, pad=pad, adapted=adapted, max_rows=max_rows, lock=lock, on_step=on_step)
     return [RowLoss(float(nats.sum()), nats.numel()) for nats in losses]

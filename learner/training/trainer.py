@@ -7,14 +7,14 @@ and its moments are carried from update to update, so that a micro-batch continu
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from perennial.learner.model.lora import Lora, Tensors, load_tensors
-from perennial.learner.model.loss import autocast, token_losses, within_memory
+from perennial.learner.model.loss import autocast, ignore_step, token_losses, within_memory
 from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
 
@@ -98,6 +98,7 @@ def train(
     schedule: Sequence[Sequence[TokenRow]],
     config: TrainConfig,
     lock: AbstractContextManager[object] | None = None,
+    on_step: Callable[[], None] = ignore_step,
 ) -> TrainResult:
     """Train the slot from `weights`, one optimizer step per entry of the schedule.
 
@@ -111,6 +112,7 @@ def train(
         schedule: Rows of each step.
         config: Rate, clipping and batch size.
         lock: Lock on the base, held for each step, so that others can use the base between steps.
+        on_step: Called after each optimizer step, without the lock; it has no effect on the result.
 
     Raises:
         AdapterError: The weights do not fit the slot.
@@ -134,6 +136,7 @@ def train(
         losses.append(loss)
         norms.append(float(norm))
         tokens += sum(row.tokens for row in rows)
+        on_step()
         if lock is not None:
             time.sleep(_YIELD_S)  # a released lock may be taken again before a waiter wakes up
     optimizer.zero_grad(set_to_none=True)

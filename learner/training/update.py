@@ -8,7 +8,7 @@ relies on this when it makes the recorded updates again.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from random import Random
@@ -18,7 +18,7 @@ import torch
 
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
-from perennial.learner.model.loss import mean_nats, row_token_losses
+from perennial.learner.model.loss import ignore_step, mean_nats, row_token_losses
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
 from perennial.learner.training.replay_buffer import (
@@ -207,6 +207,7 @@ class Updater:
         cut: int,
         batch: str,
         replayed: RowsOf,
+        on_step: Callable[[], None] = ignore_step,
     ) -> UpdateResult:
         """Learn the examples of one cut and judge the result.
 
@@ -217,6 +218,8 @@ class Updater:
             cut: Number of the cut.
             batch: Digest of the micro-batch blob.
             replayed: Returns the rows of an earlier example, None where it must not be replayed.
+            on_step: Called after each optimizer step and each forward pass of a measurement, so that a caller can tell
+                a long update from one that is stuck. Called without the lock; it has no effect on the result.
 
         Raises:
             ExampleError: An example has nothing to train.
@@ -226,18 +229,18 @@ class Updater:
         # The order of the draws from `rng` (probe, anchors, main schedule, closing schedule) decides the bits.
         rng = seeded_random("update", adapter, cut, self.recipe.seed)
         rows = self._split(examples, rng)
-        before = self._measure_before(parent.weights, rows)
+        before = self._measure_before(parent.weights, rows, on_step)
         pressure = self._pressure(rows, before)
         main = self._schedule(rows.new, parent, replayed, self._composition(self.recipe.steps, pressure), rng)
         closing = self._schedule(rows.held_out, parent, replayed, self._composition(CLOSING_STEPS, pressure), rng)
 
-        trial = self._train_new(parent, main)
+        trial = self._train_new(parent, main, on_step)
         if trial.passed and rows.held_out_examples:
-            trial = self._judge_held_out(trial, rows, before)
+            trial = self._judge_held_out(trial, rows, before, on_step)
         if trial.passed and closing.steps:
-            trial = self._train_held_out(trial, parent, closing)
+            trial = self._train_held_out(trial, parent, closing, on_step)
         if trial.passed:
-            trial = self._judge_result(trial, rows, before)
+            trial = self._judge_result(trial, rows, before, on_step)
 
         figures = GateFigures(
             basis=HELD_OUT if rows.held_out_examples else SEEN,
@@ -272,10 +275,10 @@ class Updater:
             held_out_examples=len(held_out),
         )
 
-    def _measure_before(self, weights: Tensors, rows: _UpdateRows) -> _LossesBefore:
-        anchors_base = mean_nats(self.general.base_losses(self.lora, rows.anchors, self.lock))
+    def _measure_before(self, weights: Tensors, rows: _UpdateRows, on_step: Callable[[], None]) -> _LossesBefore:
+        anchors_base = mean_nats(self.general.base_losses(self.lora, rows.anchors, self.lock, on_step))
         self.lora.load(weights)
-        held_out, probe, anchors = self._measure(rows.held_out, rows.probe, rows.anchors)
+        held_out, probe, anchors = self._measure(rows.held_out, rows.probe, rows.anchors, on_step=on_step)
         return _LossesBefore(held_out, probe, anchors, anchors_base)
 
     def _pressure(self, rows: _UpdateRows, before: _LossesBefore) -> float:
@@ -309,13 +312,15 @@ class Updater:
 
     # ---- training and judging
 
-    def _train_new(self, parent: TrainingState, main: TrainingSchedule) -> _Trial:
-        trained = self._train(parent.weights, parent.optimizer, main)
+    def _train_new(self, parent: TrainingState, main: TrainingSchedule, on_step: Callable[[], None]) -> _Trial:
+        trained = self._train(parent.weights, parent.optimizer, main, on_step)
         return _Trial(trained, trained.tokens, self._judge_training(trained, parent.weights))
 
-    def _judge_held_out(self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore) -> _Trial:
+    def _judge_held_out(
+        self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
+    ) -> _Trial:
         """Measure the held-out rows while they are still untrained."""
-        gain = gate.gain(before.held_out, *self._measure(rows.held_out))
+        gain = gate.gain(before.held_out, *self._measure(rows.held_out, on_step=on_step))
         figures = GateFigures(
             held_out_before=gate.rounded(gain.before_nats),
             held_out_after=gate.rounded(gain.after_nats),
@@ -323,15 +328,19 @@ class Updater:
         )
         return replace(trial, verdict=gate.judge_gain(gain, self._limits), figures=figures)
 
-    def _train_held_out(self, trial: _Trial, parent: TrainingState, closing: TrainingSchedule) -> _Trial:
+    def _train_held_out(
+        self, trial: _Trial, parent: TrainingState, closing: TrainingSchedule, on_step: Callable[[], None]
+    ) -> _Trial:
         """Train on the held-out rows too, so that no example is lost."""
-        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing)
+        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing, on_step)
         verdict = self._judge_training(trained, parent.weights)
         return replace(trial, trained=trained, tokens=trial.tokens + trained.tokens, verdict=verdict)
 
-    def _judge_result(self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore) -> _Trial:
+    def _judge_result(
+        self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
+    ) -> _Trial:
         """Measure the final weights: the gain where nothing was held out, then the general loss."""
-        probe, anchors = self._measure(rows.probe, rows.anchors)
+        probe, anchors = self._measure(rows.probe, rows.anchors, on_step=on_step)
         verdict = trial.verdict
         figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(_mean(anchors))))
         if not rows.held_out_examples:
@@ -352,24 +361,27 @@ class Updater:
     def _limits(self) -> gate.GateLimits:
         return gate.GateLimits(self.recipe.min_gain_nats, self.recipe.max_general_rise_nats)
 
-    def _train(self, weights: Tensors, optimizer: Tensors | None, schedule: TrainingSchedule) -> TrainResult:
+    def _train(
+        self, weights: Tensors, optimizer: Tensors | None, schedule: TrainingSchedule, on_step: Callable[[], None]
+    ) -> TrainResult:
         recipe = self.recipe
         config = TrainConfig(recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps)
-        return train(self.lora, weights, optimizer, schedule.steps, config, self.lock)
+        return train(self.lora, weights, optimizer, schedule.steps, config, self.lock, on_step)
 
     def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())
         noop = unchanged or is_noop(trained.weights)
         return gate.judge_training(trained.norms, finite=is_finite(trained.weights), noop=noop)
 
-    def _measure(self, *groups: Sequence[TokenRow]) -> list[list[float]]:
+    def _measure(self, *groups: Sequence[TokenRow], on_step: Callable[[], None]) -> list[list[float]]:
         """Return the loss of each token of each group under the slot's weights, measured in one call over all groups.
 
         What is measured together decides the batches, and so the last bits.
         """
         rows = [row for group in groups for row in group]
-        losses = iter(row_token_losses(self.lora, rows, pad=self.codec.pad, adapted=True, lock=self.lock))
-        return [[nats for _ in group for nats in next(losses).tolist()] for group in groups]
+        losses = row_token_losses(self.lora, rows, pad=self.codec.pad, adapted=True, lock=self.lock, on_step=on_step)
+        of_row = iter(losses)
+        return [[nats for _ in group for nats in next(of_row).tolist()] for group in groups]
 
 
 def _mean(nats: Sequence[float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_what_the_slot_held_before_leaves_no_trace() -> None:
     first = digests(lora, rows)
     train(lora, lora.initial_weights("b", 9), None, [rows] * 3, PLAN)
     assert digests(lora, rows) == first
+
+
+def test_case_12_each_optimizer_step_is_reported_and_changes_no_bit() -> None:
+    """One large document trains for minutes: the caller hears of every step, outside the lock on the base."""
+    lora, rows = fresh()
+    schedule, lock, free = [rows[:3], rows[3:], rows], threading.Lock(), []
+    state = lora.initial_weights("a", 0)
+    result = train(lora, state, None, schedule, PLAN, lock, on_step=lambda: free.append(not lock.locked()))
+    assert free == [True] * 3
+    assert (digest_of(to_safetensors(result.weights)), digest_of(to_safetensors(result.optimizer))) == digests(
+        lora, rows
+    )
 
 
 def test_moments_are_carried_on() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -10,6 +13,7 @@ from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
+from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from perennial.learner.training import gate
 from perennial.learner.training.replay_buffer import ReplayEntry
@@ -41,11 +45,19 @@ def documents(count: int, start: int = 0) -> list[ExampleAccepted]:
     return [tiny.document(n, f"the blue parrot {n} sings in the tree at noon") for n in range(start, start + count)]
 
 
-def run(updater: Updater, parent: TrainingState, examples: list[ExampleAccepted], cut: int = 1) -> UpdateResult:
+def run(
+    updater: Updater,
+    parent: TrainingState,
+    examples: list[ExampleAccepted],
+    cut: int = 1,
+    on_step: Callable[[], None] = ignore_step,
+) -> UpdateResult:
     def replayed(entry: ReplayEntry) -> list[TokenRow]:
         return text_rows(f"earlier {entry.example_id[-4:]}", updater.codec, updater.recipe.row_tokens)
 
-    return updater.update(parent, examples, adapter="acme/support", cut=cut, batch="batch", replayed=replayed)
+    return updater.update(
+        parent, examples, adapter="acme/support", cut=cut, batch="batch", replayed=replayed, on_step=on_step
+    )
 
 
 def test_an_update_learns_and_records_by_how_much() -> None:
@@ -88,6 +100,35 @@ def test_the_same_update_gives_the_same_bytes() -> None:
     assert to_safetensors(first_done.state.weights) == to_safetensors(again.state.weights)
     assert first_done.gate == again.gate
     assert run(one, first(one), documents(8)).gate == again.gate
+
+
+def test_case_12_an_update_reports_its_steps_and_measurements_and_keeps_its_bytes() -> None:
+    """One large document keeps an update busy for minutes: training and both measurements report that it moves."""
+    quiet, loud = make(), make()
+    want = run(quiet, first(quiet), documents(8))
+    calls: list[int] = []
+    with hooked_forward(loud) as passes:
+        got = run(loud, first(loud), documents(8), on_step=lambda: calls.append(len(passes)))
+    assert to_safetensors(got.state.weights) == to_safetensors(want.state.weights)
+    assert to_safetensors(got.state.optimizer or {}) == to_safetensors(want.state.optimizer or {})
+    assert (got.gate, got.tokens) == (want.gate, want.tokens)
+    assert len(calls) >= got.gate.steps + 3  # measured before, after training, and at the end
+    # A step of 8 rows is one forward pass. Before the first call the model is also asked for its kind of head.
+    assert calls == sorted(set(calls))
+    assert calls[-1] == len(passes)
+    assert max(after - before for before, after in pairwise(calls)) == 1
+
+
+@contextmanager
+def hooked_forward(updater: Updater) -> Iterator[list[int]]:
+    """Count the forward passes inside the block."""
+    passes: list[int] = []
+    body = updater.lora.model.base_model.layers[0]
+    hook = body.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        yield passes
+    finally:
+        hook.remove()
 
 
 def test_a_rise_of_general_loss_is_refused_and_leaves_the_parent_as_it_was() -> None:
