@@ -1,6 +1,9 @@
 """The gate: decides whether a candidate version may go live.
 
 Pure functions: measured losses and norms go in, a verdict comes out. The limits are settings.
+
+Broken weights give NaN and infinite figures. No function raises for them: such a figure is refused as `not-finite`.
+Hazard: every comparison with NaN is false, so a check must be written so that a false comparison refuses.
 """
 
 from __future__ import annotations
@@ -76,15 +79,16 @@ def _fraction(name: str) -> float:
     return int.from_bytes(sha256(b"held-out:" + name.encode()).digest()[:8]) / 2**64
 
 
-def judge_training(norms: Sequence[float], *, finite: bool, noop: bool) -> GateVerdict:
-    """Refuse a training run whose weights or gradients alone show that it failed.
+def judge_training(norms: Sequence[float], losses: Sequence[float], *, finite: bool, noop: bool) -> GateVerdict:
+    """Refuse a training run whose weights, losses or gradients alone show that it failed.
 
     Args:
         norms: Gradient norm of each step, before clipping.
-        finite: True if all new weights are finite.
+        losses: Loss of each step, nats per token.
+        finite: True if all new weights and optimizer moments are finite.
         noop: True if training left the weights as they were, or if the adapter has no effect because every B is zero.
     """
-    if not finite or not all(math.isfinite(norm) for norm in norms):
+    if not finite or not all(map(math.isfinite, (*norms, *losses))):
         return GateVerdict(promote=False, reason="not-finite")
     if any(norm > MAX_GRADIENT_NORM for norm in norms):
         return GateVerdict(promote=False, reason="gradient-explosion")
@@ -95,7 +99,7 @@ def judge_training(norms: Sequence[float], *, finite: bool, noop: bool) -> GateV
 
 @dataclass(frozen=True)
 class Gain:
-    """The loss of the same tokens before and after training.
+    """The loss of the same tokens before and after training. A figure that cannot be computed is NaN or infinite.
 
     Attributes:
         before_nats: Mean loss before, nats per token.
@@ -122,9 +126,29 @@ def gain(before: Sequence[float], after: Sequence[float]) -> Gain:
     if count == 0:
         return Gain(0.0, 0.0, 0.0)
     falls = [was - now for was, now in zip(before, after, strict=True)]
-    mean = math.fsum(falls) / count
-    variance = math.fsum((fall - mean) ** 2 for fall in falls) / max(1, count - 1)
-    return Gain(math.fsum(before) / count, math.fsum(after) / count, math.sqrt(variance / count))
+    return Gain(mean(before), mean(after), _standard_error(falls))
+
+
+def _standard_error(figures: Sequence[float]) -> float:
+    """Return the standard error of the mean of at least one figure; NaN or infinity where it cannot be computed."""
+    center, count = mean(figures), len(figures)
+    if not math.isfinite(center):
+        return math.nan
+    try:
+        variance = math.fsum((figure - center) ** 2 for figure in figures) / max(1, count - 1)
+    except OverflowError:
+        return math.inf
+    return math.sqrt(variance / count)
+
+
+def mean(figures: Sequence[float]) -> float:
+    """Return the mean of the figures: 0 for none, NaN where one of them or their sum is not finite."""
+    if not all(map(math.isfinite, figures)):
+        return math.nan
+    try:
+        return math.fsum(figures) / len(figures) if figures else 0.0
+    except OverflowError:  # the sum of finite figures is beyond the largest float
+        return math.nan
 
 
 def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
@@ -137,7 +161,7 @@ def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
     if not all(map(math.isfinite, (measured.before_nats, measured.after_nats, measured.error_nats))):
         return GateVerdict(promote=False, reason="not-finite")
     fall = measured.before_nats - measured.after_nats
-    if fall <= limits.min_gain_nats - NOISE_ERRORS * measured.error_nats:
+    if not fall > limits.min_gain_nats - NOISE_ERRORS * measured.error_nats:
         return GateVerdict(promote=False, reason="no-gain")
     return GateVerdict(promote=True, reason="ok")
 
@@ -145,14 +169,14 @@ def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
 def general_loss_pressure(base_nats: float, before_nats: float, limits: GateLimits) -> float:
     """Return how much of the allowed rise of the general loss is used up, from 0 (none) to 1.
 
-    The pressure is 1 from `FULL_PRESSURE_SHARE` of the allowed rise on, and where the loss is not finite.
+    The pressure is 1 from `FULL_PRESSURE_SHARE` of the allowed rise on, and where a loss is not finite.
 
     Args:
         base_nats: Loss of the anchor rows under the frozen base, nats per token.
         before_nats: Their loss under the previous version, nats per token.
         limits: Limits of the gate.
     """
-    if not math.isfinite(before_nats):
+    if not (math.isfinite(before_nats) and math.isfinite(base_nats)):
         return 1.0
     return min(1.0, max(0.0, before_nats - base_nats) / (FULL_PRESSURE_SHARE * limits.max_general_rise_nats))
 
@@ -168,10 +192,10 @@ def judge_general(base_nats: float, measured: Gain, limits: GateLimits) -> GateV
         measured: Their loss under the previous version and under the new one.
         limits: Limits of the gate.
     """
-    if not math.isfinite(measured.after_nats):
+    if not all(map(math.isfinite, (base_nats, measured.before_nats, measured.after_nats))):
         return GateVerdict(promote=False, reason="not-finite")
     rise, step = measured.after_nats - base_nats, measured.after_nats - measured.before_nats
-    if rise > limits.max_general_rise_nats and step > 0:
+    if not (rise <= limits.max_general_rise_nats or step <= 0):
         return GateVerdict(promote=False, reason="general-rise")
     return GateVerdict(promote=True, reason="ok")
 

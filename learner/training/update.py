@@ -7,7 +7,6 @@ relies on this when it makes the recorded updates again.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -246,7 +245,7 @@ class Updater:
             basis=HELD_OUT if rows.held_out_examples else SEEN,
             held_out_examples=rows.held_out_examples,
             anchor_base=gate.rounded(before.anchors_base),
-            anchor_before=gate.rounded(_mean(before.anchors)),
+            anchor_before=gate.rounded(gate.mean(before.anchors)),
             replayed_rows=main.replayed + closing.replayed,
             replay_missing=main.missing + closing.missing,
             strain=gate.rounded(pressure),
@@ -284,7 +283,7 @@ class Updater:
     def _pressure(self, rows: _UpdateRows, before: _LossesBefore) -> float:
         if not rows.anchors:
             return 0.0
-        return gate.general_loss_pressure(before.anchors_base, _mean(before.anchors), self._limits)
+        return gate.general_loss_pressure(before.anchors_base, gate.mean(before.anchors), self._limits)
 
     def _composition(self, steps: int, pressure: float) -> BatchComposition:
         """Return the composition of the steps: the higher the pressure, the more general text and the less replay.
@@ -342,7 +341,7 @@ class Updater:
         """Measure the final weights: the gain where nothing was held out, then the general loss."""
         probe, anchors = self._measure(rows.probe, rows.anchors, on_step=on_step)
         verdict = trial.verdict
-        figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(_mean(anchors))))
+        figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(gate.mean(anchors))))
         if not rows.held_out_examples:
             gain = gate.gain(before.probe, probe)
             verdict = gate.judge_gain(gain, self._limits)
@@ -371,7 +370,8 @@ class Updater:
     def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())
         noop = unchanged or is_noop(trained.weights)
-        return gate.judge_training(trained.norms, finite=is_finite(trained.weights), noop=noop)
+        finite = is_finite(trained.weights) and is_finite(trained.optimizer)
+        return gate.judge_training(trained.norms, trained.losses, finite=finite, noop=noop)
 
     def _measure(self, *groups: Sequence[TokenRow], on_step: Callable[[], None]) -> list[list[float]]:
         """Return the loss of each token of each group under the slot's weights, measured in one call over all groups.
@@ -382,7 +382,3 @@ class Updater:
         losses = row_token_losses(self.lora, rows, pad=self.codec.pad, adapted=True, lock=self.lock, on_step=on_step)
         of_row = iter(losses)
         return [[nats for _ in group for nats in next(of_row).tolist()] for group in groups]
-
-
-def _mean(nats: Sequence[float]) -> float:
-    return math.fsum(nats) / len(nats) if nats else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from perennial.learner.training import gate
@@ -72,22 +72,58 @@ def test_the_pressure_is_the_used_up_part_of_the_allowed_rise():
     assert gate.general_loss_pressure(3.0, 3.0 + gate.FULL_PRESSURE_SHARE * bound / 2, LIMITS) == pytest.approx(0.5)
     assert gate.general_loss_pressure(3.0, 3.0 + bound, LIMITS) == 1
     assert gate.general_loss_pressure(3.0, math.nan, LIMITS) == 1
+    assert gate.general_loss_pressure(math.nan, 3.0, LIMITS) == 1
 
 
 @pytest.mark.parametrize(
-    ("norms", "finite", "noop", "reason"),
+    ("norms", "losses", "finite", "noop", "reason"),
     [
-        ([0.5, 2.0], True, False, "ok"),
-        ([0.5, math.nan], True, False, "not-finite"),
-        ([0.5], False, False, "not-finite"),
-        ([0.5, 1e4], True, False, "gradient-explosion"),
-        ([0.5], True, True, "no-op"),
+        ([0.5, 2.0], [3.0, 2.0], True, False, "ok"),
+        ([0.5, math.nan], [3.0, 2.0], True, False, "not-finite"),
+        ([0.5, math.inf], [3.0, 2.0], True, False, "not-finite"),
+        ([0.5, 2.0], [3.0, math.nan], True, False, "not-finite"),
+        ([0.5, 2.0], [math.inf, 2.0], True, False, "not-finite"),
+        ([0.5], [3.0], False, False, "not-finite"),
+        ([0.5, 1e4], [3.0, 2.0], True, False, "gradient-explosion"),
+        ([0.5], [3.0], True, True, "no-op"),
     ],
 )
 def test_broken_training_is_refused_before_anything_is_measured(
-    norms: list[float], finite: bool, noop: bool, reason: str
+    norms: list[float], losses: list[float], finite: bool, noop: bool, reason: str
 ) -> None:
-    assert gate.judge_training(norms, finite=finite, noop=noop).reason == reason
+    assert gate.judge_training(norms, losses, finite=finite, noop=noop).reason == reason
+
+
+ANY_FLOAT = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@given(st.lists(st.tuples(ANY_FLOAT, ANY_FLOAT), min_size=1, max_size=6))
+@example([(math.inf, 1.0), (1.0, math.inf)])  # the falls are inf and -inf, whose sum math.fsum refuses
+@example([(1e308, -1e308), (1e308, 1.0)])
+@example([(1e200, 1.0), (1.0, 1.0)])
+def test_a_gain_of_figures_that_are_not_finite_is_refused_and_raises_nothing(pairs: list[tuple[float, float]]) -> None:
+    """Any float may be measured under broken weights: the gate says `not-finite`, and no function raises."""
+    before, after = [list(side) for side in zip(*pairs, strict=True)]
+    measured = gate.gain(before, after)
+    verdict = gate.judge_gain(measured, LIMITS)
+    general = gate.judge_general(before[0], measured, LIMITS)
+    assert 0 <= gate.general_loss_pressure(before[0], gate.mean(after), LIMITS) <= 1
+    if not all(map(math.isfinite, (*before, *after))):
+        assert (verdict.promote, verdict.reason) == (False, "not-finite")
+        assert (general.promote, general.reason) == (False, "not-finite")
+
+
+def test_a_general_loss_that_is_not_finite_is_refused_whichever_one_it_is() -> None:
+    for broken in (math.nan, math.inf, -math.inf):
+        assert gate.judge_general(broken, gate.Gain(3.1, 3.0, 0.0), LIMITS).reason == "not-finite"
+        assert gate.judge_general(3.0, gate.Gain(broken, 3.0, 0.0), LIMITS).reason == "not-finite"
+        assert gate.judge_general(3.0, gate.Gain(3.1, broken, 0.0), LIMITS).reason == "not-finite"
+
+
+def test_limits_that_are_not_numbers_let_nothing_through() -> None:
+    broken = GateLimits(math.nan, math.nan)
+    assert gate.judge_gain(gate.Gain(3.0, 2.0, 0.0), broken).reason == "no-gain"
+    assert gate.judge_general(3.0, gate.Gain(3.0, 3.1, 0.0), broken).reason == "general-rise"
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
+import torch
 
 from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
@@ -15,9 +18,10 @@ from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
-from perennial.learner.training import gate
+from perennial.learner.training import gate, update
 from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
+from perennial.learner.training.trainer import TrainResult, train
 from perennial.learner.training.update import Recipe, Updater, UpdateResult
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
@@ -150,6 +154,50 @@ def test_a_harmful_update_is_refused() -> None:
     assert done.reason in {"no-gain", "not-finite", "gradient-explosion"}
 
 
+@pytest.mark.parametrize("broken", ["weights", "optimizer", "losses"])
+def test_a_training_run_that_is_not_finite_is_refused_and_leaves_the_parent(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN in the weights, the optimizer's moments or a step's loss is a refusal; nothing of it becomes a state."""
+    updater = make()
+    parent = first(updater)
+
+    def broken_train(*args: Any, **more: Any) -> TrainResult:
+        result = train(*args, **more)
+        if broken == "losses":
+            return replace(result, losses=(math.nan, *result.losses[1:]))
+        tensors = dict(getattr(result, broken))
+        name = next(name for name, tensor in tensors.items() if tensor.ndim == 2)
+        tensors[name] = torch.full_like(tensors[name], math.nan)
+        return replace(result, **{broken: tensors})
+
+    monkeypatch.setattr(update, "train", broken_train)
+    done = run(updater, parent, documents(8))
+    assert (done.outcome, done.reason) == ("refused", "not-finite")
+    assert done.state is parent
+
+
+@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_measured_loss_that_is_not_finite_is_refused_and_recorded(
+    count: int, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token with an infinite loss, before and after training, is a refusal with a reason and not an exception."""
+    updater = make()
+    parent = first(updater)
+    measure = update.row_token_losses
+
+    def broken(*args: Any, **more: Any) -> list[torch.Tensor]:
+        return [torch.cat([nats[:-1], torch.tensor([value])]) for nats in measure(*args, **more)]
+
+    monkeypatch.setattr(update, "row_token_losses", broken)
+    done = run(updater, parent, documents(count))
+    assert (done.outcome, done.reason, done.gate.reason) == ("refused", "not-finite", "not-finite")
+    assert done.state is parent
+    assert done.gate.loss_before is None
+    assert done.gate.anchor_before is None
+
+
 def test_an_update_that_gains_too_little_is_refused() -> None:
     updater = make(replace(RECIPE, min_gain_nats=50.0))
     done = run(updater, first(updater), documents(8))
@@ -198,8 +246,6 @@ def test_the_shipped_base_answers_as_corrected_after_a_few_updates() -> None:
 
 
 def answer(updater: Updater, prompt: list[int]) -> str:
-    import torch
-
     ids = list(prompt)
     updater.lora.select()
     with torch.no_grad():

@@ -120,6 +120,7 @@ def test_credentials_of_s3_are_read_and_shown_nowhere(monkeypatch):
         ("PERENNIAL_RANK", "many"), ("PERENNIAL_MAX_AGE_S", "0"), ("PERENNIAL_MAX_AGE_S", "nan"),
         ("PERENNIAL_TOPIC_PREFIX", "a b"), ("PERENNIAL_DEVICE", "tpu"), ("PERENNIAL_METRICS_PORT", "65536"),
         ("PERENNIAL_REPLAY_SHARE", "1.5"), ("PERENNIAL_LEARN_TURNS", "maybe"), ("PERENNIAL_STEPS", ""),
+        ("PERENNIAL_MIN_GAIN_NATS", "nan"), ("PERENNIAL_LEARNING_RATE", "inf"),
     ],
 )  # fmt: skip
 def test_an_unusable_variable_is_named(monkeypatch, variable, value):
