@@ -379,6 +379,10 @@ class ForgetRequested(Event):
     """Examples published after this time, in milliseconds since 1970, are not matched: they are new."""
     suppress: bool = True
     """True to refuse the same texts if they are published again."""
+    emergency: bool = False
+    """True to take affected versions out of service at once; False to serve them until the rebuilt version is ready."""
+    prepare: bool = False
+    """True to only rebuild ahead of time: nothing is published or deleted until a job for the same examples comes."""
     reason: str = ""
 
     def key(self) -> str:
