@@ -128,6 +128,10 @@ class Origin(BaseModel):
     topic_id: str
     partition: Count
     offset: Count
+    leader_epoch: Count = 0
+    """Leader epoch of the partition that Kafka stored with the record, 0 where it stored none. It is the same whenever
+    the record is read. After a lost log tail or an unclean leader election the same offset comes again under a higher
+    epoch, and is another record."""
     timestamp_ms: int
     """When the record was published, in milliseconds since 1970."""
 
@@ -165,6 +169,9 @@ class ExampleAccepted(Event):
     observed_at: AwareDatetime | None = None
     revises: str | None = None
     """Id of the example of the same document that this one follows with another text."""
+    returned: bool = False
+    """True where the same example was published before and must be learned again: it had been refused, or another text
+    of the same document came in between. It is not a duplicate."""
     origin: Origin
 
     def key(self) -> str:

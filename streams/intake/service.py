@@ -205,7 +205,9 @@ class Intake:
                 headers = message_headers(message)
             except (UnicodeDecodeError, SystemError):
                 broken = _BROKEN_HEADERS
-            decision = broken or state.acceptor.accept(message.value(), headers, offset, timestamp_ms)
+            decision = broken or state.acceptor.accept(
+                message.value(), headers, offset, timestamp_ms, message.leader_epoch() or 0
+            )
             state.next_offset, state.last_ms = offset + 1, timestamp_ms
             if offset < state.resume_at:
                 continue

@@ -122,7 +122,9 @@ class Acceptor:
         """Return the number of different examples in the window."""
         return len(self._by_example)
 
-    def accept(self, value: bytes | None, headers: Headers | None, offset: int, timestamp_ms: int) -> Decision:
+    def accept(
+        self, value: bytes | None, headers: Headers | None, offset: int, timestamp_ms: int, leader_epoch: int = 0
+    ) -> Decision:
         """Decide about one record. Invalid bytes are Refused and never raise an exception.
 
         Args:
@@ -130,6 +132,7 @@ class Acceptor:
             headers: The record's headers.
             offset: The record's offset, greater than that of the record before.
             timestamp_ms: The record's time in ms since the epoch. It is clamped to the years 1970 to 9999.
+            leader_epoch: The leader epoch that Kafka stored with the record; 0 where it stored none.
 
         Returns:
             The decision.
@@ -164,7 +167,9 @@ class Acceptor:
         fields["example_id"] = example_id
         if revised is not None:
             fields["revises"] = revised[1]
-        fields["origin"] = {**self._origin, "offset": offset, "timestamp_ms": at_ms}
+        fields["origin"] = {
+            **self._origin, "offset": offset, "leader_epoch": leader_epoch, "timestamp_ms": at_ms,
+        }  # fmt: skip
         if at_ms != self._last_time[0]:  # records of one batch often share their time
             self._last_time = (at_ms, datetime.fromtimestamp(at_ms / 1000, UTC).isoformat().encode())
         out = [*_FIXED_HEADERS, ("ce_id", example_id.encode()), ("ce_time", self._last_time[1])]

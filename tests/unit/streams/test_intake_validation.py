@@ -96,6 +96,18 @@ def test_an_interaction_becomes_an_example(event, learn_turns):
     assert example.subjects == event.subjects
 
 
+def test_the_origin_carries_the_leader_epoch_of_the_record():
+    assert example_of(acceptor().accept(document(), None, 7, AT_MS, 3)).origin.leader_epoch == 3
+    assert accepted(document()).origin.leader_epoch == 0
+
+
+def test_an_example_of_an_older_writer_is_neither_returned_nor_of_a_later_epoch():
+    older = json.loads(acceptor().accept(document(), None, 0, AT_MS).value)
+    del older["origin"]["leader_epoch"]
+    example = ExampleAccepted.model_validate_json(json.dumps(older))
+    assert (example.origin.leader_epoch, example.returned) == (0, False)
+
+
 def test_a_repeated_text_is_a_duplicate_and_a_changed_text_a_revision():
     window = acceptor()
     first = example_of(window.accept(document("one"), None, 0, AT_MS))
