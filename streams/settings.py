@@ -20,16 +20,20 @@ from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.s3_settings import S3Settings
+from perennial.streams.addresses import is_loopback, kafka_servers, without_brackets
 
 ENV_PREFIX: Final = "PERENNIAL_"
+_ENV_ENCODING: Final = "utf-8-sig"
+"""Some editors begin a file with a byte order mark; as plain UTF-8 it would hide the first variable."""
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -41,8 +45,34 @@ class SettingsError(PerennialError):
     exit_code = 2
 
 
+def expand_path(path: str | Path) -> Path:
+    """Return a path with its leading `~` or `~user` replaced by that home folder.
+
+    Every path that a user gives goes through here, so that no two readers of one path see two folders, and no folder
+    named `~` is made.
+
+    Raises:
+        SettingsError: There is no such user.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise SettingsError(
+            "the home folder in a path is not known", got=str(path), allowed="~, or ~ and the name of a user",
+            remedy="write the path out",
+        ) from error  # fmt: skip
+
+
+def _expanded(path: str | Path) -> Path:
+    """Return `expand_path` for a validator, which reports a ValueError."""
+    try:
+        return expand_path(path)
+    except SettingsError as error:
+        raise ValueError(f"{error.allowed}") from error
+
+
 def _home(kind: str, fallback: str) -> Path:
-    return Path(os.environ.get(kind) or Path.home() / fallback) / "perennial"
+    return expand_path(os.environ.get(kind) or Path.home() / fallback) / "perennial"
 
 
 def default_data_dir() -> Path:
@@ -57,12 +87,13 @@ def cache_dir() -> Path:
 
 class _Group(BaseSettings):
     model_config = SettingsConfigDict(
-        # A limit of NaN would refuse nothing: every comparison with it is false.
         env_prefix=ENV_PREFIX,
         env_file=".env",
+        env_file_encoding=_ENV_ENCODING,
         extra="ignore",
         frozen=True,
         populate_by_name=True,
+        # A limit of NaN would refuse nothing: every comparison with it is false.
         allow_inf_nan=False,
     )
 
@@ -83,8 +114,13 @@ class KafkaSettings(_Group):
     )
     replication: PositiveInt = Field(1, description="replication factor of the topics, when they are created")
 
+    @field_validator("bootstrap")
+    @classmethod
+    def _normalise(cls, bootstrap: str) -> str:
+        return ",".join(kafka_servers(bootstrap))
+
     def require_bootstrap(self) -> str:
-        """Return the bootstrap servers.
+        """Return the bootstrap servers as `host:port[,host:port]`, without blanks and schemes.
 
         Raises:
             SettingsError: the variable is empty.
@@ -114,6 +150,18 @@ class StoreSettings(_Group):
     data_dir: Path = Field(
         default_factory=default_data_dir, description="folder in which `perennial up` keeps its topics and objects"
     )
+
+    @field_validator("uri")
+    @classmethod
+    def _expand_uri(cls, uri: str) -> str:
+        return str(_expanded(uri)) if uri.startswith("~") else uri
+
+    @field_validator("data_dir", mode="before")
+    @classmethod
+    def _expand_data_dir(cls, data_dir: object) -> object:
+        if data_dir == "":  # a variable that is set to nothing; Path("") would be the working directory
+            return default_data_dir()
+        return _expanded(data_dir) if isinstance(data_dir, str | Path) else data_dir
 
     def require_uri(self) -> str:
         """Return the object store's address.
@@ -247,13 +295,37 @@ class ObserveSettings(_Group):
     """Metrics, health and logs."""
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port of /metrics and /healthz; 0: off")
-    metrics_host: str = Field("127.0.0.1", description="address of /metrics and /healthz")
+    metrics_host: str = Field("127.0.0.1", description="address that /metrics and /healthz listen on")
     stall_s: PositiveFloat = Field(
         120.0, description="seconds without progress, while work waits, after which /healthz answers 503"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="lowest level of the messages that roles log to stderr"
     )
+
+    @field_validator("metrics_host")
+    @classmethod
+    def _bare_host(cls, host: str) -> str:
+        return without_brackets(host)
+
+
+class DevstackSettings(_Group):
+    """The embedded broker of `perennial up`."""
+
+    maven_url: str = Field(
+        "",
+        description="Maven repository with the jars of the embedded broker, https unless it is on this machine; empty: "
+        "Maven Central",
+    )
+
+    @field_validator("maven_url")
+    @classmethod
+    def _check_maven_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        safe = parts.scheme == "https" or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+        if url and not (safe and parts.hostname):
+            raise ValueError("an https:// address, or an http:// one of this machine (localhost, 127.0.0.1)")
+        return url.rstrip("/")
 
 
 class Settings(BaseModel):
@@ -281,6 +353,7 @@ class Settings(BaseModel):
     gate: GateSettings = Field(default_factory=GateSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     observe: ObserveSettings = Field(default_factory=ObserveSettings)
+    devstack: DevstackSettings = Field(default_factory=DevstackSettings)
     s3: S3Settings = Field(default_factory=lambda: _s3_settings(".env"), exclude=True, repr=False)
 
     @classmethod
@@ -328,7 +401,7 @@ class Settings(BaseModel):
 
 
 def _s3_settings(env_file: str | None) -> S3Settings:
-    lines = dotenv_values(env_file) if env_file else {}
+    lines = dotenv_values(env_file, encoding=_ENV_ENCODING) if env_file else {}
     return S3Settings.from_env({**{name: value or "" for name, value in lines.items()}, **os.environ})
 
 
@@ -389,9 +462,15 @@ def load_settings(**values: Any) -> Settings:
         raise SettingsError(
             f"{variable} is not usable",
             got=first.get("input"),
-            allowed=first["msg"],
+            allowed=first["msg"].removeprefix("Value error, "),
             remedy=f"correct or unset {variable}",
         ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise SettingsError(
+            "the file .env cannot be read", got=f"{Path('.env').absolute()}: {reason}",
+            allowed="lines NAME=value in UTF-8", remedy="correct the file, or run in another folder",
+        ) from error  # fmt: skip
 
 
 def _variable_at(location: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, field_validator
 
 from perennial.storage.errors import StoreError
 
@@ -85,6 +85,11 @@ class S3Settings(BaseModel):
         description="certificates to trust; by default those of certifi",
     )
 
+    @field_validator("access_key_file", "secret_key_file", "session_token_file", "ca_file")
+    @classmethod
+    def _expand(cls, path: str) -> str:
+        return os.path.expanduser(path)  # noqa: PTH111  # Path.expanduser raises for an unknown user; reading names it
+
     @classmethod
     def from_env(cls, env: Mapping[str, str] | None = None) -> Self:
         """Read the settings from environment variables.
@@ -150,7 +155,7 @@ def _secret(name: str, value: SecretStr, path: str, fallback: SecretStr) -> str:
     if not path:
         return fallback.get_secret_value()
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8").strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise StoreError(
             f"PERENNIAL_S3_{name}_FILE cannot be read",

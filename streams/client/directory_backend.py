@@ -67,7 +67,7 @@ class DirectoryBackend:
         grace_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.base_sha256 = base_sha256
         self._grace_s = grace_s
         self._clock = clock

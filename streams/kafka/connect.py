@@ -10,6 +10,8 @@ from typing import Any
 from kafka.errors import KafkaConnectionError, KafkaError
 from kafka.net.compat import KafkaNetClient
 
+from perennial.streams.addresses import kafka_servers
+
 _log = logging.getLogger("perennial.kafka")
 
 
@@ -79,7 +81,7 @@ def require_listener(bootstrap: str, timeout_s: float) -> list[str]:
     Call it before creating a kafka-python client: kafka-python 3.0.12 leaks a socket with every refused attempt.
 
     Args:
-        bootstrap: Brokers as `host:port[,host:port]`.
+        bootstrap: Brokers as `host:port[,host:port]`; other spellings as `kafka_servers` takes them.
         timeout_s: Seconds for all attempts together.
 
     Returns:
@@ -87,14 +89,12 @@ def require_listener(bootstrap: str, timeout_s: float) -> list[str]:
 
     Raises:
         KafkaConnectionError: No broker accepts a connection.
-        ValueError: A part is not `host:port`.
+        ValueError: A part is no address.
     """
-    servers = [part.strip() for part in bootstrap.split(",") if part.strip()]
+    servers = kafka_servers(bootstrap)
     failures: list[str] = []
     for server in servers:
         host, _, port = server.rpartition(":")
-        if not host or not port.isdigit():
-            raise ValueError(f"not host:port: {server!r}")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s / len(servers)).close()
         except (OSError, OverflowError) as error:

@@ -41,6 +41,7 @@ from perennial.streams.devstack.embedded_kafka.kafka_storage import format_stora
 from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port, is_free
+from perennial.streams.settings import expand_path
 
 __all__ = ["KAFKA_VERSION", "BrokerError", "EmbeddedBroker", "fetch_jars"]
 
@@ -96,7 +97,7 @@ class EmbeddedBroker:
                 allowed="any other broker setting",
                 remedy=f"leave it out; for a broker set up otherwise, {OWN_BROKER}",
             )
-        self._data_dir = None if data_dir is None else Path(data_dir).absolute()
+        self._data_dir = None if data_dir is None else expand_path(data_dir).absolute()
         self._wanted_port = port
         self._progress = on_progress
         self._heap_mb = heap_mb

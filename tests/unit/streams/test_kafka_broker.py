@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,10 @@ from perennial.streams.devstack.embedded_kafka.kafka_config import (
     render_properties,
     server_properties,
 )
+from perennial.streams.devstack.embedded_kafka.kafka_jar_digests import JAR_SHA256
 from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
+from perennial.streams.settings import SettingsError, load_settings
 from tests.services import sigint_ignored
 
 
@@ -32,13 +35,20 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return kafka_jars.kafka_home()
 
 
+JARS = {"a.jar": b"12345", "b.jar": b"123"}
+
+
+@pytest.fixture(autouse=True)
+def pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class path is two small files."""
+    monkeypatch.setattr(kafka_jars, "JAR_SHA256", {name: sha256(jar).hexdigest() for name, jar in JARS.items()})
+
+
 def fill(home: Path) -> list[Path]:
     jars = home / "jars"
     jars.mkdir(parents=True)
-    (jars / "a.jar").write_bytes(b"12345")
-    (jars / "b.jar").write_bytes(b"123")
-    listed = {"schema": 1, "artifact": kafka_jars.KAFKA_ARTIFACT, "jars": {"a.jar": 5, "b.jar": 3}}
-    (home / "classpath.json").write_text(json.dumps(listed))
+    for name, content in JARS.items():
+        (jars / name).write_bytes(content)
     return [jars / "a.jar", jars / "b.jar"]
 
 
@@ -101,20 +111,75 @@ def test_a_filled_cache_needs_no_network_and_says_nothing(cache: Path, monkeypat
     assert fetch_jars(pytest.fail) == jars
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "version", "junk"])
-def test_a_damaged_cache_is_not_used(cache: Path, damage: str):
+@pytest.mark.parametrize("damage", ["missing", "short", "exchanged"])
+def test_a_jar_that_is_not_the_pinned_one_is_not_used(cache: Path, damage: str):
+    """A jar in the cache that was exchanged for one of the same size ran as the broker."""
     fill(cache)
     match damage:
         case "missing":
             (cache / "jars" / "a.jar").unlink()
         case "short":
             (cache / "jars" / "b.jar").write_bytes(b"1")
-        case "version":
-            listed = (cache / "classpath.json").read_text()
-            (cache / "classpath.json").write_text(listed.replace(kafka_jars.KAFKA_VERSION, "3.9.0"))
         case _:
-            (cache / "classpath.json").write_text('{"schema":1}')
+            (cache / "jars" / "a.jar").write_bytes(b"12346")
     assert kafka_jars.read_classpath(cache) is None
+
+
+@pytest.mark.parametrize(
+    ("served", "said"),
+    [
+        ({**JARS, "a.jar": b"evil!"}, "a.jar with another SHA-256"),
+        ({"a.jar": b"12345"}, "no b.jar"),
+        ({**JARS, "c.jar": b"more"}, "c.jar, which is not on the class path"),
+    ],
+)
+def test_a_repository_that_serves_other_jars_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch, served, said):
+    def download(repository: Path, _progress: object):
+        repository.mkdir()
+        for name, content in served.items():
+            (repository / name).write_bytes(content)
+            yield repository / name
+
+    monkeypatch.setattr(kafka_jars, "_download", download)
+    with pytest.raises(BrokerError) as caught:
+        fetch_jars()
+    assert said in caught.value.got
+    assert not cache.exists()
+
+
+def test_every_jar_of_the_class_path_is_pinned():
+    assert len(JAR_SHA256) == 45
+    assert f"kafka_2.13-{kafka_jars.KAFKA_VERSION}.jar" in JAR_SHA256
+    assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in JAR_SHA256.values())
+
+
+@pytest.mark.parametrize("url", ["http://mirror.example/maven2", "ftp://localhost/x", "file:///repo", "mirror:8081"])
+def test_a_mirror_without_tls_is_refused_unless_it_is_this_machine(monkeypatch: pytest.MonkeyPatch, url: str):
+    monkeypatch.setenv("PERENNIAL_MAVEN_URL", url)
+    with pytest.raises(SettingsError, match="PERENNIAL_MAVEN_URL is not usable"):
+        load_settings()
+    for allowed in (
+        "https://mirror.example/maven2/",
+        "http://127.0.0.1:8081/m",
+        "http://[::1]:8081",
+        "http://localhost",
+    ):
+        monkeypatch.setenv("PERENNIAL_MAVEN_URL", allowed)
+        assert load_settings().devstack.maven_url == allowed.rstrip("/")
+
+
+def test_case_09_a_mirror_on_this_machine_is_not_asked_through_the_proxy(monkeypatch: pytest.MonkeyPatch):
+    """requests sends even 127.0.0.1 through http_proxy."""
+    from requests.utils import should_bypass_proxies
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "elsewhere")
+    for host in ("127.0.0.1", "localhost"):
+        with kafka_jars._no_proxy_for(host):
+            assert should_bypass_proxies(f"http://{host}:1/m", no_proxy=None)
+    with kafka_jars._no_proxy_for("mirror.example"):
+        assert not should_bypass_proxies("http://mirror.example/m", no_proxy=None)
+    assert os.environ["no_proxy"] == "elsewhere"
 
 
 def test_no_jars_and_no_network_is_an_error_with_remedies(cache: Path, monkeypatch: pytest.MonkeyPatch):

@@ -42,7 +42,14 @@ def test_flat_names_are_unique_and_every_variable_sets_its_field(monkeypatch):
     assert {"PERENNIAL_KAFKA", "PERENNIAL_STORE", "PERENNIAL_MAX_AGE_S"} <= set(variables)
     for group, variable, field in all_fields():
         name = next(name for name, info in getattr(Settings(), group).__class__.model_fields.items() if info is field)
-        value = {"data_dir": "/elsewhere", "device": "cpu", "log_level": "debug", "learn_turns": "true"}.get(name, "1")
+        value = {
+            "data_dir": "/elsewhere",
+            "device": "cpu",
+            "log_level": "debug",
+            "learn_turns": "true",
+            "bootstrap": "a:1",
+            "maven_url": "https://mirror",
+        }.get(name, "1")
         monkeypatch.setenv(variable, value)
         assert str(getattr(getattr(Settings(), group), name)) in {value, f"{value}.0", "True"}, variable
         monkeypatch.delenv(variable)
@@ -178,3 +185,67 @@ def test_s3_is_read_from_the_env_file_too_and_the_environment_comes_first(tmp_pa
     monkeypatch.setenv("PERENNIAL_S3_ENDPOINT", "minio:9000")
     assert Settings.of(env_file=str(file)).s3.endpoint == "minio:9000"
     assert Settings.of(env_file=None).s3.secret_key.get_secret_value() == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [
+        ("localhost:9092", "localhost:9092"), ("PLAINTEXT://127.0.0.1:19392", "127.0.0.1:19392"),
+        ("kafka://broker:1/", "broker:1"), (" a:1 , plaintext://b:2,", "a:1,b:2"), ("broker", "broker:9092"),
+        ("[::1]:9092, [0:0:0:0:0:0:0:1]:9092", "[::1]:9092"), ("KAFKA://[FE80::1]", "[fe80::1]:9092"), (" ", ""),
+    ],
+)  # fmt: skip
+def test_case_21_every_client_gets_one_spelling_of_the_brokers(monkeypatch, given, read):
+    """PLAINTEXT://host:port reached every command and intake, and ended the role streams in a traceback."""
+    monkeypatch.setenv("PERENNIAL_KAFKA", given)
+    assert load_settings().kafka.bootstrap == read
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["SSL://a:1", "SASL_PLAINTEXT://a:1", "a:b", "a:0", "a:65536", "::1:9092", "[::x]:1", "a b:1", ",", "a:1;b:1"],
+)
+def test_case_21_an_unusable_spelling_of_the_brokers_is_refused(monkeypatch, given):
+    monkeypatch.setenv("PERENNIAL_KAFKA", given)
+    with pytest.raises(SettingsError) as caught:
+        load_settings()
+    assert caught.value.got == given
+    assert "host:port[,host:port]" in caught.value.allowed
+    assert "PERENNIAL_KAFKA" in caught.value.remedy
+
+
+def test_case_18_a_tilde_is_the_home_folder_for_every_reader_of_a_path(monkeypatch, tmp_path):
+    """PERENNIAL_DATA_DIR=~/x put Kafka into ./~/x and the store into $HOME/x."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / ".env").write_text("PERENNIAL_DATA_DIR=~/data\nPERENNIAL_STORE=~/objects\nPERENNIAL_S3_CA_FILE=~/ca\n")
+    monkeypatch.setenv("XDG_CACHE_HOME", "~/cache")
+    settings = load_settings()
+    home = tmp_path / "home"
+    assert (settings.store.data_dir, settings.store.uri) == (home / "data", str(home / "objects"))
+    assert settings.s3.ca_file == str(home / "ca")
+    assert module.cache_dir() == home / "cache" / "perennial"
+    assert settings.replace(data_dir="~/other").store.data_dir == home / "other"
+    monkeypatch.setenv("XDG_DATA_HOME", "~/share")
+    monkeypatch.setenv("PERENNIAL_DATA_DIR", "")  # set to nothing is not the working directory
+    assert load_settings().store.data_dir == home / "share" / "perennial"
+    assert load_settings(store="s3://bucket/~").store.uri == "s3://bucket/~"
+
+
+def test_case_18_the_home_of_an_unknown_user_is_refused(monkeypatch):
+    for name in ("DATA_DIR", "STORE"):
+        with pytest.raises(SettingsError, match=f"PERENNIAL_{name} is not usable") as caught:
+            load_settings(**{name.lower(): "~no-such-user/x"})
+        assert caught.value.got == "~no-such-user/x"
+
+
+def test_case_06_an_env_file_that_cannot_be_read_is_no_traceback(tmp_path):
+    (tmp_path / ".env").write_bytes(b"PERENNIAL_KAFKA=\xff:1\n")
+    with pytest.raises(SettingsError, match=r"\.env cannot be read"):
+        load_settings()
+
+
+def test_case_07_a_byte_order_mark_does_not_hide_the_first_variable(tmp_path):
+    (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfPERENNIAL_KAFKA=a:1\n")
+    assert load_settings().kafka.bootstrap == "a:1"
+    (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfPERENNIAL_S3_ENDPOINT=b:1\n")
+    assert load_settings().s3.endpoint == "b:1"
