@@ -10,13 +10,16 @@ import os
 import sys
 
 TIMEOUT_S = 2.0
+LOOPBACK_OF = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # read, not bound
+"""Addresses that stand for every interface, and the one to ask; http.client uses no proxy."""
 
 
 def main() -> int:
     """0: ready; 1: it answers and is not; 2: it does not answer."""
     try:
+        host = os.environ.get("PERENNIAL_METRICS_HOST", "").strip().removeprefix("[").removesuffix("]")
         connection = http.client.HTTPConnection(
-            "127.0.0.1", int(os.environ["PERENNIAL_METRICS_PORT"]), timeout=TIMEOUT_S
+            LOOPBACK_OF.get(host, host), int(os.environ["PERENNIAL_METRICS_PORT"]), timeout=TIMEOUT_S
         )
         connection.request("GET", "/healthz")
         answer = connection.getresponse()

@@ -10,13 +10,14 @@ import socket
 import subprocess
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
+from perennial.streams.addresses import direct_opener
 
 START_TIMEOUT_S = 120.0
 
@@ -132,7 +133,7 @@ def start_minio(tmp: Path) -> MinioServer:
         if process.poll() is not None:
             break
         try:
-            with urllib.request.urlopen(f"{server.endpoint}/minio/health/ready", timeout=5):
+            with direct_opener().open(f"{server.endpoint}/minio/health/ready", timeout=5):
                 return server
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)

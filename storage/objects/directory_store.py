@@ -28,7 +28,8 @@ class DirectoryStore:
     power cut. Compare-and-swap holds an flock on one of 4,096 lock files, chosen by the key's hash.
 
     Args:
-        root: the folder; created if it does not exist.
+        root: the folder; created if it does not exist, and then only this user may enter it. To share the store with
+            other users, make the folder with the mode that you want.
         fsync: wait until writes are on disk; False is for tests.
     """
 
@@ -38,6 +39,7 @@ class DirectoryStore:
         self._fsync = fsync
         self._anonymous = hasattr(os, "O_TMPFILE")
         with self._mapped_errors("open"):
+            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
             for folder in (_LOCKS, _TEMPORARY):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
 

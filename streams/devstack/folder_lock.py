@@ -46,9 +46,25 @@ def lock_folder(path: Path, wait_s: float = 0.0) -> int:
     raise FolderLockedError(got=f"process {holder}" if holder else "a process that is just starting")
 
 
-def _take(lock: int) -> bool:
+def is_locked(path: Path) -> bool:
+    """Return True where a process holds the lock on a file. A missing file is not locked.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    try:
+        return not _take(lock, fcntl.LOCK_SH)
+    finally:
+        os.close(lock)
+
+
+def _take(lock: int, kind: int = fcntl.LOCK_EX) -> bool:
+    try:
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in {errno.EWOULDBLOCK, errno.EACCES}:
             return False

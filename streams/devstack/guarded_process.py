@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from perennial.streams.devstack import process_guard
+from perennial.streams.devstack.private_files import PRIVATE_UMASK, open_private_log
 
 
 def start_guarded(
@@ -23,6 +24,8 @@ def start_guarded(
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a command under a guard, in a session of its own: Ctrl-C at the terminal reaches only the owner.
+
+    What the command writes is readable for this user only.
 
     Args:
         command: the command to run.
@@ -39,11 +42,11 @@ def start_guarded(
     """
     guard = [sys.executable, "-I", "-S", process_guard.__file__]
     arguments = [str(owner_pid or os.getpid()), str(grace_s), str(lock), str(remove or "")]
-    with log_path.open("ab") as log:
+    with open_private_log(log_path) as log:
         return subprocess.Popen(
             [*guard, *arguments, *command],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, cwd=folder, env=environment,
-            pass_fds=(lock,), start_new_session=True,
+            pass_fds=(lock,), start_new_session=True, umask=PRIVATE_UMASK,
         )  # fmt: skip
 
 

@@ -14,22 +14,22 @@ import shutil
 import signal
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from perennial.storage.errors import StoreError
+from perennial.streams.addresses import direct_opener
 from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port
+from perennial.streams.devstack.private_files import private_folder
 from perennial.streams.settings import SettingsError, cache_dir
 
 MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
 """As `go install` takes it: MinIO ships no binaries any more, and its release tags are no module versions."""
 STORE_URI = "s3://perennial"
 
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Requests to this machine must not go through the proxy that http_proxy names."""
+_DIRECT = direct_opener()
 _PORT_ATTEMPTS = 3
 _GRACE_S = 10.0
 _POLL_S = 0.1
@@ -116,8 +116,7 @@ class MinioServer:
             MinioServerError: the server does not start, or the folder is in use. Nothing is left running then.
         """
         binary = find_minio()
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        (self._folder / "objects").mkdir(exist_ok=True)
+        private_folder(private_folder(self._folder, self._report) / "objects", self._report)
         for name, length in (("access-key", 10), ("secret-key", 20)):
             _secret_file(self._folder / name, length)
         if self.log_path.exists() and self.log_path.stat().st_size > _LOG_KEPT_BYTES:
@@ -191,7 +190,7 @@ class MinioServer:
     def _ready(self, deadline: float) -> bool:
         while self.running and time.monotonic() < deadline:
             try:
-                with _NO_PROXY.open(f"{self.endpoint}/minio/health/ready", timeout=1):
+                with _DIRECT.open(f"{self.endpoint}/minio/health/ready", timeout=1):
                     return True
             except OSError:
                 time.sleep(_POLL_S)

@@ -18,14 +18,17 @@ from rich.panel import Panel
 from perennial.extras import require_extra
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.s3_settings import S3Settings
-from perennial.streams.devstack.discovery import announce, running, withdraw
+from perennial.streams.addresses import http_url
+from perennial.streams.devstack.discovery import ANNOUNCEMENT_FILES, announce, claim, withdraw
 from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
+from perennial.streams.devstack.private_files import private_folder
 from perennial.streams.devstack.signals import STOP_SIGNALS, interrupt_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings, SettingsError, load_settings
 
+_PARTS = ("kafka", "store", "minio", "logs")
 _BROKER_START_S = 120.0
 """The broker shares the processors with the roles that load at the same time."""
 
@@ -130,21 +133,39 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
         The exit code, 0.
 
     Raises:
-        SettingsError: `perennial up` already runs in this data folder, or the store does not fit it.
+        SettingsError: `perennial up` already runs in this data folder, the folder is not usable, or the store does not
+            fit it.
         PerennialError: something did not start; nothing is left running then.
     """
     interrupt_on_stop_signals()
     settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
     require_extra("worker" if settings.kafka.bootstrap else "all", "`perennial up`")
-    other = running(settings.store.data_dir)
-    if other:
-        raise SettingsError(
-            "perennial already runs in this data folder",
-            got=f"pid {other['pid']}, Kafka at {other.get('kafka')}",
-            remedy="use that one, stop it, or name another --data-dir",
-        )
     settings, minio = _choose_store(settings, store)
     console = Console(stderr=True)
+    lock = _claim_folder(settings.store.data_dir, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    try:
+        return _run(settings, port, console, shared_model=shared_model, minio=minio)
+    finally:
+        os.close(lock)
+
+
+def _claim_folder(data_dir: Path, on_progress: Callable[[str], None]) -> int:
+    """Make the data folder one that only this user may enter, and return its lock."""
+    try:
+        private_folder(data_dir, on_progress, ours=(*_PARTS, *ANNOUNCEMENT_FILES))
+        for name in _PARTS:
+            if (data_dir / name).exists():
+                private_folder(data_dir / name, on_progress)
+        return claim(data_dir)
+    except OSError as error:
+        raise SettingsError(
+            "the data folder is not usable", got=f"{data_dir}: {error.strerror or error}",
+            allowed="a folder that this user owns and may write to",
+            remedy="name another one by --data-dir or PERENNIAL_DATA_DIR",
+        ) from error  # fmt: skip
+
+
+def _run(settings: Settings, port: int | None, console: Console, *, shared_model: bool, minio: bool) -> int:
     stop = threading.Event()
 
     def on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -214,7 +235,10 @@ def _announce(stack: Stack, console: Console) -> None:
         f"store     {settings.store.uri}",
         *(f"          {name}={value}" for name, value in stack.s3_environment.items() if value),
         f"logs      {settings.store.data_dir / 'logs'}",
-        *(f"metrics   http://127.0.0.1:{port}/metrics  ({name})" for name, port in ports.items()),
+        *(
+            f"metrics   {http_url(settings.observe.metrics_host, port, '/metrics')}  ({name})"
+            for name, port in ports.items()
+        ),
         "",
         "publish   perennial publish documents FILE.jsonl",
         """          echo '{"adapter":"acme/support","document_id":"1","text":"…"}' \\""",

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from perennial.storage.errors import PerennialError
+from perennial.streams.addresses import direct_opener, http_url
 from perennial.streams.devstack.ports import HOST, free_port
+from perennial.streams.devstack.private_files import PRIVATE_UMASK, open_private_log, private_folder
 from perennial.streams.settings import Settings
 
 ROLES: tuple[str, ...] = ("intake", "streams", "scorer", "learner")
@@ -28,8 +29,7 @@ _RESTART_DELAYS_S = (0.5, 1, 2, 5, 10)
 _STEADY_S = 30.0
 """A role that ran for at least so long is restarted after the shortest delay again."""
 _PR_SET_PDEATHSIG = 1
-_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""Requests to this machine must not go through the proxy that http_proxy names."""
+_DIRECT = direct_opener()
 
 
 class RoleError(PerennialError):
@@ -56,18 +56,19 @@ def die_with_parent(parent_pid: int) -> None:
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
 
 
-def health(port: int, timeout_s: float = 1.0) -> dict[str, object] | None:
+def health(port: int, timeout_s: float = 1.0, host: str = HOST) -> dict[str, object] | None:
     """Ask a role on this machine for its health.
 
     Args:
         port: its metrics port.
         timeout_s: how long to wait for the answer.
+        host: the address that it listens on, as PERENNIAL_METRICS_HOST says.
 
     Returns:
         The answer of /healthz with a field `ok`; None where nothing answers.
     """
     try:
-        with _NO_PROXY.open(f"http://{HOST}:{port}/healthz", timeout=timeout_s) as answer:
+        with _DIRECT.open(http_url(host, port, "/healthz"), timeout=timeout_s) as answer:
             return {"ok": True, **json.loads(answer.read(65536))}
     except urllib.error.HTTPError as error:
         with contextlib.suppress(ValueError):
@@ -116,14 +117,14 @@ class Role:
         self.waits_for_settings = True
 
     def _spawn(self, command: list[str], stdin: int) -> None:
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        with self.log_path.open("ab") as log:
+        with open_private_log(private_folder(self.log_path.parent) / self.log_path.name) as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=stdin,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
+                umask=PRIVATE_UMASK,
                 start_new_session=True,  # Ctrl-C at the terminal reaches only the supervisor, which stops roles in order
             )
 
@@ -213,7 +214,7 @@ class Supervisor:
         waiting = dict(self.children)
         while waiting:
             for name, role in list(waiting.items()):
-                answer = health(role.port)
+                answer = health(role.port, host=self.settings.observe.metrics_host)
                 if answer and answer["ok"] and answer.get("status") != "starting":
                     del waiting[name]
                     on_ready(name)

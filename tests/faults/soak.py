@@ -296,7 +296,11 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this with SIGINT ignored
     folder = Path(tempfile.mkdtemp(prefix="perennial-soak-"))
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes, logs and data in {folder}", flush=True)
-    verdict = soak(arguments.minutes, arguments.seed, folder)
+    try:
+        verdict = soak(arguments.minutes, arguments.seed, folder)
+    except PerennialError as error:  # no MinIO, no Java: there is nothing to judge
+        print(f"the soak could not run: {error}", file=sys.stderr)
+        return error.exit_code
     for line in verdict.lines():
         print(line)
     stalled = verdict.figures["quiet_s"] > STALL_S

@@ -280,6 +280,13 @@ def test_the_wheel_of_the_image_holds_every_module_and_the_shipped_base(tmp_path
     assert wanted - held == set()
 
 
+def test_case_09_health_checks_use_no_proxy():
+    """Docker hands the proxy of its client's configuration to every container, and curl and wget obey it."""
+    tests = [service.get("healthcheck", {}).get("test", []) for service in SERVICES.values()]
+    assert all("--noproxy" in test for test in tests if "curl" in test)
+    assert all("-Y off" in " ".join(test) for test in tests if "wget" in test)
+
+
 @pytest.mark.parametrize(
     ("status", "body", "code"),
     [("ok", None, 0), ("starting", None, 1), ("stalled", None, 1), ("nobody", None, 2)],

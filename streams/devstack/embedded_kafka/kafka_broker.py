@@ -41,6 +41,7 @@ from perennial.streams.devstack.embedded_kafka.kafka_storage import format_stora
 from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folder
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port, is_free
+from perennial.streams.devstack.private_files import private_folder
 from perennial.streams.settings import expand_path
 
 __all__ = ["KAFKA_VERSION", "BrokerError", "EmbeddedBroker", "fetch_jars"]
@@ -263,7 +264,8 @@ class EmbeddedBroker:
         if "," in str(folder):
             raise BrokerError("Kafka cannot keep data in a folder with a comma in its path", got=str(folder))
         try:
-            (folder / "tmp").mkdir(parents=True, exist_ok=True)
+            private_folder(folder, self._report, ours=None if is_formatted(folder) else ())
+            (folder / "tmp").mkdir(exist_ok=True)
             log = folder / "broker.log"
             if log.exists() and log.stat().st_size > _LOG_KEPT_BYTES:
                 log.replace(folder / "broker.log.1")

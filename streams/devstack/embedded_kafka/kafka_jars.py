@@ -77,7 +77,7 @@ def fetch_jars(progress: Progress | None = None) -> list[Path]:
     if kept is not None:
         return kept
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
+        home.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with _locked(home.parent / f"{home.name}.lock"):
             kept = read_classpath(home)  # another process may have downloaded them meanwhile
             if kept is None:
