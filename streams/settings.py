@@ -36,6 +36,7 @@ _ENV_ENCODING: Final = "utf-8-sig"
 """Some editors begin a file with a byte order mark; as plain UTF-8 it would hide the first variable."""
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -220,6 +221,16 @@ class RetainSettings(_Group):
     clock_settle_s: PositiveFloat = Field(
         600.0,
         description="retain: seconds after a jump of the wall clock forward until examples expire by the new time",
+    )
+    forget_window_s: NotNegativeFloat = Field(
+        0.0,
+        description="retain: seconds for which requests to erase or supersede are gathered, so that one rebuild serves "
+        "them; a request with a due time waits no longer than until one hour before it, an emergency not at all",
+    )
+    expiry_lead_s: NotNegativeFloat = Field(
+        600.0,
+        description="retain: seconds before examples expire at which the learner begins to rebuild the adapter without "
+        "them; 0: only when they expire",
     )
 
 

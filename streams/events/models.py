@@ -230,7 +230,8 @@ class Selector(BaseModel):
     model_config = ConfigDict(**FROZEN, extra="forbid")
     document_ids: Annotated[list[Id], Field(max_length=1000)] | None = None
     subjects: Annotated[list[Name], Field(max_length=1000)] | None = None
-    sources: Annotated[list[Name], Field(max_length=1000)] | None = None
+    sources: Annotated[list[Name | None], Field(max_length=1000)] | None = None
+    """Sources that the examples came from; null selects examples that name no source."""
     retention_class: RetentionClass | None = None
     before: AwareDatetime | None = None
     """Only examples published before this time."""
@@ -281,7 +282,9 @@ class RetentionRequested(OutsideEvent):
     reason: Annotated[str, Field(max_length=1024)] = ""
     """Why, for the records."""
     due_at: AwareDatetime | None = None
-    """When the request must be carried out at the latest."""
+    """When the request must be carried out at the latest; for kind expire when it begins, for kind hold when it ends."""
+    emergency: bool = False
+    """True to take affected versions out of service at once, before the rebuilt one is ready; only for kind erase."""
 
     def key(self) -> str:
         return self.adapter
@@ -302,6 +305,12 @@ class RetentionProgressed(Event):
     examples: Count = 0
     version: Digest | None = None
     detail: str = ""
+    acknowledged: list[str] = []
+    """Replicas that confirmed that they serve no version trained on the examples; at most 1,000 are named."""
+    missing: list[str] = []
+    """Replicas that did not confirm it: their lease expired, they left, or they are still behind; at most 1,000."""
+    exceptions: bool = False
+    """True where the request was closed at its due_at although a replica with a lease had not confirmed it."""
     at: AwareDatetime
 
     def key(self) -> str:

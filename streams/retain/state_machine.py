@@ -457,7 +457,7 @@ def _forget_job(record: RequestRecord, adapter: str, until_ms: int) -> ForgetReq
     return ForgetRequested(
         job_id=job_id_of(request.request_id, adapter), request_id=request.request_id, kind=request.kind,
         adapter=adapter, selector=request.selector, example_ids=record.example_ids, until_ms=until_ms,
-        suppress=KINDS[request.kind].suppresses_text, reason=request.reason,
+        suppress=KINDS[request.kind].suppresses_text, emergency=request.emergency, reason=request.reason,
     )  # fmt: skip
 
 

@@ -29,8 +29,11 @@ from perennial.streams.events.models import RetentionKind, RetentionRequested
 
 SelectorRule = Literal["required", "retention_class", "optional", "refused"]
 """`retention_class`: the selector must give this field, and may give others."""
-DueAtRule = Literal["deadline", "start", "end", "unused"]
-"""What `due_at` of a request says: when it must have ended, when it begins, or when it stops being in force."""
+DueAtRule = Literal["deadline", "start", "end", "refused"]
+"""What `due_at` of a request says: when it must have ended, when it begins, or when it stops being in force.
+
+`refused`: a request that gives one is refused, because it takes effect at once and stays.
+"""
 Job = Literal["forget", "rollback"]
 
 
@@ -49,6 +52,7 @@ class KindRules:
         job: The job that retain sends to the learner for each adapter: `forget` for the selected examples, `rollback`
             to revoke the version that is live when retain takes the request. None: retain does all of it by itself.
         suppresses_text: Equal texts are never learned again, under any document id. Only for `job="forget"`.
+        emergencies: The request may set `emergency`: affected versions go out of service before the rebuilt one is ready.
         stays_in_force: The request has no end of its own: it is in state `executed` until another request or its
             `due_at` ends it. Such a request is never overdue.
         accepted_when_full: The request is accepted even when the ledger is full, because it makes room there.
@@ -64,6 +68,7 @@ class KindRules:
     due_at: DueAtRule = "deadline"
     job: Job | None = None
     suppresses_text: bool = False
+    emergencies: bool = False
     stays_in_force: bool = False
     accepted_when_full: bool = False
     done: str = ""
@@ -73,20 +78,20 @@ class KindRules:
 _ROWS: Final = (
     KindRules(
         "policy", "Forget examples of a retention class once they are time_to_live old; a later policy replaces it.",
-        selector="retention_class", requires=("time_to_live",), due_at="unused", stays_in_force=True, done="in force",
+        selector="retention_class", requires=("time_to_live",), due_at="refused", stays_in_force=True, done="in force",
     ),
     KindRules(
         "expire", "Forget the selected examples at due_at, or now; equal texts may be learned again.",
         selector="required", due_at="start", job="forget", done="forgotten",
     ),
     KindRules(
-        "supersede", "Forget the selected examples once the document superseded_by is learned; never learn their texts again.",
-        selector="required", requires=("superseded_by",), patterns=False, job="forget", suppresses_text=True,
-        done="forgotten",
+        "supersede", "Forget the selected examples of the source of the document superseded_by, once that is learned; equal "
+        "texts may be learned again.",
+        selector="required", requires=("superseded_by",), patterns=False, job="forget", done="forgotten",
     ),
     KindRules(
         "erase", "Forget the selected examples now; never learn their texts again.",
-        selector="required", job="forget", suppresses_text=True, done="forgotten",
+        selector="required", job="forget", suppresses_text=True, emergencies=True, done="forgotten",
     ),
     KindRules(
         "decay", "Let what was learned fade over a half-life.",
@@ -100,7 +105,7 @@ _ROWS: Final = (
     ),
     KindRules(
         "release", "End the holds that have the same adapter and selector.",
-        selector="optional", due_at="unused", accepted_when_full=True, done="released",
+        selector="optional", due_at="refused", accepted_when_full=True, done="released",
     ),
     KindRules(
         "revoke", "Take the live version out of service for good; the newest promoted version left becomes live.",
@@ -155,6 +160,13 @@ def _misplaced_field(request: RetentionRequested, rules: KindRules, received_ms:
         return f"{kind} needs selector.retention_class (`permanent` for documents that name none)"
     if rules.selector == "refused" and selector is not None:
         return f"{kind} is about the live version as a whole; to forget examples use kind erase with this selector"
+    if request.emergency and not rules.emergencies:
+        owners = " or ".join(row.kind for row in _ROWS if row.emergencies)
+        return f"emergency belongs to kind {owners}; leave it out, or use kind {owners}"
+    if rules.due_at == "refused" and request.due_at is not None:
+        return (
+            f"{kind} takes effect at once, due_at does not apply to it; leave it out and send the {kind} when it is due"
+        )
     if not rules.patterns and request.adapter.endswith("*"):
         return f"{kind} needs one adapter; send one request for each adapter of {request.adapter}"
     if rules.due_at == "end" and request.due_at is not None and request.due_at.timestamp() * 1000 <= received_ms:

@@ -251,6 +251,12 @@ def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
         (request("erase", selector=doc(1), time_to_live="P1D"), "policy"),
         (request("erase", selector=doc(1), superseded_by="d2"), "supersede"),
         (request("hold", selector=doc(1), due_at=datetime(1970, 1, 1, tzinfo=UTC)), "in the past"),
+        (
+            request("policy", selector={"retention_class": "P9D"}, time_to_live="P1D", due_at=datetime(2030, 1, 1, tzinfo=UTC)),
+            "due_at does not apply",
+        ),
+        (request("release", selector=doc(1), due_at=datetime(2030, 1, 1, tzinfo=UTC)), "due_at does not apply"),
+        (request("expire", selector=doc(1), emergency=True), "emergency belongs to kind erase"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_fails_with_a_reason_and_does_nothing(world, bad, reason):
