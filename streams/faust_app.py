@@ -30,6 +30,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.curate import agent as curate_agent
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.kafka.aiokafka_headers import read_any_header_name
+from perennial.streams.kafka.installation import check_installation
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain import agent as retain_agent
 from perennial.streams.retain.agent import RetainAgent
@@ -37,6 +38,9 @@ from perennial.streams.settings import Settings
 
 COMMIT_INTERVAL_S: Final = 1.0
 SESSION_S: Final = 10.0
+TOPICS: Final = (
+    curate_agent.TOPIC, retain_agent.TOPIC, "adapter-jobs", "drift", "retention-status", "adapter-acks", "dead-letters",
+)  # fmt: skip
 STOP_S: Final = 5.0
 _POLL_S: Final = 0.05
 
@@ -197,13 +201,14 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
         metrics: Where the agents report what they do.
 
     Raises:
-        PerennialError: An agent cannot go on, or the application ended by itself. Nothing is lost: a restart continues
+        PerennialError: A topic is not the one that the installation recorded, an agent cannot go on, or the application ended by itself. Nothing is lost: a restart continues
             at the last commit.
     """
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     read_any_header_name()
     store = open_store(settings.store.require_uri(), settings.s3)
+    check_installation(settings, store, TOPICS)
     with tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder:
         asyncio.run(_run(settings, stop, metrics, store, Path(folder)))
 

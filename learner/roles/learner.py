@@ -34,7 +34,7 @@ from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.cloudevents import Envelope, WireError, decode
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, UpdateRequested
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
-from perennial.streams.kafka.topics import identify
+from perennial.streams.kafka.installation import check_installation
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -66,9 +66,9 @@ def run_learner(
     Raises:
         PerennialError: the store or Kafka stay unavailable; nothing of the job that ran was committed.
     """
-    identify(settings, [TOPIC, "adapter-updates", "retention-status", "dead-letters"])
     store = open_store(settings.store.require_uri(), settings.s3)
     store.probe()
+    check_installation(settings, store, [TOPIC, "adapter-updates", "retention-status", "dead-letters"])
     writer = make_version_writer(
         settings, store, base or load_base(settings.model.base, settings.model.device, settings.model.threads), lock
     )

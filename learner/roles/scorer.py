@@ -24,7 +24,7 @@ from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import Envelope, WireError, decode
 from perennial.streams.events.models import ExampleAccepted, ExampleScored
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
-from perennial.streams.kafka.topics import identify
+from perennial.streams.kafka.installation import check_installation
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -55,10 +55,11 @@ def run_scorer(
     Raises:
         PerennialError: Kafka stays unavailable; offsets of records whose events were not confirmed are not committed.
     """
-    identify(settings, [TOPIC, "scored-examples", "dead-letters"])
+    store = open_store(settings.store.require_uri(), settings.s3)
+    check_installation(settings, store, [TOPIC, "scored-examples", "dead-letters"])
     base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
     make_deterministic(settings.model.threads)
-    registry = Registry(open_store(settings.store.require_uri(), settings.s3), nonce=lambda: uuid4().hex, now=_now)
+    registry = Registry(store, nonce=lambda: uuid4().hex, now=_now)
     scorer = Scorer(base, settings, lock)
     with (
         AdapterCache(

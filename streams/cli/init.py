@@ -13,7 +13,8 @@ from rich.console import Console
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.factory import open_store
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.kafka.topics import KafkaUnavailableError, provision
+from perennial.streams.kafka.installation import provision_recorded
+from perennial.streams.kafka.topics import KafkaUnavailableError
 
 _PAUSE_S = 1.0
 _T = TypeVar("_T")
@@ -35,6 +36,7 @@ def initialise(*, wait_s: float, as_json: bool) -> int:
         KafkaUnavailableError: The broker did not answer in time.
         StoreUnavailableError: The store did not answer in time.
         StoreError: The store ignores conditional writes.
+        InstallationError: A topic is not the one that this installation recorded.
         SettingsError: A setting is missing or not usable.
     """
     settings = connected_settings()
@@ -42,7 +44,7 @@ def initialise(*, wait_s: float, as_json: bool) -> int:
     store = open_store(settings.store.require_uri(), settings.s3)
     deadline_s = time.monotonic() + wait_s
     _retry(store.probe, deadline_s)
-    reports = _retry(lambda: provision(settings), deadline_s)
+    reports = _retry(lambda: provision_recorded(settings, store), deadline_s)
     if as_json:
         print(json.dumps({"store": store.uri, "topics": [asdict(report) for report in reports]}))
         return 0

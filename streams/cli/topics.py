@@ -9,7 +9,7 @@ from rich.console import Console
 
 from perennial.streams.cli.tables import Column, print_table
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.kafka.topics import provision
+from perennial.streams.kafka.installation import open_store_of, provision_recorded
 
 _COLUMNS = (Column("topic"), Column("state"), Column("differs from what Perennial needs", wraps=True))
 
@@ -23,10 +23,13 @@ def create_topics(*, dry_run: bool, as_json: bool) -> int:
 
     Returns:
         The exit code: 1 where an existing topic differs from what Perennial needs.
+
+    Raises:
+        InstallationError: A topic is not the one that this installation recorded.
     """
     settings = connected_settings()
     settings.kafka.require_bootstrap()
-    reports = provision(settings, dry_run=dry_run)
+    reports = provision_recorded(settings, open_store_of(settings), dry_run=dry_run)
     differing = [report for report in reports if report.differences]
     if as_json:
         print(json.dumps([asdict(report) for report in reports]))
@@ -41,6 +44,7 @@ def create_topics(*, dry_run: bool, as_json: bool) -> int:
     )
     if differing:
         Console(stderr=True).print(
-            "Topics that differ were not changed: change them with kafka-configs, or delete them."
+            "Topics that differ were not changed: change configs with kafka-configs, and partition counts with "
+            "`perennial topics repartition`."
         )
     return 1 if differing else 0

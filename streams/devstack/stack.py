@@ -17,6 +17,7 @@ from rich.panel import Panel
 
 from perennial.extras import require_extra
 from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.addresses import http_url
 from perennial.streams.devstack.discovery import ANNOUNCEMENT_FILES, announce, claim, withdraw
@@ -25,7 +26,7 @@ from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
 from perennial.streams.devstack.private_files import private_folder
 from perennial.streams.devstack.signals import STOP_SIGNALS, interrupt_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
-from perennial.streams.kafka.topics import provision
+from perennial.streams.kafka.installation import InstallationError, provision_recorded
 from perennial.streams.settings import Settings, SettingsError, load_settings
 
 _PARTS = ("kafka", "store", "minio", "logs")
@@ -95,13 +96,28 @@ class Stack:
         environment = {**(self.environment or {}), **self.s3_environment}
         s3 = S3Settings.from_env({**os.environ, **environment})
         self.settings = self.settings.replace(s3=s3, **found)
-        open_store(self.settings.store.require_uri(), s3).probe()
-        made = [report.name for report in provision(self.settings) if report.created]
-        self.on_progress(f"{len(made)} topics made" if made else "all topics exist")
+        store = open_store(self.settings.store.require_uri(), s3)
+        store.probe()
+        agrees = self._provision(store)
         self.supervisor.settings, self.supervisor.environment = self.settings, environment
         self.supervisor.start()
         self.on_progress("the roles load their code and the base model")
-        self.supervisor.wait_healthy(on_ready=lambda name: self.on_progress(f"{name} is ready"))
+        if agrees:
+            self.supervisor.wait_healthy(on_ready=lambda name: self.on_progress(f"{name} is ready"))
+
+    def _provision(self, store: ObjectStore) -> bool:
+        """Create the missing topics. Return False where a topic is not the one that the installation recorded.
+
+        The broker must run for `perennial topics repartition` and `adopt`, so the stack starts nevertheless, and the
+        roles that refuse to read are started again until the command has been run.
+        """
+        try:
+            made = [report.name for report in provision_recorded(self.settings, store) if report.created]
+        except InstallationError as error:
+            self.on_progress(f"roles will not start until this is corrected: {error}")
+            return False
+        self.on_progress(f"{len(made)} topics made" if made else "all topics exist")
+        return True
 
     def tend(self) -> None:
         """Restart what ended by itself."""

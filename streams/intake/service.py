@@ -43,6 +43,7 @@ from perennial.streams.intake.librdkafka import (
     unavailable_error,
 )
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition, Refused
+from perennial.streams.kafka.installation import check_installation, open_store_of
 from perennial.streams.kafka.topics import ClusterIds
 from perennial.streams.settings import Settings
 
@@ -111,6 +112,7 @@ class Intake:
 
     Raises:
         TopicError: A topic does not exist.
+        InstallationError: A topic is not the one that the installation recorded.
         KafkaUnavailableError: Kafka does not answer.
         SettingsError: No brokers are set.
     """
@@ -129,6 +131,9 @@ class Intake:
         self._topics = {settings.kafka.topic(name): name for name in SOURCES}
         common = {"bootstrap.servers": settings.kafka.require_bootstrap(), "client.id": settings.kafka.topic("intake")}
         self._admin = AdminClient(common, logger=client_log)
+        store = open_store_of(settings)
+        if store is not None:
+            check_installation(settings, store, [*SOURCES, EXAMPLES, DEAD_LETTERS])
         try:
             cluster_ids(self._admin, [*self._topics, self._examples, self._dead_letters])
         except KafkaException as error:

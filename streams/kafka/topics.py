@@ -10,7 +10,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -152,18 +152,23 @@ class ClusterIds:
     Attributes:
         cluster_id: The cluster's id.
         topic_ids: Topic ids by name with the prefix.
+        partitions: Partition counts by name with the prefix; empty where they were not read.
     """
 
     cluster_id: str
     topic_ids: Mapping[str, str]
+    partitions: Mapping[str, int] = field(default_factory=dict)
 
 
-def provision(settings: Settings, dry_run: bool = False) -> list[TopicReport]:
+def provision(
+    settings: Settings, dry_run: bool = False, partitions: Mapping[str, int] | None = None
+) -> list[TopicReport]:
     """Create missing topics, and report how existing ones differ from their specification without altering them.
 
     Args:
         settings: Name the brokers, the topic prefix, the partition count and the replication factor.
         dry_run: Create nothing.
+        partitions: Partition counts by topic name without the prefix, instead of the settings' count.
 
     Returns:
         One report per topic.
@@ -176,9 +181,13 @@ def provision(settings: Settings, dry_run: bool = False) -> list[TopicReport]:
     with _admin(settings) as admin:
         existing = set(admin.list_topics())
         names = {settings.kafka.topic(name): spec for name, spec in TOPICS.items()}
+        counts = {
+            settings.kafka.topic(name): (partitions or {}).get(name) or spec.partitions(settings)
+            for name, spec in TOPICS.items()
+        }
         missing = {name: spec for name, spec in names.items() if name not in existing}
         if missing and not dry_run:
-            created = _create(admin, missing, settings)
+            created = _create(admin, missing, settings, counts)
             missing = {name: spec for name, spec in missing.items() if name in created}
         present = [name for name in names if name not in missing]
         described = {topic["name"]: topic for topic in admin.describe_topics(present)} if present else {}
@@ -186,13 +195,15 @@ def provision(settings: Settings, dry_run: bool = False) -> list[TopicReport]:
     return [
         TopicReport(name, True)
         if name in missing
-        else TopicReport(name, False, _differences(spec, settings, configs[name], len(described[name]["partitions"])))
+        else TopicReport(
+            name, False, _differences(spec, counts[name], configs[name], len(described[name]["partitions"]))
+        )
         for name, spec in names.items()
     ]
 
 
 def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterIds:
-    """Return the ids of the cluster and of topics.
+    """Return the ids of the cluster and of topics, and the topics' partition counts.
 
     Args:
         settings: Name the brokers and the topic prefix.
@@ -215,7 +226,11 @@ def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterI
             raise missing_topics_error(missing)
         found = [name for name in wanted if name in existing]
         topics = admin.describe_topics(found) if found else []
-    return ClusterIds(cluster_id, {topic["name"]: topic_id(topic["topic_id"]) for topic in topics})
+    return ClusterIds(
+        cluster_id,
+        {topic["name"]: topic_id(topic["topic_id"]) for topic in topics},
+        {topic["name"]: len(topic["partitions"]) for topic in topics},
+    )
 
 
 def missing_topics_error(names: Sequence[str]) -> TopicError:
@@ -254,13 +269,13 @@ def _admin(settings: Settings) -> Iterator[Any]:
         ) from error
 
 
-def _create(admin: Any, missing: Mapping[str, TopicSpec], settings: Settings) -> set[str]:
+def _create(admin: Any, missing: Mapping[str, TopicSpec], settings: Settings, counts: Mapping[str, int]) -> set[str]:
     """Create topics. Return the names of those that no other process created in the meantime."""
     from kafka.errors import TopicAlreadyExistsError
 
     wanted = {
         name: {
-            "num_partitions": spec.partitions(settings),
+            "num_partitions": counts[name],
             "replication_factor": settings.kafka.replication,
             "configs": dict(spec.configs),
         }
@@ -294,9 +309,9 @@ def _configs(admin: Any, names: Sequence[str]) -> dict[str, dict[str, str | None
 
 
 def _differences(
-    spec: TopicSpec, settings: Settings, configs: Mapping[str, str | None], partitions: int
+    spec: TopicSpec, wanted_partitions: int, configs: Mapping[str, str | None], partitions: int
 ) -> tuple[str, ...]:
-    wanted = {"partitions": str(spec.partitions(settings)), **spec.configs}
+    wanted = {"partitions": str(wanted_partitions), **spec.configs}
     actual = {"partitions": str(partitions), **configs}
     return tuple(
         f"{name} is {actual.get(name)}, should be {value}"
