@@ -55,6 +55,10 @@ class StoreUnavailableError(StoreError):
     exit_code = 3
 
 
+class NoSpaceError(StoreUnavailableError):
+    """The object store has no room for an object; the same call may succeed once there is space."""
+
+
 class NotFoundError(StoreError):
     """No object is stored under that key."""
 

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
-from perennial.storage.errors import ConflictError, NotFoundError, StoreError, StoreUnavailableError
+from perennial.storage.errors import ConflictError, NoSpaceError, NotFoundError, StoreError, StoreUnavailableError
 from perennial.storage.objects.keys import check_prefix, is_segment, key_of, stored_name
 from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, StoredObject, probe_conditional_writes, too_large
 
@@ -246,7 +246,7 @@ class DirectoryStore:
         except OSError as error:
             where = f"{key} in {self.uri}"
             if error.errno in _FULL:
-                raise StoreUnavailableError(
+                raise NoSpaceError(
                     f"no room to write {where}",
                     got=error.strerror,
                     remedy=f"free or add space at {self.root}",

@@ -27,7 +27,7 @@ from minio import Minio
 from minio.error import MinioException, S3Error
 from urllib3.exceptions import HTTPError
 
-from perennial.storage.errors import ConflictError, NotFoundError, StoreError, StoreUnavailableError
+from perennial.storage.errors import ConflictError, NoSpaceError, NotFoundError, StoreError, StoreUnavailableError
 from perennial.storage.objects.keys import check_prefix, key_of, stored_name
 from perennial.storage.objects.object_store import MAX_OBJECT_BYTES, StoredObject, probe_conditional_writes, too_large
 from perennial.storage.objects.s3_settings import S3Settings
@@ -39,6 +39,7 @@ _BACKOFF_S = 0.2
 _CHUNK_BYTES = 1 << 20
 _ABSENT = {"NoSuchKey", "NoSuchObject", "NoSuchVersion"}
 _DENIED = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
+_FULL = {"XMinioStorageFull", "XMinioAdminBucketQuotaExceeded", "QuotaExceeded", "InsufficientStorage"}
 _CODE = re.compile(rb"<Code>([A-Za-z0-9]{1,64})</Code>")
 _SERVERS = (
     "MinIO from RELEASE.2025-09-07T16-13-09Z on, AWS S3, and servers that reject If-None-Match and "
@@ -231,6 +232,8 @@ class MinioStore:
             raise self._refused(key, error.response.status, code) from error
 
     def _refused(self, key: str, status: int, code: str) -> StoreError:
+        if code in _FULL:
+            return self._full(key, code)
         if code == "NoSuchBucket":
             remedy = f"make the bucket {self._bucket}, or run `perennial doctor`, which does"
         elif code in _DENIED or status in {401, 403}:
@@ -239,7 +242,15 @@ class MinioStore:
             remedy = "check PERENNIAL_STORE, PERENNIAL_S3_ENDPOINT and PERENNIAL_S3_REGION"
         return StoreError(f"{self.uri} refused {key or 'the bucket'}", got=f"{status} {code}", remedy=remedy)
 
+    def _full(self, key: str, code: str) -> NoSpaceError:
+        return NoSpaceError(
+            f"{self.uri} has no room for {key or 'an object'}", got=code,
+            remedy=f"add space to the server, or raise the quota of the bucket {self._bucket}",
+        )  # fmt: skip
+
     def _unavailable(self, key: str, detail: str) -> StoreUnavailableError:
+        if detail in _FULL:
+            return self._full(key, detail)
         return StoreUnavailableError(
             f"{self.uri} did not answer for {key or 'the bucket'}",
             got=detail,
