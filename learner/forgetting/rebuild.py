@@ -200,7 +200,7 @@ class UpdateRebuilder:
         """Return the manifest of a rebuilt update: as recorded, less the removed examples."""
         recorded, promoted = update.recorded, result.outcome == "promoted"
         judged = trained_offsets(recorded) | update.removed
-        skipped = [item for item in recorded.skipped if (item.partition, item.offset) not in judged]
+        skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
         if promoted:
             reason = recorded.reason if recorded.outcome == "promoted" else "replayed"
         else:

@@ -153,7 +153,7 @@ def plan_rebuild(history: History, removed_offsets: RemovedOffsets) -> RebuildPl
         offsets = removed_offsets.get(manifest.batch.digest) if manifest.batch else None
         if offsets:
             affected.add(version)
-            if any((item.partition, item.offset) in offsets for item in manifest.learned):
+            if any(item.origin_offset in offsets for item in manifest.learned):
                 contaminated.add(version)
     schedule = history.schedule()
     first = next((i for i, step in enumerate(schedule) if step.version in affected), len(schedule))
@@ -169,9 +169,9 @@ def plan_rebuild(history: History, removed_offsets: RemovedOffsets) -> RebuildPl
 def trained_offsets(manifest: Manifest) -> set[OriginOffset]:
     """Return the offsets of the examples that an update was trained on, whatever its gate then decided."""
     if manifest.outcome == "promoted":
-        return {(item.partition, item.offset) for item in manifest.learned}
+        return {item.origin_offset for item in manifest.learned}
     if manifest.outcome == "refused":
-        return {(item.partition, item.offset) for item in manifest.skipped if item.reason == manifest.reason}
+        return {item.origin_offset for item in manifest.skipped if item.reason == manifest.reason}
     return set()
 
 

@@ -14,6 +14,7 @@ from perennial.learner.versions.job_result import JobError
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.manifest import SkippedExample
+from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, UpdateRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
@@ -21,8 +22,8 @@ MAX_BATCH_BYTES = 256 * 1024**2
 BATCH_CACHE_TOKENS = 8_000_000
 _Prepared = tuple[ExampleAccepted, list[TokenRow]]
 
-OriginOffset = tuple[str, int]
-"""Origin partition key and offset: identifies one published record."""
+OriginOffset = tuple[str, int, int]
+"""Origin partition key, leader epoch and offset: identifies one published record."""
 
 
 def read_batch(store: ObjectStore, job: UpdateRequested) -> Batch:
@@ -85,7 +86,7 @@ def without_examples(batch: Batch, offsets: Collection[OriginOffset]) -> Batch:
 
 def origin_offset(example: ExampleAccepted) -> OriginOffset:
     """Return where the example was first published."""
-    return example.origin.partition_key(), example.origin.offset
+    return example.origin.partition_key(), example.origin.leader_epoch, example.origin.offset
 
 
 def batch_origins(batch: Batch) -> list[Origin]:
@@ -109,29 +110,27 @@ class ExampleSelection:
 
 
 def select_new_examples(
-    batch: Batch, high_water_marks: Mapping[str, int], rows_of: Callable[[ExampleAccepted], list[TokenRow]]
+    batch: Batch, high_water_marks: HighWaterMarks, rows_of: Callable[[ExampleAccepted], list[TokenRow]]
 ) -> ExampleSelection:
     """Split a micro-batch into new, skipped and redelivered examples.
 
     Args:
         batch: the micro-batch.
-        high_water_marks: highest offset seen by origin partition key.
+        high_water_marks: the positions that the adapter has seen.
         rows_of: returns an example's training rows or raises ExampleError.
     """
     new: dict[str, ExampleAccepted] = {}
-    skipped = [
-        SkippedExample(
-            example_id=skip.example_id, partition=skip.origin.partition_key(),
-            offset=skip.origin.offset, reason=skip.reason,
-        )
-        for skip in batch.skipped
-    ]  # fmt: skip
+    skipped = [_skipped(skip.example_id, skip.origin, skip.reason) for skip in batch.skipped]
     redelivered = 0
     for example in batch.examples:
-        if example.origin.offset <= high_water_marks.get(example.origin.partition_key(), -1):
+        if high_water_marks.covers(example.origin):
             redelivered += 1
         elif not example.learn:
             skipped.append(skipped_example(example, "signal"))
+        elif example.returned and example.example_id in new:
+            # Another text of its document came in between: the later occurrence is the one to learn.
+            skipped.append(skipped_example(new.pop(example.example_id), "duplicate"))
+            new[example.example_id] = example
         elif example.example_id in new:
             skipped.append(skipped_example(example, "duplicate"))
         else:
@@ -146,8 +145,17 @@ def select_new_examples(
 
 def skipped_example(example: ExampleAccepted, reason: str) -> SkippedExample:
     """Return the manifest's record of an example that is not learned."""
-    partition, offset = origin_offset(example)
-    return SkippedExample(example_id=example.example_id, partition=partition, offset=offset, reason=reason)
+    return _skipped(example.example_id, example.origin, reason)
+
+
+def _skipped(example_id: str, origin: Origin, reason: str) -> SkippedExample:
+    return SkippedExample(
+        example_id=example_id,
+        partition=origin.partition_key(),
+        offset=origin.offset,
+        epoch=origin.leader_epoch,
+        reason=reason,
+    )
 
 
 class BatchRows:

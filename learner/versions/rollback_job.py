@@ -49,7 +49,9 @@ class RollbackExecutor:
         config = {**target.config, "job_id": job.job_id}
         manifest = self._writer.carry_forward_manifest(
             head, target, version, "rollback", job.job_id, job.reason or "rollback"
-        ).model_copy(update={"update_id": update_id(job.adapter, version, head.manifest.marks, config)})
+        )
+        claim = update_id(job.adapter, version, head.manifest.marks, config, head.manifest.epochs)
+        manifest = manifest.model_copy(update={"update_id": claim})
         publication = self._registry.publish(manifest, (), self._writer.verifier({}), job.alias)
         event = alias_event(self._registry, publication.alias_state) if publication.alias_state else None
         return JobResult("promoted", publication.manifest, event)

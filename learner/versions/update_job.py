@@ -37,6 +37,7 @@ from perennial.storage.registry.quarantine import load_quarantine, update_quaran
 from perennial.storage.registry.registry import Head, Publication
 from perennial.storage.registry.scalars import Scalar
 from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, UpdateRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 
@@ -72,7 +73,7 @@ class _Start:
     state: TrainingState
     version: str | None
 
-    def high_water_marks(self) -> dict[str, int]:
+    def high_water_marks(self) -> HighWaterMarks:
         return _high_water_marks(self.head)
 
 
@@ -220,7 +221,8 @@ class UpdateExecutor:
             outcome, reason = "refused", result.reason
             skipped = [*skipped, *(skipped_example(example, result.reason) for example in selection.new)]
         config: dict[str, Scalar] = {**recipe.config()}
-        high_water_marks = _advanced(start.high_water_marks(), job.marks, batch.stored)
+        high_water_marks = _advanced(start.high_water_marks(), job, batch.stored)
+        marks, epochs = high_water_marks.offsets, high_water_marks.epochs
         # Where a quarantine left out other examples, the update has another id. So a version that claimed its update
         # before a request to forget was accepted does not win over one that was trained after that.
         missing = result.gate.replay_missing if result else 0
@@ -234,7 +236,7 @@ class UpdateExecutor:
             reason=reason,
             parent=start.version,
             head=start.head.version if start.head else None,
-            update_id=update_id(job.adapter, start.version, high_water_marks, claim),
+            update_id=update_id(job.adapter, start.version, marks, claim, epochs),
             job_id=job.job_id,
             base_model=writer.base.name,
             base_sha256=writer.base.digest,
@@ -247,7 +249,8 @@ class UpdateExecutor:
             learned=[writer.learned_example(example) for example in learned],
             skipped=skipped,
             dropped=selection.redelivered,
-            marks=high_water_marks,
+            marks=marks,
+            epochs=epochs,
             gate=result.gate if result else GateFigures(),
             tokens=result.tokens if result else 0,
             rank=recipe.rank,
@@ -303,20 +306,15 @@ class UpdateExecutor:
             clear_pending_deletes(self._store, job.adapter, job.job_id)
 
 
-def _high_water_marks(head: Head | None) -> dict[str, int]:
-    return dict(head.manifest.marks) if head else {}
+def _high_water_marks(head: Head | None) -> HighWaterMarks:
+    return HighWaterMarks(head.manifest.marks, head.manifest.epochs) if head else HighWaterMarks()
 
 
 def _is_learned(job: UpdateRequested, head: Head | None) -> bool:
     """Return whether the head's high-water marks cover everything that the job's micro-batch covers."""
-    high_water_marks = _high_water_marks(head)
-    return all(offset <= high_water_marks.get(partition, -1) for partition, offset in job.marks.items())
+    return _high_water_marks(head).covers_all(HighWaterMarks(job.marks, job.epochs))
 
 
-def _advanced(high_water_marks: Mapping[str, int], job_marks: Mapping[str, int], batch: Batch) -> dict[str, int]:
+def _advanced(high_water_marks: HighWaterMarks, job: UpdateRequested, batch: Batch) -> HighWaterMarks:
     """Return the high-water marks after the job: raised to the job's own and to every origin in its micro-batch."""
-    advanced = dict(high_water_marks)
-    origins = [(origin.partition_key(), origin.offset) for origin in batch_origins(batch)]
-    for partition, offset in (*job_marks.items(), *origins):
-        advanced[partition] = max(offset, advanced.get(partition, offset))
-    return advanced
+    return high_water_marks.merged(HighWaterMarks(job.marks, job.epochs)).raised(batch_origins(batch))

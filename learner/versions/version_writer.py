@@ -158,18 +158,23 @@ class VersionWriter:
             update={
                 "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if target and target.optimizer else "unchanged",
                 "reason": reason, "parent": parent, "head": head.version, "job_id": job_id, "code": self.code,
-                "update_id": update_id(source.adapter, parent, head.manifest.marks, config),
+                "update_id": update_id(
+                    source.adapter, parent, head.manifest.marks, config, head.manifest.epochs
+                ),
                 "batch": None, "cut": None, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
-                "gate": target.gate if target else GateFigures(), "marks": head.manifest.marks, "threads": self.threads,
+                "gate": target.gate if target else GateFigures(), "marks": head.manifest.marks,
+                "epochs": head.manifest.epochs, "threads": self.threads,
                 **refs.manifest_fields(), "published_from_ms": None, "published_to_ms": None,
             }
         )  # fmt: skip
 
     def learned_example(self, example: ExampleAccepted, updater: Updater | None = None) -> LearnedExample:
         """Return the manifest's record of a learned example; `updater` is by default the worker's own."""
-        partition, offset = origin_offset(example)
+        partition, epoch, offset = origin_offset(example)
         tokens = sum(row.tokens for row in (updater or self.updater).rows(example))
-        return LearnedExample(example_id=example.example_id, partition=partition, offset=offset, tokens=tokens)
+        return LearnedExample(
+            example_id=example.example_id, partition=partition, offset=offset, epoch=epoch, tokens=tokens
+        )
 
     def verifier(self, blobs: Mapping[str, bytes]) -> Callable[[Manifest], None]:
         """Return the trial load of a version that is about to be published.

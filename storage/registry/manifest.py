@@ -11,6 +11,7 @@ made from then on.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Literal, Self
 
 import orjson
@@ -66,12 +67,19 @@ class LearnedExample(_Part):
         partition: its origin partition's key.
         offset: its offset in that partition.
         tokens: trained tokens, summed over its rows.
+        epoch: leader epoch of that offset; 0 also where it was not recorded.
     """
 
     example_id: _Name
     partition: _Name
     offset: _Count
     tokens: _Count
+    epoch: _Count = 0
+
+    @property
+    def origin_offset(self) -> tuple[str, int, int]:
+        """Origin partition key, leader epoch and offset: identifies one published record."""
+        return self.partition, self.epoch, self.offset
 
 
 class SkippedExample(_Part):
@@ -82,12 +90,19 @@ class SkippedExample(_Part):
         partition: its origin partition's key.
         offset: its offset in that partition.
         reason: `signal`, `duplicate`, `no-text`, `quarantined`, `expired`, or why the gate refused the version.
+        epoch: leader epoch of that offset; 0 also where it was not recorded.
     """
 
     example_id: _Name
     partition: _Name
     offset: _Count
     reason: Text
+    epoch: _Count = 0
+
+    @property
+    def origin_offset(self) -> tuple[str, int, int]:
+        """Origin partition key, leader epoch and offset: identifies one published record."""
+        return self.partition, self.epoch, self.offset
 
 
 class Manifest(_Part):
@@ -118,6 +133,7 @@ class Manifest(_Part):
         skipped: the examples that it did not learn.
         dropped: count of redelivered examples, at or below the high-water marks.
         marks: high-water marks, that is, the highest offset by origin partition that the adapter has seen.
+        epochs: leader epochs of these offsets, by origin partition; those that are 0 are left out.
         weights: LoRA weights, safetensors.
         optimizer: optimizer state, safetensors; None if nothing was ever trained.
         replay: replay index, JSON; None if it is empty.
@@ -152,6 +168,7 @@ class Manifest(_Part):
     skipped: list[SkippedExample] = []
     dropped: _Count = 0
     marks: dict[str, _Count]
+    epochs: dict[str, _Count] = {}
     weights: BlobRef
     optimizer: BlobRef | None = None
     replay: BlobRef | None = None
@@ -182,8 +199,19 @@ class Manifest(_Part):
         return self.head if self.kind == "quarantine" else self.state_parent
 
     def to_bytes(self) -> bytes:
-        """Return the manifest as canonical JSON."""
-        return orjson.dumps(self.model_dump(mode="python"), option=orjson.OPT_SORT_KEYS)
+        """Return the manifest as canonical JSON.
+
+        A field of `_LATER_FIELDS` is left out where it has its default. So a manifest that was written before the field
+        existed keeps its bytes, and with them its id.
+        """
+        fields = self.model_dump(mode="python")
+        for name, default in _LATER_FIELDS.items():
+            if fields[name] == default:
+                del fields[name]
+        for item in (*fields["learned"], *fields["skipped"]):
+            if not item["epoch"]:
+                del item["epoch"]
+        return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
     def digest(self) -> str:
         """Return the version's id."""
@@ -218,7 +246,17 @@ class Manifest(_Part):
             raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
-def update_id(adapter: str, parent: str | None, marks: dict[str, int], config: dict[str, Scalar]) -> str:
+_LATER_FIELDS: dict[str, object] = {"epochs": {}}
+"""Fields of a manifest that were added after the first release, with their defaults."""
+
+
+def update_id(
+    adapter: str,
+    parent: str | None,
+    marks: Mapping[str, int],
+    config: Mapping[str, Scalar],
+    epochs: Mapping[str, int] | None = None,
+) -> str:
     """Return the id of an update, which only one version may claim.
 
     Args:
@@ -226,5 +264,9 @@ def update_id(adapter: str, parent: str | None, marks: dict[str, int], config: d
         parent: the version whose state is trained from.
         marks: high-water marks after the update.
         config: the recipe, and whatever else tells one update from another.
+        epochs: leader epochs of the marks, without those that are 0.
     """
-    return digest_of(orjson.dumps([adapter, parent, marks, config], option=orjson.OPT_SORT_KEYS))
+    fields: list[object] = [adapter, parent, marks, config]
+    if epochs:
+        fields.append(epochs)
+    return digest_of(orjson.dumps(fields, option=orjson.OPT_SORT_KEYS))

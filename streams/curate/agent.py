@@ -43,7 +43,15 @@ from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.events.cloudevents import Encoded, WireError, decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.fields import Event
-from perennial.streams.events.models import BlobRef, CutReason, DriftDetected, ExampleScored, UpdateRequested
+from perennial.streams.events.high_water_marks import Position
+from perennial.streams.events.models import (
+    BlobRef,
+    CutReason,
+    DriftDetected,
+    ExampleAccepted,
+    ExampleScored,
+    UpdateRequested,
+)
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
@@ -221,6 +229,9 @@ class CurateAgent:
             if offer.covered:
                 await self._confirm_last_job(adapter)
                 self._acknowledge([delivery])
+                continue
+            if offer.out_of_order is not None:
+                await self._refuse_example(scored, delivery, _out_of_order_error(scored.example, offer.out_of_order))
                 continue
             self._session.waiting.setdefault(name)
             for drift in offer.drifts:
@@ -420,6 +431,19 @@ class CurateAgent:
         await self._produce("dead-letters", message.key, record, record_headers)
         self._metrics.refused(error.reason)
 
+    async def _refuse_example(self, scored: ExampleScored, delivery: Delivery, error: WireError) -> None:
+        """Send an example that was decoded to the dead letters, and acknowledge its delivery."""
+        tp, offset = delivery
+        log.error("refused an example of %s at %s: %s", scored.example.adapter, _position(scored.example), error)
+        record = encode(scored, event_id=scored.example.example_id, source=SOURCE, occurred_at=_now())
+        value, headers = encode_dead_letter(
+            record.value, record.headers, reason=error.reason, stage="curate", detail=error.detail, topic=TOPIC,
+            partition=tp.partition, offset=offset, at=_now(),
+        )  # fmt: skip
+        await self._produce("dead-letters", record.key, value, headers)
+        self._metrics.refused(error.reason)
+        self._acknowledge([delivery])
+
     async def _send_job(self, job: UpdateRequested) -> None:
         await self._send(job, encode(job, event_id=job.job_id, source=SOURCE, occurred_at=job.cut_at))
         failpoint("curate.produce")
@@ -437,6 +461,18 @@ class CurateAgent:
         """Publish a record and wait until all in-sync replicas have acknowledged it."""
         await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, None, None, headers)
         self._metrics.events_out(topic)
+
+
+def _position(example: ExampleAccepted) -> str:
+    origin = example.origin
+    return f"{origin.topic}[{origin.partition}]@{origin.offset}, epoch {origin.leader_epoch}"
+
+
+def _out_of_order_error(example: ExampleAccepted, seen: Position) -> WireError:
+    return WireError(
+        "out-of-order", f"an example of {example.adapter} that was never seen, below one that was",
+        got=_position(example), allowed=f"a position above offset {seen[1]}, epoch {seen[0]}",
+    )  # fmt: skip
 
 
 def _now() -> datetime:

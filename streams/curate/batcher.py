@@ -1,36 +1,43 @@
 """Decide when to cut a micro-batch of one adapter, and what to store with the cut. No I/O; time is an argument.
 
-Each example is identified by its origin (partition and offset). There are two high-water marks per origin partition.
-The stored one (`marks` in the JSON) says what earlier cuts cover: an example at or below it is dropped. The one in
-memory says what arrived since the last cut: an example between the two is a redelivery of a pending one. So each
-example is in exactly one cut, however often it is delivered. This needs deliveries of one adapter and origin partition
-that arrive in order and without holes. Cuts for size depend on the examples alone, so a replay of the log makes the
-same cuts.
+Each example is identified by its origin: partition, leader epoch and offset. The stored high-water marks (`marks` and
+`epochs` in the JSON) say what earlier cuts cover. The origins of what arrived since the last cut are kept in memory. So
+each example is in exactly one cut, however often it is delivered. Cuts for size depend on the examples alone, so a
+replay of the log makes the same cuts.
+
+Order: the first deliveries of one adapter's examples from one origin partition arrive in the order of their positions.
+Intake writes them so, and the key of `examples` and `scored-examples` is the adapter. A mark is a maximum, so a first
+delivery below it cannot be told from a redelivery by the mark alone, and a cut would raise the mark over it for good.
+Such a delivery means that the number of partitions changed under a role, or that somebody forged records. `offer`
+recognises it and calls it out of order, so that the caller refuses it instead of dropping it:
+
+- Between the stored mark and the highest pending position, a redelivery is among the pending origins.
+- At or below the stored mark, a redelivery's example id is among the recent ids, as far back as these reach. `Reach`
+  says how far that is.
 
 `MicroBatcher.cut` changes nothing: it returns what to store. `MicroBatcher.apply` adopts the cut once it is stored.
 
 Memory per adapter is bounded: at most `max_batch_examples` and MAX_SKIPPED pending deliveries, RECENT_IDS ids of
-8 bytes, the windows of the drift monitor, and one mark per origin partition.
+8 bytes, the windows of the drift monitor, and three marks per origin partition.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Final, Generic, Literal, TypeVar
 
-import numpy as np
 import orjson
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
 from perennial.streams.curate.drift import DriftMonitor
+from perennial.streams.curate.recent_ids import NEW_REACH, Reach, RecentIds, dump_marks, load_marks
+from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks, Position
 from perennial.streams.events.models import (
     Batch,
     BatchSkip,
@@ -39,14 +46,14 @@ from perennial.streams.events.models import (
     DriftDetected,
     ExampleAccepted,
     ExampleScored,
-    Origin,
     UpdateRequested,
 )
 from perennial.streams.settings import Settings
 
-RECENT_IDS: Final = 4096
 MAX_SKIPPED: Final = 256
-STATE_VERSION: Final = 1
+STATE_VERSION: Final = 2
+READABLE_VERSIONS: Final = frozenset({1, 2})
+"""Version 1 has offsets without leader epochs, and no record of how far back the recent ids reach."""
 MAX_STATE_BYTES: Final = 8 * 1024 * 1024
 T = TypeVar("T")
 
@@ -90,11 +97,14 @@ class Offer:
 
     Attributes:
         covered: an earlier cut covers the example; acknowledge the delivery now.
+        out_of_order: the highest position that this adapter had seen when an example arrived below it that it had
+            never seen. The batcher did not take the example: refuse the delivery. None: it was in order.
         drifts: drift that this example revealed, to be published.
         reason: why to cut now; None: do not cut.
     """
 
     covered: bool
+    out_of_order: Position | None = None
     drifts: tuple[DriftDetected, ...] = ()
     reason: CutReason | None = None
 
@@ -106,14 +116,16 @@ class CutHistory:
     Attributes:
         cuts: number of cuts; also the number of the next cut.
         fences: number of times that the state was rewritten only to make the compare-and-swap of another process fail.
-        high_water_marks: the highest covered offset per origin partition.
+        high_water_marks: the covered positions per origin partition.
+        reach: how far back the recent ids reach.
         carried: examples that are not learned and that the next micro-batch will list as skipped.
         last_job: the job of the last cut; None before the first.
     """
 
     cuts: int = 0
     fences: int = 0
-    high_water_marks: Mapping[str, int] = field(default_factory=dict)
+    high_water_marks: HighWaterMarks = NO_MARKS
+    reach: Reach = NEW_REACH
     carried: tuple[BatchSkip, ...] = ()
     last_job: UpdateRequested | None = None
 
@@ -135,44 +147,6 @@ class Cut:
     history: CutHistory
 
 
-class RecentIds:
-    """The last RECENT_IDS example ids, of which the first 8 bytes are kept.
-
-    Two different ids share these bytes with a probability of 2**-52 per new example.
-
-    Args:
-        data: ids that `to_bytes` returned.
-    """
-
-    def __init__(self, data: bytes = b"") -> None:
-        loaded = np.frombuffer(data, dtype="<u8").astype(np.uint64)[-RECENT_IDS:]
-        self._ring: NDArray[np.uint64] = np.zeros(max(64, len(loaded)), dtype=np.uint64)
-        self._ring[: len(loaded)] = loaded
-        self._added = len(loaded)
-
-    def add(self, example_id: str) -> bool:
-        """Add an id. Return False if it is present already."""
-        key = np.uint64(int(example_id[:16], 16))
-        held = min(self._added, len(self._ring))
-        if bool((self._ring[:held] == key).any()):
-            return False
-        if self._added == len(self._ring) < RECENT_IDS:
-            grown = np.zeros(min(RECENT_IDS, 2 * held), dtype=np.uint64)
-            grown[:held] = self._ring
-            self._ring = grown
-        self._ring[self._added % len(self._ring)] = key
-        self._added += 1
-        if self._added == 2 * RECENT_IDS:
-            self._added = RECENT_IDS
-        return True
-
-    def to_bytes(self) -> bytes:
-        """Return the ids from oldest to newest, each as 8 bytes in little-endian order."""
-        if self._added <= len(self._ring):
-            return self._ring[: self._added].astype("<u8").tobytes()
-        return np.roll(self._ring, -(self._added % len(self._ring))).astype("<u8").tobytes()
-
-
 @dataclass
 class _Pending(Generic[T]):
     """The deliveries since the last cut was applied, in order of arrival.
@@ -184,7 +158,8 @@ class _Pending(Generic[T]):
         sizes: the number of text tokens of each of these examples.
         tokens: the sum of `sizes`.
         skipped: the examples that are not learned.
-        high_water_marks: the highest offset per origin partition.
+        origins: partition key, leader epoch and offset of each of these deliveries.
+        highest: the highest position per origin partition.
         since_ms: when the first delivery was offered.
     """
 
@@ -194,7 +169,8 @@ class _Pending(Generic[T]):
     sizes: list[int] = field(default_factory=list)
     tokens: int = 0
     skipped: list[BatchSkip] = field(default_factory=list)
-    high_water_marks: dict[str, int] = field(default_factory=dict)
+    origins: set[tuple[str, int, int]] = field(default_factory=set)
+    highest: dict[str, Position] = field(default_factory=dict)
     since_ms: int | None = None
 
 
@@ -217,6 +193,7 @@ class MicroBatcher(Generic[T]):
         self.policy = policy
         self.history = CutHistory()
         self._recent = RecentIds()
+        self._added = 0  # ids, in the life of the adapter
         self._monitor = DriftMonitor(policy.window)
         self._generation = 0
         self._cooldown = 0
@@ -264,18 +241,26 @@ class MicroBatcher(Generic[T]):
             token: the caller's handle of the delivery; `apply` returns it once the delivery may be acknowledged.
             now_ms: a monotonic clock, in milliseconds.
         """
-        example, pending = scored.example, self._pending
-        partition, offset = example.origin.partition_key(), example.origin.offset
-        if offset <= self.history.high_water_marks.get(partition, -1):
-            return Offer(covered=True)
-        if offset <= pending.high_water_marks.get(partition, -1):
+        example, pending, marks = scored.example, self._pending, self.history.high_water_marks
+        partition, position = example.origin.partition_key(), (example.origin.leader_epoch, example.origin.offset)
+        identity = (partition, *position)
+        if identity in pending.origins:
             pending.redelivered.append(token)
             return Offer(covered=False)
-        pending.high_water_marks[partition] = offset
+        if marks.covers(example.origin):
+            if self.history.reach.remembers(example, self._added) and example.example_id not in self._recent:
+                return Offer(covered=False, out_of_order=marks.at(partition))
+            return Offer(covered=True)
+        highest = pending.highest.get(partition, position)
+        if position < highest:
+            return Offer(covered=False, out_of_order=highest)
+        pending.highest[partition] = position
+        pending.origins.add(identity)
         pending.deliveries.append((scored, token))
         if pending.since_ms is None:
             pending.since_ms = now_ms
-        if not self._recent.add(example.example_id):
+        self._added += 1
+        if not self._recent.add(example.example_id) and not example.returned:
             pending.skipped.append(_skip(example, "duplicate"))
             return Offer(covered=False, reason=self._due_by_content())
         drifts = self._watch(scored)
@@ -359,6 +344,7 @@ class MicroBatcher(Generic[T]):
         digest = digest_of(body)
         origins = [example.origin for example in examples]
         times = [origin.timestamp_ms for origin in origins or [skip.origin for skip in skipped]]
+        covered = HighWaterMarks.of(origins + [skip.origin for skip in skipped])
         job = UpdateRequested(
             job_id="sha256:" + hashlib.sha256(f"{self.adapter}\n{history.cuts}\n{digest}".encode()).hexdigest(),
             adapter=self.adapter,
@@ -369,7 +355,8 @@ class MicroBatcher(Generic[T]):
             tokens=sum(size for _, size in kept),
             reason=reason,
             drift=self._armed if reason == "drift" else None,
-            marks=_highest(origins + [skip.origin for skip in skipped]),
+            marks=covered.offsets,
+            epochs=covered.epochs,
             oldest_ms=min(times, default=0),
             newest_ms=max(times, default=0),
             cut_at=now,
@@ -388,8 +375,8 @@ class MicroBatcher(Generic[T]):
         return self._cut(replace(self.history, fences=self.history.fences + 1))
 
     def _cut(self, history: CutHistory, body: bytes | None = None, job: UpdateRequested | None = None) -> Cut:
-        marks = {**history.high_water_marks, **self._pending.high_water_marks}
-        history = replace(history, high_water_marks=marks)
+        marks = history.high_water_marks.raised(scored.example.origin for scored, _ in self._pending.deliveries)
+        history = replace(history, high_water_marks=marks, reach=history.reach.after(marks, self._added))
         armed = self._armed if job is None else None
         state = orjson.dumps(
             {
@@ -397,7 +384,8 @@ class MicroBatcher(Generic[T]):
                 "adapter": self.adapter,
                 "cuts": history.cuts,
                 "fences": history.fences,
-                "marks": marks,
+                **dump_marks(marks),
+                "reach": history.reach.dump(),
                 "recent": base64.b64encode(self._recent.to_bytes()).decode(),
                 "carried": [skip.model_dump(mode="json") for skip in history.carried],
                 "generation": self._generation,
@@ -439,26 +427,29 @@ class MicroBatcher(Generic[T]):
         """
         try:
             data: dict[str, Any] = orjson.loads(state)
-            if data["version"] != STATE_VERSION or data["adapter"] != adapter:
+            if data["version"] not in READABLE_VERSIONS or data["adapter"] != adapter:
                 raise ValueError(f"version {data['version']} of adapter {data['adapter']}")  # noqa: TRY301 - see below
             armed, job = data["armed"], data["job"]
             batcher: MicroBatcher[T] = cls(adapter, policy)
+            marks = load_marks(data)
             batcher.history = CutHistory(
                 cuts=int(data["cuts"]),
                 fences=int(data.get("fences", 0)),
-                high_water_marks={str(partition): int(offset) for partition, offset in data["marks"].items()},
+                high_water_marks=marks,
+                reach=Reach.load(data["reach"]) if "reach" in data else Reach.from_here(marks),
                 carried=tuple(BatchSkip.model_validate(skip) for skip in data["carried"]),
                 last_job=None if job is None else UpdateRequested.model_validate(job),
             )
             batcher._recent = RecentIds(base64.b64decode(data["recent"], validate=True))
+            batcher._added = batcher.history.reach.added
             batcher._generation, batcher._cooldown = int(data["generation"]), int(data["cooldown"])
             batcher._armed = None if armed is None else DriftDetected.model_validate(armed)
             batcher._monitor = DriftMonitor.from_state(data["monitor"], policy.window)
-        except (orjson.JSONDecodeError, binascii.Error, ValidationError, KeyError, TypeError, ValueError) as error:
+        except (ValidationError, LookupError, AttributeError, TypeError, ValueError) as error:
             raise IntegrityError(
                 f"the stored curate state of adapter {adapter} is not readable",
                 got=f"{type(error).__name__}: {error}",
-                allowed=f"a state of version {STATE_VERSION} that curate wrote for this adapter",
+                allowed=f"a state of at most version {STATE_VERSION} that curate wrote for this adapter",
                 remedy="upgrade to the version that wrote it; without the state, curate cannot tell what it has cut",
             ) from error
         return batcher
@@ -470,12 +461,3 @@ def _skip(example: ExampleAccepted, reason: Literal["signal", "duplicate", "expi
 
 def _expired(example: ExampleAccepted, now: datetime) -> bool:
     return example.expires_at is not None and example.expires_at <= now
-
-
-def _highest(origins: list[Origin]) -> dict[str, int]:
-    """Return the highest offset per origin partition."""
-    highest: dict[str, int] = {}
-    for origin in origins:
-        partition = origin.partition_key()
-        highest[partition] = max(highest.get(partition, -1), origin.offset)
-    return highest

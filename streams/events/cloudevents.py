@@ -39,6 +39,7 @@ Reason = Literal[
     "tombstone", "oversize", "too-deep", "not-utf8", "not-json", "not-object",
     "too-many-headers", "bad-header", "bad-attribute", "missing-attribute", "unknown-type", "wrong-topic",
     "missing-field", "unknown-field", "bad-field", "expired", "not-a-dead-letter",
+    "out-of-order", "implausible-origin", "internal-error", "bad-signature",
 ]  # fmt: skip
 
 Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
@@ -47,6 +48,12 @@ _REMEDIES: dict[str, str] = {
     "oversize": "split the text into several documents",
     "wrong-topic": "publish it to the topic of its type",
     "unknown-type": "use a type that docs/asyncapi.json lists",
+    "out-of-order": "find out who changed the partitions of the project's own topics, or who else writes to them; "
+    "then publish the document again",
+    "implausible-origin": "find out who else writes to the project's own topics; set PERENNIAL_INTERNAL_KEY",
+    "internal-error": "report it with the dead letter: valid input must not cause it",
+    "bad-signature": "find out who else writes to the project's own topics, and give all roles the same "
+    "PERENNIAL_INTERNAL_KEY",
 }
 
 

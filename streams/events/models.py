@@ -348,6 +348,8 @@ class UpdateRequested(Event):
     drift: DriftDetected | None = None
     marks: dict[Annotated[str, Field(min_length=1, max_length=1024)], Count]
     """High-water marks: per origin partition the highest offset that this cut covers."""
+    epochs: dict[Annotated[str, Field(min_length=1, max_length=1024)], Count] = Field(default_factory=dict)
+    """Leader epochs of these offsets; a partition with epoch 0 is left out."""
     oldest_ms: Millis
     """Publication time of the oldest example."""
     newest_ms: Millis

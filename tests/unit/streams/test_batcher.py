@@ -13,20 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perennial.storage.errors import IntegrityError
-from perennial.streams.curate.batcher import MAX_SKIPPED, RECENT_IDS, CutPolicy, MicroBatcher, RecentIds
+from perennial.streams.curate.batcher import MAX_SKIPPED, CutPolicy, MicroBatcher
 from perennial.streams.curate.offsets import OffsetTracker
+from perennial.streams.curate.recent_ids import RECENT_IDS, RecentIds
+from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 POLICY = CutPolicy(max_tokens=100, max_examples=8, min_examples=3, max_age_ms=1000, cooldown_examples=16, window=64)
 
 
-def scored(number, *, partition=0, identity=None, tokens=10, learn=True, loss=3.0, generation=0, expires=None):
+def scored(
+    number, *, partition=0, identity=None, tokens=10, learn=True, loss=3.0, generation=0, expires=None, epoch=0,
+    returned=False,
+):  # fmt: skip
     example = ExampleAccepted(
         adapter="a", example_id=f"{number if identity is None else identity:032x}"[::-1], kind="document",
         document_id=f"d{number}", learn=learn, text=f"t{number}", expires_at=expires,
+        returned=returned,
         origin=Origin(
-            cluster_id="c", topic="documents", topic_id="t", partition=partition, offset=number, timestamp_ms=number
+            cluster_id="c", topic="documents", topic_id="t", partition=partition, leader_epoch=epoch, offset=number,
+            timestamp_ms=number,
         ),
     )  # fmt: skip
     return ExampleScored(
@@ -243,17 +250,82 @@ def test_crashes_and_redeliveries_at_random_leave_each_example_in_one_cut(seed):
 
 
 def test_a_state_that_an_earlier_release_stored_is_restored_and_written_again_alike():
-    """The file was written before cuts were split from their application; new fields must have defaults."""
+    """The file was written before marks had epochs; new fields must have defaults."""
     stored = (Path(__file__).parent / "data/curate_state_v1.json").read_bytes()
     policy = CutPolicy(400, 60, 3, 1000, 16, 64)
     batcher = MicroBatcher.restore("acme/a", policy, stored)
     assert (batcher.history.cuts, batcher.history.fences) == (36, 5)
-    assert batcher.history.high_water_marks == {"c/t/documents/0": 699, "c/t/documents/1": 698}
+    marks = {"marks": {"c/t/documents/0": 699, "c/t/documents/1": 698}, "epochs": {}}
+    assert batcher.history.high_water_marks == HighWaterMarks(marks["marks"])
     assert batcher.history.last_job.cut == 35
     data = json.loads(stored)
-    assert json.loads(batcher.fence().state) == data | {"fences": 6}
+    reach = {"added": 0, "floor": marks, "floor_added": 0, "next_floor": marks, "next_added": 0}
+    fenced = batcher.fence().state
+    job = data["job"] | {"epochs": {}}
+    assert json.loads(fenced) == data | {"fences": 6, "version": 2, "epochs": {}, "reach": reach, "job": job}
+    again = MicroBatcher.restore("acme/a", policy, fenced)
+    assert again.history == batcher.fence().history
     assert batcher.offer(scored(699), 0, 0).covered
     assert not batcher.offer(scored(700), 0, 0).covered
+
+
+def drained(batcher, deliveries):
+    """Offer examples in this order and cut whenever it is asked for; return learned, out of order, acknowledged."""
+    learned, out_of_order, acknowledged = [], [], []
+    for token, each in enumerate(deliveries):
+        offer = batcher.offer(each, token, 0)
+        if offer.out_of_order is not None:
+            out_of_order.append(each.example.origin.offset)
+        if offer.covered:
+            acknowledged.append(token)
+        if offer.reason or token == len(deliveries) - 1:
+            cut = batcher.cut(NOW, offer.reason or "age")
+            learned += [e.origin.offset for e in Batch.model_validate_json(cut.body).examples]
+            acknowledged += batcher.apply(cut)
+    return learned, out_of_order, acknowledged
+
+
+@pytest.mark.parametrize("policy", [POLICY, CutPolicy(10**9, 10**9, 3, 1000, 16, 64)], ids=["many cuts", "one cut"])
+def test_attack_c_none_of_700_is_gone_without_a_word(policy):
+    """Partitions were added under a backlog: 100 new examples arrive before the 600 that wait on the old partition."""
+    offered = [scored(n, identity=n + 1) for n in (*range(600, 700), *range(600))]
+    learned, out_of_order, acknowledged = drained(MicroBatcher("a", policy), offered)
+    assert sorted(learned + out_of_order) == list(range(700))
+    assert out_of_order == list(range(600))
+    assert len(acknowledged) == 100
+
+
+def test_attack_c_what_is_delivered_out_of_order_is_told_from_redeliveries_after_a_restart():
+    """The stored state knows how far back its recent ids reach."""
+    batcher = MicroBatcher("a", POLICY)
+    for start in (0, RECENT_IDS, 2 * RECENT_IDS):
+        drained(batcher, [scored(n) for n in range(start, start + RECENT_IDS)])
+    drained(batcher, [scored(n) for n in range(3 * RECENT_IDS + 600, 3 * RECENT_IDS + 700)])
+    restored = MicroBatcher.restore("a", POLICY, batcher.fence().state)
+    for each in (batcher, restored):
+        late = [each.offer(scored(n), 0, 0) for n in range(3 * RECENT_IDS, 3 * RECENT_IDS + 600)]
+        assert {offer.out_of_order for offer in late} == {(0, 3 * RECENT_IDS + 699)}
+        seen = (0, 5, RECENT_IDS, 3 * RECENT_IDS - 1, 3 * RECENT_IDS + 650)
+        assert all(each.offer(scored(n), 0, 0).covered for n in seen)
+
+
+def test_attack_k_the_same_offsets_under_a_later_epoch_are_new():
+    """A broker that stopped uncleanly lost a log's tail and gave its offsets again to other documents."""
+    batcher = MicroBatcher("a", POLICY)
+    drained(batcher, [scored(n, identity=n + 1, epoch=2) for n in range(786, 806)])
+    restored = MicroBatcher.restore("a", POLICY, batcher.fence().state)
+    learned, out_of_order, _ = drained(restored, [scored(n, identity=n + 5000, epoch=3) for n in range(796, 806)])
+    assert (learned, out_of_order) == (list(range(796, 806)), [])
+    assert restored.history.high_water_marks == HighWaterMarks({"c/t/documents/0": 805}, {"c/t/documents/0": 3})
+    assert restored.offer(scored(805, identity=806, epoch=2), 0, 0).covered
+    assert restored.history.last_job.epochs == {"c/t/documents/0": 3}
+
+
+def test_what_intake_returns_is_no_duplicate_of_its_first_time():
+    batcher = MicroBatcher("a", POLICY)
+    drained(batcher, [scored(0, identity=7), scored(1, identity=8)])
+    learned, _, _ = drained(batcher, [scored(2, identity=7), scored(3, identity=7, returned=True)])
+    assert learned == [3]
 
 
 def test_a_state_of_another_adapter_or_of_nothing_is_refused():
