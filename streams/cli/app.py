@@ -28,10 +28,14 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
 from perennial.streams.cli.forget.commands import forget_app
+from perennial.streams.cli.terminal.printable import printable_lines
+from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number
+from perennial.streams.cli.terminal.terminal_encoding import write_any_character
 
 app = typer.Typer(
     help="Keep language models learning from Kafka, and make them forget on request.",
@@ -65,23 +69,37 @@ Since = Annotated[
 ]
 MaxReplays = Annotated[
     int,
-    typer.Option(min=1, help="Number of replays after which a dead letter is no longer sent back (state quarantined)."),
+    typer.Option(
+        min=1,
+        max=MAX_ROWS,
+        help="Number of replays after which a dead letter is no longer sent back (state quarantined).",
+    ),
 ]
 errors = Console(stderr=True)
 
 
+def _port(value: int | None) -> int | None:
+    """Refuse a number that is no TCP port. A callback, for `min` and `max` would widen the help over 80 columns."""
+    if value is not None and not 0 < value < 65536:
+        raise typer.BadParameter(f"{value} is not in the range 1<=x<=65535")
+    return value
+
+
+def _rate(value: float) -> float:
+    """Refuse a rate at which the pause between two records has no end."""
+    if 0 < number(value) < 0.001:
+        raise typer.BadParameter(f"{value} is neither 0 nor at least 0.001")
+    return value
+
+
 def print_error(error: PerennialError) -> None:
     """Print an error for a person: what is wrong, what came in, what is allowed and what to do, one per line."""
-    errors.print(f"[bold red]error:[/] {_escape(error.message)}", soft_wrap=True)
-    for label, value in (("got", error.got), ("allowed", error.allowed), ("remedy", error.remedy)):
+    lines = [("error", "bold red", error.message), ("  got", "bold", error.got), ("  allowed", "bold", error.allowed),
+             ("  remedy", "bold", error.remedy)]  # fmt: skip
+    for label, style, value in lines:
         if value is not None and value != "":  # a value may be unhashable
-            errors.print(f"  [bold]{label}:[/] {_escape(str(value))}", soft_wrap=True)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
+            text = Text.assemble((f"{label}:", style), " ", printable_lines(str(value)))
+            errors.print(text, soft_wrap=True, highlight=False)
 
 
 def main() -> None:
@@ -89,6 +107,7 @@ def main() -> None:
     # Set before torch loads: OpenMP threads that spin while they wait triple the time of a training step where several
     # processes share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    write_any_character()
     try:
         app(prog_name="perennial")
     except PerennialError as error:
@@ -105,6 +124,14 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)
+    except OSError as error:  # of a path or an address that no command expected to fail
+        print_error(
+            PerennialError(
+                "the operating system refused", got=": ".join(map(str, filter(None, (error.filename, error.strerror or error)))),
+                remedy="correct the path, its permissions or the disk, then run the command again",
+            )
+        )  # fmt: skip
+        sys.exit(3 if isinstance(error, ConnectionError | TimeoutError) else 2)
 
 
 @app.command()
@@ -125,7 +152,7 @@ def up(
     data_dir: Annotated[Path | None, typer.Option(help="Folder for topics, objects and logs.")] = None,
     port: Annotated[
         int | None,
-        typer.Option(help="Port of the embedded broker; default: the last one, or a free one."),
+        typer.Option(callback=_port, help="Port of the embedded broker; default: the last one, or a free one."),
     ] = None,
     shared_model: Annotated[
         bool, typer.Option(help="Run scorer and learner in one process that loads the base model once.")
@@ -155,7 +182,10 @@ def worker(
 
 @app.command("init")
 def initialise(
-    wait_s: Annotated[float, typer.Option(min=0, help="Seconds to wait for broker and store to answer.")] = 0,
+    wait_s: Annotated[
+        float,
+        typer.Option(min=0, max=MAX_SECONDS, callback=number, help="Seconds to wait for broker and store to answer."),
+    ] = 0,
     json_: Json = False,
 ) -> None:
     """Create missing topics and the bucket, and test the store's conditional writes; safe to repeat."""
@@ -220,7 +250,7 @@ def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
 @adapters_app.command("history")
 def adapters_history(
     adapter: AdapterName,
-    limit: Annotated[int, typer.Option(min=1, help="Most versions to show, newest first.")] = 20,
+    limit: Annotated[int, typer.Option(min=1, max=MAX_ROWS, help="Most versions to show, newest first.")] = 20,
     json_: Json = False,
 ) -> None:
     """List the versions of an adapter, refused ones and their reasons included."""
@@ -242,7 +272,10 @@ def adapters_rollback(
         str, typer.Option(help="Text that is recorded with the rollback.")
     ] = "requested on the command line",
     wait_s: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait until the version is live; 0 does not wait.")
+        float,
+        typer.Option(
+            min=0, max=MAX_SECONDS, callback=number, help="Seconds to wait until the version is live; 0 does not wait."
+        ),
     ] = 60,
     json_: Json = False,
 ) -> None:
@@ -282,8 +315,8 @@ def dlq_show(
 def dlq_replay(
     reason: Reason = "", stage: Stage = "", topic: Source = "", adapter: AdapterPattern = "", since: Since = "",
     dry_run: Annotated[bool, typer.Option(help="Send nothing; count by reason what would be sent.")] = False,
-    rate: Annotated[float, typer.Option(min=0, help="Records per second; 0 for no limit.")] = 50,
-    limit: Annotated[int, typer.Option(min=0, help="Most records to send; 0 for all.")] = 0,
+    rate: Annotated[float, typer.Option(min=0, callback=_rate, help="Records per second, at least 0.001; 0 for no limit.")] = 50,
+    limit: Annotated[int, typer.Option(min=0, max=MAX_ROWS, help="Most records to send; 0 for all.")] = 0,
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
     """Send dead letters back to their topics at a steady rate; continues where an earlier replay ended."""
@@ -299,7 +332,9 @@ def dlq_replay(
 def explain(
     adapter: AdapterName,
     document: Annotated[str | None, typer.Option(help="Only the document or interaction with this id.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Most examples to show, those of the newest versions first.")] = 50,
+    limit: Annotated[
+        int, typer.Option(min=1, max=MAX_ROWS, help="Most examples to show, those of the newest versions first.")
+    ] = 50,
     json_: Json = False,
 ) -> None:
     """List what an adapter learned: from which event, in which version, and when it expires."""
@@ -312,7 +347,7 @@ def explain(
 def ask(
     adapter: AdapterName,
     prompt: Annotated[str, typer.Argument(help="Text to answer.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Most tokens to generate.")] = 48,
     json_: Json = False,
 ) -> None:
     """Answer a prompt with the frozen base model and with the live adapter, side by side."""
@@ -331,8 +366,10 @@ def status(json_: Json = False) -> None:
 
 @app.command()
 def watch(
-    every_s: Annotated[float, typer.Option(min=0, help="Seconds between two readings.")] = 1.0,
-    times: Annotated[int, typer.Option(min=0, help="Number of readings; 0 until Ctrl-C.")] = 0,
+    every_s: Annotated[
+        float, typer.Option(min=0, max=MAX_SECONDS, callback=number, help="Seconds between two readings.")
+    ] = 1.0,
+    times: Annotated[int, typer.Option(min=0, max=MAX_ROWS, help="Number of readings; 0 until Ctrl-C.")] = 0,
 ) -> None:
     """Show what `status` shows, and refresh it until Ctrl-C."""
     from perennial.streams.cli.status import watch_status

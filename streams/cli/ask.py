@@ -16,6 +16,7 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import get_blob
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.tables import at_terminal, shown_version
+from perennial.streams.cli.terminal.printable import printable_lines
 from perennial.streams.devstack.discovery import connected_settings
 
 
@@ -60,6 +61,7 @@ def ask_both(adapter: str, prompt: str, *, max_new_tokens: int, as_json: bool) -
     if as_json:
         print(json.dumps({"prompt": prompt, "base": plain, "adapter": learned, "version": alias.version}))
         return 0
+    plain, learned = printable_lines(plain), printable_lines(learned)
     console = Console(highlight=False)
     name = f"{adapter} @ {shown_version(alias.version, console)}"
     if at_terminal(console):

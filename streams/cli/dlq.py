@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from perennial.streams.cli.tables import Column, Row, print_facts, print_table, printable, short_time
+from perennial.streams.cli.tables import Column, Row, print_facts, print_table, short_time
+from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.deadletters.model import DeadLetterRecord, Selection, parse_position, parse_since
 from perennial.streams.deadletters.reader import DeadLetterReader
 from perennial.streams.deadletters.redrive import Redriver

@@ -18,6 +18,7 @@ from rich.markup import escape
 from perennial.extras import MissingExtraError, require_extra
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
+from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.settings import Settings
 
@@ -137,9 +138,11 @@ def examine(*, as_json: bool) -> int:
         findings.append(finding)
         if not as_json:
             mark = "[green]ok  [/]" if finding.ok else "[red]FAIL[/]"
-            console.print(f"{mark} [bold]{name}[/]: {escape(finding.found)}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{mark} [bold]{name}[/]: {escape(printable(finding.found))}", highlight=False, soft_wrap=True
+            )
             if not finding.ok and finding.remedy:
-                console.print(f"     remedy: {escape(finding.remedy)}", highlight=False, soft_wrap=True)
+                console.print(f"     remedy: {escape(printable(finding.remedy))}", highlight=False, soft_wrap=True)
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     return 0 if all(finding.ok for finding in findings) else 1

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 
 from rich.console import Console
 from rich.text import Text
@@ -16,6 +15,8 @@ from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry, require_adapter
 from perennial.streams.cli.tables import Column, Row, print_table, short_version
+from perennial.streams.cli.terminal.printable import printable
+from perennial.streams.cli.terminal.times import iso_time
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.retain.example_index import ExampleIndex
 from perennial.streams.retain.ledger import StoredExample, expires_ms, policies_on
@@ -39,7 +40,9 @@ _COLUMNS = (
 
 @dataclass(frozen=True)
 class ExplainedExample:
-    """The origin of one example, and what became of it. Times are ISO 8601 in UTC.
+    """The origin of one example, and what became of it.
+
+    Times are ISO 8601 in UTC; a time past the year 9999 is `after 9999`.
 
     Attributes:
         document_id: Id of the document or interaction; None where its text is erased.
@@ -102,7 +105,7 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
         print(json.dumps([asdict(example) for example in examples]))
         return 0
     console = Console()
-    console.print(Text(_title(adapter, examples), "bold"), soft_wrap=True)
+    console.print(Text(printable(_title(adapter, examples)), "bold"), soft_wrap=True)
     print_table(_COLUMNS, [_row(example) for example in examples[:limit]], console=console)
     if len(examples) > limit:
         Console(stderr=True).print(f"… and {len(examples) - limit} more: --limit, or --json for all", soft_wrap=True)
@@ -186,11 +189,11 @@ def _explained(item: StoredExample, manifest: Manifest, state: str, end_ms: int 
     example, origin = item.example, item.example.origin
     return ExplainedExample(
         document_id=example.document_id, example_id=example.example_id, topic=origin.topic,
-        partition=origin.partition, offset=origin.offset, published_at=_iso(origin.timestamp_ms),
+        partition=origin.partition, offset=origin.offset, published_at=iso_time(origin.timestamp_ms),
         version=item.version, seq=item.seq, outcome=manifest.outcome,
         gate_before_nats=manifest.gate.held_out_before,
         gate_after_nats=manifest.gate.held_out_after, state=state,
-        expires_at=None if end_ms is None else _iso(end_ms),
+        expires_at=None if end_ms is None else iso_time(end_ms),
     )  # fmt: skip
 
 
@@ -201,7 +204,3 @@ def _erased(example_id: str, origin_partition: str, offset: int, version: str, m
         published_at=None, version=version, seq=manifest.seq, outcome=manifest.outcome, gate_before_nats=None,
         gate_after_nats=None, state=_ERASED, expires_at=None,
     )  # fmt: skip
-
-
-def _iso(at_ms: int) -> str:
-    return datetime.fromtimestamp(at_ms / 1000, UTC).isoformat(timespec="seconds")

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import TypeVar
 
-from rich.console import Console
-
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.factory import open_store
+from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.installation import provision_recorded
 from perennial.streams.kafka.topics import KafkaUnavailableError
@@ -48,13 +47,14 @@ def initialise(*, wait_s: float, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"store": store.uri, "topics": [asdict(report) for report in reports]}))
         return 0
-    out = Console(highlight=False, soft_wrap=True)
-    out.print(f"store {store.uri}: create-if-absent and compare-and-swap hold")
     created = [report.name for report in reports if report.created]
-    out.print(f"topics created: {', '.join(created)}" if created else f"all {len(reports)} topics exist")
-    for report in reports:
-        for difference in report.differences:
-            out.print(f"topic {report.name}: {difference}; not changed")
+    lines = [
+        f"store {store.uri}: create-if-absent and compare-and-swap hold",
+        f"topics created: {', '.join(created)}" if created else f"all {len(reports)} topics exist",
+        *(f"topic {report.name}: {difference}; not changed" for report in reports for difference in report.differences),
+    ]
+    for line in lines:
+        print(printable(line))
     return 0
 
 

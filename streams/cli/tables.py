@@ -17,15 +17,28 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from rich import box
+from rich.box import Box
 from rich.cells import cell_len
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+
+from perennial.streams.cli.terminal.printable import printable
 
 Cell: TypeAlias = str | Text
 """Plain text (never markup), or text with a style."""
 Row: TypeAlias = Sequence[Cell]
 
+
+class _HeadBox(Box):
+    """A line below the header, also on a terminal without Unicode, where rich would draw a wider box of its own."""
+
+    def substitute(self, options: ConsoleOptions, safe: bool = True) -> Box:  # noqa: ARG002  # rich names it
+        return _ASCII_HEAD_BOX if options.ascii_only else self
+
+
+_HEAD_BOX = _HeadBox(str(box.SIMPLE_HEAD))
+_ASCII_HEAD_BOX = Box(str(box.SIMPLE_HEAD).replace("─", "-"), ascii=True)
 _GAP = 2
 _MIN_WRAPPED = 14
 """Narrowest column for texts that wrap; a narrower one is harder to read than a block of lines."""
@@ -72,11 +85,6 @@ def at_terminal(console: Console) -> bool:
 def shown_version(version: str | None, console: Console) -> str:
     """Return a version for a message: twelve hex digits at a terminal, the full id elsewhere."""
     return short_version(version) if at_terminal(console) else version or "-"
-
-
-def printable(text: str) -> str:
-    """Return the text with control characters escaped: ids come from outside and could steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_table(
@@ -128,7 +136,7 @@ def plain(columns: Sequence[Column], rows: Sequence[Row], *, title: str = "") ->
         .rstrip()
         for line in lines
     ]
-    return "\n".join([title, *shown] if title else shown)
+    return "\n".join([printable(title), *shown] if title else shown)
 
 
 def layout(columns: Sequence[Column], rows: Sequence[Row], *, width: int, title: str = "") -> RenderableType:
@@ -144,7 +152,7 @@ def layout(columns: Sequence[Column], rows: Sequence[Row], *, width: int, title:
             return _blocks(columns, cells, title)
         shown.remove(last)
     table = Table(
-        box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0), title=title or None,
+        box=_HEAD_BOX, show_edge=False, pad_edge=False, padding=(0, _GAP - 1, 0, 0), title=Text(printable(title), "italic") or None,
         title_justify="left",
     )  # fmt: skip
     for col, wide in zip(shown, widths, strict=True):
@@ -191,7 +199,7 @@ def _blocks(columns: Sequence[Column], cells: Sequence[Sequence[Text]], title: s
         )
         for row in cells
     ]
-    return Text("\n\n").join([Text(title, "italic"), *blocks] if title else blocks)
+    return Text("\n\n").join([Text(printable(title), "italic"), *blocks] if title else blocks)
 
 
 def _shortened(column: Column, cell: Cell) -> Text:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from perennial.extras import require_extra
 from perennial.storage.errors import PerennialError
+from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.devstack.signals import STOP_SIGNALS, end_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, die_with_parent
 from perennial.streams.observe.http_server import serve_metrics
@@ -45,7 +46,7 @@ class OneLineFormatter(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is the base class's
         """Return the formatted line, its message escaped."""
-        record.message = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in record.message)
+        record.message = printable(record.message)
         return super().formatMessage(record)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.panel import Panel
+from rich.text import Text
 
 from perennial.extras import require_extra
 from perennial.storage.objects.factory import open_store
@@ -23,7 +24,7 @@ from perennial.streams.addresses import http_url
 from perennial.streams.devstack.discovery import ANNOUNCEMENT_FILES, announce, claim, withdraw
 from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
-from perennial.streams.devstack.private_files import private_folder
+from perennial.streams.devstack.private_files import PRIVATE_UMASK, private_folder
 from perennial.streams.devstack.signals import STOP_SIGNALS, interrupt_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.kafka.installation import InstallationError, provision_recorded
@@ -154,11 +155,16 @@ def run_up(*, data_dir: Path | None, port: int | None, shared_model: bool, store
         PerennialError: something did not start; nothing is left running then.
     """
     interrupt_on_stop_signals()
+    os.umask(PRIVATE_UMASK)
     settings = load_settings(**({"data_dir": data_dir} if data_dir else {}))
+    # Absolute: other commands read the announced addresses in other working directories.
+    settings = settings.replace(data_dir=settings.store.data_dir.absolute())
     require_extra("worker" if settings.kafka.bootstrap else "all", "`perennial up`")
     settings, minio = _choose_store(settings, store)
+    if settings.store.uri and "://" not in settings.store.uri:
+        settings = settings.replace(store=str(Path(settings.store.uri).absolute()))
     console = Console(stderr=True)
-    lock = _claim_folder(settings.store.data_dir, lambda line: console.print(line, highlight=False, soft_wrap=True))
+    lock = _claim_folder(settings.store.data_dir, lambda line: console.print(Text(line), soft_wrap=True))
     try:
         return _run(settings, port, console, shared_model=shared_model, minio=minio)
     finally:
@@ -194,8 +200,8 @@ def _run(settings: Settings, port: int | None, console: Console, *, shared_model
     with console.status("starting") as spinner:
 
         def print_step(line: str) -> None:
-            console.print(f"[dim]{time.strftime('%H:%M:%S')}[/] {line}", highlight=False)
-            spinner.update(line)
+            console.print(Text.assemble((time.strftime("%H:%M:%S"), "dim"), f" {line}"), highlight=False)
+            spinner.update(Text(line))
 
         stack.on_progress = print_step
         try:
@@ -214,7 +220,7 @@ def _run(settings: Settings, port: int | None, console: Console, *, shared_model
         console.print("stopping: intake, streams, scorer, learner, broker")
         withdraw(settings.store.data_dir)
         stack.stop()
-        console.print("stopped; everything learned is kept in " + str(settings.store.data_dir))
+        console.print(Text(f"stopped; everything learned is kept in {settings.store.data_dir}"), soft_wrap=True)
     return 0
 
 
@@ -262,4 +268,4 @@ def _announce(stack: Stack, console: Console) -> None:
         "look      perennial watch     perennial status     perennial adapters ls",
         "stop      Ctrl-C",
     ]
-    console.print(Panel("\n".join(lines), title="perennial is up", expand=False), highlight=False, soft_wrap=True)
+    console.print(Panel(Text("\n".join(lines)), title="perennial is up", expand=False), highlight=False, soft_wrap=True)

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number
+
 forget_app = typer.Typer(invoke_without_command=True)
 
 _Adapter = Annotated[
@@ -21,8 +23,11 @@ _Source = Annotated[list[str] | None, typer.Option(help="Source that texts came 
 _Reason = Annotated[str, typer.Option(help="Why; recorded with the request.")]
 _HoldWait = Annotated[
     float,
-    typer.Option(help="Seconds to wait until the request takes effect, else exit code 1; 0: do not wait."),
-]
+    typer.Option(
+        min=0, max=MAX_SECONDS, callback=number,
+        help="Seconds to wait until the request takes effect, else exit code 1; 0: do not wait.",
+    ),
+]  # fmt: skip
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -36,7 +41,12 @@ def forget(
     reason: _Reason = "",
     wait_s: Annotated[
         float,
-        typer.Option(help="Seconds to wait until all is forgotten, else exit code 1; 0: do not wait."),
+        typer.Option(
+            min=0,
+            max=MAX_SECONDS,
+            callback=number,
+            help="Seconds to wait until all is forgotten, else exit code 1; 0: do not wait.",
+        ),
     ] = 300,
     dry_run: Annotated[bool, typer.Option(help="Only show what would be forgotten; send no request.")] = False,
     json_: _Json = False,
@@ -67,7 +77,9 @@ def forget(
 @forget_app.command()
 def status(
     request: Annotated[str, typer.Argument(help="Id of a request; without it, all requests.")] = "",
-    limit: Annotated[int, typer.Option(min=1, help="Show this many requests, those that changed last.")] = 50,
+    limit: Annotated[
+        int, typer.Option(min=1, max=MAX_ROWS, help="Show this many requests, those that changed last.")
+    ] = 50,
     json_: _Json = False,
 ) -> None:
     """Show how far requests to forget, hold, release or expire have come."""

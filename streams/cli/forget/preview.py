@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import TypedDict
 
 from rich.console import Console
@@ -13,6 +12,8 @@ from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.forget.selection import count_of
 from perennial.streams.cli.tables import Column, print_table, short_version
+from perennial.streams.cli.terminal.printable import printable
+from perennial.streams.cli.terminal.times import spoken_time
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import Selector
 from perennial.streams.retain.example_index import ExampleIndex
@@ -88,7 +89,7 @@ def _print_plan(plan: _Plan) -> None:
         f"{plan['adapter']}: {count_of(len(examples), 'example')} to forget, "
         f"{count_of(len(plan['versions']), 'version')} to revoke, {count_of(plan['replayed'], 'update')} to train again"
     )
-    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(Text(printable(title), "bold"), soft_wrap=True)
     rows = [
         (
             item["document_id"], item["published_at"], "yes" if item["learned"] else "no", str(item["seq"]),
@@ -126,11 +127,10 @@ def _plan(registry: Registry, ledger: RequestLedger, adapter: str, selector: Sel
 
 
 def _facts(item: StoredExample, held: bool) -> _Example:
-    published_s = item.example.origin.timestamp_ms / 1000
     return {
         "example_id": item.example.example_id, "document_id": item.example.document_id, "seq": item.seq,
         "version": item.version, "learned": item.learned, "held": held,
-        "published_at": time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(published_s)),
+        "published_at": spoken_time(item.example.origin.timestamp_ms),
     }  # fmt: skip
 
 

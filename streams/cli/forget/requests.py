@@ -11,7 +11,7 @@ from rich.text import Text
 
 from perennial.streams.cli.forget.request_status import StatusReader
 from perennial.streams.cli.forget.selection import count_of
-from perennial.streams.cli.tables import printable
+from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import RetentionProgressed, RetentionRequested, Selector

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -114,3 +115,41 @@ def test_help_loads_neither_torch_nor_a_kafka_client():
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3]
     )
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["up", "--port", "99999"], ["up", "--port", "0"], ["up", "--port", "-1"], ["init", "--wait-s", "-1"],
+        ["init", "--wait-s", "nan"], ["init", "--wait-s", "inf"], ["adapters", "history", "a/b", "--limit", "0"],
+        ["adapters", "history", "a/b", "--limit", "99999999999999999999"],
+        ["adapters", "rollback", "a/b", "--wait-s", "nan"], ["dlq", "ls", "--limit", "0"],
+        ["dlq", "ls", "--max-replays", "0"], ["dlq", "replay", "--rate", "-1"], ["dlq", "replay", "--rate", "1e-300"],
+        ["dlq", "replay", "--rate", "nan"], ["dlq", "replay", "--limit", "-1"], ["explain", "a/b", "--limit", "0"],
+        ["explain", "a/b", "--limit", "99999999999999999999"], ["ask", "a/b", "x", "--max-new-tokens", "0"],
+        ["watch", "--every-s", "1e300"], ["watch", "--every-s", "nan"], ["watch", "--times", "-1"],
+        ["forget", "--adapter", "a/b", "--document", "d", "--wait-s", "-1"],
+        ["forget", "--adapter", "a/b", "--document", "d", "--wait-s", "nan"], ["forget", "hold", "--wait-s", "-1"],
+        ["forget", "release", "--wait-s", "inf"], ["forget", "status", "--limit", "0"],
+    ],
+)  # fmt: skip
+def test_a_number_out_of_range_is_a_usage_error(words):
+    """`perennial up --port 99999` ended with exit code 1 after it had started the roles, and NaN passes any limit."""
+    result = CliRunner().invoke(command_line.app, words)
+    assert result.exit_code == 2, result.output
+    assert words[-2] in result.output
+
+
+def test_every_number_of_an_option_has_limits():
+    def options(command: Any):
+        yield from command.params
+        for inner in getattr(command, "commands", {}).values():
+            yield from options(inner)
+
+    numbers = [
+        option for option in options(get_command(command_line.app))
+        if option.name != "parent" and re.search(r"\b(int|float)\b", str(option.type_descriptor.annotation))
+    ]  # fmt: skip
+    assert len(numbers) > 10
+    for option in numbers:
+        assert option.callback is not None or (option.min is not None and option.max is not None), option.name

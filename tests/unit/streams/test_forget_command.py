@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from datetime import UTC, datetime
 from typing import Self
 
@@ -143,6 +144,19 @@ def test_explain_tells_where_each_example_came_from_and_what_became_of_it(versio
     assert examples["d2"]["expires_at"] is None
     assert explain(ADAPTER, document=None, limit=1, as_json=False) == 0
     assert "secret" not in capsys.readouterr().out
+
+
+def test_case_01_explain_shows_a_life_that_ends_after_the_calendar(versions, capsys, monkeypatch):
+    """One document with retention_class P9999Y: a traceback, and nothing shown of any document of the adapter."""
+    learn(versions, example(1), example(2))
+    ends = iter((253_402_300_800_000, None) * 2)
+    monkeypatch.setattr(sys.modules[explain.__module__], "expires_ms", lambda *_: next(ends))
+    assert explain(ADAPTER, document=None, limit=10, as_json=True) == 0
+    assert {item["expires_at"] for item in json.loads(capsys.readouterr().out)} == {"after 9999", None}
+    assert explain(ADAPTER, document=None, limit=10, as_json=False) == 0
+    shown = capsys.readouterr().out
+    assert "after 9999" in shown
+    assert "for ever" in shown
 
 
 def test_explain_shows_only_the_origin_of_an_erased_example(versions, capsys):
