@@ -147,7 +147,7 @@ class ForgetExecutor:
         if _is_done(quarantine, job):
             self._delete(job)  # another learner may have done the job before this one deleted its own blobs
             return self._result(job, alias, began)
-        target = ForgetTarget(job, quarantine)
+        target = ForgetTarget(job, quarantine, self._store)
         found = find_examples(self._store, job.adapter, history, target)
         if target.is_held(found.all()):
             return self._held(job, alias, found.all())
@@ -287,7 +287,7 @@ class ForgetExecutor:
         quarantine = load_quarantine(self._store, job.adapter)
         if quarantine.holds == known:
             return
-        target = ForgetTarget(job, quarantine)
+        target = ForgetTarget(job, quarantine, self._store)
         found = find_examples(self._store, job.adapter, history, target)
         matches = found.by_batch()
         newly_held = any(

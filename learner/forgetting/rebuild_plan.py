@@ -1,6 +1,6 @@
 """Plan a forgetting: which examples go, which versions they reached, which updates are rebuilt.
 
-Pure functions: no store, no model.
+The plan is pure. Only the look-up of suppressed texts may read the store; nothing here needs the model.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from perennial.learner.versions.history import History, RecordedVersion
 from perennial.learner.versions.micro_batches import OriginOffset, origin_offset
+from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry
+from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 
@@ -23,11 +25,12 @@ class ExampleMatch:
     Attributes:
         origin_offset: where the example was published.
         example_id: the example.
-        text_hash: hash of its text; None if it has none.
+        text_hash: hash of its text; None if it has none, or if nothing is to be suppressed.
         request_id: the request that removes it now; None if none does.
         wanted_by: the request that would remove it if there were no holds.
         held: a legal hold covers it.
         erased: its text must never be learned again.
+        suppressed: an equal text was erased before.
     """
 
     origin_offset: OriginOffset
@@ -37,6 +40,7 @@ class ExampleMatch:
     wanted_by: str | None
     held: bool
     erased: bool = False
+    suppressed: bool = False
 
 
 BatchMatches = dict[str, list[ExampleMatch]]
@@ -55,13 +59,15 @@ class ForgetTarget:
     Args:
         job: the forget job.
         quarantine: the adapter's quarantine as it is now.
+        store: the store, for the list of suppressed texts.
     """
 
-    def __init__(self, job: ForgetRequested, quarantine: Quarantine) -> None:
+    def __init__(self, job: ForgetRequested, quarantine: Quarantine, store: ObjectStore) -> None:
         self._job = job
-        self._filter = QuarantineFilter(quarantine)
-        self._filter_without_holds = QuarantineFilter(quarantine.with_holds([]))
-        self._suppressed = frozenset(quarantine.suppressed)
+        self._filter = QuarantineFilter(quarantine, store)
+        self._filter_without_holds = QuarantineFilter(quarantine.with_holds([]), store)
+        suppressing = job.suppress or any(entry.suppress for entry in quarantine.entries)
+        self._text_key = ensure_text_key(store, job.adapter) if suppressing else None
 
     def match(self, examples: Iterable[ExampleAccepted]) -> list[ExampleMatch]:
         """Return one match per example of a micro-batch, also for examples that stay."""
@@ -79,11 +85,12 @@ class ForgetTarget:
         return ExampleMatch(
             origin_offset=origin_offset(example),
             example_id=example.example_id,
-            text_hash=text_hash(example),
+            text_hash=None if self._text_key is None else text_hash(example, self._text_key),
             request_id=request_id,
             wanted_by=wanted_by,
             held=self._filter.held_by(example) is not None,
             erased=erased,
+            suppressed=self._filter.suppresses(example),
         )
 
     def is_held(self, matches: Iterable[ExampleMatch]) -> bool:
@@ -113,8 +120,7 @@ class ForgetTarget:
     def _is_removed(self, match: ExampleMatch, hashes: Collection[str]) -> bool:
         if match.request_id is not None:
             return True
-        same_text = match.text_hash and (match.text_hash in hashes or match.text_hash in self._suppressed)
-        return bool(same_text) and not match.held
+        return (match.suppressed or match.text_hash in hashes) and not match.held
 
 
 def _request_id(entry: QuarantineEntry | None) -> str | None:

@@ -39,7 +39,7 @@ from perennial.storage.registry.scalars import Scalar
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, UpdateRequested
-from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
+from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class UpdateExecutor:
             self._clean_up(job, redelivered=True)
             return JobResult("repeated", None, writer.current_alias_event(job.adapter, alias))
         stored = read_batch(self._store, job)
-        quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter))
+        quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter), self._store)
         batch = self._leave_out_quarantined(job, stored, quarantine)
         start = _Start(head, *writer.state_at(head, job.adapter))
         writer.failpoint("learner.load")
@@ -161,8 +161,7 @@ class UpdateExecutor:
             ref = BlobRef(digest=job.batch.digest, size_bytes=job.batch.size_bytes)
             return _AllowedBatch(batch, batch, ref, None)
         allowed = without_examples(batch, blocked)
-        erased = {found for e in batch.examples if quarantine.erases(e) and (found := text_hash(e))}
-        update_quarantine(self._store, job.adapter, lambda found: found.suppressing(erased))
+        update_quarantine(self._store, job.adapter, quarantine.suppression_of(batch.examples))
         record_pending_deletes(self._store, job.adapter, job.job_id, [job.batch.digest])
         body = batch_to_bytes(allowed)
         return _AllowedBatch(batch, allowed, BlobRef(digest=digest_of(body), size_bytes=len(body)), body)
@@ -266,7 +265,7 @@ class UpdateExecutor:
 
         No version that is published after the acceptance may have such an example in it.
         """
-        quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter))
+        quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter), self._store)
         if any(quarantine.blocks(example) for example in (*allowed.examples, *replayed.values())):
             raise ConflictError(f"an example that {job.job_id} learned or replayed is now to be forgotten")
 

@@ -145,7 +145,7 @@ def explain_examples(registry: Registry, adapter: str, alias: str) -> list[Expla
     stored = ExampleIndex(registry).of(adapter)
     manifests: dict[str, Manifest] = {}
     live_ids = _live_example_ids(registry, adapter, alias, manifests)
-    quarantine_filter = QuarantineFilter(load_quarantine(registry.store, adapter))
+    quarantine_filter = QuarantineFilter(load_quarantine(registry.store, adapter), registry.store)
     policies = policies_on(load_ledger(registry.store)[0], adapter)
     explained = []
     for item in stored:

@@ -53,7 +53,7 @@ from perennial.streams.events.models import (
     UpdateRequested,
 )
 from perennial.streams.observe.metrics import Metrics
-from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
+from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.curate")
@@ -302,17 +302,15 @@ class CurateAgent:
         text. This method therefore suppresses the text of every blocked example that is to be erased.
         """
         quarantine = load_quarantine(self._store, batcher.adapter)
-        if not (quarantine.entries or quarantine.suppressed):
+        if not (quarantine.entries or quarantine.suppresses_texts):
             return ()
-        quarantine_filter = QuarantineFilter(quarantine)
+        quarantine_filter = QuarantineFilter(quarantine, self._store)
         blocked = {
             example.example_id: example for example in batcher.pending_examples if quarantine_filter.blocks(example)
         }
-        erased = [
-            text for example in blocked.values() if quarantine_filter.erases(example) and (text := text_hash(example))
-        ]
-        if erased:
-            update_quarantine(self._store, batcher.adapter, lambda found: found.suppressing(erased))
+        if blocked:
+            suppression = quarantine_filter.suppression_of(blocked.values())
+            update_quarantine(self._store, batcher.adapter, suppression)
         return blocked.keys()
 
     async def _confirm_last_job(self, adapter: _Adapter) -> None:

@@ -69,7 +69,7 @@ class ErasureCheck:
                 name = check_adapter(example.adapter)
             except StoreError:  # not a valid name of an adapter: intake will refuse the record again
                 return False
-            found = self._filters[name] = QuarantineFilter(load_quarantine(self._store, name))
+            found = self._filters[name] = QuarantineFilter(load_quarantine(self._store, name), self._store)
         return found.blocks(example)
 
 

@@ -20,7 +20,9 @@ Add an event: write the model in the section of its topic, add it to EVENTS, nam
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self
+from unicodedata import normalize
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
@@ -224,6 +226,16 @@ Assurance = Literal["exact", "behavioural", "ranking"]
 RetentionKind = Literal["policy", "expire", "supersede", "erase", "decay", "hold", "release", "revoke"]
 
 
+def _nfc(name: str | None) -> str | None:
+    """Return the name in Unicode normalisation form C."""
+    return None if name is None else normalize("NFC", name)
+
+
+@lru_cache(maxsize=256)  # a selector of many names is asked about many examples
+def _all_nfc(names: tuple[str | None, ...]) -> frozenset[str | None]:
+    return frozenset(map(_nfc, names))
+
+
 class Selector(BaseModel):
     """Selects the examples of a retention request; every given field must match."""
 
@@ -245,11 +257,15 @@ class Selector(BaseModel):
         return self
 
     def matches(self, example: ExampleAccepted) -> bool:
-        """Return True where every given field matches the example; `before` is compared with its publication time."""
+        """Return True where every given field matches the example.
+
+        Ids, subjects and sources are compared after Unicode normalisation (NFC), because two programs may write the
+        same name in two forms. `before` is compared with the publication time.
+        """
         return (
-            (self.document_ids is None or example.document_id in self.document_ids)
-            and (self.subjects is None or not set(self.subjects).isdisjoint(example.subjects))
-            and (self.sources is None or example.source in self.sources)
+            (self.document_ids is None or _nfc(example.document_id) in _all_nfc(tuple(self.document_ids)))
+            and (self.subjects is None or not _all_nfc(tuple(self.subjects)).isdisjoint(map(_nfc, example.subjects)))
+            and (self.sources is None or _nfc(example.source) in _all_nfc(tuple(self.sources)))
             and (self.retention_class is None or example.retention_class == self.retention_class)
             and (self.before is None or example.origin.timestamp_ms < self.before.timestamp() * 1000)
         )

@@ -19,6 +19,7 @@ from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry
+from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.streams.events.models import Batch
 from perennial.streams.retain.ledger import StoredExample
 from perennial.streams.retention.quarantine_filter import text_hash
@@ -36,6 +37,7 @@ class _AdapterIndex:
     seq: int = 0
     version: str = ""
     examples: dict[str, StoredExample] = field(default_factory=dict)
+    text_key: bytes = b""
 
 
 class ExampleIndex:
@@ -74,13 +76,14 @@ class ExampleIndex:
         return list(index.examples.values())
 
     def _refresh(self, adapter: str, index: _AdapterIndex, seq: int, version: str) -> _AdapterIndex:
+        index.text_key = index.text_key or ensure_text_key(self._registry.store, adapter)
         newer = list(self._registry.versions(adapter, limit=max(0, seq - index.seq)))[::-1]
         manifests = [self._registry.manifest(adapter, version_id) for _, version_id in newer]
         if index.seq and all(manifest.kind == "update" for manifest in manifests):
             for (_, version_id), manifest in zip(newer, manifests, strict=True):
                 self._add(index, version_id, manifest, may_be_live=True)
         else:
-            index = _AdapterIndex()
+            index = _AdapterIndex(text_key=index.text_key)
             revoked = {revocation.version for revocation in self._registry.revocations(adapter)}
             for version_id, manifest in self._history(adapter, version):
                 self._add(index, version_id, manifest, may_be_live=version_id not in revoked)
@@ -125,7 +128,7 @@ class ExampleIndex:
             if before is None:
                 bare = example.model_copy(update={"text": None, "prompt": None, "answer": None})
                 index.examples[example_id] = StoredExample(
-                    bare, text_hash(example), manifest.seq, version, example_id in learned
+                    bare, text_hash(example, index.text_key), manifest.seq, version, example_id in learned
                 )
             elif example_id in learned and not before.learned:
                 index.examples[example_id] = replace(before, seq=manifest.seq, version=version, learned=True)

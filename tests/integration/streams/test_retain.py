@@ -21,6 +21,7 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry, load_quarantine
+from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.streams.events.adapter_events import AdapterActivated
 from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import decode_dead_letter
@@ -195,8 +196,8 @@ def test_an_erase_is_quarantined_handed_over_and_closed_when_no_replica_serves_a
     assert (job.job_id, job.request_id, job.kind) == (job_id_of("r1", ADAPTER), "r1", "erase")
     assert job.matches(example(1))
     quarantine = load_quarantine(bench.store, ADAPTER)
-    assert QuarantineFilter(quarantine).blocks(example(1))
-    assert quarantine.suppressed == [text_hash(example(1))]
+    assert QuarantineFilter(quarantine, bench.store).blocks(example(1))
+    assert quarantine.keyed == [text_hash(example(1), ensure_text_key(bench.store, ADAPTER))]
 
     # what the learner does: revoke, publish, note the end
     versions = VersionPublisher(bench.store, ADAPTER)
@@ -286,7 +287,7 @@ def test_what_is_under_way_when_it_is_erased_never_reaches_the_store(bench):
     assert [e.document_id for batch in batches for e in batch.examples] == ["d2"], bench.log.read_text()
     skipped = [(skip.example_id, skip.reason) for batch in batches for skip in batch.skipped]
     assert skipped == [(ident(1), "quarantined")]
-    assert load_quarantine(bench.store, ADAPTER).suppressed == [text_hash(example(1))]
+    assert load_quarantine(bench.store, ADAPTER).keyed == [text_hash(example(1), ensure_text_key(bench.store, ADAPTER))]
 
 
 def test_bad_requests_are_told_apart_from_broken_ones(bench):
