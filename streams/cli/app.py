@@ -1,7 +1,7 @@
 """The commands of `perennial`: each one declares its arguments here and calls a function in a module of its own.
 
-Exit codes: 0 done; 1 something is wrong with what was inspected or sent; 2 the command or a setting is not usable;
-3 a service (broker, store) cannot be reached; 4 the named object does not exist; 130 interrupted.
+Exit codes: 0 done; 1 something is wrong with what was inspected or sent, or nothing was; 2 the command, a setting or a
+file is not usable; 3 a service (broker, store) cannot be reached; 4 the named object does not exist; 130 interrupted.
 
 Add a command: write `streams/cli/NAME.py` with a function that takes plain values, prints, and returns the exit code;
 then add one section here.
@@ -56,7 +56,7 @@ app.add_typer(forget_app, name="forget")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]
-JsonLines = Annotated[str, typer.Argument(help="File of JSON lines; - reads standard input.")]
+JsonLines = Annotated[str, typer.Argument(help="File or pipe of JSON lines in UTF-8; - reads standard input.")]
 DefaultAdapter = Annotated[str | None, typer.Option("--adapter", help="Adapter for lines that name none.")]
 Reason = Annotated[str, typer.Option(help="Only dead letters with this reason.")]
 Stage = Annotated[str, typer.Option(help="Only dead letters that this role refused.")]

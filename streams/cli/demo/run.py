@@ -34,7 +34,7 @@ from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.signals import interrupt_on_stop_signals
 from perennial.streams.devstack.stack import Stack
-from perennial.streams.settings import load_settings
+from perennial.streams.settings import SettingsError, expand_path, load_settings
 
 if TYPE_CHECKING:
     from perennial.learner.serving.peft_backend import PeftBackend
@@ -81,12 +81,14 @@ def run_demo(*, quick: bool, out: Path, keep: bool, as_json: bool) -> int:
 
     Raises:
         MissingExtraError: The extra `all` is not installed.
+        SettingsError: The folder is not usable.
         PerennialError: Something did not start or took too long.
     """
     require_extra("all", "`perennial demo`")
     interrupt_on_stop_signals()  # so that what was started is stopped on SIGTERM too
     started = time.monotonic()
     console = Console(stderr=True)
+    out = _output_folder(out)
     folder = Path(tempfile.mkdtemp(prefix="perennial-demo-"))
     settings = load_settings(data_dir=folder, kafka="", store="", **SETTINGS)
 
@@ -111,7 +113,6 @@ def run_demo(*, quick: bool, out: Path, keep: bool, as_json: bool) -> int:
                 print_line(f"kept: {folder} (PERENNIAL_DATA_DIR={folder} perennial up)")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
     picture, figures = out / "demo.png", out / "demo.json"
     draw(report, picture)
     figures.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -119,13 +120,27 @@ def run_demo(*, quick: bool, out: Path, keep: bool, as_json: bool) -> int:
         print(json.dumps(report.as_dict()))
     else:
         print_report(report, Console())
-        console.print(f"picture: {picture}   figures: {figures}", highlight=False, soft_wrap=True)
+        console.print(f"picture: {picture}   figures: {figures}", highlight=False, soft_wrap=True, markup=False)
     failed = [*([] if quick else report.missed()), *report.forgetting.missed()]
     for line in failed:
         console.print(f"[bold red]missed:[/] {line}", highlight=False, soft_wrap=True)
     if not failed and not quick:
         console.print(f"everything that the demo claims held, in {time.monotonic() - started:.0f} s", highlight=False)
     return 1 if failed or not report.learned_anything else 0
+
+
+def _output_folder(out: Path) -> Path:
+    """Make the folder for plot and values before the minutes of the demo. Raise SettingsError where that fails."""
+    out = expand_path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            return out
+    except OSError as error:
+        raise SettingsError(
+            "the folder for the plot is not usable", got=f"{out}: {error.strerror or error}",
+            allowed="a folder that this user may write to", remedy="name another one by --out",
+        ) from error  # fmt: skip
 
 
 class Demo:

@@ -14,8 +14,10 @@ from perennial.streams.cli.demo.persons import person_document
 from perennial.streams.cli.demo.picture import draw
 from perennial.streams.cli.demo.progress import STAGES, DemoProgress, spoken
 from perennial.streams.cli.demo.report import DemoReport, Forgetting, print_forgetting, print_report
+from perennial.streams.cli.demo.run import _output_folder
 from perennial.streams.cli.demo.watcher import RequestStatuses
 from perennial.streams.events.models import RetentionProgressed
+from perennial.streams.settings import SettingsError
 
 DIGEST = "sha256:" + 64 * "a"
 
@@ -189,3 +191,13 @@ def test_times_are_spoken_no_more_exactly_than_they_are_known(seconds: float, wo
 
 def test_every_stage_of_the_demo_has_a_weight():
     assert all(seconds > 0 for seconds in STAGES.values())
+
+
+def test_case_06_a_folder_for_the_plot_that_is_a_file_is_found_before_the_demo_runs(tmp_path, monkeypatch):
+    """The demo ended in a traceback after minutes."""
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(SettingsError, match="the folder for the plot is not usable"):
+            _output_folder(out)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert _output_folder(Path("~/out")) == tmp_path / "out"
