@@ -30,6 +30,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.addresses import is_loopback, kafka_servers, without_brackets
+from perennial.streams.paths import UnknownHomeError, default_data_dir, expand_path
 
 ENV_PREFIX: Final = "PERENNIAL_"
 _ENV_ENCODING: Final = "utf-8-sig"
@@ -46,44 +47,12 @@ class SettingsError(PerennialError):
     exit_code = 2
 
 
-def expand_path(path: str | Path) -> Path:
-    """Return a path with its leading `~` or `~user` replaced by that home folder.
-
-    Every path that a user gives goes through here, so that no two readers of one path see two folders, and no folder
-    named `~` is made.
-
-    Raises:
-        SettingsError: There is no such user.
-    """
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise SettingsError(
-            "the home folder in a path is not known", got=str(path), allowed="~, or ~ and the name of a user",
-            remedy="write the path out",
-        ) from error  # fmt: skip
-
-
 def _expanded(path: str | Path) -> Path:
     """Return `expand_path` for a validator, which reports a ValueError."""
     try:
         return expand_path(path)
-    except SettingsError as error:
+    except UnknownHomeError as error:
         raise ValueError(f"{error.allowed}") from error
-
-
-def _home(kind: str, fallback: str) -> Path:
-    return expand_path(os.environ.get(kind) or Path.home() / fallback) / "perennial"
-
-
-def default_data_dir() -> Path:
-    """Return the folder in which `perennial up` keeps topics and objects."""
-    return _home("XDG_DATA_HOME", ".local/share")
-
-
-def cache_dir() -> Path:
-    """Return the folder for downloads: jars and server binaries."""
-    return _home("XDG_CACHE_HOME", ".cache")
 
 
 class _Group(BaseSettings):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from perennial.streams.settings import cache_dir
+from perennial.streams.paths import cache_dir
 
 Texts = tuple[tuple[str, str], ...]
 

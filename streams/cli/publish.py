@@ -20,7 +20,8 @@ from perennial.streams.client.base_publisher import Receipt
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.cloudevents import decode
-from perennial.streams.settings import SettingsError, expand_path
+from perennial.streams.paths import expand_path
+from perennial.streams.settings import SettingsError
 
 _MAX_LINE_BYTES = 2 * 1024 * 1024
 _IN_FLIGHT = 2_000

@@ -23,7 +23,8 @@ from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folde
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port
 from perennial.streams.devstack.private_files import private_folder
-from perennial.streams.settings import SettingsError, cache_dir
+from perennial.streams.paths import cache_dir
+from perennial.streams.settings import SettingsError
 
 MODULE = "github.com/minio/minio@v0.0.0-20260212201848-7aac2a2c5b7c"
 """As `go install` takes it: MinIO ships no binaries any more, and its release tags are no module versions."""

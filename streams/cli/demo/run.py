@@ -34,7 +34,8 @@ from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.signals import interrupt_on_stop_signals
 from perennial.streams.devstack.stack import Stack
-from perennial.streams.settings import SettingsError, expand_path, load_settings
+from perennial.streams.paths import expand_path
+from perennial.streams.settings import SettingsError, load_settings
 
 if TYPE_CHECKING:
     from perennial.learner.serving.peft_backend import PeftBackend

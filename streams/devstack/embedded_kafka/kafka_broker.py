@@ -42,7 +42,7 @@ from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folde
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port, is_free
 from perennial.streams.devstack.private_files import private_folder
-from perennial.streams.settings import expand_path
+from perennial.streams.paths import expand_path
 
 __all__ = ["KAFKA_VERSION", "BrokerError", "EmbeddedBroker", "fetch_jars"]
 

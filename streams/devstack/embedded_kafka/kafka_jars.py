@@ -22,7 +22,8 @@ from urllib.parse import urlsplit
 from perennial.storage.errors import PerennialError
 from perennial.streams.addresses import is_loopback
 from perennial.streams.devstack.embedded_kafka.kafka_jar_digests import JAR_SHA256
-from perennial.streams.settings import cache_dir, load_settings
+from perennial.streams.paths import cache_dir
+from perennial.streams.settings import load_settings
 
 KAFKA_VERSION = "4.4.0"
 KAFKA_ARTIFACT = f"org.apache.kafka:kafka_2.13:{KAFKA_VERSION}"

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams import settings as module
+from perennial.streams.paths import cache_dir
 from perennial.streams.settings import Settings, SettingsError, all_fields, load_settings
 
 SECRET = "a-secret-of-s3"
@@ -223,7 +224,7 @@ def test_case_18_a_tilde_is_the_home_folder_for_every_reader_of_a_path(monkeypat
     home = tmp_path / "home"
     assert (settings.store.data_dir, settings.store.uri) == (home / "data", str(home / "objects"))
     assert settings.s3.ca_file == str(home / "ca")
-    assert module.cache_dir() == home / "cache" / "perennial"
+    assert cache_dir() == home / "cache" / "perennial"
     assert settings.replace(data_dir="~/other").store.data_dir == home / "other"
     monkeypatch.setenv("XDG_DATA_HOME", "~/share")
     monkeypatch.setenv("PERENNIAL_DATA_DIR", "")  # set to nothing is not the working directory
