@@ -2,18 +2,20 @@
 
 The order of the steps of a cut is fixed, so that a crash at any point loses nothing and learns nothing twice:
 
-1. the name of the micro-batch's body (its bytes), in `state/cutting/<adapter>`;
+1. the job, in `jobs/<adapter>/<cut>`; it names the micro-batch's body;
 2. the body, as a blob;
 3. the adapter's state, in `state/curate/<adapter>`, by compare-and-swap. This commits the cut. A process that lost its
    partitions and did not notice fails here;
 4. the job, to the topic adapter-jobs;
 5. the acknowledgement of the deliveries that the cut covers.
 
+The learner deletes the stored job when it is settled. Until then it finds the job in the store, also where Kafka lost
+the record or delivers a later one first.
+
 A crash between 3 and 4 leaves a job that is stored but possibly not published. The deliveries of its examples were not
 acknowledged, so they arrive again. When the first of them arrives, the restored state shows that it is covered, and the
-agent publishes the stored job again. A crash between
-1 and 3 leaves a body that no cut names. It is deleted when the adapter is loaded, because no forgetting would find the
-texts in it.
+agent publishes the stored job again. A crash between 1 and 3 leaves a job and a body that no cut names. Both are deleted
+when the adapter is loaded: the job was never published, and its cut number is still to be given.
 
 This module does not import Faust; it is given the application. streams/faust_app.py describes the hazards of Faust.
 """
@@ -37,7 +39,9 @@ from perennial.storage.errors import ConflictError, IntegrityError, NotFoundErro
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, put_blob
+from perennial.storage.registry.pending_deletes import record_pending_deletes
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
+from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_job, put_job
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.events.cloudevents import Encoded, WireError, decode, encode
@@ -72,7 +76,7 @@ class CurateError(PerennialError):
 
 
 class _Cutting(BaseModel):
-    """The body that is being written, and the number of its cut."""
+    """The body that a release before `jobs/<adapter>/` was writing, and the number of its cut."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     cut: int
@@ -85,7 +89,7 @@ def state_key(adapter: str) -> str:
 
 
 def cutting_key(adapter: str) -> str:
-    """Return the object key that names an adapter's body while it is being written."""
+    """Return the object key where earlier releases named an adapter's body while it was being written."""
     return f"state/cutting/{adapter}"
 
 
@@ -96,13 +100,11 @@ class _Adapter:
     Attributes:
         batcher: the pending examples and the decision when to cut.
         state_etag: etag of the object at `state_key`; None: it does not exist.
-        cutting_etag: etag of the object at `cutting_key`; None: it does not exist.
         unconfirmed: the state was loaded, so it is not known whether its last job was published.
     """
 
     batcher: MicroBatcher[Delivery]
     state_etag: str | None = None
-    cutting_etag: str | None = None
     unconfirmed: bool = False
 
 
@@ -267,7 +269,7 @@ class CurateAgent:
         name = adapter.batcher.adapter
         try:
             if cut.body is not None and cut.job is not None:
-                await asyncio.to_thread(self._write_body, adapter, cut.body, cut.job)
+                await asyncio.to_thread(self._write_body, cut.body, cut.job)
                 failpoint("curate.blob")
             adapter.state_etag = await asyncio.to_thread(
                 self._store.compare_and_swap, state_key(name), cut.state, adapter.state_etag
@@ -285,14 +287,14 @@ class CurateAgent:
         self._metrics.progress()
         return True
 
-    def _write_body(self, adapter: _Adapter, body: bytes, job: UpdateRequested) -> None:
-        """Write the body's name, then the body, so that it is found after a crash.
+    def _write_body(self, body: bytes, job: UpdateRequested) -> None:
+        """Store the job, then the body that it names, so that the body is found after a crash.
 
         Raises:
-            ConflictError: another process replaced the name meanwhile.
+            ConflictError: another process stored a job of this cut meanwhile.
         """
-        name = _Cutting(cut=job.cut, batch=job.batch).model_dump_json().encode()
-        adapter.cutting_etag = self._store.compare_and_swap(cutting_key(job.adapter), name, adapter.cutting_etag)
+        put_job(self._store, job.adapter, job.cut, job.model_dump_json(by_alias=True).encode())
+        failpoint("curate.job")
         put_blob(self._store, body)
 
     def _blocked(self, batcher: MicroBatcher[Delivery]) -> Collection[str]:
@@ -345,7 +347,7 @@ class CurateAgent:
         while True:
             adapter = await asyncio.to_thread(self._restore, name)
             try:
-                await asyncio.to_thread(self._delete_uncommitted_body, adapter)
+                await asyncio.to_thread(self._delete_uncommitted_job, adapter)
             except ConflictError:
                 continue  # the process that had the adapter before is still writing
             adapter.unconfirmed = adapter.state_etag is not None
@@ -358,32 +360,53 @@ class CurateAgent:
             return _Adapter(MicroBatcher(name, self._policy))
         return _Adapter(MicroBatcher.restore(name, self._policy, stored.data), stored.etag)
 
-    def _delete_uncommitted_body(self, adapter: _Adapter) -> None:
-        """Delete the body that an earlier process wrote, or was about to write, and did not commit.
+    def _delete_uncommitted_job(self, adapter: _Adapter) -> None:
+        """Delete the job and the body that an earlier process stored, or was about to store, and did not commit.
 
         Hazard: that process may still be running. So the state is replaced first: the other process's compare-and-swap
         then fails, and it can never commit a cut with that body. Raise ConflictError if it was faster and committed.
+
+        Hazard: that process may also still write the body, after it was deleted here. So the body is recorded first as
+        one that no version will name: a forgetting then searches it.
         """
         batcher = adapter.batcher
-        key = cutting_key(batcher.adapter)
+        name, cuts = batcher.adapter, batcher.history.cuts
+        found = load_job(self._store, name, cuts)
+        left = None if found is None else self._batch_of(name, cuts, found.data)
+        old = self._cutting_of_earlier_release(name)
+        for digest in [ref.digest for ref in (left, old.batch if old and old.cut >= cuts else None) if ref]:
+            record_pending_deletes(self._store, name, f"uncommitted {digest}", [digest], refused=True)
+            fence = batcher.fence()
+            adapter.state_etag = self._store.compare_and_swap(state_key(name), fence.state, adapter.state_etag)
+            batcher.apply(fence)
+            self._store.delete(blob_key(digest))
+        if found is not None:
+            delete_job(self._store, name, cuts)
+        if old is not None:
+            self._store.delete(cutting_key(name))
+
+    def _batch_of(self, name: str, cut: int, data: bytes) -> BlobRef:
+        try:
+            return UpdateRequested.model_validate_json(data).batch
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{job_key(name, cut)} is not readable", got=data[:100], allowed="an update job",
+                remedy="delete the object: its cut was never committed, so nothing is lost",
+            ) from error  # fmt: skip
+
+    def _cutting_of_earlier_release(self, name: str) -> _Cutting | None:
+        key = cutting_key(name)
         try:
             stored = self._store.get(key, MAX_CUTTING_BYTES)
         except NotFoundError:
-            return
-        adapter.cutting_etag = stored.etag
+            return None
         try:
-            left = _Cutting.model_validate_json(stored.data)
+            return _Cutting.model_validate_json(stored.data)
         except ValidationError as error:
             raise IntegrityError(
                 f"{key} is not readable", got=stored.data[:100], allowed="the number of a cut and the digest of its body",
                 remedy="delete the object, after the blob that it names",
             ) from error  # fmt: skip
-        if left.cut < batcher.history.cuts:
-            return
-        fence = batcher.fence()
-        adapter.state_etag = self._store.compare_and_swap(state_key(batcher.adapter), fence.state, adapter.state_etag)
-        batcher.apply(fence)
-        self._store.delete(blob_key(left.batch.digest))
 
     async def _reload(self, adapter: _Adapter) -> tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]:
         """Replace an adapter by what is stored. Return its pending deliveries, to be offered again, and redeliveries."""

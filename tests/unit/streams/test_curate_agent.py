@@ -9,12 +9,16 @@ import pytest
 
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.objects.object_store import get_blob, put_blob
+from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
 from perennial.storage.registry.suppressed_texts import ensure_text_key
+from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.events.cloudevents import encode
-from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScored, Origin
+from perennial.streams.events.models import Batch, BlobRef, ExampleAccepted, ExampleScored, Origin, UpdateRequested
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import text_hash
 from perennial.streams.settings import Settings
@@ -176,3 +180,68 @@ def test_an_evicted_adapter_leaves_no_example_behind(given):
     assert app.sent == ["adapter-jobs"] * 2
     assert acknowledged == [0, 1]
     assert learned(store) == ["d0", "d1"]
+
+
+def test_case_14_a_cut_stores_its_job_before_its_body(given):
+    """Case 14: a job whose record Kafka loses or reorders is still found, so every cut leaves its job in the store."""
+    agent, _, store = given
+
+    async def scenario() -> None:
+        for number in (1, 2):
+            await agent.receive(delivery(number))
+            await asyncio.sleep(0.1)
+            await agent.tick()
+
+    asyncio.run(scenario())
+    assert list(list_jobs(store, ADAPTER)) == [0, 1]
+    jobs = [UpdateRequested.model_validate_json(load_job(store, ADAPTER, cut).data) for cut in (0, 1)]
+    bodies = [Batch.model_validate_json(get_blob(store, job.batch.digest)) for job in jobs]
+    assert [[e.document_id for e in body.examples] for body in bodies] == [["d1"], ["d2"]]
+
+
+@pytest.mark.parametrize("step", ["curate.job", "curate.blob"])
+def test_a_job_that_was_not_committed_is_deleted_with_its_body(given, monkeypatch, step):
+    agent, app, store = given
+
+    class _KilledError(Exception):
+        """Stands for the end of the process."""
+
+    def dies(name: str) -> None:
+        if name == step:
+            raise _KilledError
+
+    async def interrupted() -> None:
+        await agent.receive(delivery(1))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(curate, "failpoint", dies)
+        with pytest.raises(_KilledError):
+            asyncio.run(interrupted())
+    left = UpdateRequested.model_validate_json(load_job(store, ADAPTER, 0).data)
+    other, other_app = another_process(store)
+
+    async def again() -> None:
+        await other.receive(delivery(2))
+        assert list(list_jobs(store, ADAPTER)) == []
+        assert not store.exists(blob_key(left.batch.digest))
+        await asyncio.sleep(0.1)
+        await other.tick()
+
+    asyncio.run(again())
+    assert (app.sent, other_app.sent) == ([], ["adapter-jobs"])
+    assert list(list_jobs(store, ADAPTER)) == [0]
+    assert learned(store) == ["d2"]
+    (record,) = list_pending_deletes(store, ADAPTER)  # the first process may still write its body: it must be findable
+    assert (record.digests, record.refused) == ([left.batch.digest], True)
+
+
+def test_a_body_that_an_earlier_release_left_behind_is_deleted(given):
+    agent, _, store = given
+    digest = put_blob(store, b"left behind")
+    record = curate._Cutting(cut=0, batch=BlobRef(digest=digest, size_bytes=11)).model_dump_json().encode()
+    store.put_if_absent(curate.cutting_key(ADAPTER), record)
+    asyncio.run(agent.receive(delivery(1)))
+    assert not store.exists(blob_key(digest))
+    assert not store.exists(curate.cutting_key(ADAPTER))
