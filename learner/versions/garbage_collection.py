@@ -1,15 +1,16 @@
-"""Delete blobs that no version needs any more."""
+"""Delete blobs that neither a version nor a waiting job needs any more."""
 
 from __future__ import annotations
 
 from perennial.learner.versions.history import load_history
+from perennial.learner.versions.job_order import waiting_jobs
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.pending_deletes import load_pending_deletes
 from perennial.storage.registry.registry import Registry
 
 
 def delete_unreferenced(registry: Registry, adapter: str, job_id: str, *, unpublished: bool = False) -> set[str]:
-    """Delete the blobs in a job's pending deletes that no version needs, with all their object versions.
+    """Delete the blobs in a job's pending deletes that no version and no other waiting job needs, with all their object versions.
 
     Nothing that a version still needs is deleted, so this is safe where a job was interrupted. Only this job's pending
     deletes are looked at: another job's may name blobs that it is about to publish. The record itself stays; the job
@@ -33,6 +34,8 @@ def delete_unreferenced(registry: Registry, adapter: str, job_id: str, *, unpubl
         digests -= {ref.digest for manifest in history.manifests.values() for ref in manifest.blobs()}
     elif history is not None:
         digests -= history.reachable_blobs({revocation.version for revocation in registry.revocations(adapter)})
+    # The micro-batch of another job that waits belongs to that job alone: no version names it yet.
+    digests -= {job.batch.digest for job in waiting_jobs(registry.store, adapter) if job.job_id != job_id}
     for digest in sorted(digests):
         registry.store.delete(blob_key(digest))
     return digests

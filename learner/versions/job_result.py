@@ -17,22 +17,30 @@ from perennial.streams.events.models import RetentionProgressed
 JobErrorReason = Literal[
     "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
     "revoked-version", "not-promoted", "nothing-to-roll-back-to", "recipe-mismatch", "unsupported",
+    "unexpected-cut", "out-of-order", "given-up", "bad-job",
 ]  # fmt: skip
 
 
 class JobError(PerennialError):
-    """A job can never be done; it goes to the dead letters, and the next job is taken.
+    """A job cannot be done as it is.
+
+    It goes to the dead letters, and the next job is taken. Where the fault is not in the job (a base or a rank that is
+    not this worker's), its adapter is parked instead.
 
     Args:
-        reason: the dead letter record's reason.
+        reason: the dead letter record's reason, or why the adapter is parked.
         message: one sentence for people.
         got: the value that was found.
         allowed: the values that would have been accepted.
+        remedy: what to do now.
     """
 
-    def __init__(self, reason: JobErrorReason, message: str, *, got: object = None, allowed: object = None) -> None:
+    def __init__(
+        self, reason: JobErrorReason, message: str, *, got: object = None, allowed: object = None,
+        remedy: str = "correct what the job names and request it again",
+    ) -> None:  # fmt: skip
         self.reason: JobErrorReason = reason
-        super().__init__(message, got=got, allowed=allowed, remedy="correct what the job names and request it again")
+        super().__init__(message, got=got, allowed=allowed, remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -66,7 +74,8 @@ class JobResult:
 
     Attributes:
         outcome: `promoted`, `refused` and `unchanged` as in the manifest; `repeated`: an earlier run did the job;
-            `held`: a legal hold forbids it and nothing was done.
+            `held`: a legal hold forbids it and nothing was done; `parked`: the job waits until an operator has mended
+            what its adapter is parked for.
         manifest: the version that the job made, if any.
         event: the state of the alias, to be published; None if there is nothing to tell. A repeated job has one too: its
             earlier run may have stopped before it published.
@@ -75,7 +84,7 @@ class JobResult:
         completion: to be recorded when everything that was published is confirmed.
     """
 
-    outcome: Literal["promoted", "refused", "unchanged", "repeated", "held"]
+    outcome: Literal["promoted", "refused", "unchanged", "repeated", "held", "parked"]
     manifest: Manifest | None
     event: AdapterUpdate | None
     stage_s: dict[str, float] = field(default_factory=dict)

@@ -12,7 +12,8 @@ from perennial.learner.training.update import UpdateResult
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.garbage_collection import delete_unreferenced
-from perennial.learner.versions.job_result import JobResult
+from perennial.learner.versions.job_order import stored_job
+from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.micro_batches import (
     ExampleSelection,
     batch_origins,
@@ -24,7 +25,7 @@ from perennial.learner.versions.micro_batches import (
     without_examples,
 )
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.storage.errors import ConflictError
+from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, Manifest, Outcome, update_id
@@ -34,8 +35,10 @@ from perennial.storage.registry.pending_deletes import (
     record_pending_deletes,
 )
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
+from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
 from perennial.storage.registry.registry import Head, Publication
 from perennial.storage.registry.scalars import Scalar
+from perennial.storage.registry.waiting_jobs import delete_job, give_up_cut, load_given_up
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, UpdateRequested
@@ -123,15 +126,28 @@ class UpdateExecutor:
         return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias, received, began))
 
     def record_refused(self, job: UpdateRequested) -> None:
-        """Record the micro-batch of a job that will never be done, so that forgetting still finds its text."""
+        """Settle a job that will never be done.
+
+        Its micro-batch is recorded, so that forgetting still finds its text; its examples may be published again as they
+        are; later cuts do not wait for this one.
+        """
         record_pending_deletes(self._store, job.adapter, job.job_id, [job.batch.digest], refused=True)
+        try:
+            ids = [example.example_id for example in read_batch(self._store, job).examples if example.learn]
+        except (JobError, IntegrityError, NotFoundError):
+            ids = []
+        add_refused_examples(self._store, job.adapter, ids, self._now_ms())
+        give_up_cut(self._store, job.adapter, job.cut, job.job_id)
+        if stored_job(self._store, job) is not None:
+            delete_job(self._store, job.adapter, job.cut)
 
     def _attempt(self, job: UpdateRequested, alias: str, received: datetime, began: float) -> JobResult:
         writer = self._writer
+        waiting = stored_job(self._store, job)
+        job = waiting or job
         head = writer.head(job.adapter)
-        if _is_learned(job, head):
-            self._clean_up(job, redelivered=True)
-            return JobResult("repeated", None, writer.current_alias_event(job.adapter, alias))
+        if head is not None and _is_covered(job, head):
+            return self._repeated(job, alias, head, waits=waiting is not None)
         stored = read_batch(self._store, job)
         quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter), self._store)
         batch = self._leave_out_quarantined(job, stored, quarantine)
@@ -145,11 +161,58 @@ class UpdateExecutor:
         trained_at, trained_s = writer.now(), time.perf_counter()
         self._recheck_quarantine(job, batch.allowed, replayed)
         publication = self._publish(job, alias, manifest, trained)
+        self._settle(job, publication.manifest, waits=waiting is not None)
         stage_s = {
             "load": loaded - began, "train": trained_s - loaded, "publish": time.perf_counter() - trained_s,
         }  # fmt: skip
         event = self._event(job, publication, received, trained_at)
         return JobResult(publication.manifest.outcome, publication.manifest, event, stage_s)
+
+    def _repeated(self, job: UpdateRequested, alias: str, head: Head, *, waits: bool) -> JobResult:
+        """Return the result of a job that an earlier run did.
+
+        Raises:
+            JobError: no version names the job: its examples were never learned, and the high-water marks have passed
+                them.
+        """
+        made = self._version_of(job, head)
+        if made is None:
+            given_up = load_given_up(self._store, job.adapter).get(job.cut) == job.job_id
+            raise JobError(
+                "given-up" if given_up else "out-of-order",
+                "the job was given up before" if given_up else "no version names the job, and later cuts were learned",
+                got=job.cut, allowed=head.manifest.next_cut,
+                remedy="publish its documents again, as they are: they are not taken for duplicates",
+            )  # fmt: skip
+        self._clean_up(job, redelivered=True)
+        if waits:
+            self._settle(job, made, waits=True)
+        return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, alias))
+
+    def _version_of(self, job: UpdateRequested, head: Head) -> Manifest | None:
+        """Return the manifest that an earlier run of the job made; None if there is none."""
+        version: str | None = head.version
+        while version is not None:
+            manifest = self._registry.manifest(job.adapter, version)
+            batch = manifest.batch.digest if manifest.batch else None
+            if manifest.job_id == job.job_id or batch == job.batch.digest:
+                return manifest
+            if manifest.cut is not None and manifest.cut < job.cut:
+                return None
+            version = manifest.head
+        return None
+
+    def _settle(self, job: UpdateRequested, manifest: Manifest, *, waits: bool) -> None:
+        """Record which examples were refused or learned, then delete the job: a version names its micro-batch now."""
+        if manifest.outcome == "refused":
+            ids = [item.example_id for item in manifest.skipped if item.reason == manifest.reason]
+            add_refused_examples(self._store, job.adapter, ids, self._now_ms())
+        remove_refused_examples(self._store, job.adapter, [item.example_id for item in manifest.learned])
+        if waits:
+            delete_job(self._store, job.adapter, job.cut)
+
+    def _now_ms(self) -> int:
+        return int(self._writer.now().timestamp() * 1000)
 
     def _leave_out_quarantined(self, job: UpdateRequested, batch: Batch, quarantine: QuarantineFilter) -> _AllowedBatch:
         """Leave out what must not be learned.
@@ -245,6 +308,7 @@ class UpdateExecutor:
             threads=writer.threads,
             batch=batch.ref,
             cut=job.cut,
+            next_cut=max(job.cut + 1, (start.head.manifest.next_cut if start.head else None) or 0),
             learned=[writer.learned_example(example) for example in learned],
             skipped=skipped,
             dropped=selection.redelivered,
@@ -309,8 +373,10 @@ def _high_water_marks(head: Head | None) -> HighWaterMarks:
     return HighWaterMarks(head.manifest.marks, head.manifest.epochs) if head else HighWaterMarks()
 
 
-def _is_learned(job: UpdateRequested, head: Head | None) -> bool:
-    """Return whether the head's high-water marks cover everything that the job's micro-batch covers."""
+def _is_covered(job: UpdateRequested, head: Head) -> bool:
+    """Return whether the job's cut comes before the next one and the high-water marks cover its micro-batch."""
+    if head.manifest.next_cut is not None and job.cut >= head.manifest.next_cut:
+        return False
     return _high_water_marks(head).covers_all(HighWaterMarks(job.marks, job.epochs))
 
 

@@ -30,8 +30,6 @@ from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 
-MAX_LOOK_BACK = 256
-"""Number of versions that are searched for the one that a job made; a job redelivered later than that is done again."""
 CACHED_STATES = 16
 
 
@@ -115,18 +113,19 @@ class VersionWriter:
         return state, version
 
     def version_of_job(self, adapter: str, job_id: str, kind: Kind | None = None) -> tuple[str, Manifest] | None:
-        """Return the version that a job made, searching the newest `MAX_LOOK_BACK` versions; None if there is none.
+        """Return the version that a rollback or a forgetting made; None if it made none.
 
         Args:
             adapter: the job's adapter.
             job_id: the job.
             kind: accept only a version of this kind.
         """
-        for _, version in self.registry.versions(adapter, newest_first=True, limit=MAX_LOOK_BACK):
-            manifest = self.registry.manifest(adapter, version)
-            if manifest.job_id == job_id and kind in {None, manifest.kind}:
-                return version, manifest
-        return None
+        found = self.registry.version_of_job(adapter, job_id, kind)
+        if found is None:  # a release that kept no record per job may have made the newest version
+            head = self.registry.head(adapter)
+            if head is not None and head.manifest.job_id == job_id and kind in {None, head.manifest.kind}:
+                return head.version, head.manifest
+        return found
 
     def current_alias_event(self, adapter: str, alias: str) -> AdapterUpdate | None:
         """Finish a publish that was interrupted and return the event of the alias; None if the alias is not set."""
@@ -158,12 +157,10 @@ class VersionWriter:
             update={
                 "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if target and target.optimizer else "unchanged",
                 "reason": reason, "parent": parent, "head": head.version, "job_id": job_id, "code": self.code,
-                "update_id": update_id(
-                    source.adapter, parent, head.manifest.marks, config, head.manifest.epochs
-                ),
-                "batch": None, "cut": None, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
-                "gate": target.gate if target else GateFigures(), "marks": head.manifest.marks,
-                "epochs": head.manifest.epochs, "threads": self.threads,
+                "update_id": update_id(source.adapter, parent, head.manifest.marks, config, head.manifest.epochs),
+                "batch": None, "cut": None, "next_cut": head.manifest.next_cut, "learned": [], "skipped": [],
+                "dropped": 0, "tokens": 0, "gate": target.gate if target else GateFigures(),
+                "marks": head.manifest.marks, "epochs": head.manifest.epochs, "threads": self.threads,
                 **refs.manifest_fields(), "published_from_ms": None, "published_to_ms": None,
             }
         )  # fmt: skip

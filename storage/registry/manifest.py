@@ -129,6 +129,8 @@ class Manifest(_Part):
         threads: CPU threads of torch; they decide the last bits.
         batch: its micro-batch.
         cut: number of the cut that made the micro-batch.
+        next_cut: number of the cut that the adapter's next update must have; None in versions of releases that did not
+            count, and where no update came since.
         learned: the examples that it learned.
         skipped: the examples that it did not learn.
         dropped: count of redelivered examples, at or below the high-water marks.
@@ -164,6 +166,7 @@ class Manifest(_Part):
     threads: Annotated[int, Field(ge=1, le=65_536)]
     batch: BlobRef | None = None
     cut: _Count | None = None
+    next_cut: _Count | None = None
     learned: list[LearnedExample] = []
     skipped: list[SkippedExample] = []
     dropped: _Count = 0
@@ -246,7 +249,7 @@ class Manifest(_Part):
             raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
-_LATER_FIELDS: dict[str, object] = {"epochs": {}}
+_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None}
 """Fields of a manifest that were added after the first release, with their defaults."""
 
 

@@ -34,6 +34,7 @@ from perennial.storage.registry.records import (
     revocation_key,
     version_key,
 )
+from perennial.storage.registry.waiting_jobs import load_job_versions, record_job_version
 
 __all__ = ["AliasState", "Head", "Publication", "Registry", "Revocation", "manifest_key", "update_id"]
 
@@ -170,6 +171,14 @@ class Registry:
             if claim is not None:
                 yield seq, claim.version
 
+    def version_of_job(self, adapter: str, job_id: str, kind: str | None = None) -> tuple[str, Manifest] | None:
+        """Return the version, of the given kind or any, that a rollback or a forgetting published; None if none."""
+        for version in reversed(load_job_versions(self.store, adapter, job_id)):
+            manifest = self.manifest(adapter, version)
+            if kind in {None, manifest.kind} and self._is_version(manifest, version):
+                return version, manifest
+        return None
+
     def adapters(self) -> Iterator[str]:
         """Yield every adapter that has a version, or whose first publish was interrupted; sorted."""
         for key in self.store.list("adapters/"):
@@ -232,9 +241,9 @@ class Registry:
         self._verify(manifest, verify)
         self._failpoint("publish.verify")
 
-        data = manifest.to_bytes()
-        version = manifest.digest()
-        self.store.put_if_absent(manifest_key(manifest.adapter, version), data)
+        version = self.record(manifest)
+        if manifest.kind in _ALIAS_KINDS:  # an update needs no such record: its cut number says whether it was done
+            record_job_version(self.store, manifest.adapter, manifest.job_id, version)
         self._failpoint("publish.manifest")
 
         winner = self._claim_update(manifest, version)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from perennial.learner.forgetting.executor import ForgetExecutor
+from perennial.learner.versions.job_result import JobError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.pending_deletes import record_pending_deletes
@@ -147,7 +148,8 @@ def test_a_refused_job_that_is_redelivered_too_late_deletes_nothing(store: Direc
     refused = jobs.update(store, 0, cuts[0])
     learner.refused(refused)
     learn(learner, {1: cuts[1]})
-    assert learner.update(refused, "live").outcome == "repeated"
+    with pytest.raises(JobError, match="given up before"):
+        learner.update(refused, "live")
     assert readable(store.root, ["secret001"])
 
 
