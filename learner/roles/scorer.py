@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import Envelope, WireError, decode
+from perennial.streams.events.fields import MAX_LOSS_NATS
 from perennial.streams.events.models import ExampleAccepted, ExampleScored
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import check_installation
@@ -154,12 +154,12 @@ class Scorer:
             return []
 
     def _losses(self, rows: Sequence[TokenRow], *, adapted: bool) -> list[float | None]:
-        """Return the loss of each row in nats per token; None if it is not finite."""
+        """Return the loss of each row in nats per token; None if it is not finite, or out of an event's bounds."""
         losses = row_losses(
             self.lora, rows, pad=self._codec.pad, adapted=adapted, max_rows=self._max_rows, lock=self._lock
         )
         means = [mean_nats([loss]) for loss in losses]
-        return [nats if math.isfinite(nats) else None for nats in means]
+        return [nats if abs(nats) <= MAX_LOSS_NATS else None for nats in means]
 
 
 def _decoded(records: Sequence[ConsumedRecord], producer: ConfirmingProducer) -> list[Envelope]:

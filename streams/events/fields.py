@@ -60,7 +60,21 @@ Ids = Annotated[list[Id], Field(max_length=MAX_LIST_ITEMS)]
 RetentionClass = Annotated[str, Field(max_length=32), AfterValidator(_check_retention)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
-Loss = Finite
+Loss = Annotated[float, Field(ge=-1, le=1e6, allow_inf_nan=False)]
+"""A mean loss in nats per token. The bounds keep sums and squares of losses finite; rounding may give a value below 0."""
+MAX_LOSS_NATS = 1e6
+Rating = Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)]
+TokenCount = Annotated[int, Field(ge=0, le=2**24)]
+"""Number of tokens of one example; more than a text of MAX_TEXT_BYTES can have."""
+CLUSTER_ID_PATTERN = r"^[!-~]{1,128}$"
+TOPIC_NAME_PATTERN = r"^[A-Za-z0-9._-]{1,249}$"
+TOPIC_ID_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+ClusterId = Annotated[str, Field(pattern=CLUSTER_ID_PATTERN)]
+TopicName = Annotated[str, Field(pattern=TOPIC_NAME_PATTERN)]
+"""A topic's name, as Kafka allows it."""
+TopicId = Annotated[str, Field(pattern=TOPIC_ID_PATTERN)]
+Int32 = Annotated[int, Field(ge=0, le=2**31 - 1)]
+"""A partition's number or a leader epoch."""
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Millis = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
 """Milliseconds since 1970, up to the end of the year 9999, which is the latest date that Python can represent."""

@@ -36,23 +36,30 @@ from perennial.streams.events.adapter_events import (
 )
 from perennial.streams.events.fields import (
     FROZEN,
+    MAX_LIST_ITEMS,
     PERMANENT,
     Adapter,
     AdapterPattern,
     Alias,
+    ClusterId,
     Count,
     Digest,
     Event,
     Finite,
     Id,
     Ids,
+    Int32,
     Loss,
     Millis,
     Name,
     OutsideEvent,
+    Rating,
     RetentionClass,
     Subjects,
     Text,
+    TokenCount,
+    TopicId,
+    TopicName,
 )
 
 # --- documents, interactions: what is published to be learned ---------------------------------------------------------
@@ -103,7 +110,7 @@ class InteractionObserved(OutsideEvent):
     """What the model answered."""
     correction: Text | None = None
     """The answer that the adapter must learn instead."""
-    rating: Annotated[float, Field(ge=-1, le=1, allow_inf_nan=False)] | None = None
+    rating: Rating | None = None
     """How good the response was, from -1 to 1; watched for drift."""
     subjects: Subjects = Field(default_factory=list)
     """Ids of the persons whom the interaction is about."""
@@ -125,16 +132,16 @@ class Origin(BaseModel):
     """The Kafka record from which an example came; exactly-once learning compares these positions."""
 
     model_config = FROZEN
-    cluster_id: str
-    topic: str
-    topic_id: str
-    partition: Count
+    cluster_id: ClusterId
+    topic: TopicName
+    topic_id: TopicId
+    partition: Int32
     offset: Count
-    leader_epoch: Count = 0
+    leader_epoch: Int32 = 0
     """Leader epoch of the partition that Kafka stored with the record, 0 where it stored none. It is the same whenever
     the record is read. After a lost log tail or an unclean leader election the same offset comes again under a higher
     epoch, and is another record."""
-    timestamp_ms: int
+    timestamp_ms: Millis
     """When the record was published, in milliseconds since 1970."""
 
     def partition_key(self) -> str:
@@ -143,6 +150,7 @@ class Origin(BaseModel):
 
 
 ExampleKind = Literal["document", "correction", "turn", "rating"]
+ExampleId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class ExampleAccepted(Event):
@@ -151,25 +159,25 @@ class ExampleAccepted(Event):
     type: ClassVar[str] = "example.accepted"
     topic: ClassVar[str] = "examples"
     adapter: Adapter
-    example_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    example_id: ExampleId
     """Hash of adapter, kind, document id and content: the same content again has the same id."""
     kind: ExampleKind
     document_id: Id
     """Id of the document or of the interaction."""
     learn: bool
     """False for a signal that is only watched for drift: a rating, or a turn where turns are not learned."""
-    text: str | None = None
-    prompt: str | None = None
-    answer: str | None = None
-    rating: Finite | None = None
-    source: str | None = None
-    domain: str | None = None
-    subjects: list[str] = Field(default_factory=list)
-    retention_class: str = PERMANENT
+    text: Text | None = None
+    prompt: Text | None = None
+    answer: Text | None = None
+    rating: Rating | None = None
+    source: Name | None = None
+    domain: Name | None = None
+    subjects: Annotated[list[Name], Field(max_length=MAX_LIST_ITEMS)] = Field(default_factory=list)
+    retention_class: RetentionClass = PERMANENT
     expires_at: AwareDatetime | None = None
-    supersedes: list[str] = Field(default_factory=list)
+    supersedes: Annotated[list[Id], Field(max_length=MAX_LIST_ITEMS)] = Field(default_factory=list)
     observed_at: AwareDatetime | None = None
-    revises: str | None = None
+    revises: ExampleId | None = None
     """Id of the example of the same document that this one follows with another text."""
     returned: bool = False
     """True where the same example was published before and must be learned again: it had been refused, or another text
@@ -186,7 +194,7 @@ class ExampleScored(Event):
     type: ClassVar[str] = "example.scored"
     topic: ClassVar[str] = "scored-examples"
     example: ExampleAccepted
-    tokens: Count
+    tokens: TokenCount
     """Number of tokens that training on the example would train."""
     base_loss_nats: Loss | None
     """Mean loss under the frozen base, in nats per token; None where it was not computed."""

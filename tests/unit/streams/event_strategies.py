@@ -31,6 +31,9 @@ _PATTERNS: dict[str, st.SearchStrategy[str]] = {
     ADAPTERS_PATTERN: _ADAPTER | st.just("*") | _ADAPTER.map("{}/*".format),
     ALIAS_PATTERN: st.from_regex(ALIAS_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 64 and name.isascii()),
     r"^sha256:[0-9a-f]{64}$": st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}"),
+    fields.CLUSTER_ID_PATTERN: st.from_regex(r"[!-~]{1,128}", fullmatch=True),
+    fields.TOPIC_NAME_PATTERN: st.from_regex(r"[A-Za-z0-9._-]{1,249}", fullmatch=True),
+    fields.TOPIC_ID_PATTERN: st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
     r"^[0-9a-f]{32}$": st.binary(min_size=16, max_size=16).map(bytes.hex),
 }
 _RETENTION = st.sampled_from([fields.PERMANENT, "P30D", "PT12H", "P1Y2M"])

@@ -1,0 +1,70 @@
+"""Values of internal records: what decodes survives curate, and what a broker cannot have reported is refused."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.events.models import Batch, ExampleScored, Origin
+from tests.unit.streams.event_strategies import event_of
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+POLICY = CutPolicy(max_tokens=10**9, max_examples=4, min_examples=2, max_age_ms=1, cooldown_examples=1, window=16)
+ORIGIN = {"cluster_id": "c", "topic": "documents", "topic_id": "t", "partition": 0, "offset": 7, "timestamp_ms": 1}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("cluster_id", "x" * 2000), ("cluster_id", ""), ("cluster_id", "a b"), ("topic", "x" * 250), ("topic", "a/b"),
+        ("topic_id", "x" * 65), ("topic_id", "\x1b"), ("partition", 2**31), ("offset", 2**63), ("offset", -1),
+        ("leader_epoch", 2**31), ("timestamp_ms", -1), ("timestamp_ms", 10**15), ("timestamp_ms", 2**63),
+    ],
+)  # fmt: skip
+def test_attack_b_an_origin_that_no_job_can_carry_does_not_decode(field: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=field):
+        Origin.model_validate(ORIGIN | {field: value})
+
+
+@pytest.mark.parametrize("field", ["cluster_id", "topic", "topic_id"])
+def test_attack_b_the_longest_key_of_an_origin_partition_fits_a_job(field: str) -> None:
+    longest = {"cluster_id": "c" * 128, "topic": "t" * 249, "topic_id": "i" * 64, "partition": 2**31 - 1}
+    assert len(Origin.model_validate(ORIGIN | longest).partition_key()) <= 1024
+
+
+@given(st.lists(event_of(ExampleScored), min_size=1, max_size=8), st.integers(0, 3))
+def test_attack_b_every_value_that_decodes_survives_cut_flush_and_restore(
+    scored: list[ExampleScored], blocked: int
+) -> None:
+    batcher: MicroBatcher[int] = MicroBatcher("a", POLICY)
+    for token, each in enumerate(scored):
+        read = ExampleScored.model_validate_json(each.model_dump_json())
+        batcher.offer(read, token, 0)
+        for cut in (batcher.flush(), batcher.cut(NOW, "age", {read.example.example_id} if blocked else ())):
+            if cut.body is not None:
+                Batch.model_validate_json(cut.body)
+            MicroBatcher.restore("a", POLICY, cut.state)
+        if token % 3 == blocked:
+            batcher.apply(batcher.cut(NOW, "age"))
+
+
+@pytest.mark.parametrize("loss", [1e6, -1.0, 0.0])
+def test_attack_b_the_largest_losses_pass_all_detectors(loss: float) -> None:
+    batcher: MicroBatcher[int] = MicroBatcher("a", CutPolicy(10**12, 10**9, 2, 1, 1, 512))
+    for number in range(600):
+        example = {
+            "adapter": "a", "example_id": f"{number:032x}"[::-1], "kind": "document", "document_id": "d", "learn": True,
+            "text": "one two three", "rating": -1, "origin": ORIGIN | {"offset": number},
+        }  # fmt: skip
+        value = loss if number % 2 else 1.0
+        event = {"example": example, "tokens": 2**24, "base_loss_nats": value, "live_loss_nats": -value / 1e6}
+        batcher.offer(ExampleScored.model_validate(event), number, 0)
+    cut = batcher.cut(NOW, "age")
+    assert cut.job is not None
+    assert cut.job.tokens == 600 * 2**24
+    MicroBatcher.restore("a", POLICY, cut.state)
