@@ -31,8 +31,9 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
 from perennial.streams.events.adapter_events import AdapterUpdate
-from perennial.streams.events.cloudevents import Envelope, WireError, decode
+from perennial.streams.events.cloudevents import Envelope, decode
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, UpdateRequested
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import check_installation
 from perennial.streams.observe.metrics import Metrics

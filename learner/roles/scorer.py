@@ -20,9 +20,10 @@ from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, Live
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.cloudevents import Envelope, WireError, decode
+from perennial.streams.events.cloudevents import Envelope, decode
 from perennial.streams.events.fields import MAX_LOSS_NATS
 from perennial.streams.events.models import ExampleAccepted, ExampleScored
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import check_installation
 from perennial.streams.observe.metrics import Metrics

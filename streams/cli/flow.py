@@ -18,7 +18,8 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
-from perennial.streams.events.cloudevents import WireError, decode
+from perennial.streams.events.cloudevents import decode
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.topics import TOPICS
 from perennial.streams.settings import Settings
 

@@ -16,9 +16,10 @@ from typing import Any, Self
 from pydantic import ValidationError
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import Encoded, WireError, encode
+from perennial.streams.events.cloudevents import Encoded, encode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested
+from perennial.streams.events.wire_error import WireError
 
 
 class PublishError(PerennialError):

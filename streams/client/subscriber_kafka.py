@@ -19,7 +19,8 @@ from kafka.errors import KafkaError
 from kafka.partitioner import murmur2
 
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, AdapterUpdate
-from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, WireError, decode, encode
+from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode, encode
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import close_producer, connect
 from perennial.streams.observe.metrics import Metrics
 

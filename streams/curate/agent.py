@@ -44,7 +44,7 @@ from perennial.storage.registry.quarantine import load_quarantine, update_quaran
 from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_job, put_job
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
 from perennial.streams.curate.offsets import OffsetTracker
-from perennial.streams.events.cloudevents import Encoded, WireError, decode, encode
+from perennial.streams.events.cloudevents import Encoded, decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.fields import Event
 from perennial.streams.events.high_water_marks import Position
@@ -56,6 +56,7 @@ from perennial.streams.events.models import (
     ExampleScored,
     UpdateRequested,
 )
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings

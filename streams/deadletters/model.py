@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +13,11 @@ from typing import Any, NamedTuple
 import orjson
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, WireError
+from perennial.streams.events.cloudevents import MAX_VALUE_BYTES
 from perennial.streams.events.dead_letter import DeadLetter, decode_dead_letter, redrive_count
 from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import DEFAULT_TYPES, ExampleAccepted, Origin
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.settings import SettingsError
 
 _UNREADABLE = DeadLetter(None, [], "not-a-dead-letter", "-", "", "", -1, -1, datetime.fromtimestamp(0, UTC))
@@ -63,13 +65,25 @@ class DeadLetterRecord(NamedTuple):
         if not value or len(value) > MAX_VALUE_BYTES:
             return {}
         try:
-            found = orjson.loads(value)
+            found = orjson.loads(value.removeprefix(b"\xef\xbb\xbf"))
         except orjson.JSONDecodeError:
             return {}
         if not isinstance(found, dict):
             return {}
-        data = found.get("data")
-        return data if isinstance(data, dict) and not isinstance(found.get("adapter"), str) else found
+        if isinstance(found.get("adapter"), str):
+            return found
+        return _data_of(found) or found
+
+
+def _data_of(structured: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the data of a structured CloudEvent, or None where it has none that can be read."""
+    data, encoded = structured.get("data"), structured.get("data_base64")
+    if data is None and isinstance(encoded, str):
+        try:
+            data = orjson.loads(binascii.a2b_base64(encoded).removeprefix(b"\xef\xbb\xbf"))
+        except ValueError:
+            return None
+    return data if isinstance(data, dict) else None
 
 
 def read_dead_letter(

@@ -1,27 +1,32 @@
 """Encode events as CloudEvents 1.0 Kafka records, and decode records into events.
 
-`decode` reads binary mode (`ce_*` headers, JSON value), structured mode (content type `application/cloudevents+json`)
-and plain JSON without `ce_*` headers. `encode` writes binary mode. Sizes and nesting are checked before anything is
-parsed, and whatever the bytes are, `decode` raises nothing but WireError.
+`decode` reads binary mode (`ce_*` headers, JSON value), structured mode (content type `application/cloudevents+json`,
+with `data` or `data_base64`) and plain JSON without `ce_*` headers. The content type decides first: in structured mode,
+`ce_*` headers are redundant and are not read. Batched mode is refused, because the Kafka binding has none. `encode`
+writes binary mode. Sizes and nesting are checked before anything is parsed, and whatever the bytes are, `decode` raises
+nothing but WireError.
 
-Sources: CloudEvents 1.0.2, its Kafka protocol binding 1.0.2 and JSON event format; W3C Trace Context.
+Sources: CloudEvents 1.0.2, its Kafka protocol binding 1.0.2 (section 3) and JSON event format (sections 2.2, 3.1); RFC
+3339; RFC 8259, section 8.1, for encodings and byte order marks; W3C Trace Context.
 """
 
 from __future__ import annotations
 
+import binascii
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from itertools import accumulate
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import orjson
 from pydantic import ValidationError
 
-from perennial.storage.errors import PerennialError
-from perennial.streams.events.fields import Event
+from perennial.streams.events.fields import Event, OutsideEvent
 from perennial.streams.events.models import DEFAULT_TYPES, EVENTS
+from perennial.streams.events.times import parse_rfc3339
+from perennial.streams.events.wire_error import HIDDEN_CHARACTER, WireError, from_pydantic, hidden_error, not_json
 
 MAX_VALUE_BYTES = 1024 * 1024
 """Largest value that a producer outside the project may write."""
@@ -35,54 +40,7 @@ MAX_ATTRIBUTE_CHARS = 1024
 REDRIVES_HEADER = "perennial-replays"
 """Counts how often a record was redriven from the dead letters; kept when the record is refused again."""
 
-Reason = Literal[
-    "tombstone", "oversize", "too-deep", "not-utf8", "not-json", "not-object",
-    "too-many-headers", "bad-header", "bad-attribute", "missing-attribute", "unknown-type", "wrong-topic",
-    "missing-field", "unknown-field", "bad-field", "expired", "not-a-dead-letter",
-    "out-of-order", "implausible-origin", "internal-error", "bad-signature",
-]  # fmt: skip
-
 Headers: TypeAlias = Sequence[tuple[str, bytes | None]]
-
-_REMEDIES: dict[str, str] = {
-    "oversize": "split the text into several documents",
-    "wrong-topic": "publish it to the topic of its type",
-    "unknown-type": "use a type that docs/asyncapi.json lists",
-    "out-of-order": "find out who changed the partitions of the project's own topics, or who else writes to them; "
-    "then publish the document again",
-    "implausible-origin": "find out who else writes to the project's own topics; set PERENNIAL_INTERNAL_KEY",
-    "internal-error": "report it with the dead letter: valid input must not cause it",
-    "bad-signature": "find out who else writes to the project's own topics, and give all roles the same "
-    "PERENNIAL_INTERNAL_KEY",
-}
-
-
-class WireError(PerennialError):
-    """An event cannot be read or written.
-
-    Args:
-        reason: Slug of the cause, for metrics and dead letters.
-        message: What is wrong: usually the name of the field, header or attribute.
-        got: The offending value; texts are shortened.
-        allowed: Which values would be accepted.
-    """
-
-    def __init__(self, reason: Reason, message: str, *, got: object = None, allowed: object = None) -> None:
-        self.reason: Reason = reason
-        shown = got if got is None or isinstance(got, int | float) else shorten(got)
-        super().__init__(
-            message, got=shown, allowed=allowed, remedy=_REMEDIES.get(reason, "correct the event and publish it again")
-        )
-
-    @property
-    def detail(self) -> str:
-        """Return what is wrong, what came in and what is allowed, for the header of a dead letter."""
-        parts = [self.message]
-        if self.got is not None:
-            parts.append(f"got: {self.got}")
-        if self.allowed is not None:
-            parts.append(f"allowed: {self.allowed}")
-        return "; ".join(parts)
 
 
 class Envelope(NamedTuple):
@@ -120,10 +78,14 @@ _OUTSIDE_TOPICS = frozenset(DEFAULT_TYPES)
 _STRINGS = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _NOT_BRACKETS = bytes(b for b in range(256) if b not in b"[]{}")
 _DEPTH_CHANGE = [1 if b in b"[{" else -1 for b in range(256)]
-_PLAIN_CONTENT = frozenset({None, b"application/json"})
 _BINARY_HEADERS = ("ce_specversion", "ce_type", "ce_id", "ce_source")
+_READ_HEADERS = frozenset({*_BINARY_HEADERS, "ce_time", "content-type"})
+_TRACE_HEADERS = frozenset({"ce_traceparent", "traceparent"})
 _CONTENT_TYPE = "content-type"
+_CLOUDEVENTS_CONTENT = "application/cloudevents"
 _STRUCTURED_CONTENT = "application/cloudevents+json"
+_JSON_CONTENT = re.compile(r"[^/\s]+/(?:[^/\s]+\+)?json")
+_UTF8_MARK = b"\xef\xbb\xbf"
 
 
 def decode(value: bytes | None, headers: Headers | None, topic: str) -> Envelope:
@@ -152,18 +114,21 @@ def decode_without_id(value: bytes | None, headers: Headers | None, topic: str) 
     value = check_size(value, topic)
     if not headers:
         return _decode_plain(value, topic)
-    found = _checked_headers(headers)
-    content = found.get(_CONTENT_TYPE)
-    media = None if content is None else content.split(b";", 1)[0].strip().lower()
-    if "ce_specversion" in found or any(name.startswith("ce_") for name in found):
-        if media not in _PLAIN_CONTENT:
-            raise WireError("bad-header", "content-type", got=media, allowed="application/json")
-        return _decode_binary(value, found, topic)
-    if media in _PLAIN_CONTENT:
-        return _decode_plain(value, topic, found.get("traceparent"))
-    if media != _STRUCTURED_CONTENT.encode():
+    found, broken = _read_headers(headers)
+    media = _media_type(found.get(_CONTENT_TYPE))
+    if media.startswith(_CLOUDEVENTS_CONTENT):
+        if media != _STRUCTURED_CONTENT:
+            raise WireError(
+                "bad-header", "content-type", got=media, allowed=f"{_STRUCTURED_CONTENT}, with one event per record"
+            )
+        return _decode_structured(value, topic)
+    if broken is not None:
+        raise broken
+    if media and not _JSON_CONTENT.fullmatch(media):
         raise WireError("bad-header", "content-type", got=media, allowed=f"application/json or {_STRUCTURED_CONTENT}")
-    return _decode_structured(value, topic)
+    if "ce_" in found:
+        return _decode_binary(value, found, topic)
+    return _decode_plain(value, topic, found.get("traceparent"))
 
 
 def encode(
@@ -184,6 +149,10 @@ def encode(
     headers = binary_headers(
         event.type, event_id=event_id, source=source, occurred_at=occurred_at, traceparent=traceparent
     )
+    if isinstance(event, OutsideEvent):
+        _attribute("id", event_id, HIDDEN_CHARACTER)
+        _attribute("source", source, HIDDEN_CHARACTER)
+        _refuse_hidden(event)
     value = check_size(event.model_dump_json(by_alias=True).encode(), event.topic)
     return Encoded(event.key().encode(), value, headers)
 
@@ -214,7 +183,7 @@ def binary_headers(
 
 
 def check_size(value: bytes | None, topic: str) -> bytes:
-    """Return the value unparsed after checking its size and its nesting.
+    """Return the value unparsed, without a byte order mark of UTF-8, after checking its size and its nesting.
 
     Args:
         value: A record's value.
@@ -233,7 +202,7 @@ def check_size(value: bytes | None, topic: str) -> bytes:
         depth = max(accumulate(map(_DEPTH_CHANGE.__getitem__, brackets)), default=0)
         if depth > MAX_DEPTH:
             raise WireError("too-deep", "nesting of the value", got=depth, allowed=f"at most {MAX_DEPTH} levels")
-    return value
+    return value[3:] if value.startswith(_UTF8_MARK) else value
 
 
 def parse_event(value: bytes, event_type: str, topic: str) -> Event:
@@ -250,27 +219,59 @@ def parse_event(value: bytes, event_type: str, topic: str) -> Event:
     try:
         event: Event = model.__pydantic_validator__.validate_json(value)
     except ValidationError as error:
-        raise _from_pydantic(error, value, model) from None
+        raise from_pydantic(error, value, model) from None
+    if topic in _OUTSIDE_TOPICS and isinstance(event, OutsideEvent):
+        _refuse_hidden(event)
     return event
 
 
-def _checked_headers(headers: Headers) -> dict[str, bytes]:
+def _refuse_hidden(event: OutsideEvent) -> None:
+    for name in event.visible:
+        text = getattr(event, name)
+        if text is not None and (hidden := HIDDEN_CHARACTER.search(text)):
+            raise hidden_error(name, text, hidden)
+
+
+def _read_headers(headers: Headers) -> tuple[dict[str, bytes], WireError | None]:
+    """Return the headers that decoding needs, and what is wrong with those of binary mode.
+
+    Returns:
+        The headers by name, with `ce_` where any header of binary mode is there; and the error that binary mode has to
+        raise. Attributes that nothing reads may be null or repeated.
+
+    Raises:
+        WireError: There are too many headers, or the content type is null or repeated.
+    """
     # A redrive adds one header to a record that may have been at the limit already.
     if len(headers) > MAX_HEADERS and len(headers) - any(name == REDRIVES_HEADER for name, _ in headers) > MAX_HEADERS:
         raise WireError("too-many-headers", "headers", got=len(headers), allowed=f"at most {MAX_HEADERS}")
     found: dict[str, bytes] = {}
+    broken: WireError | None = None
     size = 0
     for name, raw in headers:
         size += len(name) + (len(raw) if raw else 0)
-        if name.startswith("ce_") or name == _CONTENT_TYPE:
+        if name in _READ_HEADERS:
             if raw is None or name in found:
-                raise WireError("bad-header", f"header {shorten(name)}", got="null" if raw is None else "twice")
-            found[name] = raw
-        elif name == "traceparent" and raw is not None:
+                error = WireError("bad-header", f"header {name}", got="null" if raw is None else "twice")
+                if name == _CONTENT_TYPE:
+                    raise error
+                broken = broken or error
+            found[name] = raw or b""
+        elif name in _TRACE_HEADERS and raw is not None:
             found.setdefault(name, raw)
+        if name.startswith("ce_"):
+            found["ce_"] = b""
     if size > MAX_HEADER_BYTES:
         raise WireError("too-many-headers", "bytes of headers", got=size, allowed=f"at most {MAX_HEADER_BYTES}")
-    return found
+    return found, broken
+
+
+def _media_type(content_type: str | bytes | None) -> str:
+    """Return the media type without parameters in lower case; empty where there is none."""
+    if not content_type:
+        return ""
+    text = content_type.decode("latin-1") if isinstance(content_type, bytes) else content_type
+    return text.split(";", 1)[0].strip().lower()
 
 
 def _decode_plain(value: bytes, topic: str, trace: bytes | None = None) -> Envelope:
@@ -285,15 +286,17 @@ def _decode_plain(value: bytes, topic: str, trace: bytes | None = None) -> Envel
 
 def _decode_binary(value: bytes, found: Mapping[str, bytes], topic: str) -> Envelope:
     attributes = []
+    control = _control_characters(topic)
     for name in _BINARY_HEADERS:
         raw = found.get(name)
         if raw is None:
-            raise WireError("missing-attribute", f"header {name}", got=sorted(found), allowed=_BINARY_HEADERS)
-        attributes.append(_header_text(name, raw))
+            got = sorted(found.keys() - {"ce_"})
+            raise WireError("missing-attribute", f"header {name}", got=got, allowed=_BINARY_HEADERS)
+        attributes.append(_header_text(name, raw, control))
     version, event_type, event_id, source = attributes
     _check_version(version)
     raw_time = found.get("ce_time")
-    time = None if raw_time is None else _time(_header_text("ce_time", raw_time))
+    time = None if raw_time is None else _time(_header_text("ce_time", raw_time, control))
     event = parse_event(value, event_type, topic)
     return Envelope(
         event_id,
@@ -309,48 +312,73 @@ def _decode_structured(value: bytes, topic: str) -> Envelope:
     try:
         parsed = orjson.loads(value)
     except orjson.JSONDecodeError as error:
-        raise _not_json(value, str(error)) from None
+        raise not_json(value, str(error)) from None
     if not isinstance(parsed, dict):
         raise WireError("not-object", "the value", got=type(parsed).__name__, allowed="a JSON object")
     attributes = []
+    control = _control_characters(topic)
     for name in ("specversion", "type", "id", "source"):
-        if name not in parsed:
+        if parsed.get(name) is None:  # null means unset, JSON event format section 2.2
             raise WireError("missing-attribute", name, got=sorted(parsed), allowed="all of the required ones")
-        attributes.append(_text_of(parsed, name))
+        attributes.append(_text_of(parsed, name, control))
     version, event_type, event_id, source = attributes
     _check_version(version)
-    media = _text_of(parsed, "datacontenttype", "application/json").split(";", 1)[0].strip().lower()
-    if media != "application/json" or not isinstance(parsed.get("data"), dict):
-        raise WireError(
-            "bad-attribute", "data", got=f"{media}, {type(parsed.get('data')).__name__}", allowed="a JSON object"
-        )
-    time = _time(_text_of(parsed, "time")) if parsed.get("time") is not None else None
+    raw_time = parsed.get("time")
+    time = None if raw_time is None else _time(_text_of(parsed, "time", control))
+    event = parse_event(_structured_data(parsed, topic), event_type, topic)
     trace = parsed.get("traceparent")
-    event = parse_event(orjson.dumps(parsed["data"]), event_type, topic)
     return Envelope(
         event_id, source, event_type, time, event, trace if isinstance(trace, str) and _is_traceparent(trace) else None
     )
 
 
-def _text_of(parsed: Mapping[str, object], name: str, default: str | None = None) -> str:
-    got = parsed.get(name, default)
+def _structured_data(parsed: Mapping[str, object], topic: str) -> bytes:
+    """Return the data of a structured event as JSON, from `data` or `data_base64`."""
+    media = "application/json"
+    if parsed.get("datacontenttype") is not None:
+        media = _media_type(_text_of(parsed, "datacontenttype", _CONTROL))
+    if not _JSON_CONTENT.fullmatch(media):
+        raise WireError("bad-attribute", "datacontenttype", got=media, allowed="application/json")
+    data, encoded = parsed.get("data"), parsed.get("data_base64")
+    if encoded is None:
+        if not isinstance(data, dict):
+            raise WireError("bad-attribute", "data", got=type(data).__name__, allowed="a JSON object")
+        return orjson.dumps(data)
+    if data is not None:
+        raise WireError("bad-attribute", "data", got="data and data_base64", allowed="one of the two")
+    if not isinstance(encoded, str):
+        raise WireError("bad-attribute", "data_base64", got=type(encoded).__name__, allowed="a string in base64")
+    try:
+        decoded = binascii.a2b_base64(encoded.encode(), strict_mode=True)
+    except ValueError as error:
+        raise WireError("bad-attribute", "data_base64", got=encoded, allowed=f"base64 ({error})") from None
+    return check_size(decoded, topic)
+
+
+def _control_characters(topic: str) -> re.Pattern[str]:
+    """Return which characters attributes may not hold: stored events of Perennial may hold more than those of others."""
+    return HIDDEN_CHARACTER if topic in _OUTSIDE_TOPICS else _CONTROL
+
+
+def _text_of(parsed: Mapping[str, object], name: str, control: re.Pattern[str]) -> str:
+    got = parsed.get(name)
     if not isinstance(got, str):
         raise WireError("bad-attribute", name, got=type(got).__name__, allowed="a string")
-    return _attribute(name, got)
+    return _attribute(name, got, control)
 
 
-def _header_text(name: str, raw: bytes) -> str:
+def _header_text(name: str, raw: bytes, control: re.Pattern[str]) -> str:
     try:
         text = raw.decode()
     except UnicodeDecodeError:
         raise WireError("bad-header", f"header {name}", got=raw[:80], allowed="UTF-8") from None
-    return _attribute(name, text)
+    return _attribute(name, text, control)
 
 
-def _attribute(name: str, text: str) -> str:
+def _attribute(name: str, text: str, control: re.Pattern[str] = _CONTROL) -> str:
     if 0 < len(text) <= MAX_ATTRIBUTE_CHARS and text.isascii() and text.isprintable():
         return text
-    if not 0 < len(text) <= MAX_ATTRIBUTE_CHARS or _CONTROL.search(text) or not _encodable(text):
+    if not 0 < len(text) <= MAX_ATTRIBUTE_CHARS or control.search(text) or not _encodable(text):
         raise WireError(
             "bad-attribute", name, got=text, allowed=f"1 to {MAX_ATTRIBUTE_CHARS} characters, none of them control"
         )
@@ -369,14 +397,13 @@ def _check_version(version: str) -> None:
         raise WireError("bad-attribute", "specversion", got=version, allowed="1.0")
 
 
-def _time(text: str) -> datetime:
+def _time(text: str) -> datetime | None:
     try:
-        time = datetime.fromisoformat(text)
-        if time.tzinfo is not None:
-            return time.astimezone(UTC)
-    except (ValueError, OverflowError):
-        pass
-    raise WireError("bad-attribute", "time", got=text, allowed="RFC 3339 with a zone, for example 2026-01-31T12:00:00Z")
+        return parse_rfc3339(text)
+    except ValueError:
+        raise WireError(
+            "bad-attribute", "time", got=text, allowed="RFC 3339 with a zone, for example 2026-01-31T12:00:00Z"
+        ) from None
 
 
 def _valid_traceparent(raw: bytes | None) -> str | None:
@@ -393,43 +420,3 @@ def _is_traceparent(text: str) -> bool:
 
 def _types_of(topic: str) -> list[str]:
     return sorted(name for name, model in EVENTS.items() if model.topic == topic)
-
-
-def _not_json(value: bytes, message: str) -> WireError:
-    try:
-        value.decode()
-    except UnicodeDecodeError as error:
-        return WireError("not-utf8", f"byte {error.start} of the value", got=value[error.start : error.start + 8].hex())
-    return WireError("not-json", "the value", got=value[:120], allowed=f"a JSON object ({shorten(message)})")
-
-
-def _from_pydantic(error: ValidationError, value: bytes, model: type[Event]) -> WireError:
-    """Return pydantic's most useful complaint as a WireError: missing fields first, then unknown ones, then the rest."""
-    found = error.errors(include_url=False, include_context=False)
-    first = min(found, key=lambda e: _COMPLAINT_ORDER.get(e["type"], 2))
-    field = shorten(".".join(str(part) for part in first["loc"]))
-    match first["type"]:
-        case "json_invalid":
-            return _not_json(value, first["msg"])
-        case "missing":
-            return WireError("missing-field", field, got="nothing", allowed="a value: the field is required")
-        case "extra_forbidden":
-            return WireError("unknown-field", field, got=first["input"], allowed=_fields(model.model_fields))
-        case "model_type" | "model_attributes_type" if not first["loc"]:
-            return WireError("not-object", "the value", got=type(first["input"]).__name__, allowed="a JSON object")
-        case _:
-            return WireError("bad-field", field, got=first["input"], allowed=first["msg"])
-
-
-_COMPLAINT_ORDER = {"json_invalid": 0, "missing": 0, "extra_forbidden": 1}
-
-
-def _fields(names: Iterable[str]) -> str:
-    return ", ".join(sorted(names))
-
-
-def shorten(value: object, limit: int = 120) -> str:
-    """Return a value as text of at most `limit` characters; the text says where it was cut, and is valid UTF-8."""
-    text = value if isinstance(value, str) else repr(value)
-    cut = text if len(text) <= limit else f"{text[:limit]}… ({len(text)} characters)"
-    return cut.encode("utf-8", "replace").decode()

@@ -9,7 +9,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, REDRIVES_HEADER, Headers, WireError, shorten
+from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, REDRIVES_HEADER, Headers
+from perennial.streams.events.wire_error import WireError, shorten
 
 MAX_DEAD_LETTER_BYTES = 2 * 1024 * 1024
 """Largest dead letter with its headers and key: a record above the limit for values still fits, with the reason."""

@@ -1,11 +1,13 @@
-"""Base classes of events, and limits and types of their fields. Imports nothing else of the project."""
+"""Base classes of events, and limits and types of their fields. Of the project it imports times.py alone."""
 
 from __future__ import annotations
 
 import re
 from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
+
+from perennial.streams.events.times import MAX_MS, without_leap_second
 
 MAX_TEXT_BYTES = 256 * 1024
 MAX_ID_CHARS = 512
@@ -15,6 +17,10 @@ PERMANENT = "permanent"
 ADAPTER_PATTERN = r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$"
 ADAPTERS_PATTERN = rf"{ADAPTER_PATTERN[:-1]}(/\*)?$|^\*$"
 ALIAS_PATTERN = r"^[a-z0-9][a-z0-9._-]*$"
+HIDDEN = r"\u0000-\u001f\u007f-\u009f\u2028-\u202e\u2066-\u2069"
+"""Characters that a terminal or an editor obeys instead of showing them, as part of a character class: control
+characters (C0, DEL, C1), line and paragraph separators, and the overrides and isolates of the writing direction."""
+VISIBLE_PATTERN = rf"^[^{HIDDEN}]*$"
 _DURATION = re.compile(
     r"^P(?!$)(?:(\d{1,4})Y)?(?:(\d{1,4})M)?(?:(\d{1,4})W)?(?:(\d{1,6})D)?"
     r"(?:T(?=\d)(?:(\d{1,6})H)?(?:(\d{1,6})M)?(?:(\d{1,9})S)?)?$",
@@ -49,14 +55,24 @@ def _check_retention(value: str) -> str:
     return value
 
 
+def _read_leap_second(value: object) -> object:
+    return without_leap_second(value) if type(value) is str else value
+
+
 Adapter = Annotated[str, Field(pattern=ADAPTER_PATTERN, max_length=200)]
 AdapterPattern = Annotated[str, Field(pattern=ADAPTERS_PATTERN, max_length=202)]
 """One adapter, all adapters below a prefix (`acme/*`), or all adapters (`*`)."""
 Id = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
+OutsideId = Annotated[str, Field(min_length=1, max_length=MAX_ID_CHARS, pattern=VISIBLE_PATTERN)]
+"""An id in an event that people write. `Id` is for events of Perennial: older ones may hold hidden characters."""
+OutsideName = Annotated[str, Field(min_length=1, max_length=256, pattern=VISIBLE_PATTERN)]
+"""A name in an event that people write; see `OutsideId`."""
+Time = Annotated[AwareDatetime, BeforeValidator(_read_leap_second)]
+"""A time with its zone, as in RFC 3339; the zone is required."""
 Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT_BYTES), AfterValidator(_check_text)]
-Subjects = Annotated[list[Name], Field(max_length=MAX_LIST_ITEMS)]
-Ids = Annotated[list[Id], Field(max_length=MAX_LIST_ITEMS)]
+Subjects = Annotated[list[OutsideName], Field(max_length=MAX_LIST_ITEMS)]
+Ids = Annotated[list[OutsideId], Field(max_length=MAX_LIST_ITEMS)]
 RetentionClass = Annotated[str, Field(max_length=32), AfterValidator(_check_retention)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -76,7 +92,7 @@ TopicId = Annotated[str, Field(pattern=TOPIC_ID_PATTERN)]
 Int32 = Annotated[int, Field(ge=0, le=2**31 - 1)]
 """A partition's number or a leader epoch."""
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Millis = Annotated[int, Field(ge=0, le=253_402_300_799_999)]
+Millis = Annotated[int, Field(ge=0, le=MAX_MS)]
 """Milliseconds since 1970, up to the end of the year 9999, which is the latest date that Python can represent."""
 Alias = Annotated[str, Field(pattern=ALIAS_PATTERN, max_length=64)]
 
@@ -102,6 +118,12 @@ class Event(BaseModel):
 
 
 class OutsideEvent(Event):
-    """An event that people write: an unknown field is an error, because it may be a misspelt one."""
+    """An event that people write: an unknown field is an error, because it may be a misspelt one.
+
+    Attributes:
+        visible: Fields that may hold no hidden characters in a record from outside, beside those of type `OutsideId`
+            and `OutsideName`. The model itself allows them there, because requests of older versions are stored.
+    """
 
     model_config = ConfigDict(**FROZEN, extra="forbid")
+    visible: ClassVar[tuple[str, ...]] = ()

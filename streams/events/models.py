@@ -53,10 +53,13 @@ from perennial.streams.events.fields import (
     Millis,
     Name,
     OutsideEvent,
+    OutsideId,
+    OutsideName,
     Rating,
     RetentionClass,
     Subjects,
     Text,
+    Time,
     TokenCount,
     TopicId,
     TopicName,
@@ -72,23 +75,23 @@ class DocumentObserved(OutsideEvent):
     topic: ClassVar[str] = "documents"
     adapter: Adapter
     """Adapter that learns the document, for example `acme/support`."""
-    document_id: Id
+    document_id: OutsideId
     """Id of the document; the same id with another text is a new version of the document."""
     text: Text
     """The text to learn, at most 256 KiB in UTF-8."""
-    source: Name | None = None
+    source: OutsideName | None = None
     """Where the document comes from; documents of one source can supersede each other and be forgotten together."""
-    domain: Name | None = None
+    domain: OutsideName | None = None
     """Subject area; stored with the example."""
     subjects: Subjects = Field(default_factory=list)
     """Ids of the persons whom the document is about; all documents about a person can be forgotten together."""
     retention_class: RetentionClass = PERMANENT
     """`permanent`, or how long to keep the document, as an ISO 8601 duration such as `P30D`."""
-    expires_at: AwareDatetime | None = None
+    expires_at: Time | None = None
     """When to forget the document; the earlier of this and the retention class counts."""
     supersedes: Ids = Field(default_factory=list)
     """Ids of documents of the same source that this one replaces; they are forgotten."""
-    observed_at: AwareDatetime | None = None
+    observed_at: Time | None = None
     """When the document was written or seen."""
 
     def key(self) -> str:
@@ -102,7 +105,7 @@ class InteractionObserved(OutsideEvent):
     topic: ClassVar[str] = "interactions"
     adapter: Adapter
     """Adapter that answered."""
-    interaction_id: Id
+    interaction_id: OutsideId
     """Id of the interaction."""
     prompt: Text
     """What the user wrote."""
@@ -116,9 +119,9 @@ class InteractionObserved(OutsideEvent):
     """Ids of the persons whom the interaction is about."""
     retention_class: RetentionClass = PERMANENT
     """`permanent`, or how long to keep the interaction, as an ISO 8601 duration such as `P30D`."""
-    expires_at: AwareDatetime | None = None
+    expires_at: Time | None = None
     """When to forget the interaction; the earlier of this and the retention class counts."""
-    observed_at: AwareDatetime | None = None
+    observed_at: Time | None = None
     """When the interaction took place."""
 
     def key(self) -> str:
@@ -247,13 +250,14 @@ def _all_nfc(names: tuple[str | None, ...]) -> frozenset[str | None]:
 class Selector(BaseModel):
     """Selects the examples of a retention request; every given field must match."""
 
+    # Ids and names may hold hidden characters, so that documents that older versions accepted can be forgotten.
     model_config = ConfigDict(**FROZEN, extra="forbid")
     document_ids: Annotated[list[Id], Field(max_length=1000)] | None = None
     subjects: Annotated[list[Name], Field(max_length=1000)] | None = None
     sources: Annotated[list[Name | None], Field(max_length=1000)] | None = None
     """Sources that the examples came from; null selects examples that name no source."""
     retention_class: RetentionClass | None = None
-    before: AwareDatetime | None = None
+    before: Time | None = None
     """Only examples published before this time."""
 
     @model_validator(mode="after")
@@ -288,6 +292,7 @@ class RetentionRequested(OutsideEvent):
 
     type: ClassVar[str] = "retention.requested"
     topic: ClassVar[str] = "retention"
+    visible: ClassVar[tuple[str, ...]] = ("request_id", "superseded_by", "requested_by")
     request_id: Id
     """Id of the request, chosen by its sender; the same id again is the same request."""
     kind: RetentionKind
@@ -305,7 +310,7 @@ class RetentionRequested(OutsideEvent):
     """Who makes the request, for the records."""
     reason: Annotated[str, Field(max_length=1024)] = ""
     """Why, for the records."""
-    due_at: AwareDatetime | None = None
+    due_at: Time | None = None
     """When the request must be carried out at the latest; for kind expire when it begins, for kind hold when it ends."""
     emergency: bool = False
     """True to take affected versions out of service at once, before the rebuilt one is ready; only for kind erase."""

@@ -16,15 +16,14 @@ from typing import Any, NamedTuple, TypeAlias
 import orjson
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import Envelope, Headers, Reason, WireError, decode_without_id
+from perennial.streams.events.cloudevents import Envelope, Headers, decode_without_id
 from perennial.streams.events.dead_letter import redrive_count
 from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import DocumentObserved, ExampleAccepted, ExampleKind, InteractionObserved
+from perennial.streams.events.times import MAX_MS
+from perennial.streams.events.wire_error import Reason, WireError
 
 SOURCE = "/perennial/intake"
-MAX_TIMESTAMP_MS = 253_402_300_799_999
-"""The last millisecond of year 9999. A producer's clock may run beyond it, but later steps could not write it as a date."""
-
 _FIXED_HEADERS: list[tuple[str, bytes]] = [
     ("content-type", b"application/json"),
     ("ce_specversion", b"1.0"),
@@ -145,7 +144,8 @@ class Acceptor:
                 got=offset, allowed=f"more than {self._last_offset}", remedy="restart intake, which rebuilds the window"
             )
         self._last_offset = offset
-        at_ms = min(max(timestamp_ms, 0), MAX_TIMESTAMP_MS)
+        # A producer's clock may run beyond the year 9999, but later steps could not write such a time as a date.
+        at_ms = min(max(timestamp_ms, 0), MAX_MS)
         try:
             envelope = decode_without_id(value, headers, self._topic)
             fields, content = _example_of(envelope, self._learn_turns)

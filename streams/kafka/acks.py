@@ -14,7 +14,8 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
-from perennial.streams.events.cloudevents import WireError, decode
+from perennial.streams.events.cloudevents import decode
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import connect
 from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.settings import Settings

@@ -19,10 +19,11 @@ from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it shi
 from perennial.storage.errors import PerennialError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.streams.events.cloudevents import WireError, decode, encode
+from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.acks import AckReader
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.service import SOURCE, RetainService, StoreFacts

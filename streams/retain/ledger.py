@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from perennial.storage.registry.quarantine import LegalHold
 from perennial.streams.events.fields import PERMANENT, duration_s
 from perennial.streams.events.models import ExampleAccepted, RetentionRequested, RetentionState, Selector
+from perennial.streams.events.times import bounded_end_ms
 from perennial.streams.retention.kinds import KINDS
 
 CALENDAR: Final = "perennial/retain"
@@ -168,7 +169,7 @@ def expires_ms(example: ExampleAccepted, policies: Iterable[LifetimeLimit]) -> i
     """Return when the example's life ends, in milliseconds since 1970; None: never.
 
     It is the earliest of three ends: the example's own `expires_at`, the duration that its retention class names, and
-    the time to live of each policy that matches it.
+    the time to live of each policy that matches it. An end after the year 9999 means never.
 
     Args:
         example: The example.
@@ -180,7 +181,7 @@ def expires_ms(example: ExampleAccepted, policies: Iterable[LifetimeLimit]) -> i
         ends.append(published_ms + 1000 * duration_s(example.retention_class))
     if example.expires_at is not None:
         ends.append(int(example.expires_at.timestamp() * 1000))
-    return min(ends, default=None)
+    return bounded_end_ms(min(ends)) if ends else None
 
 
 def policies_on(ledger: RequestLedger, adapter: str) -> list[LifetimeLimit]:

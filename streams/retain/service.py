@@ -23,9 +23,9 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import RequestOutcome, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.cloudevents import WireError
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import ForgetRequested, RetentionRequested, RollbackRequested
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.acks import AckReader
 from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics

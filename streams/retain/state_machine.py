@@ -18,7 +18,6 @@ from hashlib import sha256
 from typing import ClassVar, Final, Protocol
 
 from perennial.storage.registry.quarantine import LegalHold, Quarantine, QuarantineEntry, RequestOutcome
-from perennial.streams.events.cloudevents import WireError
 from perennial.streams.events.fields import PERMANENT, Event
 from perennial.streams.events.models import (
     ForgetRequested,
@@ -28,6 +27,7 @@ from perennial.streams.events.models import (
     RetentionState,
     RollbackRequested,
 )
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.retain.ledger import (
     AdapterProgress,
     RequestLedger,

@@ -10,6 +10,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 from perennial.streams.events import cloudevents as wire
 from perennial.streams.events.fields import Event
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.settings import Settings
 
 
@@ -48,7 +49,7 @@ class Follower:
                 for record in records:
                     try:
                         envelope = wire.decode(record.value, record.headers, self._names[record.topic])
-                    except wire.WireError:
+                    except WireError:
                         continue
                     self._on_event(envelope.event)
         self._consumer.close()

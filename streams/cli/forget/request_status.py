@@ -18,8 +18,9 @@ from perennial.streams.cli.flow import BrokerUnreachableError
 from perennial.streams.cli.forget.selection import describe_selection
 from perennial.streams.cli.tables import Column, Row, print_facts, print_table, shown_version
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.events.cloudevents import WireError, decode
+from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.models import RetentionProgressed
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import connect
 from perennial.streams.retain.ledger import RequestRecord, selector_json
 from perennial.streams.retain.service import load_ledger

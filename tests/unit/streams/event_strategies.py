@@ -12,7 +12,7 @@ from pydantic import AwareDatetime, BaseModel
 from pydantic.fields import FieldInfo
 
 from perennial.streams.events import fields
-from perennial.streams.events.fields import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, Event
+from perennial.streams.events.fields import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, VISIBLE_PATTERN, Event
 from perennial.streams.events.models import EVENTS, Selector
 
 # Seeded, and without time limits: a busy machine must not fail a property.
@@ -22,6 +22,11 @@ settings.register_profile(
 settings.load_profile("perennial")
 
 _TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
+VISIBLE_CHARACTERS = st.characters(
+    exclude_categories=["Cs", "Cc", "Zl", "Zp"],
+    exclude_characters="\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+)
+_VISIBLE = st.text(VISIBLE_CHARACTERS, min_size=1, max_size=40)
 _ADAPTER = st.from_regex(ADAPTER_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 200 and name.isascii())
 _TIME = st.integers(0, 250_000_000_000_000_000).map(
     lambda n: datetime(1971, 1, 1, tzinfo=UTC) + timedelta(microseconds=n)
@@ -30,6 +35,7 @@ _PATTERNS: dict[str, st.SearchStrategy[str]] = {
     ADAPTER_PATTERN: _ADAPTER,
     ADAPTERS_PATTERN: _ADAPTER | st.just("*") | _ADAPTER.map("{}/*".format),
     ALIAS_PATTERN: st.from_regex(ALIAS_PATTERN, fullmatch=True).filter(lambda name: len(name) <= 64 and name.isascii()),
+    VISIBLE_PATTERN: _VISIBLE,
     r"^sha256:[0-9a-f]{64}$": st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}"),
     fields.CLUSTER_ID_PATTERN: st.from_regex(r"[!-~]{1,128}", fullmatch=True),
     fields.TOPIC_NAME_PATTERN: st.from_regex(r"[A-Za-z0-9._-]{1,249}", fullmatch=True),
@@ -52,7 +58,9 @@ def _model(model: type[BaseModel]) -> st.SearchStrategy[Any]:
     required, optional = {}, {}
     for name, field in model.model_fields.items():
         kind = required if field.is_required() else optional
-        kind[field.alias or name] = _field(field)
+        visible = name in getattr(model, "visible", ())
+        strategy = _VISIBLE if visible and field.is_required() else st.none() | _VISIBLE if visible else _field(field)
+        kind[field.alias or name] = strategy
     return st.fixed_dictionaries(required, optional=optional).map(lambda values: model(**values))
 
 

@@ -15,13 +15,13 @@ from perennial.streams.events.cloudevents import (
     MAX_HEADERS,
     MAX_INSIDE_VALUE_BYTES,
     MAX_VALUE_BYTES,
-    WireError,
     decode,
     encode,
 )
 from perennial.streams.events.models import DEFAULT_TYPES, DocumentObserved, InteractionObserved
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.topics import TOPICS
-from tests.unit.streams.event_strategies import any_event, event_of
+from tests.unit.streams.event_strategies import VISIBLE_CHARACTERS, any_event, event_of
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -32,7 +32,7 @@ BINARY = [
 ]  # fmt: skip
 STRUCTURED = [("content-type", b"application/cloudevents+json; charset=utf-8")]
 
-attributes = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=60)
+attributes = st.text(VISIBLE_CHARACTERS, min_size=1, max_size=60)
 aware = st.datetimes(
     datetime(1, 1, 3), datetime(9999, 12, 29),  # noqa: DTZ001
     timezones=st.integers(-1439, 1439).map(lambda minutes: timezone(timedelta(minutes=minutes))),

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perennial.streams.events.cloudevents import WireError
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES, decode_dead_letter, encode_dead_letter
+from perennial.streams.events.wire_error import WireError, shorten
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 
@@ -26,7 +26,7 @@ def test_a_decoded_dead_letter_has_the_refused_record(value, headers, detail, of
     assert letter == value
     assert all_headers[: len(headers)] == headers
     read = decode_dead_letter(letter, all_headers)
-    shown = detail.encode("utf-8", "replace").decode()
+    shown = shorten(detail)
     assert read == (value, headers, "bad-field", "intake", shown, "documents", 3, offset, NOW)
 
     again = encode_dead_letter(letter, all_headers, reason="x", stage="y", detail="", topic="dead-letters", partition=0,

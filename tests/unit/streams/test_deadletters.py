@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from datetime import UTC, datetime, timedelta
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from perennial.streams.deadletters.model import (
     DeadLetterError,
     Selection,
+    as_example,
     parse_position,
     parse_since,
     read_dead_letter,
@@ -25,8 +27,9 @@ from perennial.streams.deadletters.redrive_plan import (
     redrive_state,
     redriven_record,
 )
-from perennial.streams.events.cloudevents import MAX_HEADERS, REDRIVES_HEADER, WireError, decode
+from perennial.streams.events.cloudevents import MAX_HEADERS, REDRIVES_HEADER, decode
 from perennial.streams.events.dead_letter import encode_dead_letter
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.intake.validation import Accepted, Acceptor, Duplicate, OriginPartition
 from perennial.streams.settings import SettingsError
 
@@ -50,6 +53,21 @@ def test_the_original_record_is_sent_back_with_its_redrive_count():
     back = redriven_record(dead_letter_record(headers=[(REDRIVES_HEADER, b"7"), *before]))
     assert (back.topic, back.partition, back.key, back.value) == ("documents", 1, b"k", DOCUMENT)
     assert back.headers == [*before, (REDRIVES_HEADER, b"1")]
+
+
+def test_case_02_and_07_an_erasure_finds_texts_in_every_form_that_intake_reads():
+    """A dead letter in base64 or with a byte order mark names its document, or a redrive would bring an erased text back."""
+    mark, encoded = b"\xef\xbb\xbf", base64.b64encode(DOCUMENT).decode()
+    with_mark = base64.b64encode(mark + DOCUMENT).decode()
+    values = [
+        DOCUMENT, mark + DOCUMENT, json.dumps({"data": json.loads(DOCUMENT)}).encode(),
+        json.dumps({"data_base64": encoded}).encode(), mark + json.dumps({"data_base64": with_mark}).encode(),
+    ]  # fmt: skip
+    for value in values:
+        found = dead_letter_record(value)
+        assert (found.adapter, as_example(found).document_id, as_example(found).text) == ("acme/support", "1", "hello")
+    for value in ({"data_base64": "%"}, {"data_base64": 3}, {"data_base64": "AAAA"}, {"data_base64": "MQ=="}):
+        assert as_example(dead_letter_record(json.dumps(value).encode())).document_id == ""
 
 
 def test_the_count_grows_with_every_refusal():

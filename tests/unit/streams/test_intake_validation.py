@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES, decode, encode
 from perennial.streams.events.models import DocumentObserved, ExampleAccepted, InteractionObserved, Origin
+from perennial.streams.events.times import MAX_MS
 from perennial.streams.intake.validation import (
-    MAX_TIMESTAMP_MS,
     Accepted,
     Acceptor,
     Duplicate,
@@ -55,7 +55,7 @@ def accepted(value, origin=DOCUMENTS, **options: object):
 def test_a_document_becomes_an_example(event, offset, timestamp_ms):
     written = encode(event, event_id="1", source="/s", occurred_at=datetime(2026, 1, 1, tzinfo=UTC), traceparent=TRACE)
     decision = acceptor().accept(written.value, written.headers, offset, timestamp_ms)
-    at_ms = min(max(timestamp_ms, 0), MAX_TIMESTAMP_MS)
+    at_ms = min(max(timestamp_ms, 0), MAX_MS)
     if isinstance(decision, Refused):
         blank = event.text.isspace()
         expired = event.expires_at is not None and event.expires_at.timestamp() * 1000 <= at_ms

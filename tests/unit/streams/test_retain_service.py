@@ -10,8 +10,8 @@ import pytest
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key, digest_of, stored_name
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
-from perennial.streams.events.cloudevents import WireError
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain import service as retain
 from perennial.streams.retain.service import RetainService, StoreFacts

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.quarantine import Quarantine, RequestOutcome
 from perennial.storage.registry.suppressed_texts import ensure_text_key
-from perennial.streams.events.cloudevents import WireError
 from perennial.streams.events.models import (
     ExampleAccepted,
     ForgetRequested,
@@ -24,6 +23,7 @@ from perennial.streams.events.models import (
     RollbackRequested,
     Selector,
 )
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.retain.clock import MAX_GAP_MS, ClockGuard
 from perennial.streams.retain.ledger import RequestLedger, StoredExample, calendar, overdue
 from perennial.streams.retain.state_machine import (
