@@ -30,7 +30,10 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.curate import agent as curate_agent
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.kafka.aiokafka_headers import read_any_header_name
-from perennial.streams.kafka.installation import check_installation
+from perennial.streams.kafka.installation import ROLE_TOPICS, load_installation
+from perennial.streams.kafka.repartition import forget_offsets
+from perennial.streams.kafka.topic_guard import TopicGuard
+from perennial.streams.kafka.topics import admin_client, identify
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain import agent as retain_agent
 from perennial.streams.retain.agent import RetainAgent
@@ -38,10 +41,8 @@ from perennial.streams.settings import Settings
 
 COMMIT_INTERVAL_S: Final = 1.0
 SESSION_S: Final = 10.0
-TOPICS: Final = (
-    curate_agent.TOPIC, retain_agent.TOPIC, "adapter-jobs", "drift", "retention-status", "adapter-acks", "dead-letters",
-)  # fmt: skip
 STOP_S: Final = 5.0
+METADATA_AGE_MS: Final = 30_000
 _POLL_S: Final = 0.05
 
 
@@ -108,7 +109,10 @@ class Guards:
         return self.curate.failure or self.retain.failure
 
 
-def build_app(settings: Settings, metrics: Metrics, store: ObjectStore, guards: Guards, folder: Path) -> Any:
+def build_app(
+    settings: Settings, metrics: Metrics, store: ObjectStore, guards: Guards, folder: Path,
+    topics: TopicGuard | None = None,
+) -> Any:  # fmt: skip
     """Return the Faust application with its agents.
 
     Args:
@@ -117,6 +121,7 @@ def build_app(settings: Settings, metrics: Metrics, store: ObjectStore, guards: 
         store: The object store.
         guards: Run the agents' steps.
         folder: An empty folder for the files that Faust always writes.
+        topics: Checks that the topics are the recorded ones; None: nothing is checked.
 
     Returns:
         The application, not yet started.
@@ -134,6 +139,8 @@ def build_app(settings: Settings, metrics: Metrics, store: ObjectStore, guards: 
         topic_disable_leader=True,
         processing_guarantee="at_least_once",
         consumer_auto_offset_reset="earliest",
+        # After `perennial topics repartition` the added partitions are read within this time; the default is 5 minutes.
+        consumer_metadata_max_age_ms=METADATA_AGE_MS,
         broker_commit_interval=COMMIT_INTERVAL_S,
         broker_session_timeout=SESSION_S,
         broker_heartbeat_interval=SESSION_S / 4,
@@ -144,13 +151,12 @@ def build_app(settings: Settings, metrics: Metrics, store: ObjectStore, guards: 
         key_serializer="raw",
         value_serializer="raw",
     )
-    _add_curate(app, settings, metrics, store, guards.curate)
-    _add_retain(app, settings, metrics, store, guards.retain)
+    _add_curate(app, CurateAgent(app, settings, metrics, store, topics), settings, guards.curate)
+    _add_retain(app, RetainAgent(app, settings, metrics, store, topics), settings, guards.retain)
     return app
 
 
-def _add_retain(app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, guard: Guard) -> None:
-    agent = RetainAgent(app, settings, metrics, store)
+def _add_retain(app: Any, agent: RetainAgent, settings: Settings, guard: Guard) -> None:
     topic = app.topic(settings.kafka.topic(retain_agent.TOPIC), key_type=bytes, value_type=bytes)
 
     @app.agent(topic, name="retain", concurrency=1)  # type: ignore[untyped-decorator]
@@ -165,8 +171,7 @@ def _add_retain(app: Any, settings: Settings, metrics: Metrics, store: ObjectSto
     _follow_partitions(app, agent)
 
 
-def _add_curate(app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, guard: Guard) -> None:
-    agent = CurateAgent(app, settings, metrics, store)
+def _add_curate(app: Any, agent: CurateAgent, settings: Settings, guard: Guard) -> None:
     topic = app.topic(settings.kafka.topic(curate_agent.TOPIC), key_type=bytes, value_type=bytes)
 
     @app.agent(topic, name="curate", concurrency=1)  # type: ignore[untyped-decorator]
@@ -208,14 +213,36 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
         logging.getLogger(name).setLevel(logging.ERROR)
     read_any_header_name()
     store = open_store(settings.store.require_uri(), settings.s3)
-    check_installation(settings, store, TOPICS)
-    with tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder:
-        asyncio.run(_run(settings, stop, metrics, store, Path(folder)))
+    _forget_old_positions(settings, store)
+    with (
+        TopicGuard(
+            settings, ROLE_TOPICS["streams"], store, writes=["adapter-jobs", "drift"], fixed=[retain_agent.TOPIC]
+        ) as topics,
+        tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder,
+    ):
+        asyncio.run(_run(settings, stop, metrics, store, topics, Path(folder)))
 
 
-async def _run(settings: Settings, stop: threading.Event, metrics: Metrics, store: ObjectStore, folder: Path) -> None:
+def _forget_old_positions(settings: Settings, store: ObjectStore) -> None:
+    """Delete the committed offsets in `retention` where it was created again: requests would be skipped.
+
+    Raises:
+        RepartitionError: Another process still reads the old topic.
+    """
+    record = load_installation(store)
+    recorded = record.topics.get(retain_agent.TOPIC) if record else None
+    found = identify(settings, [retain_agent.TOPIC])
+    name = settings.kafka.topic(retain_agent.TOPIC)
+    if recorded is not None and recorded.topic_id != found.topic_ids[name]:
+        with admin_client(settings) as admin:
+            forget_offsets(admin, settings, "curate", retain_agent.TOPIC, found.partitions[name])
+
+
+async def _run(
+    settings: Settings, stop: threading.Event, metrics: Metrics, store: ObjectStore, topics: TopicGuard, folder: Path
+) -> None:
     guards = Guards()
-    app = build_app(settings, metrics, store, guards, folder)
+    app = build_app(settings, metrics, store, guards, folder, topics)
     app.finalize()
     starting = asyncio.ensure_future(app.start())
     try:

@@ -35,7 +35,7 @@ from perennial.streams.events.cloudevents import Envelope, decode
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, UpdateRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
-from perennial.streams.kafka.installation import check_installation
+from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -69,7 +69,7 @@ def run_learner(
     """
     store = open_store(settings.store.require_uri(), settings.s3)
     store.probe()
-    check_installation(settings, store, [TOPIC, "adapter-updates", "retention-status", "dead-letters"])
+    check_installation(settings, store, ROLE_TOPICS["learner"])
     writer = make_version_writer(
         settings, store, base or load_base(settings.model.base, settings.model.device, settings.model.threads), lock
     )

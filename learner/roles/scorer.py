@@ -25,7 +25,7 @@ from perennial.streams.events.fields import MAX_LOSS_NATS
 from perennial.streams.events.models import ExampleAccepted, ExampleScored
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
-from perennial.streams.kafka.installation import check_installation
+from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -57,7 +57,7 @@ def run_scorer(
         PerennialError: Kafka stays unavailable; offsets of records whose events were not confirmed are not committed.
     """
     store = open_store(settings.store.require_uri(), settings.s3)
-    check_installation(settings, store, [TOPIC, "scored-examples", "dead-letters"])
+    check_installation(settings, store, ROLE_TOPICS["scorer"])
     base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
     make_deterministic(settings.model.threads)
     registry = Registry(store, nonce=lambda: uuid4().hex, now=_now)
@@ -68,7 +68,9 @@ def run_scorer(
             poll_s=settings.serving.poll_s, clock=time.monotonic, metrics=metrics,
         ) as adapters,
         ConfirmingProducer(settings, "scorer", metrics, _now) as producer,
-        GroupConsumer(settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch) as consumer,
+        GroupConsumer(
+            settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch, writes=["scored-examples"]
+        ) as consumer,
     ):  # fmt: skip
         while not stop.is_set():
             records = consumer.poll(POLL_S)

@@ -207,6 +207,35 @@ def topics_create(
     raise typer.Exit(create_topics(dry_run=dry_run, as_json=json_))
 
 
+@topics_app.command("repartition")
+def topics_repartition(
+    topic: Annotated[str, typer.Argument(help="examples, scored-examples, drift or adapter-jobs.")],
+    partitions: Annotated[int, typer.Option(min=1, help="Number of partitions that the topic is to have.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the roles pause.")] = False,
+    wait_s: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait until the writers paused and the topic is read to its end.")
+    ] = 600,
+    json_: Json = False,
+) -> None:
+    """Add partitions to an internal topic: pause its writers, wait until it is read, alter it, record it, go on."""
+    from perennial.streams.cli.topics import repartition_topic
+
+    raise typer.Exit(repartition_topic(topic, partitions, yes=yes, wait_s=wait_s, as_json=json_))
+
+
+@topics_app.command("adopt")
+def topics_adopt(
+    topics: Annotated[list[str] | None, typer.Argument(help="Topics that were created again.")] = None,
+    all_: Annotated[bool, typer.Option("--all", help="All topics, and the cluster they are in.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json_: Json = False,
+) -> None:
+    """Record the present ids of topics that were deleted and created again; says first what that means."""
+    from perennial.streams.cli.topics import adopt_topics
+
+    raise typer.Exit(adopt_topics(topics or [], all_topics=all_, yes=yes, as_json=json_))
+
+
 @publish_app.command("documents")
 def publish_documents(
     file: JsonLines,

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from perennial.extras import require_extra
@@ -135,23 +136,40 @@ def _bodies(
 
         base = load_base(settings.model.base, settings.model.device, settings.model.threads)
     for role in dict.fromkeys(roles):
+        body: Callable[[threading.Event], None]
         if role == "intake":
             from perennial.streams.intake.service import run_intake
 
-            bodies[role] = lambda: run_intake(settings, stop, metrics)
+            body = partial(run_intake, settings, metrics=metrics)
         elif role == "streams":
             from perennial.streams.faust_app import run_streams
 
-            bodies[role] = lambda: run_streams(settings, stop, metrics)
+            body = partial(run_streams, settings, metrics=metrics)
         elif role == "scorer":
             from perennial.learner.roles.scorer import run_scorer
 
-            bodies[role] = lambda: run_scorer(settings, stop, metrics, base=base, lock=lock)
+            body = partial(run_scorer, settings, metrics=metrics, base=base, lock=lock)
         else:
             from perennial.learner.roles.learner import run_learner
 
-            bodies[role] = lambda: run_learner(settings, stop, metrics, base=base, lock=lock)
+            body = partial(run_learner, settings, metrics=metrics, base=base, lock=lock)
+        bodies[role] = partial(_run_pausable, role, settings, stop, metrics, body)
     return bodies
+
+
+def _run_pausable(
+    role: str, settings: Settings, stop: threading.Event, metrics: Metrics, body: Callable[[threading.Event], None]
+) -> None:
+    """Run a role that pauses for `perennial topics repartition`; without a store there is nobody who could ask for it."""
+    from perennial.streams.kafka.installation import ROLE_TOPICS, open_store_of
+    from perennial.streams.kafka.maintenance import run_pausable
+    from perennial.streams.kafka.topic_guard import TopicGuard
+
+    store = open_store_of(settings)
+    if store is None:
+        body(stop)
+        return
+    run_pausable(role, store, stop, metrics, body, lambda: TopicGuard(settings, ROLE_TOPICS[role], store))
 
 
 def _run_all(bodies: dict[str, Callable[[], None]], stop: threading.Event) -> int:

@@ -20,6 +20,9 @@ from perennial.streams.client.base_publisher import BasePublisher, Delivery, Pub
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, Encoded
 from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
+from perennial.streams.kafka.installation import ORDERED_TOPICS, load_installation, open_store_of
+from perennial.streams.kafka.maintenance import MaintenanceError, allowed_counts
+from perennial.streams.kafka.topic_guard import KeyRouting
 from perennial.streams.settings import Settings, load_settings
 
 _SLICE_S = 0.1
@@ -132,6 +135,7 @@ class Publisher(BasePublisher):
 
     def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:
         topic = self._settings.kafka.topic(event.topic)
+        partition = self._internal_partition(event.topic, encoded.key)
         with self._lock:
             if self._closed:
                 raise PublishError("the publisher is closed", remedy="publish before close() or the end of `with`")
@@ -140,7 +144,9 @@ class Publisher(BasePublisher):
             producer, retired = self._producer, self._retired
             self._accepted += 1
         try:
-            future = producer.send(topic, key=encoded.key, value=encoded.value, headers=encoded.headers)
+            future = producer.send(
+                topic, key=encoded.key, value=encoded.value, headers=encoded.headers, partition=partition
+            )
         except (KafkaError, ValueError) as error:
             with self._lock:
                 self._accepted -= 1
@@ -148,6 +154,22 @@ class Publisher(BasePublisher):
         future.add_callback(self._arrived)
         future.add_errback(partial(self._failed, producer))
         return _KafkaReceipt(future, event_id, retired)
+
+    def _internal_partition(self, topic: str, key: bytes | None) -> int | None:
+        """Return the partition of a record for an internal topic by the recorded count; None for other topics.
+
+        Raises:
+            MaintenanceError: The topic is being repartitioned.
+        """
+        if topic not in ORDERED_TOPICS:
+            return None
+        store = open_store_of(self._settings)
+        if store is None:
+            return None
+        if topic in allowed_counts(store):
+            raise MaintenanceError(got=topic, remedy="try again when `perennial topics repartition` has ended")
+        record = load_installation(store)
+        return KeyRouting(record.partitions() if record else {}).partition(topic, key)
 
     def _not_taken(self, topic: str, error: BaseException) -> PublishError:
         try:

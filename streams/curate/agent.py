@@ -57,6 +57,7 @@ from perennial.streams.events.models import (
     UpdateRequested,
 )
 from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings
@@ -136,14 +137,19 @@ class CurateAgent:
         settings: topics, bounds of a micro-batch and number of adapters in memory.
         metrics: where the agent counts what it does.
         store: the object store.
+        topics: checks that the topics are the recorded ones, before each cut; None: nothing is checked.
     """
 
-    def __init__(self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore) -> None:
+    def __init__(
+        self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, topics: TopicGuard | None = None
+    ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
         self._store = store
         self._policy = CutPolicy.of(settings)
+        self._topics = topics
+        self._routing = topics.routing if topics else KeyRouting({})
         self._session = _Session()
         self._revoked: int | None = None
         self._ticks = 0
@@ -268,6 +274,8 @@ class CurateAgent:
         Hazard: the order body, state, job, acknowledgements must stay (see the module's docstring).
         """
         name = adapter.batcher.adapter
+        if self._topics is not None:  # every delivery of the cut was fetched before this check
+            await asyncio.to_thread(self._topics.verify)
         try:
             if cut.body is not None and cut.job is not None:
                 await asyncio.to_thread(self._write_body, cut.body, cut.job)
@@ -481,7 +489,8 @@ class CurateAgent:
 
     async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
         """Publish a record and wait until all in-sync replicas have acknowledged it."""
-        await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, None, None, headers)
+        partition = self._routing.partition(topic, key)
+        await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, partition, None, headers)
         self._metrics.events_out(topic)
 
 

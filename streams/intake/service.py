@@ -43,17 +43,21 @@ from perennial.streams.intake.librdkafka import (
     unavailable_error,
 )
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition, Refused
-from perennial.streams.kafka.installation import check_installation, open_store_of
+from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, open_store_of
+from perennial.streams.kafka.topic_guard import TopicGuard
 from perennial.streams.kafka.topics import ClusterIds
 from perennial.streams.settings import Settings
 
 SOURCES = ("documents", "interactions")
 EXAMPLES = "examples"
 DEAD_LETTERS = "dead-letters"
+CHOSEN_BY_KEY = -1
+"""The partition argument that makes librdkafka choose the partition."""
 
 _IDLE_S = 0.25
 _GATHER_S = 0.005
 _OBSERVE_S = 1.0
+_VERIFY_S = 1.0
 _BROKEN_HEADERS = Refused("bad-header", "a header's name is not UTF-8; the headers were dropped")
 
 
@@ -133,7 +137,10 @@ class Intake:
         self._admin = AdminClient(common, logger=client_log)
         store = open_store_of(settings)
         if store is not None:
-            check_installation(settings, store, [*SOURCES, EXAMPLES, DEAD_LETTERS])
+            check_installation(settings, store, ROLE_TOPICS["intake"])
+        self._topic_guard = TopicGuard(settings, [EXAMPLES], store, writes=[EXAMPLES])
+        # By the recorded count, whatever count librdkafka knows by now.
+        self._partition_of = self._topic_guard.routing.partitions(EXAMPLES)
         try:
             cluster_ids(self._admin, [*self._topics, self._examples, self._dead_letters])
         except KafkaException as error:
@@ -158,6 +165,7 @@ class Intake:
             ConsumeError: Records cannot be read.
             OffsetOrderError: Offsets of a partition did not increase.
             TopicError: A topic was deleted.
+            InstallationError: The topic `examples` is not the one that the installation recorded.
             KafkaException: The offsets cannot be committed.
         """
         messages = self._consume()
@@ -165,6 +173,7 @@ class Intake:
             failpoint("intake.consume")
             # While the broker accepts nothing, `_observe` does not run: report here that this batch waits.
             self._metrics.waiting(True)
+            self._topic_guard.verify(_VERIFY_S)
             self._produce(messages)
             failpoint("intake.produce")
             if not self._flush(stop):
@@ -177,6 +186,7 @@ class Intake:
 
     def close(self) -> None:
         """Leave the group at once. Records that were not acknowledged are dropped; their sources are read again."""
+        self._topic_guard.close()
         self._producer.purge()
         self._consumer.close()
 
@@ -195,6 +205,7 @@ class Intake:
     def _produce(self, messages: Sequence[Message]) -> None:
         """Decide about every record and queue the results, in order."""
         partitions, examples, produce = self._partitions, self._examples, self._producer.produce
+        partition_of = self._partition_of
         handled: Counter[str] = Counter()
         for message in messages:
             error = message.error()
@@ -219,9 +230,11 @@ class Intake:
             handled[state.topic] += 1
             if type(decision) is Accepted:
                 try:
-                    produce(examples, decision.value, decision.key, headers=decision.headers)
+                    produce(
+                        examples, decision.value, decision.key, partition_of[decision.key], headers=decision.headers
+                    )
                 except (BufferError, KafkaException):
-                    self._send(examples, decision.value, decision.key, decision.headers)
+                    self._send(examples, decision.value, decision.key, decision.headers, partition_of[decision.key])
                 handled[EXAMPLES] += 1
             elif type(decision) is Refused:
                 self._send_dead_letter(message, headers, decision)
@@ -251,10 +264,12 @@ class Intake:
         key = message.key()
         self._send(self._dead_letters, value, key if key and len(key) <= MAX_HEADER_BYTES else None, all_headers)
 
-    def _send(self, topic: str, value: bytes | None, key: bytes | None, headers: Headers) -> None:
+    def _send(
+        self, topic: str, value: bytes | None, key: bytes | None, headers: Headers, partition: int = CHOSEN_BY_KEY
+    ) -> None:
         while True:  # not a retry of something that failed: it waits for room in the producer's queue
             try:
-                self._producer.produce(topic, value, key, headers=headers)
+                self._producer.produce(topic, value, key, partition, headers=headers)
             except BufferError:
                 self._producer.poll(0.1)  # handles acknowledgements, which make room
                 self._raise_failure()

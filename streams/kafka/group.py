@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
@@ -19,6 +19,8 @@ from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES, encode_dead_letter
 from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect
+from perennial.streams.kafka.installation import open_store_of
+from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -71,13 +73,18 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         topic: The topic's name without the prefix.
         group: The consumer group's name without the prefix.
         max_records: The most records that one poll returns.
+        writes: Topics without the prefix that the records are turned into. They are checked with the topic.
 
     Raises:
         KafkaLinkError: No broker answers.
+        InstallationError: A topic is not the one that the installation recorded.
     """
 
-    def __init__(self, settings: Settings, topic: str, group: str, max_records: int) -> None:
+    def __init__(
+        self, settings: Settings, topic: str, group: str, max_records: int, writes: Sequence[str] = ()
+    ) -> None:
         self._topic = topic
+        self._guard = TopicGuard(settings, [topic, *writes], open_store_of(settings), writes=writes)
         self._name = settings.kafka.topic(topic)
         self._epochs: Counter[TopicPartition] = Counter()
         self._assigned: set[TopicPartition] = set()
@@ -138,6 +145,10 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
 
         Raises:
             KafkaLinkError: The topic cannot be read.
+            InstallationError: A topic is not the one that the installation recorded. Nothing of what was fetched is
+                returned.
+            TopicError: A topic was deleted.
+            KafkaUnavailableError: The broker does not say within half a minute whether the topics are the same.
         """
         if self._rebalancing:
             # kafka-python 3.0.12 discards the answer to a join request that arrives between two polls. It may then
@@ -152,6 +163,8 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
             ) from error
         if self._uncommitted and not self._rebalancing:
             self._commit_pending()
+        if batches:
+            self._guard.verify()
         return [
             ConsumedRecord(
                 self._topic, record.partition, record.offset, record.key, record.value,
@@ -223,6 +236,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
 
     def close(self) -> None:
         """Leave the group."""
+        self._guard.close()
         self._consumer.close()
 
     def __enter__(self) -> Self:
@@ -234,6 +248,8 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
 
 class ConfirmingProducer:
     """An idempotent producer that counts a record as sent only when every in-sync replica has it.
+
+    Records of internal topics go to the partition of their key by the recorded partition count (topic_guard.py).
 
     Args:
         settings: Names the brokers and the topic prefix.
@@ -251,6 +267,7 @@ class ConfirmingProducer:
         self._metrics = metrics
         self._now = now
         self._pending: list[tuple[str, Any]] = []
+        self._routing = KeyRouting.of(settings)
         try:
             self._producer: Any = connect(
                 KafkaProducer,
@@ -312,7 +329,10 @@ class ConfirmingProducer:
 
     def _send(self, topic: str, key: bytes | None, value: bytes | None, headers: list[Any]) -> None:
         try:
-            future = self._producer.send(self._settings.kafka.topic(topic), key=key, value=value, headers=headers)
+            future = self._producer.send(
+                self._settings.kafka.topic(topic), key=key, value=value, headers=headers,
+                partition=self._routing.partition(topic, key),
+            )  # fmt: skip
         except KafkaError as error:
             raise _undelivered(topic, error) from error
         self._pending.append((topic, future))

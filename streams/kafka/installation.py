@@ -24,6 +24,7 @@ from perennial.storage.errors import IntegrityError, NotFoundError, PerennialErr
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.compare_and_swap import update_object
+from perennial.streams.kafka.maintenance import allowed_counts
 from perennial.streams.kafka.topics import TOPICS, ClusterIds, TopicReport, identify, provision
 from perennial.streams.settings import Settings
 
@@ -37,6 +38,16 @@ ORDERED_TOPICS: Final = ("examples", "scored-examples", "drift", "adapter-jobs")
 """Keyed by adapter, read in order: the partition count may change by `perennial topics repartition` only."""
 LATEST_TOPICS: Final = tuple(name for name, spec in TOPICS.items() if spec.cleanup == "compact")
 """Compacted: readers read every partition, and the roles write by the recorded count. Added partitions stay unused."""
+
+ROLE_TOPICS: Final[Mapping[str, tuple[str, ...]]] = {
+    "intake": ("documents", "interactions", "examples", "dead-letters"),
+    "streams": (
+        "scored-examples", "retention", "adapter-jobs", "drift", "retention-status", "adapter-acks", "dead-letters",
+    ),
+    "scorer": ("examples", "scored-examples", "dead-letters"),
+    "learner": ("adapter-jobs", "adapter-updates", "retention-status", "dead-letters"),
+}  # fmt: skip
+"""The topics that each role reads or writes."""
 
 _Id = Annotated[str, Field(min_length=1, max_length=200)]
 
@@ -138,8 +149,7 @@ def check_installation(settings: Settings, store: ObjectStore, names: Sequence[s
         KafkaUnavailableError: Kafka does not answer.
         StoreError: The store does not answer.
     """
-    found = identify(settings, names)
-    return record_found(settings, store, found, names)
+    return record_found(settings, store, identify(settings, names), names, allowed_counts(store))
 
 
 def record_found(
@@ -396,7 +406,7 @@ def provision_recorded(settings: Settings, store: ObjectStore | None, dry_run: b
     record = load_installation(store) if store else None
     reports = provision(settings, dry_run, record.partitions() if record else {})
     if store is not None and not dry_run:
-        record_found(settings, store, identify(settings, list(TOPICS)), TOPICS)
+        record_found(settings, store, identify(settings, list(TOPICS)), TOPICS, allowed_counts(store))
     return reports
 
 

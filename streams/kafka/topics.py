@@ -178,7 +178,7 @@ def provision(
         TopicError: A topic cannot be created.
         SettingsError: No brokers are set.
     """
-    with _admin(settings) as admin:
+    with admin_client(settings) as admin:
         existing = set(admin.list_topics())
         names = {settings.kafka.topic(name): spec for name, spec in TOPICS.items()}
         counts = {
@@ -217,7 +217,7 @@ def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterI
         KafkaUnavailableError: Kafka does not answer.
         SettingsError: No brokers are set.
     """
-    with _admin(settings) as admin:
+    with admin_client(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
         existing = set(admin.list_topics())
         wanted = [settings.kafka.topic(name) for name in (names if names is not None else TOPICS)]
@@ -245,18 +245,35 @@ def topic_id(raw: uuid.UUID | str) -> str:
     return str(raw if isinstance(raw, uuid.UUID) else uuid.UUID(raw))
 
 
-@contextmanager
-def _admin(settings: Settings) -> Iterator[Any]:
+def connect_admin(settings: Settings) -> Any:
+    """Return a new KafkaAdminClient.
+
+    Raises:
+        KafkaError: Kafka does not answer.
+        SettingsError: No brokers are set.
+    """
     from kafka.admin import KafkaAdminClient
+
+    return KafkaAdminClient(
+        bootstrap_servers=settings.kafka.require_bootstrap().split(","),
+        client_id=settings.kafka.topic("topics"),
+        bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
+    )
+
+
+@contextmanager
+def admin_client(settings: Settings) -> Iterator[Any]:
+    """Open a KafkaAdminClient and close it at the end of the block.
+
+    Raises:
+        KafkaUnavailableError: A call in the block fails: Kafka does not answer.
+        SettingsError: No brokers are set.
+    """
     from kafka.errors import KafkaError
 
     servers = settings.kafka.require_bootstrap()
     try:
-        admin = KafkaAdminClient(
-            bootstrap_servers=servers.split(","),
-            client_id=settings.kafka.topic("topics"),
-            bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
-        )
+        admin = connect_admin(settings)
         try:
             yield admin
         finally:

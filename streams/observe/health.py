@@ -16,7 +16,8 @@ class HealthReport:
     """The body of /healthz.
 
     Attributes:
-        status: "starting" until the role first reports whether work waits; then "ok" or "stalled".
+        status: "starting" until the role first reports whether work waits; then "ok" or "stalled"; "maintenance" while
+            the role pauses for `perennial topics repartition`.
         role: the name of the role.
         work_waits: True if there is work to do.
         lag_events: events that are published and not yet handled, over all topics.
@@ -24,7 +25,7 @@ class HealthReport:
         stall_s: the time after which this counts as stalled, in seconds.
     """
 
-    status: Literal["starting", "ok", "stalled"]
+    status: Literal["starting", "ok", "stalled", "maintenance"]
     role: str
     work_waits: bool
     lag_events: int
@@ -72,6 +73,7 @@ class Health:
         self._lag_events: dict[str, int] = {}
         self._waiting = False
         self._started = False
+        self._maintenance = False
         self._still_since: float | None = None  # when work began to wait, or last made progress; None: no work waits
 
     def progress(self) -> None:
@@ -86,6 +88,13 @@ class Health:
         with self._lock:
             self._waiting = waits
             self._update_waiting()
+
+    def maintenance(self, paused: bool) -> None:
+        """Note whether the role pauses for a command. The time without progress begins again when it goes on."""
+        with self._lock:
+            self._maintenance = paused
+            if self._still_since is not None:
+                self._still_since = self._clock()
 
     def lag(self, topic: str, events: int) -> None:
         """Note how many events of a topic are published and not yet handled. Work waits while any are."""
@@ -104,8 +113,9 @@ class Health:
         """Return the judgement as of now."""
         with self._lock:
             still_s = 0.0 if self._still_since is None else max(0.0, self._clock() - self._still_since)
+            status: Literal["starting", "ok", "stalled"] = "ok" if self._started else "starting"
             return HealthReport(
-                status="stalled" if still_s >= self.stall_s else "ok" if self._started else "starting",
+                status="maintenance" if self._maintenance else "stalled" if still_s >= self.stall_s else status,
                 role=self.role,
                 work_waits=self._still_since is not None,
                 lag_events=sum(self._lag_events.values()),

@@ -207,6 +207,10 @@ class Metrics:
         """Report that an event was handled to its end."""
         self.health.progress()
 
+    def maintenance(self, paused: bool) -> None:
+        """Report whether the role pauses for `perennial topics repartition`."""
+        self.health.maintenance(paused)
+
     def waiting(self, waits: bool) -> None:
         """Report whether work waits that `lag` does not count.
 

@@ -8,6 +8,7 @@ the other has only sent the same jobs under the same ids, and its ledger is not 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from contextlib import suppress
@@ -25,6 +26,7 @@ from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.acks import AckReader
+from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.service import SOURCE, RetainService, StoreFacts
 from perennial.streams.settings import Settings
@@ -47,13 +49,18 @@ class RetainAgent:
         settings: Topics, alias and clock.
         metrics: Where figures go.
         store: The object store.
+        topics: Checks that the topics are the recorded ones, before each request; None: nothing is checked.
     """
 
-    def __init__(self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore) -> None:
+    def __init__(
+        self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, topics: TopicGuard | None = None
+    ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
         self._topic = settings.kafka.topic(TOPIC)
+        self._topics = topics
+        self._routing = topics.routing if topics else KeyRouting({})
         facts = StoreFacts(settings, store, AckReader(settings))
         self._service = RetainService(settings, metrics, facts, self._send)
         self._revoked: int | None = None
@@ -77,6 +84,8 @@ class RetainAgent:
         if not self._is_current(message.generation_id):
             return  # it will be delivered again to the process that has the partition now
         failpoint("retain.receive")
+        if self._topics is not None:
+            await asyncio.to_thread(self._topics.verify)
         self._metrics.events_in(TOPIC)
         try:
             request = decode(message.value, message.headers, TOPIC).event
@@ -118,5 +127,6 @@ class RetainAgent:
         await self._produce(event.topic, record.key, record.value, record.headers)
 
     async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
-        await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, None, None, headers)
+        partition = self._routing.partition(topic, key)
+        await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, partition, None, headers)
         self._metrics.events_out(topic)

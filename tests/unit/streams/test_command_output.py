@@ -260,7 +260,7 @@ def test_topics_are_shown_whole(screen, monkeypatch):
     class Report:
         name, created, differences = TOPIC, False, ("cleanup.policy is compact, not delete", "one partition, not four")
 
-    monkeypatch.setattr(topics, "provision", lambda *_, **__: [Report])
+    monkeypatch.setattr(topics, "provision_recorded", lambda *_, **__: [Report])
     monkeypatch.setenv("PERENNIAL_KAFKA", "127.0.0.1:1")
 
     def created(*, as_json: bool) -> int:
