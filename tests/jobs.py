@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from perennial.storage.objects.object_store import ObjectStore, put_blob
+from perennial.storage.registry.waiting_jobs import put_job
 from perennial.streams.events.models import Batch, BatchSkip, BlobRef, ExampleAccepted, UpdateRequested
 from tests import tiny
 
@@ -50,3 +51,9 @@ def update(
 def with_batch(store: ObjectStore, request: UpdateRequested, body: bytes) -> UpdateRequested:
     """Return the same job with another micro-batch blob."""
     return request.model_copy(update={"batch": BlobRef(digest=put_blob(store, body), size_bytes=len(body))})
+
+
+def waiting(store: ObjectStore, request: UpdateRequested) -> UpdateRequested:
+    """Store the job as curate does before it publishes it, and return it."""
+    put_job(store, request.adapter, request.cut, request.model_dump_json(by_alias=True).encode())
+    return request

@@ -22,11 +22,12 @@ from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import AdapterError
 from perennial.learner.model.loss import OutOfMemoryError
+from perennial.learner.roles.parking import report_parked
 from perennial.learner.roles.passes import PassRunner
 from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter, make_version_writer
-from perennial.storage.errors import IntegrityError, NotFoundError, StoreUnavailableError
+from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, StoreUnavailableError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
@@ -78,6 +79,7 @@ def run_learner(
         GroupConsumer(settings, TOPIC, "learner", max_records=1) as consumer,
         # A fresh thread has torch's own default number of threads.
         ThreadPoolExecutor(1, "training", initializer=make_deterministic, initargs=(settings.model.threads,)) as pool,
+        report_parked(store, metrics),
     ):
         Learner(settings, writer, consumer, producer, metrics, stop).run(pool)
 
@@ -176,7 +178,10 @@ class Learner:
                 _log.warning("the store does not answer, trying again in %.1f s: %s", delay_s, error)
                 if self._stop.wait(delay_s):
                     raise
-        return self._passes.run(envelope.event)
+        try:
+            return self._passes.run(envelope.event)
+        except NoSpaceError as error:
+            return self._passes.park(envelope.event, error)
 
     def _finish(self, job: _RunningJob) -> None:
         """Publish what the job sends, then commit. A job that can never be done goes to the dead letters instead."""

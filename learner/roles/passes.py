@@ -12,15 +12,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
+from pydantic import ValidationError
+
 from perennial.learner.forgetting.executor import ForgetExecutor
+from perennial.learner.roles.parking import park, parking_reason
+from perennial.learner.roles.update_queue import UpdateQueue
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.rollback_job import RollbackExecutor
-from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.storage.errors import IntegrityError, NotFoundError
+from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, PerennialError
+from perennial.storage.registry.parked import load_parked, unpark_adapter
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.fields import Event
-from perennial.streams.events.models import ForgetRequested, RollbackRequested, UpdateRequested
+from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RollbackRequested, UpdateRequested
 
 _log = logging.getLogger("perennial.learner")
 
@@ -33,7 +37,7 @@ class PassRunner:
         alias: the alias that updates and forgettings publish under.
         now: wall clock, for statuses.
         failpoint: called with a name at each step where fault tests may stop the process.
-        publish: called with each event that must be published before a forget job ends.
+        publish: called with each event that must be published before a job ends.
         progress: called after each rebuilt update.
     """
 
@@ -48,7 +52,8 @@ class PassRunner:
     ) -> None:
         self._writer = writer
         self._alias = alias
-        self._updates = UpdateExecutor(writer)
+        self._now = now
+        self._updates = UpdateQueue(writer, alias, now, publish)
         self._rollbacks = RollbackExecutor(writer)
         self._forgets = ForgetExecutor(writer, now, failpoint, publish, progress)
         self._reported: set[str] = set()
@@ -56,18 +61,69 @@ class PassRunner:
     def run(self, job: Event) -> JobResult:
         """Run one job.
 
+        Returns:
+            The job's result; its outcome is `parked` where the fault is neither the job's nor the role's: the adapter
+            waits for an operator, and the job must be committed.
+
         Raises:
             JobError: the job can never be done, or is of an unknown type.
+            NoSpaceError: the store has no room; hand it to `park` if trying again does not help.
             StoreError: the store failed.
             AdapterError: stored weights belong to another base or rank.
         """
+        try:
+            return self._run(job)
+        except (ValidationError, ArithmeticError) as error:
+            raise JobError(
+                "bad-job", "the job's fields cannot be worked with", got=f"{type(error).__name__}: {error}"[:300]
+            ) from error
+
+    def _run(self, job: Event) -> JobResult:
         if isinstance(job, UpdateRequested):
-            return self._with_event(self._updates.update(job, self._alias), job.adapter, self._alias)
+            result = self._updates.run(job)
+            return result if result.outcome == "parked" else self._with_event(result, job.adapter, self._alias)
         if isinstance(job, RollbackRequested):
             return self._with_event(self._rollbacks.rollback(job), job.adapter, job.alias)
         if isinstance(job, ForgetRequested):
-            return self._forgets.forget(job, self._alias)
+            return self._forget(job)
         raise JobError("unsupported", f"{job.type} is not supported by this learner", got=job.type)
+
+    def _forget(self, job: ForgetRequested) -> JobResult:
+        """Run a forget job, also while its adapter is parked; if the job parked it, its end unparks it."""
+        try:
+            result = self._forgets.forget(job, self._alias)
+        except NoSpaceError:
+            raise
+        except PerennialError as error:
+            return self.park(job, error)
+        parked = load_parked(self._writer.registry.store, job.adapter)
+        if parked is not None and parked.job_id == job.job_id:
+            unpark_adapter(self._writer.registry.store, job.adapter)
+            self._updates.catch_up(job.adapter)
+        return result
+
+    def park(self, job: Event, error: PerennialError) -> JobResult:
+        """Park the job's adapter because of what the job raised.
+
+        An update waits in the store. A forget job is not reported as failed: retain sends it again, and so does
+        `perennial adapters unpark`.
+
+        Raises:
+            JobError: the fault is in the job.
+            PerennialError: `error` itself, where it is no reason to park an adapter.
+        """
+        if isinstance(job, UpdateRequested):
+            return self._updates.park(job, error)
+        store = self._writer.registry.store
+        reason = parking_reason(store, job, error) if isinstance(job, ForgetRequested) else None
+        if not isinstance(job, ForgetRequested) or reason is None:
+            raise error
+        park(store, job, reason, error, self._now())
+        status = RetentionProgressed(
+            request_id=job.request_id, adapter=job.adapter, kind=job.kind, state="quarantined",
+            detail=f"waits, the adapter is parked: {reason}: {error}"[:1024], at=self._now(),
+        )  # fmt: skip
+        return JobResult("parked", None, None, statuses=(status,))
 
     def _with_event(self, result: JobResult, adapter: str, alias: str) -> JobResult:
         """Add the alias's event to an adapter's first result: an earlier process may have died before it could send it."""
@@ -83,7 +139,7 @@ class PassRunner:
             StoreError: the store failed.
         """
         if isinstance(job, UpdateRequested):
-            self._updates.record_refused(job)
+            self._updates.give_up(job)
         if isinstance(job, ForgetRequested):
             try:
                 self._forgets.give_up(job)

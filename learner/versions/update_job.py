@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -138,8 +139,9 @@ class UpdateExecutor:
             ids = []
         add_refused_examples(self._store, job.adapter, ids, self._now_ms())
         give_up_cut(self._store, job.adapter, job.cut, job.job_id)
-        if stored_job(self._store, job) is not None:
-            delete_job(self._store, job.adapter, job.cut)
+        with suppress(IntegrityError):  # a damaged object is not this job's to delete
+            if stored_job(self._store, job) is not None:
+                delete_job(self._store, job.adapter, job.cut)
 
     def _attempt(self, job: UpdateRequested, alias: str, received: datetime, began: float) -> JobResult:
         writer = self._writer

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter as TallyCounter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -76,6 +77,8 @@ SERIES: Final = (
     Series(Counter, "trained_tokens", "Tokens trained on."),
     Series(Counter, "trained_seconds", "Time spent in training."),
     Series(Gauge, "alias_generation", "Generation of the adapter's alias.", ("adapter",)),
+    Series(Gauge, "adapters_parked", "Adapters that wait for an operator.", ("reason",)),
+    Series(Gauge, "jobs_waiting", "Update jobs of a parked adapter that wait in the store.", ("adapter",)),
     Series(Counter, "store_errors", "Calls to the object store that failed.", ("op",)),
     # Subscribers.
     Series(Counter, "acks", "Versions that subscribers activated.", ("adapter",)),
@@ -125,6 +128,7 @@ class Metrics:
         self._label_values: dict[str, set[str]] = {}
         self._oldest: tuple[float, float] | None = None  # age in seconds, and the clock at that time
         self._refused_runs: dict[str, int] = {}
+        self._parked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()  # reasons and adapters
         self._labels: dict[str, tuple[str, ...]] = {}
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
@@ -271,6 +275,27 @@ class Metrics:
     def generation(self, adapter: str, n: int) -> None:
         """Set the generation of an adapter's alias."""
         self._set("alias_generation", n, adapter=adapter)
+
+    def parked(self, reasons: Mapping[str, str]) -> None:
+        """Set which adapters are parked; adapters that are no longer parked have no waiting jobs.
+
+        Args:
+            reasons: why each is parked, by adapter.
+        """
+        counts = TallyCounter(reasons.values())
+        with self._lock:
+            gone_reasons, gone_adapters = self._parked[0] - counts.keys(), self._parked[1] - reasons.keys()
+            self._parked = frozenset(counts), frozenset(reasons)
+        for reason in gone_reasons:
+            self._set("adapters_parked", 0, reason=reason)
+        for reason, count in counts.items():
+            self._set("adapters_parked", count, reason=reason)
+        for adapter in gone_adapters:
+            self._set("jobs_waiting", 0, adapter=adapter)
+
+    def jobs_waiting(self, adapter: str, jobs: int) -> None:
+        """Set how many update jobs of a parked adapter wait in the store."""
+        self._set("jobs_waiting", jobs, adapter=adapter)
 
     def store_error(self, op: str) -> None:
         """Count a call to the object store that failed."""

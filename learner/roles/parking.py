@@ -1,0 +1,113 @@
+"""Parking: which errors park an adapter, what is recorded of it, and the metrics of parked adapters."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from perennial.learner.model.lora import AdapterError
+from perennial.learner.model.loss import OutOfMemoryError
+from perennial.learner.versions.job_order import MissingCutError, stored_job
+from perennial.learner.versions.job_result import JobError
+from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, StoreError
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.parked import (
+    MAX_DETAIL_CHARS,
+    MISSING_CUT,
+    ParkedAdapter,
+    list_parked,
+    park_adapter,
+)
+from perennial.storage.registry.waiting_jobs import list_jobs
+from perennial.streams.events.models import ForgetRequested, UpdateRequested
+from perennial.streams.observe.metrics import Metrics
+
+_log = logging.getLogger("perennial.learner")
+
+REPORT_EVERY_S = 15.0
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (MissingCutError, MISSING_CUT),
+    (NotFoundError, "missing-object"),
+    (IntegrityError, "unreadable-object"),
+    (AdapterError, "broken-state"),
+    (OutOfMemoryError, "out-of-memory"),
+    (NoSpaceError, "no-space"),
+)
+_JOB_ERRORS = frozenset({"base-mismatch", "rank-mismatch", "recipe-mismatch"})
+
+
+def parking_reason(store: ObjectStore, job: UpdateRequested | ForgetRequested, error: Exception) -> str | None:
+    """Return why a job that failed parks its adapter; None where the fault is in the job, or the role must end.
+
+    Args:
+        store: the store.
+        job: the job.
+        error: what the job raised.
+    """
+    if isinstance(error, JobError):
+        if error.reason == "missing-batch":
+            # Where curate stored the job, its micro-batch was stored, too, and was lost since. Otherwise the record names
+            # a micro-batch that never existed.
+            genuine = isinstance(job, ForgetRequested) or stored_job(store, job) is not None
+            return "missing-object" if genuine else None
+        return error.reason if error.reason in _JOB_ERRORS else None
+    return next((reason for kind, reason in _REASONS if isinstance(error, kind)), None)
+
+
+def park(
+    store: ObjectStore, job: UpdateRequested | ForgetRequested, reason: str, error: Exception, at: datetime
+) -> ParkedAdapter:
+    """Park the adapter of a job that failed, and return the record that is stored.
+
+    Args:
+        store: the store.
+        job: the job.
+        reason: what `parking_reason` returned.
+        error: what the job raised.
+        at: the time now.
+    """
+    record = ParkedAdapter(
+        adapter=job.adapter, reason=reason, detail=str(error)[:MAX_DETAIL_CHARS], job_id=job.job_id,
+        cut=job.cut if isinstance(job, UpdateRequested) else None, since=at,
+        worker=f"{socket.gethostname()}:{os.getpid()}",
+    )  # fmt: skip
+    _log.error(
+        "%s is parked (%s): %s; its jobs wait in the store; once the cause is mended: `perennial adapters unpark %s`",
+        job.adapter, reason, error, job.adapter,
+    )  # fmt: skip
+    return park_adapter(store, record)
+
+
+@contextmanager
+def report_parked(store: ObjectStore, metrics: Metrics) -> Iterator[None]:
+    """Set the metrics of parked adapters every `REPORT_EVERY_S` seconds, on a thread of its own, until the block ends.
+
+    A store that does not answer must not keep the job loop from polling Kafka.
+    """
+    ended = threading.Event()
+
+    def report() -> None:
+        while True:
+            try:
+                parked = list(list_parked(store))
+                metrics.parked({record.adapter: record.reason for record in parked})
+                for record in parked:
+                    metrics.jobs_waiting(record.adapter, sum(1 for _ in list_jobs(store, record.adapter)))
+            except StoreError as error:
+                metrics.store_error("parked")
+                _log.warning("parked adapters cannot be listed: %s", error)
+            if ended.wait(REPORT_EVERY_S):
+                return
+
+    thread = threading.Thread(target=report, name="parked", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(1)

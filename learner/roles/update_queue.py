@@ -1,0 +1,181 @@
+"""Update jobs in the order of their cuts: what must be learned first is taken from the store, what cannot be done waits.
+
+An adapter's jobs wait in `jobs/<adapter>/` from their cut until they are settled. So a job whose adapter is parked can
+be committed in Kafka without being run: it stays in the store, in order, until the adapter is unparked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from datetime import datetime
+
+from perennial.learner.roles.parking import park, parking_reason
+from perennial.learner.versions.job_order import MissingCutError, jobs_before, stored_job, waiting_jobs
+from perennial.learner.versions.job_result import JobError, JobResult
+from perennial.learner.versions.micro_batches import read_batch
+from perennial.learner.versions.update_job import UpdateExecutor
+from perennial.learner.versions.version_writer import VersionWriter
+from perennial.storage.errors import ConflictError, IntegrityError, NoSpaceError, PerennialError
+from perennial.storage.registry.parked import MISSING_CUT, load_parked, unpark_adapter
+from perennial.storage.registry.waiting_jobs import put_job
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.models import UpdateRequested
+
+_log = logging.getLogger("perennial.learner")
+
+PARKED = JobResult("parked", None, None)
+
+
+class UpdateQueue:
+    """Runs update jobs, each after those of the cuts before it.
+
+    Args:
+        writer: the versions of all adapters.
+        alias: the alias that updates publish under.
+        now: wall clock, for parked records.
+        publish: called with the event of each update that was taken from the store before the job that arrived.
+    """
+
+    def __init__(
+        self, writer: VersionWriter, alias: str, now: Callable[[], datetime], publish: Callable[[AdapterUpdate], None]
+    ) -> None:
+        self._registry = writer.registry
+        self._store = writer.registry.store
+        self._alias = alias
+        self._now = now
+        self._publish = publish
+        self._updates = UpdateExecutor(writer)
+
+    def run(self, job: UpdateRequested) -> JobResult:
+        """Learn the job's micro-batch after those of the cuts before it, or leave it in the store.
+
+        Returns:
+            The job's own result; its outcome is `parked` where the adapter is parked, or was parked by this call.
+
+        Raises:
+            JobError: the job can never be done.
+            NoSpaceError: the store has no room; `park` parks the adapter.
+            StoreError: the store failed.
+        """
+        parked = load_parked(self._store, job.adapter)
+        if parked is None:
+            return self._run_in_order(job)
+        if parked.reason == MISSING_CUT and job.cut == self._next_cut(job.adapter):
+            _log.warning("cut %d of %s, which its other jobs waited for, is here", job.cut, job.adapter)
+            unpark_adapter(self._store, job.adapter)
+            result = self._run_in_order(job)
+            if result.outcome != "parked":
+                self.catch_up(job.adapter)
+            return result
+        self._keep(job)
+        return PARKED
+
+    def catch_up(self, adapter: str) -> None:
+        """Run all jobs of an adapter that wait in the store, in order; if one cannot be done, the adapter is parked.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        for job in waiting_jobs(self._store, adapter):
+            if self._run_waiting(job) is None:
+                return
+
+    def park(self, job: UpdateRequested, error: PerennialError) -> JobResult:
+        """Park the adapter because of what the job raised; the job waits in the store.
+
+        Raises:
+            JobError: the fault is in the job.
+            PerennialError: `error` itself, where it is no reason to park an adapter.
+        """
+        reason = parking_reason(self._store, job, error)
+        if reason is None:
+            raise error
+        self._keep(job)
+        park(self._store, job, reason, error, self._now())
+        return PARKED
+
+    def give_up(self, job: UpdateRequested) -> None:
+        """Settle a job that goes to the dead letters."""
+        self._updates.record_refused(job)
+
+    def _run_in_order(self, job: UpdateRequested) -> JobResult:
+        try:
+            earlier = self._jobs_before(job)
+        except NoSpaceError:
+            raise
+        except PerennialError as error:
+            return self.park(job, error)
+        if earlier:
+            _log.warning(
+                "cut %d of %s arrived before cuts %s: these are taken from the store",
+                job.cut, job.adapter, ", ".join(str(waiting.cut) for waiting in earlier[:20]),
+            )  # fmt: skip
+        for waiting in earlier:
+            if self._run_waiting(waiting) is None:
+                self._keep(job)
+                return PARKED
+        try:
+            return self._updates.update(job, self._alias)
+        except NoSpaceError:
+            raise
+        except PerennialError as error:
+            return self.park(job, error)
+
+    def _run_waiting(self, job: UpdateRequested) -> JobResult | None:
+        """Run a job that was taken from the store; return None if its adapter had to be parked."""
+        try:
+            result = self._updates.update(job, self._alias)
+        except NoSpaceError:
+            raise
+        except PerennialError as error:
+            reason = parking_reason(self._store, job, error)
+            if reason is not None:
+                park(self._store, job, reason, error, self._now())
+                return None
+            if not isinstance(error, JobError):
+                raise
+            # Its record in Kafka goes to the dead letters when it arrives.
+            _log.warning("cut %d of %s is given up: %s: %s", job.cut, job.adapter, error.reason, error)
+            self.give_up(job)
+            return PARKED
+        if result.event is not None:
+            self._publish(result.event)
+        return result
+
+    def _jobs_before(self, job: UpdateRequested) -> list[UpdateRequested]:
+        while True:
+            head = self._registry.head(job.adapter)
+            try:
+                return jobs_before(self._store, job, head.manifest if head else None)
+            except MissingCutError:
+                again = self._registry.head(job.adapter)
+                if (again.version if again else None) == (head.version if head else None):
+                    raise
+                # Another learner settled the cut between the two reads.
+
+    def _next_cut(self, adapter: str) -> int | None:
+        head = self._registry.head(adapter)
+        return head.manifest.next_cut if head else None
+
+    def _keep(self, job: UpdateRequested) -> None:
+        """Check that the job waits in the store; store it where a release that did not do that made it.
+
+        Hazard: a forged job must not take the key of a cut that curate has yet to make. So only a job whose micro-batch is
+        stored, and names the same adapter and cut, is stored here.
+
+        Raises:
+            JobError: the job is not one that curate made.
+        """
+        try:
+            if stored_job(self._store, job) is not None:
+                return
+        except IntegrityError:  # the object is there and damaged: once it is restored from a copy, it waits
+            return
+        read_batch(self._store, job)
+        try:
+            put_job(self._store, job.adapter, job.cut, job.model_dump_json(by_alias=True).encode())
+        except ConflictError as error:
+            raise JobError(
+                "unexpected-cut", "another job has this cut number", got=job.job_id, allowed="the job that curate made"
+            ) from error
