@@ -124,6 +124,12 @@ def test_kafka_is_set_as_the_embedded_broker_where_both_set_something():
         assert environment[f"KAFKA_{key.upper().replace('.', '_')}"] == value
 
 
+def test_attack_k_a_single_broker_flushes_what_it_acknowledges():
+    """A power cut took acknowledged records; new ones got their offsets and were dropped as known, without a word."""
+    assert DEVELOPMENT["log.flush.interval.messages"] == "1"
+    assert compose.environment(SERVICES["kafka"])["KAFKA_LOG_FLUSH_INTERVAL_MESSAGES"] == "1"
+
+
 @pytest.mark.parametrize("name", LONG_RUNNING)
 def test_up_wait_means_ready(name):
     service = SERVICES[name]

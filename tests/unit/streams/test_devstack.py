@@ -9,11 +9,14 @@ import stat
 import subprocess
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.devstack import discovery, stack
 from perennial.streams.devstack.discovery import announce, claim, connected_settings, running
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
@@ -175,3 +178,29 @@ def test_case_06_a_data_folder_that_is_a_file_is_no_traceback(tmp_path):
         with pytest.raises(SettingsError, match="the data folder is not usable"):
             stack._claim_folder(folder, pytest.fail)
         assert running(folder) is None
+
+
+def test_case_09_the_object_store_on_this_machine_is_not_asked_through_the_proxy(monkeypatch):
+    """A proxy cannot reach the MinIO of `perennial up`."""
+    asked: list[str] = []
+
+    class Absent(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            asked.append(self.path)
+            self.send_response(404)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_arguments):
+            pass
+
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with HTTPServer(("127.0.0.1", 0), Absent) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for host in ("127.0.0.1", "localhost"):
+            s3 = S3Settings(endpoint=f"http://{host}:{server.server_port}", access_key="a", secret_key="b")
+            assert not open_store("s3://bucket", s3).exists("key")
+        server.shutdown()
+    assert len(asked) == 2
