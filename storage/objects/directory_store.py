@@ -39,7 +39,13 @@ class DirectoryStore:
         self._fsync = fsync
         self._anonymous = hasattr(os, "O_TMPFILE")
         with self._mapped_errors("open"):
-            self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            except (FileExistsError, NotADirectoryError) as error:
+                raise StoreError(
+                    "the store's address is no folder", got=str(self.root), allowed="a folder, or a path that is free",
+                    remedy="correct PERENNIAL_STORE",
+                ) from error  # fmt: skip
             for folder in (_LOCKS, _TEMPORARY):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
 

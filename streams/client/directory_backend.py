@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import struct
 import tempfile
@@ -134,7 +135,7 @@ class DirectoryBackend:
         folder = self._require(name)
         pointer = self._pointer(name)
         before = self._active(pointer)
-        staging = pointer.with_name(f".{pointer.name}.{os.getpid()}")
+        staging = pointer.with_name(f".{pointer.name}.{secrets.token_hex(8)}")  # two containers may have one process id
         pointed = {"name": name, "version": f"sha256:{folder.name[-64:]}", "folder": folder.name}
         _write_synced(staging, orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
         staging.replace(pointer)

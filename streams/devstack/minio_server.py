@@ -23,6 +23,7 @@ from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folde
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port
 from perennial.streams.devstack.private_files import private_folder
+from perennial.streams.devstack.signals import stop_signals_held
 from perennial.streams.paths import cache_dir
 from perennial.streams.settings import SettingsError
 
@@ -183,9 +184,15 @@ class MinioServer:
         }
         command = [str(binary), "server", "--quiet", "--address", f"{HOST}:{self._port}",
                    "--console-address", f"{HOST}:0", str(self._folder / "objects")]  # fmt: skip
-        self._process = start_guarded(
-            command, log_path=self.log_path, folder=self._folder, lock=lock, grace_s=_GRACE_S, environment=environment
-        )
+        with stop_signals_held():
+            self._process = start_guarded(
+                command,
+                log_path=self.log_path,
+                folder=self._folder,
+                lock=lock,
+                grace_s=_GRACE_S,
+                environment=environment,
+            )
         command_pid(self._process)
 
     def _ready(self, deadline: float) -> bool:

@@ -20,6 +20,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.addresses import direct_opener, http_url
 from perennial.streams.devstack.ports import HOST, free_port
 from perennial.streams.devstack.private_files import PRIVATE_UMASK, open_private_log, private_folder
+from perennial.streams.devstack.signals import stop_signals_held
 from perennial.streams.settings import Settings
 
 ROLES: tuple[str, ...] = ("intake", "streams", "scorer", "learner")
@@ -117,7 +118,8 @@ class Role:
         self.waits_for_settings = True
 
     def _spawn(self, command: list[str], stdin: int) -> None:
-        with open_private_log(private_folder(self.log_path.parent) / self.log_path.name) as log:
+        folder = private_folder(self.log_path.parent)
+        with open_private_log(folder / self.log_path.name) as log, stop_signals_held():
             self.process = subprocess.Popen(
                 command,
                 stdin=stdin,

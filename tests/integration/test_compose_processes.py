@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from pathlib import Path
 import pytest
 
 from perennial.storage.objects.factory import open_store
+from perennial.streams.addresses import direct_opener
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
@@ -159,7 +159,7 @@ class Services:
         url = check[-1]
         if url.startswith("http://"):
             try:
-                with urllib.request.urlopen(self.here(url, {}), timeout=5) as answer:
+                with direct_opener().open(self.here(url, {}), timeout=5) as answer:
                     return answer.status == 200
             except (urllib.error.URLError, OSError):
                 return False

@@ -18,7 +18,6 @@ import subprocess
 import time
 import urllib.error
 import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -33,6 +32,7 @@ from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from perennial.storage.objects.s3 import open_minio
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.storage.registry.manifest import Manifest
+from perennial.streams.addresses import direct_opener
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
@@ -119,7 +119,7 @@ class Prometheus:
     def get(self, path: str, **query: str) -> Any:
         url = f"http://127.0.0.1:{self.port}/api/v1/{path}?{urllib.parse.urlencode(query)}"
         try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
+            with direct_opener().open(url, timeout=10) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as error:
             pytest.fail(f"{query}: {error.read().decode()}")
@@ -174,7 +174,7 @@ def prometheus(tmp_path) -> Iterator[Any]:
         deadline = time.monotonic() + 180
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/-/ready", timeout=5):
+                with direct_opener().open(f"http://127.0.0.1:{port}/-/ready", timeout=5):
                     return Prometheus(port, time.time())
             except OSError:
                 time.sleep(0.2)

@@ -42,6 +42,7 @@ from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folde
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port, is_free
 from perennial.streams.devstack.private_files import private_folder
+from perennial.streams.devstack.signals import stop_signals_held
 from perennial.streams.paths import expand_path
 
 __all__ = ["KAFKA_VERSION", "BrokerError", "EmbeddedBroker", "fetch_jars"]
@@ -227,15 +228,16 @@ class EmbeddedBroker:
             f"-Djava.io.tmpdir={folder / 'tmp'}",
         ]
         self._log_from = self.log_path.stat().st_size if self.log_path.exists() else 0
-        self._process = start_guarded(
-            [*command, "kafka.Kafka", str(properties)],
-            log_path=self.log_path,
-            folder=folder,
-            lock=lock,
-            grace_s=_GRACE_S,
-            owner_pid=self._owner_pid,
-            remove=folder if self._data_dir is None else None,
-        )
+        with stop_signals_held():
+            self._process = start_guarded(
+                [*command, "kafka.Kafka", str(properties)],
+                log_path=self.log_path,
+                folder=folder,
+                lock=lock,
+                grace_s=_GRACE_S,
+                owner_pid=self._owner_pid,
+                remove=folder if self._data_dir is None else None,
+            )
         self._java_pid = command_pid(self._process)
 
     def _await_ready(self, deadline: float, timeout_s: float) -> None:

@@ -354,8 +354,9 @@ def test_a_deleted_payload_is_nowhere_under_the_folder(tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_said_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreUnavailableError) as refused:
+    with pytest.raises(StoreError, match="the store's address is no folder") as refused:
         DirectoryStore(tmp_path / "file" / "store")
+    assert not isinstance(refused.value, StoreUnavailableError)  # waiting does not help
     assert refused.value.remedy
 
 

@@ -20,6 +20,7 @@ import pytest
 from perennial.storage.errors import StoreError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.s3_settings import S3Settings
+from perennial.streams.addresses import direct_opener
 from perennial.streams.devstack.discovery import running
 from perennial.streams.devstack.minio_server import MODULE, STORE_URI, MinioServer, MinioServerError, find_minio
 from perennial.streams.devstack.stack import Stack, _choose_store
@@ -116,10 +117,9 @@ def test_the_whole_loop_runs_on_a_minio_of_its_own(minio, broker_jars, tmp_path)
 
 def open_url(endpoint):
     import urllib.error
-    import urllib.request
 
     try:
-        urllib.request.urlopen(f"{endpoint}/minio/health/ready", timeout=2).close()
+        direct_opener().open(f"{endpoint}/minio/health/ready", timeout=2).close()
     except urllib.error.URLError as error:
         raise OSError(str(error)) from error
 

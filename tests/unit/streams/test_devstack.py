@@ -5,15 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+from perennial.storage.errors import StoreError, StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.s3_settings import S3Settings
@@ -21,6 +24,7 @@ from perennial.streams.devstack import discovery, stack
 from perennial.streams.devstack.discovery import announce, claim, connected_settings, running
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.private_files import open_private_log, private_folder
+from perennial.streams.devstack.signals import STOP_SIGNALS, stop_signals_held
 from perennial.streams.devstack.supervisor import Supervisor
 from perennial.streams.observe.http_server import serve_metrics
 from perennial.streams.observe.metrics import Metrics
@@ -172,6 +176,15 @@ def test_child_processes_write_files_for_this_user_only(tmp_path):
     ]  # fmt: skip
 
 
+def test_case_06_a_store_in_a_file_is_not_waited_for(tmp_path):
+    """`perennial init --wait-s 60` tried for a minute, as if a disk had failed."""
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(StoreError, match="no folder") as caught:
+            open_store(str(path))
+        assert not isinstance(caught.value, StoreUnavailableError)
+
+
 def test_case_06_a_data_folder_that_is_a_file_is_no_traceback(tmp_path):
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -204,3 +217,24 @@ def test_case_09_the_object_store_on_this_machine_is_not_asked_through_the_proxy
             assert not open_store("s3://bucket", s3).exists("key")
         server.shutdown()
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_an_interrupt_waits_until_a_child_is_known(number):
+    """Ctrl-C while a role was being started lost the only reference to it."""
+    started = []
+
+    def start() -> None:
+        with stop_signals_held():
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+            started.append("child")
+
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert started
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)

@@ -12,6 +12,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from perennial.streams.addresses import direct_opener
 from perennial.streams.observe.http_server import MetricsError, serve_metrics
 from perennial.streams.observe.metrics import MAX_LABEL_VALUES, SERIES, Metrics
 from perennial.streams.settings import Settings
@@ -33,7 +34,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
 def get(port: int, path: str, method: str = "GET") -> tuple[int, bytes, str]:
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", method=method)
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with direct_opener().open(request, timeout=10) as answer:
             return answer.status, answer.read(), answer.headers["Content-Type"]
     except urllib.error.HTTPError as error:
         with error:
