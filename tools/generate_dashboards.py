@@ -365,18 +365,22 @@ FORGETTING = Dashboard(
         Row("Now", [
             stat("Past due", "sum(perennial_forget_overdue_requests)",
                  "Open requests that are past their due time. Above zero, an alert is raised.",
-                 decimals=0, thresholds=ANY_IS_BAD, width=6),
+                 decimals=0, thresholds=ANY_IS_BAD, width=4),
+            stat("Closed with exceptions", "sum(perennial_forget_exceptions_total)",
+                 "Requests closed at their due time although a replica had not confirmed them, since the roles were started.",
+                 decimals=0, thresholds=ANY_IS_BAD, width=5),
             stat("Open", 'sum(perennial_forget_requests{state!~"closed|failed"})', "Requests that are not closed or failed.",
-                 decimals=0, width=6),
+                 decimals=0, width=5),
             stat("Examples forgotten", "sum(perennial_forgotten_examples_total)",
-                 "Since the roles were started.", decimals=0, width=6),
+                 "Since the roles were started.", decimals=0, width=5),
             stat("Held back", "sum(perennial_quarantined_examples)",
                  "Examples of open requests: quarantined until they are forgotten, or kept because of a legal hold.",
-                 decimals=0, thresholds=ANY_IS_DOUBTFUL, width=6),
+                 decimals=0, thresholds=ANY_IS_DOUBTFUL, width=5),
         ]),
         Row("Requests", [
             Panel("Requests by state", [Query("sum by (state) (perennial_forget_requests)", "{{state}}")],
-                  "The number of requests in each state; the topic retention-status has each request.", stacked=True, width=12),
+                  "The number of requests in each state, closed and failed ones since the roles were started; the topic "
+                  "retention-status has each request.", stacked=True, width=12),
             Panel("From request to end", [Query(quantile_of(q, "perennial_forget_seconds", "role", "$__range"), name)
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
                   "For the requests that ended in the time shown.", unit="s", width=12),

@@ -19,8 +19,8 @@ from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.cli.terminal.times import iso_time
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.retain.example_index import ExampleIndex
-from perennial.streams.retain.ledger import StoredExample, expires_ms, policies_on
-from perennial.streams.retain.service import load_ledger
+from perennial.streams.retain.ledger import StoredExample, expires_ms
+from perennial.streams.retain.request_store import load_in_force
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 _ERASED = "erased"
@@ -146,7 +146,7 @@ def explain_examples(registry: Registry, adapter: str, alias: str) -> list[Expla
     manifests: dict[str, Manifest] = {}
     live_ids = _live_example_ids(registry, adapter, alias, manifests)
     quarantine_filter = QuarantineFilter(load_quarantine(registry.store, adapter), registry.store)
-    policies = policies_on(load_ledger(registry.store)[0], adapter)
+    policies = load_in_force(registry.store).policies_on(adapter)
     explained = []
     for item in stored:
         manifest = manifests.get(item.version) or registry.manifest(adapter, item.version)

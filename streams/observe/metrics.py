@@ -84,8 +84,15 @@ SERIES: Final = (
     Series(Counter, "acks", "Versions that subscribers activated.", ("adapter",)),
     Series(Histogram, "ack_stage_seconds", "Time per stage in subscribers.", ("stage",)),
     # Forgetting.
-    Series(Gauge, "forget_requests", "Retention requests in each state.", ("state",)),
+    Series(
+        Gauge, "forget_requests",
+        "Retention requests in each state; closed and failed: since the role was started.", ("state",),
+    ),
     Series(Gauge, "forget_overdue_requests", "Open retention requests that are past due."),
+    Series(
+        Counter, "forget_exceptions",
+        "Requests closed at their due time although replicas had not confirmed that they drop what was forgotten.",
+    ),
     Series(Counter, "forgotten_examples", "Examples made forgotten."),
     Series(
         Histogram, "forget_seconds", "Time from a retention request to its end.", buckets=_FORGET_BUCKETS_S
@@ -138,6 +145,7 @@ class Metrics:
         self._gauges["oldest_unlearned_event_age_seconds"].labels(role).set_function(self._oldest_now_s)
         self._inc("trained_tokens", 0)  # so that a role that has not trained shows 0
         self._inc("trained_seconds", 0)
+        self._inc("forget_exceptions", 0)
 
     def _register(self, series: Series) -> None:
         name, labels = f"perennial_{series.name}", ("role", *series.labels)
@@ -323,6 +331,10 @@ class Metrics:
     def forget_overdue(self, n: int) -> None:
         """Set how many open retention requests are past due."""
         self._set("forget_overdue_requests", n)
+
+    def forget_exceptions(self, n: int = 1) -> None:
+        """Count requests that were closed at their due time although replicas had not confirmed them."""
+        self._inc("forget_exceptions", n)
 
     def forgot(self, examples: int, seconds: float) -> None:
         """Count the end of a retention request.

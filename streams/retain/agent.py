@@ -1,9 +1,9 @@
 """The retain agent: take deliveries of `retention` from Faust, acknowledge them, and run the calendar in one process.
 
 The agent performs the step of one request completely, acknowledges its record, and only then takes the next request. So
-the acknowledged offsets have no gaps. The process that has partition 0 of `retention` runs the calendar. For a moment
-two processes may both believe that they have it. The ledger's compare-and-swap then accepts the step of one of them;
-the other has only sent the same jobs under the same ids, and its ledger is not stored.
+the acknowledged offsets have no gaps. The process that has partition 0 of `retention` runs the calendar and goes on with
+open requests. For a moment two processes may both believe that they have it. Each request is stored by
+compare-and-swap, which accepts the step of one of them; the other has only sent the same jobs under the same ids.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.acks import AckReader
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
-from perennial.streams.retain.service import SOURCE, RetainService, StoreFacts
+from perennial.streams.retain.service import SOURCE, RetainService
+from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.retain")

@@ -11,8 +11,8 @@ To add a kind:
 3. Give it what the row names:
    - `job="forget"` or `job="rollback"`: nothing more. retain writes the quarantine entry, sends the job, sends it
      again and closes the request; the learner carries the job out.
-   - `job=None`: add the function that carries the kind out to `RequestProcessor` in streams/retain/state_machine.py
-     and name it there in `_WITHOUT_JOB`. A test fails as long as it is missing.
+   - `job=None`: add the function that carries the kind out to `RequestWorker` in streams/retain/request_worker.py and
+     name it there in `_WITHOUT_JOB`. A test fails as long as it is missing.
    - another job: CONTRIBUTING.md lists the files.
    - a value in `requires` that is new: add the field to `RetentionRequested`, and what it holds to `_FIELDS`.
 4. Add a case to tests/unit/streams/test_retention_requests.py.
@@ -55,7 +55,6 @@ class KindRules:
         emergencies: The request may set `emergency`: affected versions go out of service before the rebuilt one is ready.
         stays_in_force: The request has no end of its own: it is in state `executed` until another request or its
             `due_at` ends it. Such a request is never overdue.
-        accepted_when_full: The request is accepted even when the ledger is full, because it makes room there.
         done: What `retention-status` says of a request that did what it should.
         refused_because: Why no request of this kind is accepted yet, and what to do instead; empty: accepted.
     """
@@ -70,7 +69,6 @@ class KindRules:
     suppresses_text: bool = False
     emergencies: bool = False
     stays_in_force: bool = False
-    accepted_when_full: bool = False
     done: str = ""
     refused_because: str = ""
 
@@ -105,7 +103,7 @@ _ROWS: Final = (
     ),
     KindRules(
         "release", "End the holds that have the same adapter and selector.",
-        selector="optional", due_at="refused", accepted_when_full=True, done="released",
+        selector="optional", due_at="refused", done="released",
     ),
     KindRules(
         "revoke", "Take the live version out of service for good; the newest promoted version left becomes live.",

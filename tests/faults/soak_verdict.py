@@ -31,8 +31,9 @@ from perennial.streams.events.models import (
     UpdateRequested,
 )
 from perennial.streams.kafka.connect import connect
-from perennial.streams.retain.ledger import RequestLedger, expires_ms, hold_matchers
-from perennial.streams.retain.service import load_ledger
+from perennial.streams.retain.ledger import RequestRecord, expires_ms
+from perennial.streams.retain.request_store import load_requests
+from perennial.streams.retain.rules.in_force import InForce
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 from tests.faults import parts
@@ -94,7 +95,7 @@ class _Seen:
         lagging: How many records of all topics are not committed yet.
         adapters: What the manifests say, by adapter.
         classification: The terms of every input record.
-        ledger: The requests to forget.
+        ledger: The requests to forget, by id.
     """
 
     values: dict[Position, bytes]
@@ -105,7 +106,7 @@ class _Seen:
     lagging: int
     adapters: dict[str, AdapterRecord]
     classification: Classification
-    ledger: RequestLedger
+    ledger: dict[str, RequestRecord]
 
 
 def judge(settings: Settings, load: Load) -> Verdict:
@@ -130,7 +131,7 @@ def judge(settings: Settings, load: Load) -> Verdict:
     requests = list(load.requests.values())
     open_requests = [
         f"{name}: {record.state}: {record.detail}"
-        for name, record in seen.ledger.records.items()
+        for name, record in seen.ledger.items()
         if not KINDS[record.request.kind].stays_in_force and record.state not in {"closed", "held"}
     ]
     wrong = {
@@ -150,11 +151,11 @@ def judge(settings: Settings, load: Load) -> Verdict:
         "erased and still learned": [f"{position[0]}@{position[1]}" for position in matched & (learned | served)],
         "erased and still readable": _readable(registry.store, seen, erased | matched, learned),
         "lived longer than it said": _overdue(seen, learned),
-        "requests that nobody answered": sorted(load.acked_requests - set(seen.ledger.records)),
+        "requests that nobody answered": sorted(load.acked_requests - set(seen.ledger)),
         "requests neither closed nor held": open_requests,
     }
     terms = classification.count(log)
-    kinds = [record.request.kind for record in seen.ledger.records.values() if record.state == "closed"]
+    kinds = [record.request.kind for record in seen.ledger.values() if record.state == "closed"]
     figures = {
         "acknowledged": len(log), **{name.replace(" ", "_"): n for name, n in terms.items()},
         "unknown": load.unknown, "unacknowledged_in_topics": len(set(seen.values) - log),
@@ -216,7 +217,7 @@ def _read_all(settings: Settings, registry: Any) -> _Seen:
         lagging,
         adapters,
         classification,
-        load_ledger(registry.store)[0],
+        load_requests(registry.store),
     )
 
 
@@ -285,7 +286,10 @@ def _has_reason(
         and request.selector.matches(example) for request in requests
     ):  # fmt: skip
         return True
-    return any(o.adapter == example.adapter and example.document_id in o.supersedes for o in others)
+    return any(
+        o.adapter == example.adapter and example.document_id in o.supersedes and o.source == example.source
+        for o in others
+    )
 
 
 def _matched(seen: _Seen) -> set[Position]:
@@ -294,9 +298,7 @@ def _matched(seen: _Seen) -> set[Position]:
     An erasure matches what was published before the request. Requests that a hold blocks are not closed.
     """
     matched: set[Position] = set()
-    closed = {
-        n: r for n, r in seen.ledger.records.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}
-    }
+    closed = {n: r for n, r in seen.ledger.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}}
     for position, example in seen.accepted.items():
         for record in closed.values():
             selector = record.request.selector
@@ -310,11 +312,12 @@ def _matched(seen: _Seen) -> set[Position]:
 def _overdue(seen: _Seen, learned: set[Position]) -> list[str]:
     """Return what is learned although its own fields made it expire a while ago and no hold covers it."""
     found = []
+    in_force = InForce(seen.ledger.values())
     for position, example in seen.accepted.items():
         end_ms = expires_ms(example, ())
         if position not in learned or end_ms is None or end_ms > (time.time() - _OVERDUE_S) * 1000:
             continue
-        if not any(matches(example) for matches in hold_matchers(seen.ledger, example.adapter)):
+        if not any(matches(example) for matches in in_force.hold_matchers(example.adapter)):
             found.append(f"{position[0]}@{position[1]} {example.document_id}")
     return found
 

@@ -366,6 +366,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                         served.forget_requests(state, count)
                     for number in range(240):
                         served.forgot(2, 5.0 * number)
+                        served.forget_exceptions()
                         time.sleep(0.5)
                         of_test = [query for query in queries if query.of_forgetting]
                         left = [query for query in of_test if not server.look(query, "served by the test")]

@@ -17,8 +17,9 @@ from perennial.streams.cli.terminal.times import spoken_time
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import Selector
 from perennial.streams.retain.example_index import ExampleIndex
-from perennial.streams.retain.ledger import RequestLedger, StoredExample, covers, hold_matchers
-from perennial.streams.retain.service import load_ledger
+from perennial.streams.retain.ledger import StoredExample, covers
+from perennial.streams.retain.request_store import load_in_force
+from perennial.streams.retain.rules.in_force import InForce
 
 _MAX_SHOWN = 20
 _COLUMNS = (
@@ -66,8 +67,8 @@ def show_plan(pattern: str, selector: Selector, *, as_json: bool) -> int:
         The exit code: 0, or 4 where the store has no such example.
     """
     registry = open_registry(connected_settings())
-    ledger = load_ledger(registry.store)[0]
-    plans = [_plan(registry, ledger, name, selector) for name in registry.adapters() if covers(pattern, name)]
+    in_force = load_in_force(registry.store)
+    plans = [_plan(registry, in_force, name, selector) for name in registry.adapters() if covers(pattern, name)]
     plans = [plan for plan in plans if plan["examples"]]
     if as_json:
         print(json.dumps({"adapter": pattern, "selector": selector.model_dump(mode="json"), "adapters": plans}))
@@ -108,7 +109,7 @@ def _print_plan(plan: _Plan) -> None:
         )
 
 
-def _plan(registry: Registry, ledger: RequestLedger, adapter: str, selector: Selector) -> _Plan:
+def _plan(registry: Registry, in_force: InForce, adapter: str, selector: Selector) -> _Plan:
     selected = [item for item in ExampleIndex(registry).of(adapter) if selector.matches(item.example)]
     ids = {item.example.example_id for item in selected}
     contaminated: list[str] = []
@@ -117,7 +118,7 @@ def _plan(registry: Registry, ledger: RequestLedger, adapter: str, selector: Sel
         if contaminated or learned & ids:
             contaminated.append(version)
             replayed += has_batch
-    holds = hold_matchers(ledger, adapter)
+    holds = in_force.hold_matchers(adapter)
     return {
         "adapter": adapter,
         "versions": contaminated,

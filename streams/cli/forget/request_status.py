@@ -23,7 +23,7 @@ from perennial.streams.events.models import RetentionProgressed
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import connect
 from perennial.streams.retain.ledger import RequestRecord, selector_json
-from perennial.streams.retain.service import load_ledger
+from perennial.streams.retain.request_store import load_request
 from perennial.streams.settings import Settings
 
 _TOPIC = RetentionProgressed.topic
@@ -62,7 +62,9 @@ def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
             remedy="`perennial forget status` lists them; retain, in the role streams, publishes the first state",
         )  # fmt: skip
     events = [found[request_id]] if request_id else sorted(found.values(), key=lambda event: event.at)[-limit:]
-    records = load_ledger(open_store(settings.store.uri, settings.s3))[0].records if settings.store.uri else {}
+    store = open_store(settings.store.uri, settings.s3) if settings.store.uri else None
+    loaded = {event.request_id: load_request(store, event.request_id) for event in events} if store else {}
+    records = {name: record for name, record in loaded.items() if record is not None}
     if as_json:
         print(json.dumps([_facts(event, records.get(event.request_id)) for event in events]))
     elif request_id:

@@ -37,7 +37,7 @@ from perennial.streams.events.models import (
     UpdateRequested,
 )
 from perennial.streams.kafka.topics import provision
-from perennial.streams.retain.state_machine import job_id_of
+from perennial.streams.retain.rules.state_machine import job_id_of
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights

@@ -30,8 +30,8 @@ from perennial.streams.events.models import (
     RetentionRequested,
     Selector,
 )
-from perennial.streams.retain.ledger import RequestLedger, RequestRecord
-from perennial.streams.retain.service import LEDGER_KEY
+from perennial.streams.retain.ledger import RequestRecord
+from perennial.streams.retain.request_store import RequestStore
 from perennial.streams.settings import SettingsError
 from perennial.testing import small_weights
 from tests.versions import VersionPublisher
@@ -278,8 +278,7 @@ def test_requests_as_json_have_their_selector(versions, capsys, monkeypatch):
         request_id=REQUEST, kind="erase", adapter=LONG, requested_by="me", selector=Selector(subjects=[PERSON])
     )
     record = RequestRecord(request=request, received_ms=0, until_ms=0)
-    ledger = RequestLedger(records={REQUEST: record})
-    versions.store.compare_and_swap(LEDGER_KEY, ledger.to_bytes(), None)
+    RequestStore(versions.store).save(record, None, None)
     assert show_requests(REQUEST, limit=10, as_json=True) == 0
     (facts,) = json.loads(capsys.readouterr().out)
     assert (facts["version"], facts["selector"]) == ("sha256:" + "ab" * 32, {"subjects": [PERSON]})

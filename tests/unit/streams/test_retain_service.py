@@ -11,10 +11,9 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key, digest_of, stored_name
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
-from perennial.streams.events.wire_error import WireError
 from perennial.streams.observe.metrics import Metrics
-from perennial.streams.retain import service as retain
-from perennial.streams.retain.service import RetainService, StoreFacts
+from perennial.streams.retain.service import RetainService
+from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights
 from tests.versions import VersionPublisher
@@ -74,19 +73,3 @@ def test_a_damaged_micro_batch_stops_the_calendar_of_no_other_adapter(store, giv
     assert "acme/a" in message
     assert digest in message
     assert "secret" not in message
-
-
-def test_a_full_ledger_refuses_requests_one_by_one_and_goes_on_with_those_it_has(store, given, monkeypatch):
-    retention, sent = given
-    monkeypatch.setattr(retain, "REQUESTS_LEDGER_BYTES", 1000)
-    monkeypatch.setattr(retain, "CALENDAR_LEDGER_BYTES", 1000)
-    learn(store, "acme/b")
-    asyncio.run(retention.receive(erase("r0"), 1))
-    asyncio.run(retention.receive(erase("r1"), 1))
-    with pytest.raises(WireError, match="full"):
-        asyncio.run(retention.receive(erase("r2"), 1))
-    assert {event.request_id for event in sent} == {"r0", "r1"}
-    asyncio.run(retention.receive(erase("r0"), 1))
-    sent.clear()
-    asyncio.run(retention.tick())
-    assert sent == []

@@ -23,9 +23,12 @@ class Observation(StrEnum):
 
     NOT_READY = "the document that supersedes is not learned yet"
     HELD = "a legal hold is on a stored example that the job would forget"
+    EARLY = "the job can wait for other requests, so that one rebuild serves them all"
     READY = "nothing is in the way of the job"
     OVERDUE = "the job was sent so long ago that it may be lost"
-    DONE = "the job was carried out"
+    DONE = "the job was carried out; a replica that may serve an affected version has not confirmed it"
+    CONFIRMED = "the job was carried out, and no replica with a lease may serve an affected version"
+    UNCONFIRMED = "the job was carried out, and the due time ends the wait for replicas that have not confirmed it"
     FAILED = "the job cannot be carried out"
 
 
@@ -49,19 +52,31 @@ def _to(phase: Phase, *actions: Action) -> Transition:
     return Transition(phase, frozenset(actions))
 
 
+_CARRIED_OUT: Final[Mapping[Observation, Transition]] = {
+    Observation.DONE: _to("published"),
+    Observation.CONFIRMED: _to("done"),
+    Observation.UNCONFIRMED: _to("done"),
+}
 FORGET_TRANSITIONS: Final[Mapping[tuple[Phase, Observation], Transition]] = MappingProxyType({
     ("waiting", Observation.NOT_READY): _to("waiting"),
     ("waiting", Observation.HELD): _to("held", Action.QUARANTINE),
+    ("waiting", Observation.EARLY): _to("gathering", Action.QUARANTINE, Action.SUPPRESS),
     ("waiting", Observation.READY): _to("sent", Action.QUARANTINE, Action.SUPPRESS, Action.SEND_JOB),
+    ("gathering", Observation.HELD): _to("held", Action.QUARANTINE),
+    ("gathering", Observation.EARLY): _to("gathering"),
+    ("gathering", Observation.READY): _to("sent", Action.QUARANTINE, Action.SUPPRESS, Action.SEND_JOB),
+    ("gathering", Observation.FAILED): _to("failed"),
     ("held", Observation.HELD): _to("held"),
+    ("held", Observation.EARLY): _to("gathering", Action.QUARANTINE, Action.SUPPRESS),
     ("held", Observation.READY): _to("sent", Action.QUARANTINE, Action.SUPPRESS, Action.SEND_JOB),
-    ("held", Observation.DONE): _to("done"),  # the learner had carried the job out before it saw the hold
     ("held", Observation.FAILED): _to("failed"),
     ("sent", Observation.HELD): _to("held", Action.QUARANTINE),  # the learner asks for holds again before it begins
     ("sent", Observation.READY): _to("sent"),
     ("sent", Observation.OVERDUE): _to("sent", Action.SEND_JOB),
-    ("sent", Observation.DONE): _to("done"),
     ("sent", Observation.FAILED): _to("failed"),
+    # A request that was gathered may be carried out by the rebuild of another one. A request that is held may have been
+    # carried out before the learner saw the hold.
+    **{(phase, seen): to for phase in ("gathering", "held", "sent", "published") for seen, to in _CARRIED_OUT.items()},
 })  # fmt: skip
 """For kinds with `job="forget"`."""
 
@@ -70,20 +85,20 @@ ROLLBACK_TRANSITIONS: Final[Mapping[tuple[Phase, Observation], Transition]] = Ma
     ("waiting", Observation.READY): _to("sent", Action.SEND_JOB),
     ("sent", Observation.READY): _to("sent"),
     ("sent", Observation.OVERDUE): _to("sent", Action.SEND_JOB),
-    ("sent", Observation.DONE): _to("done"),
+    **{(phase, seen): to for phase in ("sent", "published") for seen, to in _CARRIED_OUT.items()},
 })  # fmt: skip
 """For kinds with `job="rollback"`."""
 
-Summary = Phase | Literal["no adapters", "replicas lag"]
-"""The phase of the adapter that is furthest behind, or one of two special cases.
+Summary = Phase | Literal["no adapters"]
+"""The phase of the adapter that is furthest behind, or `no adapters` where the request's pattern covers none."""
+_FURTHEST_BEHIND_FIRST: Final[tuple[Phase, ...]] = (
+    "held", "waiting", "gathering", "sent", "published", "failed", "done",
+)  # fmt: skip
+OPEN_PHASES: Final[frozenset[Phase]] = frozenset({"waiting", "gathering", "held", "sent", "published"})
+"""The phases of an adapter that something can still change."""
 
-`no adapters`: the request's pattern fits none. `replicas lag`: every adapter is done, but a replica may still serve a
-version that the request took out of service.
-"""
-_FURTHEST_BEHIND_FIRST: Final[tuple[Phase, ...]] = ("held", "waiting", "sent", "failed", "done")
 
-
-def furthest_behind(phases: Iterable[Phase]) -> Phase | Literal["no adapters"]:
+def furthest_behind(phases: Iterable[Phase]) -> Summary:
     """Return the phase that decides the state of the whole request."""
     found = set(phases)
     return next((phase for phase in _FURTHEST_BEHIND_FIRST if phase in found), "no adapters")
@@ -95,8 +110,8 @@ class RequestState:
 
     Attributes:
         state: The published state.
-        detail: The published explanation, a template for `str.format` with the names superseded_by, failures,
-            replicas and done.
+        detail: The published explanation, a template for `str.format` with the names waits, failures, replicas,
+            progress and done.
         ends: The request is over.
     """
 
@@ -107,16 +122,22 @@ class RequestState:
 
 _EITHER: Final[Mapping[Summary, RequestState]] = {
     "failed": RequestState("failed", "{failures}", ends=True),
-    "no adapters": RequestState("closed", "no adapter of that pattern has anything in the store", ends=True),
-    "replicas lag": RequestState("published", "waits for replicas that may serve a version trained on it: {replicas}"),
+    "no adapters": RequestState(
+        "closed", "nothing matched: no adapter of that pattern has anything in the store", ends=True
+    ),
+    "published": RequestState("published", "waits for replicas that may serve a version trained on it: {replicas}"),
     "done": RequestState("closed", "{done}", ends=True),
 }
 REQUEST_STATES: Final[Mapping[tuple[Job, Summary], RequestState]] = MappingProxyType({
     ("forget", "held"): RequestState("held", "waits: a legal hold is on examples that the request selects"),
-    ("forget", "waiting"): RequestState("accepted", "waits until {superseded_by} is learned"),
-    ("forget", "sent"): RequestState("quarantined", "no update learns it any more; the learner has the job"),
-    ("rollback", "sent"): RequestState("accepted", "the learner has the job"),
+    ("forget", "waiting"): RequestState("accepted", "{waits}"),
+    ("forget", "gathering"): RequestState(
+        "quarantined", "no update learns it any more; waits for other requests, so that one rebuild serves them"
+    ),
+    ("forget", "sent"): RequestState("quarantined", "no update learns it any more; the learner has the job{progress}"),
+    ("rollback", "waiting"): RequestState("accepted", ""),
+    ("rollback", "sent"): RequestState("accepted", "the learner has the job{progress}"),
     **{("forget", summary): state for summary, state in _EITHER.items()},
     **{("rollback", summary): state for summary, state in _EITHER.items()},
-    ("rollback", "replicas lag"): RequestState("published", "waits for replicas that may serve it: {replicas}"),
+    ("rollback", "published"): RequestState("published", "waits for replicas that may serve it: {replicas}"),
 })  # fmt: skip

@@ -1,0 +1,142 @@
+"""The requests that retain makes by itself: for examples whose life ended, and for documents that supersede others. Pure."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final
+
+import orjson
+
+from perennial.streams.events.models import ForgetRequested, RetentionRequested, Selector
+from perennial.streams.retain.ledger import MAX_IDS, RequestRecord, StoredExample, expires_ms
+from perennial.streams.retain.rules.in_force import InForce
+
+CALENDAR: Final = "perennial/retain"
+"""The `requested_by` of requests that the calendar makes."""
+OWN_PREFIX: Final = "perennial:"
+"""Request ids that begin so are the calendar's own; a request from outside with such an id is refused."""
+GROUP_MS: Final = 1_000
+"""Examples whose lives end within this time of each other are forgotten together."""
+_OLD_SUPERSEDE_PREFIX: Final = "supersede-"
+
+
+@dataclass(frozen=True, slots=True)
+class Expiries:
+    """The ends of the lives of an adapter's examples, without those that are held.
+
+    Attributes:
+        due: Ids of the examples to forget now, at most MAX_IDS, those whose life ended first; empty: none yet.
+        next_ms: When the next examples are to be forgotten, in milliseconds since 1970; None: never.
+        upcoming: Ids of those examples.
+    """
+
+    due: tuple[str, ...] = ()
+    next_ms: int | None = None
+    upcoming: tuple[str, ...] = ()
+
+
+def expiries(in_force: InForce, adapter: str, stored: Iterable[StoredExample], now_ms: int) -> Expiries:
+    """Return which of an adapter's examples are due, and which fall due next.
+
+    Examples whose lives end within GROUP_MS of each other are due together, when the last of these lives ends. So the
+    examples that were rebuilt without ahead of time are exactly those that are due at the hour. None is due early.
+
+    Args:
+        in_force: Holds and policies.
+        adapter: The adapter to look at.
+        stored: The adapter's examples whose text the store has.
+        now_ms: The guarded time, in milliseconds since 1970.
+    """
+    policies, holds = in_force.policies_on(adapter), in_force.hold_matchers(adapter)
+    ends: list[tuple[int, str]] = []
+    for item in stored:
+        end_ms = expires_ms(item.example, policies)
+        if end_ms is not None and not any(matches(item.example) for matches in holds):
+            ends.append((end_ms, item.example.example_id))
+    if not ends:
+        return Expiries()
+    ends.sort()
+    last_ms = max(end_ms for end_ms, _ in ends[:MAX_IDS] if end_ms <= ends[0][0] + GROUP_MS)
+    late = now_ms >= last_ms + 2 * GROUP_MS  # nothing was prepared for so long ago: take all that is due
+    until_ms = now_ms if late else last_ms
+    ids = tuple(sorted({example_id for end_ms, example_id in ends[:MAX_IDS] if end_ms <= until_ms}))
+    return Expiries(due=ids) if now_ms >= last_ms else Expiries(next_ms=last_ms, upcoming=ids)
+
+
+def expiry_request(adapter: str, example_ids: Sequence[str], at_ms: int) -> RequestRecord:
+    """Return the calendar's request to forget these examples; the same examples always make the same id.
+
+    Args:
+        adapter: The adapter.
+        example_ids: The examples, sorted.
+        at_ms: The guarded time, in milliseconds since 1970.
+    """
+    ids = list(example_ids)
+    request = RetentionRequested(
+        request_id=f"{OWN_PREFIX}expire:{sha256(orjson.dumps([adapter, ids])).hexdigest()[:32]}", kind="expire",
+        adapter=adapter, requested_by=CALENDAR, reason="time to live ended",
+    )  # fmt: skip
+    return RequestRecord(request=request, received_ms=at_ms, until_ms=at_ms, example_ids=ids)
+
+
+def preparation(adapter: str, example_ids: Sequence[str], end_ms: int) -> ForgetRequested:
+    """Return the job that rebuilds an adapter ahead of time without the examples that will expire.
+
+    It has the request id of the later job for the same examples, but changes nothing that is served or stored.
+
+    Args:
+        adapter: The adapter.
+        example_ids: The examples, sorted.
+        end_ms: When their life ends, in milliseconds since 1970.
+    """
+    request = expiry_request(adapter, example_ids, end_ms).request
+    return ForgetRequested(
+        job_id="sha256:" + sha256(f"prepare\n{request.request_id}\n{adapter}".encode()).hexdigest(),
+        request_id=request.request_id, kind="expire", adapter=adapter, example_ids=list(example_ids), until_ms=end_ms,
+        suppress=False, prepare=True, reason="time to live ends soon",
+    )  # fmt: skip
+
+
+def supersessions(adapter: str, stored: Sequence[StoredExample], now_ms: int) -> list[RequestRecord]:
+    """Return a request for each learned document that supersedes older stored ones of its own source.
+
+    A document never reaches documents of another source: only their owner may take those back. Documents that name no
+    source count as one source.
+
+    Args:
+        adapter: The adapter to look at.
+        stored: The adapter's examples whose text the store has.
+        now_ms: The guarded time, in milliseconds since 1970.
+    """
+    superseding = [item.example for item in stored if item.example.supersedes and item.learned]
+    if not superseding:
+        return []
+    oldest: dict[tuple[str, str | None], int] = {}
+    for item in stored:
+        key = _document_key(item.example.document_id, item.example.source)
+        oldest[key] = min(item.example.origin.timestamp_ms, oldest.get(key, item.example.origin.timestamp_ms))
+    made: list[RequestRecord] = []
+    for new in superseding:
+        published_ms = new.origin.timestamp_ms
+        keys = (_document_key(document_id, new.source) for document_id in new.supersedes)
+        if any(oldest.get(key, published_ms) < published_ms for key in keys):
+            request = RetentionRequested(
+                request_id=f"{OWN_PREFIX}supersede:{new.example_id}", kind="supersede", adapter=adapter,
+                selector=Selector(document_ids=new.supersedes, sources=[new.source]), superseded_by=new.document_id,
+                requested_by=CALENDAR, reason=f"superseded by {new.document_id}"[:1024],
+            )  # fmt: skip
+            made.append(RequestRecord(request=request, received_ms=now_ms, until_ms=published_ms - 1))
+    return made
+
+
+def earlier_id_of(request_id: str) -> str | None:
+    """Return the id that an earlier release gave the calendar's request; None where it gave none that can be known."""
+    example_id = request_id.removeprefix(f"{OWN_PREFIX}supersede:")
+    return None if example_id == request_id else _OLD_SUPERSEDE_PREFIX + example_id
+
+
+def _document_key(document_id: str, source: str | None) -> tuple[str, str | None]:
+    return unicodedata.normalize("NFC", document_id), source and unicodedata.normalize("NFC", source)

@@ -1,0 +1,105 @@
+"""The facts that steps of retention requests need (see `Facts`), from the store and from the topic adapter-acks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Any, Final
+from uuid import uuid4
+
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.quarantine import Quarantine, load_quarantine
+from perennial.storage.registry.registry import Registry
+from perennial.streams.retain.example_index import ExampleIndex
+from perennial.streams.retain.ledger import StoredExample
+from perennial.streams.retain.rules.replica_report import ReplicaReport, report_of
+from perennial.streams.retain.rules.state_machine import AliasPosition
+from perennial.streams.settings import Settings
+
+ADAPTERS_EVERY_S: Final = 15.0
+
+
+class StoreFacts:
+    """Answers what steps ask (see `Facts`). Not thread-safe.
+
+    Args:
+        settings: The alias whose replicas count.
+        store: The object store.
+        acks: An `AckReader`, or an object with its methods.
+    """
+
+    def __init__(self, settings: Settings, store: ObjectStore, acks: Any) -> None:
+        self.store = store
+        self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
+        self._index = ExampleIndex(self.registry)
+        self._acks = acks
+        self._alias = settings.serving.alias
+        self._adapters: list[str] = []
+        self._listed_s: float | None = None
+        self._quarantines: dict[str, Quarantine] = {}
+        self._examples: dict[str, Sequence[StoredExample]] = {}
+
+    def begin(self) -> None:
+        """See `Facts`."""
+        self._quarantines.clear()
+        self._examples.clear()
+
+    def changed(self, quarantine: Quarantine) -> None:
+        """See `Facts`."""
+        self._quarantines[quarantine.adapter] = quarantine
+
+    def adapters(self) -> Sequence[str]:
+        """Return every adapter with a version or a cut micro-batch; listed at most every ADAPTERS_EVERY_S seconds."""
+        if self._listed_s is None or time.monotonic() - self._listed_s >= ADAPTERS_EVERY_S:
+            cut = (key.removeprefix("state/curate/") for key in self.store.list("state/curate/"))
+            self._adapters = sorted({*self.registry.adapters(), *cut})
+            self._listed_s = time.monotonic()
+        return self._adapters
+
+    def examples(self, adapter: str) -> Sequence[StoredExample]:
+        """See `Facts`."""
+        if adapter not in self._examples:
+            if len(self._examples) >= 16:
+                self._examples.clear()
+            self._examples[adapter] = self._index.of(adapter)
+        return self._examples[adapter]
+
+    def due_before(self, adapter: str, end_ms: int) -> Sequence[StoredExample]:
+        """See `Facts`."""
+        find = getattr(self._index, "due_before", None)
+        return self.examples(adapter) if find is None else find(adapter, end_ms)
+
+    def newest(self, adapter: str) -> str:
+        """See `Facts`."""
+        head = self.registry.head(adapter)
+        return head.version if head else ""
+
+    def quarantine(self, adapter: str) -> Quarantine:
+        """See `Facts`."""
+        if adapter not in self._quarantines:
+            self._quarantines[adapter] = load_quarantine(self.store, adapter)
+        return self._quarantines[adapter]
+
+    def live(self, adapter: str) -> AliasPosition:
+        """See `Facts`."""
+        state = self.registry.alias(adapter, self._alias)
+        if state is None:
+            return AliasPosition(None, 0)
+        return AliasPosition(None if state.kind == "retired" else state.version, state.generation)
+
+    def is_revoked(self, adapter: str, version: str) -> bool:
+        """See `Facts`."""
+        return self.registry.is_revoked(adapter, self.registry.manifest(adapter, version).seq)
+
+    def replicas(self, adapter: str, generation: int) -> ReplicaReport:
+        """See `Facts`.
+
+        Raises:
+            KafkaUnavailableError: The acknowledgements cannot be read.
+        """
+        revoked = {revocation.version for revocation in self.registry.revocations(adapter)}
+        find = getattr(self._acks, "replicas", None)
+        if find is None:
+            return ReplicaReport(behind=tuple(self._acks.lagging(adapter, self._alias, generation, revoked)))
+        return report_of(find(adapter, self._alias), generation, revoked, time.time_ns() // 1_000_000)
