@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from perennial.learner.model.encoders import Encoder, Encoders
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.models import ExampleAccepted
 
@@ -47,6 +48,12 @@ class ExampleTokenizer:
     The frame is what the tokenizer's chat template puts around a user's message, so that the base is asked in the form
     that it was trained on. Without a template the frame is plain text: `User: …`, `Assistant: …`.
 
+    A prompt is never put through the template: its token ids go between those of head and tail, and hold no control
+    token. A prompt therefore cannot begin a turn of its own where the template marks turns with control tokens. Where
+    the template marks them with plain text, as Llama 2's `[INST]`, text that imitates them cannot be told from them.
+
+    All encoding is done with copies of the tokenizer that never change (see `encoders`). Thread-safe.
+
     Args:
         tokenizer: Tokenizer of the base, as transformers loads it.
 
@@ -56,9 +63,12 @@ class ExampleTokenizer:
         pad: Token id to pad rows with.
         turn_head: Token ids in front of a prompt, the start token included.
         turn_tail: Token ids between a prompt and its answer.
+        text_head: Token ids that the tokenizer itself puts in front of a text, none for many.
+        text_tail: Token ids that it puts behind a text.
 
     Raises:
         ExampleError: The tokenizer has no end-of-text token.
+        TokenizerError: The tokenizer cannot be copied.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -76,9 +86,13 @@ class ExampleTokenizer:
         self.bos: int = int(tokenizer.bos_token_id if tokenizer.bos_token_id is not None else eos)
         pad = tokenizer.pad_token_id
         self.pad: int = int(pad if pad is not None else eos)
-        self.turn_head, self.turn_tail = self._frame()
+        encoders = Encoders(tokenizer)
+        trusted = encoders.trusted()
+        self.turn_head, self.turn_tail = self._frame(trusted)
+        self.text_head, self.text_tail = self._around_text(trusted)
+        self._untrusted = encoders.untrusted({*self.turn_head, *self.turn_tail})
 
-    def _frame(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _frame(self, trusted: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return head and tail of a turn, by rendering the chat template around a sentinel."""
         if getattr(self.tokenizer, "chat_template", None):
             text = self.tokenizer.apply_chat_template(
@@ -86,20 +100,28 @@ class ExampleTokenizer:
             )
             head, found, tail = text.partition(_SENTINEL)
             if found and _SENTINEL not in tail:
-                return self._encode_trusted(head), self._encode_trusted(tail)
-        return (self.bos, *self._encode_trusted("User: ")), self._encode_trusted("\nAssistant: ")
+                return tuple(trusted(head)), tuple(trusted(tail))
+        return (self.bos, *trusted("User: ")), tuple(trusted("\nAssistant: "))
 
-    def _encode_trusted(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of our own text, in which markers such as `<|user|>` are special tokens."""
-        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _around_text(self, trusted: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Return the token ids that the tokenizer adds before and behind a text."""
+        inner = tuple(trusted("a"))
+        whole = tuple(trusted("a", surrounded=True))
+        for start in range(len(whole) - len(inner) + 1):
+            if whole[start : start + len(inner)] == inner:
+                return whole[:start], whole[start + len(inner) :]
+        return (), ()
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of untrusted text.
 
-        Markers such as `<|eos|>` in it stay plain text, so that a document cannot forge a chat turn.
+        Markers such as `<|eos|>` or `<tool_call>` in it stay plain text, so that a document cannot forge a chat turn.
         """
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        return list(encoded["input_ids"])
+        return self._untrusted(text)
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the token ids of untrusted text, with those that the tokenizer puts around every text."""
+        return [*self.text_head, *self.encode(text), *self.text_tail]
 
     def prompt_ids(self, prompt: str, limit: int) -> tuple[int, ...]:
         """Return the token ids that the model is given before it answers.

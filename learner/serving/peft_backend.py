@@ -79,12 +79,14 @@ class PeftBackend:
         from peft.tuners.lora import LoraLayer
 
         from perennial.learner.model.lora import Lora
+        from perennial.learner.model.tokenization import ExampleTokenizer
 
         if slots < 2:
             raise BackendError("too few slots to swap without a pause", got=slots, allowed="2 or more")
         self.base = base
         self.config = config
         self.base_sha256: str | None = base.digest
+        self._codec = ExampleTokenizer(base.tokenizer)
         self._forward_lock = lock if lock is not None else threading.Lock()
         with self._forward_lock, warnings.catch_warnings():
             # Several slots in one model are intended here.
@@ -119,15 +121,25 @@ class PeftBackend:
             slot = self._active
             if slot is not None:
                 slot.requests += 1
-        self._leased.slot = slot
         try:
-            yield slot.name if slot else None
+            with self._on_slot(slot):
+                yield slot.name if slot else None
         finally:
-            del self._leased.slot
             if slot is not None:
                 with self._changed:
                     slot.requests -= 1
                     self._changed.notify_all()
+
+    @contextmanager
+    def _on_slot(self, slot: _Slot | None) -> Iterator[None]:
+        """Run this thread's forward passes on the slot inside the block, and afterwards on the one leased before."""
+        before = dict(self._leased.__dict__)  # not getattr: a lease of None is the base alone
+        self._leased.slot = slot
+        try:
+            yield
+        finally:
+            del self._leased.slot
+            self._leased.__dict__.update(before)
 
     def _before_forward(self, *_: object) -> None:
         if not hasattr(self._leased, "slot"):
@@ -163,20 +175,17 @@ class PeftBackend:
         """
         import torch
 
-        from perennial.learner.model.tokenization import ExampleTokenizer
-
-        tokenizer = self.base.tokenizer
         room = max(1, self.base.max_positions - max_new_tokens)
-        ids = torch.tensor([ExampleTokenizer(tokenizer).prompt_ids(prompt, room)], device=self.base.device)  # (1, T)
+        ids = torch.tensor([self._codec.prompt_ids(prompt, room)], device=self.base.device)  # (1, T)
         with self.lease(), torch.no_grad():
             out = self.base.model.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
+                pad_token_id=self._codec.eos,
             )  # (1, T + new)
-        return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+        return str(self.base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
     def loss(self, text: str) -> float:
         """Return the mean loss of a text in nats per token, on the leased version, or else on the active one.
@@ -189,7 +198,7 @@ class PeftBackend:
         """
         import torch
 
-        ids = self.base.tokenizer(text, return_tensors="pt").input_ids[:, : self.base.max_positions]  # (1, T)
+        ids = torch.tensor([self._codec.text_ids(text)[: self.base.max_positions]])  # (1, T)
         if ids.shape[1] < 2:
             raise BackendError("a text is too short to score", got=f"{ids.shape[1]} tokens", allowed="2 or more")
         ids = ids.to(self.base.device)
@@ -236,6 +245,9 @@ class PeftBackend:
         try:
             free.lora.load(from_safetensors(weights, free.lora.shapes))  # no request looks at this slot: no lock
             free.name = name
+        except BaseException:
+            free.wipe()
+            raise
         finally:
             free.loading = False
 
@@ -248,12 +260,8 @@ class PeftBackend:
         import torch
 
         slot = self._require(name)
-        self._leased.slot = slot
-        try:
-            with torch.no_grad():
-                self.base.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.base.device))
-        finally:
-            del self._leased.slot
+        with self._on_slot(slot), torch.no_grad():
+            self.base.model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=self.base.device))
 
     def activate(self, name: str) -> None:
         """Serve the version to every request that begins from now on.
@@ -264,6 +272,12 @@ class PeftBackend:
         slot = self._require(name)
         with self._changed:
             self._active = slot
+
+    def deactivate(self, name: str) -> None:
+        """Let requests that begin from now on use the base alone, if the version is the active one."""
+        with self._changed:
+            if self._active is not None and self._active.name == name:
+                self._active = None
 
     def drain(self, name: str, timeout_s: float) -> bool:
         """Wait until no request uses the version.
@@ -285,18 +299,20 @@ class PeftBackend:
         Unloading the active version leaves the base alone in service.
 
         Raises:
-            BackendError: Requests still use the version.
+            BackendError: Requests still use the version. Nothing has changed then: an active version stays active.
         """
         with self._changed:
             slot = self._find(name)
             if slot is None:
                 return
-            if self._active is slot:
-                self._active = None
             if slot.requests:
                 raise BackendError(
-                    f"requests still use {name}", got=f"{slot.requests} requests", remedy="drain it first"
+                    f"requests still use {name}",
+                    got=f"{slot.requests} requests",
+                    remedy="deactivate it if it is active, and drain it",
                 )
+            if self._active is slot:
+                self._active = None
             slot.loading, slot.name = True, None
         try:
             slot.wipe()  # a forgotten version must not stay in memory
@@ -317,8 +333,11 @@ class PeftBackend:
         """Remove the hooks from the model and the versions from memory; the base can be used as before."""
         for hook in self._hooks:
             hook.remove()
-        for slot in self._slots:
-            slot.wipe()
+        with self._changed:
+            self._active = None
+            for slot in self._slots:
+                slot.name = None
+                slot.wipe()
 
     def _find(self, name: str) -> _Slot | None:
         return next((slot for slot in self._slots if slot.name == name), None)

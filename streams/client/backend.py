@@ -7,7 +7,7 @@ neither Kafka nor torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.registry.manifest import Manifest
@@ -66,11 +66,23 @@ class Backend(Protocol):
         Removing a name that is not held is not an error.
 
         Raises:
-            PerennialError: Requests still use the version.
+            PerennialError: Requests still use the version; nothing has changed then.
         """
 
     def list(self) -> list[str]:
         """Return the names of all versions held, read from the place that holds them and not from a list of calls."""
+
+
+@runtime_checkable
+class Deactivates(Protocol):
+    """A backend that can end the service of a version while requests still use it.
+
+    A backend whose `unload` raises for requests under way should have this too. Otherwise a retired adapter under
+    constant load keeps its version: new requests begin before the last ones have ended.
+    """
+
+    def deactivate(self, name: str) -> None:
+        """Serve no version to requests that begin from now on, if the version is the active one."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
-from perennial.streams.client.backend import Backend, Current
+from perennial.streams.client.backend import Backend, Current, Deactivates
 from perennial.streams.client.subscriber_kafka import Acks, Updates
 from perennial.streams.client.subscriber_state import Progress, RetryPolicy, State
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
@@ -417,8 +417,10 @@ class Subscriber:
         left: list[str] = []
         try:
             for name in self._held(kept):
-                # A retired adapter has no other version for new requests, so they use this one until it is unloaded:
+                # A retired adapter has no other version for new requests: while this one is active they use it, and
                 # waiting for them would never end.
+                if kept is None and isinstance(self._backend, Deactivates):
+                    self._backend.deactivate(name)
                 if kept is None or self._backend.drain(name, self._drain_s):
                     self._backend.unload(name)
             left = self._held(kept)

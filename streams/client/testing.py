@@ -81,18 +81,24 @@ class MemoryBackend:
         self._require(name)
         self.active = name
 
+    def deactivate(self, name: str) -> None:
+        """Make no version the active one, if this one is."""
+        self._record("deactivate", name)
+        if self.active == name:
+            self.active = None
+
     def drain(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002 - it does not wait
         """Return whether the version is not in `busy`; the double does not wait."""
         self._record("drain", name)
         return name not in self.busy
 
     def unload(self, name: str) -> None:
-        """Drop the version. Raises BackendError while it is in `busy`."""
+        """Drop the version. Raises BackendError while it is in `busy`, and changes nothing then."""
         self._record("unload", name)
-        if self.active == name:
-            self.active = None
         if name in self.busy:
             raise BackendError(f"requests still use {name}", remedy="drain it first")
+        if self.active == name:
+            self.active = None
         self.held.pop(name, None)
 
     def list(self) -> list[str]:

@@ -41,6 +41,7 @@ InteractionObserved.key(self) -> str
 LoraConfig(rank: int, alpha: int) -> None
 MemoryBackend(base_sha256: str | None = None) -> None
 MemoryBackend.activate(self, name: str) -> None
+MemoryBackend.deactivate(self, name: str) -> None
 MemoryBackend.drain(self, name: str, timeout_s: float) -> bool
 MemoryBackend.list(self) -> list[str]
 MemoryBackend.load(self, name: str, weights: bytes, manifest: Manifest | None) -> None
@@ -58,6 +59,7 @@ PeftBackend(base: Base, config: LoraConfig, *, slots: int = 2, lock: AbstractCon
 PeftBackend.activate(self, name: str) -> None
 PeftBackend.close(self) -> None
 PeftBackend.current -> str | None
+PeftBackend.deactivate(self, name: str) -> None
 PeftBackend.drain(self, name: str, timeout_s: float) -> bool
 PeftBackend.generate(self, prompt: str, max_new_tokens: int = 32) -> str
 PeftBackend.lease(self) -> Iterator[str | None]
