@@ -132,7 +132,9 @@ def as_example(record: DeadLetterRecord) -> ExampleAccepted:
         answer=text("correction") or text("response"), source=text("source"),
         subjects=[name for name in subjects if isinstance(name, str)] if isinstance(subjects, list) else [],
         retention_class=text("retention_class") or PERMANENT,
-        origin=Origin(cluster_id="", topic=record.source_topic, topic_id="", partition=0, offset=0, timestamp_ms=at_ms),
+        origin=Origin.model_construct(
+            cluster_id="", topic=record.source_topic, topic_id="", partition=0, offset=0, timestamp_ms=at_ms
+        ),
     )  # fmt: skip
 
 

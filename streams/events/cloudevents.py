@@ -23,9 +23,9 @@ from typing import NamedTuple, TypeAlias
 import orjson
 from pydantic import ValidationError
 
+from perennial.streams.events.event_times import parse_rfc3339
 from perennial.streams.events.fields import Event, OutsideEvent
 from perennial.streams.events.models import DEFAULT_TYPES, EVENTS
-from perennial.streams.events.times import parse_rfc3339
 from perennial.streams.events.wire_error import HIDDEN_CHARACTER, WireError, from_pydantic, hidden_error, not_json
 
 MAX_VALUE_BYTES = 1024 * 1024

@@ -1,4 +1,4 @@
-"""Base classes of events, and limits and types of their fields. Of the project it imports times.py alone."""
+"""Base classes of events, and limits and types of their fields. Of the project it imports event_times.py alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field
 
-from perennial.streams.events.times import MAX_MS, without_leap_second
+from perennial.streams.events.event_times import MAX_MS, without_leap_second
 
 MAX_TEXT_BYTES = 256 * 1024
 MAX_ID_CHARS = 512

@@ -183,8 +183,8 @@ class ExampleAccepted(Event):
     revises: ExampleId | None = None
     """Id of the example of the same document that this one follows with another text."""
     returned: bool = False
-    """True where the same example was published before and must be learned again: it had been refused, or another text
-    of the same document came in between. It is not a duplicate."""
+    """True where the same example may have been published before and must be learned again: it had been refused, or
+    another text of the same document came in between. It is not a duplicate."""
     origin: Origin
 
     def key(self) -> str:

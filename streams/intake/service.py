@@ -42,6 +42,7 @@ from perennial.streams.intake.librdkafka import (
     raise_unless_recovering,
     unavailable_error,
 )
+from perennial.streams.intake.refused import RefusedExamplesLookup
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition, Refused
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, open_store_of
 from perennial.streams.kafka.topic_guard import TopicGuard
@@ -136,6 +137,7 @@ class Intake:
         common = {"bootstrap.servers": settings.kafka.require_bootstrap(), "client.id": settings.kafka.topic("intake")}
         self._admin = AdminClient(common, logger=client_log)
         store = open_store_of(settings)
+        self._refused_at = None if store is None else RefusedExamplesLookup(store)
         if store is not None:
             check_installation(settings, store, ROLE_TOPICS["intake"])
         self._topic_guard = TopicGuard(settings, [EXAMPLES], store, writes=[EXAMPLES])
@@ -365,7 +367,8 @@ class Intake:
     def _partition(self, start: TopicPartition, ids: ClusterIds, resume_at: int) -> _Partition:
         topic = self._topics[start.topic]
         origin = OriginPartition(ids.cluster_id, start.topic, ids.topic_ids[start.topic], start.partition, topic)
-        acceptor = Acceptor(origin, self._settings.intake.dedupe_window, self._settings.curate.learn_turns)
+        settings = self._settings
+        acceptor = Acceptor(origin, settings.intake.dedupe_window, settings.curate.learn_turns, self._refused_at)
         return _Partition(topic, acceptor, resume_at, start.offset)
 
     def _on_revoke(self, _: Consumer, __: list[TopicPartition]) -> None:

@@ -1,14 +1,18 @@
 """Decide about one record: accept it as an example, drop it as a duplicate, or refuse it. No I/O.
 
 A decision depends on the record and on the records at the last `window` offsets of its partition, the window. A record
-is a duplicate if the same example (adapter, kind, document id, text) occurred in the window, even if that occurrence
-was a duplicate too. So the window depends on the log alone: whoever passes the records of the last `window` offsets
-through `Acceptor.accept` again gets the same state.
+is a duplicate if the latest occurrence of its document in the window is the same example (adapter, kind, document id,
+text), even if that occurrence was a duplicate too. So a document that goes back to an earlier text is no duplicate. The
+window depends on the log alone: whoever passes the records of the last `window` offsets through `Acceptor.accept` again
+gets the same state.
+
+An example that was refused after it had been accepted can be published again as it is: `refused_at` says when.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any, NamedTuple, TypeAlias
@@ -18,12 +22,15 @@ import orjson
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import Envelope, Headers, decode_without_id
 from perennial.streams.events.dead_letter import redrive_count
+from perennial.streams.events.event_times import MAX_MS
 from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import DocumentObserved, ExampleAccepted, ExampleKind, InteractionObserved
-from perennial.streams.events.times import MAX_MS
 from perennial.streams.events.wire_error import Reason, WireError
 
 SOURCE = "/perennial/intake"
+REFUSED_BEFORE_MS = 30_000
+"""How long before its next publication an example must have been refused. Intake reads late what is refused; with this
+margin a record that is read again after a crash is decided about as before."""
 _FIXED_HEADERS: list[tuple[str, bytes]] = [
     ("content-type", b"application/json"),
     ("ce_specversion", b"1.0"),
@@ -99,9 +106,13 @@ class Acceptor:
         origin: The partition.
         window: The number of offsets within which a duplicate is dropped.
         learn_turns: Whether a turn without a correction is learned.
+        refused_at: Returns when an example of an adapter was refused last, in ms since the epoch; None if it was not.
+            It is called for duplicates only.
     """
 
-    def __init__(self, origin: OriginPartition, window: int, learn_turns: bool) -> None:
+    def __init__(
+        self, origin: OriginPartition, window: int, learn_turns: bool, refused_at: RefusedAt | None = None
+    ) -> None:
         self._topic = origin.topic
         self._origin = {
             "cluster_id": origin.cluster_id,
@@ -111,15 +122,15 @@ class Acceptor:
         }
         self._window = window
         self._learn_turns = learn_turns
+        self._refused_at = refused_at
         self._last_offset = -1
         self._occurrences: deque[_Occurrence] = deque()
-        self._by_example: dict[str, _Occurrence] = {}
-        self._by_document: dict[tuple[str, str], _Occurrence] = {}
+        self._by_document: dict[_Document, _Occurrence] = {}
         self._last_time = (-1, b"")  # the last record's time in ms, and as it is written into a header
 
     def __len__(self) -> int:
-        """Return the number of different examples in the window."""
-        return len(self._by_example)
+        """Return the number of different documents in the window."""
+        return len(self._by_document)
 
     def accept(
         self, value: bytes | None, headers: Headers | None, offset: int, timestamp_ms: int, leader_epoch: int = 0
@@ -158,15 +169,21 @@ class Acceptor:
         identity = orjson.dumps([adapter, kind, document_id, sha256(content).hexdigest()])
         example_id = sha256(identity).hexdigest()[:32]
         redrives = redrive_count(headers)
-        previous, revised = self._remember(offset, example_id, (adapter, document_id), fields["learn"], redrives)
-        # Hazard: an older version of this code may have refused a record that this code accepts, and a rebuilt window
-        # holds it. A redrive sends that record back, and it must not count as a duplicate of its own first occurrence.
-        # So only an occurrence with at least as many redrives makes a record a duplicate.
-        if previous is not None and previous[3] >= redrives:
-            return Duplicate(example_id, previous[0])
+        document = (adapter, document_id, fields["learn"])
+        latest = self._remember(offset, example_id, document, redrives, at_ms)
+        if latest is not None:
+            # Hazard: an older version of this code may have refused a record that this code accepts, and a rebuilt
+            # window holds it. A redrive sends that record back, and it must not count as a duplicate of its own first
+            # occurrence. So only an occurrence with at least as many redrives makes a record a duplicate.
+            if latest[1] != example_id:
+                fields["returned"] = True
+                if fields["learn"]:
+                    fields["revises"] = latest[1]
+            elif latest[3] >= redrives:
+                if not self._was_refused(adapter, example_id, latest[4], at_ms):
+                    return Duplicate(example_id, latest[0])
+                fields["returned"] = True
         fields["example_id"] = example_id
-        if revised is not None:
-            fields["revises"] = revised[1]
         fields["origin"] = {
             **self._origin, "offset": offset, "leader_epoch": leader_epoch, "timestamp_ms": at_ms,
         }  # fmt: skip
@@ -177,35 +194,35 @@ class Acceptor:
             out.append(("ce_traceparent", envelope.traceparent.encode()))
         return Accepted(example_id, adapter.encode(), orjson.dumps(fields), out)
 
-    def _remember(
-        self, offset: int, example_id: str, document: tuple[str, str], learn: bool, redrives: int
-    ) -> tuple[_Occurrence | None, _Occurrence | None]:
-        """Add an occurrence to the window.
+    def _was_refused(self, adapter: str, example_id: str, previous_ms: int, at_ms: int) -> bool:
+        """Return whether the example was refused between its previous publication and this one."""
+        refused_ms = None if self._refused_at is None else self._refused_at(adapter, example_id)
+        return refused_ms is not None and previous_ms < refused_ms + REFUSED_BEFORE_MS <= at_ms
 
-        Returns:
-            The example's previous occurrence, and the latest occurrence of an example of the same document, which this
-            example revises. None for what is not in the window.
-        """
+    def _remember(
+        self, offset: int, example_id: str, document: _Document, redrives: int, at_ms: int
+    ) -> _Occurrence | None:
+        """Add an occurrence to the window, and return the document's latest occurrence before it, if there is one."""
         first, occurrences = offset - self._window, self._occurrences
         while occurrences and occurrences[0][0] < first:
             expired = occurrences.popleft()
-            if self._by_example.get(expired[1]) is expired:
-                del self._by_example[expired[1]]
             if self._by_document.get(expired[2]) is expired:
                 del self._by_document[expired[2]]
-        previous = self._by_example.get(example_id)
-        added = (offset, example_id, document, redrives if previous is None else max(previous[3], redrives))
+        latest = self._by_document.get(document)
+        if latest is not None and latest[1] == example_id:
+            redrives = max(latest[3], redrives)
+        added = (offset, example_id, document, redrives, at_ms)
         occurrences.append(added)
-        self._by_example[example_id] = added
-        if not learn:
-            return previous, None
-        revised = self._by_document.get(document)
         self._by_document[document] = added
-        return previous, revised
+        return latest
 
 
-_Occurrence: TypeAlias = tuple[int, str, tuple[str, str], int]
-"""Offset, example id, (adapter, document id), highest redrive count of the example so far.
+RefusedAt: TypeAlias = Callable[[str, str], int | None]
+"""Returns when an example was refused last, in ms since the epoch, by adapter and example id; None if it was not."""
+_Document: TypeAlias = tuple[str, str, bool]
+"""Adapter, document id, and whether the example is learned: signals of an interaction revise no text."""
+_Occurrence: TypeAlias = tuple[int, str, _Document, int, int]
+"""Offset, example id, document, highest redrive count of the example so far, publication time in ms.
 
 A plain tuple, because one is made per record.
 """

@@ -14,9 +14,9 @@ from typing import Final, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict
 
+from perennial.streams.events.event_times import bounded_end_ms
 from perennial.streams.events.fields import PERMANENT, duration_s
 from perennial.streams.events.models import ExampleAccepted, RetentionRequested, RetentionState, Selector
-from perennial.streams.events.times import bounded_end_ms
 from perennial.streams.retention.kinds import KINDS
 
 MAX_IDS: Final = 10_000

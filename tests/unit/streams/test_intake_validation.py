@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES, decode, encode
+from perennial.streams.events.event_times import MAX_MS
 from perennial.streams.events.models import DocumentObserved, ExampleAccepted, InteractionObserved, Origin
-from perennial.streams.events.times import MAX_MS
 from perennial.streams.intake.validation import (
+    REFUSED_BEFORE_MS,
     Accepted,
     Acceptor,
     Duplicate,
@@ -112,10 +113,10 @@ def test_a_repeated_text_is_a_duplicate_and_a_changed_text_a_revision():
     window = acceptor()
     first = example_of(window.accept(document("one"), None, 0, AT_MS))
     assert window.accept(document("one"), None, 1, AT_MS) == Duplicate(first.example_id, 0)
-    second = example_of(window.accept(document("two"), None, 2, AT_MS))
+    assert window.accept(document("one", source="elsewhere"), None, 2, AT_MS) == Duplicate(first.example_id, 1)
+    second = example_of(window.accept(document("two"), None, 3, AT_MS))
     assert second.revises == first.example_id
-    assert example_of(window.accept(document("one", document_id="d2"), None, 3, AT_MS)).revises is None
-    assert window.accept(document("one", source="elsewhere"), None, 4, AT_MS) == Duplicate(first.example_id, 1)
+    assert example_of(window.accept(document("one", document_id="d2"), None, 4, AT_MS)).revises is None
     assert first.revises is None
 
 
@@ -180,13 +181,78 @@ def test_duplicates_are_what_a_linear_search_finds(steps):
     for distance, value in steps:
         offset += distance
         decision = window.accept(value, None, offset, AT_MS)
-        seen = [old for old, other in before if other == value and offset - old <= 20]
         if isinstance(decision, Refused):
             assert value in {b"junk", None, document(" ")}
             continue
-        assert isinstance(decision, Duplicate) == bool(seen)
-        before.append((offset, value))
-        assert len(window) == len({other for old, other in before if offset - old <= 20})
+        name = json.loads(value)["document_id"]
+        texts = [other for old, key, other in before if key == name and offset - old <= 20]
+        assert isinstance(decision, Duplicate) == (texts[-1:] == [value])
+        if isinstance(decision, Accepted):
+            assert example_of(decision).returned == bool(texts)
+        before.append((offset, name, value))
+        assert len(window) == len({key for old, key, _ in before if offset - old <= 20})
+
+
+def test_case_20_a_document_that_goes_back_to_an_earlier_text_is_no_duplicate():
+    """A, B, A of one document id: the third is learned again, or the model keeps B although the last word is A."""
+    window = acceptor()
+    first, second, third = (
+        example_of(window.accept(document(text), None, n, AT_MS)) for n, text in enumerate(["A", "B", "A"])
+    )
+    assert first.example_id == third.example_id != second.example_id
+    assert (first.returned, first.revises) == (False, None)
+    assert (second.returned, second.revises) == (True, first.example_id)
+    assert (third.returned, third.revises) == (True, second.example_id)
+    assert window.accept(document("A"), None, 3, AT_MS) == Duplicate(third.example_id, 2)
+    assert example_of(window.accept(document("B"), None, 4, AT_MS)).returned
+    other = example_of(window.accept(document("A", document_id="d2"), None, 5, AT_MS))
+    assert (other.returned, other.revises) == (False, None)
+
+
+def test_case_20_an_earlier_text_may_lie_outside_the_window():
+    """Curate and the learner remember more than the window: whatever revises a text is never their duplicate."""
+    window = acceptor(window=10)
+    window.accept(document("A"), None, 0, AT_MS)
+    window.accept(document("B"), None, 8, AT_MS)
+    assert example_of(window.accept(document("A"), None, 15, AT_MS)).returned
+
+
+def test_case_20_a_rating_that_changes_and_changes_back_is_three_signals():
+    """The same holds for signals; a signal in between does not make a repeated correction new."""
+    window = acceptor(INTERACTIONS)
+    for offset, rating in enumerate([0.5, -0.5, 0.5]):
+        assert isinstance(window.accept(interaction(rating=rating), None, offset, AT_MS), Accepted)
+    corrected = example_of(window.accept(interaction(correction="c"), None, 3, AT_MS))
+    window.accept(interaction(rating=1), None, 4, AT_MS)
+    again = window.accept(interaction(correction="c"), None, 5, AT_MS)
+    assert again == Duplicate(corrected.example_id, 3)
+
+
+def test_attack_j_what_was_refused_can_be_published_again_as_it_is():
+    """A document that the gate refused, or whose job became a dead letter, is no duplicate of that attempt."""
+    refused, asked = {}, []
+
+    def refused_at(adapter, example_id):
+        asked.append((adapter, example_id))
+        return refused.get(example_id)
+
+    window = Acceptor(DOCUMENTS, 100, False, refused_at)
+    first = example_of(window.accept(document(), None, 0, AT_MS))
+    assert asked == []  # only a duplicate is worth a look into the store
+    assert isinstance(window.accept(document(), None, 1, AT_MS + 1), Duplicate)
+    assert asked == [("acme", first.example_id)]
+
+    refused[first.example_id] = AT_MS + 5000
+    late = AT_MS + 5000 + REFUSED_BEFORE_MS
+    assert isinstance(
+        window.accept(document(), None, 2, late - 1), Duplicate
+    )  # the decision must not flip after a crash
+    again = example_of(window.accept(document(), None, 3, late))
+    assert (again.example_id, again.returned, again.revises) == (first.example_id, True, None)
+    # That attempt is under way: only a refusal after it makes the next one worth while.
+    assert isinstance(window.accept(document(), None, 4, late + 1), Duplicate)
+    refused[first.example_id] = late + 5000
+    assert example_of(window.accept(document(), None, 5, late + 5000 + REFUSED_BEFORE_MS)).returned
 
 
 def test_memory_is_bounded_by_the_window():

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perennial.streams.events.cloudevents import MAX_DEPTH, decode, encode
+from perennial.streams.events.event_times import MAX_MS, bounded_end_ms, parse_rfc3339
 from perennial.streams.events.models import (
     DocumentObserved,
     ExampleAccepted,
@@ -18,7 +19,6 @@ from perennial.streams.events.models import (
     RetentionRequested,
     Selector,
 )
-from perennial.streams.events.times import MAX_MS, bounded_end_ms, parse_rfc3339
 from perennial.streams.events.wire_error import WireError, shorten
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition
 from perennial.streams.retain.ledger import LifetimeLimit, expires_ms
