@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -135,7 +136,7 @@ def _value(line: bytes, adapter: str | None) -> bytes | None:
 def _opened(file: str) -> Iterator[BinaryIO]:
     """Open the file once. Raise NotFoundError or SettingsError where it cannot be read."""
     if file == "-":
-        yield sys.stdin.buffer
+        yield io.BytesIO() if sys.stdin is None else sys.stdin.buffer  # None: the descriptor is closed
         return
     path = expand_path(file)
     try:

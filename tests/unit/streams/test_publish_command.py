@@ -91,6 +91,12 @@ def test_case_05_an_input_without_a_line_is_no_success(monkeypatch, tmp_path, ca
     assert json.loads(capsys.readouterr().out) == {"delivered": 0, "refused": []}
 
 
+def test_case_05_a_closed_standard_input_is_an_empty_one(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(NoInputError):
+        publish_documents("-")
+
+
 def test_case_06_a_folder_is_no_traceback(tmp_path):
     with pytest.raises(SettingsError, match="cannot be read") as caught:
         publish_documents(tmp_path)
