@@ -1,7 +1,8 @@
 """The blobs that a job will delete: written before the job changes anything, removed when the job is complete.
 
 One object per adapter and job, `forgotten/<adapter>/<hash of the job id>`. It names blobs by digest and holds no text.
-A process that finishes the job after a crash reads here what to delete, including blobs of an earlier attempt.
+Once it names `MAX_PAGE_HASHES` blobs, they move to an immutable page (see `hash_pages`), whose key is that of the object,
+`=` and the page's name; so each write stays small however many blobs a job deletes. A process that finishes the job after a crash reads here what to delete, including blobs of an earlier attempt.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Annotated
 from pydantic import Field
 
 from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.hash_pages import MAX_PAGE_HASHES, load_page, write_page
+from perennial.storage.objects.keys import hex_of
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.compare_and_swap import update_object
 from perennial.storage.registry.manifest import AdapterName, Digest
@@ -20,6 +23,7 @@ from perennial.storage.registry.records import RegistryRecord, check_adapter, pa
 
 MAX_PENDING_DELETES_BYTES = 64 << 20
 _HASH_CHARS = 64
+_PAGE = "="
 
 
 class PendingDeletes(RegistryRecord):
@@ -29,8 +33,9 @@ class PendingDeletes(RegistryRecord):
         adapter: The adapter.
         job_id: The job.
         requests: The number of examples found, by retention request.
-        digests: The blobs.
+        digests: The blobs; in the stored object those that are in no page yet.
         refused: The job will never be carried out. Its blobs stay until a forgetting finds texts in them to delete.
+        pages: What the keys of the pages have after that of the object.
     """
 
     adapter: AdapterName
@@ -38,6 +43,7 @@ class PendingDeletes(RegistryRecord):
     requests: dict[str, int] = Field(default_factory=dict)
     digests: list[Digest] = Field(default_factory=list)
     refused: bool = False
+    pages: list[str] = Field(default_factory=list)
 
 
 def pending_deletes_key(adapter: str, job_id: str) -> str:
@@ -46,12 +52,14 @@ def pending_deletes_key(adapter: str, job_id: str) -> str:
 
 
 def load_pending_deletes(store: ObjectStore, adapter: str, job_id: str) -> PendingDeletes | None:
-    """Return the job's pending deletes; None where there are none.
+    """Return the job's pending deletes with the blobs of all pages; None where there are none.
 
     Raises:
-        IntegrityError: The object is not readable.
+        IntegrityError: The object or a page is not readable.
     """
-    return _load(store, pending_deletes_key(adapter, job_id))[0]
+    key = pending_deletes_key(adapter, job_id)
+    found, _ = _load(store, key)
+    return None if found is None else _with_pages(store, key, found)
 
 
 def record_pending_deletes(
@@ -87,11 +95,17 @@ def record_pending_deletes(
         counts = dict(found.requests)
         for request_id, count in (requests or {}).items():
             counts[request_id] = max(count, counts.get(request_id, 0))
+        digests = sorted({*found.digests, *(added - _paged(store, key, found))})
+        pages = list(found.pages)
+        while len(digests) >= MAX_PAGE_HASHES:
+            page, digests = digests[:MAX_PAGE_HASHES], digests[MAX_PAGE_HASHES:]
+            pages.append(write_page(store, key + _PAGE, map(hex_of, page))[len(key) :])
         return found.model_copy(
             update={
                 "requests": counts,
-                "digests": sorted({*found.digests, *added}),
+                "digests": digests,
                 "refused": refused or found.refused,
+                "pages": pages,
             }
         )
 
@@ -110,12 +124,30 @@ def list_pending_deletes(store: ObjectStore, adapter: str) -> Iterator[PendingDe
         if len(name) == _HASH_CHARS and "/" not in name:  # else it is of an adapter below this one
             found, _ = _load(store, key)
             if found is not None:  # None: the job was completed in the meantime
-                yield found
+                try:
+                    yield _with_pages(store, key, found)
+                except NotFoundError:
+                    if store.exists(key):
+                        raise
 
 
 def clear_pending_deletes(store: ObjectStore, adapter: str, job_id: str) -> None:
-    """Remove the job's pending deletes."""
-    store.delete(pending_deletes_key(adapter, job_id))
+    """Remove the job's pending deletes, pages that an interrupted writer left included."""
+    key = pending_deletes_key(adapter, job_id)
+    store.delete(key)
+    for page in list(store.list(key + _PAGE)):
+        store.delete(page)
+
+
+def _with_pages(store: ObjectStore, key: str, found: PendingDeletes) -> PendingDeletes:
+    if not found.pages:
+        return found
+    return found.model_copy(update={"digests": sorted({*found.digests, *_paged(store, key, found)}), "pages": []})
+
+
+def _paged(store: ObjectStore, key: str, found: PendingDeletes) -> set[str]:
+    """Return the digests that are in pages."""
+    return {f"sha256:{name}" for page in found.pages for name in load_page(store, key + page)}
 
 
 def _load(store: ObjectStore, key: str) -> tuple[PendingDeletes | None, str | None]:
