@@ -1,17 +1,21 @@
-"""Run forget jobs: quarantine, rebuild without the examples, publish, delete.
+"""Run forget jobs: rebuild without the examples, publish, revoke, delete.
 
-A job may be interrupted anywhere and run again. Before anything changes, the adapter's pending deletes name what the
-job deletes at its end; each rebuilt blob is added before it is stored, so an interrupted attempt leaves nothing behind.
-What is in the store decides every version that a job makes; nothing else does.
+The served version stays in service until the rebuilt one takes its place; only an emergency takes it out at once. Before
+anything changes, the adapter's pending deletes name what the job deletes at its end.
+
+A job may be interrupted anywhere and run again: the updates that it has rebuilt are recorded as progress and are not
+trained again. What is in the store decides every version that a job makes; nothing else does.
 """
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from perennial.learner.forgetting.progress import RebuiltStep, sweep_steps
 from perennial.learner.forgetting.rebuild import UpdateRebuilder
 from perennial.learner.forgetting.rebuild_plan import (
     BatchMatches,
@@ -27,12 +31,12 @@ from perennial.learner.training.state import to_blobs
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.garbage_collection import delete_unreferenced
-from perennial.learner.versions.history import History, load_history
-from perennial.learner.versions.job_result import Completion, JobResult
+from perennial.learner.versions.history import History, RecordedVersion, load_history
+from perennial.learner.versions.job_result import Completion, JobError, JobResult
 from perennial.learner.versions.micro_batches import batch_to_bytes, load_batch, without_examples
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import ConflictError
-from perennial.storage.objects.keys import digest_of
+from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import Manifest
@@ -42,6 +46,7 @@ from perennial.storage.registry.pending_deletes import (
     record_pending_deletes,
 )
 from perennial.storage.registry.quarantine import (
+    NOTHING_MATCHED,
     LegalHold,
     Quarantine,
     RequestOutcome,
@@ -51,6 +56,8 @@ from perennial.storage.registry.quarantine import (
 from perennial.storage.registry.registry import AliasState, Head, Publication
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RetentionState
+
+_log = logging.getLogger("perennial.learner")
 
 
 @dataclass(frozen=True)
@@ -91,7 +98,8 @@ class ForgetExecutor:
         now: wall clock, for statuses.
         failpoint: called with a name at each step where fault tests may stop the process.
         publish: called with each event that must be published before the job ends.
-        progress: called after each rebuilt update.
+        progress: called after each rebuilt update and each step of its training.
+        should_stop: asked before each update that is rebuilt; True ends the job without a result.
     """
 
     def __init__(
@@ -101,6 +109,7 @@ class ForgetExecutor:
         failpoint: Callable[[str], None],
         publish: Callable[[AdapterUpdate], None] = lambda _: None,
         progress: Callable[[], None] = lambda: None,
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._writer = writer
         self._registry = writer.registry
@@ -108,12 +117,12 @@ class ForgetExecutor:
         self._now = now
         self._failpoint = failpoint
         self._publish = publish
-        self._rebuilder = UpdateRebuilder(writer, progress)
+        self._rebuilder = UpdateRebuilder(writer, progress, now, failpoint, should_stop)
 
     def forget(self, job: ForgetRequested, alias: str) -> JobResult:
         """Make the adapter as if it had never seen the examples; delete their text and every state that knew them.
 
-        The caller publishes the result's event and statuses, and records its completion when they are confirmed.
+        A job with `prepare` only rebuilds ahead of time: it changes and publishes nothing. The caller publishes the result's event and statuses, and records its completion when they are confirmed.
 
         Args:
             job: the job.
@@ -125,9 +134,16 @@ class ForgetExecutor:
 
         Raises:
             JobError: the job can never be done.
+            JobInterruptedError: the process is to stop; the job's next run goes on from what was rebuilt.
             StoreError: the store failed.
         """
-        return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
+        if not job.prepare:
+            return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
+        try:
+            return retry_on_conflict(self._registry, job.adapter, lambda: self._prepare(job))
+        except JobError as error:  # the request itself does not fail: its own job will say what is wrong
+            _log.warning("%s cannot be prepared: %s", job.request_id, error)
+            return JobResult("unchanged", None, None)
 
     def give_up(self, job: ForgetRequested) -> None:
         """Delete what an attempt left in the store that did not end, for a job that will never be done.
@@ -135,8 +151,23 @@ class ForgetExecutor:
         Raises:
             StoreError: the store failed.
         """
-        self._delete(job, unpublished=True)
+        self._drop_unpublished(job)
         clear_pending_deletes(self._store, job.adapter, job.job_id)
+
+    def _prepare(self, job: ForgetRequested) -> JobResult:
+        """Rebuild what the job will need, and record it as progress."""
+        began = time.perf_counter()
+        quarantine = load_quarantine(self._store, job.adapter)
+        head = self._writer.head(job.adapter)
+        if head is not None and not _is_done(quarantine, job):
+            history = load_history(self._registry, job.adapter)
+            target = ForgetTarget(job, quarantine, self._store)
+            found = find_examples(self._store, job.adapter, history, target)
+            self._sweep_progress(job.adapter, history)
+            scope = _Scope.of(found, target)
+            if history is not None and scope.learned and not target.is_held(found.all()):
+                self._rebuilder.rebuild(job, plan_rebuild(history, scope.learned))
+        return JobResult("unchanged", None, None, stage_s={"forget": time.perf_counter() - began})
 
     def _attempt(self, job: ForgetRequested, alias: str) -> JobResult:
         began = time.perf_counter()
@@ -145,7 +176,8 @@ class ForgetExecutor:
         head = self._writer.head(job.adapter)
         history = load_history(self._registry, job.adapter) if head else None
         if _is_done(quarantine, job):
-            self._delete(job)  # another learner may have done the job before this one deleted its own blobs
+            # Another learner may have done the job before this one deleted its own blobs.
+            self._delete(job, self._sweep_progress(job.adapter, history))
             return self._result(job, alias, began)
         target = ForgetTarget(job, quarantine, self._store)
         found = find_examples(self._store, job.adapter, history, target)
@@ -154,11 +186,12 @@ class ForgetExecutor:
         scope = _Scope.of(found, target)
         self._suppress_unlearned(job, scope)
         if head is not None and history is not None and scope.learned:
-            self._forget_learned(job, alias, head, history, scope)
+            self._forget_learned(job, alias, head, history, scope, quarantine.holds)
         if scope.learned or scope.unlearned:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
             self._keep_held(job, {**found.learned, **found.refused}, scope.removed_offsets())
-        self._delete(job)
+        progress = self._sweep_progress(job.adapter, load_history(self._registry, job.adapter))
+        self._delete(job, progress - scope.unlearned.keys())
         self._failpoint("learner.forget_deleted")
         return self._result(job, alias, began)
 
@@ -171,27 +204,44 @@ class ForgetExecutor:
             return JobResult("held", None, None, statuses=(status,))
         # The hold came after an attempt had begun. Report where the alias was moved to, and delete what was half made:
         # it may hold the text of other examples.
-        self._delete(job, unpublished=True)
+        self._drop_unpublished(job)
         event = self._writer.current_alias_event(job.adapter, alias)
         return JobResult("held", None, event, statuses=(status,), completion=Completion(job.adapter, job.job_id))
 
     def _suppress_unlearned(self, job: ForgetRequested, scope: _Scope) -> None:
         """Record the micro-batches of refused and interrupted jobs for deletion, and suppress the erased texts."""
         if scope.unlearned:
-            record_pending_deletes(self._store, job.adapter, job.job_id, scope.unlearned)
+            counts = _request_counts(job, scope.found.all())
+            record_pending_deletes(self._store, job.adapter, job.job_id, scope.unlearned, counts)
             self._suppress(job, scope)
 
-    def _forget_learned(self, job: ForgetRequested, alias: str, head: Head, history: History, scope: _Scope) -> None:
-        """Take the examples out of the adapter's weights."""
+    def _forget_learned(
+        self,
+        job: ForgetRequested,
+        alias: str,
+        head: Head,
+        history: History,
+        scope: _Scope,
+        holds: Sequence[LegalHold],
+    ) -> None:
+        """Take the examples out of the adapter's weights.
+
+        The served version stays until the rebuilt one is published, except in an emergency. Where no update has to be
+        rebuilt, a clean state is ready at once.
+        """
         matches = scope.found.all()
         plan = plan_rebuild(history, scope.learned)
         self._failpoint("learner.forget_plan")
         self._record_pending_deletes(job, history, plan, matches)
         self._suppress(job, scope)
-        head = self._serve_clean_state(job, alias, head, history, plan)
+        if job.emergency or not plan.steps:
+            head = self._serve_clean_state(job, alias, head, history, plan)
         self._failpoint("learner.forget_quarantine")
         if plan.steps:
-            self._publish_rebuilt(job, alias, head, plan, _count(job, matches))
+            rebuilt = self._rebuilder.rebuild(job, plan).step
+            self._failpoint("learner.forget_replayed")
+            self._recheck_holds(job, holds, history, scope.removed_offsets())
+            self._publish_rebuilt(job, alias, head, plan, rebuilt, _count(job, matches))
         self._failpoint("learner.forget_published")
         self._revoke(job, history, plan.affected_versions)
 
@@ -203,17 +253,11 @@ class ForgetExecutor:
         Written before any change, so that a job that runs again deletes the same blobs. A request that also asks for
         held examples is not counted: this job does not complete it.
         """
-        held = {match.wanted_by for match in matches if match.held}
-        ids: dict[str, set[str]] = {job.request_id: set()}
-        for match in matches:
-            if match.request_id is not None and match.request_id not in held:
-                ids.setdefault(match.request_id, set()).add(match.example_id)
-        counts = {request_id: len(found) for request_id, found in ids.items()}
         digests = set(plan.removed_offsets)
         for version in plan.affected_versions:
             manifest = history.manifests[version]
             digests |= {ref.digest for ref in manifest.blobs() if ref != manifest.batch}
-        record_pending_deletes(self._store, job.adapter, job.job_id, digests, counts)
+        record_pending_deletes(self._store, job.adapter, job.job_id, digests, _request_counts(job, matches))
 
     def _suppress(self, job: ForgetRequested, scope: _Scope) -> None:
         update_quarantine(self._store, job.adapter, lambda found: found.suppressing(scope.text_hashes))
@@ -235,7 +279,7 @@ class ForgetExecutor:
             parent = state_version(clean) if target else None
             manifest = self._writer.carry_forward_manifest(head, target, parent, "quarantine", job.job_id, _reason(job))
             publication = self._publish_manifest(manifest, target, alias)
-            self._move(job, serving, publication)
+            self._move(job, alias, serving, publication)
             head = Head(publication.manifest.seq, publication.version, publication.manifest)
         self._revoke(job, history, plan.contaminated_versions)
         state = self._registry.alias(job.adapter, alias)
@@ -243,10 +287,21 @@ class ForgetExecutor:
             self._publish(alias_event(self._registry, state))
         return head
 
-    def _publish_rebuilt(self, job: ForgetRequested, alias: str, head: Head, plan: RebuildPlan, examples: int) -> None:
-        """Rebuild the affected updates and publish the state that they lead to."""
-        step = self._rebuilder.rebuild(job, plan).step
-        self._failpoint("learner.forget_replayed")
+    def _publish_rebuilt(
+        self,
+        job: ForgetRequested,
+        alias: str,
+        head: Head,
+        plan: RebuildPlan,
+        step: RecordedVersion | None,
+        examples: int,
+    ) -> None:
+        """Publish the state that the rebuilt updates lead to, and point every alias of an affected version at it.
+
+        Raises:
+            ConflictError: another learner published a version meanwhile. The next attempt plans again and trains only
+                what is new.
+        """
         target = step.manifest if step is not None and step.manifest.optimizer else None
         parent = step.version if step else None
         manifest = self._writer.carry_forward_manifest(head, target, parent, "forget", job.job_id, _reason(job))
@@ -254,21 +309,23 @@ class ForgetExecutor:
         aliases = list(self._registry.aliases(job.adapter))
         publication = self._publish_manifest(manifest, target, alias)
         stale = {*plan.affected_versions, head.version} - {publication.version}
-        self._move(job, [state for state in aliases if state.version in stale], publication)
+        self._move(job, alias, [state for state in aliases if state.version in stale], publication)
 
     def _publish_manifest(self, manifest: Manifest, target: Manifest | None, alias: str) -> Publication:
         """Publish a version that takes over the target's state, or without a target the adapter's initial state."""
         blobs = {} if target else to_blobs(self._writer.initial_state(manifest.adapter, manifest.seed))[1]
         return self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), alias)
 
-    def _move(self, job: ForgetRequested, states: Sequence[AliasState], publication: Publication) -> None:
+    def _move(self, job: ForgetRequested, alias: str, states: Sequence[AliasState], publication: Publication) -> None:
         """Point these aliases at the published version, or retire them where it has nothing to serve."""
         manifest = publication.manifest
         for state in states:
             if manifest.outcome == "promoted":
-                self._registry.swap_alias(manifest, publication.version, state.alias)
+                moved = self._registry.swap_alias(manifest, publication.version, state.alias)
             else:
-                self._registry.retire(job.adapter, state.alias, manifest.reason, state.version)
+                moved = self._registry.retire(job.adapter, state.alias, manifest.reason, state.version)
+            if moved is not None and state.alias != alias:  # the job's own alias is in its result
+                self._publish(alias_event(self._registry, moved))
 
     def _revoke(self, job: ForgetRequested, history: History, versions: frozenset[str]) -> None:
         for version in sorted(versions & history.published):
@@ -317,10 +374,28 @@ class ForgetExecutor:
                 record_pending_deletes(self._store, job.adapter, f"kept {kept}", [kept], refused=True)
                 put_blob(self._store, body)
 
-    def _delete(self, job: ForgetRequested, *, unpublished: bool = False) -> None:
+    def _delete(self, job: ForgetRequested, keep: Collection[str], *, unpublished: bool = False) -> None:
         """Delete the job's pending blobs from the store and from this process's memory."""
-        deleted = delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=unpublished)
+        deleted = delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=unpublished, keep=keep)
         self._writer.drop_cached(deleted)
+
+    def _drop_unpublished(self, job: ForgetRequested) -> None:
+        """Delete what attempts of a job left behind that goes no further, its progress included."""
+        history = load_history(self._registry, job.adapter)
+        progress = self._sweep_progress(job.adapter, history, drop=lambda step: step.job_id == job.job_id)
+        self._delete(job, progress, unpublished=True)
+
+    def _sweep_progress(
+        self, adapter: str, history: History | None, drop: Callable[[RebuiltStep], bool] = lambda _: False
+    ) -> set[str]:
+        """Remove progress that no rebuild can use any more; return the blobs of the rest."""
+
+        def delete(digests: Collection[str]) -> None:
+            for digest in sorted(digests):
+                self._store.delete(blob_key(digest))
+            self._writer.drop_cached(digests)
+
+        return sweep_steps(self._registry, adapter, history, self._now(), drop=drop, delete_blobs=delete)
 
     # ---- result
 
@@ -335,7 +410,8 @@ class ForgetExecutor:
         statuses = self._statuses(job, counts, version)
         outcomes = {
             status.request_id: RequestOutcome(
-                at_ms=int(status.at.timestamp() * 1000), examples=status.examples, version=version, generation=generation
+                at_ms=int(status.at.timestamp() * 1000), examples=status.examples, version=version,
+                generation=generation, detail=status.detail,
             )
             for status in statuses
         }  # fmt: skip
@@ -366,8 +442,9 @@ class ForgetExecutor:
             if request_id != job.request_id and (entry is None or entry.done is not None):
                 continue
             request = job if entry is None else job.model_copy(update={"request_id": request_id, "kind": entry.kind})
-            statuses.append(self._status(request, "executed", count, version))
-            statuses.append(self._status(request, "published", count, version))
+            detail = "" if count else NOTHING_MATCHED
+            statuses.append(self._status(request, "executed", count, version, detail))
+            statuses.append(self._status(request, "published", count, version, detail))
         return statuses
 
     def _status(
@@ -382,6 +459,19 @@ class ForgetExecutor:
 def _is_done(quarantine: Quarantine, job: ForgetRequested) -> bool:
     entry = quarantine.entry(job.request_id)
     return entry is not None and entry.done is not None
+
+
+def _request_counts(job: ForgetRequested, matches: Sequence[ExampleMatch]) -> dict[str, int]:
+    """Return how many examples each request removes.
+
+    A request that also asks for held examples is left out: this job does not complete it.
+    """
+    held = {match.wanted_by for match in matches if match.held}
+    ids: dict[str, set[str]] = {job.request_id: set()}
+    for match in matches:
+        if match.request_id is not None and match.request_id not in held:
+            ids.setdefault(match.request_id, set()).add(match.example_id)
+    return {request_id: len(found) for request_id, found in ids.items()}
 
 
 def _count(job: ForgetRequested, matches: Sequence[ExampleMatch]) -> int:

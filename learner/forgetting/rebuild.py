@@ -2,20 +2,22 @@
 
 A rebuild trains the recorded schedule again from the last state that never saw the examples, with each update's own
 recipe, seed, cut number and thread count. The same store gives the same bytes, so a job that was interrupted and runs
-again makes the same versions.
+again makes the same versions; updates that it has made already are not trained again (see `progress`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
+from perennial.learner.forgetting.progress import RebuiltStep, find_step, record_step, step_key
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.update import Recipe, Updater, UpdateResult
 from perennial.learner.versions.history import RecordedVersion
-from perennial.learner.versions.job_result import JobError
+from perennial.learner.versions.job_result import JobError, JobInterruptedError
 from perennial.learner.versions.micro_batches import (
     BatchRows,
     OriginOffset,
@@ -29,7 +31,6 @@ from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.manifest import BlobRef, Manifest
-from perennial.storage.registry.pending_deletes import record_pending_deletes
 from perennial.storage.registry.registry import Head
 from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested
 
@@ -39,16 +40,14 @@ class RebuiltState:
     """The state and position that a rebuild has reached.
 
     Attributes:
-        step: the last version of the rebuilt schedule; None before its first one.
+        step: the last version of the rebuilt schedule; None before its first one. Its manifest names the state's blobs.
         version: the version that trained the state; None if it is the adapter's initial state.
-        state: the state after that step.
-        refs: the state's blobs.
+        seed: the seed of the adapter's initial state.
     """
 
     step: RecordedVersion | None
     version: str | None
-    state: TrainingState
-    refs: StateRefs
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -79,20 +78,33 @@ class UpdateRebuilder:
 
     Args:
         writer: trains and prepares manifests.
-        progress: called after each update.
+        progress: called after each update, and after each step of its training.
+        now: wall clock, for the records of progress.
+        failpoint: called with a name at each step where fault tests may stop the process.
+        should_stop: asked before each update is trained; True ends the rebuild.
     """
 
-    def __init__(self, writer: VersionWriter, progress: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        writer: VersionWriter,
+        progress: Callable[[], None],
+        now: Callable[[], datetime],
+        failpoint: Callable[[str], None] = lambda _: None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._writer = writer
         self._registry = writer.registry
         self._store = writer.registry.store
         self._progress = progress
+        self._now = now
+        self._failpoint = failpoint
+        self._should_stop = should_stop
 
     def rebuild(self, job: ForgetRequested, plan: RebuildPlan) -> RebuiltState:
         """Rebuild the affected updates without the removed examples.
 
         Args:
-            job: the forget job; what is stored is added to its pending deletes first.
+            job: the forget job.
             plan: the updates and the examples to leave out.
 
         Returns:
@@ -100,9 +112,10 @@ class UpdateRebuilder:
 
         Raises:
             JobError: an update's micro-batch is gone, or its recipe does not fit this worker.
+            JobInterruptedError: the process is to stop; the updates made so far stay for the next attempt.
         """
         steps = [step for step in plan.steps if trained_offsets(step.manifest)]
-        current = self._start(job.adapter, plan.last_clean, steps)
+        current = self._start(plan.last_clean, steps)
         try:
             for step in steps:
                 current = self.rebuild_update(job, current, step, plan.removed_offsets)
@@ -111,44 +124,80 @@ class UpdateRebuilder:
             make_deterministic(self._writer.threads)
         return current
 
-    def _start(
-        self, adapter: str, last_clean: RecordedVersion | None, steps: Sequence[RecordedVersion]
-    ) -> RebuiltState:
-        if last_clean is None:
-            seed = steps[0].manifest.seed if steps else self._writer.updater.recipe.seed
-            state = self._writer.initial_state(adapter, seed)
-            return RebuiltState(None, None, state, to_blobs(state)[0])
-        manifest = last_clean.manifest
-        state, _ = self._writer.state_at(Head(manifest.seq, last_clean.version, manifest), adapter)
-        return RebuiltState(last_clean, state_version(last_clean), state, StateRefs.of_manifest(manifest))
+    def _start(self, last_clean: RecordedVersion | None, steps: Sequence[RecordedVersion]) -> RebuiltState:
+        seed = steps[0].manifest.seed if steps else self._writer.updater.recipe.seed
+        return RebuiltState(last_clean, state_version(last_clean), seed)
+
+    def _state(self, adapter: str, reached: RebuiltState) -> TrainingState:
+        """Load the state that the rebuild has reached; not before an update is trained from it."""
+        if reached.step is None:
+            return self._writer.initial_state(adapter, reached.seed)
+        manifest = reached.step.manifest
+        return self._writer.state_at(Head(manifest.seq, reached.step.version, manifest), adapter)[0]
 
     def rebuild_update(
         self, job: ForgetRequested, before: RebuiltState, step: RecordedVersion, removed_offsets: RemovedOffsets
     ) -> RebuiltState:
-        """Train one recorded update again; return `before` unchanged if no example is left in it."""
-        update = self._remaining(step, removed_offsets)
+        """Train one recorded update again, unless it was made before; return `before` if no example is left in it."""
+        removed = _removed(step, removed_offsets)
+        if trained_offsets(step.manifest) <= removed:
+            return before
+        key = step_key(job.adapter, before.step, before.seed, step.version, removed)
+        made = find_step(self._registry, key)
+        if made is not None:
+            return _reached(before, made)
+        if self._should_stop():
+            raise JobInterruptedError(
+                f"the rebuild of {job.adapter} stops before {step.version}; it will go on from there"
+            )
+        update = self._remaining(step, removed)
         if not update.examples:
             return before
         updater = self._updater_of(update.recorded)
-        result = self._train(job, before, update, updater)
+        state = self._state(job.adapter, before)
+        result = self._train(job, state, update, updater)
         blobs = {} if update.new_body is None else {update.ref.digest: update.new_body}
-        state, refs = before.state, before.refs
         if result.outcome == "promoted":
             state = result.state
             refs, state_blobs = to_blobs(state)
             blobs |= state_blobs
         elif before.step is None:
-            blobs |= to_blobs(before.state)[1]
+            refs, state_blobs = to_blobs(state)
+            blobs |= state_blobs
+        else:
+            refs = StateRefs.of_manifest(before.step.manifest)
         manifest = self._manifest(before, update, updater, result, refs)
-        version = manifest.digest()
-        record_pending_deletes(self._store, job.adapter, job.job_id, blobs)
+        self._failpoint("learner.forget_trained")
+        self._store_step(job, key, step, update, manifest, blobs)
+        self._writer.cache_state(refs, state)
+        self._failpoint("learner.forget_step")
+        return _reached(before, RecordedVersion(manifest.digest(), manifest))
+
+    def _store_step(
+        self,
+        job: ForgetRequested,
+        key: str,
+        step: RecordedVersion,
+        update: _RemainingUpdate,
+        manifest: Manifest,
+        blobs: Mapping[str, bytes],
+    ) -> None:
+        """Record a rebuilt update as progress, then store its blobs and its manifest."""
+        made = RebuiltStep(
+            adapter=job.adapter,
+            job_id=job.job_id,
+            recorded=step.version,
+            rebuilt=manifest.digest(),
+            batch=None if update.new_body is None else update.ref.digest,
+            blobs=sorted(blobs),
+            made_at=self._now(),
+        )
+        record_step(self._store, key, made)
         for body in blobs.values():
             put_blob(self._store, body)
         self._registry.record(manifest)
-        promoted = version if result.outcome == "promoted" else before.version
-        return RebuiltState(RecordedVersion(version, manifest), promoted, state, refs)
 
-    def _remaining(self, step: RecordedVersion, removed_offsets: RemovedOffsets) -> _RemainingUpdate:
+    def _remaining(self, step: RecordedVersion, removed: set[OriginOffset]) -> _RemainingUpdate:
         """Return what is left of an update. Raise JobError if its micro-batch is not stored."""
         recorded = step.manifest
         if recorded.batch is None or recorded.cut is None:
@@ -156,7 +205,6 @@ class UpdateRebuilder:
         batch = load_batch(self._store, recorded.batch.digest)
         if batch is None:
             raise JobError("missing-batch", "an update's micro-batch is not stored", got=recorded.batch.digest)
-        removed = set(removed_offsets.get(recorded.batch.digest, ()))
         ref, new_body = recorded.batch, None
         if removed:
             batch = without_examples(batch, removed)
@@ -183,7 +231,7 @@ class UpdateRebuilder:
         return replace(updater, recipe=recipe, general=updater.general.cut_to(recipe.row_tokens))
 
     def _train(
-        self, job: ForgetRequested, before: RebuiltState, update: _RemainingUpdate, updater: Updater
+        self, job: ForgetRequested, state: TrainingState, update: _RemainingUpdate, updater: Updater
     ) -> UpdateResult:
         rows = self._writer.rows
         if updater.recipe.row_tokens != self._writer.updater.recipe.row_tokens:
@@ -191,7 +239,13 @@ class UpdateRebuilder:
         rows.put(update.ref.digest, update.batch.examples)
         make_deterministic(update.recorded.threads)
         return updater.update(
-            before.state, update.examples, adapter=job.adapter, cut=update.cut, batch=update.ref.digest, replayed=rows
+            state,
+            update.examples,
+            adapter=job.adapter,
+            cut=update.cut,
+            batch=update.ref.digest,
+            replayed=rows,
+            on_step=self._progress,
         )
 
     def _manifest(
@@ -218,3 +272,14 @@ class UpdateRebuilder:
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),
             }
         )  # fmt: skip
+
+
+def _removed(step: RecordedVersion, removed_offsets: RemovedOffsets) -> set[OriginOffset]:
+    """Return the offsets of the examples that are left out of an update's micro-batch."""
+    batch = step.manifest.batch
+    return set(removed_offsets.get(batch.digest, ())) if batch is not None else set()
+
+
+def _reached(before: RebuiltState, made: RecordedVersion) -> RebuiltState:
+    promoted = made.version if made.manifest.outcome == "promoted" else before.version
+    return RebuiltState(made, promoted, before.seed)

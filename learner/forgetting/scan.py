@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
+from perennial.learner.forgetting.progress import list_steps
 from perennial.learner.forgetting.rebuild_plan import BatchMatches, ExampleMatch, ForgetTarget
 from perennial.learner.versions.history import History
 from perennial.learner.versions.micro_batches import load_batch
@@ -25,7 +26,7 @@ class FoundExamples:
     Attributes:
         learned: in micro-batches of versions.
         refused: in micro-batches of jobs that will never be done.
-        unfinished: in micro-batches that interrupted jobs left behind.
+        unfinished: in micro-batches that interrupted jobs left behind, and in those that a rebuild has made so far.
     """
 
     learned: BatchMatches
@@ -55,6 +56,7 @@ def find_examples(store: ObjectStore, adapter: str, history: History | None, tar
     unfinished: set[str] = set()
     for pending in list_pending_deletes(store, adapter):
         (refused if pending.refused else unfinished).update(pending.digests)
+    unfinished.update(step.batch for _, step in list_steps(store, adapter) if step.batch is not None)
     return FoundExamples(
         _match_batches(store, adapter, learned, target, published=True),
         _match_batches(store, adapter, refused - referenced, target),

@@ -25,7 +25,7 @@ from perennial.learner.model.loss import OutOfMemoryError
 from perennial.learner.roles.parking import report_parked
 from perennial.learner.roles.passes import PassRunner
 from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
-from perennial.learner.versions.job_result import JobError, JobResult
+from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter, make_version_writer
 from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, StoreUnavailableError
 from perennial.storage.failpoints import failpoint
@@ -121,7 +121,7 @@ class Learner:
         self._stop = stop
         self._pending_events: SimpleQueue[AdapterUpdate] = SimpleQueue()
         self._passes = PassRunner(
-            writer, settings.serving.alias, _now, failpoint, self._pending_events.put, metrics.progress
+            writer, settings.serving.alias, _now, failpoint, self._pending_events.put, metrics.progress, stop.is_set
         )
         self._waiting: deque[ConsumedRecord] = deque()
         self._running: _RunningJob | None = None
@@ -190,6 +190,9 @@ class Learner:
         self._publish_pending(traceparent)
         try:
             result = job.result.result()
+        except JobInterruptedError as error:  # not committed: the next learner goes on from the job's progress
+            _log.info("%s", error)
+            return
         except JobError as error:
             self._refuse(job.record, error.reason, str(error), job.envelope)
             return

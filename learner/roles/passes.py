@@ -38,7 +38,8 @@ class PassRunner:
         now: wall clock, for statuses.
         failpoint: called with a name at each step where fault tests may stop the process.
         publish: called with each event that must be published before a job ends.
-        progress: called after each rebuilt update.
+        progress: called after each rebuilt update and each step of its training.
+        should_stop: asked between two updates of a rebuild; True ends the job without a result.
     """
 
     def __init__(
@@ -49,13 +50,14 @@ class PassRunner:
         failpoint: Callable[[str], None],
         publish: Callable[[AdapterUpdate], None],
         progress: Callable[[], None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._writer = writer
         self._alias = alias
         self._now = now
         self._updates = UpdateQueue(writer, alias, now, publish)
         self._rollbacks = RollbackExecutor(writer)
-        self._forgets = ForgetExecutor(writer, now, failpoint, publish, progress)
+        self._forgets = ForgetExecutor(writer, now, failpoint, publish, progress, should_stop)
         self._reported: set[str] = set()
 
     def run(self, job: Event) -> JobResult:
@@ -69,6 +71,7 @@ class PassRunner:
             JobError: the job can never be done, or is of an unknown type.
             NoSpaceError: the store has no room; hand it to `park` if trying again does not help.
             StoreError: the store failed.
+            JobInterruptedError: the process is to stop; the job must not be committed.
             AdapterError: stored weights belong to another base or rank.
         """
         try:

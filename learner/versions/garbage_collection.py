@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from perennial.learner.versions.history import load_history
 from perennial.learner.versions.job_order import waiting_jobs
 from perennial.storage.objects.keys import blob_key
@@ -9,7 +11,9 @@ from perennial.storage.registry.pending_deletes import load_pending_deletes
 from perennial.storage.registry.registry import Registry
 
 
-def delete_unreferenced(registry: Registry, adapter: str, job_id: str, *, unpublished: bool = False) -> set[str]:
+def delete_unreferenced(
+    registry: Registry, adapter: str, job_id: str, *, unpublished: bool = False, keep: Collection[str] = ()
+) -> set[str]:
     """Delete the blobs in a job's pending deletes that no version and no other waiting job needs, with all their object versions.
 
     Nothing that a version still needs is deleted, so this is safe where a job was interrupted. Only this job's pending
@@ -21,12 +25,13 @@ def delete_unreferenced(registry: Registry, adapter: str, job_id: str, *, unpubl
         adapter: the job's adapter.
         job_id: the job.
         unpublished: delete only what no version names at all, for a job that goes no further.
+        keep: digests of blobs that something else needs, such as the progress of a rebuild.
 
     Returns:
         The digests that were deleted.
     """
     pending = load_pending_deletes(registry.store, adapter, job_id)
-    digests = set(pending.digests) if pending else set()
+    digests = set(pending.digests).difference(keep) if pending else set()
     if not digests:
         return set()
     history = load_history(registry, adapter)

@@ -43,6 +43,10 @@ class JobError(PerennialError):
         super().__init__(message, got=got, allowed=allowed, remedy=remedy)
 
 
+class JobInterruptedError(PerennialError):
+    """The process is to stop while a job runs: the job is not committed, and its next run goes on from its progress."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """Records for the store, to be written once Kafka has confirmed everything that the job sends.

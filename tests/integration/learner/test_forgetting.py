@@ -82,25 +82,27 @@ def oracle(settings: Settings, tmp: Path, cuts, gone: set[int]) -> scratch.Scrat
 
 
 @pytest.mark.usefixtures("_few_general_texts")
-def test_an_erasure_is_told_twice_and_its_states_are_told_before_the_commit(given, tmp_path):
+@pytest.mark.parametrize("emergency", [False, True])
+def test_an_erasure_is_told_and_its_states_are_told_before_the_commit(given, tmp_path, emergency):
     cuts = documents(3)
     kit.send(given, *(jobs.update(store_of(given), cut, examples) for cut, examples in cuts.items()))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
         assert len(kit.envelopes(given, "adapter-updates", 3)) == 3
-        kit.send(given, erase(given, "r1", 5, 9))
-        updates = [envelope.event for envelope in kit.envelopes(given, "adapter-updates", 5)]
+        kit.send(given, erase(given, "r1", 5, 9).model_copy(update={"emergency": emergency}))
+        updates = [envelope.event for envelope in kit.envelopes(given, "adapter-updates", 5 if emergency else 4)]
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 4, "the job is committed")
         statuses = [envelope.event for envelope in kit.envelopes(given, "retention-status", 2)]
-    assert [type(event) for event in updates[3:]] == [AdapterRevoked, AdapterRevoked]
-    assert [event.generation for event in updates] == [1, 2, 3, 4, 5]
-    assert updates[3].weights_sha256 == updates[0].weights_sha256
+    assert [type(event) for event in updates[3:]] == [AdapterRevoked] * (2 if emergency else 1)
+    assert [event.generation for event in updates] == list(range(1, len(updates) + 1))
+    if emergency:
+        assert updates[3].weights_sha256 == updates[0].weights_sha256
     assert [(s.request_id, s.state, s.examples) for s in statuses] == [("r1", "executed", 2), ("r1", "published", 2)]
-    assert statuses[1].version == updates[4].version
+    assert statuses[1].version == updates[-1].version
     head = registry(given).head(ADAPTER)
     assert oracle(given, tmp_path, cuts, {5, 9}).equals(head.manifest)
     assert unit.readable(Path(given.store.uri), ["secret005", "secret009"]) == []
     done = load_quarantine(store_of(given), ADAPTER).entry("r1").done
-    assert (done.version, done.generation, done.examples, done.failure) == (head.version, 5, 2, "")
+    assert (done.version, done.generation, done.examples, done.failure) == (head.version, len(updates), 2, "")
 
 
 @pytest.mark.usefixtures("_few_general_texts")
@@ -172,7 +174,7 @@ def test_no_object_version_of_a_bucket_holds_what_was_erased(tmp_path):
         assert versions_with(store, b"secret005")
         done, told = unit.forget(learner, unit.quarantined(store, unit.erase("r1", 5, 6)))
         assert unit.never_saw(learner, tmp_path, cuts, {5, 6}).equals(done.manifest)
-        assert [type(event) for event in told] == [AdapterRevoked, AdapterRevoked]
+        assert [type(event) for event in told] == [AdapterRevoked]
         assert versions_with(store, b"secret005") == versions_with(store, b"secret006") == []
         assert unit.readable(server.data / store._bucket, ["secret005", "secret006"]) == []
         assert versions_with(store, b"secret001"), "the rest is there"

@@ -114,22 +114,24 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store", fsync=False)
 
 
+@pytest.mark.parametrize("emergency", [False, True])
 def test_forgetting_gives_the_same_bytes_as_a_run_that_never_saw_the_example(
-    store: DirectoryStore, tmp_path: Path
+    store: DirectoryStore, tmp_path: Path, emergency: bool
 ) -> None:
     learner, cuts = local_learner(store), documents(1, 20)
     learned = [done.manifest for done in learn(learner, cuts)]
-    done, published = forget(learner, quarantined(store, erase("r1", 9)))
+    done, published = forget(learner, quarantined(store, erase("r1", 9, emergency=emergency)))
     oracle = never_saw(learner, tmp_path, cuts, {9})
     assert done.manifest is not None
     assert oracle.equals(done.manifest)
-    assert (done.outcome, done.manifest.kind, done.manifest.seq) == ("promoted", "forget", 7)
+    assert (done.outcome, done.manifest.kind, done.manifest.seq) == ("promoted", "forget", 7 if emergency else 6)
     assert done.manifest.marks == learned[-1].marks
-    assert [type(event) for event in published] == [AdapterRevoked, AdapterRevoked]
-    assert [event.generation for event in published] == [6, 7]
-    assert published[0].weights_sha256 == learned[1].weights.digest, (
-        "what is served meanwhile is from before the first use"
-    )
+    assert [type(event) for event in published] == [AdapterRevoked] * (2 if emergency else 1)
+    assert [event.generation for event in published] == ([6, 7] if emergency else [6])
+    if emergency:
+        assert published[0].weights_sha256 == learned[1].weights.digest, (
+            "what is served meanwhile is from before the first use"
+        )
     assert [(s.state, s.examples) for s in done.statuses] == [("executed", 1), ("published", 1)]
     revoked = {revocation.version for revocation in learner.registry.revocations(ADAPTER)}
     assert revoked == {manifest.digest() for manifest in learned[2:]}
@@ -142,13 +144,16 @@ def test_forgetting_gives_the_same_bytes_as_a_run_that_never_saw_the_example(
     assert store.exists(blob_key(learned[3].batch.digest)), "the replay needs what is not erased"
 
 
-def test_a_first_cut_is_forgotten_and_served_again_when_it_is_rebuilt(store: DirectoryStore, tmp_path: Path) -> None:
+@pytest.mark.parametrize("emergency", [False, True])
+def test_a_first_cut_is_forgotten_and_served_again_when_it_is_rebuilt(
+    store: DirectoryStore, tmp_path: Path, emergency: bool
+) -> None:
     learner, cuts = local_learner(store), documents(2, 12)
     learn(learner, cuts)
-    done, published = forget(learner, erase("r1", 0, 2))
+    done, published = forget(learner, erase("r1", 0, 2, emergency=emergency))
     assert never_saw(learner, tmp_path, cuts, {0, 2}).equals(done.manifest)
-    assert [type(event) for event in published] == [AdapterRetired, AdapterRevoked]
-    assert [event.generation for event in published] == [4, 5]
+    assert [type(event) for event in published] == [*([AdapterRetired] if emergency else []), AdapterRevoked]
+    assert [event.generation for event in published] == ([4, 5] if emergency else [4])
 
 
 def test_an_adapter_that_learned_nothing_else_is_retired(store: DirectoryStore, tmp_path: Path) -> None:
@@ -156,7 +161,7 @@ def test_an_adapter_that_learned_nothing_else_is_retired(store: DirectoryStore, 
     learn(learner, cuts)
     done, published = forget(learner, request(selector=Selector(sources=[f"wiki-{n}" for n in range(3)])))
     assert never_saw(learner, tmp_path, cuts, range(8)).equals(done.manifest)
-    assert [type(event) for event in published] == [AdapterRetired, AdapterRetired]
+    assert [type(event) for event in published] == [AdapterRetired]
     assert learner.registry.alias(ADAPTER).kind == "retired"
     assert learner.registry.alias(ADAPTER).generation == 3
     assert readable(store.root, ["secret"]) == []
@@ -274,9 +279,17 @@ def copy_of(root: Path, to: Path) -> DirectoryStore:
     return DirectoryStore(to, fsync=False)
 
 
-@pytest.mark.parametrize("step", [*STEPS, "publish.manifest:1", "publish.claim_seq:1", "publish.manifest:2",
-                                   "publish.claim_seq:2", "publish.alias:2"])  # fmt: skip
-def test_an_interrupted_forgetting_ends_in_the_same_state(learned_store: Path, tmp_path: Path, step: str) -> None:
+PUBLISHING = ["publish.manifest", "publish.claim_seq", "publish.alias"]
+
+
+@pytest.mark.parametrize(
+    ("step", "emergency"),
+    [(step, False) for step in (*STEPS, "learner.forget_trained", "learner.forget_step", *PUBLISHING)]
+    + [(step, True) for step in (*STEPS, "publish.manifest:1", "publish.claim_seq:1", *(f"{p}:2" for p in PUBLISHING))],
+)
+def test_an_interrupted_forgetting_ends_in_the_same_state(
+    learned_store: Path, tmp_path: Path, step: str, emergency: bool
+) -> None:
     cut, straight = (copy_of(learned_store, tmp_path / name) for name in ("cut", "straight"))
     name, _, count = step.partition(":")
     passed = 0
@@ -287,7 +300,8 @@ def test_an_interrupted_forgetting_ends_in_the_same_state(learned_store: Path, t
         if here == name and passed == int(count or 1):
             raise CutOffError
 
-    job = erase("r1", 5)
+    job = erase("r1", 5, emergency=emergency)
+    generation = 5 if emergency else 4
     quarantined(cut, job)
     quarantined(straight, job)
     with pytest.raises(CutOffError):
@@ -296,7 +310,7 @@ def test_an_interrupted_forgetting_ends_in_the_same_state(learned_store: Path, t
     done, _ = forget(learner, job)
     want, _ = forget(local_learner(straight), job)
     assert done.event.version == want.event.version
-    assert done.event.generation == want.event.generation == 5
+    assert done.event.generation == want.event.generation == generation
     assert done.statuses == () or [s.examples for s in done.statuses] == [1, 1]
     assert readable(cut.root, ["secret005"]) == []
     assert sorted(path.name for path in (cut.root / "blobs/sha256").iterdir()) == sorted(
@@ -304,8 +318,8 @@ def test_an_interrupted_forgetting_ends_in_the_same_state(learned_store: Path, t
     )
     entry = load_quarantine(cut, ADAPTER).entry("r1")
     assert entry.done is not None
-    assert (entry.done.examples, entry.done.version, entry.done.generation) == (1, want.event.version, 5)
-    assert list(cut.list("forgotten/")) == []
+    assert (entry.done.examples, entry.done.version, entry.done.generation) == (1, want.event.version, generation)
+    assert [*cut.list("forgotten/"), *cut.list("rebuilds/")] == []
     again, _ = forget(learner, job)
     assert (again.outcome, again.event) == ("repeated", done.event)
 
@@ -326,7 +340,7 @@ def test_a_request_accepted_while_another_is_run_again_is_carried_out_with_it(
     learner = local_learner(store)
     done, published = forget(learner, first)
     assert never_saw(learner, tmp_path, documents(6, 12), {5, 6}).equals(done.manifest)
-    assert [event.generation for event in published] == [6, 7]
+    assert [event.generation for event in published] == [5]
     assert [(s.request_id, s.examples) for s in done.statuses[::2]] == [("r1", 1), ("r2", 1)]
     assert readable(store.root, ["secret005", "secret006"]) == []
 
@@ -457,7 +471,7 @@ def versions(learner: LocalLearner) -> list[str]:
 def test_rolling_back_past_a_forgetting_reaches_only_clean_versions(store: DirectoryStore) -> None:
     learner, cuts = local_learner(store), documents(14, 12)
     learned = [done.manifest for done in learn(learner, cuts)]
-    forget(learner, erase("r1", 9))
+    forget(learner, erase("r1", 9, emergency=True))
     done = learner.rollback(rollback("b1"))
     assert done.manifest.weights == learned[1].weights
     quarantine = versions(learner)[3]
@@ -486,7 +500,10 @@ def test_every_alias_that_served_it_is_moved(store: DirectoryStore) -> None:
     assert learner.registry.alias(ADAPTER, "old").version == learned[0].digest()
 
 
-def test_a_store_that_fails_during_a_rebuild_leaves_the_old_micro_batches(learned_store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("emergency", [False, True])
+def test_a_store_that_fails_during_a_rebuild_leaves_the_old_micro_batches(
+    learned_store: Path, tmp_path: Path, emergency: bool
+) -> None:
     store = copy_of(learned_store, tmp_path / "store")
     learner = local_learner(store)
 
@@ -495,8 +512,8 @@ def test_a_store_that_fails_during_a_rebuild_leaves_the_old_micro_batches(learne
             raise StoreUnavailableError("down")
 
     with pytest.raises(StoreUnavailableError):
-        forget(learner, erase("r1", 5), fails)
-    assert head(learner.registry).kind == "quarantine"
+        forget(learner, erase("r1", 5, emergency=emergency), fails)
+    assert head(learner.registry).kind == ("quarantine" if emergency else "update")
     more = documents(6, 16)[3]
     learn(learner, {3: more})  # in order it cannot come first, but where it does nothing is lost
     done, _ = forget(learner, erase("r1", 5))
