@@ -32,10 +32,10 @@ from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.garbage_collection import delete_unreferenced
 from perennial.learner.versions.history import History, RecordedVersion, load_history
-from perennial.learner.versions.job_result import Completion, JobError, JobResult
+from perennial.learner.versions.job_result import Completion, JobInterruptedError, JobResult
 from perennial.learner.versions.micro_batches import batch_to_bytes, load_batch, without_examples
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.storage.errors import ConflictError
+from perennial.storage.errors import ConflictError, PerennialError, StoreUnavailableError
 from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
@@ -141,7 +141,9 @@ class ForgetExecutor:
             return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
         try:
             return retry_on_conflict(self._registry, job.adapter, lambda: self._prepare(job))
-        except JobError as error:  # the request itself does not fail: its own job will say what is wrong
+        except (JobInterruptedError, StoreUnavailableError):
+            raise
+        except PerennialError as error:  # the request itself does not fail: its own job will say what is wrong
             _log.warning("%s cannot be prepared: %s", job.request_id, error)
             return JobResult("unchanged", None, None)
 
