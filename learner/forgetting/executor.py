@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from perennial.learner.forgetting.progress import RebuiltStep, sweep_steps
 from perennial.learner.forgetting.rebuild import UpdateRebuilder
 from perennial.learner.forgetting.rebuild_plan import (
     BatchMatches,
@@ -26,6 +25,7 @@ from perennial.learner.forgetting.rebuild_plan import (
     plan_rebuild,
     state_version,
 )
+from perennial.learner.forgetting.rebuild_progress import RebuiltStep, sweep_steps
 from perennial.learner.forgetting.scan import FoundExamples, find_examples
 from perennial.learner.training.state import to_blobs
 from perennial.learner.versions.alias_events import alias_event

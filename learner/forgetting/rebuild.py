@@ -2,7 +2,7 @@
 
 A rebuild trains the recorded schedule again from the last state that never saw the examples, with each update's own
 recipe, seed, cut number and thread count. The same store gives the same bytes, so a job that was interrupted and runs
-again makes the same versions; updates that it has made already are not trained again (see `progress`).
+again makes the same versions; updates that it has made already are not trained again (see `rebuild_progress`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
-from perennial.learner.forgetting.progress import RebuiltStep, find_step, record_step, step_key
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
+from perennial.learner.forgetting.rebuild_progress import RebuiltStep, find_step, record_step, step_key
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.update import Recipe, Updater, UpdateResult

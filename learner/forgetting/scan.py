@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from perennial.learner.forgetting.progress import list_steps
 from perennial.learner.forgetting.rebuild_plan import BatchMatches, ExampleMatch, ForgetTarget
+from perennial.learner.forgetting.rebuild_progress import list_steps
 from perennial.learner.versions.history import History
 from perennial.learner.versions.micro_batches import load_batch
 from perennial.storage.errors import IntegrityError

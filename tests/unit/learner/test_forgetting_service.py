@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import pytest
 
-from perennial.learner.forgetting import progress
+from perennial.learner.forgetting import rebuild_progress
 from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
@@ -284,10 +284,10 @@ def test_an_erasure_deletes_what_a_preparation_made_of_its_example(store: Direct
     expiring = request("e1", kind="expire", example_ids=[cuts[1][1].example_id], suppress=False, prepare=True)
     forget(learner, expiring)
     assert len(readable(store.root, ["secret006"])) == 2, "the rebuilt micro-batch of cut 1 holds the others"
-    steps = len(list(progress.list_steps(store, ADAPTER)))
+    steps = len(list(rebuild_progress.list_steps(store, ADAPTER)))
     done, _ = forget(learner, quarantined(store, erase("r1", 13)))  # in cut 3
     assert never_saw(learner, tmp_path, cuts, {13}).equals(done.manifest)
-    kept = [step.recorded for _, step in progress.list_steps(store, ADAPTER)]
+    kept = [step.recorded for _, step in rebuild_progress.list_steps(store, ADAPTER)]
     assert (steps, len(kept)) == (5, 2), "cuts 1 and 2 are still as they were prepared"
     erased, _ = forget(learner, quarantined(store, erase("r2", 6)))
     assert never_saw(learner, tmp_path, cuts, {6, 13}).equals(erased.manifest)
@@ -301,7 +301,7 @@ def test_progress_that_nobody_uses_is_removed_in_the_end(
     learner, blobs = local_learner(store), sorted((store.root / "blobs/sha256").iterdir())
     forget(learner, erase("e1", 5, prepare=True))
     assert len(list((store.root / "blobs/sha256").iterdir())) > len(blobs)
-    monkeypatch.setattr(progress, "KEEP_PROGRESS", progress.KEEP_PROGRESS * 0)
+    monkeypatch.setattr(rebuild_progress, "KEEP_PROGRESS", rebuild_progress.KEEP_PROGRESS * 0)
     done, _ = forget(learner, quarantined(store, erase("r1", 99)))
     assert done.outcome == "unchanged"
     assert sorted((store.root / "blobs/sha256").iterdir()) == blobs
@@ -312,7 +312,7 @@ def test_progress_whose_blobs_are_lost_is_made_again(store: DirectoryStore, tmp_
     job, cuts = quarantined(store, erase("r1", 5)), documents(41, 4 * CUTS)
     with pytest.raises(CutOffError):
         forget(local_learner(store), job, stops_at("learner.forget_step", 3))
-    _, second = sorted(progress.list_steps(store, ADAPTER), key=lambda item: item[1].made_at)[1:3][0]
+    _, second = sorted(rebuild_progress.list_steps(store, ADAPTER), key=lambda item: item[1].made_at)[1:3][0]
     for digest in second.blobs:
         store.delete(blob_key(digest))
     done, _ = forget(local_learner(store), job)
