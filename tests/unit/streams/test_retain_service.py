@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from datetime import UTC, datetime
 from types import SimpleNamespace
 
 import pytest
@@ -10,12 +12,16 @@ import pytest
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key, digest_of, stored_name
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
+from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
+from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
+from perennial.streams.retain.request_store import load_requests
 from perennial.streams.retain.service import RetainService
 from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights
+from tests.memory_store import MemoryStore
 from tests.versions import VersionPublisher
 
 
@@ -73,3 +79,85 @@ def test_a_damaged_micro_batch_stops_the_calendar_of_no_other_adapter(store, giv
     assert "acme/a" in message
     assert digest in message
     assert "secret" not in message
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(f"perennial_{name}", {"role": "retain", **labels})
+
+
+def service(store, metrics: Metrics, acks: object, wall_ms: list[int]) -> RetainService:
+    async def send(*_: object) -> None:
+        pass
+
+    settings = Settings.of(clock_settle_s=0.001, env_file=None)
+    return RetainService(settings, metrics, StoreFacts(settings, store, acks), send, wall_ms=lambda: wall_ms[0])
+
+
+def test_metrics_tell_what_is_open_overdue_and_closed_with_exceptions(store):
+    metrics, wall_ms = Metrics("retain"), [1_000_000]
+    status = SimpleNamespace(
+        replica="web-1", generation=1, version=None, failed=True, lease_expires_ms=10**12, left=False
+    )
+    acks = SimpleNamespace(replicas=lambda *_: [status])
+    retention = service(store, metrics, acks, wall_ms)
+    versions = VersionPublisher(store, "acme/a")
+    before = versions.publish()
+    versions.registry.revoke("acme/a", before.version, "learned it")
+    after = versions.publish(kind="forget")
+    due = datetime.fromtimestamp(2000, UTC)
+    asyncio.run(retention.receive(erase("r0").model_copy(update={"due_at": due}), wall_ms[0]))
+    asyncio.run(retention.tick())
+    assert value(metrics, "forget_requests", state="quarantined") == 1
+    assert value(metrics, "forget_overdue_requests") == 0
+    wall_ms[0] = 2_000_000
+    asyncio.run(retention.tick())
+    time.sleep(0.01)  # the guarded clock follows a jump once it has lasted
+    asyncio.run(retention.tick())
+    assert value(metrics, "forget_overdue_requests") == 1, "it is not carried out, so it is not closed"
+    done = RequestOutcome(at_ms=1, examples=1, version=after.version, generation=after.generation)
+    finish_entry(store, "acme/a", "r0", done)
+    asyncio.run(retention.tick())
+    asyncio.run(retention.tick())
+    assert value(metrics, "forget_overdue_requests") == 0
+    assert value(metrics, "forget_requests", state="closed") == 1
+    assert value(metrics, "forget_exceptions_total") == 1
+
+
+def test_the_event_loop_is_free_while_a_request_over_many_adapters_is_worked_off(store):
+    """A request over many adapters was one step of many seconds."""
+    objects = MemoryStore()
+    for number in range(400):
+        objects.put_if_absent(f"state/curate/acme/a{number}", b"{}")
+    retention = service(objects, Metrics("retain"), SimpleNamespace(lagging=lambda *_: []), [10**9])
+    longest = [0.0]
+
+    async def watch() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.005)
+            longest[0] = max(longest[0], time.monotonic() - before)
+
+    async def run() -> None:
+        watcher = asyncio.create_task(watch())
+        request = erase("r").model_copy(update={"adapter": "*"})
+        await retention.receive(request, 10**9)
+        await retention.tick()
+        watcher.cancel()
+
+    asyncio.run(run())
+    assert load_requests(objects)["r"].phases == {"sent": 400}
+    assert longest[0] < 2.0
+
+
+def test_an_acknowledgement_that_cannot_be_read_waits_for_the_broker(store):
+    def unreachable(*_: object) -> list[object]:
+        raise KafkaUnavailableError("adapter-acks cannot be read")
+
+    metrics = Metrics("retain")
+    retention = service(store, metrics, SimpleNamespace(replicas=unreachable), [10**6])
+    after = VersionPublisher(store, "acme/a").publish()
+    asyncio.run(retention.receive(erase("r0"), 10**6))
+    done = RequestOutcome(at_ms=1, examples=1, version=after.version, generation=after.generation)
+    finish_entry(store, "acme/a", "r0", done)
+    asyncio.run(retention.tick())
+    assert load_requests(store)["r0"].state == "quarantined"
