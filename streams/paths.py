@@ -32,7 +32,12 @@ def expand_path(path: str | Path) -> Path:
 
 
 def _home(kind: str, fallback: str) -> Path:
-    return expand_path(os.environ.get(kind) or Path.home() / fallback) / "perennial"
+    """Return this project's folder of a kind. A user of a container may have neither HOME nor an entry in passwd."""
+    given = os.environ.get(kind)
+    try:
+        return (expand_path(given) if given else Path.home() / fallback) / "perennial"
+    except RuntimeError:
+        return Path(".perennial").absolute() / Path(fallback).name
 
 
 def default_data_dir() -> Path:

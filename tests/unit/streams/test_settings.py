@@ -250,3 +250,16 @@ def test_case_07_a_byte_order_mark_does_not_hide_the_first_variable(tmp_path):
     assert load_settings().kafka.bootstrap == "a:1"
     (tmp_path / ".env").write_bytes(b"\xef\xbb\xbfPERENNIAL_S3_ENDPOINT=b:1\n")
     assert load_settings().s3.endpoint == "b:1"
+
+
+def test_case_18_a_user_without_a_home_can_use_every_command(monkeypatch, tmp_path):
+    """A container that runs as a user without an entry in passwd ended in a RuntimeError, also to publish."""
+
+    def unknown() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", unknown)
+    for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert load_settings(kafka="a:1").store.data_dir == tmp_path / ".perennial" / "share"
+    assert cache_dir() == tmp_path / ".perennial" / ".cache"
