@@ -25,6 +25,7 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 
 from perennial.storage.errors import IntegrityError, PerennialError
+from perennial.storage.objects.safetensors_check import check_safetensors
 
 if TYPE_CHECKING:
     from perennial.learner.model.base import Base
@@ -243,6 +244,7 @@ def load_tensors(data: bytes, max_bytes: int = MAX_ADAPTER_BYTES) -> Tensors:
     remedy = "restore the object from a backup: its writer stores finite fp32 tensors only"
     if len(data) > max_bytes:
         raise IntegrityError("stored tensors are too large", got=len(data), allowed=max_bytes, remedy=remedy)
+    check_safetensors(data)  # before the library, whose header may have 100 MB
     try:
         tensors: Tensors = load_safetensors(data)
     except (SafetensorError, ValueError, KeyError) as error:
