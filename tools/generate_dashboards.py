@@ -298,6 +298,10 @@ FLOW = Dashboard(
                   "Time that subscribers need for a new version, by stage; publish_to_served is the total.", unit="s"),
             Panel("Store errors", [Query(counted("perennial_store_errors_total", "role, op"), "{{role}}: {{op}}")],
                   "Calls to the object store that failed.", bars=True, stacked=True, zero="none"),
+            Panel("Parked adapters", [Query("max by (reason) (perennial_adapters_parked)", "{{reason}}")],
+                  "Adapters that wait for an operator, by reason.", zero="none"),
+            Panel("Updates that wait in the store", [Query("max by (adapter) (perennial_jobs_waiting)", "{{adapter}}")],
+                  "Of parked adapters; nothing is lost while they wait.", zero="none"),
         ]),
     ],
 )  # fmt: skip
