@@ -8,7 +8,8 @@ from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import NotFoundError
-from perennial.storage.registry.manifest import Manifest, update_id
+from perennial.storage.recovery.rollback import RollbackError, descendants_to_revoke, servable, version_before
+from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Head
 from perennial.streams.events.models import RollbackRequested
 
@@ -35,23 +36,27 @@ class RollbackExecutor:
         return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job))
 
     def _attempt(self, job: RollbackRequested) -> JobResult:
+        # A rollback moves no high-water mark, so only the versions say whether it was done already, perhaps by the
+        # command line or by retain, which do not wait for the learner.
+        if self._registry.head(job.adapter) and self._writer.version_of_job(job.adapter, job.job_id) is not None:
+            self._retire_revoked(job)
+            return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, job.alias))
         head = self._writer.head(job.adapter)
         if head is None:
             raise JobError("nothing-to-roll-back-to", "the adapter has no version", got=job.adapter)
-        # A rollback moves no high-water mark, so only the versions say whether it was done already.
-        if self._writer.version_of_job(job.adapter, job.job_id) is not None:
-            self._retire_revoked(job)
-            return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, job.alias))
-        return self._revoke(job, head) if job.revoke else self._roll_back(job, head)
+        try:
+            return self._revoke(job, head) if job.revoke else self._roll_back(job, head)
+        except RollbackError as error:
+            raise JobError(
+                error.reason, error.message, got=error.got, allowed=error.allowed, remedy=error.remedy
+            ) from error
 
     def _roll_back(self, job: RollbackRequested, head: Head) -> JobResult:
-        target, version = self._target(job)
-        config = {**target.config, "job_id": job.job_id}
+        version, target = servable(self._registry, job.adapter, job.version or self._live_before(job))
+        self._writer.check_base(target)
         manifest = self._writer.carry_forward_manifest(
             head, target, version, "rollback", job.job_id, job.reason or "rollback"
         )
-        claim = update_id(job.adapter, version, head.manifest.marks, config, head.manifest.epochs)
-        manifest = manifest.model_copy(update={"update_id": claim})
         publication = self._registry.publish(manifest, (), self._writer.verifier({}), job.alias)
         event = alias_event(self._registry, publication.alias_state) if publication.alias_state else None
         return JobResult("promoted", publication.manifest, event)
@@ -64,18 +69,21 @@ class RollbackExecutor:
         except NotFoundError as error:
             raise JobError("unknown-version", "the version does not exist", got=job.version) from error
         state = self._registry.alias(job.adapter, job.alias)
-        if state is None or state.version != job.version:
+        live = descendants_to_revoke(self._registry, job.adapter, state.version if state else None, job.version)
+        if not live:
             return JobResult("unchanged", None, self._writer.current_alias_event(job.adapter, job.alias))
+        for version in live:
+            self._registry.revoke(job.adapter, version, job.reason or "revoked")
         target: Manifest | None = None
-        version: str | None = None
+        before: str | None = None
         blobs: dict[str, bytes] = {}
         try:
-            version = self._live_before(job)
-            target = self._registry.manifest(job.adapter, version)
-        except JobError:  # no version is left: take over the state before anything was learned
+            before = version_before(self._registry, job.adapter, job.version)
+            target = self._registry.manifest(job.adapter, before)
+        except RollbackError:  # no version is left: take over the state before anything was learned
             blobs = to_blobs(self._writer.initial_state(job.adapter, head.manifest.seed))[1]
         manifest = self._writer.carry_forward_manifest(
-            head, target, version, "revoke", job.job_id, job.reason or "revoked"
+            head, target, before, "revoke", job.job_id, job.reason or "revoked"
         )
         publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), job.alias)
         self._retire_revoked(job)
@@ -83,38 +91,15 @@ class RollbackExecutor:
         return JobResult(publication.manifest.outcome, publication.manifest, event)
 
     def _retire_revoked(self, job: RollbackRequested) -> None:
-        """Retire the alias if the revoked version is still live because no other version could take its place."""
+        """Retire the alias if a revoked version is still live because no other version could take its place."""
         state = self._registry.alias(job.adapter, job.alias) if job.revoke else None
-        if state is not None and state.version == job.version:
-            self._registry.retire(job.adapter, job.alias, job.reason or "revoked", job.version)
-
-    def _target(self, job: RollbackRequested) -> tuple[Manifest, str]:
-        """Return the version to roll back to. Raise JobError if it may not be served."""
-        version = job.version or self._live_before(job)
-        try:
-            target = self._registry.manifest(job.adapter, version)
-        except NotFoundError as error:
-            raise JobError("unknown-version", "the version does not exist", got=version) from error
-        if target.kind == "quarantine" and target.parent:
-            version, target = target.parent, self._registry.manifest(job.adapter, target.parent)
-        if target.outcome != "promoted" or target.kind == "replayed":
-            raise JobError("not-promoted", "the version was never live", got=f"{version} {target.outcome}")
-        if self._registry.is_revoked(job.adapter, target.seq):
-            raise JobError("revoked-version", "the version was revoked", got=version)
-        self._writer.check_base(target)
-        return target, version
+        if state is not None and self._registry.is_revoked(job.adapter, state.seq):
+            self._registry.retire(job.adapter, job.alias, job.reason or "revoked", state.version)
 
     def _live_before(self, job: RollbackRequested) -> str:
-        """Return the version that was live before the current one; after a rollback, the one before its target."""
-        state = self._registry.alias(job.adapter, job.alias)
-        live = self._registry.manifest(job.adapter, state.version) if state else None
-        while live is not None and live.kind == "rollback" and live.parent:
-            live = self._registry.manifest(job.adapter, live.parent)
-        version = live.head if live else None
-        while version is not None:
-            manifest = self._registry.manifest(job.adapter, version)
-            revoked = self._registry.is_revoked(job.adapter, manifest.seq)
-            if manifest.outcome == "promoted" and manifest.kind != "quarantine" and not revoked:
-                return version
-            version = manifest.head
-        raise JobError("nothing-to-roll-back-to", "no version was live before", got=f"{job.adapter}#{job.alias}")
+        """Return the version before the one that was live when the job was requested, or is live now."""
+        live = job.live
+        if live is None:
+            state = self._registry.alias(job.adapter, job.alias)
+            live = state.version if state else None
+        return version_before(self._registry, job.adapter, live)

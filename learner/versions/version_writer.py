@@ -23,8 +23,8 @@ from perennial.learner.versions.job_result import JobError
 from perennial.learner.versions.micro_batches import BatchRows, origin_offset
 from perennial.storage.failpoints import failpoint as default_failpoint
 from perennial.storage.objects.object_store import ObjectStore, get_blob
-from perennial.storage.registry.gate_figures import GateFigures
-from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest, update_id
+from perennial.storage.recovery.rollback import carried_manifest
+from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest
 from perennial.storage.registry.registry import Head, Registry
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted
@@ -150,19 +150,10 @@ class VersionWriter:
         """
         source = target or head.manifest
         refs = StateRefs.of_manifest(target) if target else to_blobs(self.initial_state(source.adapter, source.seed))[0]
-        # The head is part of the update's id: a job that is run again after further versions makes another version,
-        # it does not claim its first one again.
-        config = {**source.config, "job_id": job_id, "kind": kind, "head": head.version}
-        return source.model_copy(
-            update={
-                "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if target and target.optimizer else "unchanged",
-                "reason": reason, "parent": parent, "head": head.version, "job_id": job_id, "code": self.code,
-                "update_id": update_id(source.adapter, parent, head.manifest.marks, config, head.manifest.epochs),
-                "batch": None, "cut": None, "next_cut": head.manifest.next_cut, "learned": [], "skipped": [],
-                "dropped": 0, "tokens": 0, "gate": target.gate if target else GateFigures(),
-                "marks": head.manifest.marks, "epochs": head.manifest.epochs, "threads": self.threads,
-                **refs.manifest_fields(), "published_from_ms": None, "published_to_ms": None,
-            }
+        return carried_manifest(
+            head, source, refs.manifest_fields(), kind=kind, parent=parent,
+            served=target is not None and target.optimizer is not None, job_id=job_id, reason=reason, code=self.code,
+            threads=self.threads,
         )  # fmt: skip
 
     def learned_example(self, example: ExampleAccepted, updater: Updater | None = None) -> LearnedExample:

@@ -46,7 +46,9 @@ app = typer.Typer(
 )
 topics_app = typer.Typer(help="Create and check the topics on the broker.", no_args_is_help=True)
 publish_app = typer.Typer(help="Publish files of JSON lines; the broker confirms each line.", no_args_is_help=True)
-adapters_app = typer.Typer(help="Show adapters and their versions, or roll one back.", no_args_is_help=True)
+adapters_app = typer.Typer(
+    help="Show adapters and their versions, roll one back, park or unpark one.", no_args_is_help=True
+)
 dlq_app = typer.Typer(help="Show refused records (dead letters), or send them back.", no_args_is_help=True)
 app.add_typer(topics_app, name="topics")
 app.add_typer(publish_app, name="publish")
@@ -312,6 +314,37 @@ def adapters_rollback(
     from perennial.streams.cli.adapters import roll_back
 
     raise typer.Exit(roll_back(adapter, to=to, reason=reason, wait_s=wait_s, as_json=json_))
+
+
+@adapters_app.command("park")
+def adapters_park(
+    adapter: AdapterName,
+    reason: Annotated[
+        str, typer.Option(help="Text that is recorded with the adapter.")
+    ] = "requested on the command line",
+    json_: Json = False,
+) -> None:
+    """Park an adapter: its updates wait in the store, and other adapters go on."""
+    from perennial.streams.cli.adapters import park
+
+    raise typer.Exit(park(adapter, reason=reason, as_json=json_))
+
+
+@adapters_app.command("unpark")
+def adapters_unpark(
+    adapter: AdapterName,
+    without_missing: Annotated[
+        bool, typer.Option(help="Give up the cuts whose jobs are neither in the store nor settled.")
+    ] = False,
+    wait_s: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait until the first waiting job was tried; 0 does not wait.")
+    ] = 60,
+    json_: Json = False,
+) -> None:
+    """Let a parked adapter go on, and publish the jobs again that wait for it."""
+    from perennial.streams.cli.adapters import unpark
+
+    raise typer.Exit(unpark(adapter, without_missing=without_missing, wait_s=wait_s, as_json=json_))
 
 
 @dlq_app.command("ls")

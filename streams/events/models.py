@@ -398,11 +398,13 @@ class RollbackRequested(Event):
     adapter: Adapter
     alias: Alias = "live"
     version: Digest | None = None
-    """The version to make live; None for the one that was live before.
+    """The version to make live; None for the one that was live before `live`.
 
     With `revoke` it is the version that must never be served again, and the newest promoted version that is not revoked
     becomes live. The job names it, so that a redelivered job revokes no further version.
     """
+    live: Digest | None = None
+    """The version that was live when the request was made; without `version`, the one before this becomes live."""
     requested_by: Name
     reason: Annotated[str, Field(max_length=1024)] = ""
     revoke: bool = False

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
 from perennial.storage.failpoints import failpoint
+from perennial.storage.recovery.rollback import revoke
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import ForgetRequested, RetentionRequested, RollbackRequested
 from perennial.streams.kafka.topics import KafkaUnavailableError
@@ -163,6 +164,23 @@ class RetainService:
             await asyncio.to_thread(_save, piece)
             failpoint("retain.state")
         self._metrics.progress()
+        # Only now: the store says which version the request is about, so a step that is taken again takes out no other.
+        for event in piece.events:
+            if isinstance(event, RollbackRequested):
+                await asyncio.to_thread(self._revoke_now, event)
+
+    def _revoke_now(self, job: RollbackRequested) -> None:
+        """Take the version out of service without waiting for a learner.
+
+        The learner finds the job done when its turn comes, and publishes the event. A process that ends before this
+        leaves it to the learner.
+        """
+        if job.version is None:
+            return
+        try:
+            revoke(self._facts.registry, job.adapter, job.alias, job.version, job.job_id, job.reason)
+        except (NotFoundError, ConflictError, IntegrityError) as error:
+            log.warning("%s is left to a learner: %s", job.job_id, error)
 
     def _apply(self, piece: Slice) -> None:
         for change in piece.changes:

@@ -128,7 +128,9 @@ def test_adapters_in_a_pipe_have_full_versions_and_all_columns(screen, versions)
 def test_json_has_every_column(versions, capsys):
     adapters.list_adapters(as_json=True)
     (row,) = json.loads(capsys.readouterr().out)
-    assert set(row) == {"adapter", "generation", "version", "versions", "last_outcome", "published_at"}
+    assert set(row) == {
+        "adapter", "generation", "version", "versions", "last_outcome", "published_at", "parked", "jobs_waiting"
+    }  # fmt: skip
     assert (row["adapter"], row["version"]) == (ADAPTER, versions[0])
 
 

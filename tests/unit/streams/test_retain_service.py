@@ -163,3 +163,20 @@ def test_an_acknowledgement_that_cannot_be_read_waits_for_the_broker(store):
     finish_entry(store, "acme/a", "r0", done)
     asyncio.run(retention.tick())
     assert load_requests(store)["r0"].state == "quarantined"
+
+
+def test_case_19_a_revocation_is_carried_out_at_once(store, given):
+    """Case 19: the version is out of service when the request is accepted, not when a learner has worked off its queue."""
+    retention, sent = given
+    versions = VersionPublisher(store, "acme/a")
+    made = [versions.publish() for _ in range(3)]
+    request = RetentionRequested(request_id="r1", kind="revoke", adapter="acme/a", requested_by="ann", reason="leak")
+    asyncio.run(retention.receive(request, 1))
+    state = versions.registry.alias("acme/a")
+    assert state.kind == "revoked"
+    assert versions.registry.manifest("acme/a", state.version).parent == made[1].version
+    assert versions.registry.is_revoked("acme/a", 3)
+    (job,) = [event for event in sent if event.type == "rollback.requested"]
+    assert job.version == made[2].version
+    asyncio.run(retention.receive(request, 1))  # redelivered: no further version is taken out of service
+    assert versions.registry.alias("acme/a") == state

@@ -1,0 +1,1 @@
+"""Taking versions out of service: rollback and revocation."""

@@ -1,0 +1,246 @@
+"""Go back to an earlier version, or revoke one, at once: nothing here trains, so it needs neither Kafka nor the model.
+
+An emergency brake must not wait behind updates that train for minutes. So the command line and retain change the alias
+themselves, by the same steps as a learner: they publish a version that takes over the earlier state. The learner that
+trains meanwhile meets a conflict and starts again from that version. The job that they send to adapter-jobs as well is
+the record for people; the learner finds that it is done and publishes the event.
+
+Which version "the one before" is, is decided from the version that was live at the time of the request. Decided later it
+would be relative to whatever updates were learned in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from perennial.storage.errors import ConflictError, NotFoundError, StoreError
+from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.manifest import Kind, Manifest, update_id
+from perennial.storage.registry.registry import AliasState, Head, Publication, Registry
+
+ATTEMPTS = 64
+
+RollbackReason = Literal[
+    "unknown-version", "not-promoted", "revoked-version", "nothing-to-roll-back-to", "base-mismatch"
+]
+
+
+class RollbackError(StoreError):
+    """The adapter cannot go back as requested.
+
+    Args:
+        reason: a short identifier.
+        message: one sentence for people.
+        got: the value that was found.
+        allowed: the values that would have been accepted.
+    """
+
+    def __init__(self, reason: RollbackReason, message: str, *, got: object = None, allowed: object = None) -> None:
+        self.reason: RollbackReason = reason
+        super().__init__(
+            message, got=got, allowed=allowed, remedy="choose another version: see `perennial adapters history`"
+        )
+
+
+def version_before(registry: Registry, adapter: str, version: str | None) -> str:
+    """Return the newest promoted version before this one that may be served; after a rollback, before its target.
+
+    Args:
+        registry: the adapter's versions.
+        adapter: the adapter.
+        version: a version that is or was live; None if none ever was.
+
+    Raises:
+        RollbackError: there is none.
+        StoreError: a manifest cannot be read.
+    """
+    live = registry.manifest(adapter, version) if version is not None else None
+    while live is not None and live.kind == "rollback" and live.parent:
+        live = registry.manifest(adapter, live.parent)
+    before = live.head if live else None
+    while before is not None:
+        manifest = registry.manifest(adapter, before)
+        promoted = manifest.outcome == "promoted" and manifest.kind != "quarantine"
+        if promoted and not registry.is_revoked(adapter, manifest.seq):
+            return before
+        before = manifest.head
+    raise RollbackError(
+        "nothing-to-roll-back-to", "no version was live before", got=version, allowed="an earlier version"
+    )
+
+
+def servable(registry: Registry, adapter: str, version: str) -> tuple[str, Manifest]:
+    """Return a version that may be made live again, and its manifest; for a quarantine version, its parent.
+
+    Raises:
+        RollbackError: it may not be served.
+        StoreError: a manifest cannot be read.
+    """
+    try:
+        manifest = registry.manifest(adapter, version)
+    except NotFoundError as error:
+        raise RollbackError("unknown-version", "the version does not exist", got=version) from error
+    if manifest.kind == "quarantine" and manifest.parent:
+        version, manifest = manifest.parent, registry.manifest(adapter, manifest.parent)
+    if manifest.outcome != "promoted" or manifest.kind == "replayed":
+        raise RollbackError("not-promoted", "the version was never live", got=f"{version} {manifest.outcome}")
+    if registry.is_revoked(adapter, manifest.seq):
+        raise RollbackError("revoked-version", "the version was revoked", got=version)
+    return version, manifest
+
+
+def carried_manifest(
+    head: Head,
+    source: Manifest,
+    state: Mapping[str, object],
+    *,
+    kind: Kind,
+    parent: str | None,
+    served: bool,
+    job_id: str,
+    reason: str,
+    code: str,
+    threads: int,
+) -> Manifest:
+    """Return the manifest of a version that follows the head, trains nothing, and takes over a state.
+
+    Args:
+        head: the version that it follows; its high-water marks stay, so nothing is learned again.
+        source: the version whose recipe, base and rank it takes over.
+        state: the fields of the manifest that name the state's blobs.
+        kind: what makes the version.
+        parent: the version that the manifest names as its parent.
+        served: whether the state was trained and may be served.
+        job_id: the job that makes it.
+        reason: shown to people.
+        code: the engine that computed it.
+        threads: CPU threads of torch.
+    """
+    # The head is part of the update's id: a job that is run again after further versions makes another version, it does
+    # not claim its first one again. A rollback is recognised by its job instead, whoever carries it out.
+    config = {**source.config, "job_id": job_id}
+    if kind != "rollback":
+        config |= {"kind": kind, "head": head.version}
+    marks, epochs = head.manifest.marks, head.manifest.epochs
+    return source.model_copy(
+        update={
+            "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if served else "unchanged", "reason": reason,
+            "parent": parent, "head": head.version, "job_id": job_id, "code": code, "threads": threads,
+            "update_id": update_id(source.adapter, parent, marks, config, epochs), "batch": None, "cut": None,
+            "next_cut": head.manifest.next_cut, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
+            "gate": source.gate if served else GateFigures(), "marks": marks, "epochs": epochs, **state,
+            "published_from_ms": None, "published_to_ms": None,
+        }
+    )  # fmt: skip
+
+
+def roll_back(
+    registry: Registry, adapter: str, alias: str, version: str, job_id: str, reason: str
+) -> AliasState | None:
+    """Make an earlier version's state live now, whatever waits or trains; return the alias afterwards.
+
+    Doing it again with the same job id changes nothing. High-water marks stay, so what was learned since is not learned
+    again; updates that wait are learned on top of the version.
+
+    Args:
+        registry: the adapter's versions.
+        adapter: the adapter.
+        alias: the alias to move.
+        version: the version to make live.
+        job_id: names the request.
+        reason: shown to people.
+
+    Raises:
+        RollbackError: the version may not be served.
+        StoreError: the store failed.
+        ConflictError: other writers were first at every attempt.
+    """
+    version, target = servable(registry, adapter, version)
+    return _carry_out(registry, adapter, alias, version, target, "rollback", job_id, reason or "rollback")
+
+
+def revoke(registry: Registry, adapter: str, alias: str, version: str, job_id: str, reason: str) -> AliasState | None:
+    """Take a version out of service now, and every version that is live because it was trained from that one.
+
+    The newest earlier promoted version that is not revoked becomes live, or the alias is retired: a learner then adds
+    the state from before anything was learned. Doing it again with the same job id changes nothing.
+
+    Args:
+        registry: the adapter's versions.
+        adapter: the adapter.
+        alias: the alias that may point at the version.
+        version: the version to revoke.
+        job_id: names the request.
+        reason: shown to people.
+
+    Returns:
+        The alias afterwards.
+
+    Raises:
+        NotFoundError: the version does not exist.
+        StoreError: the store failed.
+        ConflictError: other writers were first at every attempt.
+    """
+    if registry.version_of_job(adapter, job_id) is not None:
+        return registry.converge(adapter, alias)
+    registry.revoke(adapter, version, reason or "revoked")
+    state = registry.alias(adapter, alias)
+    live = descendants_to_revoke(registry, adapter, state.version if state else None, version)
+    if state is None or not live:
+        return state
+    for descendant in live:
+        registry.revoke(adapter, descendant, reason or "revoked")
+    try:
+        before = version_before(registry, adapter, version)
+    except RollbackError:
+        return registry.retire(adapter, alias, reason or "revoked", state.version)
+    target = registry.manifest(adapter, before)
+    return _carry_out(registry, adapter, alias, before, target, "revoke", job_id, reason or "revoked")
+
+
+def descendants_to_revoke(registry: Registry, adapter: str, live: str | None, version: str) -> list[str]:
+    """Return the promoted versions from the live one back to `version`; empty if the live one was not trained from it."""
+    first_seq = registry.manifest(adapter, version).seq
+    found: list[str] = []
+    step = live
+    while step is not None:
+        manifest = registry.manifest(adapter, step)
+        if manifest.outcome == "promoted" and manifest.kind != "replayed":
+            found.append(step)
+        if step == version:
+            return found
+        if manifest.kind != "replayed" and manifest.seq <= first_seq:
+            return []
+        step = manifest.state_parent
+    return []
+
+
+def _carry_out(
+    registry: Registry, adapter: str, alias: str, version: str, target: Manifest, kind: Kind, job_id: str, reason: str
+) -> AliasState | None:
+    state = {"weights": target.weights, "optimizer": target.optimizer, "replay": target.replay}
+    for _ in range(ATTEMPTS):
+        if registry.version_of_job(adapter, job_id) is not None:
+            return registry.converge(adapter, alias)
+        head = registry.head(adapter)
+        if head is None:
+            raise RollbackError("nothing-to-roll-back-to", "the adapter has no version", got=adapter)
+        if (head.manifest.base_sha256, head.manifest.rank) != (target.base_sha256, target.rank):
+            raise RollbackError(
+                "base-mismatch", "the version has another base or rank than the newest one",
+                got=f"{target.base_model} rank {target.rank}",
+                allowed=f"{head.manifest.base_model} rank {head.manifest.rank}",
+            )  # fmt: skip
+        manifest = carried_manifest(
+            head, target, state, kind=kind, parent=version, served=True, job_id=job_id,
+            reason=reason, code=target.code, threads=target.threads,
+        )  # fmt: skip
+        try:
+            publication: Publication = registry.publish(manifest, (), lambda _: None, alias)
+        except ConflictError:  # a learner published first; the target stays the one that was requested
+            continue
+        return publication.alias_state
+    raise ConflictError(
+        f"other writers were first {ATTEMPTS} times in a row on {adapter}", remedy="run the same command again"
+    )

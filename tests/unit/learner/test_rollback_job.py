@@ -1,0 +1,109 @@
+"""Rollbacks and revocations that overtake the learner: what it makes of them, and of the updates behind them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perennial.learner.versions.job_result import JobError
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.recovery.rollback import revoke, roll_back
+from perennial.streams.events.adapter_events import AdapterRetired, AdapterRevoked, AdapterRolledBack
+from perennial.streams.events.models import RollbackRequested
+from tests.unit.learner.test_versions import ADAPTER, job, local_learner
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path / "store", fsync=False)
+
+
+def requested(
+    job_id: str, version: str | None, live: str | None = None, *, taken_out: bool = False
+) -> RollbackRequested:
+    return RollbackRequested(
+        job_id=job_id, adapter=ADAPTER, version=version, live=live, requested_by="ann", reason="worse", revoke=taken_out
+    )
+
+
+def test_case_19_queued_updates_are_learned_on_top_of_the_version_that_was_named(store: DirectoryStore) -> None:
+    """Case 19: rolled back while one update trains and others wait; all are learned, on top of the target's state."""
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(3)]
+    target, live = made[1].digest(), made[2].digest()
+
+    def at_once(name: str) -> None:
+        if name == "learner.train" and not moved:
+            moved.append(roll_back(learner.registry, ADAPTER, "live", target, "r1", "worse"))
+
+    moved: list[object] = []
+    busy = local_learner(store, failpoint=at_once)
+    fourth = busy.update(job(store, 3, 6, 7), "live").manifest
+    assert moved
+    assert fourth is not None
+    rolled_back = learner.registry.manifest(ADAPTER, fourth.parent)
+    assert (rolled_back.kind, rolled_back.parent, rolled_back.weights) == ("rollback", target, made[1].weights)
+    assert [example.offset for example in fourth.learned] == [6, 7]
+    assert fourth.next_cut == 4
+    assert rolled_back.marks == made[2].marks
+    done = busy.rollback(requested("r1", target, live))
+    assert done.outcome == "repeated"
+    assert done.event is not None
+    assert done.event.version == fourth.digest(), "the job's turn comes after an update: the event tells what is live"
+    assert len(list(learner.registry.versions(ADAPTER))) == 5
+
+
+def test_case_19_the_learner_announces_what_the_command_line_did(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(2)]
+    roll_back(learner.registry, ADAPTER, "live", made[0].digest(), "r1", "worse")
+    for other in (learner, local_learner(store)):
+        done = other.rollback(requested("r1", made[0].digest(), made[1].digest()))
+        assert done.outcome == "repeated"
+        assert isinstance(done.event, AdapterRolledBack)
+
+
+def test_case_19_the_version_before_is_the_one_before_what_was_live_when_it_was_requested(
+    store: DirectoryStore,
+) -> None:
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(4)]
+    done = learner.rollback(requested("r1", None, live=made[2].digest()))
+    assert done.manifest is not None
+    assert done.manifest.parent == made[1].digest()
+
+
+def test_case_19_a_revocation_at_once_is_finished_by_the_learner(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(2)]
+    revoke(learner.registry, ADAPTER, "live", made[1].digest(), "r1", "leak")
+    done = learner.rollback(requested("r1", made[1].digest(), taken_out=True))
+    assert done.outcome == "repeated"
+    assert isinstance(done.event, AdapterRevoked)
+    revoke(learner.registry, ADAPTER, "live", made[0].digest(), "r2", "leak")
+    done = learner.rollback(requested("r2", made[0].digest(), taken_out=True))
+    assert isinstance(done.event, AdapterRetired)
+    assert done.manifest is not None
+    assert (done.manifest.kind, done.manifest.optimizer) == ("revoke", None)
+    after = learner.update(job(store, 2, 4, 5), "live").manifest
+    assert after is not None
+    assert after.replay is not None
+    assert learner.registry.alias(ADAPTER).version == after.digest()
+
+
+def test_case_19_a_revocation_that_waited_takes_out_what_was_trained_from_the_version(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(4)]
+    done = learner.rollback(requested("r1", made[1].digest(), taken_out=True))
+    assert done.manifest is not None
+    assert done.manifest.weights == made[0].weights
+    assert [learner.registry.is_revoked(ADAPTER, seq) for seq in (1, 2, 3, 4)] == [False, True, True, True]
+
+
+def test_a_rollback_on_a_worker_with_another_rank_is_still_refused(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(2)]
+    with pytest.raises(JobError) as caught:
+        local_learner(store, rank=2).rollback(requested("r1", made[0].digest()))
+    assert caught.value.reason == "rank-mismatch"
