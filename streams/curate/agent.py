@@ -33,23 +33,19 @@ from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeAlias
 
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, PerennialError
+from perennial.storage.errors import ConflictError, NotFoundError, PerennialError
 from perennial.storage.failpoints import failpoint
-from perennial.storage.objects.keys import blob_key
-from perennial.storage.objects.object_store import ObjectStore, put_blob
-from perennial.storage.registry.pending_deletes import record_pending_deletes
+from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
-from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_job, put_job
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
+from perennial.streams.curate.cut_store import delete_uncommitted, write_cut
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.events.cloudevents import Encoded, decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.fields import Event
 from perennial.streams.events.high_water_marks import Position
 from perennial.streams.events.models import (
-    BlobRef,
     CutReason,
     DriftDetected,
     ExampleAccepted,
@@ -67,7 +63,6 @@ log = logging.getLogger("perennial.curate")
 SOURCE: Final = "perennial/curate"
 TOPIC: Final = ExampleScored.topic
 TICK_S: Final = 0.25
-MAX_CUTTING_BYTES: Final = 4096
 
 Delivery: TypeAlias = tuple[Any, int]
 """Input partition (Faust's TP) and offset."""
@@ -77,22 +72,9 @@ class CurateError(PerennialError):
     """The curate agent received an event that it cannot handle."""
 
 
-class _Cutting(BaseModel):
-    """The body that a release before `jobs/<adapter>/` was writing, and the number of its cut."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    cut: int
-    batch: BlobRef
-
-
 def state_key(adapter: str) -> str:
     """Return the object key of an adapter's curate state."""
     return f"state/curate/{adapter}"
-
-
-def cutting_key(adapter: str) -> str:
-    """Return the object key where earlier releases named an adapter's body while it was being written."""
-    return f"state/cutting/{adapter}"
 
 
 @dataclass
@@ -278,7 +260,7 @@ class CurateAgent:
             await asyncio.to_thread(self._topics.verify)
         try:
             if cut.body is not None and cut.job is not None:
-                await asyncio.to_thread(self._write_body, cut.body, cut.job)
+                await asyncio.to_thread(write_cut, self._store, cut.body, cut.job)
                 failpoint("curate.blob")
             adapter.state_etag = await asyncio.to_thread(
                 self._store.compare_and_swap, state_key(name), cut.state, adapter.state_etag
@@ -295,16 +277,6 @@ class CurateAgent:
         self._acknowledge(adapter.batcher.apply(cut))
         self._metrics.progress()
         return True
-
-    def _write_body(self, body: bytes, job: UpdateRequested) -> None:
-        """Store the job, then the body that it names, so that the body is found after a crash.
-
-        Raises:
-            ConflictError: another process stored a job of this cut meanwhile.
-        """
-        put_job(self._store, job.adapter, job.cut, job.model_dump_json(by_alias=True).encode())
-        failpoint("curate.job")
-        put_blob(self._store, body)
 
     def _blocked(self, batcher: MicroBatcher[Delivery]) -> Collection[str]:
         """Return the ids of the pending examples that are in quarantine. Their texts never reach the store.
@@ -370,52 +342,19 @@ class CurateAgent:
         return _Adapter(MicroBatcher.restore(name, self._policy, stored.data), stored.etag)
 
     def _delete_uncommitted_job(self, adapter: _Adapter) -> None:
-        """Delete the job and the body that an earlier process stored, or was about to store, and did not commit.
+        """Delete the job and the body that an earlier process did not commit, after replacing the state.
 
-        Hazard: that process may still be running. So the state is replaced first: the other process's compare-and-swap
-        then fails, and it can never commit a cut with that body. Raise ConflictError if it was faster and committed.
-
-        Hazard: that process may also still write the body, after it was deleted here. So the body is recorded first as
-        one that no version will name: a forgetting then searches it.
+        Raises:
+            ConflictError: that process was faster and committed.
         """
         batcher = adapter.batcher
-        name, cuts = batcher.adapter, batcher.history.cuts
-        found = load_job(self._store, name, cuts)
-        left = None if found is None else self._batch_of(name, cuts, found.data)
-        old = self._cutting_of_earlier_release(name)
-        for digest in [ref.digest for ref in (left, old.batch if old and old.cut >= cuts else None) if ref]:
-            record_pending_deletes(self._store, name, f"uncommitted {digest}", [digest], refused=True)
-            fence = batcher.fence()
-            adapter.state_etag = self._store.compare_and_swap(state_key(name), fence.state, adapter.state_etag)
-            batcher.apply(fence)
-            self._store.delete(blob_key(digest))
-        if found is not None:
-            delete_job(self._store, name, cuts)
-        if old is not None:
-            self._store.delete(cutting_key(name))
 
-    def _batch_of(self, name: str, cut: int, data: bytes) -> BlobRef:
-        try:
-            return UpdateRequested.model_validate_json(data).batch
-        except ValidationError as error:
-            raise IntegrityError(
-                f"{job_key(name, cut)} is not readable", got=data[:100], allowed="an update job",
-                remedy="delete the object: its cut was never committed, so nothing is lost",
-            ) from error  # fmt: skip
+        def fence() -> None:
+            cut = batcher.fence()
+            adapter.state_etag = self._store.compare_and_swap(state_key(batcher.adapter), cut.state, adapter.state_etag)
+            batcher.apply(cut)
 
-    def _cutting_of_earlier_release(self, name: str) -> _Cutting | None:
-        key = cutting_key(name)
-        try:
-            stored = self._store.get(key, MAX_CUTTING_BYTES)
-        except NotFoundError:
-            return None
-        try:
-            return _Cutting.model_validate_json(stored.data)
-        except ValidationError as error:
-            raise IntegrityError(
-                f"{key} is not readable", got=stored.data[:100], allowed="the number of a cut and the digest of its body",
-                remedy="delete the object, after the blob that it names",
-            ) from error  # fmt: skip
+        delete_uncommitted(self._store, batcher.adapter, batcher.history.cuts, fence)
 
     async def _reload(self, adapter: _Adapter) -> tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]:
         """Replace an adapter by what is stored. Return its pending deliveries, to be offered again, and redeliveries."""

@@ -73,6 +73,7 @@ class RetainService:
     ) -> None:
         self._metrics = metrics
         self._store = facts.store
+        self._registry = facts.registry
         self._send = send
         self._settle_ms = int(settings.retain.clock_settle_s * 1000)
         self._wall_ms = wall_ms
@@ -178,7 +179,7 @@ class RetainService:
         if job.version is None:
             return
         try:
-            revoke(self._facts.registry, job.adapter, job.alias, job.version, job.job_id, job.reason)
+            revoke(self._registry, job.adapter, job.alias, job.version, job.job_id, job.reason)
         except (NotFoundError, ConflictError, IntegrityError) as error:
             log.warning("%s is left to a learner: %s", job.job_id, error)
 

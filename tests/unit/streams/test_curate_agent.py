@@ -16,7 +16,9 @@ from perennial.storage.registry.quarantine import QuarantineEntry, load_quaranti
 from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
+from perennial.streams.curate import cut_store
 from perennial.streams.curate.agent import CurateAgent
+from perennial.streams.curate.cut_store import Cutting, cutting_key
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import Batch, BlobRef, ExampleAccepted, ExampleScored, Origin, UpdateRequested
 from perennial.streams.observe.metrics import Metrics
@@ -217,6 +219,7 @@ def test_a_job_that_was_not_committed_is_deleted_with_its_body(given, monkeypatc
 
     with monkeypatch.context() as patched:
         patched.setattr(curate, "failpoint", dies)
+        patched.setattr(cut_store, "failpoint", dies)
         with pytest.raises(_KilledError):
             asyncio.run(interrupted())
     left = UpdateRequested.model_validate_json(load_job(store, ADAPTER, 0).data)
@@ -240,8 +243,8 @@ def test_a_job_that_was_not_committed_is_deleted_with_its_body(given, monkeypatc
 def test_a_body_that_an_earlier_release_left_behind_is_deleted(given):
     agent, _, store = given
     digest = put_blob(store, b"left behind")
-    record = curate._Cutting(cut=0, batch=BlobRef(digest=digest, size_bytes=11)).model_dump_json().encode()
-    store.put_if_absent(curate.cutting_key(ADAPTER), record)
+    record = Cutting(cut=0, batch=BlobRef(digest=digest, size_bytes=11)).model_dump_json().encode()
+    store.put_if_absent(cutting_key(ADAPTER), record)
     asyncio.run(agent.receive(delivery(1)))
     assert not store.exists(blob_key(digest))
-    assert not store.exists(curate.cutting_key(ADAPTER))
+    assert not store.exists(cutting_key(ADAPTER))
