@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from perennial.learner.model.encoders import Encoder, Encoders
@@ -14,6 +15,10 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.events.models import ExampleAccepted
 
 _SENTINEL = "\u2063PROMPT\u2063"
+_TEMPLATE_DATE = datetime(2024, 7, 26, tzinfo=UTC)
+"""The date that a chat template is told. Llama 3.2's and others put today's date into every turn: what an adapter is
+trained on would depend on the day, and a rebuild on another day would not give the same bits. Llama's template falls
+back to this date itself."""
 _MIN_PROMPT_DIVISOR = 4
 """However long an answer is, its prompt may take 1/4 of a row."""
 _MIN_ROW_TOKENS = 8
@@ -96,7 +101,10 @@ class ExampleTokenizer:
         """Return head and tail of a turn, by rendering the chat template around a sentinel."""
         if getattr(self.tokenizer, "chat_template", None):
             text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": _SENTINEL}], tokenize=False, add_generation_prompt=True
+                [{"role": "user", "content": _SENTINEL}],
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=_TEMPLATE_DATE.strftime,
             )
             head, found, tail = text.partition(_SENTINEL)
             if found and _SENTINEL not in tail:
@@ -170,7 +178,7 @@ def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int
     target = [*codec.encode(answer), codec.eos]
     room = max(row_tokens // _MIN_PROMPT_DIVISOR, row_tokens - len(target))
     # A chat template may be longer than a row. Its end must stay, because it says that an answer follows.
-    asked = codec.prompt_ids(prompt, room)[-room:]
+    asked = codec.prompt_ids(prompt, room)[-room:] or (codec.bos,)  # the first token of a row is never trained
     first = row_tokens - len(asked)
     rows = [TokenRow((*asked, *target[:first]), len(asked))]
     if len(target) > first:

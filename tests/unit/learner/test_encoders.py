@@ -196,6 +196,21 @@ def test_attack_e_a_prompt_makes_no_turn_where_role_markers_are_not_special() ->
     assert tokenizer.decode(codec.encode(forged)) == forged
 
 
+def test_the_frame_does_not_depend_on_the_day() -> None:
+    """Llama 3.2's template puts today's date into every turn: a rebuild would be exact only on the day of training."""
+    tokenizer = bytewise()
+    tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }} {{ messages[0]['content'] }} End"
+    codec = ExampleTokenizer(tokenizer)
+    assert tokenizer.decode(codec.turn_head) == "Today: 26 Jul 2024 "
+
+
+def test_a_turn_whose_prompt_gives_no_token_is_trained_from_its_second_token() -> None:
+    tokenizer = bytewise(normalizer=normalizers.Replace("\u00ad", ""))
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    (row,) = turn_rows("\u00ad", "yes", ExampleTokenizer(tokenizer), 16)
+    assert (tokenizer.decode(row.ids), row.train_from) == ("<s>yes</s>", 1)
+
+
 def test_the_tokens_that_a_tokenizer_puts_around_a_text_are_known() -> None:
     from tokenizers.processors import TemplateProcessing
 

@@ -269,6 +269,23 @@ def test_a_revoked_version_is_not_put_into_service(versions: VersionPublisher, s
         assert "revoked" in subscriber.acks[0].error
 
 
+def test_a_retired_adapter_gets_no_new_requests_while_the_last_ones_end(versions: VersionPublisher, store: FlakyStore):
+    """Unloading changes nothing while requests use the version: under constant load it would be served for ever."""
+    backend = MemoryBackend()
+    first = versions.publish()
+    with Harness(backend, store) as subscriber:
+        assert subscriber.wait_for(1, 120)
+        name = subscriber.name_of(first.version)
+        backend.busy.add(name)
+        versions.registry.retire(ADAPTER, "live", "customer left", first.version)
+        until(lambda: ("failed", 2) in subscriber.acknowledged())
+        assert backend.active is None
+        assert backend.list() == [name]
+        backend.busy.clear()
+        until(lambda: ("activated", 2) in subscriber.acknowledged())
+        assert backend.list() == []
+
+
 def test_a_retired_adapter_is_unloaded_and_comes_back(versions: VersionPublisher, store: FlakyStore):
     backend = MemoryBackend()
     versions.publish()
