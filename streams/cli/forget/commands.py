@@ -1,10 +1,11 @@
-"""Options and help texts of `perennial forget`, its `status`, `hold` and `release`.
+"""Options and help texts of `perennial forget`, its `status`, `hold`, `release` and `unsuppress`.
 
 Imports the rest of the folder only when a command runs, so that `perennial --help` stays fast.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -48,6 +49,10 @@ def forget(
             help="Seconds to wait until all is forgotten, else exit code 1; 0: do not wait.",
         ),
     ] = 300,
+    emergency: Annotated[
+        bool,
+        typer.Option(help="Take affected versions out of service at once; nothing may be served meanwhile."),
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Only show what would be forgotten; send no request.")] = False,
     json_: _Json = False,
 ) -> None:
@@ -59,6 +64,10 @@ def forget(
     As soon as the request is accepted, no update learns the examples any more.
     Then the learner rebuilds the adapter as if it had never seen them,
     deletes their texts, and never learns equal texts again.
+    The served version stays live until the rebuilt one takes its place.
+
+    Exit code 5: nothing matched. 6: closed with exceptions, a replica that
+    did not confirm it in time may still serve what was forgotten.
     """
     if context.invoked_subcommand is not None:
         return
@@ -71,7 +80,11 @@ def forget(
         raise typer.Exit(show_plan(adapter, selector, as_json=json_))
     from perennial.streams.cli.forget.requests import send_request
 
-    raise typer.Exit(send_request("erase", adapter, selector, reason=reason, wait_s=wait_s, as_json=json_))
+    raise typer.Exit(
+        send_request(
+            "erase", adapter, selector, reason=reason, wait_s=wait_s, as_json=json_, emergency=emergency
+        )
+    )  # fmt: skip
 
 
 @forget_app.command()
@@ -122,6 +135,32 @@ def release(
     `perennial forget status` lists the holds.
     """
     _send("release", adapter, (document, subject, source), reason, wait_s, as_json=json_)
+
+
+@forget_app.command()
+def unsuppress(
+    adapter: Annotated[str, typer.Argument(help="The adapter, for example acme/support.")],
+    text_file: Annotated[
+        list[Path] | None, typer.Option(help="File with one erased text, in UTF-8. May be repeated.")
+    ] = None,
+    hash_: Annotated[list[str] | None, typer.Option("--hash", help="Hash of an erased text. May be repeated.")] = None,
+    reason: _Reason = "",
+    requested_by: Annotated[str, typer.Option(help="Who asks for it; recorded. Default: your user name.")] = "",
+    json_: _Json = False,
+) -> None:
+    """Let an adapter learn texts again that were erased.
+
+    An erasure puts the hashes of its texts on a list, and equal texts are never
+    learned again. This command takes texts off the list and writes an audit
+    record first: who, when, why and which hashes. Publish the text afterwards.
+    """
+    from perennial.streams.cli.forget.unsuppression import unsuppress_texts
+
+    raise typer.Exit(
+        unsuppress_texts(
+            adapter, text_file or [], hash_ or [], requested_by=requested_by, reason=reason, as_json=json_
+        )
+    )  # fmt: skip
 
 
 def _send(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from datetime import UTC
 from typing import Any, Self
 
 from kafka import KafkaConsumer, TopicPartition
@@ -14,7 +15,9 @@ from rich.text import Text
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.cli.flow import BrokerUnreachableError
+from perennial.streams.cli.forget.outcome import print_adapters
 from perennial.streams.cli.forget.selection import describe_selection
 from perennial.streams.cli.tables import Column, Row, print_facts, print_table, shown_version
 from perennial.streams.devstack.discovery import connected_settings
@@ -68,7 +71,7 @@ def show_requests(request_id: str, *, limit: int, as_json: bool) -> int:
     if as_json:
         print(json.dumps([_facts(event, records.get(event.request_id)) for event in events]))
     elif request_id:
-        _print_one(events[0], records.get(request_id))
+        _print_one(events[0], records.get(request_id), store)
     elif events:
         print_table(_COLUMNS, [_row(event, records.get(event.request_id)) for event in events])
     else:
@@ -87,7 +90,7 @@ def _row(event: RetentionProgressed, record: RequestRecord | None) -> Row:
     )  # fmt: skip
 
 
-def _print_one(event: RetentionProgressed, record: RequestRecord | None) -> None:
+def _print_one(event: RetentionProgressed, record: RequestRecord | None, store: ObjectStore | None) -> None:
     console = Console()
     facts: dict[str, object] = {
         "request": event.request_id, "kind": event.kind, "adapter": event.adapter,
@@ -98,15 +101,22 @@ def _print_one(event: RetentionProgressed, record: RequestRecord | None) -> None
     if record is not None:
         request = record.request
         facts |= {"requested by": request.requested_by, "reason": request.reason or "-"}
-        facts |= {
-            f"in {name}": f"{progress.phase}, {progress.examples} examples"
-            for name, progress in record.adapters.items()
-        }
+        if request.due_at is not None:
+            facts["due"] = f"{request.due_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+    facts |= {"confirmed by": _names(event.acknowledged), "not confirmed by": _names(event.missing)}
     print_facts(facts, console=console)
+    if record is not None and store is not None:
+        print_adapters(store, record)
 
 
 def _state(event: RetentionProgressed) -> Text:
+    if event.exceptions:
+        return Text(f"{event.state} with exceptions", "red")
     return Text(event.state, _COLOURS.get(event.state, ""))
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names) or "-"
 
 
 class StatusReader:
@@ -155,8 +165,8 @@ class StatusReader:
             found |= {event.request_id: event for event in self._poll()}
         return found
 
-    def follow(self, request_id: str, wait_s: float) -> Iterator[RetentionProgressed]:
-        """Yield the states of one request until it ended or `wait_s` seconds are over."""
+    def follow(self, request_id: str, wait_s: float) -> Iterator[RetentionProgressed | None]:
+        """Yield the states of one request, and None while it waits, until it ended or `wait_s` seconds are over."""
         deadline = time.monotonic() + wait_s
         while time.monotonic() < deadline:
             for event in self._poll():
@@ -164,6 +174,7 @@ class StatusReader:
                     yield event
                     if event.state in _ENDED:
                         return
+            yield None
 
     def _poll(self) -> list[RetentionProgressed]:
         found = []

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import json
+import time
 import uuid
-from typing import Literal
+from typing import Final, Literal
 
 from rich.console import Console
 from rich.text import Text
 
+from perennial.streams.cli.forget.outcome import print_outcome
 from perennial.streams.cli.forget.request_status import StatusReader
 from perennial.streams.cli.forget.selection import count_of
+from perennial.streams.cli.tables import at_terminal
 from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import RetentionProgressed, RetentionRequested, Selector
 from perennial.streams.retention.kinds import KINDS
 
-_CONFIRM_S = 30
+NOT_CARRIED_OUT: Final = 1
+NOTHING_MATCHED: Final = 5
+"""The request is closed and no example of its selection was in the store: perhaps an id is misspelt."""
+WITH_EXCEPTIONS: Final = 6
+"""The request is closed, but a replica had not confirmed it at its due time."""
+_CONFIRM_S: Final = 30
+_REMIND_S: Final = 30.0
 _ID_PREFIXES = {"erase": "forget"}
 _STATE_TEXTS = {
     "executed": "the adapter is rebuilt without it; its texts, and weights trained on it, are deleted",
@@ -33,6 +42,7 @@ def send_request(
     reason: str,
     wait_s: float,
     as_json: bool,
+    emergency: bool = False,
 ) -> int:
     """Send a request, print every change of its state, and wait until it is carried out.
 
@@ -43,34 +53,80 @@ def send_request(
         reason: Recorded with the request.
         wait_s: How long to wait, in seconds; 0: do not wait.
         as_json: Print the id and the last state as JSON on standard output.
+        emergency: Take affected versions out of service before the rebuilt one is ready.
 
     Returns:
-        The exit code: 0, or 1 where the request failed or is not carried out in time.
+        The exit code: 0; NOT_CARRIED_OUT where the request failed or is not carried out in time; of an erasure that is
+        closed also NOTHING_MATCHED and WITH_EXCEPTIONS.
     """
     settings = connected_settings()
     request = RetentionRequested(
         request_id=f"{_ID_PREFIXES.get(kind, kind)}-{uuid.uuid4().hex[:16]}", kind=kind, adapter=pattern,
-        selector=selector, requested_by="command line", reason=reason,
+        selector=selector, requested_by="command line", reason=reason, emergency=emergency,
     )  # fmt: skip
     with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
         publisher.publish(request).result(_CONFIRM_S)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print(f"sent request {request.request_id}")
     last: RetentionProgressed | None = None
-    wanted = "executed" if KINDS[kind].stays_in_force else "closed"
     if wait_s > 0:
         with StatusReader(settings) as statuses:
-            for event in statuses.follow(request.request_id, wait_s):
-                if last is None or (event.state, event.detail) != (last.state, last.detail):
-                    _print_state(event, console)
-                last = event
-                if event.state == wanted:
-                    break
+            last = _follow(statuses, request, wait_s, console)
     if as_json:
         print(json.dumps({"request_id": request.request_id, "status": last and last.model_dump(mode="json")}))
-    carried_out = last is not None and last.state == wanted
+    carried_out = last is not None and last.state == _wanted(request)
+    if last is not None and carried_out and kind == "erase" and last.examples and not as_json:
+        print_outcome(settings, last)
     console.print(_conclusion(request, last, wait_s, carried_out=carried_out), end="")
-    return 0 if wait_s <= 0 or carried_out else 1
+    return exit_code_of(request, last, wait_s)
+
+
+def exit_code_of(request: RetentionRequested, last: RetentionProgressed | None, wait_s: float) -> int:
+    """Return the exit code for the last state of a request.
+
+    Args:
+        request: The request.
+        last: Its last state; None where none came.
+        wait_s: How long the command waited, in seconds; 0: it did not.
+    """
+    if wait_s <= 0:
+        return 0
+    if last is None or last.state != _wanted(request):
+        return NOT_CARRIED_OUT
+    if request.kind != "erase":
+        return 0
+    if not last.examples:
+        return NOTHING_MATCHED
+    return WITH_EXCEPTIONS if last.exceptions else 0
+
+
+def _wanted(request: RetentionRequested) -> str:
+    return "executed" if KINDS[request.kind].stays_in_force else "closed"
+
+
+def _follow(
+    statuses: StatusReader, request: RetentionRequested, wait_s: float, console: Console
+) -> RetentionProgressed | None:
+    """Print the changes of a request's state, and in between that it still waits; return the last state."""
+    last: RetentionProgressed | None = None
+    began = printed = time.monotonic()
+    with console.status("waits for retain to accept it") as spinner:  # shown at a terminal only
+        for event in statuses.follow(request.request_id, wait_s):
+            now = time.monotonic()
+            if event is None:
+                waits = f"{now - began:.0f} s: {_why_open(last)}"
+                spinner.update(waits)
+                if not at_terminal(console) and now - printed >= _REMIND_S:
+                    console.print(f"  still waiting after {waits}")
+                    printed = now
+                continue
+            if last is None or (event.state, event.detail) != (last.state, last.detail):
+                _print_state(event, console)
+                printed = now
+            last = event
+            if event.state == _wanted(request):
+                break
+    return last
 
 
 def _print_state(event: RetentionProgressed, console: Console) -> None:
@@ -86,14 +142,26 @@ def _conclusion(
     if last is not None and carried_out:
         if request.kind != "erase":
             return ""
-        if last.examples:
-            return f"{count_of(last.examples, 'example')} forgotten\n"
-        return "the store had no such example; those on their way through the topics are kept out\n"
+        if not last.examples:
+            return (
+                "nothing matched: the store has no such example; check the adapter and the ids for spelling. Examples on "
+                "their way through the topics are kept out\n"
+            )
+        return _forgotten(last)
     if wait_s <= 0:
         return f"not waiting for the request; {where}\n"
     if last is not None and last.state == "failed":
         return ""
     return f"not {KINDS[request.kind].done} after {wait_s:.0f} s: {_why_open(last)}; {where}\n"
+
+
+def _forgotten(last: RetentionProgressed) -> str:
+    text = f"{count_of(last.examples, 'example')} forgotten"
+    if last.exceptions:
+        return (
+            f"{text}, with exceptions: stop or repair {printable(', '.join(last.missing))}, which may still serve it\n"
+        )
+    return f"{text}\n"
 
 
 def _why_open(last: RetentionProgressed | None) -> str:

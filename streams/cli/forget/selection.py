@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from pydantic import TypeAdapter, ValidationError
 
 from perennial.streams.events.fields import AdapterPattern
@@ -14,12 +16,13 @@ _MAX_NAMED = 5
 
 
 def selector_of(adapter: str, documents: list[str], subjects: list[str], sources: list[str]) -> Selector:
-    """Return the selector that the options describe.
+    """Return the selector that the options describe, in Unicode normalisation form C, as it is compared.
 
     Raises:
         SettingsError: The adapter is no adapter or pattern, or the options select nothing.
     """
-    named = {"document_ids": documents, "subjects": subjects, "sources": sources}
+    given = {"document_ids": documents, "subjects": subjects, "sources": sources}
+    named = {name: [unicodedata.normalize("NFC", value) for value in values] for name, values in given.items()}
     check_pattern(adapter)
     if not any(named.values()):
         raise _unusable("the selection", "", "at least one of --document, --subject, --source")
@@ -47,7 +50,7 @@ def describe_selection(record: RequestRecord) -> str:
     if selector is None:
         return "everything" if KINDS[record.request.kind].selector == "optional" else "-"
     named = (("document", selector.document_ids), ("subject", selector.subjects), ("source", selector.sources))
-    words = [f"{name} {value}" for name, values in named for value in values or ()]
+    words = [f"{name} {value or '-'}" for name, values in named for value in values or ()]
     if selector.retention_class is not None:
         words.append(f"class {selector.retention_class}")
     if selector.before is not None:

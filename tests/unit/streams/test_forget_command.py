@@ -6,22 +6,28 @@ import json
 import re
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Self
 
 import pytest
+from typer.testing import CliRunner
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
-from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
+from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
+from perennial.storage.registry.suppressed_texts import ensure_text_key, keyed_text_hash
+from perennial.streams.cli.app import app
 from perennial.streams.cli.explain import explain
 from perennial.streams.cli.forget import request_status as status
+from perennial.streams.cli.forget.outcome import print_outcome
 from perennial.streams.cli.forget.preview import show_plan
 from perennial.streams.cli.forget.request_status import show_requests
-from perennial.streams.cli.forget.requests import _conclusion
+from perennial.streams.cli.forget.requests import _conclusion, exit_code_of
 from perennial.streams.cli.forget.selection import describe_selection, selector_of
+from perennial.streams.cli.forget.unsuppression import unsuppress_texts
 from perennial.streams.events.models import (
     Batch,
     ExampleAccepted,
@@ -30,9 +36,9 @@ from perennial.streams.events.models import (
     RetentionRequested,
     Selector,
 )
-from perennial.streams.retain.ledger import RequestRecord
-from perennial.streams.retain.request_store import RequestStore
-from perennial.streams.settings import SettingsError
+from perennial.streams.retain.ledger import AdapterProgress, ProgressPage, RequestRecord, page_of
+from perennial.streams.retain.request_store import RequestStore, hash_of
+from perennial.streams.settings import Settings, SettingsError
 from perennial.testing import small_weights
 from tests.versions import VersionPublisher
 
@@ -309,3 +315,112 @@ def test_the_last_line_says_what_to_do(state, examples, kind, words):
     assert words in shown
     assert bool(shown) == bool(words)
     assert ("forget status r" in shown) == (bool(words) and not carried_out)
+
+
+# ---- exit codes, unsuppress, what is printed at the end
+
+
+def status_of(state: str, examples: int, kind: str = "erase", **fields: object) -> RetentionProgressed:
+    return RetentionProgressed(
+        request_id="r", adapter=ADAPTER, kind=kind, state=state, examples=examples, at=datetime(2026, 1, 1, tzinfo=UTC),
+        **fields,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("last", "code"),
+    [
+        (status_of("closed", 1), 0),
+        (status_of("closed", 0), 5),
+        (status_of("closed", 1, exceptions=True, missing=["web-1"]), 6),
+        (status_of("failed", 0), 1),
+        (status_of("published", 1), 1),
+        (status_of("executed", 0, "hold"), 0),
+        (None, 1),
+    ],
+)
+def test_case_13_a_request_that_matched_nothing_has_its_own_exit_code(last, code):
+    """A misspelt id read as a fulfilled erasure, for the exit code was 0."""
+    request = RetentionRequested(
+        request_id="r", kind=last.kind if last else "erase", adapter=ADAPTER, requested_by="me"
+    )
+    assert exit_code_of(request, last, 9) == code
+    assert exit_code_of(request, None, 0) == 0
+    shown = _conclusion(request, last, 9, carried_out=code in {0, 5, 6})
+    assert ("nothing matched" in shown) == (code == 5)
+    assert ("web-1" in shown) == (code == 6)
+
+
+def test_case_13_what_people_type_is_compared_after_normalisation():
+    selector = selector_of(ADAPTER, ["Rene\u0301-file"], ["Zoe\u0308"], ["cafe\u0301"])
+    assert selector.document_ids == ["Ren\u00e9-file"]
+    assert (selector.subjects, selector.sources) == (["Zo\u00eb"], ["caf\u00e9"])
+
+
+@pytest.mark.parametrize("wait", ["-1", "nan"])
+@pytest.mark.parametrize("command", [["forget"], ["forget", "hold"], ["forget", "release"]])
+def test_a_negative_time_to_wait_is_refused(command, wait):
+    result = CliRunner().invoke(app, [*command, "--adapter", ADAPTER, "--document", "d", "--wait-s", wait])
+    assert result.exit_code == 2
+
+
+def erased(versions, *texts: str) -> None:
+    key = ensure_text_key(versions.store, ADAPTER)
+    hashes = [keyed_text_hash(key, text) for text in texts]
+    update_quarantine(versions.store, ADAPTER, lambda quarantine: quarantine.suppressing(hashes))
+
+
+def test_a_text_is_taken_off_the_list_and_it_is_recorded(versions, tmp_path, capsys):
+    erased(versions, "Ren\u00e9 lives here", "another")
+    file = tmp_path / "text.txt"
+    file.write_bytes("Rene\u0301 lives here\r\n".encode())
+    assert unsuppress_texts(ADAPTER, [file], [], requested_by="ann", reason="consent", as_json=False) == 0
+    assert "1 text may be learned again" in capsys.readouterr().out
+    (key,) = versions.store.list(f"audit/{ADAPTER}/")
+    record = json.loads(versions.store.get(key).data)
+    assert (record["action"], record["requested_by"], record["reason"]) == ("unsuppress", "ann", "consent")
+    assert len(load_quarantine(versions.store, ADAPTER).keyed) == 1
+    assert unsuppress_texts(ADAPTER, [file], [], requested_by="", reason="", as_json=False) == 4
+    assert "nothing matched" in capsys.readouterr().err
+    (left,) = load_quarantine(versions.store, ADAPTER).keyed
+    assert unsuppress_texts(ADAPTER, [], [left], requested_by="", reason="", as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)["hashes"] == [left]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "files", "hashes"),
+    [(ADAPTER, [], []), (ADAPTER, ["nowhere.txt"], []), (ADAPTER, [], ["xyz"]), ("Acme", [], ["0" * 32])],
+)
+def test_an_unusable_unsuppression_is_refused(versions, adapter, files, hashes):
+    with pytest.raises(SettingsError):
+        unsuppress_texts(adapter, [Path(name) for name in files], hashes, requested_by="", reason="", as_json=False)
+
+
+def test_the_outcome_names_adapters_examples_and_replicas(versions, capsys):
+    request = RetentionRequested(
+        request_id=REQUEST, kind="erase", adapter="acme/*", requested_by="me", selector=Selector(subjects=[PERSON])
+    )
+    names = [f"acme/a{number:02d}" for number in range(30)]
+    progress = AdapterProgress(phase="done", examples=2, acknowledged=["web-1"], missing=["pod-7"])
+    store = RequestStore(versions.store)
+    pages: dict[str, ProgressPage] = {}
+    for name in names:
+        page = pages.get(page_of(name), ProgressPage())
+        pages[page_of(name)] = page.model_copy(update={"adapters": page.adapters | {name: progress}})
+    for name, page in pages.items():
+        store.save_page(hash_of(REQUEST), name, page, None)
+    sums = {name: page.summary() for name, page in pages.items()}
+    record = RequestRecord(request=request, received_ms=0, until_ms=0, pages=sums)
+    store.save(record, None, None)
+    print_outcome(Settings.of(), status_of("closed", 60).model_copy(update={"request_id": REQUEST}))
+    shown = capsys.readouterr().out
+    assert shown.count("web-1") == 20
+    assert "and 10 adapters more" in shown
+    assert "pod-7" in shown
+
+
+def test_the_outcome_is_shown_without_a_store(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    last = status_of("closed", 3, acknowledged=["web-1"], missing=["pod-7"])
+    print_outcome(Settings.of(store="", env_file=None), last)
+    assert "pod-7" in capsys.readouterr().out

@@ -1,0 +1,77 @@
+"""Show what a request did in each adapter, and which replicas confirmed it."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Final
+
+from rich.console import Console
+
+from perennial.storage.errors import PerennialError
+from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.cli.tables import Column, print_table, short_version
+from perennial.streams.events.models import RetentionProgressed
+from perennial.streams.retain.ledger import AdapterProgress, RequestRecord
+from perennial.streams.retain.request_store import RequestStore, hash_of, load_request
+from perennial.streams.settings import Settings
+
+_MAX_SHOWN: Final = 20
+_COLUMNS = (
+    Column("adapter"),
+    Column("phase", 1),
+    Column("examples", right=True),
+    Column("version", 3, shorten=short_version),
+    Column("confirmed by", 2, wraps=True),
+    Column("not confirmed by", 2, wraps=True),
+)
+
+
+def print_outcome(settings: Settings, last: RetentionProgressed) -> None:
+    """Print what a request did in each adapter, from the store; from its last state where the store cannot be read.
+
+    Args:
+        settings: Names the store.
+        last: The last state of the request.
+    """
+    try:
+        store = open_store(settings.store.uri, settings.s3) if settings.store.uri else None
+        record = load_request(store, last.request_id) if store is not None else None
+    except PerennialError:  # the request is carried out, whatever this machine can read
+        store = record = None
+    if store is not None and record is not None:
+        print_adapters(store, record)
+        return
+    progress = AdapterProgress(
+        phase="done", examples=last.examples, version=last.version, acknowledged=last.acknowledged, missing=last.missing
+    )
+    _print([(last.adapter, progress)], 0)
+
+
+def print_adapters(store: ObjectStore, record: RequestRecord) -> None:
+    """Print a row for each adapter of a request, the first ones of a request over many.
+
+    Args:
+        store: The store.
+        record: The request.
+    """
+    progress = list(record.adapters.items())
+    if record.is_pattern:
+        pages = RequestStore(store).pages(hash_of(record.request.request_id))
+        progress = list(islice((one for page in pages for one in sorted(page.items())), _MAX_SHOWN))
+    total = sum(record.phases.values())
+    if progress:
+        _print(progress, total - len(progress))
+
+
+def _print(progress: list[tuple[str, AdapterProgress]], more: int) -> None:
+    rows = [
+        (
+            name, one.phase, str(one.examples), one.version or "-", ", ".join(one.acknowledged) or "-",
+            ", ".join(one.missing) or "-",
+        )
+        for name, one in progress
+    ]  # fmt: skip
+    print_table(_COLUMNS, rows)
+    if more > 0:
+        Console().print(f"... and {more} adapters more", soft_wrap=True, highlight=False)
