@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from perennial.learner.forgetting.forget_report import ForgetReporter, count_of, counts_by_request, is_done
 from perennial.learner.forgetting.rebuild import UpdateRebuilder
 from perennial.learner.forgetting.rebuild_plan import (
     BatchMatches,
@@ -27,6 +28,7 @@ from perennial.learner.forgetting.rebuild_plan import (
 )
 from perennial.learner.forgetting.rebuild_progress import RebuiltStep, sweep_steps
 from perennial.learner.forgetting.scan import FoundExamples, find_examples
+from perennial.learner.forgetting.waiting_batches import leave_out_of_waiting
 from perennial.learner.training.state import to_blobs
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
@@ -42,20 +44,18 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,
+    list_pending_deletes,
     load_pending_deletes,
     record_pending_deletes,
 )
 from perennial.storage.registry.quarantine import (
-    NOTHING_MATCHED,
     LegalHold,
-    Quarantine,
-    RequestOutcome,
     load_quarantine,
     update_quarantine,
 )
 from perennial.storage.registry.registry import AliasState, Head, Publication
 from perennial.streams.events.adapter_events import AdapterUpdate
-from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RetentionState
+from perennial.streams.events.models import ForgetRequested
 
 _log = logging.getLogger("perennial.learner")
 
@@ -68,7 +68,7 @@ class _Scope:
         found: every stored example of the adapter.
         text_hashes: hashes of the texts that must never be learned again.
         learned: examples to remove from micro-batches of versions.
-        unlearned: examples to remove from micro-batches of refused and interrupted jobs.
+        unlearned: examples to remove from micro-batches of refused, interrupted and waiting jobs.
     """
 
     found: FoundExamples
@@ -83,7 +83,7 @@ class _Scope:
             found,
             hashes,
             learned=target.removed_offsets(found.learned, hashes),
-            unlearned=target.removed_offsets({**found.refused, **found.unfinished}, hashes),
+            unlearned=target.removed_offsets({**found.refused, **found.unfinished, **found.waiting}, hashes),
         )
 
     def removed_offsets(self) -> RemovedOffsets:
@@ -117,6 +117,7 @@ class ForgetExecutor:
         self._now = now
         self._failpoint = failpoint
         self._publish = publish
+        self._report = ForgetReporter(writer, now)
         self._rebuilder = UpdateRebuilder(writer, progress, now, failpoint, should_stop)
 
     def forget(self, job: ForgetRequested, alias: str) -> JobResult:
@@ -161,7 +162,7 @@ class ForgetExecutor:
         began = time.perf_counter()
         quarantine = load_quarantine(self._store, job.adapter)
         head = self._writer.head(job.adapter)
-        if head is not None and not _is_done(quarantine, job):
+        if head is not None and not is_done(quarantine, job):
             history = load_history(self._registry, job.adapter)
             target = ForgetTarget(job, quarantine, self._store)
             found = find_examples(self._store, job.adapter, history, target)
@@ -177,10 +178,10 @@ class ForgetExecutor:
         quarantine = load_quarantine(self._store, job.adapter)
         head = self._writer.head(job.adapter)
         history = load_history(self._registry, job.adapter) if head else None
-        if _is_done(quarantine, job):
+        if is_done(quarantine, job):
             # Another learner may have done the job before this one deleted its own blobs.
             self._delete(job, self._sweep_progress(job.adapter, history))
-            return self._result(job, alias, began)
+            return self._report.result(job, alias, began)
         target = ForgetTarget(job, quarantine, self._store)
         found = find_examples(self._store, job.adapter, history, target)
         if target.is_held(found.all()):
@@ -191,17 +192,18 @@ class ForgetExecutor:
             self._forget_learned(job, alias, head, history, scope, quarantine.holds)
         if scope.learned or scope.unlearned:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
+            leave_out_of_waiting(self._store, job.adapter, scope.unlearned)
             self._keep_held(job, {**found.learned, **found.refused}, scope.removed_offsets())
         progress = self._sweep_progress(job.adapter, load_history(self._registry, job.adapter))
         self._delete(job, progress - scope.unlearned.keys())
         self._failpoint("learner.forget_deleted")
-        return self._result(job, alias, began)
+        return self._report.result(job, alias, began)
 
     # ---- phases
 
     def _held(self, job: ForgetRequested, alias: str, matches: Sequence[ExampleMatch]) -> JobResult:
         """Return the result of a job that a hold stops; undo what an earlier attempt had half made."""
-        status = self._status(job, "held", _count(job, matches), None, "a hold stands on it")
+        status = self._report.held(job, matches)
         if load_pending_deletes(self._store, job.adapter, job.job_id) is None:
             return JobResult("held", None, None, statuses=(status,))
         # The hold came after an attempt had begun. Report where the alias was moved to, and delete what was half made:
@@ -211,9 +213,9 @@ class ForgetExecutor:
         return JobResult("held", None, event, statuses=(status,), completion=Completion(job.adapter, job.job_id))
 
     def _suppress_unlearned(self, job: ForgetRequested, scope: _Scope) -> None:
-        """Record the micro-batches of refused and interrupted jobs for deletion, and suppress the erased texts."""
+        """Record the micro-batches of jobs that no version names for deletion, and suppress the erased texts."""
         if scope.unlearned:
-            counts = _request_counts(job, scope.found.all())
+            counts = counts_by_request(job, scope.found.all())
             record_pending_deletes(self._store, job.adapter, job.job_id, scope.unlearned, counts)
             self._suppress(job, scope)
 
@@ -243,7 +245,7 @@ class ForgetExecutor:
             rebuilt = self._rebuilder.rebuild(job, plan).step
             self._failpoint("learner.forget_replayed")
             self._recheck_holds(job, holds, history, scope.removed_offsets())
-            self._publish_rebuilt(job, alias, head, plan, rebuilt, _count(job, matches))
+            self._publish_rebuilt(job, alias, head, plan, rebuilt, count_of(job, matches))
         self._failpoint("learner.forget_published")
         self._revoke(job, history, plan.affected_versions)
 
@@ -259,7 +261,7 @@ class ForgetExecutor:
         for version in plan.affected_versions:
             manifest = history.manifests[version]
             digests |= {ref.digest for ref in manifest.blobs() if ref != manifest.batch}
-        record_pending_deletes(self._store, job.adapter, job.job_id, digests, _request_counts(job, matches))
+        record_pending_deletes(self._store, job.adapter, job.job_id, digests, counts_by_request(job, matches))
 
     def _suppress(self, job: ForgetRequested, scope: _Scope) -> None:
         update_quarantine(self._store, job.adapter, lambda found: found.suppressing(scope.text_hashes))
@@ -380,6 +382,10 @@ class ForgetExecutor:
         """Delete the job's pending blobs from the store and from this process's memory."""
         deleted = delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=unpublished, keep=keep)
         self._writer.drop_cached(deleted)
+        if deleted:
+            for pending in list_pending_deletes(self._store, job.adapter):
+                if pending.refused and deleted.issuperset(pending.digests):  # nothing is left to search
+                    clear_pending_deletes(self._store, job.adapter, pending.job_id)
 
     def _drop_unpublished(self, job: ForgetRequested) -> None:
         """Delete what attempts of a job left behind that goes no further, its progress included."""
@@ -398,87 +404,6 @@ class ForgetExecutor:
             self._writer.drop_cached(digests)
 
         return sweep_steps(self._registry, adapter, history, self._now(), drop=drop, delete_blobs=delete)
-
-    # ---- result
-
-    def _result(self, job: ForgetRequested, alias: str, began: float) -> JobResult:
-        """Return the result of the job, whether this attempt or an earlier one did it."""
-        event = self._writer.current_alias_event(job.adapter, alias)
-        if _is_done(load_quarantine(self._store, job.adapter), job):
-            return JobResult("repeated", None, event, completion=Completion(job.adapter, job.job_id))
-        made = self._writer.version_of_job(job.adapter, job.job_id, "forget")
-        counts = self._counts(job, made[1] if made else None)
-        version, generation = (made[0], event.generation) if made and event else (None, None)
-        statuses = self._statuses(job, counts, version)
-        outcomes = {
-            status.request_id: RequestOutcome(
-                at_ms=int(status.at.timestamp() * 1000), examples=status.examples, version=version,
-                generation=generation, detail=status.detail,
-            )
-            for status in statuses
-        }  # fmt: skip
-        manifest = made[1] if made else None
-        return JobResult(
-            manifest.outcome if manifest else "unchanged",
-            manifest,
-            event,
-            stage_s={"forget": time.perf_counter() - began},
-            statuses=tuple(statuses),
-            completion=Completion(job.adapter, job.job_id, outcomes),
-        )
-
-    def _counts(self, job: ForgetRequested, made: Manifest | None) -> dict[str, int]:
-        """Return how many examples were removed, by request id."""
-        counts = {job.request_id: (made.gate.forgotten_examples if made else None) or 0}
-        pending = load_pending_deletes(self._store, job.adapter, job.job_id)
-        return counts | pending.requests if pending else counts
-
-    def _statuses(
-        self, job: ForgetRequested, counts: Mapping[str, int], version: str | None
-    ) -> list[RetentionProgressed]:
-        """Return the statuses of the job's request and of every open request that the same rebuild carried out."""
-        quarantine = load_quarantine(self._store, job.adapter)
-        statuses: list[RetentionProgressed] = []
-        for request_id, count in counts.items():
-            entry = quarantine.entry(request_id)
-            if request_id != job.request_id and (entry is None or entry.done is not None):
-                continue
-            request = job if entry is None else job.model_copy(update={"request_id": request_id, "kind": entry.kind})
-            detail = "" if count else NOTHING_MATCHED
-            statuses.append(self._status(request, "executed", count, version, detail))
-            statuses.append(self._status(request, "published", count, version, detail))
-        return statuses
-
-    def _status(
-        self, job: ForgetRequested, state: RetentionState, count: int, version: str | None, detail: str = ""
-    ) -> RetentionProgressed:
-        return RetentionProgressed(
-            request_id=job.request_id, adapter=job.adapter, kind=job.kind, state=state, examples=count,
-            version=version, detail=detail, at=self._now(),
-        )  # fmt: skip
-
-
-def _is_done(quarantine: Quarantine, job: ForgetRequested) -> bool:
-    entry = quarantine.entry(job.request_id)
-    return entry is not None and entry.done is not None
-
-
-def _request_counts(job: ForgetRequested, matches: Sequence[ExampleMatch]) -> dict[str, int]:
-    """Return how many examples each request removes.
-
-    A request that also asks for held examples is left out: this job does not complete it.
-    """
-    held = {match.wanted_by for match in matches if match.held}
-    ids: dict[str, set[str]] = {job.request_id: set()}
-    for match in matches:
-        if match.request_id is not None and match.request_id not in held:
-            ids.setdefault(match.request_id, set()).add(match.example_id)
-    return {request_id: len(found) for request_id, found in ids.items()}
-
-
-def _count(job: ForgetRequested, matches: Sequence[ExampleMatch]) -> int:
-    """Return how many examples the job's own request removes."""
-    return len({match.example_id for match in matches if match.request_id == job.request_id})
 
 
 def _reason(job: ForgetRequested) -> str:

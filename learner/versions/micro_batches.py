@@ -148,6 +148,11 @@ def skipped_example(example: ExampleAccepted, reason: str) -> SkippedExample:
     return _skipped(example.example_id, example.origin, reason)
 
 
+def removed_examples(job: UpdateRequested) -> list[SkippedExample]:
+    """Return the manifest's records of the examples that a forgetting removed while the job waited."""
+    return [_skipped(item.example_id, item.origin, item.reason) for item in job.removed]
+
+
 def _skipped(example_id: str, origin: Origin, reason: str) -> SkippedExample:
     return SkippedExample(
         example_id=example_id,

@@ -21,6 +21,7 @@ from perennial.learner.versions.micro_batches import (
     batch_to_bytes,
     origin_offset,
     read_batch,
+    removed_examples,
     select_new_examples,
     skipped_example,
     without_examples,
@@ -242,6 +243,7 @@ class UpdateExecutor:
         """Train on the new examples; `replayed` is filled with the earlier examples that were drawn for it."""
         writer = self._writer
         selection = select_new_examples(batch.allowed, start.high_water_marks(), writer.updater.rows)
+        selection.skipped.extend(removed_examples(job))
         allowed = {origin_offset(example) for example in batch.allowed.examples}
         selection.skipped.extend(
             skipped_example(example, "quarantined")

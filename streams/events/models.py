@@ -357,6 +357,17 @@ class BlobRef(BaseModel):
     size_bytes: Count
 
 
+class BatchSkip(BaseModel):
+    """An accepted example that a cut covers and does not learn, and the reason."""
+
+    model_config = FROZEN
+    example_id: str
+    origin: Origin
+    reason: Literal["signal", "duplicate", "expired", "quarantined"]
+
+
+MAX_REMOVED = 1_000
+"""Most removed examples that an update job lists."""
 CutReason = Literal["drift", "size", "age"]
 
 
@@ -384,6 +395,8 @@ class UpdateRequested(Event):
     newest_ms: Millis
     """Publication time of the newest example."""
     cut_at: AwareDatetime
+    removed: Annotated[list[BatchSkip], Field(max_length=MAX_REMOVED)] = []
+    """Examples that a forgetting removed from the micro-batch while the job waited; at most 1,000 are listed."""
 
     def key(self) -> str:
         return self.adapter
@@ -445,15 +458,6 @@ class ForgetRequested(Event):
 
 
 # --- The body of a micro-batch ----------------------------------------------------------------------------------------
-
-
-class BatchSkip(BaseModel):
-    """An accepted example that a cut covers and does not learn, and the reason."""
-
-    model_config = FROZEN
-    example_id: str
-    origin: Origin
-    reason: Literal["signal", "duplicate", "expired", "quarantined"]
 
 
 class Batch(BaseModel):
