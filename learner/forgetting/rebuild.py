@@ -30,6 +30,7 @@ from perennial.learner.versions.micro_batches import (
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, Manifest
 from perennial.storage.registry.registry import Head
 from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested
@@ -114,7 +115,7 @@ class UpdateRebuilder:
             JobError: an update's micro-batch is gone, or its recipe does not fit this worker.
             JobInterruptedError: the process is to stop; the updates made so far stay for the next attempt.
         """
-        steps = [step for step in plan.steps if trained_offsets(step.manifest)]
+        steps = [step for step in plan.steps if trained_offsets(step.manifest) or step.manifest.skipped]
         current = self._start(plan.last_clean, steps)
         try:
             for step in steps:
@@ -138,10 +139,10 @@ class UpdateRebuilder:
     def rebuild_update(
         self, job: ForgetRequested, before: RebuiltState, step: RecordedVersion, removed_offsets: RemovedOffsets
     ) -> RebuiltState:
-        """Train one recorded update again, unless it was made before; return `before` if no example is left in it."""
+        """Train one recorded update again, unless it was made before; return `before` if nothing is left of it."""
         removed = _removed(step, removed_offsets)
         if trained_offsets(step.manifest) <= removed:
-            return before
+            return self._keep_skipped(job, before, step, removed)
         key = step_key(job.adapter, before.step, before.seed, step.version, removed)
         made = find_step(self._registry, key)
         if made is not None:
@@ -152,7 +153,7 @@ class UpdateRebuilder:
             )
         update = self._remaining(step, removed)
         if not update.examples:
-            return before
+            return self._keep_skipped(job, before, step, removed)
         updater = self._updater_of(update.recorded)
         state = self._state(job.adapter, before)
         result = self._train(job, state, update, updater)
@@ -168,9 +169,42 @@ class UpdateRebuilder:
             refs = StateRefs.of_manifest(before.step.manifest)
         manifest = self._manifest(before, update, updater, result, refs)
         self._failpoint("learner.forget_trained")
-        self._store_step(job, key, step, update, manifest, blobs)
+        new_batch = None if update.new_body is None else update.ref.digest
+        self._store_step(job, key, step, new_batch, manifest, blobs)
         self._writer.cache_state(refs, state)
         self._failpoint("learner.forget_step")
+        return _reached(before, RecordedVersion(manifest.digest(), manifest))
+
+    def _keep_skipped(
+        self, job: ForgetRequested, before: RebuiltState, step: RecordedVersion, removed: set[OriginOffset]
+    ) -> RebuiltState:
+        """Record what an update skipped, where nothing is left in it to train; return `before` if it skipped nothing.
+
+        Ratings and duplicates beside the removed examples are not asked to be forgotten: they stay on record.
+        """
+        recorded = step.manifest
+        judged = trained_offsets(recorded) | removed
+        skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
+        if not skipped:
+            return before
+        key = step_key(job.adapter, before.step, before.seed, step.version, removed)
+        made = find_step(self._registry, key)
+        if made is not None:
+            return _reached(before, made)
+        blobs: dict[str, bytes] = {}
+        if before.step is None:
+            refs, blobs = to_blobs(self._state(job.adapter, before))
+        else:
+            refs = StateRefs.of_manifest(before.step.manifest)
+        manifest = _following(before, recorded).model_copy(
+            update={
+                "outcome": "unchanged", "reason": "nothing-to-learn", "code": self._writer.code,
+                "batch": None if removed else recorded.batch, "learned": [], "skipped": skipped,
+                **refs.manifest_fields(), "gate": GateFigures(), "tokens": 0, "published_from_ms": None,
+                "published_to_ms": None,
+            }
+        )  # fmt: skip
+        self._store_step(job, key, step, None, manifest, blobs)
         return _reached(before, RecordedVersion(manifest.digest(), manifest))
 
     def _store_step(
@@ -178,7 +212,7 @@ class UpdateRebuilder:
         job: ForgetRequested,
         key: str,
         step: RecordedVersion,
-        update: _RemainingUpdate,
+        new_batch: str | None,
         manifest: Manifest,
         blobs: Mapping[str, bytes],
     ) -> None:
@@ -188,7 +222,7 @@ class UpdateRebuilder:
             job_id=job.job_id,
             recorded=step.version,
             rebuilt=manifest.digest(),
-            batch=None if update.new_body is None else update.ref.digest,
+            batch=new_batch,
             blobs=sorted(blobs),
             made_at=self._now(),
         )
@@ -262,16 +296,24 @@ class UpdateRebuilder:
             skipped += [skipped_example(example, result.reason) for example in update.examples]
         learned = update.examples if promoted else []
         times = [example.origin.timestamp_ms for example in learned]
-        return recorded.model_copy(
+        return _following(before, recorded).model_copy(
             update={
-                "seq": before.step.manifest.seq + 1 if before.step else 1, "kind": "replayed",
-                "outcome": result.outcome, "reason": reason, "parent": before.version,
-                "head": before.step.version if before.step else None, "code": self._writer.code, "batch": update.ref,
+                "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
                 "learned": [self._writer.learned_example(example, updater) for example in learned],
                 "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "tokens": result.tokens,
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),
             }
         )  # fmt: skip
+
+
+def _following(before: RebuiltState, recorded: Manifest) -> Manifest:
+    """Return the recorded manifest at its place among the rebuilt updates."""
+    return recorded.model_copy(
+        update={
+            "seq": before.step.manifest.seq + 1 if before.step else 1, "kind": "replayed", "parent": before.version,
+            "head": before.step.version if before.step else None,
+        }
+    )  # fmt: skip
 
 
 def _removed(step: RecordedVersion, removed_offsets: RemovedOffsets) -> set[OriginOffset]:

@@ -100,7 +100,7 @@ class PassRunner:
         except PerennialError as error:
             return self.park(job, error)
         parked = load_parked(self._writer.registry.store, job.adapter)
-        if parked is not None and parked.job_id == job.job_id:
+        if parked is not None and parked.job_id == job.job_id and not job.prepare:
             unpark_adapter(self._writer.registry.store, job.adapter)
             self._updates.catch_up(job.adapter)
         return result

@@ -74,19 +74,25 @@ def batch_to_bytes(batch: Batch) -> bytes:
 
 
 def without_examples(batch: Batch, offsets: Collection[OriginOffset]) -> Batch:
-    """Return the micro-batch as it would be if the examples at these offsets had never been published."""
-    removed_ids = {example.example_id for example in batch.examples if origin_offset(example) in offsets}
+    """Return the micro-batch without the examples at these offsets; whatever else it lists as skipped stays listed.
+
+    A duplicate of a removed example stays listed, too: it is another record, and it must be accounted for.
+    """
     return Batch(
         adapter=batch.adapter,
         cut=batch.cut,
         examples=[example for example in batch.examples if origin_offset(example) not in offsets],
-        skipped=[skip for skip in batch.skipped if skip.example_id not in removed_ids],
+        skipped=[skip for skip in batch.skipped if _offset_of(skip.origin) not in offsets],
     )
 
 
 def origin_offset(example: ExampleAccepted) -> OriginOffset:
     """Return where the example was first published."""
-    return example.origin.partition_key(), example.origin.leader_epoch, example.origin.offset
+    return _offset_of(example.origin)
+
+
+def _offset_of(origin: Origin) -> OriginOffset:
+    return origin.partition_key(), origin.leader_epoch, origin.offset
 
 
 def batch_origins(batch: Batch) -> list[Origin]:
