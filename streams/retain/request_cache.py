@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from perennial.storage.errors import ConflictError
+from perennial.storage.errors import ConflictError, IntegrityError
 from perennial.streams.retain.ledger import RequestRecord, epoch_ms
 from perennial.streams.retain.request_store import RequestStore, Revisions, hash_of, indexes_of
 from perennial.streams.retain.rules.in_force import InForce
 from perennial.streams.retention.kinds import KINDS
+
+log = logging.getLogger("perennial.retain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +62,11 @@ class RequestCache:
         self._known = Revisions(open=-1, in_force=-1)
 
     def refresh_in_force(self) -> None:
-        """Read holds and policies again if a process added or ended one."""
+        """Read holds and policies again if a process added or ended one.
+
+        Raises:
+            IntegrityError: One of them is not readable. Nothing may be forgotten then: it may be a hold.
+        """
         revision = self.store.revisions().in_force
         if revision == self._known.in_force:
             return
@@ -82,8 +89,10 @@ class RequestCache:
         for name in {*self.open, *self._pattern_requests} - names:
             self._place(name, None)
         for name in names - self.open.keys() - self._pattern_requests.keys():
-            loaded = self.store.load(name)
-            self._place(name, StoredRequest(*loaded) if loaded else None)
+            try:
+                self._place(name, self.load(name))
+            except IntegrityError as error:  # one bad object must not stop all other requests
+                log.error("%s", error)  # noqa: TRY400 - the error says all; a traceback would hide it
         self._known = self._known.model_copy(update={"open": revision})
         return set(self.patterns) - patterns_before
 

@@ -41,10 +41,10 @@ from perennial.streams.retention.kinds import KINDS, refusal_of
 CALENDAR_BUDGET_S: Final = 1.0
 """About how long one tick may look at adapters for the calendar; the next tick goes on from there."""
 _MIN_ADAPTERS_PER_TICK: Final = 16
+SLICE_ADAPTERS: Final = 64
+"""The most adapters that one slice looks at or changes, so that the event loop and other deliveries get their turn."""
 TICK_BUDGET_S: Final = 2.0
 """About how long one tick goes on with open requests; the next tick goes on from there."""
-SLICE_ADAPTERS: Final = 64
-"""The most adapters whose quarantines one slice changes, so that the event loop gets its turn."""
 PRUNE_EVERY_S: Final = 60.0
 PRUNE_AT_ONCE: Final = 500
 """Ended requests that one tick removes at most."""
@@ -197,6 +197,8 @@ class RequestWorker:
                     yield self._saving(processor, record, None)
             if number >= _MIN_ADAPTERS_PER_TICK and time.monotonic() - began > CALENDAR_BUDGET_S:
                 return
+            if number % SLICE_ADAPTERS == 0:
+                yield Slice()
 
     def _look_at_new(self, adapter: str) -> Iterator[Slice]:
         """Bring holds and requests over patterns to an adapter that this process sees for the first time.
@@ -234,6 +236,8 @@ class RequestWorker:
                 if time.monotonic() > deadline:
                     self._begun[name] = work
                     break
+            else:
+                yield Slice()
             if time.monotonic() > deadline:
                 return
 
@@ -336,8 +340,7 @@ class RequestWorker:
                 saves.append(partial(self._store.save_page, name, page, content, etag))
             if wanted != found.record:
                 saves.append(partial(self.cache.save, wanted, found))
-            if saves:
-                yield Slice(processor.changes, processor.events, saves)
+            yield Slice(processor.changes, processor.events, saves)  # also an empty one ends the turn of this request
             if len(chunk) < SLICE_ADAPTERS:
                 return
 

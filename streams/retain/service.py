@@ -120,7 +120,8 @@ class RetainService:
             log.warning("%s", error)
             return
         await asyncio.to_thread(self._save_clock, now_ms)
-        self._report(now_ms)
+        async with self._turns():
+            self._report(now_ms)
 
     async def _migrate(self) -> None:
         if not self._migrated:
@@ -133,10 +134,8 @@ class RetainService:
         Returns:
             False where another process changed a request first and the caller wants to begin anew.
         """
-        if self._lock is None:
-            self._lock = asyncio.Lock()
         while True:
-            async with self._lock:
+            async with self._turns():
                 piece = await asyncio.to_thread(next, slices, None)
                 if piece is None:
                     return True
@@ -147,6 +146,12 @@ class RetainService:
                     self._worker.drop_begun()
                     if stop_at_conflict:
                         return False
+
+    def _turns(self) -> asyncio.Lock:
+        """Return the lock that whoever uses the worker holds; made at its first use, in the running event loop."""
+        if self._lock is None:
+            self._lock = asyncio.Lock()
+        return self._lock
 
     async def _perform(self, piece: Slice) -> None:
         """Apply the changes of a slice, send its events, then store its requests.
@@ -164,7 +169,8 @@ class RetainService:
         if piece.saves:
             await asyncio.to_thread(_save, piece)
             failpoint("retain.state")
-        self._metrics.progress()
+        if piece.changes or piece.events or piece.saves:
+            self._metrics.progress()
         # Only now: the store says which version the request is about, so a step that is taken again takes out no other.
         for event in piece.events:
             if isinstance(event, RollbackRequested):

@@ -6,9 +6,10 @@ import pytest
 
 from perennial.storage.errors import ConflictError, IntegrityError
 from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
+from perennial.streams.retain import request_worker
 from perennial.streams.retain.ledger import AdapterProgress, RequestRecord
 from perennial.streams.retain.ledger_migration import LEDGER_KEY, RequestLedger, migrate_ledger
-from perennial.streams.retain.request_store import INDEX, RequestStore, hash_of, load_in_force, load_requests
+from perennial.streams.retain.request_store import INDEX, REQUESTS, RequestStore, hash_of, load_in_force, load_requests
 from perennial.streams.retain.request_worker import SLICE_ADAPTERS
 from perennial.streams.retain.rules.replica_report import ReplicaReport
 from tests.memory_store import MemoryStore
@@ -39,13 +40,13 @@ def test_attack_d_a_new_adapter_under_a_thousand_holds_costs_one_write():
 def test_attack_d_a_request_over_many_adapters_is_many_small_objects_in_slices():
     """A request over 100,000 adapters was 21 MB of one object, four of them ended the role."""
     world = World()
-    names = [f"acme/a{n}" for n in range(3000)]
+    names = [f"acme/a{n}" for n in range(1500)]
     world.stored = {name: {} for name in names}
     for piece in world.worker.receive(request("erase", adapter="*", selector=doc(1)), 1000, 1000):
         world.perform(iter([piece]))
         assert len(piece.changes) <= SLICE_ADAPTERS
     assert world.states("erase") == ["accepted"], "the many adapters are for the ticks"
-    for _ in range(40):
+    for _ in range(400):
         for piece in world.worker.tick(world.now_ms):
             world.perform(iter([piece]))
             assert len(piece.changes) <= SLICE_ADAPTERS
@@ -58,15 +59,37 @@ def test_attack_d_a_request_over_many_adapters_is_many_small_objects_in_slices()
     assert largest_object(world.objects) < 40_000
 
 
+def test_looking_at_many_adapters_ends_with_the_budget_of_the_tick_and_goes_on_there(monkeypatch):
+    world = World()
+    world.stored = {f"acme/a{n}": {} for n in range(400)}
+    world.step(request("erase", adapter="*", selector=doc(1)))
+    while len(world.jobs) < 400:
+        world.step()
+    looked: list[str] = []
+    load = world.quarantine
+    world.quarantine = lambda adapter: looked.append(adapter) or load(adapter)
+    monkeypatch.setattr(request_worker, "TICK_BUDGET_S", 0.0)
+    ticks = 0
+    while len(set(looked)) < 400 and ticks < 400:
+        before = len(looked)
+        world.step()
+        assert len(looked) - before <= 2 * SLICE_ADAPTERS
+        ticks += 1
+    assert len(set(looked)) == 400
+
+
 def test_a_tick_costs_the_requests_that_can_move():
     world = World()
     world.learn(example(1))
     later = AT.replace(year=2200)
-    world.step(*(request("expire", f"e{n}", selector=doc(n), due_at=later) for n in range(300)))
-    world.step(*(request("erase", f"r{n}", selector=doc(500 + n)) for n in range(300)))
-    world.work()
-    world.step()
-    assert {world.states(f"r{n}")[-1] for n in range(300)} == {"closed"}
+    world.step(*(request("expire", f"e{n}", selector=doc(n), due_at=later) for n in range(100)))
+    world.step(*(request("erase", f"r{n}", selector=doc(500 + n)) for n in range(100)))
+    for _ in range(100):  # each tick has a budget of time
+        world.work()
+        world.step()
+        if {world.states(f"r{n}")[-1] for n in range(100)} == {"closed"}:
+            break
+    assert {world.states(f"r{n}")[-1] for n in range(100)} == {"closed"}
     world.step()
     world.objects.calls.clear()
     world.step()
@@ -241,3 +264,28 @@ def test_an_index_never_misses_a_request_and_may_name_one_too_many():
     world.restart()
     world.step()
     assert world.worker.cache.open == {}
+
+
+def test_a_request_that_nobody_can_read_stops_no_other_one(caplog):
+    world = World()
+    world.learn(example(1), example(2))
+    world.step(request("erase", "broken", selector=doc(1)), request("erase", "whole", selector=doc(2)))
+    key = f"{REQUESTS}{hash_of('broken')}"
+    world.objects.compare_and_swap(key, b"{}", world.objects.get(key).etag)
+    world.restart()
+    world.work()
+    world.step()
+    assert world.states("whole")[-1] == "closed"
+    assert key in caplog.text
+
+
+def test_a_hold_that_nobody_can_read_lets_nothing_be_forgotten():
+    world = World()
+    world.learn(example(1))
+    world.step(request("hold", selector=doc(1)))
+    key = f"{REQUESTS}{hash_of('hold')}"
+    world.objects.compare_and_swap(key, b"{}", world.objects.get(key).etag)
+    world.restart()
+    with pytest.raises(IntegrityError, match=key):
+        world.step(request("erase", selector=doc(1)))
+    assert world.jobs == []
