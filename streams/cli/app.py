@@ -212,10 +212,18 @@ def topics_create(
 @topics_app.command("repartition")
 def topics_repartition(
     topic: Annotated[str, typer.Argument(help="examples, scored-examples, drift or adapter-jobs.")],
-    partitions: Annotated[int, typer.Option(min=1, help="Number of partitions that the topic is to have.")],
+    partitions: Annotated[
+        int, typer.Option(min=1, max=MAX_ROWS, help="Number of partitions that the topic is to have.")
+    ],
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the roles pause.")] = False,
     wait_s: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait until the writers paused and the topic is read to its end.")
+        float,
+        typer.Option(
+            min=0,
+            max=MAX_SECONDS,
+            callback=number,
+            help="Seconds to wait until the writers paused and the topic is read to its end.",
+        ),
     ] = 600,
     json_: Json = False,
 ) -> None:
@@ -334,10 +342,17 @@ def adapters_park(
 def adapters_unpark(
     adapter: AdapterName,
     without_missing: Annotated[
-        bool, typer.Option(help="Give up the cuts whose jobs are neither in the store nor settled.")
+        bool,
+        typer.Option("--without-missing", help="Give up the cuts whose jobs are neither in the store nor settled."),
     ] = False,
     wait_s: Annotated[
-        float, typer.Option(min=0, help="Seconds to wait until the first waiting job was tried; 0 does not wait.")
+        float,
+        typer.Option(
+            min=0,
+            max=MAX_SECONDS,
+            callback=number,
+            help="Seconds to wait until the first waiting job was tried; 0 does not wait.",
+        ),
     ] = 60,
     json_: Json = False,
 ) -> None:
