@@ -166,7 +166,7 @@ class ForgetExecutor:
             history = load_history(self._registry, job.adapter)
             target = ForgetTarget(job, quarantine, self._store)
             found = find_examples(self._store, job.adapter, history, target)
-            self._sweep_progress(job.adapter, history)
+            self._sweep_progress(job.adapter)
             scope = _Scope.of(found, target)
             if history is not None and scope.learned and not target.is_held(found.all()):
                 self._rebuilder.rebuild(job, plan_rebuild(history, scope.learned))
@@ -180,7 +180,7 @@ class ForgetExecutor:
         history = load_history(self._registry, job.adapter) if head else None
         if is_done(quarantine, job):
             # Another learner may have done the job before this one deleted its own blobs.
-            self._delete(job, self._sweep_progress(job.adapter, history))
+            self._delete(job, self._sweep_progress(job.adapter))
             return self._report.result(job, alias, began)
         target = ForgetTarget(job, quarantine, self._store)
         found = find_examples(self._store, job.adapter, history, target)
@@ -194,7 +194,7 @@ class ForgetExecutor:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
             leave_out_of_waiting(self._store, job.adapter, scope.unlearned)
             self._keep_held(job, {**found.learned, **found.refused}, scope.removed_offsets())
-        progress = self._sweep_progress(job.adapter, load_history(self._registry, job.adapter))
+        progress = self._sweep_progress(job.adapter)
         self._delete(job, progress - scope.unlearned.keys())
         self._failpoint("learner.forget_deleted")
         return self._report.result(job, alias, began)
@@ -389,19 +389,19 @@ class ForgetExecutor:
 
     def _drop_unpublished(self, job: ForgetRequested) -> None:
         """Delete what attempts of a job left behind that goes no further, its progress included."""
-        history = load_history(self._registry, job.adapter)
-        progress = self._sweep_progress(job.adapter, history, drop=lambda step: step.job_id == job.job_id)
+        progress = self._sweep_progress(job.adapter, drop=lambda step: step.job_id == job.job_id)
         self._delete(job, progress, unpublished=True)
 
-    def _sweep_progress(
-        self, adapter: str, history: History | None, drop: Callable[[RebuiltStep], bool] = lambda _: False
-    ) -> set[str]:
+    def _sweep_progress(self, adapter: str, drop: Callable[[RebuiltStep], bool] = lambda _: False) -> set[str]:
         """Remove progress that no rebuild can use any more; return the blobs of the rest."""
 
         def delete(digests: Collection[str]) -> None:
             for digest in sorted(digests):
                 self._store.delete(blob_key(digest))
             self._writer.drop_cached(digests)
+
+        def history() -> History | None:
+            return load_history(self._registry, adapter)
 
         return sweep_steps(self._registry, adapter, history, self._now(), drop=drop, delete_blobs=delete)
 

@@ -123,7 +123,7 @@ def list_steps(store: ObjectStore, adapter: str) -> Iterator[tuple[str, RebuiltS
 def sweep_steps(
     registry: Registry,
     adapter: str,
-    history: History | None,
+    history: Callable[[], History | None],
     now: datetime,
     *,
     drop: Callable[[RebuiltStep], bool] = lambda _: False,
@@ -137,7 +137,7 @@ def sweep_steps(
     Args:
         registry: the adapter's versions.
         adapter: the adapter.
-        history: all manifests of the adapter; None if it has no version.
+        history: returns all manifests of the adapter, None if it has no version; called only if there are steps.
         now: the time.
         drop: says of a step that it must go in any case.
         delete_blobs: called with the digests of blobs to delete.
@@ -151,8 +151,9 @@ def sweep_steps(
     steps = list(list_steps(registry.store, adapter))
     if not steps:
         return set()
-    manifests = history.manifests if history is not None else {}
-    schedule = {step.version for step in history.schedule()} if history is not None else set()
+    recorded = history()
+    manifests = recorded.manifests if recorded is not None else {}
+    schedule = {step.version for step in recorded.schedule()} if recorded is not None else set()
     kept: set[str] = set()
     swept: list[tuple[str, RebuiltStep]] = []
     for key, step in steps:
