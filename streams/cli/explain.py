@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from unicodedata import normalize
 
 from rich.console import Console
 from rich.text import Text
@@ -94,7 +95,8 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
     require_adapter(registry, adapter)
     examples = explain_examples(registry, adapter, settings.serving.alias)
     if document is not None:
-        examples = [example for example in examples if example.document_id == document]
+        wanted = normalize("NFC", document)  # a terminal and a producer may write the same id in two forms
+        examples = [example for example in examples if normalize("NFC", example.document_id or "") == wanted]
         if not examples:
             raise NotFoundError(
                 "no such document in this adapter", got=document,

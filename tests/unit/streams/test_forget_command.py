@@ -178,6 +178,13 @@ def test_explain_shows_only_the_origin_of_an_erased_example(versions, capsys):
         explain(ADAPTER, document="d1", limit=10, as_json=True)
 
 
+def test_case_13_explain_finds_a_document_by_another_normalisation_of_its_id(versions, capsys):
+    """Ids were compared as bytes: the NFD form of an NFC id was another document."""
+    learn(versions, example(1).model_copy(update={"document_id": "Ren\u00e9-file"}), example(2))
+    assert explain(ADAPTER, document="Rene\u0301-file", limit=10, as_json=True) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 1
+
+
 def test_explain_of_an_unknown_adapter_is_not_found(versions):
     with pytest.raises(NotFoundError):
         explain("nobody", document=None, limit=10, as_json=True)
