@@ -218,6 +218,9 @@ class ModelSettings(_Group):
         256, description="scorer: tokens at the start of an example on which its losses are measured"
     )
     score_batch: PositiveInt = Field(32, description="scorer: examples per forward pass")
+    lanes: PositiveInt = Field(
+        3, description="learner: jobs that may run at once; a second one starts where the first takes long"
+    )
 
 
 class TrainingSettings(_Group):

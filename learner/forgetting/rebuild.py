@@ -13,7 +13,6 @@ from datetime import datetime
 
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
 from perennial.learner.forgetting.rebuild_progress import RebuiltStep, find_step, record_step, step_key
-from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.update import Recipe, Updater, UpdateResult
 from perennial.learner.versions.history import RecordedVersion
@@ -122,7 +121,7 @@ class UpdateRebuilder:
                 current = self.rebuild_update(job, current, step, plan.removed_offsets)
                 self._progress()
         finally:
-            make_deterministic(self._writer.threads)
+            self._writer.use_threads(self._writer.threads)
         return current
 
     def _start(self, last_clean: RecordedVersion | None, steps: Sequence[RecordedVersion]) -> RebuiltState:
@@ -271,7 +270,7 @@ class UpdateRebuilder:
         if updater.recipe.row_tokens != self._writer.updater.recipe.row_tokens:
             rows = BatchRows(self._store, updater.rows)
         rows.put(update.ref.digest, update.batch.examples)
-        make_deterministic(update.recorded.threads)
+        self._writer.use_threads(update.recorded.threads)
         return updater.update(
             state,
             update.examples,

@@ -1,4 +1,4 @@
-"""The learner role: the only consumer of jobs. Takes one at a time, trains it on another thread, publishes, commits.
+"""The learner role: the only consumer of jobs. Reads them, trains them in lanes, publishes, commits.
 
 For each job the version and the alias are in the store first, then the event is published, then the offset is
 committed; a job that is interrupted in between is run again. Events of a forget job that cannot wait for its end are
@@ -10,18 +10,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
-from typing import Any
 
 from perennial.learner.model.base import Base, load_base
-from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import AdapterError
 from perennial.learner.model.loss import OutOfMemoryError
+from perennial.learner.model.turns import FairLock
+from perennial.learner.roles.lanes import CommitOrder, Lane, WaitingJob, next_job
 from perennial.learner.roles.parking import report_parked
 from perennial.learner.roles.passes import PassRunner
 from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
@@ -45,6 +45,8 @@ _log = logging.getLogger("perennial.learner")
 TOPIC = "adapter-jobs"
 IDLE_POLL_S = 0.5
 TRAINING_POLL_S = 0.02
+MAX_WAITING = 256
+"""Jobs that may wait in the process for a lane: behind a long job of one adapter there may be many of others."""
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 """Waits between tries on a store that does not answer, half a minute in all; then the role ends with an error."""
 
@@ -54,16 +56,18 @@ def run_learner(
     stop: threading.Event,
     metrics: Metrics,
     base: Base | None = None,
-    lock: AbstractContextManager[Any] | None = None,
+    lock: FairLock | None = None,
 ) -> None:
-    """Run jobs from the topic `adapter-jobs` until `stop` is set; the job that runs then is finished first.
+    """Run jobs from the topic `adapter-jobs` until `stop` is set.
+
+    Jobs that run then are finished first, or interrupted where they take too long; see `lanes`.
 
     Args:
         settings: Kafka, store, model, training and serving.
         stop: ends the role.
         metrics: what the role reports.
         base: the frozen model, if other roles of this process share it.
-        lock: held for one training step at a time, if other roles share the base.
+        lock: held for one training step at a time, if other roles share the base; None makes one for the lanes.
 
     Raises:
         PerennialError: the store or Kafka stay unavailable; nothing of the job that ran was committed.
@@ -71,30 +75,29 @@ def run_learner(
     store = open_store(settings.store.require_uri(), settings.s3)
     store.probe()
     check_installation(settings, store, ROLE_TOPICS["learner"])
-    writer = make_version_writer(
-        settings, store, base or load_base(settings.model.base, settings.model.device, settings.model.threads), lock
-    )
+    base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
+    writer = make_version_writer(settings, store, base, lock or FairLock())
     with (
         ConfirmingProducer(settings, "learner", metrics, _now) as producer,
-        GroupConsumer(settings, TOPIC, "learner", max_records=1) as consumer,
-        # A fresh thread has torch's own default number of threads.
-        ThreadPoolExecutor(1, "training", initializer=make_deterministic, initargs=(settings.model.threads,)) as pool,
+        GroupConsumer(settings, TOPIC, "learner", max_records=MAX_WAITING) as consumer,
         report_parked(store, metrics),
+        closing(Learner(settings, writer, consumer, producer, metrics, stop)) as learner,
     ):
-        Learner(settings, writer, consumer, producer, metrics, stop).run(pool)
+        learner.run()
 
 
 @dataclass(frozen=True)
 class _RunningJob:
-    """The job that the training thread works on."""
+    """A job, the lane that it runs in, and when it began, by the monotonic clock in seconds."""
 
-    record: ConsumedRecord
-    envelope: Envelope
+    job: WaitingJob
+    lane: Lane
     result: Future[JobResult]
+    began_s: float
 
 
 class Learner:
-    """The job loop: one thread polls, publishes and commits, another trains.
+    """The job loop: one thread polls, publishes and commits, the lanes train.
 
     Args:
         settings: settings of the role.
@@ -114,93 +117,137 @@ class Learner:
         metrics: Metrics,
         stop: threading.Event,
     ) -> None:
+        self._settings = settings
+        self._writer = writer
         self._registry = writer.registry
         self._consumer = consumer
         self._producer = producer
         self._metrics = metrics
         self._stop = stop
-        self._pending_events: SimpleQueue[AdapterUpdate] = SimpleQueue()
-        self._passes = PassRunner(
-            writer, settings.serving.alias, _now, failpoint, self._pending_events.put, metrics.progress, stop.is_set
-        )
-        self._waiting: deque[ConsumedRecord] = deque()
-        self._running: _RunningJob | None = None
+        self._pending_events: SimpleQueue[tuple[AdapterUpdate, str | None]] = SimpleQueue()
+        self._lanes: list[Lane] = []
+        self._waiting: list[WaitingJob] = []
+        self._running: list[_RunningJob] = []
+        self._order = CommitOrder()
 
-    def run(self, pool: ThreadPoolExecutor) -> None:
+    def run(self) -> None:
         """Run jobs until `stop` is set and no job is running.
 
-        While a job trains, polling goes on with all partitions paused: the consumer group sees a live member however
-        long the training takes, and no second job is fetched.
-
-        Args:
-            pool: runs the jobs; one thread.
+        While jobs train, polling goes on: the consumer group sees a live member however long the training takes. The
+        partitions are paused once `MAX_WAITING` jobs wait here.
         """
-        while self._running is not None or not self._stop.is_set():
-            if self._running is not None:
-                wait([self._running.result], timeout=TRAINING_POLL_S)
-            self._waiting.extend(self._consumer.poll(TRAINING_POLL_S if self._running else IDLE_POLL_S))
+        while self._running or not self._stop.is_set():
+            if self._running:
+                wait([job.result for job in self._running], TRAINING_POLL_S, FIRST_COMPLETED)
+            for record in self._consumer.poll(TRAINING_POLL_S if self._running else IDLE_POLL_S):
+                self._take(record)
             self._publish_pending()
-            if self._running is not None and self._running.result.done():
-                self._finish(self._running)
-                self._running = None
-            while self._running is None and self._waiting and not self._stop.is_set():
-                self._start(self._waiting.popleft(), pool)
-            if self._running is not None:
+            for job in [job for job in self._running if job.result.done()]:
+                self._running.remove(job)
+                self._finish(job)
+            while not self._stop.is_set() and self._start_next():
+                pass
+            if len(self._waiting) >= MAX_WAITING or self._stop.is_set():
                 self._consumer.pause()  # also partitions that a rebalance has just assigned
             else:
                 self._consumer.resume()
-            self._metrics.lag(TOPIC, self._consumer.lag() + len(self._waiting) + (self._running is not None))
+            self._report()
 
-    def _start(self, record: ConsumedRecord, pool: ThreadPoolExecutor) -> None:
+    def close(self) -> None:
+        """End the lanes."""
+        for lane in self._lanes:
+            lane.close()
+
+    def _report(self) -> None:
+        self._metrics.lag(TOPIC, self._consumer.lag() + len(self._waiting) + len(self._running))
+        jobs = (job.job.envelope.event for job in self._running)
+        oldest_ms = min((job.oldest_ms for job in jobs if isinstance(job, UpdateRequested)), default=None)
+        self._metrics.oldest_age_s(0 if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1000))
+
+    def _take(self, record: ConsumedRecord) -> None:
+        """Decode a record that was read, and let its job wait for a lane."""
         if not self._consumer.owns(record):
             return
         self._metrics.events_in(TOPIC)
+        self._order.add(record)
         try:
             envelope = decode(record.value, record.headers, TOPIC)
         except WireError as error:
             self._refuse(record, error.reason, error.detail)
             return
         failpoint("learner.receive")
-        if isinstance(envelope.event, UpdateRequested):
-            self._metrics.oldest_age_s(max(0.0, time.time() - envelope.event.oldest_ms / 1000))
-        self._running = _RunningJob(record, envelope, pool.submit(self._run_with_retries, envelope))
+        self._waiting.append(WaitingJob(record, envelope))
 
-    def _run_with_retries(self, envelope: Envelope) -> JobResult:
-        """Run the job on the training thread, again and again while the store does not answer.
+    def _start_next(self) -> bool:
+        """Start the next job if one may start now; return False if none may."""
+        # A partition that was taken away is read by another member from its last commit on.
+        self._waiting = [job for job in self._waiting if self._consumer.owns(job.record)]
+        now_s = time.monotonic()
+        busy = {running.job.adapter for running in self._running}
+        running_s = [now_s - running.began_s for running in self._running]
+        index = next_job(self._waiting, running_s, busy, self._settings.model.lanes)
+        if index is None:
+            return False
+        job, lane = self._waiting.pop(index), self._free_lane()
+        self._running.append(_RunningJob(job, lane, lane.start(job.envelope, self._run_with_retries), now_s))
+        return True
+
+    def _free_lane(self) -> Lane:
+        """Return a lane that runs no job; make one where all do."""
+        used = [running.lane for running in self._running]
+        free = next((lane for lane in self._lanes if lane not in used), None)
+        if free is None:
+            number = len(self._lanes)
+            writer = self._writer.sibling(f"learner{number}") if number else self._writer
+
+            def runner_of(publish: Callable[[AdapterUpdate], None], progress: Callable[[], None]) -> PassRunner:
+                return PassRunner(
+                    writer, self._settings.serving.alias, _now, failpoint, publish, progress, self._stop.is_set
+                )
+
+            free = Lane(
+                number, writer, runner_of, lambda event, traceparent: self._pending_events.put((event, traceparent)),
+                self._metrics.progress, self._stop, time.monotonic,
+            )  # fmt: skip
+            self._lanes.append(free)
+        return free
+
+    def _run_with_retries(self, passes: PassRunner, envelope: Envelope) -> JobResult:
+        """Run the job in a lane's thread, again and again while the store does not answer.
 
         A loop of our own instead of a retry library: the wait ends as soon as the role is asked to stop.
         """
         for delay_s in RETRY_S:
             try:
-                return self._passes.run(envelope.event)
+                return passes.run(envelope.event)
             except StoreUnavailableError as error:
                 self._metrics.store_error("job")
                 _log.warning("the store does not answer, trying again in %.1f s: %s", delay_s, error)
                 if self._stop.wait(delay_s):
                     raise
         try:
-            return self._passes.run(envelope.event)
+            return passes.run(envelope.event)
         except NoSpaceError as error:
-            return self._passes.park(envelope.event, error)
+            return passes.park(envelope.event, error)
 
-    def _finish(self, job: _RunningJob) -> None:
+    def _finish(self, running: _RunningJob) -> None:
         """Publish what the job sends, then commit. A job that can never be done goes to the dead letters instead."""
-        self._metrics.oldest_age_s(0)
+        job = running.job
         traceparent = job.envelope.traceparent
-        self._publish_pending(traceparent)
+        self._publish_pending()
         try:
-            result = job.result.result()
+            result = running.result.result()
         except JobInterruptedError as error:  # not committed: the next learner goes on from the job's progress
             _log.info("%s", error)
             return
         except JobError as error:
-            self._refuse(job.record, error.reason, str(error), job.envelope)
+            self._refuse(job.record, error.reason, str(error), job.envelope, running.lane.passes)
             return
         except (IntegrityError, NotFoundError, AdapterError) as error:
-            self._refuse(job.record, "broken-state", str(error), job.envelope)
+            self._refuse(job.record, "broken-state", str(error), job.envelope, running.lane.passes)
             return
         except OutOfMemoryError as error:
-            self._refuse(job.record, "out-of-memory", str(error), job.envelope)
+            self._refuse(job.record, "out-of-memory", str(error), job.envelope, running.lane.passes)
             return
         if result.event is not None:
             self._publish_latest(result.event, traceparent)
@@ -210,7 +257,7 @@ class Learner:
         if result.completion is not None:
             result.completion.record(self._registry.store)
         failpoint("learner.event")
-        self._consumer.commit([job.record])
+        self._commit(job.record)
         failpoint("learner.commit")
         self._count(job.envelope, result)
 
@@ -238,24 +285,33 @@ class Learner:
             self._producer.flush()
             published = event.generation
 
-    def _publish_pending(self, traceparent: str | None = None) -> None:
-        """Publish the events that the running job wants published before its end."""
+    def _publish_pending(self) -> None:
+        """Publish the events that running jobs want published before their end."""
         try:
             while True:
-                self._publish(self._pending_events.get_nowait(), traceparent)
+                self._publish(*self._pending_events.get_nowait())
         except Empty:
             self._producer.flush()
 
-    def _refuse(self, record: ConsumedRecord, reason: str, detail: str, envelope: Envelope | None = None) -> None:
+    def _commit(self, record: ConsumedRecord) -> None:
+        """Commit a handled record once every record before it in its partition is handled too."""
+        last = self._order.complete(record)
+        if last is not None:
+            self._consumer.commit([last])
+
+    def _refuse(
+        self, record: ConsumedRecord, reason: str, detail: str, envelope: Envelope | None = None,
+        passes: PassRunner | None = None,
+    ) -> None:  # fmt: skip
         """Send a job that can never be done to the dead letters, report a forget job as failed, then commit."""
         _log.warning("job at %s/%d refused: %s: %s", record.partition, record.offset, reason, detail)
         self._producer.send_dead_letter(record, reason, detail)
-        if envelope is not None:
-            self._passes.give_up(envelope.event)
+        if envelope is not None and passes is not None:
+            passes.give_up(envelope.event)
             if isinstance(envelope.event, ForgetRequested):
                 self._report_failed(envelope.event, f"{reason}: {detail}"[:1024])
         self._producer.flush()
-        self._consumer.commit([record])
+        self._commit(record)
         self._metrics.progress()
 
     def _report_failed(self, job: ForgetRequested, failure: str) -> None:

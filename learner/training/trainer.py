@@ -6,7 +6,6 @@ and its moments are carried from update to update, so that a micro-batch continu
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from perennial.storage.errors import IntegrityError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _STEP = "step"
-_YIELD_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,8 @@ def train(
         optimizer_state: Moments and step count to continue from; None for an adapter's first training.
         schedule: Rows of each step.
         config: Rate, clipping and batch size.
-        lock: Lock on the base, held for each step, so that others can use the base between steps.
+        lock: Lock on the base, held for each step, so that others can use the base between steps: a fair one (see
+            `FairLock`), for with a plain lock this thread may take every turn.
         on_step: Called after each optimizer step, without the lock; it has no effect on the result.
 
     Raises:
@@ -137,8 +136,6 @@ def train(
         norms.append(float(norm))
         tokens += sum(row.tokens for row in rows)
         on_step()
-        if lock is not None:
-            time.sleep(_YIELD_S)  # a released lock may be taken again before a waiter wakes up
     optimizer.zero_grad(set_to_none=True)
     return TrainResult(
         weights=lora.weights(),

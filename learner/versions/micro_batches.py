@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -172,6 +173,8 @@ def _skipped(example_id: str, origin: Origin, reason: str) -> SkippedExample:
 class BatchRows:
     """Training rows of earlier micro-batches, read from their blobs and cached up to `BATCH_CACHE_TOKENS` tokens.
 
+    Thread-safe.
+
     Args:
         store: where the micro-batches are stored.
         rows_of: returns an example's training rows or raises ExampleError.
@@ -181,6 +184,7 @@ class BatchRows:
         self._store = store
         self._rows_of = rows_of
         self._cache: LRUCache[str, dict[str, _Prepared]] = LRUCache(BATCH_CACHE_TOKENS, _cache_tokens)
+        self._lock = threading.Lock()  # cachetools is not thread-safe
 
     def __call__(self, entry: ReplayEntry) -> Sequence[TokenRow] | None:
         """Return the rows of an example; None if its micro-batch was erased or no longer holds it."""
@@ -207,31 +211,38 @@ class BatchRows:
         return rows
 
     def _find(self, entry: ReplayEntry) -> _Prepared | None:
-        group = self._cache.get(entry.batch)
+        with self._lock:
+            group = self._cache.get(entry.batch)
         if group is None:
             batch = load_batch(self._store, entry.batch)
             if batch is None:
                 return None
-            self.put(entry.batch, batch.examples)
-            group = self._cache[entry.batch]
+            group = self._prepare(entry.batch, batch.examples)
         return group.get(entry.example_id)
 
     def drop(self, digests: Iterable[str]) -> None:
         """Remove these micro-batches from the cache."""
-        for digest in digests:
-            self._cache.pop(digest, None)
+        with self._lock:
+            for digest in digests:
+                self._cache.pop(digest, None)
 
     def put(self, digest: str, examples: Iterable[ExampleAccepted]) -> None:
         """Add a micro-batch that is in memory already to the cache."""
-        if digest in self._cache:
-            return
+        with self._lock:
+            cached = digest in self._cache
+        if not cached:
+            self._prepare(digest, examples)
+
+    def _prepare(self, digest: str, examples: Iterable[ExampleAccepted]) -> dict[str, _Prepared]:
         group: dict[str, _Prepared] = {}
         for example in examples:
             try:
                 group[example.example_id] = example, self._rows_of(example)
             except ExampleError:
                 continue  # it was skipped when the batch was learned, too
-        self._cache[digest] = group
+        with self._lock:
+            self._cache[digest] = group
+        return group
 
 
 def _cache_tokens(group: Mapping[str, _Prepared]) -> int:

@@ -260,6 +260,7 @@ class UpdateExecutor:
                 cut=job.cut,
                 batch=batch.ref.digest,
                 replayed=writer.rows.allowed_by(quarantine, replayed),
+                on_step=writer.on_step,
             )
         # The order of these is the order in which the blobs are written.
         blobs = {} if batch.new_body is None else {batch.ref.digest: batch.new_body}

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any
 from uuid import uuid4
-
-from cachetools import LRUCache
 
 from perennial.learner.model.base import Base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText, general_texts
 from perennial.learner.model.lora import Lora, LoraConfig
+from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer
+from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
 from perennial.learner.training.update import Recipe, Updater
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.engine import code_digest
 from perennial.learner.versions.job_result import JobError
 from perennial.learner.versions.micro_batches import BatchRows, origin_offset
+from perennial.learner.versions.state_cache import StateCache
 from perennial.storage.failpoints import failpoint as default_failpoint
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.recovery.rollback import carried_manifest
@@ -29,8 +30,6 @@ from perennial.storage.registry.registry import Head, Registry
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
-
-CACHED_STATES = 16
 
 
 class VersionWriter:
@@ -43,6 +42,11 @@ class VersionWriter:
         threads: CPU threads that torch uses, recorded in every manifest.
         now: wall clock, for events only; manifests hold no wall-clock time.
         failpoint: called with a name at each step where fault tests may stop the process.
+        rows: rows of earlier micro-batches, where other writers of the process share them.
+        states: states in memory, where other writers of the process share them.
+
+    Attributes:
+        on_step: called after each optimizer step and each forward pass of a measurement.
     """
 
     def __init__(
@@ -54,6 +58,8 @@ class VersionWriter:
         threads: int,
         now: Callable[[], datetime],
         failpoint: Callable[[str], None],
+        rows: BatchRows | None = None,
+        states: StateCache | None = None,
     ) -> None:
         self.registry = registry
         self.updater = updater
@@ -62,8 +68,33 @@ class VersionWriter:
         self.now = now
         self.failpoint = failpoint
         self.code = code_digest()
-        self.rows = BatchRows(registry.store, updater.rows)
-        self._states: LRUCache[StateRefs, TrainingState] = LRUCache(CACHED_STATES)
+        self.rows = rows or BatchRows(registry.store, updater.rows)
+        self._states = states or StateCache()
+        self.on_step: Callable[[], None] = ignore_step
+
+    def sibling(self, slot: str) -> VersionWriter:
+        """Return a writer for another thread: the same base, versions and memory, and a LoRA slot of its own.
+
+        Args:
+            slot: name of the slot, which no other writer of the process uses.
+        """
+        lock = self.updater.lock
+        with lock or nullcontext():
+            lora = Lora(self.base, self.updater.lora.config, slot)
+        if isinstance(lock, ComputeTurns):
+            lock = ComputeTurns(lock.lock, self.threads)
+        return VersionWriter(
+            self.registry, replace(self.updater, lora=lora, lock=lock), self.base, threads=self.threads, now=self.now,
+            failpoint=self.failpoint, rows=self.rows, states=self._states,
+        )  # fmt: skip
+
+    def use_threads(self, threads: int) -> None:
+        """Compute with so many CPU threads from now on: with those that a recorded update names, or the worker's own."""
+        lock = self.updater.lock
+        if isinstance(lock, ComputeTurns):
+            lock.threads = threads
+        else:
+            make_deterministic(threads)
 
     # ---- reading
 
@@ -184,18 +215,16 @@ class VersionWriter:
 
     def cache_state(self, refs: StateRefs, state: TrainingState) -> None:
         """Keep a state in memory; the least recently used one makes room."""
-        self._states[refs] = state
+        self._states.put(refs, state)
 
     def drop_cached(self, digests: Collection[str]) -> None:
         """Remove everything from memory that was read from blobs which are now deleted."""
         self.rows.drop(digests)
-        deleted = set(digests)
-        for refs in [refs for refs in self._states if not deleted.isdisjoint(refs.digests())]:
-            del self._states[refs]
+        self._states.drop(digests)
 
 
 def make_version_writer(
-    settings: Settings, store: ObjectStore, base: Base, lock: AbstractContextManager[Any] | None = None
+    settings: Settings, store: ObjectStore, base: Base, lock: FairLock | None = None
 ) -> VersionWriter:
     """Build the learner's parts over a store and a base.
 
@@ -215,5 +244,6 @@ def make_version_writer(
     general = GeneralText(general_texts("train"), general_texts("anchor"), codec, settings.training.row_tokens)
     with lock or nullcontext():  # another role may be putting its own slot into the shared base
         lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha))
-    updater = Updater(lora, codec, general, Recipe.of(settings), lock)
+    turns = ComputeTurns(lock, settings.model.threads) if lock else None
+    updater = Updater(lora, codec, general, Recipe.of(settings), turns)
     return VersionWriter(registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint)

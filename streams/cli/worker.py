@@ -130,7 +130,11 @@ def _bodies(
 ) -> dict[str, Callable[[], None]]:
     """Return the function to run for each role; each role is imported only where it is named."""
     bodies: dict[str, Callable[[], None]] = {}
-    lock = threading.RLock()
+    lock = None
+    if {"scorer", "learner"} <= set(roles):
+        from perennial.learner.model.turns import FairLock
+
+        lock = FairLock()
     if base is None and {"scorer", "learner"} <= set(roles):
         from perennial.learner.model.base import load_base
 

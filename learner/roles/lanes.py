@@ -1,0 +1,160 @@
+"""Lanes: several jobs at once over one base, so that a long job does not keep the others waiting.
+
+Each lane trains in a thread and a LoRA slot of its own. The base is shared: a lane holds the lock for one optimizer
+step at a time. Jobs of one adapter never run in two lanes at once, and they start in their order.
+
+A second job starts only when every running job is long. Short jobs thus run one after the other, which gives each of
+them the whole machine, and a rebuild or an oversized document shares it with one job at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.roles.passes import PassRunner
+from perennial.learner.versions.job_result import JobInterruptedError, JobResult
+from perennial.learner.versions.version_writer import VersionWriter
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.cloudevents import Envelope
+from perennial.streams.kafka.group import ConsumedRecord
+
+LONG_JOB_S = 2.0
+"""A job that runs for this long shares the base with the jobs of other adapters."""
+STOP_GRACE_S = 15.0
+"""How long a job may go on after the role was asked to stop; compose kills the process after 30 seconds."""
+
+
+@dataclass(frozen=True)
+class WaitingJob:
+    """A job that was read from Kafka and has not started.
+
+    Attributes:
+        record: the Kafka record.
+        envelope: the decoded job.
+    """
+
+    record: ConsumedRecord
+    envelope: Envelope
+
+    @property
+    def adapter(self) -> str:
+        """The adapter that the job changes."""
+        return str(getattr(self.envelope.event, "adapter", ""))
+
+
+def next_job(
+    waiting: Sequence[WaitingJob], running_s: Collection[float], busy: Collection[str], lanes: int
+) -> int | None:
+    """Return the index of the job to start now; None if none may start. Pure.
+
+    Args:
+        waiting: the waiting jobs in the order in which they were read.
+        running_s: for how many seconds each running job has run.
+        busy: adapters whose job runs.
+        lanes: the most jobs that may run at once.
+    """
+    if len(running_s) >= lanes or any(seconds < LONG_JOB_S for seconds in running_s):
+        return None
+    return next((index for index, job in enumerate(waiting) if job.adapter not in busy), None)
+
+
+class CommitOrder:
+    """Say how far each partition may be committed when jobs end in another order than they were read.
+
+    Example:
+        >>> from perennial.streams.kafka.group import ConsumedRecord
+        >>> first, second = (ConsumedRecord("adapter-jobs", 0, n, None, b"", [], epoch=0) for n in (7, 8))
+        >>> order = CommitOrder()
+        >>> order.add(first)
+        >>> order.add(second)
+        >>> order.complete(second) is None  # offset 7 is not done yet
+        True
+        >>> order.complete(first).offset
+        8
+    """
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[int, int], deque[ConsumedRecord]] = {}
+        self._completed: set[tuple[int, int, int]] = set()
+
+    def add(self, record: ConsumedRecord) -> None:
+        """Register a record that was read."""
+        self._open.setdefault((record.partition, record.epoch), deque()).append(record)
+
+    def complete(self, record: ConsumedRecord) -> ConsumedRecord | None:
+        """Note that a record is handled; return the last record before which everything is, None if that is no news."""
+        partition = (record.partition, record.epoch)
+        self._completed.add((*partition, record.offset))
+        read = self._open.get(partition, deque())
+        last = None
+        while read and (*partition, read[0].offset) in self._completed:
+            last = read.popleft()
+            self._completed.discard((*partition, last.offset))
+        if not read:
+            self._open.pop(partition, None)
+        return last
+
+
+class Lane:
+    """A thread that runs one job at a time.
+
+    Args:
+        number: from 0; lane 0 trains in the writer's own slot.
+        writer: the versions of all adapters, with a slot that no other lane uses.
+        runner_of: makes the runner of the lane's jobs from what it calls: with an event that must be published before
+            its job ends, and after each step. See `PassRunner`.
+        publish: called with such an event and the trace context of its job.
+        progress: called after each step.
+        stop: set when the role must end.
+        clock: monotonic clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        writer: VersionWriter,
+        runner_of: Callable[[Callable[[AdapterUpdate], None], Callable[[], None]], PassRunner],
+        publish: Callable[[AdapterUpdate, str | None], None],
+        progress: Callable[[], None],
+        stop: threading.Event,
+        clock: Callable[[], float],
+    ) -> None:
+        self._traceparent: str | None = None
+        self._progress = progress
+        self._stop = stop
+        self._clock = clock
+        self._stopping_since_s: float | None = None
+        writer.on_step = self._tick
+        self.passes = runner_of(lambda event: publish(event, self._traceparent), self._tick)
+        # A fresh thread has torch's own default number of threads.
+        self._pool = ThreadPoolExecutor(
+            1, f"training-{number}", initializer=make_deterministic, initargs=(writer.threads,)
+        )
+
+    def start(self, envelope: Envelope, run: Callable[[PassRunner, Envelope], JobResult]) -> Future[JobResult]:
+        """Run a job in the lane's thread."""
+        self._traceparent = envelope.traceparent
+        return self._pool.submit(run, self.passes, envelope)
+
+    def _tick(self) -> None:
+        """Report a step; end a job that would keep a stopping role for too long.
+
+        Raises:
+            JobInterruptedError: the role was asked to stop `STOP_GRACE_S` ago.
+        """
+        self._progress()
+        if not self._stop.is_set():
+            return
+        if self._stopping_since_s is None:
+            self._stopping_since_s = self._clock()
+        if self._clock() - self._stopping_since_s > STOP_GRACE_S:
+            raise JobInterruptedError("the role stops before the job is done", remedy="nothing is lost: it runs again")
+
+    def close(self) -> None:
+        """End the thread once its job is done."""
+        self._pool.shutdown()
