@@ -41,6 +41,7 @@ from perennial.storage.registry.waiting_jobs import (
     load_job,
 )
 from perennial.streams.cli.tables import Column, print_facts, print_table, short_time, short_version, shown_version
+from perennial.streams.cli.terminal.printable import printable_lines
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import (
@@ -365,7 +366,7 @@ def park(adapter: str, *, reason: str, as_json: bool) -> int:
         said = f"{adapter} is parked: its updates wait in the store until `perennial adapters unpark {adapter}`"
         if record != wanted:
             said = f"{adapter} was parked before, since {record.since.isoformat()}: {record.reason}"
-        Console(highlight=False).print(said, soft_wrap=True, markup=False)
+        Console(highlight=False).print(printable_lines(said), soft_wrap=True, markup=False)
     return 0
 
 
@@ -418,7 +419,7 @@ def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool)
         )  # fmt: skip
         if again is not None:
             Console(stderr=True, highlight=False).print(
-                f"{adapter} is parked again ({again.reason}), the cause persists: {again.detail}",
+                printable_lines(f"{adapter} is parked again ({again.reason}), the cause persists: {again.detail}"),
                 soft_wrap=True, markup=False,
             )  # fmt: skip
         elif not tried and wait_s:

@@ -11,6 +11,7 @@ from rich.console import Console
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.cli.tables import Column, print_table
+from perennial.streams.cli.terminal.printable import printable, printable_lines
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.installation import INPUT_TOPICS, load_installation, open_store_of, provision_recorded
 from perennial.streams.kafka.repartition import adopt, plan_repartition, repartition
@@ -85,7 +86,7 @@ def repartition_topic(topic: str, partitions: int, *, yes: bool, wait_s: float, 
     )
     if not yes and not typer.confirm("go on?", err=True):
         return 1
-    repartition(settings, store, plan, lambda line: progress.print(line, markup=False), wait_s)
+    repartition(settings, store, plan, lambda line: progress.print(printable_lines(line), markup=False), wait_s)
     return _report(as_json, f"{topic} has {partitions} partitions", topic=topic, partitions=partitions)
 
 
@@ -121,7 +122,7 @@ def adopt_topics(names: list[str], *, all_topics: bool, yes: bool, as_json: bool
         if record and name in record.topics and record.topics[name].topic_id != found.topic_ids[settings.kafka.topic(name)]
     ]  # fmt: skip
     if record is not None and record.cluster_id != found.cluster_id:
-        notes.print(f"cluster: {record.cluster_id} is recorded, {found.cluster_id} answers", markup=False)
+        notes.print(printable(f"cluster: {record.cluster_id} is recorded, {found.cluster_id} answers"), markup=False)
         changed = list(chosen)
     if not changed:
         return _report(as_json, "the recorded topics are the present ones: nothing to adopt", adopted=[])

@@ -87,7 +87,7 @@ def test_real_commands_pass(arguments: str) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    ["rollback", "adapters resume", "forget unsuppress", "status --verbose", "adapters ls acme/support", "dlq lsx",
+    ["rollback", "adapters resume", "forget suppress", "status --verbose", "adapters ls acme/support", "dlq lsx",
      "forget --adapters acme/support"],
 )  # fmt: skip
 def test_commands_that_do_not_exist_fail(arguments: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import json
 import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,6 +16,7 @@ from perennial.storage.registry.suppressed_texts import TEXT_HASH_CHARS
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.forget.selection import check_pattern, count_of
 from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.paths import expand_path
 from perennial.streams.settings import SettingsError
 
 _HASH = re.compile(rf"[0-9a-f]{{{TEXT_HASH_CHARS}}}")
@@ -59,7 +61,7 @@ def unsuppress_texts(
         now=datetime.now(UTC),
     )  # fmt: skip
     if as_json:
-        print(record.to_bytes().decode())
+        print(json.dumps(json.loads(record.to_bytes())))  # ASCII: a reason may hold control characters
     elif record.hashes:
         console = Console(highlight=False, soft_wrap=True)
         console.print(
@@ -76,7 +78,7 @@ def unsuppress_texts(
 
 def _text_of(path: Path) -> str:
     try:
-        return path.read_text("utf-8")
+        return expand_path(path).read_text("utf-8-sig")  # an editor's byte order mark is no part of the text
     except (OSError, UnicodeDecodeError) as error:
         raise _unusable("--text-file", f"{path}: {error}", "a readable file in UTF-8") from error
 

@@ -431,3 +431,11 @@ def test_the_outcome_is_shown_without_a_store(capsys, monkeypatch, tmp_path):
     last = status_of("closed", 3, acknowledged=["web-1"], missing=["pod-7"])
     print_outcome(Settings.of(store="", env_file=None), last)
     assert "pod-7" in capsys.readouterr().out
+
+
+def test_case_07_a_text_file_with_a_byte_order_mark_is_the_text_without_it(tmp_path):
+    """`perennial forget unsuppress --text-file`: a file of Notepad matched nothing."""
+    from perennial.streams.cli.forget.unsuppression import _text_of
+
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbfsecret text")
+    assert _text_of(tmp_path / "text") == "secret text"
