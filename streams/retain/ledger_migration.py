@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import Annotated, Final
 
 import orjson
@@ -92,7 +93,9 @@ def _move(store: RequestStore, record: RequestRecord) -> bool:
         adapters = {}
     for page_name, page in pages.items():
         _, etag = store.load_page(name, page_name)
-        store.save_page(name, page_name, page, etag)
+        if etag is None:  # otherwise an interrupted migration wrote it, or another process that migrates too
+            with suppress(ConflictError):
+                store.save_page(name, page_name, page, None)
     sums = {page_name: page.summary() for page_name, page in pages.items()}
     record = record.model_copy(update={"adapters": adapters, "pages": sums})
     try:
