@@ -145,6 +145,38 @@ def test_a_held_job_is_said_to_be_held_and_one_that_cannot_be_done_to_have_faile
     assert load_quarantine(store_of(given), ADAPTER).entry("r1").done.failure.startswith("rank-mismatch")
 
 
+@pytest.mark.usefixtures("_few_general_texts")
+def test_attack_p2_a_stop_ends_a_rebuild_uncommitted_and_the_next_learner_goes_on(given, tmp_path, monkeypatch):
+    """A stop waited for the end of the rebuild, was killed, and the next learner began with the first update again."""
+    cuts, stops, steps = documents(4), [], []
+
+    def stop_after_the_first_step(name):
+        if name == "learner.forget_step":
+            steps.append(name)
+            stops[-1].set()
+
+    def run(stop):
+        stops.append(stop)
+        run_learner(given, stop, Metrics("learner"))
+
+    kit.send(given, *(jobs.update(store_of(given), cut, examples) for cut, examples in cuts.items()))
+    monkeypatch.setattr(worker, "failpoint", stop_after_the_first_step)
+    with kit.running(run):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 4, "the updates are committed")
+        kit.send(given, erase(given, "r1", 1))
+        kit.wait_until(stops[0].is_set, "an update is rebuilt")
+    before = registry(given).alias(ADAPTER)
+    assert (before.kind, before.generation) == ("promoted", 4), "it is served on"
+    assert kit.committed(given, "adapter-jobs", "learner") == 4
+    assert load_quarantine(store_of(given), ADAPTER).entry("r1").done is None
+    monkeypatch.setattr(worker, "failpoint", lambda name: steps.append(name) if name == "learner.forget_step" else None)
+    with kit.running(run):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 5, "the erasure is committed")
+    assert len(steps) == 4, "no update was trained twice"
+    assert oracle(given, tmp_path, cuts, {1}).equals(registry(given).head(ADAPTER).manifest)
+    assert [envelope.event.generation for envelope in kit.envelopes(given, "adapter-updates", 5)] == [1, 2, 3, 4, 5]
+
+
 def versions_with(store: ObjectStore, needle: bytes) -> list[str]:
     """Object versions of the bucket, delete markers aside, that hold the text."""
     found = []
