@@ -6,8 +6,8 @@ The variable of a field is PERENNIAL_ and the field's name in capitals: PERENNIA
 take fields by their flat names. A flat name is the variable in small letters without the prefix: `max_age_s`, `kafka`,
 `store`. Flat names are unique over all groups.
 
-The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials. It is read from the same two places. It is not shown or
-dumped, and `Settings.environment()` leaves it out.
+The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials, and the group `security` holds keys. They are read from the
+same two places. They are not shown or dumped, and `Settings.environment()` leaves them out.
 
 To add a setting: add a field with a description to its group, then run `make schema`, which writes it into the README.
 CONTRIBUTING.md says what else the groups of training and gate need.
@@ -23,7 +23,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from urllib.parse import urlsplit
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -39,6 +39,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Secret = Annotated[SecretStr, Field(min_length=32)]
 
 
 class SettingsError(PerennialError):
@@ -265,6 +266,26 @@ class GateSettings(_Group):
     )
 
 
+class SecuritySettings(_Group):
+    """Secrets of the roles: shown nowhere, left out of `Settings.environment()`. An empty variable counts as not set."""
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True)
+
+    internal_key: Secret | None = Field(
+        None,
+        description="secret of at least 32 characters that signs the records between the roles, the same for all roles "
+        "and the command line; not set: they are not signed",
+    )
+    internal_key_previous: Secret | None = Field(
+        None, description="secret before that one, while it is replaced: what it signed is still accepted"
+    )
+
+    def keys(self) -> tuple[bytes, ...]:
+        """Return the keys of internal records: the first signs, all are accepted. Empty: records are not signed."""
+        found = (self.internal_key, self.internal_key_previous) if self.internal_key else ()
+        return tuple(secret.get_secret_value().encode() for secret in found if secret)
+
+
 class ServingSettings(_Group):
     """Subscribers and the scorer."""
 
@@ -337,6 +358,7 @@ class Settings(BaseModel):
     serving: ServingSettings = Field(default_factory=ServingSettings)
     observe: ObserveSettings = Field(default_factory=ObserveSettings)
     devstack: DevstackSettings = Field(default_factory=DevstackSettings)
+    security: SecuritySettings = Field(default_factory=SecuritySettings)
     s3: S3Settings = Field(default_factory=lambda: _s3_settings(".env"), exclude=True, repr=False)
 
     @classmethod
@@ -374,10 +396,11 @@ class Settings(BaseModel):
         return self.model_copy(update=changed)
 
     def environment(self) -> dict[str, str]:
-        """Return the environment variables that give another process the same settings, without those of S3."""
+        """Return the environment variables that give another process the same settings, without the secrets."""
         return {
             f"{ENV_PREFIX}{flat.upper()}": str(value)
             for name, model in _groups()
+            if model is not SecuritySettings
             for flat, field in _flat_fields(model)
             for value in [getattr(self, name).model_dump(mode="json")[field]]
         }
@@ -444,7 +467,7 @@ def load_settings(**values: Any) -> Settings:
         variable = _variable_at(str(first["loc"][0]) if first["loc"] else "")
         raise SettingsError(
             f"{variable} is not usable",
-            got=first.get("input"),
+            got="a secret" if (first["loc"] or ("",))[0] in SecuritySettings.model_fields else first.get("input"),
             allowed=first["msg"].removeprefix("Value error, "),
             remedy=f"correct or unset {variable}",
         ) from error

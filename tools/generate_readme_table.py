@@ -41,7 +41,7 @@ def s3_table() -> str:
 def _default(variable: str, field: FieldInfo) -> str:
     if variable == "PERENNIAL_DATA_DIR":
         return "`~/.local/share/perennial`"
-    return f"`{field.default!r}`" if field.default != "" else ""
+    return f"`{field.default!r}`" if field.default not in {"", None} else ""
 
 
 def kinds_table() -> str:

@@ -37,6 +37,7 @@ from perennial.streams.events.models import ForgetRequested, RetentionProgressed
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
+from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -124,6 +125,7 @@ class Learner:
         self._producer = producer
         self._metrics = metrics
         self._stop = stop
+        self._signer = RecordSigner(settings)
         self._pending_events: SimpleQueue[tuple[AdapterUpdate, str | None]] = SimpleQueue()
         self._lanes: list[Lane] = []
         self._waiting: list[WaitingJob] = []
@@ -171,6 +173,7 @@ class Learner:
         self._metrics.events_in(TOPIC)
         self._order.add(record)
         try:
+            self._signer.verify(TOPIC, record.key, record.value, record.headers)
             envelope = decode(record.value, record.headers, TOPIC)
         except WireError as error:
             self._refuse(record, error.reason, error.detail)

@@ -22,6 +22,7 @@ from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
 from perennial.streams.kafka.installation import ORDERED_TOPICS, load_installation, open_store_of
 from perennial.streams.kafka.maintenance import MaintenanceError, allowed_counts
+from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting
 from perennial.streams.settings import Settings, load_settings
 
@@ -97,6 +98,7 @@ class Publisher(BasePublisher):
         self._settings = settings or load_settings()
         self._bootstrap = kafka or self._settings.kafka.require_bootstrap()
         self._timeout_s = timeout_s
+        self._signer = RecordSigner(self._settings)
         self._lock = threading.Lock()
         self._accepted = self._delivered = 0
         self._first_error: BaseException | None = None
@@ -143,10 +145,9 @@ class Publisher(BasePublisher):
                 self._producer, self._retired = self._connect(), threading.Event()
             producer, retired = self._producer, self._retired
             self._accepted += 1
+        headers = self._signer.sign(event.topic, encoded.key, encoded.value, encoded.headers)
         try:
-            future = producer.send(
-                topic, key=encoded.key, value=encoded.value, headers=encoded.headers, partition=partition
-            )
+            future = producer.send(topic, key=encoded.key, value=encoded.value, headers=headers, partition=partition)
         except (KafkaError, ValueError) as error:
             with self._lock:
                 self._accepted -= 1

@@ -45,6 +45,7 @@ from perennial.streams.intake.librdkafka import (
 from perennial.streams.intake.refused import RefusedExamplesLookup
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition, Refused
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, open_store_of
+from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import TopicGuard
 from perennial.streams.kafka.topics import ClusterIds
 from perennial.streams.settings import Settings
@@ -133,6 +134,7 @@ class Intake:
         self._batch_was_full = False
         self._examples = settings.kafka.topic(EXAMPLES)
         self._dead_letters = settings.kafka.topic(DEAD_LETTERS)
+        self._signer = RecordSigner(settings)
         self._topics = {settings.kafka.topic(name): name for name in SOURCES}
         common = {"bootstrap.servers": settings.kafka.require_bootstrap(), "client.id": settings.kafka.topic("intake")}
         self._admin = AdminClient(common, logger=client_log)
@@ -208,6 +210,7 @@ class Intake:
         """Decide about every record and queue the results, in order."""
         partitions, examples, produce = self._partitions, self._examples, self._producer.produce
         partition_of = self._partition_of
+        sign = self._signer.sign if self._signer.enabled else None
         handled: Counter[str] = Counter()
         for message in messages:
             error = message.error()
@@ -231,12 +234,11 @@ class Intake:
                 continue
             handled[state.topic] += 1
             if type(decision) is Accepted:
+                signed = sign(EXAMPLES, decision.key, decision.value, decision.headers) if sign else decision.headers
                 try:
-                    produce(
-                        examples, decision.value, decision.key, partition_of[decision.key], headers=decision.headers
-                    )
+                    produce(examples, decision.value, decision.key, partition_of[decision.key], headers=signed)
                 except (BufferError, KafkaException):
-                    self._send(examples, decision.value, decision.key, decision.headers, partition_of[decision.key])
+                    self._send(examples, decision.value, decision.key, signed, partition_of[decision.key])
                 handled[EXAMPLES] += 1
             elif type(decision) is Refused:
                 self._send_dead_letter(message, headers, decision)

@@ -20,6 +20,7 @@ from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES, encode_d
 from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect
 from perennial.streams.kafka.installation import open_store_of
+from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
@@ -266,6 +267,7 @@ class ConfirmingProducer:
         self._role = role
         self._metrics = metrics
         self._now = now
+        self._signer = RecordSigner(settings)
         self._pending: list[tuple[str, Any]] = []
         self._routing = KeyRouting.of(settings)
         try:
@@ -299,7 +301,8 @@ class ConfirmingProducer:
         record = encode(
             event, event_id=event_id, source=f"perennial/{self._role}", occurred_at=occurred_at, traceparent=traceparent
         )
-        self._send(event.topic, record.key, record.value, record.headers)
+        headers = self._signer.sign(event.topic, record.key, record.value, record.headers)
+        self._send(event.topic, record.key, record.value, headers)
 
     def send_dead_letter(self, record: ConsumedRecord, reason: str, detail: str) -> None:
         """Queue a record that cannot be handled for the topic `dead-letters`.

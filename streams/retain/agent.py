@@ -26,6 +26,7 @@ from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.acks import AckReader
+from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.service import SOURCE, RetainService
@@ -62,6 +63,7 @@ class RetainAgent:
         self._topic = settings.kafka.topic(TOPIC)
         self._topics = topics
         self._routing = topics.routing if topics else KeyRouting({})
+        self._signer = RecordSigner(settings)
         facts = StoreFacts(settings, store, AckReader(settings))
         self._service = RetainService(settings, metrics, facts, self._send)
         self._revoked: int | None = None
@@ -125,7 +127,8 @@ class RetainAgent:
 
     async def _send(self, event: Event, event_id: str) -> None:
         record = encode(event, event_id=event_id, source=SOURCE, occurred_at=datetime.fromtimestamp(time.time(), UTC))
-        await self._produce(event.topic, record.key, record.value, record.headers)
+        headers = self._signer.sign(event.topic, record.key, record.value, record.headers)
+        await self._produce(event.topic, record.key, record.value, headers)
 
     async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
         partition = self._routing.partition(topic, key)

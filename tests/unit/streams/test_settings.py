@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams import settings as module
@@ -50,9 +50,13 @@ def test_flat_names_are_unique_and_every_variable_sets_its_field(monkeypatch):
             "learn_turns": "true",
             "bootstrap": "a:1",
             "maven_url": "https://mirror",
+            "internal_key": SECRET * 3,
+            "internal_key_previous": SECRET * 3,
         }.get(name, "1")
         monkeypatch.setenv(variable, value)
-        assert str(getattr(getattr(Settings(), group), name)) in {value, f"{value}.0", "True"}, variable
+        found = getattr(getattr(Settings(), group), name)
+        shown = found.get_secret_value() if isinstance(found, SecretStr) else str(found)
+        assert shown in {value, f"{value}.0", "True"}, variable
         monkeypatch.delenv(variable)
 
 
@@ -105,7 +109,24 @@ def test_the_environment_gives_another_process_the_same_settings(monkeypatch):
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
     assert load_settings(env_file=None) == settings
-    assert set(settings.environment()) == {variable for _, variable, _ in all_fields()}
+    secrets = {"PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS"}
+    assert set(settings.environment()) == {variable for _, variable, _ in all_fields()} - secrets
+
+
+def test_the_internal_key_is_shown_nowhere_and_is_long_enough(monkeypatch):
+    monkeypatch.setenv("PERENNIAL_INTERNAL_KEY", SECRET * 3)
+    monkeypatch.setenv("PERENNIAL_INTERNAL_KEY_PREVIOUS", "")
+    settings = Settings()
+    assert settings.security.keys() == settings.replace(max_age_s=1).security.keys() == ((SECRET * 3).encode(),)
+    shown = (repr(settings), settings.model_dump_json(), str(settings.environment()), str(settings))
+    assert not any(SECRET in text for text in shown)
+    monkeypatch.setenv("PERENNIAL_INTERNAL_KEY", short := SECRET[:31])
+    with pytest.raises(SettingsError, match="PERENNIAL_INTERNAL_KEY is not usable") as raised:
+        load_settings()
+    assert short not in f"{raised.value} {raised.value.__cause__}"
+    monkeypatch.setenv("PERENNIAL_INTERNAL_KEY", "")
+    monkeypatch.setenv("PERENNIAL_INTERNAL_KEY_PREVIOUS", SECRET * 3)
+    assert Settings().security.keys() == ()
 
 
 def test_credentials_of_s3_are_read_and_shown_nowhere(monkeypatch):
