@@ -31,6 +31,7 @@ from perennial.streams.curate import agent as curate_agent
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.kafka.aiokafka_headers import read_any_header_name
 from perennial.streams.kafka.installation import ROLE_TOPICS, load_installation
+from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.repartition import forget_offsets
 from perennial.streams.kafka.topic_guard import TopicGuard
 from perennial.streams.kafka.topics import admin_client, identify
@@ -151,7 +152,8 @@ def build_app(
         key_serializer="raw",
         value_serializer="raw",
     )
-    _add_curate(app, CurateAgent(app, settings, metrics, store, topics), settings, guards.curate)
+    curate = CurateAgent(app, settings, metrics, store, topics, OriginCheck.of(settings, store))
+    _add_curate(app, curate, settings, guards.curate)
     _add_retain(app, RetainAgent(app, settings, metrics, store, topics), settings, guards.retain)
     return app
 

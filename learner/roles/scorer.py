@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any
@@ -20,12 +20,15 @@ from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, Live
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.cloudevents import Envelope, decode
+from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode
 from perennial.streams.events.fields import MAX_LOSS_NATS
-from perennial.streams.events.models import ExampleAccepted, ExampleScored
+from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
+from perennial.streams.kafka.origin_check import OriginCheck
+from perennial.streams.kafka.signing import RecordSigner
+from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -33,6 +36,9 @@ _log = logging.getLogger("perennial.scorer")
 
 TOPIC = "examples"
 POLL_S = 0.2
+KAFKA_RETRY_S = 1.0
+MAX_SCORE_BYTES = 1024
+"""Bytes that a scored event has more than its example, at most."""
 FIRST_READ_WAIT_S = 0.25
 """Seconds that scoring waits for the weights of an adapter that it has not met before."""
 
@@ -72,6 +78,7 @@ def run_scorer(
             settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch, writes=["scored-examples"]
         ) as consumer,
     ):  # fmt: skip
+        receiver = Receiver(settings, producer, OriginCheck.of(settings, store), scorer.require_rows)
         while not stop.is_set():
             records = consumer.poll(POLL_S)
             metrics.lag(TOPIC, consumer.lag() + len(records))
@@ -80,14 +87,16 @@ def run_scorer(
             failpoint("scorer.receive")
             metrics.events_in(TOPIC, len(records))
             began = time.perf_counter()
-            envelopes = _decoded(records, producer)
-            examples = [envelope.event for envelope in envelopes if isinstance(envelope.event, ExampleAccepted)]
+            accepted = receiver.accept(records, stop)
+            if accepted is None:
+                break
+            examples = [example for example, _ in accepted]
             live = adapters.get((example.adapter for example in examples if example.learn), FIRST_READ_WAIT_S)
             scored = scorer.score(examples, live)
             metrics.stage_s("score", time.perf_counter() - began)
             failpoint("scorer.score")
-            for envelope, event in zip(envelopes, scored, strict=True):
-                producer.send(event, event_id=_event_id(event), occurred_at=_now(), traceparent=envelope.traceparent)
+            for (_, traceparent), event in zip(accepted, scored, strict=True):
+                producer.send(event, event_id=_event_id(event), occurred_at=_now(), traceparent=traceparent)
             producer.flush()
             failpoint("scorer.produce")
             consumer.commit(records)
@@ -148,6 +157,10 @@ class Scorer:
             for index, example in enumerate(examples)
         ]
 
+    def require_rows(self, example: ExampleAccepted) -> None:
+        """Raise what the example's text breaks in the tokenizer, if anything; `score` tokenizes it again."""
+        self._rows(example)
+
     def _rows(self, example: ExampleAccepted) -> list[TokenRow]:
         if not example.learn:
             return []
@@ -165,18 +178,83 @@ class Scorer:
         return [nats if abs(nats) <= MAX_LOSS_NATS else None for nats in means]
 
 
-def _decoded(records: Sequence[ConsumedRecord], producer: ConfirmingProducer) -> list[Envelope]:
-    """Return the records that can be decoded; send the others to the dead letters."""
-    envelopes = []
-    for record in records:
+class Receiver:
+    """Refuses the records that cannot be scored, so that none of them ends the role.
+
+    Args:
+        settings: the key of the records' signatures.
+        producer: of the dead letters.
+        origins: refuses origins that the broker cannot have given.
+        require: raises any exception where an example makes a pure function fail.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        producer: ConfirmingProducer,
+        origins: OriginCheck,
+        require: Callable[[ExampleAccepted], None],
+    ) -> None:
+        self._signer = RecordSigner(settings)
+        self._producer = producer
+        self._origins = origins
+        self._require = require
+
+    def accept(
+        self, records: Sequence[ConsumedRecord], stop: threading.Event
+    ) -> list[tuple[ExampleAccepted, str | None]] | None:
+        """Return the examples that can be scored with their trace contexts, in order; None if `stop` was set meanwhile.
+
+        The other records are sent to the dead letters. While Kafka does not answer, this waits.
+        """
+        decoded: list[tuple[ConsumedRecord, ExampleAccepted, str | None]] = []
+        for record in records:
+            try:
+                example, traceparent = self._example(record)
+            except WireError as error:
+                self._refuse(record, error)
+            else:
+                decoded.append((record, example, traceparent))
+        errors = self._origin_errors([example.origin for _, example, _ in decoded], stop)
+        if errors is None:
+            return None
+        accepted = []
+        for (record, example, traceparent), implausible in zip(decoded, errors, strict=True):
+            if implausible is None:
+                accepted.append((example, traceparent))
+            else:
+                self._refuse(record, implausible)
+        return accepted
+
+    def _example(self, record: ConsumedRecord) -> tuple[ExampleAccepted, str | None]:
+        self._signer.verify(TOPIC, record.key, record.value, record.headers)
+        envelope = decode(record.value, record.headers, TOPIC)
+        example = envelope.event
+        if not isinstance(example, ExampleAccepted):
+            raise WireError("wrong-topic", "type", got=envelope.type, allowed=ExampleAccepted.type)
+        size, limit = len(record.value or b""), MAX_INSIDE_VALUE_BYTES - MAX_SCORE_BYTES
+        if size > limit:
+            raise WireError("oversize", "size of the value in bytes", got=size, allowed=f"at most {limit}")
         try:
-            envelope = decode(record.value, record.headers, TOPIC)
-        except WireError as error:
-            _log.warning("record %d/%d refused: %s", record.partition, record.offset, error)
-            producer.send_dead_letter(record, error.reason, error.detail)
-            continue
-        envelopes.append(envelope)
-    return envelopes
+            self._require(example)
+        except (WireError, MemoryError):
+            raise
+        except Exception as error:
+            raise WireError("internal-error", type(error).__name__, got=str(error)) from error
+        return example, envelope.traceparent
+
+    def _origin_errors(self, origins: Sequence[Origin], stop: threading.Event) -> list[WireError | None] | None:
+        while not stop.is_set():
+            try:
+                return self._origins.errors(origins)
+            except KafkaUnavailableError as error:
+                _log.warning("the origins of examples cannot be checked yet: %s", error)
+                stop.wait(KAFKA_RETRY_S)
+        return None
+
+    def _refuse(self, record: ConsumedRecord, error: WireError) -> None:
+        _log.warning("record %d/%d refused: %s", record.partition, record.offset, error)
+        self._producer.send_dead_letter(record, error.reason, error.detail)
 
 
 def _event_id(event: ExampleScored) -> str:

@@ -25,10 +25,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict, deque
-from collections.abc import Collection, Iterable
+from collections import deque
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final, Literal, TypeAlias
 
@@ -38,34 +37,31 @@ from perennial.storage.errors import ConflictError, NotFoundError, PerennialErro
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
+from perennial.storage.registry.refused_examples import add_refused_examples
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
 from perennial.streams.curate.cut_store import delete_uncommitted, write_cut
 from perennial.streams.curate.offsets import OffsetTracker
-from perennial.streams.events.cloudevents import Encoded, decode, encode
-from perennial.streams.events.dead_letter import encode_dead_letter
-from perennial.streams.events.fields import Event
-from perennial.streams.events.high_water_marks import Position
-from perennial.streams.events.models import (
-    CutReason,
-    DriftDetected,
-    ExampleAccepted,
-    ExampleScored,
-    UpdateRequested,
-)
+from perennial.streams.curate.output import CurateOutput
+from perennial.streams.curate.refusals import breaks_a_cut, internal_error, out_of_order_error
+from perennial.streams.curate.session import Delivery, LoadedAdapter, Session
+from perennial.streams.events.cloudevents import decode
+from perennial.streams.events.models import CutReason, ExampleScored, Origin
 from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
+from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.curate")
 
-SOURCE: Final = "perennial/curate"
 TOPIC: Final = ExampleScored.topic
 TICK_S: Final = 0.25
+KAFKA_RETRY_S: Final = 1.0
 
-Delivery: TypeAlias = tuple[Any, int]
-"""Input partition (Faust's TP) and offset."""
+_Rest: TypeAlias = tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]
+"""Deliveries to be offered again, and handles of their redeliveries."""
 
 
 class CurateError(PerennialError):
@@ -75,38 +71,6 @@ class CurateError(PerennialError):
 def state_key(adapter: str) -> str:
     """Return the object key of an adapter's curate state."""
     return f"state/curate/{adapter}"
-
-
-@dataclass
-class _Adapter:
-    """Everything that this process holds of one adapter.
-
-    Attributes:
-        batcher: the pending examples and the decision when to cut.
-        state_etag: etag of the object at `state_key`; None: it does not exist.
-        unconfirmed: the state was loaded, so it is not known whether its last job was published.
-    """
-
-    batcher: MicroBatcher[Delivery]
-    state_etag: str | None = None
-    unconfirmed: bool = False
-
-
-@dataclass
-class _Session:
-    """Everything in memory that belongs to one generation of the consumer group.
-
-    Attributes:
-        generation: the generation; None: nothing was received yet.
-        adapters: the loaded adapters, least recently used first.
-        waiting: names of the adapters with pending deliveries, longest waiting first.
-        offsets: the unacknowledged deliveries of each input partition.
-    """
-
-    generation: int | None = None
-    adapters: OrderedDict[str, _Adapter] = field(default_factory=OrderedDict)
-    waiting: dict[str, None] = field(default_factory=dict)
-    offsets: dict[Any, OffsetTracker[Any]] = field(default_factory=dict)
 
 
 class CurateAgent:
@@ -120,19 +84,27 @@ class CurateAgent:
         metrics: where the agent counts what it does.
         store: the object store.
         topics: checks that the topics are the recorded ones, before each cut; None: nothing is checked.
+        origins: refuses origins that the broker cannot have given; None: none is checked, for tests without a broker.
     """
 
     def __init__(
-        self, app: Any, settings: Settings, metrics: Metrics, store: ObjectStore, topics: TopicGuard | None = None
+        self,
+        app: Any,
+        settings: Settings,
+        metrics: Metrics,
+        store: ObjectStore,
+        topics: TopicGuard | None = None,
+        origins: OriginCheck | None = None,
     ) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
         self._store = store
+        self._origins = origins
+        self._output = CurateOutput(app, settings, metrics, topics.routing if topics else KeyRouting({}))
         self._policy = CutPolicy.of(settings)
         self._topics = topics
-        self._routing = topics.routing if topics else KeyRouting({})
-        self._session = _Session()
+        self._session = Session()
         self._revoked: int | None = None
         self._ticks = 0
         self._assigned = False
@@ -152,7 +124,7 @@ class CurateAgent:
 
     def _drop_ended_session(self) -> None:
         if self._session.generation is not None and not self._is_current(self._session.generation):
-            self._session = _Session()
+            self._session = Session()
 
     async def receive(self, event: Any) -> None:
         """Process one delivery from scored-examples.
@@ -171,20 +143,39 @@ class CurateAgent:
         if not self._session.offsets.setdefault(tp, OffsetTracker()).add(offset, event):
             return
         value, headers = message.value, message.headers
-        event.value = message.value = None  # the tracker may hold the event for as long as the oldest example waits
         self._metrics.events_in(TOPIC)
         try:
+            self._output.verify(message)
             scored = decode(value, headers, TOPIC).event
+            if isinstance(scored, ExampleScored):
+                await self._require_plausible(scored.example.origin)
         except WireError as error:
-            await self._refuse(error, value, headers, message)
+            await self._output.refuse(error, value, headers, message)
             self._acknowledge([(tp, offset)])
             return
+        finally:
+            event.value = message.value = None  # the tracker may hold the event as long as the oldest example waits
         if not isinstance(scored, ExampleScored):
             raise CurateError("an event of another type", got=type(scored).__name__, allowed=ExampleScored.__name__)
         name = scored.example.adapter
         await self._ensure_loaded(name)
         await self._offer(name, [(scored, (tp, offset))])
         self._metrics.progress()
+
+    async def _require_plausible(self, origin: Origin) -> None:
+        """Raise WireError if the broker cannot have given this origin; wait as long as Kafka does not answer."""
+        if self._origins is None or self._origins.is_known(origin):
+            return
+        while True:
+            try:
+                error = await asyncio.to_thread(self._origins.error, origin)
+            except KafkaUnavailableError as unavailable:
+                log.warning("the origin of an example cannot be checked yet: %s", unavailable)
+                await asyncio.sleep(KAFKA_RETRY_S)
+                continue
+            if error is not None:
+                raise error
+            return
 
     async def tick(self) -> None:
         """Cut the adapters whose oldest example has waited long enough. On every fourth call, report lag and age."""
@@ -216,21 +207,29 @@ class CurateAgent:
         while queue:
             adapter = self._session.adapters[name]
             scored, delivery = queue.popleft()
-            offer = adapter.batcher.offer(scored, delivery, _monotonic_ms())
+            try:
+                offer = adapter.batcher.offer(scored, delivery, _monotonic_ms())
+            except Exception as error:  # noqa: BLE001 - whatever one record breaks must not end the role
+                # What the call has changed by then is unknown, so the stored state is loaded again.
+                pending, again = await self._reload(adapter)
+                queue.extendleft(reversed([each for each in pending if each[1] != delivery]))
+                repeated += again
+                await self._refuse_example(scored, delivery, internal_error(error))
+                continue
             if offer.covered:
                 await self._confirm_last_job(adapter)
                 self._acknowledge([delivery])
                 continue
             if offer.out_of_order is not None:
-                await self._refuse_example(scored, delivery, _out_of_order_error(scored.example, offer.out_of_order))
+                await self._refuse_example(scored, delivery, out_of_order_error(scored.example, offer.out_of_order))
                 continue
             self._session.waiting.setdefault(name)
             for drift in offer.drifts:
-                await self._send_drift(drift)
-            if offer.reason is not None and not await self._cut(adapter, offer.reason):
-                pending, again = await self._reload(adapter)
-                queue.extendleft(reversed(pending))
-                repeated += again
+                await self._output.send_drift(drift)
+            rest = None if offer.reason is None else await self._cut(adapter, offer.reason)
+            if rest is not None:
+                queue.extendleft(reversed(rest[0]))
+                repeated += rest[1]
         if repeated:
             batcher = self._session.adapters[name].batcher
             if batcher.idle:
@@ -241,16 +240,34 @@ class CurateAgent:
     async def _save_due(self, name: str, due: Literal["age", "flush"] | None) -> None:
         """Cut or flush a loaded adapter now."""
         adapter = self._session.adapters[name]
-        saved = await (self._save(adapter, adapter.batcher.flush()) if due == "flush" else self._cut(adapter, "age"))
-        if not saved:
-            await self._offer(name, *await self._reload(adapter))
+        rest = await (self._store_cut(adapter, adapter.batcher.flush) if due == "flush" else self._cut(adapter, "age"))
+        if rest is not None:
+            await self._offer(name, *rest)
 
-    async def _cut(self, adapter: _Adapter, reason: CutReason) -> bool:
-        """Cut what is pending, without what is in quarantine. Return False on a write conflict."""
+    async def _cut(self, adapter: LoadedAdapter, reason: CutReason) -> _Rest | None:
+        """Cut what is pending, without what is in quarantine. Return what must be offered again if it was not stored."""
         blocked = await asyncio.to_thread(self._blocked, adapter.batcher)
-        return await self._save(adapter, adapter.batcher.cut(_now(), reason, blocked))
+        return await self._store_cut(adapter, lambda: adapter.batcher.cut(_now(), reason, blocked))
 
-    async def _save(self, adapter: _Adapter, cut: Cut) -> bool:
+    async def _store_cut(self, adapter: LoadedAdapter, build: Callable[[], Cut]) -> _Rest | None:
+        """Build and store a cut. Return what must be offered again after a write conflict, or without a culprit."""
+        try:
+            cut = build()
+        except Exception as error:  # noqa: BLE001 - whatever one record breaks must not end the role
+            return await self._without_culprits(adapter, error)
+        return None if await self._save(adapter, cut) else await self._reload(adapter)
+
+    async def _without_culprits(self, adapter: LoadedAdapter, error: Exception) -> _Rest:
+        """Refuse the pending examples that alone make a cut fail; if there is none, the last one. Return the others."""
+        pending, again = await self._reload(adapter)
+        name = adapter.batcher.adapter
+        culprits = [each for each in pending if breaks_a_cut(name, self._policy, each[0])] or pending[-1:]
+        refused = {delivery for _, delivery in culprits}
+        for scored, delivery in culprits:
+            await self._refuse_example(scored, delivery, internal_error(error))
+        return [each for each in pending if each[1] not in refused], again
+
+    async def _save(self, adapter: LoadedAdapter, cut: Cut) -> bool:
         """Store a cut, publish its job, acknowledge its deliveries. Return False on a write conflict.
 
         Hazard: the order body, state, job, acknowledgements must stay (see the module's docstring).
@@ -270,7 +287,7 @@ class CurateAgent:
             return False
         failpoint("curate.state")
         if cut.job is not None:
-            await self._send_job(cut.job)
+            await self._output.send_job(cut.job)
             self._metrics.cut(cut.job.reason, cut.job.examples, cut.job.tokens)
         adapter.unconfirmed = False
         self._session.waiting.pop(name, None)
@@ -296,11 +313,11 @@ class CurateAgent:
             update_quarantine(self._store, batcher.adapter, suppression)
         return blocked.keys()
 
-    async def _confirm_last_job(self, adapter: _Adapter) -> None:
+    async def _confirm_last_job(self, adapter: LoadedAdapter) -> None:
         """Publish the last job of a loaded state once more, because it may never have been published."""
         last_job = adapter.batcher.history.last_job
         if adapter.unconfirmed and last_job is not None:
-            await self._send_job(last_job)
+            await self._output.send_job(last_job)
         adapter.unconfirmed = False
 
     # Adapters in memory: load, reload, evict.
@@ -324,7 +341,7 @@ class CurateAgent:
             if adapters[name].batcher.idle:
                 del adapters[name]
 
-    async def _load(self, name: str) -> _Adapter:
+    async def _load(self, name: str) -> LoadedAdapter:
         while True:
             adapter = await asyncio.to_thread(self._restore, name)
             try:
@@ -334,14 +351,14 @@ class CurateAgent:
             adapter.unconfirmed = adapter.state_etag is not None
             return adapter
 
-    def _restore(self, name: str) -> _Adapter:
+    def _restore(self, name: str) -> LoadedAdapter:
         try:
             stored = self._store.get(state_key(name), MAX_STATE_BYTES)
         except NotFoundError:
-            return _Adapter(MicroBatcher(name, self._policy))
-        return _Adapter(MicroBatcher.restore(name, self._policy, stored.data), stored.etag)
+            return LoadedAdapter(MicroBatcher(name, self._policy))
+        return LoadedAdapter(MicroBatcher.restore(name, self._policy, stored.data), stored.etag)
 
-    def _delete_uncommitted_job(self, adapter: _Adapter) -> None:
+    def _delete_uncommitted_job(self, adapter: LoadedAdapter) -> None:
         """Delete the job and the body that an earlier process did not commit, after replacing the state.
 
         Raises:
@@ -356,14 +373,24 @@ class CurateAgent:
 
         delete_uncommitted(self._store, batcher.adapter, batcher.history.cuts, fence)
 
-    async def _reload(self, adapter: _Adapter) -> tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]:
+    async def _reload(self, adapter: LoadedAdapter) -> _Rest:
         """Replace an adapter by what is stored. Return its pending deliveries, to be offered again, and redeliveries."""
         batcher = adapter.batcher
         self._session.waiting.pop(batcher.adapter, None)
         self._session.adapters[batcher.adapter] = await self._load(batcher.adapter)
         return batcher.pending_deliveries(), batcher.redelivered()
 
-    # Kafka: acknowledgements, events, lag.
+    async def _refuse_example(self, scored: ExampleScored, delivery: Delivery, error: WireError) -> None:
+        """Send an example that was decoded to the dead letters, let it be published again, acknowledge it."""
+        tp, offset = delivery
+        example = scored.example
+        await self._output.refuse_example(error, scored, tp.partition, offset)
+        await asyncio.to_thread(
+            add_refused_examples, self._store, example.adapter, [example.example_id], _wall_clock_ms()
+        )
+        self._acknowledge([delivery])
+
+    # Kafka: acknowledgements, lag.
 
     def _acknowledge(self, deliveries: Iterable[Delivery]) -> None:
         if not self._is_current(self._session.generation):
@@ -390,59 +417,6 @@ class CurateAgent:
         longest_waiting = next(iter(self._session.waiting), None)
         oldest_ms = self._session.adapters[longest_waiting].batcher.oldest_origin_ms if longest_waiting else None
         self._metrics.oldest_age_s(max(0.0, (now_ms - oldest_ms) / 1000) if oldest_ms else 0.0)
-
-    async def _refuse(self, error: WireError, value: bytes | None, headers: Any, message: Any) -> None:
-        log.warning("refused %s[%d]@%d: %s", TOPIC, message.partition, message.offset, error.reason)
-        record, record_headers = encode_dead_letter(
-            value, headers, reason=error.reason, stage="curate", detail=error.detail, topic=TOPIC,
-            partition=message.partition, offset=message.offset, at=_now(),
-        )  # fmt: skip
-        await self._produce("dead-letters", message.key, record, record_headers)
-        self._metrics.refused(error.reason)
-
-    async def _refuse_example(self, scored: ExampleScored, delivery: Delivery, error: WireError) -> None:
-        """Send an example that was decoded to the dead letters, and acknowledge its delivery."""
-        tp, offset = delivery
-        log.error("refused an example of %s at %s: %s", scored.example.adapter, _position(scored.example), error)
-        record = encode(scored, event_id=scored.example.example_id, source=SOURCE, occurred_at=_now())
-        value, headers = encode_dead_letter(
-            record.value, record.headers, reason=error.reason, stage="curate", detail=error.detail, topic=TOPIC,
-            partition=tp.partition, offset=offset, at=_now(),
-        )  # fmt: skip
-        await self._produce("dead-letters", record.key, value, headers)
-        self._metrics.refused(error.reason)
-        self._acknowledge([delivery])
-
-    async def _send_job(self, job: UpdateRequested) -> None:
-        await self._send(job, encode(job, event_id=job.job_id, source=SOURCE, occurred_at=job.cut_at))
-        failpoint("curate.produce")
-
-    async def _send_drift(self, drift: DriftDetected) -> None:
-        log.info("drift of %s in %s: %.3f to %.3f", drift.signal, drift.adapter, drift.before, drift.after)
-        self._metrics.drift(drift.signal, drift.detector, drift.adapter)
-        event_id = f"{drift.adapter}:{drift.signal}:{drift.examples_seen}"
-        await self._send(drift, encode(drift, event_id=event_id, source=SOURCE, occurred_at=_now()))
-
-    async def _send(self, event: Event, encoded: Encoded) -> None:
-        await self._produce(event.topic, encoded.key, encoded.value, encoded.headers)
-
-    async def _produce(self, topic: str, key: bytes | None, value: bytes | None, headers: Any) -> None:
-        """Publish a record and wait until all in-sync replicas have acknowledged it."""
-        partition = self._routing.partition(topic, key)
-        await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, partition, None, headers)
-        self._metrics.events_out(topic)
-
-
-def _position(example: ExampleAccepted) -> str:
-    origin = example.origin
-    return f"{origin.topic}[{origin.partition}]@{origin.offset}, epoch {origin.leader_epoch}"
-
-
-def _out_of_order_error(example: ExampleAccepted, seen: Position) -> WireError:
-    return WireError(
-        "out-of-order", f"an example of {example.adapter} that was never seen, below one that was",
-        got=_position(example), allowed=f"a position above offset {seen[1]}, epoch {seen[0]}",
-    )  # fmt: skip
 
 
 def _now() -> datetime:

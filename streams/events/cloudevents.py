@@ -102,7 +102,12 @@ def decode(value: bytes | None, headers: Headers | None, topic: str) -> Envelope
     Raises:
         WireError: The record is not a valid event of this topic; `reason` is a slug.
     """
-    envelope = decode_without_id(value, headers, topic)
+    try:
+        envelope = decode_without_id(value, headers, topic)
+    except (WireError, MemoryError):
+        raise
+    except Exception as error:  # whatever the bytes of one record break must not end a role
+        raise WireError("internal-error", type(error).__name__, got=str(error)) from error
     return envelope if envelope.id else envelope._replace(id=sha256(value or b"").hexdigest())
 
 

@@ -14,7 +14,8 @@ import hmac
 from collections.abc import Sequence
 from typing import Final
 
-from perennial.streams.events.cloudevents import Headers, WireError
+from perennial.streams.events.cloudevents import Headers
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.settings import Settings
 
 MAC_HEADER: Final = "ce_perennialmac"

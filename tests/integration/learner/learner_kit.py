@@ -14,9 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from perennial.streams.events.cloudevents import Envelope, decode, encode
 from perennial.streams.events.fields import Event
+from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.kafka.connect import connect
 from perennial.streams.settings import Settings
-from tests import tiny
+from tests import origins, tiny
 
 
 def base_folder(root: Path) -> Path:
@@ -47,6 +48,8 @@ def send(given: Settings, *events: Event | tuple[str, bytes], traceparent: str |
             if isinstance(event, tuple):
                 producer.send(given.kafka.topic(event[0]), value=event[1], key=b"k").get(120)
                 continue
+            if isinstance(event, ExampleAccepted):
+                event = origins.adopt(given, event)  # noqa: PLW2901 - what is sent
             record = encode(
                 event, event_id="test", source="test", occurred_at=datetime.now(UTC), traceparent=traceparent
             )

@@ -28,6 +28,7 @@ from perennial.streams.events.models import Batch, ExampleAccepted, ExampleScore
 from perennial.streams.faust_app import Guard, InterruptedStepError
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
+from tests import origins
 
 RUN = """
 import signal, threading
@@ -82,6 +83,7 @@ class Bench:
             if isinstance(event, bytes):
                 producer.send(topic, key=b"acme/a", value=event)
                 continue
+            event = origins.adopt_scored(self.settings, event)  # noqa: PLW2901 - what is sent
             record = encode(event, event_id=event.example.example_id, source="test", occurred_at=datetime.now(UTC))
             producer.send(topic, key=record.key, value=record.value, headers=record.headers)
         producer.flush(30)
@@ -256,7 +258,10 @@ def test_signals_alone_make_no_job_and_are_recorded_by_the_next(bench):
     bench.wait(lambda: bench.learned().total() >= 20)
     (batch,) = bench.batches()
     assert [skip.reason for skip in batch.skipped] == ["signal"] * 5
-    assert [job.marks for job in bench.jobs()] == [{"c/t/documents/0": 24}]
+    (marks,) = [job.marks for job in bench.jobs()]
+    assert [(key.split("/", 1)[1], offset) for key, offset in marks.items()] == [
+        (f"t/{bench.settings.kafka.topic('documents')}/0", 24)
+    ]
 
 
 @pytest.mark.slow(12)

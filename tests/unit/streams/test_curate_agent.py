@@ -6,6 +6,7 @@ import asyncio
 from types import SimpleNamespace
 
 import pytest
+from kafka import TopicPartition
 
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.directory_store import DirectoryStore
@@ -13,14 +14,19 @@ from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob, put_blob
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
+from perennial.storage.registry.refused_examples import load_refused_examples
 from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate import cut_store
 from perennial.streams.curate.agent import CurateAgent
+from perennial.streams.curate.batcher import MicroBatcher
 from perennial.streams.curate.cut_store import Cutting, cutting_key
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import Batch, BlobRef, ExampleAccepted, ExampleScored, Origin, UpdateRequested
+from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.signing import RecordSigner
+from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import text_hash
 from perennial.streams.settings import Settings
@@ -36,10 +42,14 @@ class App:
 
     def __init__(self) -> None:
         self.sent: list[str] = []
+        self.records: list[tuple[bytes | None, bytes | None]] = []
+        self.headers: list[list[tuple[str, bytes]]] = []
         self.producer = self
 
-    async def send_and_wait(self, topic: str, *_: object) -> None:
+    async def send_and_wait(self, topic: str, key, value, _partition, _timestamp, headers) -> None:
         self.sent.append(topic)
+        self.records.append((key, value))
+        self.headers.append(headers)
 
 
 def example(number: int, adapter: str = ADAPTER) -> ExampleAccepted:
@@ -56,8 +66,8 @@ def delivery(
     event = ExampleScored(example=example(number, adapter), tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
     record = encode(event, event_id=str(number), source="test", occurred_at=curate._now())
     message = SimpleNamespace(
-        generation_id=1, tp="scored-examples-0", offset=number if offset is None else offset,
-        value=record.value, headers=record.headers,
+        generation_id=1, tp=TopicPartition("scored-examples", 0), offset=number if offset is None else offset,
+        partition=0, key=record.key, value=record.value, headers=record.headers,
     )  # fmt: skip
     return SimpleNamespace(message=message, ack=lambda: acknowledged is None or acknowledged.append(message.offset))
 
@@ -248,3 +258,123 @@ def test_a_body_that_an_earlier_release_left_behind_is_deleted(given):
     asyncio.run(agent.receive(delivery(1)))
     assert not store.exists(blob_key(digest))
     assert not store.exists(cutting_key(ADAPTER))
+    assert not store.exists(curate.cutting_key(ADAPTER))
+
+
+class Broken(MicroBatcher):
+    """Fails for single examples: `offer` for d1, and every cut that holds d2."""
+
+    def offer(self, scored, token, now_ms):
+        offer = super().offer(scored, token, now_ms)
+        if scored.example.document_id == "d1":
+            raise OverflowError("d1")
+        return offer
+
+    def cut(self, now, reason, blocked=()):
+        if any(example.document_id == "d2" for example in self.pending_examples):
+            raise ValueError("d2")
+        return super().cut(now, reason, blocked)
+
+
+def test_attack_b_an_example_that_breaks_a_pure_function_goes_to_the_dead_letters_and_the_others_are_cut(
+    given, monkeypatch
+):
+    agent, app, store = given
+    monkeypatch.setattr("perennial.streams.curate.agent.MicroBatcher", Broken)
+    monkeypatch.setattr("perennial.streams.curate.refusals.MicroBatcher", Broken)
+    acknowledged: list[int] = []
+
+    async def scenario() -> None:
+        for number in range(5):
+            await agent.receive(delivery(number, acknowledged))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert app.sent == ["dead-letters"] * 2 + ["adapter-jobs"]
+    assert [dict(headers)["perennial-reason"] for headers in app.headers[:2]] == [b"internal-error"] * 2
+    assert [dict(headers)["perennial-detail"].split(b";")[0] for headers in app.headers[:2]] == [
+        b"OverflowError", b"ValueError",
+    ]  # fmt: skip
+    assert acknowledged == [0, 1, 2, 3, 4]
+    assert learned(store) == ["d0", "d3", "d4"]
+    assert set(load_refused_examples(store, ADAPTER)) == {example(1).example_id, example(2).example_id}
+
+
+class Plausible:
+    """Refuses offsets from 100 on; the broker does not answer the first question."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def is_known(self, origin: Origin) -> bool:
+        return False
+
+    def error(self, origin: Origin) -> WireError | None:
+        self.asked += 1
+        if self.asked == 1:
+            raise KafkaUnavailableError
+        return WireError("implausible-origin", "beyond") if origin.offset >= 100 else None
+
+
+def test_attack_a_a_forged_offset_moves_no_mark_and_what_follows_is_learned(given, monkeypatch):
+    _, app, store = given
+    monkeypatch.setattr(curate, "KAFKA_RETRY_S", 0.01)
+    settings = Settings.of(max_age_s=0.05, env_file=None)
+    agent = CurateAgent(app, settings, Metrics("curate"), store, Plausible())
+    acknowledged: list[int] = []
+
+    async def scenario() -> None:
+        await agent.receive(delivery(1, acknowledged))
+        await agent.receive(delivery(10**12, acknowledged, offset=2))
+        await agent.receive(delivery(2, acknowledged, offset=3))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert app.sent == ["dead-letters", "adapter-jobs"]
+    assert dict(app.headers[0])["perennial-reason"] == b"implausible-origin"
+    assert acknowledged == [1, 2, 3]
+    assert learned(store) == ["d1", "d2"]
+
+
+def test_attack_c_what_is_delivered_out_of_order_is_refused_and_may_be_published_again(given):
+    agent, app, store = given
+    acknowledged: list[int] = []
+
+    async def scenario() -> None:
+        for offset, number in enumerate((5, 3, 6, 5)):
+            await agent.receive(delivery(number, acknowledged, offset=offset))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+        await agent.receive(delivery(4, acknowledged, offset=4))
+
+    asyncio.run(scenario())
+    assert app.sent == ["dead-letters", "adapter-jobs", "dead-letters"]
+    assert [dict(app.headers[n])["perennial-reason"] for n in (0, 2)] == [b"out-of-order"] * 2
+    assert acknowledged == [0, 1, 2, 3, 4]
+    assert learned(store) == ["d5", "d6"]
+    assert set(load_refused_examples(store, ADAPTER)) == {example(3).example_id, example(4).example_id}
+
+
+def test_only_examples_that_the_scorer_signed_are_cut_and_jobs_are_signed(given):
+    _, app, store = given
+    settings = Settings.of(max_age_s=0.05, internal_key="k" * 32, env_file=None)
+    agent, signer = CurateAgent(app, settings, Metrics("curate"), store), RecordSigner(settings)
+
+    async def scenario() -> None:
+        unsigned, signed = delivery(1), delivery(2)
+        message = signed.message
+        message.headers = signer.sign("scored-examples", message.key, message.value, message.headers)
+        await agent.receive(unsigned)
+        await agent.receive(signed)
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert app.sent == ["dead-letters", "adapter-jobs"]
+    assert dict(app.headers[0])["perennial-reason"] == b"bad-signature"
+    signer.verify("adapter-jobs", *app.records[1], app.headers[1])
+    assert learned(store) == ["d2"]

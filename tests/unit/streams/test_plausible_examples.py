@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 from perennial.streams.events.models import Batch, ExampleScored, Origin
+from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
 from tests.unit.streams.event_strategies import event_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -68,3 +69,79 @@ def test_attack_b_the_largest_losses_pass_all_detectors(loss: float) -> None:
     assert cut.job is not None
     assert cut.job.tokens == 600 * 2**24
     MicroBatcher.restore("a", POLICY, cut.state)
+
+
+class Logs:
+    """A broker with two partitions; the topic was created again once."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.ids = {"documents": ["before", "t"]}
+        self.ends_now = {0: LogEnd(0, 10, 2), 1: LogEnd(5, 5, None)}
+
+    def cluster_ids(self) -> set[str]:
+        self.asked.append("clusters")
+        return {"c"}
+
+    def topic_ids(self, topic: str) -> list[str]:
+        self.asked.append(topic)
+        return self.ids.get(topic, [])
+
+    def ends(self, topic: str) -> dict[int, LogEnd]:
+        return self.ends_now
+
+
+def origin(**changes: object) -> Origin:
+    return Origin.model_validate(ORIGIN | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"offset": 10}, "allowed: an offset below 10"),
+        ({"offset": 2**63 - 1}, "allowed: an offset below 10"),
+        ({"partition": 1, "offset": 5}, "allowed: an offset below 5"),
+        ({"leader_epoch": 3}, "got: 3; allowed: at most 2"),
+        ({"cluster_id": "d"}, "got: d; allowed: ['c']"),
+        ({"topic_id": "u"}, "got: documents, id u"),
+        ({"topic": "elsewhere"}, "got: elsewhere, id t"),
+        ({"partition": 7}, "a partition that does not exist"),
+    ],
+)
+def test_attack_a_an_origin_that_the_broker_cannot_have_given_is_refused(
+    changes: dict[str, object], words: str
+) -> None:
+    error = OriginCheck(Logs()).error(origin(**changes))
+    assert error is not None
+    assert error.reason == "implausible-origin"
+    assert words in error.detail
+
+
+def test_what_the_broker_has_given_is_taken_and_asked_about_only_once_it_exceeds_the_cache() -> None:
+    logs = Logs()
+    check = OriginCheck(logs)
+    assert not check.is_known(origin())
+    assert [check.error(origin(offset=n, leader_epoch=2)) for n in range(10)] == [None] * 10
+    assert logs.asked == ["clusters", "documents"]
+    assert check.is_known(origin(partition=0, offset=9))
+    logs.ends_now = {0: LogEnd(0, 12, 3)}
+    assert check.errors([origin(offset=11, leader_epoch=3), origin(offset=2), origin(offset=10)]) == [None] * 3
+    assert logs.asked == ["clusters", "documents"] * 2
+    found = check.errors([origin(offset=2**63 - 1), origin(offset=2**62), origin(offset=3)])
+    assert [error is None for error in found] == [False, False, True]
+    assert logs.asked == ["clusters", "documents"] * 3
+
+
+def test_examples_of_a_topic_that_was_deleted_since_are_taken_whatever_their_offset() -> None:
+    assert OriginCheck(Logs()).error(origin(topic_id="before", offset=2**40, partition=9)) is None
+
+
+def test_a_topic_that_is_created_again_is_known_once_its_id_is_recorded() -> None:
+    logs = Logs()
+    check = OriginCheck(logs)
+    assert check.error(origin()) is None
+    assert check.error(origin(topic_id="next", offset=0)) is not None
+    logs.ids["documents"].append("next")
+    logs.ends_now = {0: LogEnd(0, 1, 0)}
+    assert check.error(origin(topic_id="next", offset=0)) is None
+    assert check.error(origin(topic_id="t", offset=9)) is None

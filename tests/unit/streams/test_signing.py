@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from perennial.streams.events.cloudevents import Encoded, WireError, decode, encode
+from perennial.streams.events.cloudevents import Encoded, decode, encode
 from perennial.streams.events.models import RollbackRequested
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.signing import MAC_HEADER, SIGNED_TOPICS, RecordSigner
 from perennial.streams.settings import Settings
 

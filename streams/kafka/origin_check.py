@@ -1,0 +1,255 @@
+"""Check that the origin of an example is one that the broker can have given: cluster, topic, offset and leader epoch.
+
+High-water marks rest on origins. One forged record with the offset 2**63 - 1 would raise a mark over everything that an
+adapter will ever be sent. So scorer and curate refuse an origin that lies beyond the log's end, or that names a cluster
+or a topic that this installation never read.
+
+The answers of the broker are cached. They are asked for again only where a record exceeds them: offsets and epochs only
+rise, and an id that is new is recorded before the first example with it is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol, Self
+
+from kafka import TopicPartition
+from kafka.admin import KafkaAdminClient, OffsetSpec
+from kafka.errors import KafkaError
+
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.events.models import Origin
+from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.installation import load_installation
+from perennial.streams.kafka.topics import BOOTSTRAP_TIMEOUT_MS, KafkaUnavailableError, topic_id
+from perennial.streams.settings import Settings
+
+ORIGIN_TOPICS = ("documents", "interactions")
+"""The topics whose records become examples: these, and those of single tenants such as `documents.acme`."""
+
+
+class LogEnd(NamedTuple):
+    """The end of a partition's log.
+
+    Attributes:
+        start: the first offset that the log still has.
+        end: the offset behind the last record.
+        epoch: the partition's leader epoch; None where the broker does not report it.
+    """
+
+    start: int
+    end: int
+    epoch: int | None
+
+
+class Logs(Protocol):
+    """What a broker and the installation record report; `BrokerLogs` asks for it."""
+
+    def cluster_ids(self) -> set[str]:
+        """Return the ids of this installation's cluster."""
+
+    def topic_ids(self, topic: str) -> list[str]:
+        """Return every id that a topic has had, the present one last; empty where it is no topic of examples.
+
+        Args:
+            topic: the topic's name with the prefix.
+        """
+
+    def ends(self, topic: str) -> Mapping[int, LogEnd]:
+        """Return the end of every partition of a topic.
+
+        Args:
+            topic: the topic's name with the prefix.
+        """
+
+
+class BrokerLogs:
+    """Asks the broker and the store. Not thread-safe; the connection is opened at the first question.
+
+    Args:
+        settings: names the brokers and the topic prefix.
+        store: holds the installation record.
+    """
+
+    def __init__(self, settings: Settings, store: ObjectStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._admin: Any = None
+
+    def cluster_ids(self) -> set[str]:
+        """Return the cluster's id, as the broker reports it and as it was recorded.
+
+        Raises:
+            KafkaUnavailableError: Kafka does not answer.
+            StoreError: the store does not answer.
+        """
+        record = load_installation(self._store)
+        recorded = {record.cluster_id} if record else set()
+        return recorded | {str(self._ask(lambda admin: admin.describe_cluster()["cluster_id"]))}
+
+    def topic_ids(self, topic: str) -> list[str]:
+        """Return every recorded id of a topic, then the present one; empty where it is no topic of examples.
+
+        Raises:
+            KafkaUnavailableError: Kafka does not answer.
+            StoreError: the store does not answer.
+        """
+        prefix = self._settings.kafka.topic_prefix
+        name = topic.removeprefix(prefix)
+        if not topic.startswith(prefix) or name.split(".", 1)[0] not in ORIGIN_TOPICS:
+            return []
+        record = load_installation(self._store)
+        described = self._describe(topic)
+        present = topic_id(described["topic_id"]) if described else ""
+        recorded = [each for each in (record.known_topic_ids(name) if record else ()) if each != present]
+        return [*recorded, present]
+
+    def ends(self, topic: str) -> Mapping[int, LogEnd]:
+        """Return start, end and leader epoch of every partition; empty where the topic does not exist.
+
+        Raises:
+            KafkaUnavailableError: Kafka does not answer.
+        """
+        described = self._describe(topic)
+        if not described:
+            return {}
+        partitions = [TopicPartition(topic, each["partition_index"]) for each in described["partitions"]]
+        starts = self._offsets(partitions, OffsetSpec.EARLIEST)
+        ends = self._offsets(partitions, OffsetSpec.LATEST)
+        return {
+            each.partition: LogEnd(starts[each].offset, ends[each].offset, ends[each].leader_epoch)
+            for each in partitions
+        }
+
+    def _describe(self, topic: str) -> Any:
+        found = self._ask(lambda admin: admin.describe_topics([topic]))
+        return next((each for each in found if each["name"] == topic and not each.get("error_code")), None)
+
+    def _offsets(self, partitions: list[TopicPartition], spec: Any) -> Any:
+        return self._ask(lambda admin: admin.list_partition_offsets(dict.fromkeys(partitions, spec)))
+
+    def _ask(self, question: Any) -> Any:
+        servers = self._settings.kafka.require_bootstrap()
+        try:
+            if self._admin is None:
+                self._admin = KafkaAdminClient(
+                    bootstrap_servers=servers.split(","), client_id=self._settings.kafka.topic("origins"),
+                    bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
+                )  # fmt: skip
+            return question(self._admin)
+        except (KafkaError, OSError) as error:
+            self.close()
+            raise KafkaUnavailableError(
+                got=f"{type(error).__name__}: {error}", allowed=f"a broker at {servers}",
+                remedy="check that the broker runs",
+            ) from error  # fmt: skip
+
+    def close(self) -> None:
+        """Close the connection; the next question opens it again."""
+        admin, self._admin = self._admin, None
+        if admin is not None:
+            with suppress(KafkaError, OSError):
+                admin.close()
+
+
+class OriginCheck:
+    """Tells origins that the broker can have given from others. Not thread-safe.
+
+    Args:
+        logs: what the broker and the installation record report.
+
+    Example:
+        >>> class Fixed:
+        ...     def cluster_ids(self): return {"c"}
+        ...     def topic_ids(self, topic): return ["t"]
+        ...     def ends(self, topic): return {0: LogEnd(0, 10, 2)}
+        >>> check = OriginCheck(Fixed())
+        >>> origin = Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=9, timestamp_ms=0)
+        >>> check.error(origin) is None
+        True
+        >>> print(check.error(origin.model_copy(update={"offset": 2**63 - 1})).detail)
+        the origin lies beyond the log's end; got: documents[0]@9223372036854775807; allowed: an offset below 10
+    """
+
+    def __init__(self, logs: Logs) -> None:
+        self._logs = logs
+        self._clusters: set[str] = set()
+        self._ids: dict[str, list[str]] = {}
+        self._ends: dict[str, Mapping[int, LogEnd]] = {}
+
+    @classmethod
+    def of(cls, settings: Settings, store: ObjectStore) -> Self:
+        """Return a check that asks the broker of these settings."""
+        return cls(BrokerLogs(settings, store))
+
+    def is_known(self, origin: Origin) -> bool:
+        """Return whether the cached answers already say that the origin is plausible. Asks nobody."""
+        return self._cached_error(origin) is None
+
+    def error(self, origin: Origin) -> WireError | None:
+        """Return why the broker cannot have given this origin; None where it can.
+
+        Raises:
+            KafkaUnavailableError: Kafka does not answer.
+            StoreError: the store does not answer.
+        """
+        error = self._cached_error(origin)
+        if error is None:
+            return None
+        self._refresh(origin)
+        return self._cached_error(origin)
+
+    def errors(self, origins: Iterable[Origin]) -> list[WireError | None]:
+        """Return what `error` returns for each origin of a batch; each topic is asked about once at most.
+
+        Raises:
+            KafkaUnavailableError: Kafka does not answer.
+            StoreError: the store does not answer.
+        """
+        found: list[WireError | None] = []
+        asked: set[tuple[str, str]] = set()
+        for origin in origins:
+            error = self._cached_error(origin)
+            question = (origin.cluster_id, origin.topic)
+            if error is not None and question not in asked:
+                asked.add(question)
+                self._refresh(origin)
+                error = self._cached_error(origin)
+            found.append(error)
+        return found
+
+    def _refresh(self, origin: Origin) -> None:
+        self._clusters = self._logs.cluster_ids()
+        if origin.cluster_id not in self._clusters:
+            return
+        ids = self._logs.topic_ids(origin.topic)
+        if not ids:
+            return  # cached it would be, by an attacker, without a bound
+        self._ids[origin.topic] = ids
+        if origin.topic_id == ids[-1]:
+            self._ends[origin.topic] = self._logs.ends(origin.topic)
+
+    def _cached_error(self, origin: Origin) -> WireError | None:
+        if origin.cluster_id not in self._clusters:
+            return _implausible("the origin names another cluster", origin.cluster_id, sorted(self._clusters))
+        ids = self._ids.get(origin.topic, [])
+        if origin.topic_id not in ids:
+            return _implausible(
+                "the origin names a topic that was never read", f"{origin.topic}, id {origin.topic_id}", ids
+            )
+        if origin.topic_id != ids[-1]:
+            return None  # the topic was deleted since: nothing comes after this origin, and its log's end is unknown
+        log = self._ends.get(origin.topic, {}).get(origin.partition)
+        place = f"{origin.topic}[{origin.partition}]@{origin.offset}"
+        if log is None:
+            return _implausible("the origin names a partition that does not exist", place, "an existing partition")
+        if origin.offset >= log.end:
+            return _implausible("the origin lies beyond the log's end", place, f"an offset below {log.end}")
+        if log.epoch is not None and origin.leader_epoch > log.epoch:
+            return _implausible("the origin has a leader epoch to come", origin.leader_epoch, f"at most {log.epoch}")
+        return None
+
+
+def _implausible(message: str, got: object, allowed: object) -> WireError:
+    return WireError("implausible-origin", message, got=got, allowed=allowed)
