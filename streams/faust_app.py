@@ -112,7 +112,7 @@ class Guards:
 
 def build_app(
     settings: Settings, metrics: Metrics, store: ObjectStore, guards: Guards, folder: Path,
-    topics: TopicGuard | None = None,
+    topics: TopicGuard | None = None, origins: OriginCheck | None = None,
 ) -> Any:  # fmt: skip
     """Return the Faust application with its agents.
 
@@ -123,6 +123,7 @@ def build_app(
         guards: Run the agents' steps.
         folder: An empty folder for the files that Faust always writes.
         topics: Checks that the topics are the recorded ones; None: nothing is checked.
+        origins: Refuses origins that the broker cannot have given; None: none is checked.
 
     Returns:
         The application, not yet started.
@@ -152,8 +153,7 @@ def build_app(
         key_serializer="raw",
         value_serializer="raw",
     )
-    curate = CurateAgent(app, settings, metrics, store, topics, OriginCheck.of(settings, store))
-    _add_curate(app, curate, settings, guards.curate)
+    _add_curate(app, CurateAgent(app, settings, metrics, store, topics, origins), settings, guards.curate)
     _add_retain(app, RetainAgent(app, settings, metrics, store, topics), settings, guards.retain)
     return app
 
@@ -220,9 +220,11 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
         TopicGuard(
             settings, ROLE_TOPICS["streams"], store, writes=["adapter-jobs", "drift"], fixed=[retain_agent.TOPIC]
         ) as topics,
+        OriginCheck.of(settings, store) as origins,
         tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder,
     ):
-        asyncio.run(_run(settings, stop, metrics, store, topics, Path(folder)))
+        build = partial(build_app, settings, metrics, store, folder=Path(folder), topics=topics, origins=origins)
+        asyncio.run(_run(stop, build))
 
 
 def _forget_old_positions(settings: Settings, store: ObjectStore) -> None:
@@ -240,11 +242,9 @@ def _forget_old_positions(settings: Settings, store: ObjectStore) -> None:
             forget_offsets(admin, settings, "curate", retain_agent.TOPIC, found.partitions[name])
 
 
-async def _run(
-    settings: Settings, stop: threading.Event, metrics: Metrics, store: ObjectStore, topics: TopicGuard, folder: Path
-) -> None:
+async def _run(stop: threading.Event, build: Callable[..., Any]) -> None:
     guards = Guards()
-    app = build_app(settings, metrics, store, guards, folder, topics)
+    app = build(guards=guards)
     app.finalize()
     starting = asyncio.ensure_future(app.start())
     try:

@@ -77,8 +77,9 @@ def run_scorer(
         GroupConsumer(
             settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch, writes=["scored-examples"]
         ) as consumer,
+        OriginCheck.of(settings, store) as origins,
     ):  # fmt: skip
-        receiver = Receiver(settings, producer, OriginCheck.of(settings, store), scorer.require_rows)
+        receiver = Receiver(settings, producer, origins, scorer.require_rows)
         while not stop.is_set():
             records = consumer.poll(POLL_S)
             metrics.lag(TOPIC, consumer.lag() + len(records))

@@ -149,7 +149,7 @@ class UpdateExecutor:
         waiting = stored_job(self._store, job)
         job = waiting or job
         head = writer.head(job.adapter)
-        if head is not None and _is_covered(job, head):
+        if head is not None and (_is_covered(job, head) or self._is_named(job, head)):
             return self._repeated(job, alias, head, waits=waiting is not None)
         stored = read_batch(self._store, job)
         quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter), self._store)
@@ -170,6 +170,11 @@ class UpdateExecutor:
         }  # fmt: skip
         event = self._event(job, publication, received, trained_at)
         return JobResult(publication.manifest.outcome, publication.manifest, event, stage_s)
+
+    def _is_named(self, job: UpdateRequested, head: Head) -> bool:
+        """Return whether a version names a job of an earlier cut: a mark that it had raised may be repaired since."""
+        next_cut = head.manifest.next_cut
+        return next_cut is not None and job.cut < next_cut and self._version_of(job, head) is not None
 
     def _repeated(self, job: UpdateRequested, alias: str, head: Head, *, waits: bool) -> JobResult:
         """Return the result of a job that an earlier run did.

@@ -26,6 +26,7 @@ from perennial.storage.failpoints import failpoint as default_failpoint
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.recovery.rollback import carried_manifest
 from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest
+from perennial.storage.registry.mark_repairs import load_mark_repairs, repaired_marks
 from perennial.storage.registry.registry import Head, Registry
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted
@@ -99,15 +100,20 @@ class VersionWriter:
     # ---- reading
 
     def head(self, adapter: str) -> Head | None:
-        """Return the newest version; None where there is none.
+        """Return the newest version, with its high-water marks as repaired by an operator; None where there is none.
 
         Raises:
             JobError: the adapter was trained on another base or with another rank.
         """
         head = self.registry.head(adapter)
-        if head is not None:
-            self.check_base(head.manifest)
-        return head
+        if head is None:
+            return None
+        self.check_base(head.manifest)
+        repairs = load_mark_repairs(self.registry.store, adapter)
+        if not repairs:
+            return head
+        marks, epochs = repaired_marks(head.manifest.marks, head.manifest.epochs, repairs)
+        return replace(head, manifest=head.manifest.model_copy(update={"marks": marks, "epochs": epochs}))
 
     def check_base(self, manifest: Manifest) -> None:
         """Raise JobError unless the version has this worker's base and rank; on another base its weights are noise."""

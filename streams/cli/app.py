@@ -33,6 +33,7 @@ from rich.text import Text
 from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
 from perennial.streams.cli.forget.commands import forget_app
+from perennial.streams.cli.marks.marks_app import marks_app
 from perennial.streams.cli.terminal.printable import printable_lines
 from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number
 from perennial.streams.cli.terminal.terminal_encoding import write_any_character
@@ -55,6 +56,7 @@ app.add_typer(publish_app, name="publish")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(dlq_app, name="dlq")
 app.add_typer(forget_app, name="forget")
+app.add_typer(marks_app, name="marks")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]

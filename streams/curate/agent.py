@@ -39,17 +39,17 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
 from perennial.storage.registry.refused_examples import add_refused_examples
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
+from perennial.streams.curate.curate_output import CurateOutput
 from perennial.streams.curate.cut_store import delete_uncommitted, write_cut
 from perennial.streams.curate.offsets import OffsetTracker
-from perennial.streams.curate.output import CurateOutput
+from perennial.streams.curate.origin_guard import OriginGuard
 from perennial.streams.curate.refusals import breaks_a_cut, internal_error, out_of_order_error
 from perennial.streams.curate.session import Delivery, LoadedAdapter, Session
 from perennial.streams.events.cloudevents import decode
-from perennial.streams.events.models import CutReason, ExampleScored, Origin
+from perennial.streams.events.models import CutReason, ExampleScored
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
-from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings
@@ -58,7 +58,6 @@ log = logging.getLogger("perennial.curate")
 
 TOPIC: Final = ExampleScored.topic
 TICK_S: Final = 0.25
-KAFKA_RETRY_S: Final = 1.0
 
 _Rest: TypeAlias = tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]
 """Deliveries to be offered again, and handles of their redeliveries."""
@@ -100,7 +99,7 @@ class CurateAgent:
         self._settings = settings
         self._metrics = metrics
         self._store = store
-        self._origins = origins
+        self._guard = OriginGuard(origins, metrics)
         self._output = CurateOutput(app, settings, metrics, topics.routing if topics else KeyRouting({}))
         self._policy = CutPolicy.of(settings)
         self._topics = topics
@@ -148,7 +147,7 @@ class CurateAgent:
             self._output.verify(message)
             scored = decode(value, headers, TOPIC).event
             if isinstance(scored, ExampleScored):
-                await self._require_plausible(scored.example.origin)
+                await self._guard.require(scored.example.origin)
         except WireError as error:
             await self._output.refuse(error, value, headers, message)
             self._acknowledge([(tp, offset)])
@@ -161,21 +160,6 @@ class CurateAgent:
         await self._ensure_loaded(name)
         await self._offer(name, [(scored, (tp, offset))])
         self._metrics.progress()
-
-    async def _require_plausible(self, origin: Origin) -> None:
-        """Raise WireError if the broker cannot have given this origin; wait as long as Kafka does not answer."""
-        if self._origins is None or self._origins.is_known(origin):
-            return
-        while True:
-            try:
-                error = await asyncio.to_thread(self._origins.error, origin)
-            except KafkaUnavailableError as unavailable:
-                log.warning("the origin of an example cannot be checked yet: %s", unavailable)
-                await asyncio.sleep(KAFKA_RETRY_S)
-                continue
-            if error is not None:
-                raise error
-            return
 
     async def tick(self) -> None:
         """Cut the adapters whose oldest example has waited long enough. On every fourth call, report lag and age."""
@@ -349,6 +333,7 @@ class CurateAgent:
             except ConflictError:
                 continue  # the process that had the adapter before is still writing
             adapter.unconfirmed = adapter.state_etag is not None
+            await self._guard.distrust_wrong_marks(adapter.batcher)
             return adapter
 
     def _restore(self, name: str) -> LoadedAdapter:

@@ -374,6 +374,25 @@ class MicroBatcher(Generic[T]):
         """Return the same state in other bytes. Once it is stored, the compare-and-swap of another process fails."""
         return self._cut(replace(self.history, fences=self.history.fences + 1))
 
+    def repaired(self, partition: str, position: Position | None) -> Cut:
+        """Return a state in which one origin partition has another high-water mark, also a lower one.
+
+        Once it is stored, the compare-and-swap of a running curate agent fails, and the agent loads this state.
+
+        Args:
+            partition: origin partition key.
+            position: leader epoch and offset of the mark; None: nothing of the partition is covered.
+        """
+        history = self.history
+        marks = history.high_water_marks.replaced(partition, position)
+        reach = history.reach.lowered(partition, position)
+        return self._cut(replace(history, fences=history.fences + 1, high_water_marks=marks, reach=reach))
+
+    def distrust(self, partition: str) -> None:
+        """Refuse what is covered in an origin partition unless its id is known: its mark is one that no log gave."""
+        reach = self.history.reach.lowered(partition, None)
+        self.history = replace(self.history, reach=reach)
+
     def _cut(self, history: CutHistory, body: bytes | None = None, job: UpdateRequested | None = None) -> Cut:
         marks = history.high_water_marks.raised(scored.example.origin for scored, _ in self._pending.deliveries)
         history = replace(history, high_water_marks=marks, reach=history.reach.after(marks, self._added))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks
+from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks, Position
 from perennial.streams.events.models import ExampleAccepted
 
 RECENT_IDS: Final = 4096
@@ -106,6 +106,19 @@ class Reach:
         if added - next_added >= RECENT_IDS // 2:
             next_floor, next_added = marks, added
         return Reach(added, floor, floor_added, next_floor, next_added)
+
+    def lowered(self, partition: str, position: Position | None) -> Reach:
+        """Return the reach where the floor of a partition is not above a position; None removes it."""
+
+        def below(floor: HighWaterMarks) -> HighWaterMarks:
+            at = floor.at(partition)
+            return (
+                floor
+                if at is None or (position is not None and at <= position)
+                else floor.replaced(partition, position)
+            )
+
+        return replace(self, floor=below(self.floor), next_floor=below(self.next_floor))
 
     def dump(self) -> dict[str, Any]:
         """Return the reach as JSON values."""

@@ -19,6 +19,7 @@ from kafka.admin import KafkaAdminClient, OffsetSpec
 from kafka.errors import KafkaError
 
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.events.high_water_marks import Position
 from perennial.streams.events.models import Origin
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.installation import load_installation
@@ -62,6 +63,9 @@ class Logs(Protocol):
         Args:
             topic: the topic's name with the prefix.
         """
+
+    def close(self) -> None:
+        """Close the connection."""
 
 
 class BrokerLogs:
@@ -164,6 +168,7 @@ class OriginCheck:
         ...     def cluster_ids(self): return {"c"}
         ...     def topic_ids(self, topic): return ["t"]
         ...     def ends(self, topic): return {0: LogEnd(0, 10, 2)}
+        ...     def close(self): pass
         >>> check = OriginCheck(Fixed())
         >>> origin = Origin(cluster_id="c", topic="documents", topic_id="t", partition=0, offset=9, timestamp_ms=0)
         >>> check.error(origin) is None
@@ -177,6 +182,7 @@ class OriginCheck:
         self._clusters: set[str] = set()
         self._ids: dict[str, list[str]] = {}
         self._ends: dict[str, Mapping[int, LogEnd]] = {}
+        self._foreign: set[str] = set()
 
     @classmethod
     def of(cls, settings: Settings, store: ObjectStore) -> Self:
@@ -186,6 +192,16 @@ class OriginCheck:
     def is_known(self, origin: Origin) -> bool:
         """Return whether the cached answers already say that the origin is plausible. Asks nobody."""
         return self._cached_error(origin) is None
+
+    def close(self) -> None:
+        """Close the connection to the broker."""
+        self._logs.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def error(self, origin: Origin) -> WireError | None:
         """Return why the broker cannot have given this origin; None where it can.
@@ -218,6 +234,63 @@ class OriginCheck:
                 error = self._cached_error(origin)
             found.append(error)
         return found
+
+    def mark_problem(self, partition: str, position: Position) -> str | None:
+        """Return why a high-water mark is none that the log can have given; None where it may be right.
+
+        Args:
+            partition: origin partition key.
+            position: leader epoch and offset of the mark.
+
+        Raises:
+            KafkaUnavailableError: Kafka does not answer.
+            StoreError: the store does not answer.
+        """
+        cluster_id, topic_id, topic, number = partition.rsplit("/", 3)
+        epoch, offset = position
+        if self.is_foreign(partition):
+            return None
+        origin = Origin(
+            cluster_id=cluster_id, topic_id=topic_id, topic=topic, partition=int(number), offset=offset,
+            leader_epoch=epoch, timestamp_ms=0,
+        )  # fmt: skip
+        error = self.error(origin)
+        log = self.log_end(topic, int(number))
+        if error is None or (log is not None and log.epoch is not None and epoch < log.epoch and offset >= log.end):
+            return None  # the log's tail was lost since: what follows has a later epoch, and is new
+        return error.detail
+
+    def is_foreign(self, partition: str) -> bool:
+        """Return whether an origin partition is of another cluster, or of a topic that is not recorded.
+
+        Nothing that this installation reads compares with its mark, so the mark does no harm.
+
+        Raises:
+            KafkaUnavailableError: Kafka does not answer.
+            StoreError: the store does not answer.
+        """
+        if partition in self._foreign:
+            return True
+        cluster_id, topic_id, topic, number = partition.rsplit("/", 3)
+        if cluster_id in self._clusters and topic_id in self._ids.get(topic, ()):
+            return False
+        self._refresh(
+            Origin(
+                cluster_id=cluster_id, topic_id=topic_id, topic=topic, partition=int(number), offset=0, timestamp_ms=0
+            )
+        )
+        foreign = cluster_id not in self._clusters or topic_id not in self._ids.get(topic, ())
+        if foreign:
+            self._foreign.add(partition)
+        return foreign
+
+    def present_topic_id(self, topic: str) -> str | None:
+        """Return the id that a topic had when it was asked about last; None where it is not known."""
+        return self._ids[topic][-1] if topic in self._ids else None
+
+    def log_end(self, topic: str, partition: int) -> LogEnd | None:
+        """Return the end of a partition's log as it was asked for last; None where it is not known."""
+        return self._ends.get(topic, {}).get(partition)
 
     def _refresh(self, origin: Origin) -> None:
         self._clusters = self._logs.cluster_ids()

@@ -69,6 +69,7 @@ SERIES: Final = (
     Series(Counter, "cuts", "Micro-batches cut.", ("reason",)),
     Series(Counter, "cut_examples", "Examples in micro-batches.", ("reason",)),
     Series(Counter, "cut_tokens", "Tokens in micro-batches.", ("reason",)),
+    Series(Gauge, "wrong_high_water_marks", "High-water marks that no log can have given.", ("adapter",)),
     # Learner: updates.
     Series(Counter, "updates", "Updates done.", ("outcome", "adapter")),
     Series(Gauge, "refused_updates_in_a_row", "Updates refused since the last that was promoted.", ("adapter",)),
@@ -135,6 +136,7 @@ class Metrics:
         self._label_values: dict[str, set[str]] = {}
         self._oldest: tuple[float, float] | None = None  # age in seconds, and the clock at that time
         self._refused_runs: dict[str, int] = {}
+        self._wrong_marks: set[str] = set()
         self._parked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()  # reasons and adapters
         self._labels: dict[str, tuple[str, ...]] = {}
         self._counters: dict[str, Counter] = {}
@@ -241,6 +243,14 @@ class Metrics:
         self._inc("cuts", reason=reason)
         self._inc("cut_examples", examples, reason=reason)
         self._inc("cut_tokens", tokens, reason=reason)
+
+    def wrong_marks(self, adapter: str, n: int) -> None:
+        """Set how many high-water marks of an adapter no log can have given; only adapters that had one are shown."""
+        with self._lock:
+            if n == 0 and adapter not in self._wrong_marks:
+                return
+            self._wrong_marks.add(adapter)
+        self._set("wrong_high_water_marks", n, adapter=adapter)
 
     # Learner: updates.
 

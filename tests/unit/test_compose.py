@@ -94,11 +94,16 @@ def advertised() -> list[str]:
 def test_no_secret_stands_in_the_file_but_as_a_default_that_a_variable_replaces():
     assert set(compose.variables(compose.COMPOSE.read_text("utf-8"))) == {
         "PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY", "GRAFANA_ADMIN_PASSWORD",
+        "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS",
     }  # fmt: skip
-    mine = {"PERENNIAL_S3_ACCESS_KEY": "me", "PERENNIAL_S3_SECRET_KEY": "mine", "GRAFANA_ADMIN_PASSWORD": "also"}
+    mine = {
+        "PERENNIAL_S3_ACCESS_KEY": "me", "PERENNIAL_S3_SECRET_KEY": "mine", "GRAFANA_ADMIN_PASSWORD": "also",
+        "PERENNIAL_INTERNAL_KEY": "k" * 32,
+    }  # fmt: skip
     filled = compose.load(mine)["services"]
     for name in OURS:
         assert compose.environment(filled[name])["PERENNIAL_S3_SECRET_KEY"] == "mine"
+        assert compose.environment(filled[name])["PERENNIAL_INTERNAL_KEY"] == "k" * 32
     assert compose.environment(filled["minio"])["MINIO_ROOT_PASSWORD"] == "mine"
     assert compose.environment(filled["minio"])["MINIO_ROOT_USER"] == "me"
     assert compose.environment(filled["grafana"])["GF_SECURITY_ADMIN_PASSWORD"] == "also"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate import cut_store
 from perennial.streams.curate.agent import CurateAgent
-from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 from perennial.streams.curate.cut_store import Cutting, cutting_key
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import Batch, BlobRef, ExampleAccepted, ExampleScored, Origin, UpdateRequested
@@ -258,7 +259,6 @@ def test_a_body_that_an_earlier_release_left_behind_is_deleted(given):
     asyncio.run(agent.receive(delivery(1)))
     assert not store.exists(blob_key(digest))
     assert not store.exists(cutting_key(ADAPTER))
-    assert not store.exists(curate.cutting_key(ADAPTER))
 
 
 class Broken(MicroBatcher):
@@ -312,6 +312,9 @@ class Plausible:
     def is_known(self, origin: Origin) -> bool:
         return False
 
+    def mark_problem(self, partition: str, position: tuple[int, int]) -> str | None:
+        return "beyond" if position[1] >= 100 else None
+
     def error(self, origin: Origin) -> WireError | None:
         self.asked += 1
         if self.asked == 1:
@@ -321,9 +324,9 @@ class Plausible:
 
 def test_attack_a_a_forged_offset_moves_no_mark_and_what_follows_is_learned(given, monkeypatch):
     _, app, store = given
-    monkeypatch.setattr(curate, "KAFKA_RETRY_S", 0.01)
+    monkeypatch.setattr("perennial.streams.curate.origin_guard.KAFKA_RETRY_S", 0.01)
     settings = Settings.of(max_age_s=0.05, env_file=None)
-    agent = CurateAgent(app, settings, Metrics("curate"), store, Plausible())
+    agent = CurateAgent(app, settings, Metrics("curate"), store, origins=Plausible())
     acknowledged: list[int] = []
 
     async def scenario() -> None:
@@ -378,3 +381,33 @@ def test_only_examples_that_the_scorer_signed_are_cut_and_jobs_are_signed(given)
     assert dict(app.headers[0])["perennial-reason"] == b"bad-signature"
     signer.verify("adapter-jobs", *app.records[1], app.headers[1])
     assert learned(store) == ["d2"]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_attack_k_a_mark_beyond_the_log_is_told_and_hides_nothing(given, caplog, version):
+    """State of a release that took forged offsets: what its mark covers is refused, not acknowledged without a word."""
+    _, app, store = given
+    settings, metrics = Settings.of(max_age_s=0.05, env_file=None), Metrics("curate")
+    batcher = MicroBatcher(ADAPTER, CutPolicy.of(settings))
+    for number in (1, 10**12):
+        event = ExampleScored(example=example(number), tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
+        batcher.offer(event, number, 0)
+    state = json.loads(batcher.cut(curate._now(), "age").state)
+    if version == 1:
+        state = {key: value for key, value in state.items() if key not in {"reach", "epochs"}} | {"version": 1}
+    store.compare_and_swap(f"state/curate/{ADAPTER}", json.dumps(state).encode(), None)
+    agent = CurateAgent(app, settings, metrics, store, origins=Plausible())
+    acknowledged: list[int] = []
+
+    async def scenario() -> None:
+        for number in (1, 2):
+            await agent.receive(delivery(number, acknowledged))
+
+    asyncio.run(scenario())
+    assert f"perennial marks repair {ADAPTER} --partition c/t/documents/0 --to-log-end" in caplog.text
+    labels = {"role": "curate", "adapter": ADAPTER}
+    assert metrics.registry.get_sample_value("perennial_wrong_high_water_marks", labels) == 1
+    assert acknowledged == [1, 2]
+    assert app.sent == ["adapter-jobs", "dead-letters"]  # d1 was cut before: its job is sent again; d2 never was
+    assert dict(app.headers[1])["perennial-reason"] == b"out-of-order"
+    assert set(load_refused_examples(store, ADAPTER)) == {example(2).example_id}

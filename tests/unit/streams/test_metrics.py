@@ -62,6 +62,8 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.quarantined(5)
     metrics.parked({"acme/a": "no-space"})
     metrics.jobs_waiting("acme/a", 3)
+    metrics.wrong_marks("acme/other", 0)
+    metrics.wrong_marks("acme/support", 2)
     metrics.oldest_age_s(30)
     assert {family.name for family in metrics.registry.collect() if not family.samples} == set()
     expected = {
@@ -72,6 +74,7 @@ def test_every_method_moves_the_series_that_dashboards_name():
         ("perennial_quarantined_examples",): 5,
         ("perennial_adapters_parked", ("reason", "no-space")): 1,
         ("perennial_jobs_waiting", ("adapter", "acme/a")): 3,
+        ("perennial_wrong_high_water_marks", ("adapter", "acme/support")): 2,
         ("perennial_events_in_total", ("topic", "adapter-jobs")): 3,
         ("perennial_events_out_total", ("topic", "adapter-updates")): 1,
         ("perennial_refused_total", ("reason", "not-json")): 2,

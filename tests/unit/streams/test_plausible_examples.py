@@ -90,6 +90,9 @@ class Logs:
     def ends(self, topic: str) -> dict[int, LogEnd]:
         return self.ends_now
 
+    def close(self) -> None:
+        pass
+
 
 def origin(**changes: object) -> Origin:
     return Origin.model_validate(ORIGIN | changes)

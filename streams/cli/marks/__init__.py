@@ -1,0 +1,1 @@
+"""`perennial marks`: show an adapter's high-water marks, and repair one that no log can have given."""

@@ -1,0 +1,107 @@
+"""Collect an adapter's high-water marks, and judge each against the log of its origin partition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from perennial.storage.errors import NotFoundError
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.mark_repairs import load_mark_repairs, repaired_marks
+from perennial.storage.registry.registry import Registry
+from perennial.streams.curate.agent import state_key
+from perennial.streams.curate.batcher import MAX_STATE_BYTES, CutPolicy, MicroBatcher
+from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks, Position
+from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
+from perennial.streams.kafka.topics import admin_client
+from perennial.streams.settings import Settings
+
+
+@dataclass(frozen=True)
+class MarkRow:
+    """The marks of one origin partition.
+
+    Attributes:
+        partition: origin partition key.
+        curate: leader epoch and offset of the mark in curate's state; None where it has none.
+        manifest: the same in the newest version, repairs included.
+        log: start, end and leader epoch of the log; None where the topic is not there as it was.
+        committed: offset that intake committed in the partition; None where it committed none.
+        problem: why one of the marks is none that the log can have given; None where both may be right.
+    """
+
+    partition: str
+    curate: Position | None
+    manifest: Position | None
+    log: LogEnd | None
+    committed: int | None
+    problem: str | None
+
+    def as_dict(self) -> dict[str, object]:
+        """Return the row for JSON."""
+        cluster_id, topic_id, topic, number = self.partition.rsplit("/", 3)
+        return {
+            "partition": self.partition, "cluster_id": cluster_id, "topic_id": topic_id, "topic": topic,
+            "number": int(number), "curate": _position(self.curate), "manifest": _position(self.manifest),
+            "log": None if self.log is None else self.log._asdict(), "committed": self.committed,
+            "ok": self.problem is None, "problem": self.problem,
+        }  # fmt: skip
+
+
+def load_batcher(settings: Settings, store: ObjectStore, adapter: str) -> tuple[MicroBatcher[int], str] | None:
+    """Return curate's state of an adapter, and its etag; None where there is none.
+
+    Raises:
+        IntegrityError: the state is not readable.
+    """
+    try:
+        stored = store.get(state_key(adapter), MAX_STATE_BYTES)
+    except NotFoundError:
+        return None
+    return MicroBatcher.restore(adapter, CutPolicy.of(settings), stored.data), stored.etag
+
+
+def manifest_marks(registry: Registry, adapter: str) -> HighWaterMarks:
+    """Return the marks of an adapter's newest version, as a learner sees them: with the repairs."""
+    head = registry.head(adapter)
+    if head is None:
+        return NO_MARKS
+    repairs = load_mark_repairs(registry.store, adapter)
+    return HighWaterMarks(*repaired_marks(head.manifest.marks, head.manifest.epochs, repairs))
+
+
+def mark_rows(settings: Settings, registry: Registry, adapter: str, check: OriginCheck) -> list[MarkRow]:
+    """Return one row per origin partition that the adapter has a mark of.
+
+    Raises:
+        KafkaUnavailableError: Kafka does not answer.
+        StoreError: the store does not answer.
+    """
+    found = load_batcher(settings, registry.store, adapter)
+    curate = found[0].history.high_water_marks if found else NO_MARKS
+    manifest = manifest_marks(registry, adapter)
+    committed = _committed(settings)
+    rows = []
+    for partition in sorted({key for key, _ in (*curate, *manifest)}):
+        positions = [curate.at(partition), manifest.at(partition)]
+        problems = [check.mark_problem(partition, position) for position in positions if position is not None]
+        _, topic_id, topic, number = partition.rsplit("/", 3)
+        is_present = topic_id == check.present_topic_id(topic)
+        rows.append(
+            MarkRow(
+                partition, positions[0], positions[1], check.log_end(topic, int(number)) if is_present else None,
+                committed.get((topic, int(number))) if is_present else None,
+                next((problem for problem in problems if problem), None),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def _committed(settings: Settings) -> dict[tuple[str, int], int]:
+    group = settings.kafka.topic("intake")
+    with admin_client(settings) as admin:
+        offsets = admin.list_group_offsets([group])[group]
+    return {(tp.topic, tp.partition): found.offset for tp, found in offsets.items() if found.offset >= 0}
+
+
+def _position(position: Position | None) -> dict[str, int] | None:
+    return None if position is None else {"epoch": position[0], "offset": position[1]}
