@@ -17,6 +17,12 @@ class IntakeMetrics(Protocol):
     def refused(self, reason: str, n: int) -> None:
         """Count records that went to `dead-letters`."""
 
+    def topic_recreated(self, topic: str) -> None:
+        """Count an input topic that was deleted and created again."""
+
+    def offsets_lost(self, topic: str, kind: str, n: int) -> None:
+        """Count offsets of an input topic that were read and are gone, or that are gone and were never read."""
+
     def lag(self, topic: str, events: int) -> None:
         """Set the number of records that are published and not yet read."""
 

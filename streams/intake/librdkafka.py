@@ -7,8 +7,9 @@ import operator
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
@@ -44,12 +45,13 @@ CONSUMER_CONFIG: Mapping[str, Any] = {
     "enable.partition.eof": True,
     "enable.auto.commit": False,
     "enable.auto.offset.store": False,
-    "auto.offset.reset": "earliest",
+    "auto.offset.reset": "error",  # whoever resets in silence skips records in silence; see REPOSITION
     "partition.assignment.strategy": "range",
     "session.timeout.ms": 10_000,
     "heartbeat.interval.ms": 2_000,
     "queued.max.messages.kbytes": 65_536,
     "fetch.queue.backoff.ms": 50,
+    "topic.metadata.refresh.interval.ms": 30_000,  # the longest that partitions added to an input topic wait
 }
 """The consumer: offsets are committed by the service alone."""
 
@@ -59,6 +61,12 @@ LOST_GROUP = frozenset({
     KafkaError._ASSIGNMENT_LOST, KafkaError._STATE,  # noqa: SLF001
 })  # fmt: skip
 """Codes of a commit that fails because the group is rebalancing, or has given the partitions to another member."""
+REPOSITION = frozenset({
+    KafkaError._AUTO_OFFSET_RESET, KafkaError._LOG_TRUNCATION, KafkaError.OFFSET_OUT_OF_RANGE,  # noqa: SLF001
+    KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC, KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
+    KafkaError.UNKNOWN_TOPIC_ID,
+})  # fmt: skip
+"""Codes of a consumer error after which the position must be found anew: the log is not the one that was read."""
 _RECOVERING = frozenset({
     KafkaError._TRANSPORT, KafkaError._ALL_BROKERS_DOWN, KafkaError._TIMED_OUT,  # noqa: SLF001
     KafkaError._MAX_POLL_EXCEEDED,  # noqa: SLF001  # the rebalance that follows assigns the partitions anew
@@ -72,6 +80,8 @@ _TEMPORARY = frozenset({
 """Codes of a call that may succeed when it is repeated: a leader or a coordinator is being elected."""
 
 Answer = TypeVar("Answer")
+TopicAnswers: TypeAlias = Mapping[str, Future[Any]]
+"""Answers to come, by topic name with the prefix."""
 
 
 class DeliveryError(PerennialError):
@@ -106,21 +116,40 @@ def cluster_ids(admin: AdminClient, names: Sequence[str]) -> ClusterIds:
         KafkaException: Kafka does not answer within CALL_TIMEOUT_S.
     """
     cluster = admin.describe_cluster(request_timeout=CALL_TIMEOUT_S).result()
+    ids = topic_ids(ask_topic_ids(admin, names))
+    if len(ids) < len(names):
+        raise missing_topics_error(sorted(set(names) - set(ids)))
+    return ClusterIds(str(cluster.cluster_id), ids)
+
+
+def ask_topic_ids(admin: AdminClient, names: Sequence[str]) -> TopicAnswers:
+    """Ask for the ids of topics without waiting for the answer; see `topic_ids`."""
+    answers: TopicAnswers = admin.describe_topics(TopicCollection(list(names)), request_timeout=CALL_TIMEOUT_S)
+    return answers
+
+
+def topic_ids(answers: TopicAnswers, wait_s: float | None = None) -> dict[str, str]:
+    """Return the ids of the topics that exist.
+
+    Args:
+        answers: What `ask_topic_ids` returned.
+        wait_s: How long to wait for each answer in seconds; None for as long as the request may take.
+
+    Raises:
+        TimeoutError: There is no answer within `wait_s`; ask again for the same answers.
+        KafkaException: Kafka does not answer.
+    """
     found: dict[str, str] = {}
-    missing = []
-    for name, future in admin.describe_topics(TopicCollection(list(names)), request_timeout=CALL_TIMEOUT_S).items():
+    for name, answer in answers.items():
         try:
-            raw = future.result().topic_id
+            raw = answer.result(wait_s).topic_id
         except KafkaException as error:
             if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise
-            missing.append(name)
         else:
             high, low = raw.get_most_significant_bits(), raw.get_least_significant_bits()
             found[name] = topic_id(uuid.UUID(int=((high % 2**64) << 64) | (low % 2**64)))
-    if missing:
-        raise missing_topics_error(sorted(missing))
-    return ClusterIds(str(cluster.cluster_id), found)
+    return found
 
 
 def committed_offsets(consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:
@@ -146,6 +175,11 @@ def log_bounds(consumer: Consumer, partition: TopicPartition) -> tuple[int, int]
     return bounds
 
 
+def is_temporary(error: KafkaException) -> bool:
+    """Return whether a call that failed with this error may succeed when it is repeated."""
+    return error.args[0].code() in _TEMPORARY
+
+
 def commit_offsets(consumer: Consumer, offsets: list[TopicPartition]) -> None:
     """Commit offsets and wait until the broker has stored them.
 
@@ -164,7 +198,7 @@ def _retry(call: Callable[[], Answer]) -> Answer:
         try:
             return call()
         except KafkaException as error:
-            if error.args[0].code() not in _TEMPORARY or time.monotonic() > deadline_s:
+            if not is_temporary(error) or time.monotonic() > deadline_s:
                 raise
             time.sleep(_RETRY_WAIT_S)
 
@@ -173,14 +207,11 @@ def raise_unless_recovering(error: KafkaError) -> None:
     """Log a consumer error from which librdkafka recovers by itself, and raise any other.
 
     Raises:
-        TopicError: The topic does not exist.
         ConsumeError: Any other error.
     """
     if error.code() in _RECOVERING or error.retriable():
         log.warning("reading from Kafka: %s", error)
         return
-    if error.code() in {KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC}:  # noqa: SLF001
-        raise missing_topics_error([error.str()])
     raise ConsumeError(
         got=f"{error.name()}: {error.str()}", allowed="records", remedy="see the broker's log; restart intake"
     )

@@ -64,6 +64,11 @@ SERIES: Final = (
         Gauge, "oldest_unlearned_event_age_seconds",
         "Age of the oldest event not yet learned; grows until it is learned; 0: none.",
     ),
+    # Intake: what happened to the logs of the input topics.
+    Series(Counter, "topic_recreated", "Input topics deleted and created again.", ("topic",)),
+    Series(
+        Counter, "offsets_lost", "Offsets that were read and lost (tail), or deleted unread (deleted).", ("topic", "kind")
+    ),
     # Curate: drift and micro-batches.
     Series(Counter, "drift", "Drift detections.", ("signal", "detector", "adapter")),
     Series(Counter, "cuts", "Micro-batches cut.", ("reason",)),
@@ -231,6 +236,22 @@ class Metrics:
         Call it with False when partitions are assigned for the first time too: that ends the status "starting".
         """
         self.health.waiting(waits)
+
+    # Intake: what happened to the logs of the input topics.
+
+    def topic_recreated(self, topic: str) -> None:
+        """Count an input topic that was deleted and created again."""
+        self._inc("topic_recreated", topic=topic)
+
+    def offsets_lost(self, topic: str, kind: str, n: int) -> None:
+        """Count offsets of an input topic.
+
+        Args:
+            topic: the topic.
+            kind: `tail`: they were read, and the log lost them. `deleted`: they were deleted before they were read.
+            n: how many.
+        """
+        self._inc("offsets_lost", n, topic=topic, kind=kind)
 
     # Curate: drift and micro-batches.
 

@@ -209,9 +209,9 @@ def _perennial(settings: Settings, events: int, group: str, watch: Stopwatch) ->
     from perennial.streams.observe.metrics import Metrics
 
     class Timed(Intake):
-        def _produce(self, messages: Any) -> None:
+        def _decide(self, messages: Any) -> Any:
             watch.start()
-            super()._produce(messages)
+            return super()._decide(messages)
 
     timed = Timed(settings, Metrics("intake", settings), group)
     stop, consumed = threading.Event(), 0

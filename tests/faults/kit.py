@@ -55,12 +55,13 @@ def run_role(role: str, environment: Mapping[str, str], log: str) -> None:
 def _shorten_sessions() -> None:
     """Shorten the sessions of all consumer groups: a group waits for a killed member until its session ends."""
     from perennial.streams import faust_app
-    from perennial.streams.intake import service
+    from perennial.streams.intake import input_consumer
     from perennial.streams.kafka import group
 
     group.SESSION_TIMEOUT_MS = int(SESSION_S * 1000)
     faust_app.SESSION_S = SESSION_S
-    service.CONSUMER_CONFIG = {**service.CONSUMER_CONFIG, "session.timeout.ms": int(SESSION_S * 1000)}
+    shorter = {**input_consumer.CONSUMER_CONFIG, "session.timeout.ms": int(SESSION_S * 1000)}
+    input_consumer.CONSUMER_CONFIG = shorter
 
 
 class Crew:

@@ -35,7 +35,7 @@ FEW_TEXTS = (
 _ROLES = {
     "learner": "from perennial.streams.kafka import group as home\nfrom perennial.learner.roles.learner import run_learner as run\n"
     "home.SESSION_TIMEOUT_MS = {session_ms}\n",
-    "intake": "from perennial.streams.intake import service as home\nfrom perennial.streams.intake.service import run_intake as run\n"
+    "intake": "from perennial.streams.intake import input_consumer as home\nfrom perennial.streams.intake.service import run_intake as run\n"
     "home.CONSUMER_CONFIG = {{**home.CONSUMER_CONFIG, 'session.timeout.ms': {session_ms}}}\n",
     "streams": "from perennial.streams.faust_app import run_streams as run\n",
 }

@@ -51,8 +51,8 @@ SERVED, ALONE, REFUSED, LATE = "acme/served", "acme/alone", "acme/refused", "acm
 DOCUMENTS, RATINGS, UNREADABLE, BACK_FILL = 48, 96, 6, 60
 HOURS_AGO_MS = 3 * 3600 * 1000
 TIMEOUT_S = 240.0
-OF_FORGETTING = re.compile("perennial_(forget|forgotten|quarantined)_")
-"""Metrics of forgetting, which does not happen in this run."""
+NOT_IN_THE_RUN = re.compile("perennial_(forget|forgotten|quarantined|topic_recreated|offsets_lost)_")
+"""Metrics of what does not happen in this run: forgetting, and input topics that are lost or created again."""
 OF_REFUSALS = {"Refused", "Updates refused", "UpdatesRefusedInARow"}
 WORDS = [
     "the", "broker", "keeps", "each", "record", "until", "a", "reader", "saw", "it", "then", "adapter", "learns",
@@ -81,9 +81,9 @@ class Query:
     source: str = ""
 
     @property
-    def of_forgetting(self) -> bool:
-        """Return whether the expression is about forgetting."""
-        return bool(OF_FORGETTING.search(self.expr))
+    def by_the_test(self) -> bool:
+        """Return whether the expression is about what the run does not do: forgetting, and lost logs."""
+        return bool(NOT_IN_THE_RUN.search(self.expr))
 
     @property
     def promql(self) -> str:
@@ -343,20 +343,20 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                 scenario.unreadable(producer)
                 scenario.from_hours_ago(producer)
                 look_until(
-                    lambda left: all(query.of_forgetting or query.title in OF_REFUSALS for query in left),
+                    lambda left: all(query.by_the_test or query.title in OF_REFUSALS for query in left),
                     "the loop",
                     TIMEOUT_S,
                 )
                 scenario.refuse()
                 for _ in range(3):  # one update each
                     scenario.documents(publisher, REFUSED, settings.curate.max_batch_examples)
-                left = look_until(lambda left: all(query.of_forgetting for query in left), "the loop", TIMEOUT_S)
-                unexpected = [query for query in left if not query.of_forgetting]
+                left = look_until(lambda left: all(query.by_the_test for query in left), "the loop", TIMEOUT_S)
+                unexpected = [query for query in left if not query.by_the_test]
                 assert not unexpected, "without data:\n" + table(unexpected)
 
                 for query in queries:
                     server.look(query, query.source)  # record the largest values of the whole run
-                    if query.of_forgetting:
+                    if query.by_the_test:
                         query.series, query.value, query.source = 0, "", ""  # zeros prove nothing: query again below
 
                 with serve_metrics(served, port=served_port):
@@ -367,8 +367,10 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                     for number in range(240):
                         served.forgot(2, 5.0 * number)
                         served.forget_exceptions()
+                        served.topic_recreated("documents")
+                        served.offsets_lost("documents", "deleted", 3)
                         time.sleep(0.5)
-                        of_test = [query for query in queries if query.of_forgetting]
+                        of_test = [query for query in queries if query.by_the_test]
                         left = [query for query in of_test if not server.look(query, "served by the test")]
                         if number > 4 and not left:
                             break

@@ -18,7 +18,7 @@ import pytest
 from confluent_kafka import Producer as LibrdkafkaProducer
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
-from kafka.errors import CoordinatorNotAvailableError
+from kafka.errors import CoordinatorLoadInProgressError, CoordinatorNotAvailableError, NotCoordinatorError
 from kafka.partitioner import murmur2
 
 from perennial.storage.errors import PerennialError
@@ -52,6 +52,12 @@ class RecordedMetrics:
 
     def refused(self, reason, n):
         self.counts["refused", reason] += n
+
+    def topic_recreated(self, topic):
+        self.counts["recreated", topic] += 1
+
+    def offsets_lost(self, topic, kind, n):
+        self.counts["lost", topic, kind] += n
 
     def lag(self, topic, events):
         self.lags[topic] = events
@@ -138,7 +144,7 @@ def committed(settings):
     try:
         offsets = admin.list_group_offsets([group])[group]
         return {(each.topic, each.partition): found.offset for each, found in offsets.items()}
-    except CoordinatorNotAvailableError:  # the broker's first group is being set up
+    except (CoordinatorLoadInProgressError, CoordinatorNotAvailableError, NotCoordinatorError):  # is being set up
         return {}
     finally:
         admin.close()

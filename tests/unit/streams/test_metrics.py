@@ -46,6 +46,8 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.events_in("adapter-jobs", 3)
     metrics.events_out("adapter-updates")
     metrics.refused("not-json", 2)
+    metrics.topic_recreated("documents")
+    metrics.offsets_lost("documents", "tail", 10)
     metrics.lag("adapter-jobs", 7)
     metrics.drift("base_loss", "adwin", "acme/support")
     metrics.cut("size", 8, 512)
@@ -78,6 +80,8 @@ def test_every_method_moves_the_series_that_dashboards_name():
         ("perennial_events_in_total", ("topic", "adapter-jobs")): 3,
         ("perennial_events_out_total", ("topic", "adapter-updates")): 1,
         ("perennial_refused_total", ("reason", "not-json")): 2,
+        ("perennial_topic_recreated_total", ("topic", "documents")): 1,
+        ("perennial_offsets_lost_total", ("topic", "documents"), ("kind", "tail")): 10,
         ("perennial_lag_events", ("topic", "adapter-jobs")): 7,
         ("perennial_drift_total", ("signal", "base_loss"), ("detector", "adwin"), ("adapter", "acme/support")): 1,
         ("perennial_cuts_total", ("reason", "size")): 1,
