@@ -19,7 +19,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import Encoded, encode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.events.wire_error import WireError, from_pydantic
 
 
 class PublishError(PerennialError):
@@ -132,14 +132,12 @@ class BasePublisher(ABC):
         try:
             event = model(**fields)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            name = ".".join(str(part) for part in first["loc"]) or model.__name__
-            got = first.get("input")
+            found = from_pydantic(error, b"", model)
             raise PublishError(
-                f"{model.type}: {name} is not valid",
-                got=got if isinstance(got, str | int | float | None) else type(got).__name__,
-                allowed=first["msg"],
-                remedy=f"correct {name}; nothing was sent",
+                f"{model.type}: {found.message or model.__name__} is not valid",
+                got=found.got,
+                allowed=found.allowed,
+                remedy=f"correct {found.message or model.__name__}; nothing was sent",
             ) from None
         return self.publish(event)
 

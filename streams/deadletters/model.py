@@ -15,6 +15,7 @@ import orjson
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES
 from perennial.streams.events.dead_letter import DeadLetter, decode_dead_letter, redrive_count
+from perennial.streams.events.event_times import without_leap_second
 from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import DEFAULT_TYPES, ExampleAccepted, Origin
 from perennial.streams.events.wire_error import WireError
@@ -189,7 +190,7 @@ def parse_since(text: str, now: datetime) -> datetime:
     try:
         if duration:
             return now - timedelta(**{_UNITS[duration[2]]: int(duration[1])})
-        moment = datetime.fromisoformat(text.strip())
+        moment = datetime.fromisoformat(without_leap_second(text.strip().upper()))
     except (ValueError, OverflowError):
         raise SettingsError(
             "--since is not valid", got=text, allowed="30m, 12h, 7d, or a time such as 2026-01-31T12:00:00Z",

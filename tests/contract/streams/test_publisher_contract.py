@@ -97,6 +97,7 @@ def test_the_same_content_has_the_same_id(case: Case):
         ({"text": ""}, "text"),
         ({"text": "\x00" * 200_000}, "size of the value"),
         ({"txet": "misspelt"}, "txet"),
+        ({"document_id": "\x1b]0;PWNED"}, r"document_id.*\\x1b.*U\+001B"),
     ],
 )
 def test_an_event_that_is_not_valid_is_refused_and_nothing_is_sent(case: Case, fields: dict[str, Any], named: str):

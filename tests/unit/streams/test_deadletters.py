@@ -147,6 +147,7 @@ def test_since():
     assert parse_since("7d", NOW) == NOW - timedelta(days=7)
     assert parse_since("2026-01-31T12:00:00", NOW) == NOW
     assert parse_since("2026-01-31T13:00:00+01:00", NOW) == NOW
+    assert parse_since("2026-01-31t12:00:00z", NOW) == NOW
     for text in ("", "yesterday", "5w", "-3h", "999999d999"):
         with pytest.raises(SettingsError):
             parse_since(text, NOW)
