@@ -228,8 +228,10 @@ class InputConsumer:
                 log.warning("the topics' ids cannot be read, asking again: %s", error)
                 answers = self.ask_topics()
                 continue
-            if any(found.get(topic) != self._known_ids[topic] for topic in self._topics):
-                self.reposition = "an input topic was deleted or created again"
+            # Topics of which this member has no partition are compared when it gets one.
+            for topic in {topic for topic, _ in self.partitions}:
+                if found.get(topic) != self._known_ids[topic]:
+                    self.reposition = f"the topic {topic} was deleted or created again"
             return True
         return False
 
