@@ -298,6 +298,11 @@ FLOW = Dashboard(
             Panel("Published to served", [Query(quantile_of(q, "perennial_ack_stage_seconds", "stage"), f"{{{{stage}}}} {name}")
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
                   "Time that subscribers need for a new version, by stage; publish_to_served is the total.", unit="s"),
+            Panel("Partitions read anew",
+                  [Query(counted("perennial_stalled_partitions_total", "role, topic, remedy"),
+                         "{{role}} ← {{topic}}: {{remedy}}")],
+                  "Partitions that yielded nothing though records waited. The role reads on by itself; report it if it "
+                  "repeats.", bars=True, stacked=True, zero="none"),
             Panel("Store errors", [Query(counted("perennial_store_errors_total", "role, op"), "{{role}}: {{op}}")],
                   "Calls to the object store that failed.", bars=True, stacked=True, zero="none"),
             Panel("Parked adapters", [Query("max by (reason) (perennial_adapters_parked)", "{{reason}}")],

@@ -80,7 +80,7 @@ def run_learner(
     writer = make_version_writer(settings, store, base, lock or FairLock())
     with (
         ConfirmingProducer(settings, "learner", metrics, _now) as producer,
-        GroupConsumer(settings, TOPIC, "learner", max_records=MAX_WAITING) as consumer,
+        GroupConsumer(settings, TOPIC, "learner", max_records=MAX_WAITING, metrics=metrics) as consumer,
         report_parked(store, metrics),
         closing(Learner(settings, writer, consumer, producer, metrics, stop)) as learner,
     ):

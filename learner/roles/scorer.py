@@ -75,7 +75,8 @@ def run_scorer(
         ) as adapters,
         ConfirmingProducer(settings, "scorer", metrics, _now) as producer,
         GroupConsumer(
-            settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch, writes=["scored-examples"]
+            settings, TOPIC, "scorer", max_records=4 * settings.model.score_batch, writes=["scored-examples"],
+            metrics=metrics,
         ) as consumer,
         OriginCheck.of(settings, store) as origins,
     ):  # fmt: skip

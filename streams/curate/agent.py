@@ -163,6 +163,7 @@ class CurateAgent:
 
     async def tick(self) -> None:
         """Cut the adapters whose oldest example has waited long enough. On every fourth call, report lag and age."""
+        self._metrics.tick(TOPIC)
         self._drop_ended_session()
         session, now_ms = self._session, _monotonic_ms()
         while session.waiting:
@@ -392,12 +393,13 @@ class CurateAgent:
 
     async def _report(self, now_ms: int) -> None:
         lag = 0
-        for tp in self._app.consumer.assignment():
-            if tp.topic != self._settings.kafka.topic(TOPIC):
-                continue
+        topic = self._settings.kafka.topic(TOPIC)
+        assigned = [tp for tp in self._app.consumer.assignment() if tp.topic == topic]
+        ends = await self._app.consumer.highwaters(*assigned) if assigned else {}
+        for tp in assigned:
             tracker = self._session.offsets.get(tp)
             position = tracker.next_offset if tracker is not None else await self._app.consumer.position(tp)
-            lag += max(0, (self._app.consumer.highwater(tp) or 0) - (position or 0))
+            lag += max(0, (ends.get(tp) or 0) - (position or 0))
         self._metrics.lag(TOPIC, lag)
         longest_waiting = next(iter(self._session.waiting), None)
         oldest_ms = self._session.adapters[longest_waiting].batcher.oldest_origin_ms if longest_waiting else None

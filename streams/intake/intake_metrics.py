@@ -29,6 +29,9 @@ class IntakeMetrics(Protocol):
     def oldest_age_s(self, seconds: float) -> None:
         """Set the age of the oldest record that is not yet read."""
 
+    def tick(self, loop: str) -> None:
+        """Note that intake's loop turned."""
+
     def waiting(self, waits: bool) -> None:
         """Set whether a batch was read and is not yet committed."""
 

@@ -141,6 +141,7 @@ class Intake:
             InstallationError: The topic `examples` is not the one that the installation recorded.
             KafkaException: The offsets cannot be committed.
         """
+        self._metrics.tick("intake")
         messages = self._input.consume()
         if messages:
             failpoint("intake.consume")

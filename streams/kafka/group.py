@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
@@ -21,6 +23,7 @@ from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect
 from perennial.streams.kafka.installation import open_store_of
 from perennial.streams.kafka.signing import RecordSigner
+from perennial.streams.kafka.stall_watch import StallWatch
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
@@ -34,6 +37,12 @@ MAX_FETCH_BYTES = 8 * 1024**2
 SESSION_TIMEOUT_MS = 10_000
 MAX_POLL_INTERVAL_MS = 300_000
 REBALANCE_POLL_S = 1.0
+WATCH_S = 5.0
+"""Seconds between two comparisons of the positions with the broker's ends."""
+STALL_S = 20.0
+"""Seconds for which a partition that has records may yield none, while it is not paused."""
+END_OFFSETS_MS = 3_000
+POSITION_MS = 500
 
 
 class KafkaLinkError(PerennialError):
@@ -75,6 +84,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         group: The consumer group's name without the prefix.
         max_records: The most records that one poll returns.
         writes: Topics without the prefix that the records are turned into. They are checked with the topic.
+        metrics: Counts partitions that had to be read anew; its health sees whether `poll` is called.
 
     Raises:
         KafkaLinkError: No broker answers.
@@ -82,8 +92,18 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
     """
 
     def __init__(
-        self, settings: Settings, topic: str, group: str, max_records: int, writes: Sequence[str] = ()
+        self,
+        settings: Settings,
+        topic: str,
+        group: str,
+        max_records: int,
+        writes: Sequence[str] = (),
+        metrics: Metrics | None = None,
     ) -> None:
+        self._settings = settings
+        self._group = settings.kafka.topic(group)
+        self._max_records = max_records
+        self._metrics = metrics
         self._topic = topic
         self._guard = TopicGuard(settings, [topic, *writes], open_store_of(settings), writes=writes)
         self._name = settings.kafka.topic(topic)
@@ -91,29 +111,37 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         self._assigned: set[TopicPartition] = set()
         self._rebalancing = False
         self._uncommitted: dict[TopicPartition, tuple[int, int]] = {}  # offset to commit, epoch of the last record
+        self._ends: dict[TopicPartition, int] = {}
+        self._watched_s = time.monotonic()
+        self._stalls = StallWatch()
+        self._consumer: Any = self._connect()
+
+    def _connect(self) -> Any:
+        """Return a new client that has subscribed to the topic."""
         try:
-            self._consumer: Any = connect(
+            consumer = connect(
                 KafkaConsumer,
-                settings.kafka.require_bootstrap(),
+                self._settings.kafka.require_bootstrap(),
                 CONNECT_S,
-                client_id=settings.kafka.topic(group),
-                group_id=settings.kafka.topic(group),
+                client_id=self._group,
+                group_id=self._group,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
                 # With the range assignor every rebalance is eager: on_partitions_assigned names all partitions that
                 # this member now has, so those that it does not name were taken away.
                 partition_assignment_strategy=[RangePartitionAssignor],
-                max_poll_records=max_records,
+                max_poll_records=self._max_records,
                 session_timeout_ms=SESSION_TIMEOUT_MS,
                 max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
                 max_partition_fetch_bytes=MAX_FETCH_BYTES,
                 metadata_max_age_ms=METADATA_AGE_MS,
             )
             # Load the topic's metadata now: without it the first assignment is empty until the next refresh.
-            self._consumer.partitions_for_topic(self._name)
+            consumer.partitions_for_topic(self._name)
         except (KafkaError, ValueError, OSError) as error:
-            raise _unreachable(settings, error) from error
-        self._consumer.subscribe([self._name], listener=self)
+            raise _unreachable(self._settings, error) from error
+        consumer.subscribe([self._name], listener=self)
+        return consumer
 
     def on_partitions_revoked(self, _revoked: Iterable[TopicPartition]) -> None:
         """Note that a rebalance has begun; give up no partition yet.
@@ -151,11 +179,14 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
             TopicError: A topic was deleted.
             KafkaUnavailableError: The broker does not say within half a minute whether the topics are the same.
         """
+        if self._metrics is not None:
+            self._metrics.tick(self._topic)
         if self._rebalancing:
             # kafka-python 3.0.12 discards the answer to a join request that arrives between two polls. It may then
             # believe that it is a member while its heartbeat is off, be expelled and never notice. Ask to join again.
             self._consumer._coordinator.request_rejoin()  # noqa: SLF001 - there is no public way
             timeout_s = max(timeout_s, REBALANCE_POLL_S)
+        self._free_slot()
         try:
             batches = self._consumer.poll(timeout_ms=max(1, int(timeout_s * 1000)))
         except KafkaError as error:
@@ -166,6 +197,7 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
             self._commit_pending()
         if batches:
             self._guard.verify()
+        self._watch()
         return [
             ConsumedRecord(
                 self._topic, record.partition, record.offset, record.key, record.value,
@@ -174,6 +206,64 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
             for partition, batch in batches.items()
             for record in batch
         ]  # fmt: skip
+
+    def _free_slot(self) -> None:
+        """Let kafka-python take up batches of partitions that were paused.
+
+        Hazard: kafka-python 3.0.12 (since dpkp/kafka-python#2981) sets the unread rest of a paused partition's batch
+        aside, fetches no more of the partition, and takes the rest up again only while `_next_partition_records` is
+        None. A batch of another partition that was read to its end stays there. Partitions that a rebalance assigns are
+        not paused, so one of them could keep another from being read for ever; where the other one was taken away and
+        came back in between, even its lag would be unknown.
+        """
+        fetcher = self._consumer._fetcher  # noqa: SLF001 - there is no public way
+        in_hand = fetcher._next_partition_records  # noqa: SLF001
+        if in_hand is not None and not in_hand:
+            fetcher._next_partition_records = None  # noqa: SLF001
+
+    def _watch(self) -> None:
+        """Compare the positions with the broker's ends now and then, and read on where a partition stands still."""
+        now_s = time.monotonic()
+        if self._rebalancing or now_s - self._watched_s < WATCH_S:
+            return
+        self._watched_s = now_s
+        try:
+            assigned = list(self._consumer.assignment())
+            self._ends = self._consumer.end_offsets(assigned, timeout_ms=END_OFFSETS_MS) if assigned else {}
+            paused = self._consumer.paused()
+            positions = {
+                partition: self._consumer.position(partition, timeout_ms=POSITION_MS)
+                for partition in assigned
+                if partition not in paused
+            }
+        except KafkaError as error:  # a rebalance has begun, or a leader is being elected
+            _log.debug("the ends of %s are not known now: %s", self._name, error)
+            return
+        stalled = self._stalls.look(now_s, STALL_S, positions, self._ends)
+        for partition, reports in stalled.items():
+            by_seek = reports == 1 and positions[partition] is not None
+            _log.warning(
+                "%s: nothing was read from partition %d, though its records %s to %d wait: %s", self._name,
+                partition.partition, positions[partition], self._ends[partition] - 1,
+                "seeking to the first of them" if by_seek else "joining the group again",
+            )  # fmt: skip
+            if self._metrics is not None:
+                self._metrics.stalled_partition(self._topic, "seek" if by_seek else "rejoin")
+            if not by_seek:
+                self._join_again()
+                return
+            self._consumer.seek(partition, positions[partition])
+
+    def _join_again(self) -> None:
+        """Leave the group and join it with a new client, which reads on from the committed offsets."""
+        self._epochs.update(self._assigned)  # what was read and not committed is read again
+        self._assigned = set()
+        with suppress(KafkaError, OSError):
+            self._consumer.close()
+        self._rebalancing = False
+        self._ends = {}
+        self._stalls = StallWatch()
+        self._consumer = self._connect()
 
     def owns(self, record: ConsumedRecord) -> bool:
         """Return whether the record's partition has stayed with this member since the record was read."""
@@ -227,12 +317,15 @@ class GroupConsumer(ConsumerRebalanceListener):  # type: ignore[misc]  # kafka-p
         self._consumer.resume(*self._consumer.paused())
 
     def lag(self) -> int:
-        """Return how many records of this member's partitions are not read yet, as of the last fetch."""
+        """Return how many records of this member's partitions are not read yet.
+
+        The ends are the broker's own of a few seconds ago: a partition that is not being fetched must show too.
+        """
         total = 0
         for partition in self._consumer.assignment():
-            end = self._consumer.highwater(partition)
-            if end is not None:
-                total += max(0, end - (self._consumer.position(partition) or 0))
+            end = max(self._ends.get(partition, 0), self._consumer.highwater(partition) or 0)
+            if end:
+                total += max(0, end - (self._consumer.position(partition, timeout_ms=POSITION_MS) or 0))
         return total
 
     def close(self) -> None:

@@ -42,7 +42,8 @@ class Health:
     """Collect what a role reports about its work, and judge it.
 
     The time without progress starts when work begins to wait, so an idle role is never stalled. If more work arrives,
-    the time goes on. Thread-safe.
+    the time goes on. A loop that has turned once and then does not turn for `stall_s` is stalled even if no work is
+    known to wait: it may be blocked in the call that would find the work. Thread-safe.
 
     Args:
         role: the name of the role.
@@ -74,6 +75,7 @@ class Health:
         self._waiting = False
         self._started = False
         self._maintenance = False
+        self._ticks: dict[str, float] = {}  # when each loop turned last
         self._still_since: float | None = None  # when work began to wait, or last made progress; None: no work waits
 
     def progress(self) -> None:
@@ -95,6 +97,16 @@ class Health:
             self._maintenance = paused
             if self._still_since is not None:
                 self._still_since = self._clock()
+            self._ticks.clear()  # the loops begin anew
+
+    def tick(self, loop: str) -> None:
+        """Note that a loop of the role turned.
+
+        Args:
+            loop: the loop's name; several roles may share this process.
+        """
+        with self._lock:
+            self._ticks[loop] = self._clock()
 
     def lag(self, topic: str, events: int) -> None:
         """Note how many events of a topic are published and not yet handled. Work waits while any are."""
@@ -112,7 +124,9 @@ class Health:
     def report(self) -> HealthReport:
         """Return the judgement as of now."""
         with self._lock:
-            still_s = 0.0 if self._still_since is None else max(0.0, self._clock() - self._still_since)
+            now = self._clock()
+            still_s = 0.0 if self._still_since is None else max(0.0, now - self._still_since)
+            still_s = max([still_s, *(now - at for at in self._ticks.values() if now - at >= self.stall_s)])
             status: Literal["starting", "ok", "stalled"] = "ok" if self._started else "starting"
             return HealthReport(
                 status="maintenance" if self._maintenance else "stalled" if still_s >= self.stall_s else status,

@@ -64,6 +64,10 @@ SERIES: Final = (
         Gauge, "oldest_unlearned_event_age_seconds",
         "Age of the oldest event not yet learned; grows until it is learned; 0: none.",
     ),
+    Series(
+        Counter, "stalled_partitions", "Partitions that yielded nothing though records waited, by what was done.",
+        ("topic", "remedy"),
+    ),
     # Intake: what happened to the logs of the input topics.
     Series(Counter, "topic_recreated", "Input topics deleted and created again.", ("topic",)),
     Series(
@@ -225,6 +229,19 @@ class Metrics:
     def progress(self) -> None:
         """Report that an event was handled to its end."""
         self.health.progress()
+
+    def tick(self, loop: str) -> None:
+        """Report that a loop of the role turned. A loop that stops turning is stalled, whether work waits or not."""
+        self.health.tick(loop)
+
+    def stalled_partition(self, topic: str, remedy: str) -> None:
+        """Count a partition that yielded nothing though records waited.
+
+        Args:
+            topic: the topic.
+            remedy: `seek` or `rejoin`.
+        """
+        self._inc("stalled_partitions", topic=topic, remedy=remedy)
 
     def maintenance(self, paused: bool) -> None:
         """Report whether the role pauses for `perennial topics repartition`."""

@@ -104,6 +104,7 @@ class RetainAgent:
 
     async def tick(self) -> None:
         """Run the calendar if this process has partition 0, and set the lag metric."""
+        self._metrics.tick(TOPIC)
         if not self._assigned:
             return
         partitions = [tp for tp in self._app.consumer.assignment() if tp.topic == self._topic]
@@ -111,9 +112,10 @@ class RetainAgent:
             await self._service.tick()
         with suppress(KafkaError):  # a rebalance may have begun
             lag = 0
+            ends = await self._app.consumer.highwaters(*partitions) if partitions else {}
             for tp in partitions:
                 position = await self._app.consumer.position(tp)
-                lag += max(0, (self._app.consumer.highwater(tp) or 0) - (position or 0))
+                lag += max(0, (ends.get(tp) or 0) - (position or 0))
             self._metrics.lag(TOPIC, lag)
 
     async def _refuse(self, error: WireError, message: Any) -> None:

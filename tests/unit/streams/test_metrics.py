@@ -57,6 +57,7 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.trained(512, 1.5)
     metrics.generation("acme/support", 4)
     metrics.store_error("get")
+    metrics.stalled_partition("examples", "seek")
     metrics.ack("acme/support", {"fetch": 0.1, "publish_to_served": 0.4})
     metrics.forget_requests("accepted", 3)
     metrics.forget_overdue(2)
@@ -176,6 +177,38 @@ def test_health_starts_then_stalls_only_while_work_waits_and_nothing_moves():
     metrics.waiting(True)
     clock.now_s += 121
     assert not metrics.health.report().healthy
+
+
+def test_a_loop_that_stops_turning_is_stalled_even_if_no_work_is_known_to_wait():
+    """Soak: a learner's lag was 0 and its health green while records waited."""
+    clock = Clock()
+    metrics = Metrics("scorer+learner", Settings.of(stall_s=120), clock=clock)
+    metrics.tick("examples")
+    metrics.tick("adapter-jobs")
+    metrics.waiting(False)
+    clock.now_s += 119
+    metrics.tick("examples")
+    assert metrics.health.report().healthy
+    clock.now_s += 1
+    report = metrics.health.report()
+    assert (report.status, report.seconds_without_progress) == ("stalled", 120)
+    metrics.tick("adapter-jobs")
+    assert metrics.health.report().status == "ok"
+
+
+def test_a_role_that_pauses_for_a_command_is_healthy_and_begins_anew():
+    clock = Clock()
+    metrics = Metrics("intake", Settings.of(stall_s=120), clock=clock)
+    metrics.tick("intake")
+    metrics.lag("documents", 5)
+    metrics.maintenance(True)
+    clock.now_s += 1000
+    report = metrics.health.report()
+    assert (report.healthy, report.status) == (True, "maintenance")
+    metrics.maintenance(False)
+    assert metrics.health.report().status == "ok"
+    clock.now_s += 120
+    assert metrics.health.report().status == "stalled"
 
 
 def test_the_server_answers_its_two_paths_and_nothing_else():
