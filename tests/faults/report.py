@@ -20,6 +20,7 @@ class Row:
         learned_twice: Events that were learned more than once.
         stale_publishes: Published events that were wrong when they were published.
         recovery_s: The longest time from the end of the fault until everything acknowledged was accounted for.
+        service_gap_s: Seconds in which the alias named nothing that could be served.
     """
 
     fault: str
@@ -28,6 +29,7 @@ class Row:
     learned_twice: int = 0
     stale_publishes: int = 0
     recovery_s: float = 0.0
+    service_gap_s: float = 0.0
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
@@ -42,15 +44,17 @@ def merged(rows: Iterable[Row]) -> list[Row]:
             old.learned_twice + row.learned_twice,
             old.stale_publishes + row.stale_publishes,
             max(old.recovery_s, row.recovery_s),
+            old.service_gap_s + row.service_gap_s,
         )
     return list(found.values())
 
 
 def table(rows: Iterable[Row]) -> str:
     """Return the rows as text."""
-    lines = [f"{'fault':<58}{'runs':>6}{'lost':>6}{'twice':>7}{'stale':>7}{'recovery s':>12}"]
+    lines = [f"{'fault':<58}{'runs':>6}{'lost':>6}{'twice':>7}{'stale':>7}{'gap s':>7}{'recovery s':>12}"]
     lines += [
-        f"{row.fault:<58}{row.runs:>6}{row.lost:>6}{row.learned_twice:>7}{row.stale_publishes:>7}{row.recovery_s:>12.1f}"
+        f"{row.fault:<58}{row.runs:>6}{row.lost:>6}{row.learned_twice:>7}{row.stale_publishes:>7}"
+        f"{row.service_gap_s:>7.1f}{row.recovery_s:>12.1f}"
         for row in rows
     ]
     return "\n".join(lines)
@@ -66,6 +70,7 @@ def summary(rows: Iterable[Row]) -> str:
             "lost": sum(row.lost for row in rows),
             "learned_twice": sum(row.learned_twice for row in rows),
             "stale_publishes": sum(row.stale_publishes for row in rows),
+            "service_gap_s": round(sum(row.service_gap_s for row in rows), 1),
             "max_recovery_s": round(max((row.recovery_s for row in rows), default=0.0), 1),
         }
     )

@@ -122,7 +122,7 @@ def test_an_update_behind_an_erasure_does_not_learn_it(given, tmp_path):
 
 
 @pytest.mark.usefixtures("_few_general_texts")
-def test_a_held_job_is_said_to_be_held_and_one_that_cannot_be_done_to_have_failed(given):
+def test_a_held_job_is_said_to_be_held_and_one_that_parks_its_adapter_to_wait(given):
     cuts = documents(1)
     kit.send(given, jobs.update(store_of(given), 0, cuts[0]))
     held = erase(given, "r1", 2)
@@ -140,9 +140,14 @@ def test_a_held_job_is_said_to_be_held_and_one_that_cannot_be_done_to_have_faile
     with kit.running(lambda stop: run_learner(other, stop, Metrics("learner"))):
         statuses = [envelope.event for envelope in kit.envelopes(given, "retention-status", 2)]
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 3, "the job is committed")
-    assert [status.state for status in statuses] == ["held", "failed"]
+    assert [status.state for status in statuses] == ["held", "quarantined"]
     assert "another rank" in statuses[1].detail
-    assert load_quarantine(store_of(given), ADAPTER).entry("r1").done.failure.startswith("rank-mismatch")
+    assert load_quarantine(store_of(given), ADAPTER).entry("r1").done is None
+    kit.send(given, held)
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 4, "the job is committed")
+    assert load_quarantine(store_of(given), ADAPTER).entry("r1").done.failure == ""
+    assert unit.readable(Path(given.store.uri), ["secret002"]) == []
 
 
 @pytest.mark.usefixtures("_few_general_texts")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -86,7 +87,13 @@ def stops_at(name: str, times: int = 1) -> Callable[[str], None]:
 
 
 class Observer(threading.Thread):
-    """Asks as a subscriber does what the alias names, and records every moment at which nothing could be served."""
+    """Asks as a subscriber does what the alias names, and records every moment at which nothing could be served.
+
+    Attributes:
+        gaps: What was wrong, each time that it was.
+        gap_s: Seconds in which something was wrong.
+        seen: The versions that the alias named, in order.
+    """
 
     def __init__(self, store: DirectoryStore) -> None:
         super().__init__(daemon=True)
@@ -94,11 +101,17 @@ class Observer(threading.Thread):
         self.store = store
         self.ended = threading.Event()
         self.gaps: list[str] = []
+        self.gap_s = 0.0
         self.seen: list[str] = []
 
     def run(self) -> None:
+        looked = time.monotonic()
         while not self.ended.is_set():
+            before = len(self.gaps)
             self.look()
+            looked, since = time.monotonic(), looked
+            if len(self.gaps) > before:
+                self.gap_s += looked - since
 
     def look(self) -> None:
         state = self.registry.alias(ADAPTER)
