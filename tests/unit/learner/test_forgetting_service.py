@@ -13,10 +13,12 @@ import pytest
 
 from perennial.learner.forgetting import rebuild_progress
 from perennial.learner.forgetting.executor import ForgetExecutor
+from perennial.learner.roles.passes import PassRunner
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
+from perennial.storage.registry.parked import load_parked
 from perennial.storage.registry.quarantine import NOTHING_MATCHED, LegalHold, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import ForgetRequested
@@ -225,6 +227,16 @@ def run(learner: LocalLearner, job: ForgetRequested, **more: Any) -> JobResult:
     done = ForgetExecutor(learner, now, lambda _: None, **more).forget(job, "live")
     complete(learner.registry.store, done)
     return done
+
+
+def test_a_stop_neither_parks_the_adapter_nor_fails_the_request(store: DirectoryStore) -> None:
+    stopping = PassRunner(
+        local_learner(store), "live", now, lambda _: None, lambda _: None, lambda: None, should_stop=lambda: True
+    )
+    with pytest.raises(JobInterruptedError):
+        stopping.run(quarantined(store, erase("r1", 5)))
+    assert load_parked(store, ADAPTER) is None
+    assert load_quarantine(store, ADAPTER).entry("r1").done is None
 
 
 def test_a_rebuild_ticks_at_every_step_of_its_training(store: DirectoryStore, trained: list[int]) -> None:
