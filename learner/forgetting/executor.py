@@ -123,7 +123,8 @@ class ForgetExecutor:
     def forget(self, job: ForgetRequested, alias: str) -> JobResult:
         """Make the adapter as if it had never seen the examples; delete their text and every state that knew them.
 
-        A job with `prepare` only rebuilds ahead of time: it changes and publishes nothing. The caller publishes the result's event and statuses, and records its completion when they are confirmed.
+        A job with `prepare` only rebuilds ahead of time: it changes and publishes nothing. The caller publishes the
+        result's event and statuses, and records its completion when they are confirmed.
 
         Args:
             job: the job.

@@ -84,10 +84,10 @@ def find_step(registry: Registry, key: str) -> RecordedVersion | None:
     found, _ = _load(store, key)
     if found is None:
         return None
-    try:
-        manifest = registry.manifest(found.adapter, found.rebuilt)
-    except NotFoundError:
+    # The registry may have the manifest in memory although another process has removed it.
+    if not store.exists(manifest_key(found.adapter, found.rebuilt)):
         return None
+    manifest = registry.manifest(found.adapter, found.rebuilt)
     if not all(store.exists(blob_key(ref.digest)) for ref in manifest.blobs()):
         return None
     return RecordedVersion(found.rebuilt, manifest)
