@@ -1,7 +1,7 @@
 """Run forget jobs: rebuild without the examples, publish, revoke, delete.
 
-The served version stays in service until the rebuilt one takes its place; only an emergency takes it out at once. Before
-anything changes, the adapter's pending deletes name what the job deletes at its end.
+The served version stays in service until the rebuilt one takes its place; only an emergency takes it out at once.
+Before anything changes, the adapter's pending deletes name what the job deletes at its end.
 
 A job may be interrupted anywhere and run again: the updates that it has rebuilt are recorded as progress and are not
 trained again. What is in the store decides every version that a job makes; nothing else does.

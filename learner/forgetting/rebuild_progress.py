@@ -1,10 +1,10 @@
 """The progress of rebuilds in the store, so that a rebuild goes on where an earlier one of the same updates ended.
 
-For each update that a rebuild has trained again, an object `rebuilds/<adapter>/<key>` names the rebuilt version. The key
-is a hash of everything that decides the result: the state that was trained from, the recorded update, and the examples
-that were left out of its micro-batch. So any later rebuild that begins with the same updates and leaves out the same
-examples finds them: after a crash, a stop or a conflict, or at the hour of an expiry that was prepared before. The
-key of an update holds the version before it, so a plan that differs in one update finds nothing from there on.
+For each update that a rebuild has trained again, an object `rebuilds/<adapter>/<key>` names the rebuilt version. The
+key is a hash of everything that decides the result: the state that was trained from, the recorded update, and the
+examples that were left out of its micro-batch. So any later rebuild that begins with the same updates and leaves out
+the same examples finds them: after a crash, a stop or a conflict, or at the hour of an expiry that was prepared before.
+The key of an update holds the version before it, so a plan that differs in one update finds nothing from there on.
 
 The object is written before the blobs that it names, so no text of a rebuilt micro-batch is stored that a later
 forgetting would not search. A step whose manifest or blobs are not all stored counts as not made.

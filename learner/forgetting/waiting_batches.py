@@ -29,8 +29,8 @@ def waiting_digests(store: ObjectStore, adapter: str) -> set[str]:
 def leave_out_of_waiting(store: ObjectStore, adapter: str, removed_offsets: RemovedOffsets) -> None:
     """Give each waiting job that has examples to remove a micro-batch without them; the old one is not deleted here.
 
-    The job's high-water marks stay, so the removed examples are taken for done and not learned again. The micro-batch is
-    as if they had never been published; the job says which they were, for the version's list of skipped examples.
+    The job's high-water marks stay, so the removed examples are taken for done and not learned again. The micro-batch
+    is as if they had never been published; the job lists them, for the version's list of skipped examples.
 
     Args:
         store: the store.

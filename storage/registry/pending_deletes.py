@@ -1,8 +1,9 @@
 """The blobs that a job will delete: written before the job changes anything, removed when the job is complete.
 
 One object per adapter and job, `forgotten/<adapter>/<hash of the job id>`. It names blobs by digest and holds no text.
-Once it names `MAX_PAGE_HASHES` blobs, they move to an immutable page (see `hash_pages`), whose key is that of the object,
-`=` and the page's name; so each write stays small however many blobs a job deletes. A process that finishes the job after a crash reads here what to delete, including blobs of an earlier attempt.
+Once it names `MAX_PAGE_HASHES` blobs, they move to an immutable page (see `hash_pages`), whose key is that of the
+object, `=` and the page's name; so each write stays small however many blobs a job deletes. A process that finishes the
+job after a crash reads here what to delete, including blobs of an earlier attempt.
 """
 
 from __future__ import annotations

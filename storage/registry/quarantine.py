@@ -310,7 +310,7 @@ class SuppressedTexts:
                 self._take(load_quarantine(self._store, self._adapter))
         raise IntegrityError(
             f"a page of the suppressed texts of {self._adapter} is missing",
-            remedy="restore the objects under suppressed/ from a copy: without them, erased texts could be learned again",
+            remedy="restore the objects under suppressed/ from a copy: without them, erased texts could be learned",
         )
 
     def _text_key(self) -> bytes:
@@ -319,8 +319,8 @@ class SuppressedTexts:
         if self._key is None:
             raise IntegrityError(
                 f"the text key of {self._adapter} is missing, so erased texts cannot be recognised",
-                remedy=f"restore the object keys/{self._adapter} from a copy: without it, erased texts could be learned "
-                "again",
+                remedy=f"restore the object keys/{self._adapter} from a copy: without it, erased texts could be "
+                "learned again",
             )
         return self._key
 

@@ -1,8 +1,8 @@
 """Suppressed texts: the hash that a text is suppressed by, the key of that hash, and the pages of a long list.
 
 A text is suppressed by HMAC-SHA256 under a random key of its adapter. Without the key nobody can find out whether a
-guessed text is on the list; whoever deletes the key makes the list unreadable for good. Before it is hashed, the text is
-normalised, because a text that is exported again often comes back in another form of the same characters or with
+guessed text is on the list; whoever deletes the key makes the list unreadable for good. Before it is hashed, the text
+is normalised, because a text that is exported again often comes back in another form of the same characters or with
 other line ends: Unicode NFC, every line end as a line feed, white space around the text removed. Anything else (another
 case, a doubled blank) makes another text.
 
