@@ -33,11 +33,15 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.cloudevents import Envelope, decode
+from perennial.streams.events.fields import Event
+from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, UpdateRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
+from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.signing import RecordSigner
+from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
@@ -82,7 +86,8 @@ def run_learner(
         ConfirmingProducer(settings, "learner", metrics, _now) as producer,
         GroupConsumer(settings, TOPIC, "learner", max_records=MAX_WAITING, metrics=metrics) as consumer,
         report_parked(store, metrics),
-        closing(Learner(settings, writer, consumer, producer, metrics, stop)) as learner,
+        OriginCheck.of(settings, store) as origins,
+        closing(Learner(settings, writer, consumer, producer, metrics, stop, origins)) as learner,
     ):
         learner.run()
 
@@ -107,6 +112,7 @@ class Learner:
         producer: of events, statuses and dead letters.
         metrics: what the role reports.
         stop: ends the loop.
+        origins: refuses high-water marks that no log can have given.
     """
 
     def __init__(
@@ -117,8 +123,10 @@ class Learner:
         producer: ConfirmingProducer,
         metrics: Metrics,
         stop: threading.Event,
+        origins: OriginCheck,
     ) -> None:
         self._settings = settings
+        self._origins = origins
         self._writer = writer
         self._registry = writer.registry
         self._consumer = consumer
@@ -175,11 +183,28 @@ class Learner:
         try:
             self._signer.verify(TOPIC, record.key, record.value, record.headers)
             envelope = decode(record.value, record.headers, TOPIC)
+            self._require_plausible(envelope.event)
         except WireError as error:
             self._refuse(record, error.reason, error.detail)
             return
         failpoint("learner.receive")
         self._waiting.append(WaitingJob(record, envelope))
+
+    def _require_plausible(self, job: Event) -> None:
+        """Raise WireError for an update with a high-water mark that no log can have given; wait while Kafka is away."""
+        if not isinstance(job, UpdateRequested):
+            return
+        for partition, position in HighWaterMarks(job.marks, job.epochs):
+            problem = None
+            while not self._stop.is_set():
+                try:
+                    problem = self._origins.mark_problem(partition, position)
+                    break
+                except KafkaUnavailableError as error:
+                    _log.warning("the marks of a job cannot be checked yet: %s", error)
+                    self._stop.wait(IDLE_POLL_S)
+            if problem is not None:
+                raise WireError("implausible-origin", f"high-water mark of {partition[:200]}", got=problem)
 
     def _start_next(self) -> bool:
         """Start the next job if one may start now; return False if none may."""

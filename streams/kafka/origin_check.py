@@ -28,6 +28,8 @@ from perennial.streams.settings import Settings
 
 ORIGIN_TOPICS = ("documents", "interactions")
 """The topics whose records become examples: these, and those of single tenants such as `documents.acme`."""
+MAX_FOREIGN = 10_000
+"""Origin partitions of other clusters and topics that are remembered, so that nobody is asked about them again."""
 
 
 class LogEnd(NamedTuple):
@@ -246,16 +248,14 @@ class OriginCheck:
             KafkaUnavailableError: Kafka does not answer.
             StoreError: the store does not answer.
         """
-        cluster_id, topic_id, topic, number = partition.rsplit("/", 3)
-        epoch, offset = position
+        origin = _origin(partition, position)
+        if origin is None:
+            return f"not a position in an origin partition; got: {partition[:200]}, {position}"
         if self.is_foreign(partition):
             return None
-        origin = Origin(
-            cluster_id=cluster_id, topic_id=topic_id, topic=topic, partition=int(number), offset=offset,
-            leader_epoch=epoch, timestamp_ms=0,
-        )  # fmt: skip
         error = self.error(origin)
-        log = self.log_end(topic, int(number))
+        log = self.log_end(origin.topic, origin.partition)
+        epoch, offset = position
         if error is None or (log is not None and log.epoch is not None and epoch < log.epoch and offset >= log.end):
             return None  # the log's tail was lost since: what follows has a later epoch, and is new
         return error.detail
@@ -271,18 +271,21 @@ class OriginCheck:
         """
         if partition in self._foreign:
             return True
-        cluster_id, topic_id, topic, number = partition.rsplit("/", 3)
-        if cluster_id in self._clusters and topic_id in self._ids.get(topic, ()):
+        origin = _origin(partition, (0, 0))
+        if origin is None:
             return False
-        self._refresh(
-            Origin(
-                cluster_id=cluster_id, topic_id=topic_id, topic=topic, partition=int(number), offset=0, timestamp_ms=0
-            )
-        )
-        foreign = cluster_id not in self._clusters or topic_id not in self._ids.get(topic, ())
-        if foreign:
-            self._foreign.add(partition)
-        return foreign
+        if self._is_read(origin):
+            return False
+        self._refresh(origin)
+        if self._is_read(origin):
+            return False
+        if len(self._foreign) >= MAX_FOREIGN:
+            self._foreign.clear()
+        self._foreign.add(partition)
+        return True
+
+    def _is_read(self, origin: Origin) -> bool:
+        return origin.cluster_id in self._clusters and origin.topic_id in self._ids.get(origin.topic, ())
 
     def present_topic_id(self, topic: str) -> str | None:
         """Return the id that a topic had when it was asked about last; None where it is not known."""
@@ -321,6 +324,18 @@ class OriginCheck:
             return _implausible("the origin lies beyond the log's end", place, f"an offset below {log.end}")
         if log.epoch is not None and origin.leader_epoch > log.epoch:
             return _implausible("the origin has a leader epoch to come", origin.leader_epoch, f"at most {log.epoch}")
+        return None
+
+
+def _origin(partition: str, position: Position) -> Origin | None:
+    """Return the origin of a record at a position of an origin partition; None where there can be none."""
+    try:
+        cluster_id, topic_id, topic, number = partition.rsplit("/", 3)
+        return Origin(
+            cluster_id=cluster_id, topic_id=topic_id, topic=topic, partition=int(number), leader_epoch=position[0],
+            offset=position[1], timestamp_ms=0,
+        )  # fmt: skip
+    except ValueError:
         return None
 
 

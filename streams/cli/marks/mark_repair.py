@@ -204,7 +204,13 @@ def _check(settings: Settings) -> OriginCheck:
 def _cells(row: MarkRow) -> tuple[str, ...]:
     shown_log = "-" if row.log is None else f"{row.log.start} to {row.log.end}, epoch {row.log.epoch}"
     committed = "-" if row.committed is None else str(row.committed)
-    return (row.partition, _text(row.curate), _text(row.manifest), shown_log, committed, row.problem or "ok")
+    return (row.partition, _text(row.curate), _text(row.manifest), shown_log, committed, _verdict(row))
+
+
+def _verdict(row: MarkRow) -> str:
+    if row.problem is not None:
+        return row.problem
+    return "of another cluster, or of a topic that was deleted: without effect" if row.compares_with_nothing else "ok"
 
 
 def _text(position: Position | None) -> str:

@@ -27,6 +27,7 @@ class MarkRow:
         log: start, end and leader epoch of the log; None where the topic is not there as it was.
         committed: offset that intake committed in the partition; None where it committed none.
         problem: why one of the marks is none that the log can have given; None where both may be right.
+        compares_with_nothing: True for another cluster, or a topic that was deleted since: the marks have no effect.
     """
 
     partition: str
@@ -35,15 +36,16 @@ class MarkRow:
     log: LogEnd | None
     committed: int | None
     problem: str | None
+    compares_with_nothing: bool
 
     def as_dict(self) -> dict[str, object]:
         """Return the row for JSON."""
-        cluster_id, topic_id, topic, number = self.partition.rsplit("/", 3)
+        cluster_id, topic_id, topic, number = _parts(self.partition)
         return {
             "partition": self.partition, "cluster_id": cluster_id, "topic_id": topic_id, "topic": topic,
-            "number": int(number), "curate": _position(self.curate), "manifest": _position(self.manifest),
+            "number": number, "curate": _position(self.curate), "manifest": _position(self.manifest),
             "log": None if self.log is None else self.log._asdict(), "committed": self.committed,
-            "ok": self.problem is None, "problem": self.problem,
+            "ok": self.problem is None, "problem": self.problem, "compares_with_nothing": self.compares_with_nothing,
         }  # fmt: skip
 
 
@@ -84,13 +86,14 @@ def mark_rows(settings: Settings, registry: Registry, adapter: str, check: Origi
     for partition in sorted({key for key, _ in (*curate, *manifest)}):
         positions = [curate.at(partition), manifest.at(partition)]
         problems = [check.mark_problem(partition, position) for position in positions if position is not None]
-        _, topic_id, topic, number = partition.rsplit("/", 3)
-        is_present = topic_id == check.present_topic_id(topic)
+        _, topic_id, topic, number = _parts(partition)
+        is_present = not check.is_foreign(partition) and topic_id == check.present_topic_id(topic)
         rows.append(
             MarkRow(
-                partition, positions[0], positions[1], check.log_end(topic, int(number)) if is_present else None,
-                committed.get((topic, int(number))) if is_present else None,
+                partition, positions[0], positions[1], check.log_end(topic, number) if is_present else None,
+                committed.get((topic, number)) if is_present else None,
                 next((problem for problem in problems if problem), None),
+                not is_present,
             )
         )  # fmt: skip
     return rows
@@ -99,8 +102,17 @@ def mark_rows(settings: Settings, registry: Registry, adapter: str, check: Origi
 def _committed(settings: Settings) -> dict[tuple[str, int], int]:
     group = settings.kafka.topic("intake")
     with admin_client(settings) as admin:
-        offsets = admin.list_group_offsets([group])[group]
+        offsets = admin.list_group_offsets([group]).get(group, {})
     return {(tp.topic, tp.partition): found.offset for tp, found in offsets.items() if found.offset >= 0}
+
+
+def _parts(partition: str) -> tuple[str, str, str, int]:
+    """Return cluster id, topic id, topic and number of an origin partition; empty and -1 where the key is none."""
+    try:
+        cluster_id, topic_id, topic, number = partition.rsplit("/", 3)
+        return cluster_id, topic_id, topic, int(number)
+    except ValueError:
+        return "", "", "", -1
 
 
 def _position(position: Position | None) -> dict[str, int] | None:

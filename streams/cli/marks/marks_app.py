@@ -25,7 +25,9 @@ def show(adapter: _Adapter, json_: _Json = False) -> None:
 def repair(
     adapter: _Adapter,
     partition: Annotated[str, typer.Option(help="Origin partition, as `marks show` prints it.")],
-    to: Annotated[int | None, typer.Option(min=-1, help="Last offset that counts as covered; -1 for none.")] = None,
+    to: Annotated[
+        int | None, typer.Option(min=-1, max=2**62, help="Last offset that counts as covered; -1 for none.")
+    ] = None,
     to_log_end: Annotated[bool, typer.Option("--to-log-end", help="Count all that the log holds as covered.")] = False,
     reason: Annotated[str, typer.Option(help="Text that is recorded with the repair.")] = "",
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,

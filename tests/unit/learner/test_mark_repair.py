@@ -15,7 +15,7 @@ from perennial.streams.cli.marks.mark_repair import repair_mark
 from perennial.streams.curate.agent import state_key
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 from perennial.streams.events.high_water_marks import HighWaterMarks
-from perennial.streams.events.models import ExampleScored, RollbackRequested
+from perennial.streams.events.models import ExampleAccepted, ExampleScored, RollbackRequested
 from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.unit.learner.test_versions import local_learner
@@ -32,7 +32,7 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path, fsync=False)
 
 
-def documents(*numbers: int) -> list:
+def documents(*numbers: int) -> list[ExampleAccepted]:
     return [tiny.document(n, TEXTS[n]) for n in numbers]
 
 
@@ -115,3 +115,39 @@ def test_a_repair_of_the_same_mark_replaces_the_one_before_and_their_number_is_b
     monkeypatch.setattr(mark_repairs, "MAX_REPAIRS", 1)
     with pytest.raises(StoreError, match="too often"):
         add_mark_repair(store, ADAPTER, repair(8, 4))
+
+
+def in_epoch(number: int, epoch: int, example_id: int) -> ExampleAccepted:
+    origin = tiny.origin(number).model_copy(update={"leader_epoch": epoch})
+    changes = {"origin": origin, "example_id": f"{example_id:032x}", "document_id": f"later-{number}"}
+    return tiny.document(number, TEXTS[number]).model_copy(update=changes)
+
+
+def test_attack_k_offsets_that_come_again_under_a_later_epoch_are_learned(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    learner.update(jobs.update(store, 1, documents(0, 1, 2)), "live")
+    again = jobs.update(store, 2, [in_epoch(1, 3, 101), in_epoch(2, 3, 102)])
+    again = again.model_copy(update={"epochs": {PARTITION: 3}})
+    done = learner.update(again, "live").manifest
+    assert done is not None
+    assert [(example.offset, example.epoch) for example in done.learned] == [(1, 3), (2, 3)]
+    assert (done.marks, done.epochs, done.dropped) == ({PARTITION: 2}, {PARTITION: 3}, 0)
+    assert learner.update(again, "live").outcome == "repeated"
+    late = learner.update(jobs.update(store, 3, [*documents(2), in_epoch(3, 3, 103)]), "live").manifest
+    assert late is not None
+    assert [(example.offset, example.epoch) for example in late.learned] == [(3, 3)]
+    assert late.dropped == 1
+
+
+def test_what_comes_back_within_a_micro_batch_is_learned_once_at_its_later_place(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    first, between, back = documents(0, 1, 2)
+    back = back.model_copy(update={"example_id": first.example_id, "text": first.text, "returned": True})
+    done = learner.update(jobs.update(store, 1, [first, between, back]), "live").manifest
+    assert done is not None
+    assert [example.offset for example in done.learned] == [1, 2]
+    assert [(skip.offset, skip.reason) for skip in done.skipped] == [(0, "duplicate")]
+    later = tiny.document(3, TEXTS[0]).model_copy(update={"example_id": first.example_id, "returned": True})
+    done = learner.update(jobs.update(store, 2, [later]), "live").manifest
+    assert done is not None
+    assert [example.offset for example in done.learned] == [3]

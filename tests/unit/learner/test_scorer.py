@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import torch
 
 from perennial.learner.model.lora import Tensors, to_safetensors
+from perennial.learner.roles import scorer as scorer_module
 from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, LiveAdapter
-from perennial.learner.roles.scorer import Scorer
+from perennial.learner.roles.scorer import Receiver, Scorer
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.registry import Registry
-from perennial.streams.events.models import ExampleAccepted
+from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, encode
+from perennial.streams.events.models import ExampleAccepted, Origin
+from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.group import ConsumedRecord
+from perennial.streams.kafka.signing import RecordSigner
+from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 from tests import tiny
@@ -98,6 +106,68 @@ def test_the_lock_is_given_back_between_forward_passes() -> None:
     assert held == [1, -1], "a slot is put into a shared base under the lock"
     scorer.score(examples(), {})
     assert held == [1, -1] * 3
+
+
+# ---- what is refused
+
+
+class DeadLetters:
+    """The producer's part that is used."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[int, str]] = []
+
+    def send_dead_letter(self, record: ConsumedRecord, reason: str, _detail: str) -> None:
+        self.sent.append((record.offset, reason))
+
+
+class Origins:
+    """Refuses offsets from 100 on; the broker does not answer the first question."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def errors(self, origins: list[Origin]) -> list[WireError | None]:
+        self.asked += 1
+        if self.asked == 1:
+            raise KafkaUnavailableError
+        return [WireError("implausible-origin", "beyond") if each.offset >= 100 else None for each in origins]
+
+
+def record_of(offset: int, example: ExampleAccepted, signer: RecordSigner) -> ConsumedRecord:
+    sent = encode(example, event_id="e", source="test", occurred_at=datetime(2026, 1, 1, tzinfo=UTC))
+    headers: list[tuple[str, bytes | None]] = [*signer.sign("examples", sent.key, sent.value, sent.headers)]
+    return ConsumedRecord("examples", 0, offset, sent.key, sent.value, headers, 0)
+
+
+def test_attack_b_no_record_ends_the_scorer_and_the_others_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorer_module, "KAFKA_RETRY_S", 0.01)
+    settings = SETTINGS.replace(internal_key="k" * 32)
+    signer, dead = RecordSigner(settings), DeadLetters()
+
+    def require(example: ExampleAccepted) -> None:
+        if example.document_id == "doc-4":
+            raise OverflowError("doc-4")
+
+    receiver = Receiver(settings, dead, Origins(), require)  # type: ignore[arg-type]
+    records = [record_of(n, tiny.document(n, "a text"), signer) for n in (0, 4, 5, 100)]
+    records.append(replace(records[0], offset=6, headers=records[0].headers[:-1]))
+    records.append(replace(records[0], offset=7, value=b"{"))
+    large = tiny.document(8, "a text").model_copy(update={"subjects": ["s" * (MAX_INSIDE_VALUE_BYTES - 1000)]})
+    records.append(record_of(8, large, signer))
+    accepted = receiver.accept(records, threading.Event())
+    assert accepted is not None
+    assert [example.document_id for example, _ in accepted] == ["doc-0", "doc-5"]
+    assert dead.sent == [
+        (4, "internal-error"), (6, "bad-signature"), (7, "bad-signature"), (8, "bad-field"), (100, "implausible-origin")
+    ]  # fmt: skip
+
+
+def test_a_scorer_that_is_to_stop_does_not_wait_for_kafka() -> None:
+    stop = threading.Event()
+    stop.set()
+    receiver = Receiver(SETTINGS, DeadLetters(), Origins(), lambda _: None)  # type: ignore[arg-type]
+    assert receiver.accept([record_of(0, tiny.document(0, "x"), RecordSigner(SETTINGS))], stop) is None
 
 
 # ---- live versions

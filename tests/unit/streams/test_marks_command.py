@@ -82,9 +82,12 @@ def test_marks_that_the_logs_can_have_given_are_ok(store):
     assert rows["c/t/documents/0"] | {"curate": None} == {
         "partition": "c/t/documents/0", "cluster_id": "c", "topic_id": "t", "topic": "documents", "number": 0,
         "curate": None, "manifest": None, "log": {"start": 0, "end": 796, "epoch": 4}, "committed": 790, "ok": True,
-        "problem": None,
+        "problem": None, "compares_with_nothing": False,
     }  # fmt: skip
     assert rows["c/before/documents/0"]["log"] is None
+    without_effect = [key for key, row in rows.items() if row["compares_with_nothing"]]
+    assert without_effect == ["c/before/documents/0", "moved-from/t/documents/0"]
+    assert run("show", ADAPTER).stdout.count("without effect") == 2
 
 
 @pytest.mark.parametrize(

@@ -148,3 +148,26 @@ def test_a_topic_that_is_created_again_is_known_once_its_id_is_recorded() -> Non
     logs.ends_now = {0: LogEnd(0, 1, 0)}
     assert check.error(origin(topic_id="next", offset=0)) is None
     assert check.error(origin(topic_id="t", offset=9)) is None
+
+
+@pytest.mark.parametrize(
+    "key", ["", "x", "c/t/documents", "c/t/documents/x", "c/t/documents/-1", "/" * 1024, "é/t/d/0"]
+)
+def test_attack_b_a_mark_of_no_origin_partition_is_a_problem_and_breaks_nothing(key: str) -> None:
+    check = OriginCheck(Logs())
+    assert "not a position" in (check.mark_problem(key, (0, 1)) or "")
+    assert not check.is_foreign(key)
+
+
+def test_a_mark_is_judged_by_its_log_and_foreign_ones_do_no_harm() -> None:
+    logs = Logs()
+    check = OriginCheck(logs)
+    assert check.mark_problem("c/t/documents/0", (2, 9)) is None
+    assert check.mark_problem("c/t/documents/0", (1, 12)) is None  # the tail was lost: epoch 2 gives 10 again
+    assert "below 10" in (check.mark_problem("c/t/documents/0", (2, 10)) or "")
+    assert "not a position" in (check.mark_problem("c/t/documents/0", (2**62, 1)) or "")
+    for foreign in ("d/t/documents/0", "c/u/documents/0", "c/t/elsewhere/0"):
+        assert check.is_foreign(foreign)
+        asked = len(logs.asked)
+        assert check.mark_problem(foreign, (9, 2**63 - 1)) is None
+        assert len(logs.asked) == asked
