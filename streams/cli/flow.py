@@ -17,9 +17,7 @@ from perennial.storage.errors import PerennialError
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
-from perennial.streams.events.cloudevents import decode
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.replica_status import ReplicaTable
 from perennial.streams.kafka.topics import TOPICS
 from perennial.streams.settings import Settings
 
@@ -52,8 +50,8 @@ class AdapterStatus:
         outcome: What the gate decided on the newest version.
         held_out_before_nats: Loss on held-out examples before the newest update, in nats per token.
         held_out_after_nats: The same loss after the update.
-        served_by: Number of subscribers that serve the live version.
-        failing: Number of subscribers whose last acknowledgement is a failure.
+        served_by: Number of subscribers with a lease that serve the live version.
+        failing: Number of subscribers with a lease whose last acknowledgement is a failure.
     """
 
     adapter: str
@@ -115,8 +113,9 @@ class FlowReader:
                 remedy="start it, or set PERENNIAL_KAFKA to its address; `perennial doctor` checks the connection",
             ) from error
         self.registry: Registry = open_registry(settings)
-        self._acks: dict[bytes, AdapterActivated | AdapterFailed] = {}
+        self._replicas = ReplicaTable()
         self._ack_partitions: list[TopicPartition] = []
+        self._followed = False
 
     def __enter__(self) -> Self:
         return self
@@ -182,25 +181,23 @@ class FlowReader:
         if wanted and wanted != self._ack_partitions:
             self.consumer.assign(wanted)
             self.consumer.seek_to_beginning(*wanted)
-            self._ack_partitions = wanted
+            self._ack_partitions, self._followed = wanted, False
+            self._replicas.clear()
         while wanted and (records := self.consumer.poll(timeout_ms=150, max_records=1000)):
             for record in (record for batch in records.values() for record in batch):
-                try:
-                    event = decode(record.value, record.headers, "adapter-acks").event
-                except WireError:
-                    continue
-                if isinstance(event, AdapterActivated | AdapterFailed):
-                    self._acks[record.key] = event
+                self._replicas.apply(record, time.time_ns() // 1_000_000, following=self._followed)
+        self._followed = True
 
     def _adapter(self, name: str) -> AdapterStatus:
         alias, head = self.registry.alias(name, self.settings.serving.alias), self.registry.head(name)
         gate = head.manifest.gate if head else GateFigures()
-        acks = [ack for ack in self._acks.values() if ack.adapter == name]
+        now_ms = time.time_ns() // 1_000_000
+        replicas = [(status, status.state(now_ms)) for status in self._replicas.of(name, self.settings.serving.alias)]
         before, after = gate.held_out_before, gate.held_out_after
         return AdapterStatus(
             name, alias.generation if alias else 0, alias.version if alias else None, head.seq if head else 0,
             head.manifest.outcome if head else "-",
             before, after,
-            sum(1 for ack in acks if isinstance(ack, AdapterActivated) and alias and ack.version == alias.version),
-            sum(1 for ack in acks if isinstance(ack, AdapterFailed)),
+            sum(state == "serving" and alias is not None and status.version == alias.version for status, state in replicas),
+            sum(state == "failing" for _, state in replicas),
         )  # fmt: skip

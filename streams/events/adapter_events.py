@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
@@ -86,22 +86,35 @@ class AdapterRetired(_AliasEvent):
 AdapterUpdate = AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired
 
 
-class _AcknowledgementEvent(Event):
-    """A report of one subscriber about a version."""
+MAX_LEASE_S = 86_400.0
+Lease = Annotated[float, Field(ge=1, le=MAX_LEASE_S, allow_inf_nan=False)]
+"""Length of a lease in seconds."""
+
+
+class _ReplicaEvent(Event):
+    """A report of one subscriber. The topic is compacted and keeps each replica's latest report."""
 
     topic: ClassVar[str] = "adapter-acks"
     adapter: Adapter
     alias: Alias = "live"
     replica: Name
     generation: Count
-    version: Digest
-    stage_s: dict[str, Finite] = {}
-    """Seconds that each stage of taking the version took."""
-    published_at: AwareDatetime
     at: AwareDatetime
 
     def key(self) -> str:
         return f"{self.adapter}#{self.replica}"
+
+
+class _AcknowledgementEvent(_ReplicaEvent):
+    """A report of one subscriber about a version. It is sent again every third of the lease, while it holds."""
+
+    version: Digest
+    stage_s: dict[str, Finite] = {}
+    """Seconds that each stage of taking the version took."""
+    published_at: AwareDatetime
+    lease_s: Lease | None = None
+    """Seconds after the broker stored the record for which the replica counts as alive. None: an older subscriber, which
+    does not send the record again."""
 
 
 class AdapterActivated(_AcknowledgementEvent):
@@ -115,3 +128,11 @@ class AdapterFailed(_AcknowledgementEvent):
 
     type: ClassVar[str] = "adapter.failed"
     error: str
+
+
+class ReplicaLeft(_ReplicaEvent):
+    """A subscriber has stopped. Nothing is to be expected of it any more."""
+
+    type: ClassVar[str] = "replica.left"
+    version: Digest | None = None
+    """The version that it served last; None: none. A server that reads its folder may serve it still."""

@@ -33,6 +33,7 @@ from perennial.streams.events.adapter_events import (
     AdapterRetired,
     AdapterRevoked,
     AdapterRolledBack,
+    ReplicaLeft,
 )
 from perennial.streams.events.fields import (
     FROZEN,
@@ -481,6 +482,7 @@ EVENTS: dict[str, type[Event]] = {
         DocumentObserved, InteractionObserved, ExampleAccepted, ExampleScored, DriftDetected,
         UpdateRequested, RollbackRequested, ForgetRequested, RetentionRequested, RetentionProgressed,
         AdapterPromoted, AdapterRolledBack, AdapterRevoked, AdapterRetired, AdapterActivated, AdapterFailed,
+        ReplicaLeft,
     )
 }  # fmt: skip
 """Every event by its type."""

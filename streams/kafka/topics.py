@@ -90,7 +90,7 @@ def _deleting_topic(
     return TopicSpec(name, key, "delete", MappingProxyType(configs))
 
 
-def _compacted_topic(name: str, key: str) -> TopicSpec:
+def _compacted_topic(name: str, key: str, *, broker_time: bool = False) -> TopicSpec:
     configs = {
         **_UNCOMPRESSED,
         "cleanup.policy": "compact",
@@ -104,6 +104,8 @@ def _compacted_topic(name: str, key: str) -> TopicSpec:
         # A reader that was away for less time than this still sees the tombstone of a deleted key.
         "delete.retention.ms": str(WEEK_MS),
     }
+    if broker_time:  # see _deleting_topic; a lease begins when the broker stored its record
+        configs["message.timestamp.type"] = "LogAppendTime"
     return TopicSpec(name, key, "compact", MappingProxyType(configs))
 
 
@@ -124,7 +126,7 @@ TOPICS: Mapping[str, TopicSpec] = MappingProxyType({
             "retention", "any", retention_ms=3650 * _DAY_MS, max_message_bytes=MAX_OUTSIDE_MESSAGE_BYTES,
             broker_time=True,
         ), _compacted_topic("retention-status", "request id"), _compacted_topic("adapter-updates", "adapter#alias"),
-        _compacted_topic("adapter-acks", "adapter#replica"), _deleting_topic("dead-letters", "source key",
+        _compacted_topic("adapter-acks", "adapter#replica", broker_time=True), _deleting_topic("dead-letters", "source key",
         retention_ms=30 * _DAY_MS, max_message_bytes=MAX_DEAD_LETTER_BYTES),
     )
 })  # fmt: skip

@@ -99,7 +99,5 @@ class StoreFacts:
             KafkaUnavailableError: The acknowledgements cannot be read.
         """
         revoked = {revocation.version for revocation in self.registry.revocations(adapter)}
-        find = getattr(self._acks, "replicas", None)
-        if find is None:
-            return ReplicaReport(behind=tuple(self._acks.lagging(adapter, self._alias, generation, revoked)))
-        return report_of(find(adapter, self._alias), generation, revoked, time.time_ns() // 1_000_000)
+        statuses = self._acks.replicas(adapter, self._alias)
+        return report_of(statuses, generation, revoked, time.time_ns() // 1_000_000)

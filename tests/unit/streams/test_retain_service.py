@@ -37,7 +37,7 @@ def given(store):
     async def send(event: object, _: str) -> None:
         sent.append(event)
 
-    acks = SimpleNamespace(lagging=lambda *_: [])
+    acks = SimpleNamespace(replicas=lambda *_: [])
     settings = Settings.of(clock_settle_s=0.001, env_file=None)
     return RetainService(settings, Metrics("retain"), StoreFacts(settings, store, acks), send), sent
 
@@ -130,7 +130,7 @@ def test_the_event_loop_is_free_while_a_request_over_many_adapters_is_worked_off
     objects = MemoryStore()
     for number in range(400):
         objects.put_if_absent(f"state/curate/acme/a{number}", b"{}")
-    retention = service(objects, Metrics("retain"), SimpleNamespace(lagging=lambda *_: []), [10**9])
+    retention = service(objects, Metrics("retain"), SimpleNamespace(replicas=lambda *_: []), [10**9])
     longest = [0.0]
 
     async def watch() -> None:

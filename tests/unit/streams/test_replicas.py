@@ -1,0 +1,145 @@
+"""The leases of replicas: who is waited for, and until when, by the records of `adapter-acks` alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
+from perennial.streams.events.cloudevents import encode
+from perennial.streams.kafka.replica_status import KEPT_S, UNLEASED_S, ReplicaTable
+from perennial.streams.retain.rules.replica_report import report_of
+
+ADAPTER = "acme/support"
+AT = datetime(2026, 1, 1, tzinfo=UTC)
+START_MS = int(AT.timestamp() * 1000)
+V1, V2 = "sha256:" + "1" * 64, "sha256:" + "2" * 64
+
+
+def activated(replica: str = "r1", generation: int = 1, version: str = V1, **fields: Any) -> AdapterActivated:
+    given = {"lease_s": 60.0, **fields}
+    return AdapterActivated(
+        adapter=ADAPTER, replica=replica, generation=generation, version=version, published_at=AT, at=AT, **given
+    )
+
+
+def failed(replica: str = "r1", generation: int = 2) -> AdapterFailed:
+    return AdapterFailed(
+        adapter=ADAPTER, replica=replica, generation=generation, version=V2, published_at=AT, at=AT, lease_s=60.0,
+        error="OSError: [Errno 28]",
+    )  # fmt: skip
+
+
+def left(replica: str = "r1", generation: int = 1) -> ReplicaLeft:
+    return ReplicaLeft(adapter=ADAPTER, replica=replica, generation=generation, version=V1, at=AT)
+
+
+def record(event: Any, stored_ms: int = START_MS, *, broker_time: bool = True, partition: int = 0) -> Any:
+    """A record of `adapter-acks` as kafka-python returns it."""
+    encoded = encode(event, event_id="e", source="test", occurred_at=AT)
+    return SimpleNamespace(
+        key=encoded.key, value=encoded.value, headers=encoded.headers, timestamp=stored_ms, partition=partition,
+        timestamp_type=1 if broker_time else 0,
+    )  # fmt: skip
+
+
+def table_of(*records: Any, now_ms: int = START_MS, following: bool = False) -> ReplicaTable:
+    table = ReplicaTable()
+    for each in records:
+        table.apply(each, now_ms, following=following)
+    return table
+
+
+@pytest.mark.parametrize(
+    ("event", "after_s", "state"),
+    [
+        (activated(), 0, "serving"),
+        (activated(), 59.9, "serving"),
+        (activated(), 60, "expired"),
+        (failed(), 0, "failing"),
+        (failed(), 60, "expired"),
+        (left(), 0, "left"),
+        (left(), 1e6, "left"),
+        (activated(lease_s=None), UNLEASED_S - 1, "serving"),
+        (activated(lease_s=None), UNLEASED_S, "expired"),
+    ],
+)
+def test_attack_l_a_lease_ends_the_wait_for_a_replica(event: Any, after_s: float, state: str):
+    """A subscriber that was scaled down kept erasures open for ever."""
+    (status,) = table_of(record(event)).of(ADAPTER, "live")
+    assert status.state(START_MS + int(after_s * 1000)) == state
+
+
+def test_attack_l_fifty_restarts_leave_no_replica_that_is_waited_for():
+    """The default name is host name and process id, so each restart of a pod left a replica that blocked erasures."""
+    table, now_ms = ReplicaTable(), START_MS
+    for pod in range(50):
+        now_ms += 3_600_000
+        table.apply(record(activated(f"pod-{pod}"), now_ms), now_ms, following=True)
+    report = report_of(table.of(ADAPTER, "live"), 2, {V1}, now_ms)
+    assert report.behind == ("pod-49",)
+    assert len(report.expired) == 49
+    kept = [pod for pod in range(50) if (49 - pod) * 3600 < KEPT_S + 60]
+    outdated = table.outdated(now_ms)
+    assert [key for key, _ in outdated] == sorted(
+        f"{ADAPTER}#pod-{pod}".encode() for pod in range(50) if pod not in kept
+    )
+    for key, partition in outdated:
+        tombstone = SimpleNamespace(key=key, value=None, headers=[], timestamp=now_ms, partition=partition)
+        table.apply(tombstone, now_ms, following=True)
+    assert len(table.of(ADAPTER, "live")) == len(kept)
+    assert table.outdated(now_ms) == []
+
+
+def test_a_heartbeat_begins_the_lease_again_and_a_goodbye_ends_it():
+    beats = [record(activated(), START_MS + beat * 20_000) for beat in range(10)]
+    (status,) = table_of(*beats, now_ms=START_MS + 200_000).of(ADAPTER, "live")
+    assert status.lease_expires_ms == START_MS + 240_000
+    (status,) = table_of(*beats, record(left(), START_MS + 200_000), now_ms=START_MS + 200_000).of(ADAPTER, "live")
+    assert (status.left, status.lease_expires_ms, status.version) == (True, None, V1)
+    assert report_of([status], 2, {V1}, START_MS).left == ("r1",)
+
+
+@pytest.mark.parametrize(
+    ("stored_s", "broker_time", "following", "begins_s"),
+    [
+        (100, True, True, 100),
+        (100, False, False, 100),
+        (100, False, True, 1000),  # the clock of the subscriber is behind: its lease begins when its record arrives
+        (9000, False, True, 1000),  # the clock of the subscriber is ahead: no lease begins in the future
+        (9000, False, False, 1000),
+        (1001, True, True, 1000),
+    ],
+)
+def test_the_clock_of_a_subscriber_ends_and_prolongs_no_lease(
+    stored_s: int, broker_time: bool, following: bool, begins_s: int
+):
+    found = record(activated(), stored_s * 1000, broker_time=broker_time)
+    (status,) = table_of(found, now_ms=1_000_000, following=following).of(ADAPTER, "live")
+    assert status.lease_expires_ms == (begins_s + 60) * 1000
+
+
+def test_after_partitions_were_added_the_record_that_was_stored_last_counts():
+    newer, older = record(activated(generation=2, version=V2), START_MS + 5, partition=3), record(activated())
+    for order in ((newer, older), (older, newer)):
+        (status,) = table_of(*order, now_ms=START_MS + 10).of(ADAPTER, "live")
+        assert status.generation == 2
+    table = table_of(newer, older, now_ms=START_MS + 10)
+    assert table.locations(ADAPTER, "r1") == [(newer.key, 0), (newer.key, 3)]
+
+
+def test_replicas_of_other_adapters_and_aliases_are_not_reported():
+    canary = activated("r2", alias="canary")
+    table = table_of(record(activated()), record(canary), record(activated("r3").model_copy(update={"adapter": "b"})))
+    assert [status.replica for status in table.of(ADAPTER, "live")] == ["r1"]
+    assert [status.replica for status in table.of(ADAPTER, None)] == ["r1", "r2"]
+    assert [status.replica for status in table.of(None, None)] == ["r1", "r2", "r3"]
+
+
+def test_a_record_of_another_program_says_nothing():
+    strange = record(activated())
+    strange.value = b"no event"
+    assert table_of(strange).of(None, None) == []
