@@ -53,6 +53,7 @@ from perennial.storage.registry.quarantine import (
     load_quarantine,
     update_quarantine,
 )
+from perennial.storage.registry.refused_examples import remove_refused_examples
 from perennial.storage.registry.registry import AliasState, Head, Publication
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ForgetRequested
@@ -195,6 +196,8 @@ class ForgetExecutor:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
             leave_out_of_waiting(self._store, job.adapter, scope.unlearned)
             self._keep_held(job, {**found.learned, **found.refused}, scope.removed_offsets())
+        removed = [match.example_id for match in found.all() if match.request_id is not None]
+        remove_refused_examples(self._store, job.adapter, removed)
         progress = self._sweep_progress(job.adapter)
         self._delete(job, progress - scope.unlearned.keys())
         self._failpoint("learner.forget_deleted")

@@ -18,6 +18,9 @@ from rich.markup import escape
 from perennial.extras import MissingExtraError, require_extra
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
+from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.parked import list_parked
+from perennial.storage.registry.waiting_jobs import count_jobs, job_key, list_jobs
 from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.settings import Settings
@@ -97,6 +100,27 @@ def _store(settings: Settings) -> Finding:
     return Finding("store", True, f"{store.uri}: create-if-absent and compare-and-swap hold")
 
 
+def _parked(settings: Settings) -> Finding:
+    store = open_store(settings.store.require_uri(), settings.s3)
+    parked, waiting = list(list_parked(store)), count_jobs(store)
+    queued = sum(waiting.values()) - sum(waiting.get(record.adapter, 0) for record in parked)
+    said = [
+        f"{record.adapter} is parked since {record.since.isoformat()} ({record.reason}), {waiting.get(record.adapter, 0)} "
+        f"updates wait from {_oldest_job(store, record.adapter)} on: {record.detail}"
+        for record in parked
+    ]
+    said.append(f"{queued} updates of other adapters wait for a learner")
+    return Finding(
+        "jobs", not parked, "; ".join(said),
+        "mend the cause that is named, then `perennial adapters unpark ADAPTER`",
+    )  # fmt: skip
+
+
+def _oldest_job(store: ObjectStore, adapter: str) -> str:
+    cut = next(list_jobs(store, adapter), None)
+    return "the next one" if cut is None else job_key(adapter, cut)
+
+
 def _base(settings: Settings) -> Finding:
     require_extra("worker", "the base model")
     from perennial.learner.model.base import load_base
@@ -123,7 +147,7 @@ def _device(settings: Settings) -> Finding:
 
 CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "python": _python, "disk": _disk, "embedded broker": _jars, "broker": _broker, "topics": _topics,
-    "store": _store, "device": _device, "base": _base,
+    "store": _store, "jobs": _parked, "device": _device, "base": _base,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.s3_settings import S3Settings
+from perennial.storage.registry.parked import load_parked
 from perennial.storage.registry.quarantine import LegalHold, QuarantineEntry, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRetired, AdapterRevoked
@@ -143,10 +144,14 @@ def test_a_held_job_is_said_to_be_held_and_one_that_parks_its_adapter_to_wait(gi
     assert [status.state for status in statuses] == ["held", "quarantined"]
     assert "another rank" in statuses[1].detail
     assert load_quarantine(store_of(given), ADAPTER).entry("r1").done is None
-    kit.send(given, held)
+    assert load_parked(store_of(given), ADAPTER).reason == "rank-mismatch"
+    assert kit.read(given, "dead-letters", 1, timeout_s=2) == []
+    kit.send(given, held)  # retain sends it again
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 4, "the job is committed")
-    assert load_quarantine(store_of(given), ADAPTER).entry("r1").done.failure == ""
+    statuses = [envelope.event.state for envelope in kit.envelopes(given, "retention-status", 4)]
+    assert statuses == ["held", "quarantined", "executed", "published"]
+    assert load_parked(store_of(given), ADAPTER) is None
     assert unit.readable(Path(given.store.uri), ["secret002"]) == []
 
 

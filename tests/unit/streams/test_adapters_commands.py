@@ -17,8 +17,9 @@ from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_a
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.storage.registry.records import manifest_key
 from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_given_up, put_job
-from perennial.streams.cli import adapters
+from perennial.streams.cli import adapters, doctor
 from perennial.streams.client.base_publisher import Delivery, PublishError
+from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import BlobRef, ForgetRequested, RollbackRequested, UpdateRequested
 from tests.versions import VersionPublisher
 
@@ -264,3 +265,16 @@ def test_a_rollback_without_a_version_before_is_refused(store, kafka):
     with pytest.raises(RollbackError, match="no version was live before"):
         roll_back()
     assert kafka.sent == []
+
+
+def test_doctor_lists_parked_adapters_and_what_waits(store):
+    settings = connected_settings()
+    assert doctor._parked(settings).ok
+    waiting(store, 3, 4)
+    assert "2 updates of other adapters wait" in doctor._parked(settings).found
+    parked(store)
+    finding = doctor._parked(settings)
+    assert not finding.ok
+    assert "acme/support is parked" in finding.found
+    assert "2 updates wait from jobs/acme/support/000000000003 on: blob 12 is damaged" in finding.found
+    assert "perennial adapters unpark" in finding.remedy
