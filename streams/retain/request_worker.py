@@ -32,7 +32,7 @@ from perennial.streams.retain.ledger import (
     patterns_over,
 )
 from perennial.streams.retain.request_cache import RequestCache, StoredRequest
-from perennial.streams.retain.request_store import RequestStore, hash_of, indexes_of
+from perennial.streams.retain.request_store import KEEP_MS, RequestStore, hash_of, indexes_of
 from perennial.streams.retain.rules.calendar import OWN_PREFIX, earlier_id_of
 from perennial.streams.retain.rules.state_machine import Facts, QuarantineChange, RequestProcessor, with_progress
 from perennial.streams.retain.rules.transitions import OPEN_PHASES
@@ -185,7 +185,7 @@ class RequestWorker:
         began = time.monotonic()
         for number, adapter in enumerate(self._calendar.order(now_ms), 1):
             if adapter not in self._looked_at:
-                yield from self._look_at_new(adapter)
+                yield from self._look_at_new(adapter, now_ms)
             expiring = adapter in self.cache.expiring
             found = self._calendar.look(adapter, self.cache.in_force, expiring=expiring, now_ms=now_ms)
             if found.jobs:
@@ -200,7 +200,7 @@ class RequestWorker:
             if number % SLICE_ADAPTERS == 0:
                 yield Slice()
 
-    def _look_at_new(self, adapter: str) -> Iterator[Slice]:
+    def _look_at_new(self, adapter: str, now_ms: int) -> Iterator[Slice]:
         """Bring holds and requests over patterns to an adapter that this process sees for the first time.
 
         retain writes an entry of each request over a pattern into the quarantine of every adapter that it covers. So an
@@ -210,7 +210,10 @@ class RequestWorker:
         for pattern in patterns_over(adapter):
             for name in self.cache.patterns.get(pattern, ()):
                 found = self.cache.get(name)
-                if found is not None and quarantine.entry(found.record.request.request_id) is None:
+                if found is None or quarantine.entry(found.record.request.request_id) is not None:
+                    continue
+                # An example from before the request is in no topic any more once the request would have been removed.
+                if found.record.open or now_ms < found.record.until_ms + KEEP_MS:
                     self._waiting_pages.setdefault(name, set()).add(page_of(adapter))
         if quarantine.holds != self.cache.in_force.holds_on(adapter):
             yield Slice(changes=[QuarantineChange(adapter)])

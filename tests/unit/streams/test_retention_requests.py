@@ -106,6 +106,25 @@ def test_a_pattern_reaches_all_adapters_also_one_made_later(world):
     assert {e.document_id for e in world.forgotten} == {"d1", "d3", "d5"}
 
 
+def test_adapters_that_are_made_for_ever_do_not_keep_a_request_over_a_pattern_for_ever(world):
+    world.step(request("erase", adapter="*", selector=doc(1)))
+    for number in range(40, 46):
+        world.work()
+        world.step()
+        world.now_ms += KEEP_MS // 4
+        world.learn(example(number, at_ms=world.now_ms, adapter=f"acme/a{number}"))
+        world.restart()
+        world.step()
+    made = {job.adapter for job in world.jobs}
+    assert world.quarantine("acme/a41").entry("erase")
+    assert not world.quarantine("acme/a45").entry("erase")
+    assert "acme/a45" not in made
+    world.now_ms += KEEP_MS
+    world.restart()
+    world.step()
+    assert world.requests() == {}
+
+
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
