@@ -79,9 +79,12 @@ def _broker(settings: Settings) -> Finding:
 
 
 def _topics(settings: Settings) -> Finding:
+    from perennial.streams.kafka.installation import load_installation, open_store_of
     from perennial.streams.kafka.topics import provision
 
-    reports = provision(settings, dry_run=True)
+    store = open_store_of(settings)
+    record = load_installation(store) if store else None
+    reports = provision(settings, True, record.partitions() if record else {})
     missing = [report.name for report in reports if report.created]
     differing = [f"{report.name}: {'; '.join(report.differences)}" for report in reports if report.differences]
     if missing:
@@ -90,7 +93,117 @@ def _topics(settings: Settings) -> Finding:
         "topics",
         not differing,
         "; ".join(differing) or f"all {len(reports)} exist as needed",
-        "change them with kafka-configs, or delete them",
+        "change configs with kafka-configs, and partition counts with `perennial topics repartition`",
+    )
+
+
+def _recorded_topics(settings: Settings) -> Finding:
+    """Compare the cluster, the topic ids and the partition counts with those that the installation recorded."""
+    from perennial.streams.kafka.installation import first_difference, load_installation
+    from perennial.streams.kafka.topics import identify
+
+    name = "recorded topics"
+    record = load_installation(open_store(settings.store.require_uri(), settings.s3))
+    if record is None:
+        return Finding(name, True, "nothing is recorded yet; the first role that starts does it")
+    found = identify(settings)
+    present = [topic for topic in record.topics if settings.kafka.topic(topic) in found.topic_ids]
+    differing = [
+        error for topic in present if (error := first_difference(settings, record, found, [topic])) is not None
+    ]
+    if not differing:
+        return Finding(name, True, f"cluster, ids and partition counts of {len(present)} topics are the recorded ones")
+    first = differing[0]
+    found_text = "; ".join(f"{error.message} (got {error.got}, recorded {error.allowed})" for error in differing)
+    return Finding(name, False, found_text, first.remedy)
+
+
+def _durability(settings: Settings) -> Finding:
+    """Check that what the broker acknowledges outlives the loss of one broker; of a single broker only say so."""
+    from kafka.admin import ConfigResource, ConfigResourceType
+
+    from perennial.streams.kafka.topics import TOPICS, admin_client
+
+    with admin_client(settings) as admin:
+        brokers = len(admin.describe_cluster()["brokers"])
+        existing = set(admin.list_topics())
+        names = [full for topic in TOPICS if (full := settings.kafka.topic(topic)) in existing]
+        topics = admin.describe_topics(names) if names else []
+        resources = [ConfigResource(ConfigResourceType.TOPIC, full) for full in names]
+        configs = admin.describe_configs(resources, config_filter="all")["topic"] if names else {}
+    values = {full: {key: entry["value"] for key, entry in configs[full].items()} for full in names}
+    if brokers == 1:
+        flushed = all(each.get("flush.messages") == "1" for each in values.values())
+        return Finding(
+            "durability", True,
+            "one broker, which is for development: "
+            + ("every record is flushed to its disk" if flushed else "a power cut may lose what it acknowledged, because "
+            "flush.messages is not 1") + "; production needs replication 3",
+        )  # fmt: skip
+    return durability_of({topic["name"]: len(topic["partitions"][0]["replicas"]) for topic in topics}, values)
+
+
+def durability_of(replicas: dict[str, int], configs: dict[str, dict[str, str | None]]) -> Finding:
+    """Return the finding about the topics of a cluster of several brokers.
+
+    Args:
+        replicas: The replication factor of each topic.
+        configs: The configs of each topic.
+    """
+    weak = []
+    for topic, count in replicas.items():
+        found = configs[topic]
+        if count < 3:
+            weak.append(f"{topic}: replication factor {count}, should be 3")
+        if int(found.get("min.insync.replicas") or 1) < 2:
+            weak.append(f"{topic}: min.insync.replicas is {found.get('min.insync.replicas')}, should be 2")
+        if found.get("unclean.leader.election.enable") != "false":
+            weak.append(f"{topic}: unclean.leader.election.enable is not false")
+    return Finding(
+        "durability",
+        not weak,
+        "; ".join(weak) or "replication 3, min.insync.replicas 2, no unclean elections",
+        "see docs/operations.md, Before production: kafka-reassign-partitions and kafka-configs change it",
+    )
+
+
+def _offsets(settings: Settings) -> Finding:
+    """Compare committed offsets with the logs: an offset behind a log's end was lost, one before its start unread."""
+    from kafka import TopicPartition
+    from kafka.admin import OffsetSpec
+    from kafka.errors import GroupIdNotFoundError
+
+    from perennial.streams.kafka.repartition import READERS
+    from perennial.streams.kafka.topics import admin_client, identify
+
+    wrong, waiting = [], 0
+    partitions = identify(settings).partitions
+    with admin_client(settings) as admin:
+        for topic, reader in READERS.items():
+            group, full = settings.kafka.topic(reader), settings.kafka.topic(topic)
+            each = [TopicPartition(full, number) for number in range(partitions.get(full, 0))]
+            if not each:
+                continue
+            ends = admin.list_partition_offsets(dict.fromkeys(each, OffsetSpec.LATEST))
+            begins = admin.list_partition_offsets(dict.fromkeys(each, OffsetSpec.EARLIEST))
+            try:
+                committed = admin.list_group_offsets(group).get(group, {})
+            except GroupIdNotFoundError:
+                committed = {}
+            for partition in each:
+                offset = committed[partition].offset if partition in committed else -1
+                begin, end = begins[partition].offset, ends[partition].offset
+                where = f"{group} in {full}[{partition.partition}]"
+                if offset > end:
+                    wrong.append(f"{where}: committed {offset}, the log ends at {end}: its tail was lost")
+                elif 0 <= offset < begin:
+                    wrong.append(f"{where}: committed {offset}, the log begins at {begin}: unread records were deleted")
+                waiting += max(0, end - max(offset, begin))
+    return Finding(
+        "offsets",
+        not wrong,
+        "; ".join(wrong) or f"every committed offset is in its log; {waiting} records wait",
+        "lost records must be published again; raise retention.ms where records are deleted unread",
     )
 
 
@@ -147,7 +260,8 @@ def _device(settings: Settings) -> Finding:
 
 CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "python": _python, "disk": _disk, "embedded broker": _jars, "broker": _broker, "topics": _topics,
-    "store": _store, "jobs": _parked, "device": _device, "base": _base,
+    "durability": _durability, "offsets": _offsets, "store": _store, "recorded topics": _recorded_topics,
+    "jobs": _parked, "device": _device, "base": _base,
 }  # fmt: skip
 
 

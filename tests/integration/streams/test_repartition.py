@@ -18,6 +18,7 @@ from kafka.admin import KafkaAdminClient
 
 from perennial import Publisher
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.streams.cli import doctor
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.intake.service import run_intake
 from perennial.streams.kafka import group, maintenance
@@ -314,3 +315,17 @@ def test_all_clients_choose_the_same_partition_for_a_key(settings):
         )  # fmt: skip
     producer.flush(30)
     assert found == {adapter.encode(): expected[adapter.encode()] for adapter in ADAPTERS}
+
+
+def test_case_14_the_doctor_says_what_the_broker_has(settings):
+    """Case 14: the doctor fails where a count is not the recorded one; a single broker for development is only a note."""
+    publish(settings, 3)
+    before = {name: doctor.CHECKS[name](settings) for name in ("durability", "offsets", "recorded topics", "topics")}
+    assert all(finding.ok for finding in before.values()), before
+    assert "one broker, which is for development" in before["durability"].found
+    assert "3 records wait" in before["offsets"].found
+    alter(settings, "adapter-jobs", 5)
+    finding = doctor.CHECKS["recorded topics"](settings)
+    assert not finding.ok
+    assert "perennial topics repartition adapter-jobs --partitions 5" in finding.remedy
+    assert not doctor.CHECKS["topics"](settings).ok
