@@ -170,7 +170,7 @@ class Publisher(BasePublisher):
         if topic in allowed_counts(store):
             raise MaintenanceError(got=topic, remedy="try again when `perennial topics repartition` has ended")
         record = load_installation(store)
-        return KeyRouting(record.partitions() if record else {}).partition(topic, key)
+        return KeyRouting(record.routed_partitions() if record else {}).partition(topic, key)
 
     def _not_taken(self, topic: str, error: BaseException) -> PublishError:
         try:

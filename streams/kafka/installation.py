@@ -37,7 +37,10 @@ INPUT_TOPICS: Final = ("documents", "interactions", "retention")
 ORDERED_TOPICS: Final = ("examples", "scored-examples", "drift", "adapter-jobs")
 """Keyed by adapter, read in order: the partition count may change by `perennial topics repartition` only."""
 LATEST_TOPICS: Final = tuple(name for name, spec in TOPICS.items() if spec.cleanup == "compact")
-"""Compacted: readers read every partition, and the roles write by the recorded count. Added partitions stay unused."""
+"""Compacted: the latest record of a key is its whole state, and readers compare what it says. Partitions may be added."""
+ROUTED_TOPICS: Final = (*ORDERED_TOPICS, "retention-status")
+"""The roles choose the partition of a key by the recorded count. Not so in `adapter-updates` and `adapter-acks`:
+subscribers, which need no store, find a key's partition by the count that the broker reports."""
 
 ROLE_TOPICS: Final[Mapping[str, tuple[str, ...]]] = {
     "intake": ("documents", "interactions", "examples", "dead-letters"),
@@ -88,8 +91,12 @@ class Installation(BaseModel):
     topics: dict[str, RecordedTopic] = Field(default_factory=dict)
 
     def partitions(self) -> dict[str, int]:
-        """Return the recorded partition count of every topic that the roles write by key."""
+        """Return the recorded partition count of every internal topic."""
         return {name: self.topics[name].partitions for name in (*ORDERED_TOPICS, *LATEST_TOPICS) if name in self.topics}
+
+    def routed_partitions(self) -> dict[str, int]:
+        """Return the recorded partition count of every topic in which the roles choose the partition of a key by it."""
+        return {name: count for name, count in self.partitions().items() if name in ROUTED_TOPICS}
 
     def known_topic_ids(self, name: str) -> tuple[str, ...]:
         """Return every id that an input topic has had.

@@ -87,7 +87,7 @@ class KeyRouting:
         """
         store = open_store_of(settings)
         record = load_installation(store) if store else None
-        return cls(record.partitions() if record else {})
+        return cls(record.routed_partitions() if record else {})
 
     def partition(self, topic: str, key: bytes | None) -> int | None:
         """Return the partition of a record, or None where the client chooses it.
@@ -159,7 +159,7 @@ class TopicGuard:
     @property
     def routing(self) -> KeyRouting:
         """The routing by the recorded counts of all topics."""
-        return KeyRouting(self._record.partitions())
+        return KeyRouting(self._record.routed_partitions())
 
     def verify(self, max_age_s: float = 0.0) -> None:
         """Compare every topic with the record. One request to the broker, a few milliseconds.
