@@ -22,6 +22,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.events.high_water_marks import Position
 from perennial.streams.events.models import Origin
 from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.connect import require_listener
 from perennial.streams.kafka.installation import load_installation
 from perennial.streams.kafka.topics import BOOTSTRAP_TIMEOUT_MS, KafkaUnavailableError, topic_id
 from perennial.streams.settings import Settings
@@ -37,7 +38,7 @@ class LogEnd(NamedTuple):
 
     Attributes:
         start: the first offset that the log still has.
-        end: the offset behind the last record.
+        end: the offset behind the last record; negative while the partition has no leader to ask.
         epoch: the partition's leader epoch; None where the broker does not report it.
     """
 
@@ -120,27 +121,34 @@ class BrokerLogs:
         described = self._describe(topic)
         if not described:
             return {}
-        partitions = [TopicPartition(topic, each["partition_index"]) for each in described["partitions"]]
+        leaderless = {each["partition_index"] for each in described["partitions"] if each.get("leader_id", 0) < 0}
+        numbers = {each["partition_index"] for each in described["partitions"]} - leaderless
+        partitions = [TopicPartition(topic, number) for number in sorted(numbers)]
         starts = self._offsets(partitions, OffsetSpec.EARLIEST)
         ends = self._offsets(partitions, OffsetSpec.LATEST)
-        return {
+        found = {
             each.partition: LogEnd(starts[each].offset, ends[each].offset, ends[each].leader_epoch)
             for each in partitions
         }
+        return found | dict.fromkeys(leaderless, LogEnd(-1, -1, None))
 
     def _describe(self, topic: str) -> Any:
         found = self._ask(lambda admin: admin.describe_topics([topic]))
         return next((each for each in found if each["name"] == topic and not each.get("error_code")), None)
 
     def _offsets(self, partitions: list[TopicPartition], spec: Any) -> Any:
+        if not partitions:
+            return {}
         return self._ask(lambda admin: admin.list_partition_offsets(dict.fromkeys(partitions, spec)))
 
     def _ask(self, question: Any) -> Any:
         servers = self._settings.kafka.require_bootstrap()
         try:
             if self._admin is None:
+                # kafka-python 3.0.12 leaks a socket with every refused attempt, and this is tried again and again.
+                listening = require_listener(servers, BOOTSTRAP_TIMEOUT_MS / 1000)
                 self._admin = KafkaAdminClient(
-                    bootstrap_servers=servers.split(","), client_id=self._settings.kafka.topic("origins"),
+                    bootstrap_servers=listening, client_id=self._settings.kafka.topic("origins"),
                     bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
                 )  # fmt: skip
             return question(self._admin)
@@ -216,7 +224,7 @@ class OriginCheck:
         if error is None:
             return None
         self._refresh(origin)
-        return self._cached_error(origin)
+        return self._fresh_error(origin)
 
     def errors(self, origins: Iterable[Origin]) -> list[WireError | None]:
         """Return what `error` returns for each origin of a batch; each topic is asked about once at most.
@@ -230,10 +238,11 @@ class OriginCheck:
         for origin in origins:
             error = self._cached_error(origin)
             question = (origin.cluster_id, origin.topic)
-            if error is not None and question not in asked:
-                asked.add(question)
-                self._refresh(origin)
-                error = self._cached_error(origin)
+            if error is not None:
+                if question not in asked:
+                    asked.add(question)
+                    self._refresh(origin)
+                error = self._fresh_error(origin)
             found.append(error)
         return found
 
@@ -253,10 +262,13 @@ class OriginCheck:
             return f"not a position in an origin partition; got: {partition[:200]}, {position}"
         if self.is_foreign(partition):
             return None
-        error = self.error(origin)
-        log = self.log_end(origin.topic, origin.partition)
+        if not self.is_known(origin):
+            self._refresh(origin)
+        error, log = self._cached_error(origin), self.log_end(origin.topic, origin.partition)
+        if error is None or (log is not None and log.end < 0):
+            return None  # nobody leads the partition now: the mark may be right
         epoch, offset = position
-        if error is None or (log is not None and log.epoch is not None and epoch < log.epoch and offset >= log.end):
+        if log is not None and log.epoch is not None and epoch < log.epoch and offset >= log.end:
             return None  # the log's tail was lost since: what follows has a later epoch, and is new
         return error.detail
 
@@ -305,6 +317,17 @@ class OriginCheck:
         self._ids[origin.topic] = ids
         if origin.topic_id == ids[-1]:
             self._ends[origin.topic] = self._logs.ends(origin.topic)
+
+    def _fresh_error(self, origin: Origin) -> WireError | None:
+        """Return `_cached_error` after a refresh. Raise KafkaUnavailableError where nobody leads the partition."""
+        error = self._cached_error(origin)
+        log = self.log_end(origin.topic, origin.partition)
+        if error is not None and log is not None and log.end < 0:
+            raise KafkaUnavailableError(
+                "the end of a log cannot be asked for", got=f"{origin.topic}[{origin.partition}] has no leader",
+                remedy="start the broker that has the partition",
+            )  # fmt: skip
+        return error
 
     def _cached_error(self, origin: Origin) -> WireError | None:
         if origin.cluster_id not in self._clusters:

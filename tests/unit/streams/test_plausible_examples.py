@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 from perennial.streams.events.models import Batch, ExampleScored, Origin
 from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
+from perennial.streams.kafka.topics import KafkaUnavailableError
 from tests.unit.streams.event_strategies import event_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -133,6 +134,24 @@ def test_what_the_broker_has_given_is_taken_and_asked_about_only_once_it_exceeds
     found = check.errors([origin(offset=2**63 - 1), origin(offset=2**62), origin(offset=3)])
     assert [error is None for error in found] == [False, False, True]
     assert logs.asked == ["clusters", "documents"] * 3
+
+
+def test_an_origin_in_a_partition_without_a_leader_is_neither_right_nor_wrong() -> None:
+    logs = Logs()
+    check = OriginCheck(logs)
+    assert check.error(origin(offset=9)) is None
+    logs.ends_now[0] = LogEnd(-1, -1, None)
+    logs.ends_now[1] = LogEnd(5, 7, 2)
+    assert check.error(origin(partition=1, offset=6)) is None
+    for ask in (check.error, lambda each: check.errors([each])):
+        with pytest.raises(KafkaUnavailableError, match="no leader"):
+            ask(origin(offset=11))
+    with pytest.raises(KafkaUnavailableError):
+        check.errors([origin(partition=1, offset=2**40), origin(offset=11)])
+    assert check.mark_problem("c/t/documents/0", (2, 2**40)) is None
+    assert check.mark_problem("c/t/documents/1", (2, 2**40)) is not None
+    logs.ends_now[0] = LogEnd(0, 12, 3)
+    assert check.error(origin(offset=11)) is None
 
 
 def test_examples_of_a_topic_that_was_deleted_since_are_taken_whatever_their_offset() -> None:
