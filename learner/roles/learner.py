@@ -200,7 +200,7 @@ class Learner:
                 try:
                     problem = self._origins.mark_problem(partition, position)
                     break
-                except KafkaUnavailableError as error:
+                except (KafkaUnavailableError, StoreUnavailableError) as error:
                     _log.warning("the marks of a job cannot be checked yet: %s", error)
                     self._stop.wait(IDLE_POLL_S)
             if problem is not None:

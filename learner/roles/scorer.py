@@ -17,6 +17,7 @@ from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.loss import mean_nats, row_losses
 from perennial.learner.model.tokenization import ExampleError, ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, LiveAdapter
+from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry
@@ -249,7 +250,7 @@ class Receiver:
         while not stop.is_set():
             try:
                 return self._origins.errors(origins)
-            except KafkaUnavailableError as error:
+            except (KafkaUnavailableError, StoreUnavailableError) as error:
                 _log.warning("the origins of examples cannot be checked yet: %s", error)
                 stop.wait(KAFKA_RETRY_S)
         return None

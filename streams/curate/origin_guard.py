@@ -1,4 +1,7 @@
-"""Keep implausible origins and wrong high-water marks from being taken for right ones, while Kafka comes and goes."""
+"""Keep implausible origins and wrong high-water marks from being taken for right ones.
+
+Kafka and the store may come and go meanwhile: the check waits for them, as everything else does.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
+from perennial.storage.errors import StoreUnavailableError
 from perennial.streams.curate.batcher import MicroBatcher
 from perennial.streams.events.models import Origin
 from perennial.streams.kafka.origin_check import OriginCheck
@@ -20,7 +24,7 @@ T = TypeVar("T")
 
 
 class OriginGuard:
-    """Asks an OriginCheck on a thread, again and again while Kafka does not answer.
+    """Asks an OriginCheck on a thread, again and again while Kafka or the store does not answer.
 
     Args:
         check: refuses what the broker cannot have given; None: nothing is checked, for tests without a broker.
@@ -40,7 +44,7 @@ class OriginGuard:
         check = self._check
         if check is None or check.is_known(origin):
             return
-        error = await _until_kafka_answers(lambda: check.error(origin))
+        error = await _until_answered(lambda: check.error(origin))
         if error is not None:
             raise error
 
@@ -54,7 +58,7 @@ class OriginGuard:
             return
         wrong = 0
         for partition, position in batcher.history.high_water_marks:
-            problem = await _until_kafka_answers(self._question(partition, position))
+            problem = await _until_answered(self._question(partition, position))
             if problem is not None:
                 wrong += 1
                 batcher.distrust(partition)
@@ -70,10 +74,10 @@ class OriginGuard:
         return lambda: check.mark_problem(partition, position) if check else None
 
 
-async def _until_kafka_answers(question: Callable[[], T]) -> T:
+async def _until_answered(question: Callable[[], T]) -> T:
     while True:
         try:
             return await asyncio.to_thread(question)
-        except KafkaUnavailableError as unavailable:
+        except (KafkaUnavailableError, StoreUnavailableError) as unavailable:
             log.warning("an origin cannot be checked yet: %s", unavailable)
             await asyncio.sleep(KAFKA_RETRY_S)

@@ -18,12 +18,13 @@ from kafka import TopicPartition
 from kafka.admin import KafkaAdminClient, OffsetSpec
 from kafka.errors import KafkaError
 
+from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.events.high_water_marks import Position
 from perennial.streams.events.models import Origin
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import require_listener
-from perennial.streams.kafka.installation import load_installation
+from perennial.streams.kafka.installation import Installation, load_installation
 from perennial.streams.kafka.topics import BOOTSTRAP_TIMEOUT_MS, KafkaUnavailableError, topic_id
 from perennial.streams.settings import Settings
 
@@ -82,6 +83,7 @@ class BrokerLogs:
     def __init__(self, settings: Settings, store: ObjectStore) -> None:
         self._settings = settings
         self._store = store
+        self._installation: Installation | None = None
         self._admin: Any = None
 
     def cluster_ids(self) -> set[str]:
@@ -91,7 +93,7 @@ class BrokerLogs:
             KafkaUnavailableError: Kafka does not answer.
             StoreError: the store does not answer.
         """
-        record = load_installation(self._store)
+        record = self._record()
         recorded = {record.cluster_id} if record else set()
         return recorded | {str(self._ask(lambda admin: admin.describe_cluster()["cluster_id"]))}
 
@@ -106,7 +108,7 @@ class BrokerLogs:
         name = topic.removeprefix(prefix)
         if not topic.startswith(prefix) or name.split(".", 1)[0] not in ORIGIN_TOPICS:
             return []
-        record = load_installation(self._store)
+        record = self._record()
         described = self._describe(topic)
         present = topic_id(described["topic_id"]) if described else ""
         recorded = [each for each in (record.known_topic_ids(name) if record else ()) if each != present]
@@ -131,6 +133,18 @@ class BrokerLogs:
             for each in partitions
         }
         return found | dict.fromkeys(leaderless, LogEnd(-1, -1, None))
+
+    def _record(self) -> Installation | None:
+        """Return the installation record; while the store is away, as it was read last.
+
+        It cannot lack an id then: intake records an id before it publishes the first example with it.
+        """
+        try:
+            self._installation = load_installation(self._store)
+        except StoreUnavailableError:
+            if self._installation is None:
+                raise
+        return self._installation
 
     def _describe(self, topic: str) -> Any:
         found = self._ask(lambda admin: admin.describe_topics([topic]))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
+from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from perennial.storage.errors import StoreUnavailableError
+from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 from perennial.streams.events.models import Batch, ExampleScored, Origin
-from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
+from perennial.streams.kafka.installation import KEY, Installation, RecordedTopic
+from perennial.streams.kafka.origin_check import BrokerLogs, LogEnd, OriginCheck
 from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.settings import Settings
 from tests.unit.streams.event_strategies import event_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
@@ -190,3 +196,31 @@ def test_a_mark_is_judged_by_its_log_and_foreign_ones_do_no_harm() -> None:
         asked = len(logs.asked)
         assert check.mark_problem(foreign, (9, 2**63 - 1)) is None
         assert len(logs.asked) == asked
+
+
+def test_while_the_store_is_away_the_record_counts_as_it_was_read_last(tmp_path: Path, monkeypatch) -> None:
+    store = DirectoryStore(tmp_path, fsync=False)
+    logs = BrokerLogs(Settings.of(kafka="broker:1", env_file=None), store)
+    monkeypatch.setattr(logs, "_ask", lambda question: question(Admin()))
+    away = DirectoryStore(tmp_path, fsync=False)
+    monkeypatch.setattr(away, "get", lambda *_: (_ for _ in ()).throw(StoreUnavailableError("away")))
+    logs._store = away
+    with pytest.raises(StoreUnavailableError):
+        logs.cluster_ids()
+    topic = RecordedTopic(topic_id="00000000-0000-0000-0000-000000000002", partitions=1, seen=("before",))
+    store.put_if_absent(KEY, Installation(cluster_id="c", topics={"documents": topic}).model_dump_json().encode())
+    logs._store = store
+    assert logs.cluster_ids() == {"c"}
+    logs._store = away
+    assert logs.topic_ids("documents") == ["before", "00000000-0000-0000-0000-000000000001"]
+    assert logs.topic_ids("retention") == logs.topic_ids("examples") == []
+
+
+class Admin:
+    """The parts of a KafkaAdminClient that are asked."""
+
+    def describe_cluster(self) -> dict[str, str]:
+        return {"cluster_id": "c"}
+
+    def describe_topics(self, names: list[str]) -> list[dict[str, object]]:
+        return [{"name": name, "topic_id": UUID(int=1), "error_code": 0, "partitions": []} for name in names]
