@@ -21,7 +21,7 @@ from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.rollback_job import RollbackExecutor
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, PerennialError
-from perennial.storage.registry.parked import load_parked, unpark_adapter
+from perennial.storage.registry.parked import load_parked
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RollbackRequested, UpdateRequested
@@ -39,7 +39,8 @@ class PassRunner:
         failpoint: called with a name at each step where fault tests may stop the process.
         publish: called with each event that must be published before a job ends.
         progress: called after each rebuilt update and each step of its training.
-        should_stop: asked between two updates of a rebuild; True ends the job without a result.
+        should_stop: asked between two updates of a rebuild, or of an adapter that catches up; True ends the job without a
+            result.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class PassRunner:
         self._writer = writer
         self._alias = alias
         self._now = now
-        self._updates = UpdateQueue(writer, alias, now, publish)
+        self._updates = UpdateQueue(writer, alias, now, publish, should_stop)
         self._rollbacks = RollbackExecutor(writer)
         self._forgets = ForgetExecutor(writer, now, failpoint, publish, progress, should_stop)
         self._reported: set[str] = set()
@@ -101,8 +102,7 @@ class PassRunner:
             return self.park(job, error)
         parked = load_parked(self._writer.registry.store, job.adapter)
         if parked is not None and parked.job_id == job.job_id and not job.prepare:
-            unpark_adapter(self._writer.registry.store, job.adapter)
-            self._updates.catch_up(job.adapter)
+            self._updates.unpark(parked)
         return result
 
     def park(self, job: Event, error: PerennialError) -> JobResult:

@@ -12,12 +12,12 @@ from datetime import datetime
 
 from perennial.learner.roles.parking import park, parking_reason
 from perennial.learner.versions.job_order import MissingCutError, jobs_before, stored_job, waiting_jobs
-from perennial.learner.versions.job_result import JobError, JobResult
+from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
 from perennial.learner.versions.micro_batches import read_batch
 from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.storage.errors import ConflictError, IntegrityError, NoSpaceError, PerennialError
-from perennial.storage.registry.parked import MISSING_CUT, load_parked, unpark_adapter
+from perennial.storage.errors import ConflictError, IntegrityError, NoSpaceError, NotFoundError, PerennialError
+from perennial.storage.registry.parked import MISSING_CUT, ParkedAdapter, load_parked, park_adapter, unpark_adapter
 from perennial.storage.registry.waiting_jobs import put_job
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import UpdateRequested
@@ -35,16 +35,23 @@ class UpdateQueue:
         alias: the alias that updates publish under.
         now: wall clock, for parked records.
         publish: called with the event of each update that was taken from the store before the job that arrived.
+        should_stop: asked before each update that is taken from the store; True ends the job without a result.
     """
 
     def __init__(
-        self, writer: VersionWriter, alias: str, now: Callable[[], datetime], publish: Callable[[AdapterUpdate], None]
+        self,
+        writer: VersionWriter,
+        alias: str,
+        now: Callable[[], datetime],
+        publish: Callable[[AdapterUpdate], None],
+        should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
         self._registry = writer.registry
         self._store = writer.registry.store
         self._alias = alias
         self._now = now
         self._publish = publish
+        self._should_stop = should_stop
         self._updates = UpdateExecutor(writer)
 
     def run(self, job: UpdateRequested) -> JobResult:
@@ -55,31 +62,41 @@ class UpdateQueue:
 
         Raises:
             JobError: the job can never be done.
+            JobInterruptedError: the process is to stop; the job must not be committed.
             NoSpaceError: the store has no room; `park` parks the adapter.
             StoreError: the store failed.
         """
         parked = load_parked(self._store, job.adapter)
         if parked is None:
             return self._run_in_order(job)
-        if parked.reason == MISSING_CUT and job.cut == self._next_cut(job.adapter):
-            _log.warning("cut %d of %s, which its other jobs waited for, is here", job.cut, job.adapter)
+        next_cut = self._next_cut(job.adapter)
+        if parked.reason == MISSING_CUT and next_cut is not None and job.cut <= next_cut:
+            _log.warning("cut %d of %s is here: its other jobs may have waited for it", job.cut, job.adapter)
             unpark_adapter(self._store, job.adapter)
             result = self._run_in_order(job)
             if result.outcome != "parked":
-                self.catch_up(job.adapter)
+                self.unpark(parked)
             return result
         self._keep(job)
         return PARKED
 
-    def catch_up(self, adapter: str) -> None:
-        """Run all jobs of an adapter that wait in the store, in order; if one cannot be done, the adapter is parked.
+    def unpark(self, parked: ParkedAdapter) -> None:
+        """Let an adapter go on: run all its jobs that wait in the store, in order.
+
+        If one cannot be done, the adapter is parked for that reason.
 
         Raises:
+            JobInterruptedError: the process is to stop; the adapter stays parked as it was.
             StoreError: the store failed.
         """
-        for job in waiting_jobs(self._store, adapter):
-            if self._run_waiting(job) is None:
-                return
+        unpark_adapter(self._store, parked.adapter)
+        try:
+            for job in waiting_jobs(self._store, parked.adapter):
+                if not self._is_next(job) or self._run_waiting(job) is None:
+                    return
+        except JobInterruptedError:
+            park_adapter(self._store, parked)
+            raise
 
     def park(self, job: UpdateRequested, error: PerennialError) -> JobResult:
         """Park the adapter because of what the job raised; the job waits in the store.
@@ -122,8 +139,19 @@ class UpdateQueue:
         except PerennialError as error:
             return self.park(job, error)
 
+    def _is_next(self, job: UpdateRequested) -> bool:
+        """Return whether no cut before the job's is missing; park the adapter if one is."""
+        try:
+            self._jobs_before(job)
+        except MissingCutError as error:
+            park(self._store, job, MISSING_CUT, error, self._now())
+            return False
+        return True
+
     def _run_waiting(self, job: UpdateRequested) -> JobResult | None:
         """Run a job that was taken from the store; return None if its adapter had to be parked."""
+        if self._should_stop():
+            raise JobInterruptedError(f"{job.adapter} stops before cut {job.cut}; it will go on from there")
         try:
             result = self._updates.update(job, self._alias)
         except NoSpaceError:
@@ -155,7 +183,10 @@ class UpdateQueue:
                 # Another learner settled the cut between the two reads.
 
     def _next_cut(self, adapter: str) -> int | None:
-        head = self._registry.head(adapter)
+        try:
+            head = self._registry.head(adapter)
+        except (IntegrityError, NotFoundError):  # that may be what the adapter is parked for
+            return None
         return head.manifest.next_cut if head else None
 
     def _keep(self, job: UpdateRequested) -> None:
@@ -172,6 +203,9 @@ class UpdateQueue:
                 return
         except IntegrityError:  # the object is there and damaged: once it is restored from a copy, it waits
             return
+        next_cut = self._next_cut(job.adapter)
+        if next_cut is not None and job.cut < next_cut:
+            return  # it was settled: otherwise it would still wait
         read_batch(self._store, job)
         try:
             put_job(self._store, job.adapter, job.cut, job.model_dump_json(by_alias=True).encode())

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
+from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.recovery.rollback import revoke
 from perennial.streams.events.fields import Event
@@ -186,7 +186,7 @@ class RetainService:
             return
         try:
             revoke(self._registry, job.adapter, job.alias, job.version, job.job_id, job.reason)
-        except (NotFoundError, ConflictError, IntegrityError) as error:
+        except StoreError as error:
             log.warning("%s is left to a learner: %s", job.job_id, error)
 
     def _apply(self, piece: Slice) -> None:

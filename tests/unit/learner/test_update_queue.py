@@ -11,7 +11,7 @@ import pytest
 from perennial.learner.model.loss import OutOfMemoryError
 from perennial.learner.roles.parking import report_parked
 from perennial.learner.roles.passes import PassRunner
-from perennial.learner.versions.job_result import JobError
+from perennial.learner.versions.job_result import JobError, JobInterruptedError
 from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.storage.errors import NoSpaceError
 from perennial.storage.objects.directory_store import DirectoryStore
@@ -359,6 +359,53 @@ def test_a_job_that_was_not_stored_waits_like_the_others(store: DirectoryStore) 
     forged = job.model_copy(update={"cut": 2})
     with pytest.raises(JobError, match="belongs to another job"):
         other.run(forged)
+    assert list(list_jobs(store, ADAPTER)) == [1]
+
+
+def test_a_stop_while_an_adapter_catches_up_leaves_it_parked(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    role = runner(learner)
+    cuts = [cut_of(store, cut) for cut in range(4)]
+    role.run(cuts[0])
+    delete_job(store, ADAPTER, 1)
+    for job in cuts[2:]:
+        assert role.run(job).outcome == "parked"
+    stops = iter([False, True, True])
+    stopping = PassRunner(learner, "live", now, lambda _: None, lambda _: None, lambda: None, lambda: next(stops))
+    with pytest.raises(JobInterruptedError):
+        stopping.run(cuts[1])
+    assert load_parked(store, ADAPTER) is not None
+    assert learned(learner) == list(range(12))
+    assert role.run(cuts[1]).outcome == "repeated", "its record was not committed, so it is redelivered"
+    assert learned(learner) == list(range(16))
+    assert load_parked(store, ADAPTER) is None
+
+
+def test_case_14_what_waits_behind_a_second_missing_cut_goes_on_waiting(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    role = runner(learner)
+    cuts = [cut_of(store, cut) for cut in range(6)]
+    role.run(cuts[0])
+    for cut in (1, 3):
+        delete_job(store, ADAPTER, cut)
+    for job in (cuts[2], cuts[4], cuts[5]):
+        assert role.run(job).outcome == "parked"
+    assert role.run(cuts[1]).outcome == "promoted"
+    assert learned(learner) == list(range(12))
+    assert load_parked(store, ADAPTER).cut == 4
+    assert role.run(cuts[0]).outcome == "repeated"
+    assert learned(learner) == list(range(12))
+    assert role.run(cuts[3]).outcome == "promoted"
+    assert learned(learner) == list(range(24))
+    assert load_parked(store, ADAPTER) is None
+
+
+def test_a_redelivered_job_is_not_stored_again_while_its_adapter_is_parked(store: DirectoryStore) -> None:
+    job = cut_of(store, 0)
+    runner(local_learner(store)).run(job)
+    other = runner(local_learner(store, rank=2))
+    other.run(cut_of(store, 1))
+    assert other.run(job).outcome == "parked"
     assert list(list_jobs(store, ADAPTER)) == [1]
 
 
