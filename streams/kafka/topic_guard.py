@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final, Self
 
-from kafka.errors import KafkaError
+from kafka.errors import KafkaError, for_code
 from kafka.partitioner.default import murmur2
 
 from perennial.storage.objects.object_store import ObjectStore
@@ -43,7 +43,9 @@ from perennial.streams.settings import Settings
 PATIENCE_S: Final = 30.0
 MAX_CACHED_KEYS: Final = 65_536
 _RETRY_S: Final = 0.25
-_UNKNOWN_TOPIC: Final = 3  # Kafka's error code UNKNOWN_TOPIC_OR_PARTITION
+# Kafka's error codes UNKNOWN_TOPIC_OR_PARTITION, NONE and LEADER_NOT_AVAILABLE.
+_UNKNOWN_TOPIC: Final = 3
+_WITH_ID: Final = (0, 5)
 
 
 class KeyPartitions(dict[bytes, int]):
@@ -224,6 +226,9 @@ class TopicGuard:
         missing = [topic["name"] for topic in topics if topic["error_code"] == _UNKNOWN_TOPIC]
         if missing:
             raise missing_topics_error(sorted(missing))
+        for topic in topics:  # an answer with an error holds no id, which must not pass for another id
+            if topic["error_code"] not in _WITH_ID:
+                raise for_code(topic["error_code"])(topic["name"])
         return ClusterIds(
             self._cluster_id,
             {topic["name"]: topic_id(topic["topic_id"]) for topic in topics},
