@@ -33,7 +33,7 @@ from perennial.learner.training.state import to_blobs
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.garbage_collection import delete_unreferenced
-from perennial.learner.versions.history import History, RecordedVersion, load_history
+from perennial.learner.versions.history import History, RecordedVersion, complete_index, index_version, load_history
 from perennial.learner.versions.job_result import Completion, JobInterruptedError, JobResult
 from perennial.learner.versions.micro_batches import batch_to_bytes, load_batch, without_examples
 from perennial.learner.versions.version_writer import VersionWriter
@@ -165,7 +165,7 @@ class ForgetExecutor:
         quarantine = load_quarantine(self._store, job.adapter)
         head = self._writer.head(job.adapter)
         if head is not None and not is_done(quarantine, job):
-            history = load_history(self._registry, job.adapter)
+            history = load_history(self._registry, job.adapter, head)
             target = ForgetTarget(job, quarantine, self._store)
             found = find_examples(self._store, job.adapter, history, target)
             self._sweep_progress(job.adapter)
@@ -179,7 +179,9 @@ class ForgetExecutor:
         self._registry.converge(job.adapter, alias)
         quarantine = load_quarantine(self._store, job.adapter)
         head = self._writer.head(job.adapter)
-        history = load_history(self._registry, job.adapter) if head else None
+        history = load_history(self._registry, job.adapter, head) if head else None
+        if history is not None:
+            complete_index(self._registry, job.adapter, history)
         if is_done(quarantine, job):
             # Another learner may have done the job before this one deleted its own blobs.
             self._delete(job, self._sweep_progress(job.adapter))
@@ -322,7 +324,9 @@ class ForgetExecutor:
     def _publish_manifest(self, manifest: Manifest, target: Manifest | None, alias: str) -> Publication:
         """Publish a version that takes over the target's state, or without a target the adapter's initial state."""
         blobs = {} if target else to_blobs(self._writer.initial_state(manifest.adapter, manifest.seed))[1]
-        return self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), alias)
+        publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), alias)
+        index_version(self._registry, publication.version, publication.manifest)
+        return publication
 
     def _move(self, job: ForgetRequested, alias: str, states: Sequence[AliasState], publication: Publication) -> None:
         """Point these aliases at the published version, or retire them where it has nothing to serve."""

@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from perennial.learner.versions.history import History, RecordedVersion
 from perennial.learner.versions.micro_batches import OriginOffset, origin_offset
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.history.pages import ExampleRow
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry
-from perennial.storage.registry.suppressed_texts import ensure_text_key
+from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry, SuppressedTexts
+from perennial.storage.registry.suppressed_texts import ensure_text_key, load_text_key
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested
+from perennial.streams.retention.example_rows import key_check, selectable_example
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 
 
@@ -64,10 +66,15 @@ class ForgetTarget:
 
     def __init__(self, job: ForgetRequested, quarantine: Quarantine, store: ObjectStore) -> None:
         self._job = job
+        self._quarantine = quarantine
+        self._suppressed = SuppressedTexts(store, quarantine) if quarantine.suppresses_texts else None
         self._filter = QuarantineFilter(quarantine, store)
         self._filter_without_holds = QuarantineFilter(quarantine.with_holds([]), store)
         suppressing = job.suppress or any(entry.suppress for entry in quarantine.entries)
         self._text_key = ensure_text_key(store, job.adapter) if suppressing else None
+        self._index_key = self._text_key
+        if self._text_key is None and quarantine.suppresses_texts:  # a lost key must not be made anew here
+            self._index_key = load_text_key(store, job.adapter) or b""
 
     def match(self, examples: Iterable[ExampleAccepted]) -> list[ExampleMatch]:
         """Return one match per example of a micro-batch, also for examples that stay."""
@@ -92,6 +99,24 @@ class ForgetTarget:
             erased=erased,
             suppressed=self._filter.suppresses(example),
         )
+
+    @property
+    def key_check(self) -> str | None:
+        """The text key that text hashes must be computed under to count; None where they do not count."""
+        return None if self._index_key is None else key_check(self._index_key)
+
+    @property
+    def needs_texts(self) -> bool:
+        """Whether only texts themselves tell what is suppressed: an older release hashed them without a key."""
+        return bool(self._quarantine.suppressed)
+
+    def may_match(self, row: ExampleRow) -> bool:
+        """Return whether a stored example may be one to forget, by what the history index has of it."""
+        example = selectable_example(row)
+        if self._job.matches(example) or self._filter_without_holds.entry_of(example) is not None:
+            return True
+        text_hash, suppressed = row["text_hash"], self._suppressed
+        return suppressed is not None and text_hash is not None and suppressed.holds_hash(text_hash)
 
     def is_held(self, matches: Iterable[ExampleMatch]) -> bool:
         """Return whether a hold covers anything that the job itself asks for."""
@@ -155,20 +180,20 @@ def plan_rebuild(history: History, removed_offsets: RemovedOffsets) -> RebuildPl
         removed_offsets: the examples to leave out.
     """
     affected, contaminated = set(), set()
-    for version, manifest in history.manifests.items():
-        offsets = removed_offsets.get(manifest.batch.digest) if manifest.batch else None
+    for version, node in history.versions.items():
+        offsets = removed_offsets.get(node.batch) if node.batch else None
         if offsets:
             affected.add(version)
-            if any(item.origin_offset in offsets for item in manifest.learned):
+            if any(item.origin_offset in offsets for item in history.manifests[version].learned):
                 contaminated.add(version)
-    schedule = history.schedule()
-    first = next((i for i, step in enumerate(schedule) if step.version in affected), len(schedule))
+    schedule = history.scheduled()
+    first = next((i for i, version in enumerate(schedule) if version in affected), len(schedule))
     return RebuildPlan(
         removed_offsets=removed_offsets,
         contaminated_versions=history.descendants(contaminated),
         affected_versions=history.descendants(affected),
-        last_clean=schedule[first - 1] if first else None,
-        steps=tuple(schedule[first:]),
+        last_clean=history.recorded(schedule[first - 1]) if first else None,
+        steps=tuple(map(history.recorded, schedule[first:])),
     )
 
 

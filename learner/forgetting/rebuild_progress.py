@@ -152,8 +152,8 @@ def sweep_steps(
     if not steps:
         return set()
     recorded = history()
-    manifests = recorded.manifests if recorded is not None else {}
-    schedule = {step.version for step in recorded.schedule()} if recorded is not None else set()
+    manifests = recorded.versions if recorded is not None else {}
+    schedule = set(recorded.scheduled()) if recorded is not None else set()
     kept: set[str] = set()
     swept: list[tuple[str, RebuiltStep]] = []
     for key, step in steps:
@@ -163,7 +163,7 @@ def sweep_steps(
         else:
             swept.append((key, step))
     if swept:
-        needed = kept | {ref.digest for manifest in manifests.values() for ref in manifest.blobs()}
+        needed = kept | (recorded.all_blobs() if recorded is not None else set())
         delete_blobs({digest for _, step in swept for digest in step.blobs} - needed)
         for key, step in swept:
             if step.rebuilt not in manifests:

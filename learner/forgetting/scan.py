@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from pydantic import ValidationError
@@ -46,15 +46,16 @@ class FoundExamples:
 
 
 def find_examples(store: ObjectStore, adapter: str, history: History | None, target: ForgetTarget) -> FoundExamples:
-    """Return the matches in every stored micro-batch of the adapter; erased micro-batches have none.
+    """Return the matches in the stored micro-batches of the adapter; erased ones have none.
+
+    The matches of a micro-batch are those of all its examples, also of those that stay. Of versions' micro-batches only
+    those are read that may hold an example to forget.
 
     Raises:
         StoreError: the store failed.
         IntegrityError: a version's micro-batch or a waiting job does not parse.
     """
-    manifests = history.manifests.values() if history else ()
-    learned = {manifest.batch.digest for manifest in manifests if manifest.batch is not None}
-    referenced = {ref.digest for manifest in manifests for ref in manifest.blobs()}
+    referenced = history.all_blobs() if history else set()
     refused: set[str] = set()
     unfinished: set[str] = set()
     for pending in list_pending_deletes(store, adapter):
@@ -63,12 +64,53 @@ def find_examples(store: ObjectStore, adapter: str, history: History | None, tar
     waiting = waiting_digests(store, adapter) - referenced
     refused -= referenced | waiting
     unfinished -= referenced | waiting | refused
-    return FoundExamples(
-        _match_batches(store, adapter, learned, target, published=True),
+    found = FoundExamples(
+        _match_learned(store, adapter, history, target),
         _match_batches(store, adapter, refused, target),
         _match_batches(store, adapter, unfinished, target),
         _match_batches(store, adapter, waiting, target),
     )
+    if history is not None:  # equal texts under other ids are suppressed, too
+        hashes = target.hashes_to_suppress(found.all())
+        found.learned.update(_match_equal_texts(store, adapter, history, target, hashes, found.learned))
+    return found
+
+
+def _learned_batches(history: History) -> set[str]:
+    return {node.batch for node in history.versions.values() if node.batch is not None}
+
+
+def _match_learned(store: ObjectStore, adapter: str, history: History | None, target: ForgetTarget) -> BatchMatches:
+    """Return the matches in versions' micro-batches.
+
+    A micro-batch is read only where the history index says that it may hold an example to forget, or where the index
+    cannot say. The others have no matches.
+    """
+    wanted: list[str] = []
+    for digest in _learned_batches(history) if history else ():
+        rows = history.rows(digest, target.key_check) if history and not target.needs_texts else None
+        if rows is None or any(map(target.may_match, rows)):
+            wanted.append(digest)
+    return _match_batches(store, adapter, wanted, target, published=True)
+
+
+def _match_equal_texts(
+    store: ObjectStore,
+    adapter: str,
+    history: History,
+    target: ForgetTarget,
+    hashes: Collection[str],
+    known: Collection[str],
+) -> BatchMatches:
+    """Return the matches in further micro-batches that hold a text with one of these hashes."""
+    if not hashes:
+        return {}
+    wanted = [
+        digest
+        for digest in _learned_batches(history).difference(known)
+        if any(row["text_hash"] in hashes for row in history.rows(digest) or ())
+    ]
+    return _match_batches(store, adapter, wanted, target, published=True)
 
 
 def _match_batches(

@@ -9,6 +9,7 @@ from perennial.learner.versions.job_order import waiting_jobs
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.pending_deletes import load_pending_deletes
 from perennial.storage.registry.registry import Registry
+from perennial.streams.retention.example_rows import history_index
 
 
 def delete_unreferenced(
@@ -36,11 +37,13 @@ def delete_unreferenced(
         return set()
     history = load_history(registry, adapter)
     if history is not None and unpublished:
-        digests -= {ref.digest for manifest in history.manifests.values() for ref in manifest.blobs()}
+        digests -= history.all_blobs()
     elif history is not None:
         digests -= history.reachable_blobs({revocation.version for revocation in registry.revocations(adapter)})
     # The micro-batch of another job that waits belongs to that job alone: no version names it yet.
     digests -= {job.batch.digest for job in waiting_jobs(registry.store, adapter) if job.job_id != job_id}
     for digest in sorted(digests):
         registry.store.delete(blob_key(digest))
+    if history is not None and history.index is not None:
+        history_index(registry, adapter).erase(history.index, digests)
     return digests

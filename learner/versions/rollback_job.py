@@ -5,6 +5,7 @@ from __future__ import annotations
 from perennial.learner.training.state import to_blobs
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
+from perennial.learner.versions.history import index_version
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import NotFoundError
@@ -58,6 +59,7 @@ class RollbackExecutor:
             head, target, version, "rollback", job.job_id, job.reason or "rollback"
         )
         publication = self._registry.publish(manifest, (), self._writer.verifier({}), job.alias)
+        index_version(self._registry, publication.version, publication.manifest)
         event = alias_event(self._registry, publication.alias_state) if publication.alias_state else None
         return JobResult("promoted", publication.manifest, event)
 
@@ -86,6 +88,7 @@ class RollbackExecutor:
             head, target, before, "revoke", job.job_id, job.reason or "revoked"
         )
         publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), job.alias)
+        index_version(self._registry, publication.version, publication.manifest)
         self._retire_revoked(job)
         event = self._writer.current_alias_event(job.adapter, job.alias)
         return JobResult(publication.manifest.outcome, publication.manifest, event)

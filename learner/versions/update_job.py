@@ -13,6 +13,7 @@ from perennial.learner.training.update import UpdateResult
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.garbage_collection import delete_unreferenced
+from perennial.learner.versions.history import index_version
 from perennial.learner.versions.job_order import stored_job
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.micro_batches import (
@@ -349,6 +350,7 @@ class UpdateExecutor:
         earlier = load_pending_deletes(self._store, job.adapter, job.job_id)
         record_pending_deletes(self._store, job.adapter, job.job_id, blobs)
         publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), alias)
+        index_version(self._registry, publication.version, publication.manifest)
         self._writer.failpoint("learner.publish")
         left_behind = trained.batch.new_body is not None or earlier is not None
         if left_behind or publication.manifest != manifest or not publication.was_new:
