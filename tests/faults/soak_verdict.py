@@ -12,10 +12,12 @@ from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 
+from perennial.learner.versions.job_order import waiting_jobs
 from perennial.learner.versions.micro_batches import MAX_BATCH_BYTES, batch_origins
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, get_blob
+from perennial.storage.registry.parked import list_parked
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.curate.agent import state_key
 from perennial.streams.curate.batcher import MAX_STATE_BYTES
@@ -90,8 +92,8 @@ class _Seen:
         values: The input records.
         accepted: The examples that intake wrote.
         dead_letters: The input records that were refused.
-        failed_jobs: Dead letter records of other topics, as text.
-        uncommitted: Positions of records that some role has not committed yet.
+        failed_jobs: Dead letter records of other topics and parked adapters, as text.
+        uncommitted: Positions of records that some role has not committed yet, or that wait in the store.
         lagging: How many records of all topics are not committed yet.
         adapters: What the manifests say, by adapter.
         classification: The terms of every input record.
@@ -204,6 +206,12 @@ def _read_all(settings: Settings, registry: Any) -> _Seen:
             )
         else:
             failed_jobs.append(f"{found.source_topic}: {found.dead_letter.reason}: {found.dead_letter.detail}"[:400])
+    for adapter in ADAPTERS:  # before the manifests: a job that is settled in between is in those
+        for job in waiting_jobs(registry.store, adapter):
+            uncommitted.update(_covered(registry.store, job))
+    failed_jobs += [
+        f"{parked.adapter} is parked: {parked.reason}: {parked.detail}" for parked in list_parked(registry.store)
+    ]
     adapters = {adapter: read_adapter(registry, adapter) for adapter in ADAPTERS}
     carried = {position for adapter in ADAPTERS for position in _carried(registry.store, adapter)}
     contents = {position: _content(value) for position, value in values.items()}
