@@ -14,7 +14,7 @@ from perennial.learner.model.lora import AdapterError
 from perennial.learner.model.loss import OutOfMemoryError
 from perennial.learner.versions.job_order import MissingCutError, stored_job
 from perennial.learner.versions.job_result import JobError
-from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, StoreError
+from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, PerennialError, StoreError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.parked import (
     MAX_DETAIL_CHARS,
@@ -39,6 +39,15 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (NoSpaceError, "no-space"),
 )
 _JOB_ERRORS = frozenset({"base-mismatch", "rank-mismatch", "recipe-mismatch"})
+_REMEDIES = {
+    "base-mismatch": "start this learner with the adapter's base (PERENNIAL_BASE), or stop it",
+    "rank-mismatch": "start this learner with the adapter's rank (PERENNIAL_RANK)",
+    "recipe-mismatch": "start a learner with the rank and alpha of that update (PERENNIAL_RANK, PERENNIAL_ALPHA)",
+    "broken-state": "start this learner with the adapter's base and rank, or restore the version's weights from a copy",
+    "missing-object": "restore the object from a copy",
+    "out-of-memory": "lower PERENNIAL_ROW_TOKENS, or give the learner more memory",
+}
+"""The remedies that replace what the error says, because it may not know that the adapter is parked."""
 
 
 def parking_reason(store: ObjectStore, job: UpdateRequested | ForgetRequested, error: Exception) -> str | None:
@@ -71,16 +80,24 @@ def park(
         error: what the job raised.
         at: the time now.
     """
+    detail = _detail(job.adapter, reason, error)
     record = ParkedAdapter(
-        adapter=job.adapter, reason=reason, detail=str(error)[:MAX_DETAIL_CHARS], job_id=job.job_id,
+        adapter=job.adapter, reason=reason, detail=detail[:MAX_DETAIL_CHARS], job_id=job.job_id,
         cut=job.cut if isinstance(job, UpdateRequested) else None, since=at,
         worker=f"{socket.gethostname()}:{os.getpid()}",
     )  # fmt: skip
-    _log.error(
-        "%s is parked (%s): %s; its jobs wait in the store; once the cause is mended: `perennial adapters unpark %s`",
-        job.adapter, reason, error, job.adapter,
-    )  # fmt: skip
+    _log.error("%s is parked (%s), its jobs wait in the store: %s", job.adapter, reason, detail)
     return park_adapter(store, record)
+
+
+def _detail(adapter: str, reason: str, error: Exception) -> str:
+    """Return what was found, what is allowed and what to do, then how the adapter goes on."""
+    remedy = _REMEDIES.get(reason) or (error.remedy if isinstance(error, PerennialError) else "")
+    if reason != MISSING_CUT:  # whose remedy says it already
+        remedy = f"{remedy or 'mend the cause'}; then `perennial adapters unpark {adapter}`"
+    if not isinstance(error, PerennialError):
+        return f"{error}; remedy: {remedy}"
+    return str(PerennialError(error.message, got=error.got, allowed=error.allowed, remedy=remedy))
 
 
 @contextmanager

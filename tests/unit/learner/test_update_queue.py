@@ -284,7 +284,8 @@ def test_attack_j_what_is_not_the_jobs_fault_parks_the_adapter(
         record = load_parked(store, ADAPTER)
         assert record is not None
         assert record.reason == reason
-        assert "remedy" in record.detail or reason == "out-of-memory"
+        assert "remedy: " in record.detail
+        assert f"`perennial adapters unpark {ADAPTER}`" in record.detail
         mended()
     unpark_adapter(store, ADAPTER)
     assert runner(local_learner(store)).run(job).outcome == "promoted"
