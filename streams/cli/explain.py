@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from unicodedata import normalize
 
 from rich.console import Console
 from rich.text import Text
 
 from perennial.storage.errors import NotFoundError
-from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.history.index import IndexedHistory
+from perennial.storage.registry.history.pages import IndexedVersion
 from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry, require_adapter
@@ -19,9 +20,10 @@ from perennial.streams.cli.tables import Column, Row, print_table, short_version
 from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.cli.terminal.times import iso_time
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.retain.example_index import ExampleIndex
+from perennial.streams.retain.example_index import learned_ids, stored_examples
 from perennial.streams.retain.ledger import StoredExample, expires_ms
 from perennial.streams.retain.request_store import load_in_force
+from perennial.streams.retention.example_rows import history_index
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 _ERASED = "erased"
@@ -93,22 +95,20 @@ def explain(adapter: str, *, document: str | None, limit: int, as_json: bool) ->
     settings = connected_settings()
     registry = open_registry(settings)
     require_adapter(registry, adapter)
-    examples = explain_examples(registry, adapter, settings.serving.alias)
-    if document is not None:
-        wanted = normalize("NFC", document)  # a terminal and a producer may write the same id in two forms
-        examples = [example for example in examples if normalize("NFC", example.document_id or "") == wanted]
-        if not examples:
-            raise NotFoundError(
-                "no such document in this adapter", got=document,
-                allowed="a document whose text the store has; of an erased one only topic, partition and offset remain",
-                remedy="run the command without --document to list all examples",
-            )  # fmt: skip
+    examples = _explain(registry, adapter, settings.serving.alias, document)
+    if document is not None and not examples:
+        raise NotFoundError(
+            "no such document in this adapter", got=document,
+            allowed="a document whose text the store has; of an erased one only topic, partition and offset remain",
+            remedy="run the command without --document to list all examples",
+        )  # fmt: skip
+    shown = [_with_losses(registry, adapter, item) for item in (examples if as_json else examples[:limit])]
     if as_json:
-        print(json.dumps([asdict(example) for example in examples]))
+        print(json.dumps([asdict(example) for example in shown]))
         return 0
     console = Console()
     console.print(Text(printable(_title(adapter, examples)), "bold"), soft_wrap=True)
-    print_table(_COLUMNS, [_row(example) for example in examples[:limit]], console=console)
+    print_table(_COLUMNS, [_row(example) for example in shown], console=console)
     if len(examples) > limit:
         Console(stderr=True).print(f"… and {len(examples) - limit} more: --limit, or --json for all", soft_wrap=True)
     return 0
@@ -136,44 +136,67 @@ def _minutes(iso: str | None) -> str:
     return (iso or "")[:16].replace("T", " ")
 
 
-def explain_examples(registry: Registry, adapter: str, alias: str) -> list[ExplainedExample]:
-    """Return every example of the adapter that the store has or had, those of the newest version first.
+def explain_examples(
+    registry: Registry, adapter: str, alias: str, document: str | None = None
+) -> list[ExplainedExample]:
+    """Return the examples of the adapter that the store has or had, those of the newest version first.
 
     Args:
         registry: The registry to read.
         adapter: The adapter.
         alias: The alias whose version counts as live.
+        document: Only the stored examples of this document or interaction.
     """
-    stored = ExampleIndex(registry).of(adapter)
-    manifests: dict[str, Manifest] = {}
-    live_ids = _live_example_ids(registry, adapter, alias, manifests)
+    found = _explain(registry, adapter, alias, document)
+    return [_with_losses(registry, adapter, example) for example in found]
+
+
+def _explain(registry: Registry, adapter: str, alias: str, document: str | None) -> list[ExplainedExample]:
+    """Return the examples without their losses, which take the manifest of each version."""
+    head = registry.head(adapter)
+    if head is None:
+        return []
+    history = history_index(registry, adapter).load(head)
+    stored = stored_examples(registry, adapter, history)
+    live_ids = _live_example_ids(registry, adapter, alias, history)
     quarantine_filter = QuarantineFilter(load_quarantine(registry.store, adapter), registry.store)
     policies = load_in_force(registry.store).policies_on(adapter)
+    wanted = None if document is None else normalize("NFC", document)
     explained = []
-    for item in stored:
-        manifest = manifests.get(item.version) or registry.manifest(adapter, item.version)
-        state = _state(item, quarantine_filter, live_ids)
-        explained.append(_explained(item, manifest, state, expires_ms(item.example, policies)))
-    seen = {item.example.example_id for item in stored}
-    for _, version in registry.versions(adapter):
-        manifest = registry.manifest(adapter, version)
-        for learned in manifest.learned:
-            if learned.example_id not in seen:
-                seen.add(learned.example_id)
-                explained.append(_erased(learned.example_id, learned.partition, learned.offset, version, manifest))
+    for item in stored:  # a terminal and a producer may write the same id in two forms
+        if wanted is None or normalize("NFC", item.example.document_id) == wanted:
+            state = _state(item, quarantine_filter, live_ids)
+            outcome = history.versions[item.version].outcome
+            explained.append(_explained(item, outcome, state, expires_ms(item.example, policies)))
+    if wanted is None:  # of an erased document only topic, partition and offset remain
+        explained += _all_erased(registry, adapter, history, {item.example.example_id for item in stored})
     return sorted(explained, key=lambda example: (-example.seq, example.topic, example.partition, example.offset))
 
 
-def _live_example_ids(registry: Registry, adapter: str, alias: str, manifests: dict[str, Manifest]) -> set[str]:
-    """Return the ids of the examples that the live version was trained on; add the manifests read to `manifests`."""
+def _all_erased(registry: Registry, adapter: str, history: IndexedHistory, seen: set[str]) -> list[ExplainedExample]:
+    """Return the learned examples that are not among those seen, newest first; add them to those seen."""
+    erased = []
+    for version in reversed(history.published):
+        node = history.versions[version]
+        if node.learned_count == 0 or (node.batch is not None and history.rows(node.batch)):
+            continue  # whatever it learned is stored
+        for learned in registry.manifest(adapter, version).learned:
+            if learned.example_id not in seen:
+                seen.add(learned.example_id)
+                erased.append(_erased(learned.example_id, learned.partition, learned.offset, version, node))
+    return erased
+
+
+def _live_example_ids(registry: Registry, adapter: str, alias: str, history: IndexedHistory) -> set[str]:
+    """Return the ids of the stored examples that the live version was trained on."""
     state = registry.alias(adapter, alias)
     version = state.version if state and state.kind != "retired" else None
     ids: set[str] = set()
-    while version is not None:
-        manifest = manifests[version] = registry.manifest(adapter, version)
-        if manifest.outcome == "promoted":
-            ids |= {item.example_id for item in manifest.learned}
-        version = manifest.parent
+    while version is not None and version in history.versions:
+        node = history.versions[version]
+        if node.outcome == "promoted":
+            ids.update(learned_ids(registry, adapter, history, node))
+        version = node.parent
     return ids
 
 
@@ -187,22 +210,29 @@ def _state(item: StoredExample, quarantine_filter: QuarantineFilter, live_ids: s
     return "learned" if item.learned else "not learned"
 
 
-def _explained(item: StoredExample, manifest: Manifest, state: str, end_ms: int | None) -> ExplainedExample:
+def _with_losses(registry: Registry, adapter: str, example: ExplainedExample) -> ExplainedExample:
+    if example.state == _ERASED:
+        return example
+    gate = registry.manifest(adapter, example.version).gate
+    return replace(example, gate_before_nats=gate.held_out_before, gate_after_nats=gate.held_out_after)
+
+
+def _explained(item: StoredExample, outcome: str, state: str, end_ms: int | None) -> ExplainedExample:
     example, origin = item.example, item.example.origin
     return ExplainedExample(
         document_id=example.document_id, example_id=example.example_id, topic=origin.topic,
         partition=origin.partition, offset=origin.offset, published_at=iso_time(origin.timestamp_ms),
-        version=item.version, seq=item.seq, outcome=manifest.outcome,
-        gate_before_nats=manifest.gate.held_out_before,
-        gate_after_nats=manifest.gate.held_out_after, state=state,
+        version=item.version, seq=item.seq, outcome=outcome, gate_before_nats=None, gate_after_nats=None, state=state,
         expires_at=None if end_ms is None else iso_time(end_ms),
     )  # fmt: skip
 
 
-def _erased(example_id: str, origin_partition: str, offset: int, version: str, manifest: Manifest) -> ExplainedExample:
+def _erased(
+    example_id: str, origin_partition: str, offset: int, version: str, node: IndexedVersion
+) -> ExplainedExample:
     _, topic, partition = origin_partition.rsplit("/", 2)
     return ExplainedExample(
         document_id=None, example_id=example_id, topic=topic, partition=int(partition), offset=offset,
-        published_at=None, version=version, seq=manifest.seq, outcome=manifest.outcome, gate_before_nats=None,
+        published_at=None, version=version, seq=node.seq, outcome=node.outcome, gate_before_nats=None,
         gate_after_nats=None, state=_ERASED, expires_at=None,
     )  # fmt: skip

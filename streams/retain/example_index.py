@@ -1,33 +1,31 @@
-"""Index of the examples that the store has of an adapter, read from the micro-batches of its versions.
+"""Index of the examples that the store has of an adapter, from the history index of its versions.
 
-Examples of refused updates are included, because their text is in the store too. Texts are not kept in memory. A
-micro-batch that was erased is passed over. A damaged one is passed over and logged: one bad object must not stop the
-calendar of every other adapter.
+Examples of refused updates are included, because their text is in the store too. Texts are not kept in memory. The
+micro-batches themselves are read only where the history index does not have them. One that was erased is passed over. A
+damaged one is passed over and logged: one bad object must not stop the calendar of every other adapter.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from pydantic import ValidationError
-
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.object_store import get_blob
-from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.registry import Registry
-from perennial.storage.registry.suppressed_texts import ensure_text_key
-from perennial.streams.events.models import Batch
-from perennial.streams.retain.ledger import StoredExample
-from perennial.streams.retention.quarantine_filter import text_hash
+from perennial.storage.registry.history.index import IndexedHistory
+from perennial.storage.registry.history.pages import ExampleRow, IndexedVersion
+from perennial.storage.registry.registry import Head, Registry
+from perennial.streams.retain.ledger import StoredExample, expires_ms
+from perennial.streams.retention.example_rows import ExampleRows, bare_example, history_index
 
 log = logging.getLogger("perennial.retain")
 
 MAX_BATCH_BYTES: Final = 512 * 1024 * 1024
 DEFAULT_MAX_EXAMPLES: Final = 200_000
+_MAX_NEWER: Final = 64
 
 
 @dataclass
@@ -37,14 +35,13 @@ class _AdapterIndex:
     seq: int = 0
     version: str = ""
     examples: dict[str, StoredExample] = field(default_factory=dict)
-    text_key: bytes = b""
 
 
 class ExampleIndex:
     """The stored examples by adapter, with a cache of the adapters used last. Not thread-safe.
 
     An adapter that only got updates since the last read is read from there on; after any other change it is read
-    again from the beginning.
+    again from the beginning, which takes a few pages of its history index.
 
     Args:
         registry: The registry to read.
@@ -55,6 +52,7 @@ class ExampleIndex:
         self._registry = registry
         self._max_examples = max_examples
         self._cache: OrderedDict[str, _AdapterIndex] = OrderedDict()
+        self._cached_examples = 0
 
     def of(self, adapter: str) -> list[StoredExample]:
         """Return the adapter's examples as of its newest version, oldest first.
@@ -65,70 +63,168 @@ class ExampleIndex:
         head = self._registry.head(adapter)
         if head is None:
             return []
-        index = self._cache.get(adapter)
+        index = self._cache.pop(adapter, None)
+        if index is not None:
+            self._cached_examples -= len(index.examples)
         if index is None or index.version != head.version:
-            index = self._refresh(adapter, index or _AdapterIndex(), head.seq, head.version)
-            self._cache[adapter] = index
-        self._cache.move_to_end(adapter)
-        total = sum(len(cached.examples) for cached in self._cache.values())
-        while total > self._max_examples and len(self._cache) > 1:
-            total -= len(self._cache.popitem(last=False)[1].examples)
+            index = self._refresh(adapter, index, head)
+        self._cache[adapter] = index
+        self._cached_examples += len(index.examples)
+        while self._cached_examples > self._max_examples and len(self._cache) > 1:
+            self._cached_examples -= len(self._cache.popitem(last=False)[1].examples)
         return list(index.examples.values())
 
-    def _refresh(self, adapter: str, index: _AdapterIndex, seq: int, version: str) -> _AdapterIndex:
-        index.text_key = index.text_key or ensure_text_key(self._registry.store, adapter)
-        newer = list(self._registry.versions(adapter, limit=max(0, seq - index.seq)))[::-1]
-        manifests = [self._registry.manifest(adapter, version_id) for _, version_id in newer]
-        if index.seq and all(manifest.kind == "update" for manifest in manifests):
-            for (_, version_id), manifest in zip(newer, manifests, strict=True):
-                self._add(index, version_id, manifest, may_be_live=True)
+    def due_before(self, adapter: str, end_ms: int) -> list[StoredExample]:
+        """Return the examples whose own life ends by a time, policies left aside; keep nothing in memory.
+
+        Args:
+            adapter: The adapter.
+            end_ms: The time, in milliseconds since 1970.
+
+        Raises:
+            StoreError: The store cannot be read.
+        """
+        head = self._registry.head(adapter)
+        if head is None:
+            return []
+        cached = self._cache.get(adapter)
+        if cached is not None and cached.version == head.version:
+            stored: Collection[StoredExample] = cached.examples.values()
         else:
-            index = _AdapterIndex(text_key=index.text_key)
-            revoked = {revocation.version for revocation in self._registry.revocations(adapter)}
-            for version_id, manifest in self._history(adapter, version):
-                self._add(index, version_id, manifest, may_be_live=version_id not in revoked)
-        index.seq, index.version = seq, version
+            history = history_index(self._registry, adapter).load(head)
+            reader = _Reader(self._registry, adapter, history, _may_end)
+            stored = reader.examples().values()
+        return [item for item in stored if (end := expires_ms(item.example, ())) is not None and end <= end_ms]
+
+    def _refresh(self, adapter: str, index: _AdapterIndex | None, head: Head) -> _AdapterIndex:
+        newer = None if index is None else self._updates_since(adapter, index, head)
+        history = history_index(self._registry, adapter).load(head) if newer is None else _of_newer(head, newer)
+        reader = _Reader(self._registry, adapter, history)
+        if index is None or newer is None:
+            return _AdapterIndex(head.seq, head.version, reader.examples())
+        for node in newer:
+            reader.add(index.examples, node, may_be_live=True)
+        index.seq, index.version = head.seq, head.version
         return index
 
-    def _history(self, adapter: str, head: str) -> Iterator[tuple[str, Manifest]]:
+    def _updates_since(self, adapter: str, index: _AdapterIndex, head: Head) -> list[IndexedVersion] | None:
+        """Return the versions after the cached one, oldest first; None where they are many, or not only updates."""
+        if not 0 < head.seq - index.seq <= _MAX_NEWER:
+            return None
+        nodes: list[IndexedVersion] = []
+        version: str | None = head.version
+        while version is not None and version != index.version:
+            manifest = self._registry.manifest(adapter, version)
+            if manifest.kind != "update" or manifest.seq <= index.seq:
+                return None
+            nodes.append(IndexedVersion.of(version, manifest))
+            version = manifest.head
+        return nodes[::-1]
+
+
+def stored_examples(registry: Registry, adapter: str, history: IndexedHistory) -> list[StoredExample]:
+    """Return the examples of an adapter whose text the store has, oldest first.
+
+    Args:
+        registry: The registry to read.
+        adapter: The adapter.
+        history: The adapter's history index.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    return list(_Reader(registry, adapter, history).examples().values())
+
+
+def learned_ids(registry: Registry, adapter: str, history: IndexedHistory, node: IndexedVersion) -> Collection[str]:
+    """Return the ids of the examples that a version learned; of erased ones only where its manifest is read for it."""
+    if len(node.learned) == node.learned_count or (node.batch and history.rows(node.batch) is not None):
+        return node.learned
+    return [item.example_id for item in registry.manifest(adapter, node.version).learned]
+
+
+def _of_newer(head: Head, newer: Sequence[IndexedVersion]) -> IndexedHistory:
+    return IndexedHistory(head.version, versions={node.version: node for node in newer})
+
+
+def _may_end(row: ExampleRow) -> bool:
+    return "retention_class" in row or row.get("expires_at") is not None
+
+
+class _Reader:
+    """Reads the stored examples of one adapter from its history index."""
+
+    def __init__(
+        self,
+        registry: Registry,
+        adapter: str,
+        history: IndexedHistory,
+        wanted: Callable[[ExampleRow], bool] | None = None,
+    ) -> None:
+        self._registry = registry
+        self._adapter = adapter
+        self._history = history
+        self._wanted = wanted
+        self._rows = ExampleRows(registry.store, adapter)
+
+    def examples(self) -> dict[str, StoredExample]:
+        """Return the stored examples by id."""
+        revoked = {revocation.version for revocation in self._registry.revocations(self._adapter)}
+        found: dict[str, StoredExample] = {}
+        for node in self._nodes():
+            self.add(found, node, may_be_live=node.version not in revoked)
+        return found
+
+    def _nodes(self) -> Iterator[IndexedVersion]:
         """Yield every numbered version, then those that only the newest one's recorded schedule leads to.
 
         A forgetting rebuilds versions without giving them a number; the schedule names them.
         """
-        seen = set()
-        for _, version_id in self._registry.versions(adapter, newest_first=False):
-            seen.add(version_id)
-            yield version_id, self._registry.manifest(adapter, version_id)
-        before = self._registry.manifest(adapter, head).schedule_parent
+        history = self._history
+        for version in history.published:
+            yield history.versions[version]
+        numbered = set(history.published)
+        before = history.versions[history.head].schedule_parent
         while before is not None:
-            manifest = self._registry.manifest(adapter, before)
-            if before not in seen:
-                yield before, manifest
-            before = manifest.schedule_parent
+            if before not in numbered:
+                yield history.versions[before]
+            before = history.versions[before].schedule_parent
 
-    def _add(self, index: _AdapterIndex, version: str, manifest: Manifest, *, may_be_live: bool) -> None:
-        if manifest.batch is None:
+    def add(self, examples: dict[str, StoredExample], node: IndexedVersion, *, may_be_live: bool) -> None:
+        """Add the examples of a version's micro-batch."""
+        rows = self._rows_of(node)
+        if not rows:
             return
-        try:
-            data = get_blob(self._registry.store, manifest.batch.digest, MAX_BATCH_BYTES)
-            batch = Batch.model_validate_json(data)
-        except NotFoundError:  # erased
-            return
-        except (IntegrityError, ValidationError):
-            log.error(  # noqa: TRY400 - the traceback would show the damaged bytes, and they may be text
-                "%s: micro-batch %s of version %s is damaged: restore it from a copy, or nothing in it can expire",
-                manifest.adapter, manifest.batch.digest, version,
-            )  # fmt: skip
-            return
-        promoted = may_be_live and manifest.outcome == "promoted"
-        learned = {item.example_id for item in manifest.learned} if promoted else set()
-        for example in batch.examples:
-            example_id = example.example_id
-            before = index.examples.get(example_id)
+        promoted = may_be_live and node.outcome == "promoted"
+        learned = set(learned_ids(self._registry, self._adapter, self._history, node)) if promoted else set()
+        for row in rows:
+            if self._wanted is not None and not self._wanted(row):
+                continue
+            example_id = row["example_id"]
+            before = examples.get(example_id)
             if before is None:
-                bare = example.model_copy(update={"text": None, "prompt": None, "answer": None})
-                index.examples[example_id] = StoredExample(
-                    bare, text_hash(example, index.text_key), manifest.seq, version, example_id in learned
+                examples[example_id] = StoredExample(
+                    bare_example(row), row["text_hash"], node.seq, node.version, example_id in learned
                 )
             elif example_id in learned and not before.learned:
-                index.examples[example_id] = replace(before, seq=manifest.seq, version=version, learned=True)
+                examples[example_id] = replace(before, seq=node.seq, version=node.version, learned=True)
+
+    def _rows_of(self, node: IndexedVersion) -> Sequence[ExampleRow]:
+        if node.batch is None:
+            return ()
+        if node.batch in self._history.batches:
+            # Of a selection by lifetimes nobody looks at the hashes, so the key of these is not read.
+            check = None if self._wanted is not None else self._rows.key_check()
+            rows = self._history.rows(node.batch, check)
+            if rows is not None:
+                return rows
+        try:
+            return self._rows.rows(get_blob(self._registry.store, node.batch, MAX_BATCH_BYTES))
+        except NotFoundError:  # erased
+            return ()
+        except (IntegrityError, ValueError):
+            log.error(  # noqa: TRY400 - the traceback would show the damaged bytes, and they may be text
+                "%s: micro-batch %s of version %s is damaged: restore it from a copy, or nothing in it can expire",
+                self._adapter, node.batch, node.version,
+            )  # fmt: skip
+            return ()

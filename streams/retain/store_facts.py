@@ -67,8 +67,7 @@ class StoreFacts:
 
     def due_before(self, adapter: str, end_ms: int) -> Sequence[StoredExample]:
         """See `Facts`."""
-        find = getattr(self._index, "due_before", None)
-        return self.examples(adapter) if find is None else find(adapter, end_ms)
+        return self._index.due_before(adapter, end_ms)
 
     def newest(self, adapter: str) -> str:
         """See `Facts`."""

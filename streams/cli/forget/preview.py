@@ -8,6 +8,7 @@ from typing import TypedDict
 from rich.console import Console
 from rich.text import Text
 
+from perennial.storage.registry.history.index import IndexedHistory
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.forget.selection import count_of
@@ -16,10 +17,11 @@ from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.cli.terminal.times import spoken_time
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import Selector
-from perennial.streams.retain.example_index import ExampleIndex
+from perennial.streams.retain.example_index import learned_ids, stored_examples
 from perennial.streams.retain.ledger import StoredExample, covers
 from perennial.streams.retain.request_store import load_in_force
 from perennial.streams.retain.rules.in_force import InForce
+from perennial.streams.retention.example_rows import history_index
 
 _MAX_SHOWN = 20
 _COLUMNS = (
@@ -110,11 +112,15 @@ def _print_plan(plan: _Plan) -> None:
 
 
 def _plan(registry: Registry, in_force: InForce, adapter: str, selector: Selector) -> _Plan:
-    selected = [item for item in ExampleIndex(registry).of(adapter) if selector.matches(item.example)]
+    head = registry.head(adapter)
+    if head is None:
+        return {"adapter": adapter, "versions": [], "replayed": 0, "examples": []}
+    history = history_index(registry, adapter).load(head)
+    selected = [item for item in stored_examples(registry, adapter, history) if selector.matches(item.example)]
     ids = {item.example.example_id for item in selected}
     contaminated: list[str] = []
     replayed = 0
-    for version, learned, has_batch in _promoted_ancestors(registry, adapter):
+    for version, learned, has_batch in _promoted_ancestors(registry, adapter, history):
         if contaminated or learned & ids:
             contaminated.append(version)
             replayed += has_batch
@@ -135,18 +141,17 @@ def _facts(item: StoredExample, held: bool) -> _Example:
     }  # fmt: skip
 
 
-def _promoted_ancestors(registry: Registry, adapter: str) -> list[tuple[str, set[str], bool]]:
+def _promoted_ancestors(registry: Registry, adapter: str, history: IndexedHistory) -> list[tuple[str, set[str], bool]]:
     """Return the promoted versions that the newest one stems from, oldest first.
 
-    Each with the ids of the examples that it learned and whether it has a micro-batch.
+    Each with the ids of the stored examples that it learned and whether it has a micro-batch.
     """
     found: list[tuple[str, set[str], bool]] = []
-    head = registry.head(adapter)
-    version = head.version if head else None
+    version: str | None = history.head
     while version is not None:
-        manifest = registry.manifest(adapter, version)
-        if manifest.outcome == "promoted":
-            learned = {item.example_id for item in manifest.learned}
-            found.append((version, learned, manifest.batch is not None))
-        version = manifest.parent
+        node = history.versions[version]
+        if node.outcome == "promoted":
+            learned = set(learned_ids(registry, adapter, history, node))
+            found.append((version, learned, node.batch is not None))
+        version = node.parent
     return found[::-1]
