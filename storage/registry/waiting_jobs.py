@@ -28,7 +28,7 @@ from perennial.storage.registry.records import RegistryRecord, check_adapter, pa
 
 CUT_DIGITS = 12
 MAX_CUT = 10**CUT_DIGITS - 1
-MAX_JOB_BYTES = 1 << 20
+MAX_JOB_BYTES = 4 << 20
 MAX_GIVEN_UP = 10_000
 _MAX_GIVEN_UP_BYTES = 16 << 20
 _MAX_JOB_VERSIONS_BYTES = 1 << 20

@@ -13,8 +13,9 @@ from typing import Any, Self
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.errors import GroupIdNotFoundError, KafkaError
 
-from perennial.storage.errors import PerennialError
+from perennial.storage.errors import IntegrityError, NotFoundError, PerennialError
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.parked import list_parked
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.kafka.replica_status import ReplicaTable
@@ -76,6 +77,7 @@ class FlowSnapshot:
         adapters: The first 20 adapters by name.
         more_adapters: True where the registry has more adapters than that.
         missing_topics: Topics that the broker does not have, with the prefix.
+        parked: Why adapters wait for an operator, by adapter.
     """
 
     taken_at: float
@@ -84,6 +86,7 @@ class FlowSnapshot:
     adapters: list[AdapterStatus] = field(default_factory=list)
     more_adapters: bool = False
     missing_topics: list[str] = field(default_factory=list)
+    parked: dict[str, str] = field(default_factory=dict)
 
 
 class FlowReader:
@@ -160,6 +163,7 @@ class FlowReader:
         adapters = list(islice(self.registry.adapters(), _MAX_ADAPTERS + 1))
         flow.more_adapters = len(adapters) > _MAX_ADAPTERS
         flow.adapters = [self._adapter(name) for name in adapters[:_MAX_ADAPTERS]]
+        flow.parked = {record.adapter: record.reason for record in list_parked(self.registry.store)}
         return flow
 
     def _lag(self, role: str, names: tuple[str, ...], ends: dict[TopicPartition, int]) -> int:
@@ -189,7 +193,10 @@ class FlowReader:
         self._followed = True
 
     def _adapter(self, name: str) -> AdapterStatus:
-        alias, head = self.registry.alias(name, self.settings.serving.alias), self.registry.head(name)
+        try:
+            alias, head = self.registry.alias(name, self.settings.serving.alias), self.registry.head(name)
+        except (IntegrityError, NotFoundError):  # one damaged adapter must not hide the others
+            return AdapterStatus(name, 0, None, 0, "unreadable", None, None, 0, 0)
         gate = head.manifest.gate if head else GateFigures()
         now_ms = time.time_ns() // 1_000_000
         replicas = [(status, status.state(now_ms)) for status in self._replicas.of(name, self.settings.serving.alias)]

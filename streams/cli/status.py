@@ -121,6 +121,10 @@ def _parts(flow: FlowSnapshot, before: FlowSnapshot | None) -> tuple[list[_Table
         tables.append(_Table("adapters", _ADAPTER_COLUMNS, [_adapter_row(adapter) for adapter in flow.adapters]))
     else:
         notes.append(Text("no adapter has a version yet"))
+    for adapter, reason in flow.parked.items():
+        notes.append(
+            Text(f"{adapter} is parked: {reason}; `perennial adapters show {adapter}` says what to do", "red")
+        )  # fmt: skip
     if flow.more_adapters:
         notes.append(Text("… and more; `perennial adapters ls` lists all"))
     return tables, notes

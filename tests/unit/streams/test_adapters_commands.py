@@ -17,10 +17,12 @@ from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_a
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.storage.registry.records import manifest_key
 from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_given_up, put_job
-from perennial.streams.cli import adapters, doctor
+from perennial.streams.cli import adapters, doctor, status
+from perennial.streams.cli.flow import FlowSnapshot
 from perennial.streams.client.base_publisher import Delivery, PublishError
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import BlobRef, ForgetRequested, RollbackRequested, UpdateRequested
+from perennial.streams.kafka.topics import TOPICS
 from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
@@ -278,3 +280,8 @@ def test_doctor_lists_parked_adapters_and_what_waits(store):
     assert "acme/support is parked" in finding.found
     assert "2 updates wait from jobs/acme/support/000000000003 on: blob 12 is damaged" in finding.found
     assert "perennial adapters unpark" in finding.remedy
+
+
+def test_status_names_parked_adapters():
+    flow = FlowSnapshot(1.0, dict.fromkeys(TOPICS, 0), dict.fromkeys(status.GROUPS, 0), parked={ADAPTER: "no-space"})
+    assert "acme/support is parked: no-space; `perennial adapters show acme/support`" in status.as_text(flow, None)
