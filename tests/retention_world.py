@@ -24,9 +24,10 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.retain.ledger import RequestRecord, StoredExample
 from perennial.streams.retain.request_store import RequestStore, load_requests
-from perennial.streams.retain.request_worker import RequestWorker, Slice
+from perennial.streams.retain.request_worker import RequestWorker
 from perennial.streams.retain.rules.replica_report import ReplicaReport
 from perennial.streams.retain.rules.state_machine import AliasPosition, QuarantineChange
+from perennial.streams.retain.work_slice import Slice
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from tests.memory_store import MemoryStore
 

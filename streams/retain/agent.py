@@ -31,6 +31,7 @@ from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.service import SOURCE, RetainService
 from perennial.streams.retain.store_facts import StoreFacts
+from perennial.streams.retain.work_slice import PURE_ERRORS
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.retain")
@@ -97,6 +98,9 @@ class RetainAgent:
             await self._service.receive(request, int(message.timestamp * 1000))
         except WireError as error:
             await self._refuse(error, message)
+        except PURE_ERRORS as error:  # one request must not end the role
+            log.exception("a request cannot be accepted")
+            await self._refuse(WireError("internal-error", type(error).__name__, got=str(error)), message)
         if self._is_current(message.generation_id):
             event.ack()
         failpoint("retain.ack")

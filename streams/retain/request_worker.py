@@ -7,18 +7,18 @@ does no harm: changes are idempotent, and the jobs have the same ids again.
 
 from __future__ import annotations
 
+import logging
 import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from itertools import islice
 from typing import ClassVar, Final
 
 from perennial.storage.registry.quarantine import Quarantine, update_quarantine
-from perennial.streams.events.fields import PERMANENT, Event
+from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import RetentionKind, RetentionRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.retain.adapter_calendar import AdapterCalendar
@@ -34,35 +34,27 @@ from perennial.streams.retain.ledger import (
 from perennial.streams.retain.request_cache import RequestCache, StoredRequest
 from perennial.streams.retain.request_store import KEEP_MS, RequestStore, hash_of, indexes_of
 from perennial.streams.retain.rules.calendar import OWN_PREFIX, earlier_id_of
-from perennial.streams.retain.rules.state_machine import Facts, QuarantineChange, RequestProcessor, with_progress
+from perennial.streams.retain.rules.state_machine import (
+    MAX_DETAIL_CHARS,
+    Facts,
+    QuarantineChange,
+    RequestProcessor,
+    with_progress,
+)
 from perennial.streams.retain.rules.transitions import OPEN_PHASES
+from perennial.streams.retain.work_slice import PURE_ERRORS, SLICE_ADAPTERS, Slice
 from perennial.streams.retention.kinds import KINDS, refusal_of
+
+log = logging.getLogger("perennial.retain")
 
 CALENDAR_BUDGET_S: Final = 1.0
 """About how long one tick may look at adapters for the calendar; the next tick goes on from there."""
 _MIN_ADAPTERS_PER_TICK: Final = 16
-SLICE_ADAPTERS: Final = 64
-"""The most adapters that one slice looks at or changes, so that the event loop and other deliveries get their turn."""
 TICK_BUDGET_S: Final = 2.0
 """About how long one tick goes on with open requests; the next tick goes on from there."""
 PRUNE_EVERY_S: Final = 60.0
 PRUNE_AT_ONCE: Final = 500
 """Ended requests that one tick removes at most."""
-
-
-@dataclass(frozen=True)
-class Slice:
-    """A bounded piece of work.
-
-    Attributes:
-        changes: Changes of quarantines, to apply first.
-        events: Events to send after that.
-        saves: What to store after that.
-    """
-
-    changes: list[QuarantineChange] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    saves: list[Callable[[], None]] = field(default_factory=list)
 
 
 class RequestWorker:
@@ -135,7 +127,7 @@ class RequestWorker:
         else:
             yield self._saving(processor, self._accepted(processor, request, received_ms), None)
         if not (request.adapter.endswith("*") and (KINDS[request.kind].job is not None or request.kind == "hold")):
-            yield from self._go_on(name, now_ms)  # what has to reach many adapters is for the ticks
+            yield from self._guarded(name, now_ms)  # what has to reach many adapters is for the ticks
 
     def _accepted(self, processor: RequestProcessor, request: RetentionRequested, received_ms: int) -> RequestRecord:
         rules, until_ms = KINDS[request.kind], received_ms
@@ -187,7 +179,11 @@ class RequestWorker:
             if adapter not in self._looked_at:
                 yield from self._look_at_new(adapter, now_ms)
             expiring = adapter in self.cache.expiring
-            found = self._calendar.look(adapter, self.cache.in_force, expiring=expiring, now_ms=now_ms)
+            try:
+                found = self._calendar.look(adapter, self.cache.in_force, expiring=expiring, now_ms=now_ms)
+            except PURE_ERRORS:  # one adapter's example must not stop the calendar of every other adapter
+                log.exception("the calendar cannot look at %s: nothing of it expires", adapter)
+                continue
             if found.jobs:
                 yield Slice(events=list(found.jobs))
             for record in found.requests:
@@ -233,7 +229,7 @@ class RequestWorker:
         for _ in range(len(self._turn)):
             name = self._turn[0]
             self._turn.rotate(-1)
-            work = self._begun.pop(name, None) or self._go_on(name, now_ms)
+            work = self._begun.pop(name, None) or self._guarded(name, now_ms)
             for piece in work:
                 yield piece
                 if time.monotonic() > deadline:
@@ -247,6 +243,18 @@ class RequestWorker:
     def _received_ms(self, name: str) -> int:
         found = self.cache.get(name)
         return found.record.received_ms if found else 0
+
+    def _guarded(self, name: str, now_ms: int) -> Iterator[Slice]:
+        """Go on with one request; if that fails by what the request or an example says, only this request fails."""
+        try:
+            yield from self._go_on(name, now_ms)
+        except PURE_ERRORS as error:
+            log.exception("request %s cannot go on", name)
+            found = self.cache.load(name)
+            if found is not None and found.record.open and KINDS[found.record.request.kind].job is not None:
+                processor = self._processor(now_ms)
+                detail = f"internal error, please report it: {type(error).__name__}: {error}"[:MAX_DETAIL_CHARS]
+                yield self._saving(processor, processor.set_state(found.record, "failed", detail, now_ms), found)
 
     def _go_on(self, name: str, now_ms: int) -> Iterator[Slice]:
         """Do whatever can be done now for one request."""

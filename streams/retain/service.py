@@ -29,8 +29,9 @@ from perennial.streams.retain.clock import ClockGuard
 from perennial.streams.retain.ledger import STATES, RequestRecord, epoch_ms
 from perennial.streams.retain.ledger_migration import migrate_ledger
 from perennial.streams.retain.request_store import RequestStore
-from perennial.streams.retain.request_worker import RequestWorker, Slice
+from perennial.streams.retain.request_worker import RequestWorker
 from perennial.streams.retain.store_facts import StoreFacts
+from perennial.streams.retain.work_slice import Slice
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import islice
 from typing import Final
 
@@ -17,6 +18,7 @@ from perennial.streams.retain.request_store import RequestStore, hash_of, load_r
 from perennial.streams.settings import Settings
 
 _MAX_SHOWN: Final = 20
+_STORED_S: Final = 5.0
 _COLUMNS = (
     Column("adapter"),
     Column("phase", 1),
@@ -36,7 +38,7 @@ def print_outcome(settings: Settings, last: RetentionProgressed) -> None:
     """
     try:
         store = open_store(settings.store.uri, settings.s3) if settings.store.uri else None
-        record = load_request(store, last.request_id) if store is not None else None
+        record = _ended(store, last.request_id) if store is not None else None
     except PerennialError:  # the request is carried out, whatever this machine can read
         store = record = None
     if store is not None and record is not None:
@@ -46,6 +48,16 @@ def print_outcome(settings: Settings, last: RetentionProgressed) -> None:
         phase="done", examples=last.examples, version=last.version, acknowledged=last.acknowledged, missing=last.missing
     )
     _print([(last.adapter, progress)], 0)
+
+
+def _ended(store: ObjectStore, request_id: str) -> RequestRecord | None:
+    """Return the request once it has ended in the store, which is a moment after its state was published."""
+    deadline = time.monotonic() + _STORED_S
+    while True:
+        record = load_request(store, request_id)
+        if record is None or not record.open or time.monotonic() > deadline:
+            return record
+        time.sleep(0.1)
 
 
 def print_adapters(store: ObjectStore, record: RequestRecord) -> None:

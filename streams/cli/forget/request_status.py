@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from datetime import UTC
 from typing import Any, Self
 
 from kafka import KafkaConsumer, TopicPartition
@@ -20,6 +19,7 @@ from perennial.streams.cli.flow import BrokerUnreachableError
 from perennial.streams.cli.forget.outcome import print_adapters
 from perennial.streams.cli.forget.selection import describe_selection
 from perennial.streams.cli.tables import Column, Row, print_facts, print_table, shown_version
+from perennial.streams.cli.terminal.times import spoken_time
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.models import RetentionProgressed
@@ -102,7 +102,7 @@ def _print_one(event: RetentionProgressed, record: RequestRecord | None, store: 
         request = record.request
         facts |= {"requested by": request.requested_by, "reason": request.reason or "-"}
         if request.due_at is not None:
-            facts["due"] = f"{request.due_at.astimezone(UTC):%Y-%m-%d %H:%M:%S} UTC"
+            facts["due"] = spoken_time(int(request.due_at.timestamp() * 1000))
     facts |= {"confirmed by": _names(event.acknowledged), "not confirmed by": _names(event.missing)}
     print_facts(facts, console=console)
     if record is not None and store is not None:

@@ -59,7 +59,7 @@ DUE_MARGIN_MS: Final = 3_600_000
 _NOTHING_MATCHED: Final = (
     f"{NOTHING_MATCHED}: the store had no such example; those on their way through the topics are kept out"
 )
-_MAX_DETAIL_CHARS: Final = 2000
+MAX_DETAIL_CHARS: Final = 2000
 _MAX_LISTED: Final = 5
 
 
@@ -316,7 +316,7 @@ class RequestProcessor:
         )  # fmt: skip
         return self.set_state(
             record.model_copy(update={"exceptions": record.exceptions and state.state == "closed"}),
-            state.state, detail[:_MAX_DETAIL_CHARS], self.now_ms if state.ends else None,
+            state.state, detail[:MAX_DETAIL_CHARS], self.now_ms if state.ends else None,
         )  # fmt: skip
 
     def set_state(

@@ -6,12 +6,13 @@ import pytest
 
 from perennial.storage.errors import ConflictError, IntegrityError
 from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
+from perennial.streams.events.models import ExampleAccepted, Selector
 from perennial.streams.retain import request_worker
-from perennial.streams.retain.ledger import AdapterProgress, RequestRecord
+from perennial.streams.retain.ledger import AdapterProgress, RequestRecord, StoredExample
 from perennial.streams.retain.ledger_migration import LEDGER_KEY, RequestLedger, migrate_ledger
 from perennial.streams.retain.request_store import INDEX, REQUESTS, RequestStore, hash_of, load_in_force, load_requests
-from perennial.streams.retain.request_worker import SLICE_ADAPTERS
 from perennial.streams.retain.rules.replica_report import ReplicaReport
+from perennial.streams.retain.work_slice import SLICE_ADAPTERS
 from tests.memory_store import MemoryStore
 from tests.retention_world import AT, DAY_MS, A, World, doc, example, request
 
@@ -289,3 +290,39 @@ def test_a_hold_that_nobody_can_read_lets_nothing_be_forgotten():
     with pytest.raises(IntegrityError, match=key):
         world.step(request("erase", selector=doc(1)))
     assert world.jobs == []
+
+
+def test_what_one_request_breaks_ends_that_request_alone(monkeypatch):
+    """A value that decodes and then breaks a pure function ended the role at every start."""
+    world = World()
+    world.learn(example(1), example(2))
+    matches = Selector.matches
+
+    def broken(selector: Selector, one: ExampleAccepted) -> bool:
+        if selector.document_ids == ["d7"]:
+            raise OverflowError("date value out of range")
+        return matches(selector, one)
+
+    monkeypatch.setattr(Selector, "matches", broken)
+    world.step(request("erase", "bad", selector=doc(7)), request("erase", "good", selector=doc(1)))
+    world.work()
+    world.step()
+    assert world.states("bad")[-1] == "failed"
+    assert "OverflowError" in [event.detail for event in world.published if event.request_id == "bad"][-1]
+    assert world.states("good")[-1] == "closed"
+
+
+def test_what_one_adapter_breaks_stops_the_calendar_of_no_other(monkeypatch, caplog):
+    world = World(now_ms=10**6)
+    world.learn(example(1, retention_class="PT1S"), example(2, adapter="acme/sales", retention_class="PT1S"))
+    examples = world.examples
+
+    def broken(adapter: str) -> list[StoredExample]:
+        if adapter == "acme/sales":
+            raise OverflowError("date value out of range")
+        return examples(adapter)
+
+    monkeypatch.setattr(world, "examples", broken)
+    world.step()
+    assert [job.adapter for job in world.jobs] == [A]
+    assert "acme/sales" in caplog.text
