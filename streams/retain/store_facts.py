@@ -39,11 +39,13 @@ class StoreFacts:
         self._listed_s: float | None = None
         self._quarantines: dict[str, Quarantine] = {}
         self._examples: dict[str, Sequence[StoredExample]] = {}
+        self._replicas: dict[str, list[Any]] | None = None
 
     def begin(self) -> None:
         """See `Facts`."""
         self._quarantines.clear()
         self._examples.clear()
+        self._replicas = None
 
     def changed(self, quarantine: Quarantine) -> None:
         """See `Facts`."""
@@ -98,5 +100,8 @@ class StoreFacts:
             KafkaUnavailableError: The acknowledgements cannot be read.
         """
         revoked = {revocation.version for revocation in self.registry.revocations(adapter)}
-        statuses = self._acks.replicas(adapter, self._alias)
-        return report_of(statuses, generation, revoked, time.time_ns() // 1_000_000)
+        if self._replicas is None:  # one reading per tick: a request over a pattern asks for each of its adapters
+            self._replicas = {}
+            for status in self._acks.replicas(None, self._alias):
+                self._replicas.setdefault(status.adapter, []).append(status)
+        return report_of(self._replicas.get(adapter, ()), generation, revoked, time.time_ns() // 1_000_000)

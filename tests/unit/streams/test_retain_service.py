@@ -98,7 +98,7 @@ def service(store, metrics: Metrics, acks: object, wall_ms: list[int]) -> Retain
 def test_metrics_tell_what_is_open_overdue_and_closed_with_exceptions(store):
     metrics, wall_ms = Metrics("retain"), [1_000_000]
     status = SimpleNamespace(
-        replica="web-1", generation=1, version=None, failed=True, lease_expires_ms=10**15, left=False
+        adapter="acme/a", replica="web-1", generation=1, version=None, failed=True, lease_expires_ms=10**15, left=False
     )
     acks = SimpleNamespace(replicas=lambda *_: [status])
     retention = service(store, metrics, acks, wall_ms)
