@@ -30,7 +30,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.curate import agent as curate_agent
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.kafka.aiokafka_headers import read_any_header_name
-from perennial.streams.kafka.installation import ROLE_TOPICS, load_installation
+from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, load_installation
 from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.repartition import forget_offsets
 from perennial.streams.kafka.topic_guard import TopicGuard
@@ -216,6 +216,7 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
     read_any_header_name()
     store = open_store(settings.store.require_uri(), settings.s3)
     _forget_old_positions(settings, store)
+    check_installation(settings, store, ROLE_TOPICS["streams"])
     with (
         TopicGuard(
             settings, ROLE_TOPICS["streams"], store, writes=["adapter-jobs", "drift"], fixed=[retain_agent.TOPIC]

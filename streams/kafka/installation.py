@@ -140,7 +140,8 @@ def _load(store: ObjectStore) -> tuple[Installation | None, str | None]:
 def check_installation(settings: Settings, store: ObjectStore, names: Sequence[str]) -> Installation:
     """Compare the broker with the record, and record what is not recorded yet.
 
-    Call it before reading a record.
+    A role calls it at its start, before it reads a record. Where an input topic may have been created again, it first
+    deals with its committed offsets in the old one.
 
     Args:
         settings: Name the brokers and the topic prefix.
@@ -156,11 +157,12 @@ def check_installation(settings: Settings, store: ObjectStore, names: Sequence[s
         KafkaUnavailableError: Kafka does not answer.
         StoreError: The store does not answer.
     """
-    return record_found(settings, store, identify(settings, names), names, allowed_counts(store))
+    return record_found(settings, store, identify(settings, names), names, allowed_counts(store), by_reader=True)
 
 
 def record_found(
-    settings: Settings, store: ObjectStore, found: ClusterIds, names: Iterable[str], allowed: Mapping[str, int] | None = None
+    settings: Settings, store: ObjectStore, found: ClusterIds, names: Iterable[str],
+    allowed: Mapping[str, int] | None = None, *, by_reader: bool = False,
 ) -> Installation:  # fmt: skip
     """Compare ids and counts that were read from the broker with the record, and record those that are new.
 
@@ -170,6 +172,8 @@ def record_found(
         found: What the broker reported.
         names: The topics to compare, without the prefix.
         allowed: Partition counts that are accepted besides the recorded ones: those of a repartitioning that runs.
+        by_reader: True where the caller is the role that reads the input topics and has dealt with its old positions.
+            Another id of an input topic is recorded only then: the reader must see that the id is new.
 
     Returns:
         The record as it is then stored.
@@ -189,6 +193,8 @@ def record_found(
             if name not in record.topics:
                 seen = (topic_id,) if name in INPUT_TOPICS else ()
                 record = record.with_topic(name, RecordedTopic(topic_id=topic_id, partitions=count, seen=seen))
+            elif name in INPUT_TOPICS and not by_reader:
+                continue
             elif name not in ORDERED_TOPICS and name not in LATEST_TOPICS:
                 record = _with_input_id(record, name, topic_id, count)
         return record

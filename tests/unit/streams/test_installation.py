@@ -40,8 +40,8 @@ def broker(cluster="c1", ids=None, counts=None):
     )
 
 
-def check(store, found, names=tuple(TOPICS), allowed=None):
-    return record_found(SETTINGS, store, found, names, allowed)
+def check(store, found, names=tuple(TOPICS), allowed=None, by_reader=False):
+    return record_found(SETTINGS, store, found, names, allowed, by_reader=by_reader)
 
 
 def test_every_topic_has_a_rule():
@@ -123,7 +123,10 @@ def test_case_10_an_input_topic_may_be_created_again_and_keeps_its_ids(store):
     check(store, broker())
     add_input_topic_id(store, "documents", "id-2")
     add_input_topic_id(store, "documents", "id-2")
-    check(store, broker(ids={"documents": "id-3"}, counts={"documents": 2}))
+    again = broker(ids={"documents": "id-3"}, counts={"documents": 2})
+    check(store, again)  # `perennial topics create`: the reader must still see that the id is new
+    assert load_installation(store).topics["documents"].topic_id == "id-2"
+    check(store, again, by_reader=True)
     record = load_installation(store)
     assert record.known_topic_ids("documents") == ("id-documents", "id-2", "id-3")
     assert record.topics["documents"].topic_id == "id-3"
