@@ -40,6 +40,7 @@ log = logging.getLogger("perennial.retain")
 CLOCK_KEY: Final = "retention/clock"
 SOURCE: Final = "perennial/retain"
 CLOCK_EVERY_S: Final = 20.0
+PRUNE_REPLICAS_EVERY_S: Final = 3600.0
 _ATTEMPTS: Final = 16
 
 Send = Callable[[Event, str], Awaitable[None]]
@@ -73,6 +74,7 @@ class RetainService:
         monotonic_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000,
     ) -> None:
         self._metrics = metrics
+        self._facts = facts
         self._store = facts.store
         self._registry = facts.registry
         self._send = send
@@ -84,6 +86,7 @@ class RetainService:
         self._clock_saved_ms: int | None = None
         self._lock: asyncio.Lock | None = None
         self._migrated = False
+        self._pruned_ms = monotonic_ms()
         self._ended: Counter[str] = Counter()
         self._worker = RequestWorker(
             RequestStore(facts.store), facts, self._at, self._count,
@@ -117,6 +120,10 @@ class RetainService:
         now_ms = await asyncio.to_thread(self._now_ms)
         try:
             await self._drive(self._worker.tick(now_ms), stop_at_conflict=False)
+            if self._monotonic_ms() - self._pruned_ms >= PRUNE_REPLICAS_EVERY_S * 1000:
+                self._pruned_ms = self._monotonic_ms()
+                async with self._turns():
+                    await asyncio.to_thread(self._facts.prune_replicas)
         except KafkaUnavailableError as error:  # the acknowledgements of replicas can wait for the broker
             log.warning("%s", error)
             return

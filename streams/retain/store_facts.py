@@ -93,6 +93,14 @@ class StoreFacts:
         """See `Facts`."""
         return self.registry.is_revoked(adapter, self.registry.manifest(adapter, version).seq)
 
+    def prune_replicas(self) -> None:
+        """Delete the acknowledgements of replicas that ended long ago, so that their topic does not grow for ever.
+
+        Raises:
+            KafkaUnavailableError: The topic cannot be read or written.
+        """
+        self._acks.prune()
+
     def replicas(self, adapter: str, generation: int) -> ReplicaReport:
         """See `Facts`.
 

@@ -180,3 +180,21 @@ def test_case_19_a_revocation_is_carried_out_at_once(store, given):
     assert job.version == made[2].version
     asyncio.run(retention.receive(request, 1))  # redelivered: no further version is taken out of service
     assert versions.registry.alias("acme/a") == state
+
+
+def test_acknowledgements_of_replicas_that_ended_are_pruned_every_hour(store):
+    pruned: list[float] = []
+    clock_ms = [0]
+
+    async def send(*_: object) -> None:
+        pass
+
+    acks = SimpleNamespace(replicas=lambda *_: [], prune=lambda: pruned.append(clock_ms[0]))
+    settings = Settings.of(clock_settle_s=0.001, env_file=None)
+    retention = RetainService(
+        settings, Metrics("retain"), StoreFacts(settings, store, acks), send, monotonic_ms=lambda: clock_ms[0]
+    )
+    for hours in (0, 0.5, 1, 1.5, 2):
+        clock_ms[0] = int(hours * 3_600_000)
+        asyncio.run(retention.tick())
+    assert pruned == [3_600_000, 7_200_000]
