@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import orjson
 import pytest
 
 from perennial.storage.errors import ConflictError, IntegrityError
@@ -200,7 +201,11 @@ def with_old_ledger() -> World:
     for one in plain["records"].values():  # the fields that the earlier release did not know
         for name in ("schema_version", "revision", "pages", "acknowledged", "missing", "exceptions", "ends", "ending"):
             del one[name]
-    world.objects.compare_and_swap(LEDGER_KEY, RequestLedger.model_validate(plain).to_bytes(), None)
+        del one["request"]["emergency"]
+        for progress in one["adapters"].values():
+            for name in ("acknowledged", "missing", "exceptions"):
+                del progress[name]
+    world.objects.compare_and_swap(LEDGER_KEY, orjson.dumps(plain, option=orjson.OPT_SORT_KEYS), None)
     world.learn(example(1), example(2), example(3, adapter="acme/sales"))
     for name in ("sent", "lags", "many"):
         entry = QuarantineEntry(request_id=name, job_id=name, kind="erase", selector=doc(1), until_ms=1000)
