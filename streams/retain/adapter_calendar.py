@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,10 @@ from perennial.streams.retain.rules.state_machine import Facts
 
 HORIZON_MS: Final = 86_400_000
 """How far ahead of time the index is asked for examples whose life ends."""
+
+ROUND_EVERY_S: Final = 5.0
+"""The least time between the beginnings of two rounds over more adapters than MAX_FREQUENT."""
+MAX_FREQUENT: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +63,14 @@ class AdapterCalendar:
         self._plans: dict[str, _Plan] = {}
         self._due: list[tuple[int, str]] = []
         self._next_adapter = ""
+        self._left = 0
+        self._round_s = float("-inf")
 
     def order(self, now_ms: int) -> Iterator[str]:
-        """Yield the adapters to look at: first those with something due, then each once, from where the last call ended.
+        """Yield the adapters to look at: first those with something due, then the next ones of the round over all.
+
+        A round goes on where the last call ended, and looks at each adapter once. Where there are many, the next round
+        begins ROUND_EVERY_S after the last one did, so that an idle process does not read the store all the time.
 
         Args:
             now_ms: The guarded time, in milliseconds since 1970.
@@ -71,9 +81,14 @@ class AdapterCalendar:
             if plan is not None and plan.look_ms == look_ms:
                 yield adapter
         names = self._facts.adapters()
+        if self._left <= 0:
+            if len(names) > MAX_FREQUENT and time.monotonic() - self._round_s < ROUND_EVERY_S:
+                return
+            self._left, self._round_s = len(names), time.monotonic()
         start = bisect_right(names, self._next_adapter)
-        for i in range(len(names)):
+        for i in range(min(self._left, len(names))):
             self._next_adapter = names[(start + i) % len(names)]
+            self._left -= 1
             yield self._next_adapter
 
     def look(self, adapter: str, in_force: InForce, *, expiring: bool, now_ms: int) -> Findings:

@@ -8,7 +8,7 @@ import pytest
 from perennial.storage.errors import ConflictError, IntegrityError
 from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
 from perennial.streams.events.models import ExampleAccepted, Selector
-from perennial.streams.retain import request_worker
+from perennial.streams.retain import adapter_calendar, request_worker
 from perennial.streams.retain.ledger import AdapterProgress, RequestRecord, StoredExample
 from perennial.streams.retain.ledger_migration import LEDGER_KEY, RequestLedger, migrate_ledger
 from perennial.streams.retain.request_store import INDEX, REQUESTS, RequestStore, hash_of, load_in_force, load_requests
@@ -119,6 +119,26 @@ def test_an_adapter_that_did_not_change_is_not_read_again():
         world.step()
     assert looks == ["acme/support"] * len(looks)
     assert len(looks) <= 5, "at most once a day, to ask the index for what falls due"
+
+
+def test_rounds_over_many_adapters_pause_and_what_is_due_does_not_wait_for_them(monkeypatch):
+    world = World()
+    world.stored = {f"acme/a{n}": {} for n in range(100)}
+    world.learn(example(1, adapter="acme/z", retention_class="PT1S"))
+    world.step()
+    looks: list[str] = []
+    newest = world.newest
+    world.newest = lambda adapter: looks.append(adapter) or newest(adapter)
+    world.step()
+    assert looks == []
+    world.now_ms = 10**5
+    world.step()
+    assert looks == ["acme/z"]
+    assert [job.adapter for job in world.jobs] == ["acme/z"]
+    monkeypatch.setattr(adapter_calendar, "ROUND_EVERY_S", 0.0)
+    looks.clear()
+    world.step()
+    assert len(looks) >= 101
 
 
 # ---- two processes
