@@ -16,7 +16,7 @@ from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry, SuppressedTexts
 from perennial.storage.registry.suppressed_texts import ensure_text_key, load_text_key
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested
-from perennial.streams.retention.example_rows import key_check, selectable_example
+from perennial.streams.retention.example_rows import bare_example, key_check
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 
 
@@ -112,7 +112,7 @@ class ForgetTarget:
 
     def may_match(self, row: ExampleRow) -> bool:
         """Return whether a stored example may be one to forget, by what the history index has of it."""
-        example = selectable_example(row)
+        example = bare_example(row)
         if self._job.matches(example) or self._filter_without_holds.entry_of(example) is not None:
             return True
         text_hash, suppressed = row["text_hash"], self._suppressed

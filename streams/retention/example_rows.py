@@ -10,7 +10,7 @@ from perennial.storage.registry.history.index import HistoryIndex
 from perennial.storage.registry.history.pages import ExampleRow
 from perennial.storage.registry.registry import Registry
 from perennial.storage.registry.suppressed_texts import ensure_text_key
-from perennial.streams.events.models import Batch, ExampleAccepted, Origin
+from perennial.streams.events.models import Batch, ExampleAccepted
 from perennial.streams.retention.quarantine_filter import text_hash
 
 _TEXTS = {"text", "prompt", "answer"}
@@ -67,10 +67,3 @@ def history_index(registry: Registry, adapter: str) -> HistoryIndex:
 def bare_example(row: ExampleRow) -> ExampleAccepted:
     """Return the example of a row, without its text."""
     return ExampleAccepted.model_validate({name: value for name, value in row.items() if name != "text_hash"})
-
-
-def selectable_example(row: ExampleRow) -> ExampleAccepted:
-    """Return the example of a row without checking it: only for selectors, which look at a few of its fields."""
-    origin = Origin.model_construct(**row["origin"])
-    fields = {name: value for name, value in row.items() if name not in {"text_hash", "origin"}}
-    return ExampleAccepted.model_construct(**fields, origin=origin)

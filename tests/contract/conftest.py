@@ -1,4 +1,4 @@
-"""The stores that the contract suites run on: a folder, and MinIO with a plain and a versioned bucket."""
+"""The stores that the contract suites run on: memory, a folder, and MinIO with a plain and a versioned bucket."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.objects.s3_settings import S3Settings
+from tests.memory_store import MemoryStore
 from tests.services import start_minio
 
 StoreFactory = Callable[[], ObjectStore]
@@ -32,9 +33,12 @@ def s3_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[st
         server.stop()
 
 
-@pytest.fixture(params=["directory", "minio", "minio-versioned"])
+@pytest.fixture(params=["memory", "directory", "minio", "minio-versioned"])
 def make_store(request: pytest.FixtureRequest, tmp_path: Path) -> StoreFactory:
     """Opens the same empty store again and again, as several processes would."""
+    if request.param == "memory":
+        memory = MemoryStore()
+        return lambda: memory
     if request.param == "directory":
         return lambda: DirectoryStore(tmp_path / "store", fsync=False)
     environment = request.getfixturevalue("s3_environment")

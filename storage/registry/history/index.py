@@ -204,7 +204,7 @@ class HistoryIndex:
             if not page.versions:
                 page = replace(page, before=before)
             rebuilt = self._rebuilt(nodes, page)
-            if self._write(self._extended(page, nodes, rebuilt), etag):
+            if self._write(self._extended(page, nodes, rebuilt), etag, (*nodes, *rebuilt)):
                 break
         else:
             raise ConflictError(f"other writers changed the history index of {self._adapter}", remedy="do it again")
@@ -226,7 +226,7 @@ class HistoryIndex:
             taken.update(node.version for node in rebuilt)
             _, etag = self._read(0, first)
             page = HistoryPage(self._adapter, 0, first, nodes[0].head)
-            self._write(self._extended(page, nodes, rebuilt), etag)
+            self._write(self._extended(page, nodes, rebuilt), etag, (*nodes, *rebuilt))
         ends = {first + BLOCK_SIZES[0] - 1 for first in blocks}
         ends |= {page.last for page in history.pages if page.level + 1 < len(BLOCK_SIZES) and page.complete}
         for end in sorted(ends):
@@ -266,7 +266,7 @@ class HistoryIndex:
             changed = {d: found for d, found in described.items() if d in page.batches and page.batches[d].rows}
             if not changed:
                 return
-            if self._write(replace(page, batches={**page.batches, **changed}), etag, check=False):
+            if self._write(replace(page, batches={**page.batches, **changed}), etag):
                 return
         raise ConflictError(f"other writers changed the history index of {self._adapter}", remedy="do it again")
 
@@ -301,19 +301,18 @@ class HistoryIndex:
             return DescribedBatch("", None)
         return DescribedBatch(self._describer.key_check(), rows)
 
-    def _write(self, page: HistoryPage, etag: str | None, *, check: bool = True) -> bool:
-        """Write a page; return False if another writer was first."""
+    def _write(self, page: HistoryPage, etag: str | None, added: Sequence[IndexedVersion] = ()) -> bool:
+        """Write a page to which these versions were added; return False if another writer was first."""
         data = page.to_bytes()
         try:
             self._store.compare_and_swap(page.key, data, etag)
         except ConflictError:
             return False
-        if check:  # what was erased since it was described must not stay in the page
-            newest = [node.batch for node in (*page.versions[-BLOCK_SIZES[0] :], *page.rebuilt) if node.batch]
-            described = [d for d in dict.fromkeys(newest) if d in page.batches and page.batches[d].rows]
-            gone = [digest for digest in described if not self._store.exists(blob_key(digest))]
-            if gone:
-                self._replace_in_page(page.level, page.first, dict.fromkeys(gone, DescribedBatch("", None)))
+        # What was erased since it was described must not stay in the page.
+        described = {node.batch for node in added if node.batch in page.batches and page.batches[node.batch].rows}
+        gone = [digest for digest in described if digest is not None and not self._store.exists(blob_key(digest))]
+        if gone:
+            self._replace_in_page(page.level, page.first, dict.fromkeys(gone, DescribedBatch("", None)))
         return True
 
     def _merge(self, end: int) -> None:
@@ -337,7 +336,7 @@ class HistoryIndex:
                 {digest: found for part in parts for digest, found in part.batches.items()},
             )  # fmt: skip
             _, etag = self._read(level, first)
-            if not self._write(merged, etag, check=False):
+            if not self._write(merged, etag):
                 return
             for part in parts:  # an erasure that changed one of them meanwhile must reach the new page, too
                 now, _ = self._read(level - 1, part.first)

@@ -10,13 +10,16 @@ when the text is erased.
 
 from __future__ import annotations
 
+import threading
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Final
 
 import orjson
+from cachetools import LRUCache
 
 from perennial.storage.errors import IntegrityError
 from perennial.storage.registry.manifest import Manifest
@@ -27,6 +30,7 @@ BLOCK_SIZES: Final = (16, 256, 4096)
 MAX_PAGE_BYTES: Final = 256 << 20
 _MAGIC: Final = b"perennial-history-1\n"
 _PREFIX: Final = "sha256:"
+_CACHED_VERSIONS: Final = 16_384
 ExampleRow = dict[str, Any]
 """A stored example as JSON without its text, with `text_hash`."""
 
@@ -174,6 +178,17 @@ class HistoryPage:
         digest, payload = data[start : start + 32], data[start + 32 :]
         if not data.startswith(_MAGIC) or sha256(payload).digest() != digest:
             raise IntegrityError(f"{key} is not a page of the history index", got=f"{len(data)} bytes")
+        with _cache_lock:
+            cached = _unpacked_pages.get((key, digest))
+        if cached is not None:
+            return cached
+        page = cls._parse(key, payload)
+        with _cache_lock, suppress(ValueError):  # it is larger than the whole cache
+            _unpacked_pages[key, digest] = page
+        return page
+
+    @classmethod
+    def _parse(cls, key: str, payload: bytes) -> HistoryPage:
         try:
             unpacked = zlib.decompressobj()
             content = orjson.loads(unpacked.decompress(payload, MAX_PAGE_BYTES))
@@ -194,6 +209,13 @@ class HistoryPage:
         if page.key != key or len(page.versions) > BLOCK_SIZES[page.level]:
             raise IntegrityError(f"{key} is another page of the history index", got=page.key, allowed=key)
         return page
+
+
+# A job reads the same pages several times. Bounded, so that memory stays bounded with any number of adapters.
+_unpacked_pages: LRUCache[tuple[str, bytes], HistoryPage] = LRUCache(
+    _CACHED_VERSIONS, lambda page: len(page.versions) + len(page.rebuilt) + 1
+)
+_cache_lock = threading.Lock()
 
 
 def page_key(adapter: str, level: int, first: int) -> str:

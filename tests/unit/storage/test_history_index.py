@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from uuid import uuid4
 
@@ -228,14 +229,14 @@ def test_an_erasure_between_the_two_pages_of_a_merge_reaches_the_new_one(monkeyp
     index = world.index
     write = index._write
 
-    def racing(page: HistoryPage, etag: str | None, *, check: bool = True) -> bool:
+    def racing(page: HistoryPage, etag: str | None, added: Sequence[IndexedVersion] = ()) -> bool:
         if page.level == 1:  # the smaller pages have been read
             monkeypatch.undo()
             for module in (index_module, pages_module):
                 monkeypatch.setattr(module, "BLOCK_SIZES", (4, 16, 64))
             world.store.delete(blob_key(digest))
             world.index.erase(loaded, [digest])
-        return write(page, etag, check=check)
+        return write(page, etag, added)
 
     monkeypatch.setattr(index, "_write", racing)
     manifest = world.manifest(16)
