@@ -9,7 +9,7 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -19,6 +19,7 @@ help:
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
 	@echo 'make bench-forgetting  erasures against training from scratch'
+	@echo 'make bench-scale   store calls and seconds over 10^4 versions and 10^5 adapters; memory per adapter'
 	@echo 'make lock          requirements.lock again from pyproject.toml'
 	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
 	@echo 'make dashboards    deploy/grafana/dashboards again from tools/generate_dashboards.py'
@@ -63,6 +64,9 @@ bench-loop: $(READY)
 
 bench-forgetting: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_forgetting
+
+bench-scale: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_scale
 
 bench-intake: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_intake

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from perennial.learner.versions.history import complete_index, load_history
+from perennial.learner.versions.history import complete_index, index_version, load_history
 from perennial.storage.objects.keys import digest_of, hex_of
 from perennial.storage.objects.object_store import ObjectStore, put_blob
 from perennial.storage.registry.manifest import BlobRef, LearnedExample, Manifest
@@ -48,7 +48,7 @@ def extend_history(store: ObjectStore, adapter: str, count: int, **document: Any
 
 
 def write_adapter(store: ObjectStore, adapter: str, weights: BlobRef) -> None:
-    """Write an adapter with one version that learned one document, without its history page.
+    """Write an adapter with one version that learned one document.
 
     Args:
         store: The store.
@@ -74,6 +74,7 @@ def write_adapter(store: ObjectStore, adapter: str, weights: BlobRef) -> None:
         reason="", published_at=datetime(2026, 1, 1, tzinfo=UTC), nonce="n",
     )  # fmt: skip
     store.put_if_absent(alias_key(adapter, "live"), alias.to_bytes())
+    index_version(registry_of(store), version, manifest)
 
 
 def _next(store: ObjectStore, before: Manifest, version: str, document: dict[str, Any]) -> Manifest:

@@ -309,8 +309,9 @@ class HistoryIndex:
         except ConflictError:
             return False
         # What was erased since it was described must not stay in the page.
-        described = {node.batch for node in added if node.batch in page.batches and page.batches[node.batch].rows}
-        gone = [digest for digest in described if digest is not None and not self._store.exists(blob_key(digest))]
+        batches = {node.batch for node in added if node.batch is not None}
+        described = [digest for digest in batches if digest in page.batches and page.batches[digest].rows]
+        gone = [digest for digest in described if not self._store.exists(blob_key(digest))]
         if gone:
             self._replace_in_page(page.level, page.first, dict.fromkeys(gone, DescribedBatch("", None)))
         return True
