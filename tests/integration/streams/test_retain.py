@@ -263,7 +263,10 @@ def test_the_calendar_asks_for_what_fell_due_and_for_nothing_else(bench):
     bench.learn(example(1, now_ms, retention_class="PT3S"), example(2, now_ms, retention_class="P9D"), example(3, 1000))
     bench.start()
     deadline = time.monotonic() + PATIENCE_S
-    while not (jobs := bench.events("adapter-jobs")) and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        # A role that starts before the hour also has the learner rebuild ahead of it.
+        if jobs := [job for job in bench.events("adapter-jobs") if not job.prepare]:
+            break
         time.sleep(0.2)
     assert [(job.kind, job.example_ids, job.suppress) for job in jobs] == [("expire", [ident(1)], False)]
     assert jobs[0].until_ms >= now_ms + 3000
