@@ -327,7 +327,7 @@ class OriginCheck:
             return
         ids = self._logs.topic_ids(origin.topic)
         if not ids:
-            return  # cached it would be, by an attacker, without a bound
+            return  # names of no topic are not cached: there is no bound on how many of them can be forged
         self._ids[origin.topic] = ids
         if origin.topic_id == ids[-1]:
             self._ends[origin.topic] = self._logs.ends(origin.topic)
@@ -354,11 +354,11 @@ class OriginCheck:
         if origin.topic_id != ids[-1]:
             return None  # the topic was deleted since: nothing comes after this origin, and its log's end is unknown
         log = self._ends.get(origin.topic, {}).get(origin.partition)
-        place = f"{origin.topic}[{origin.partition}]@{origin.offset}"
+        shown = f"{origin.topic}[{origin.partition}]@{origin.offset}"
         if log is None:
-            return _implausible("the origin names a partition that does not exist", place, "an existing partition")
+            return _implausible("the origin names a partition that does not exist", shown, "an existing partition")
         if origin.offset >= log.end:
-            return _implausible("the origin lies beyond the log's end", place, f"an offset below {log.end}")
+            return _implausible("the origin lies beyond the log's end", shown, f"an offset below {log.end}")
         if log.epoch is not None and origin.leader_epoch > log.epoch:
             return _implausible("the origin has a leader epoch to come", origin.leader_epoch, f"at most {log.epoch}")
         return None
