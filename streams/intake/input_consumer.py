@@ -22,7 +22,6 @@ from perennial.streams.intake.librdkafka import (
     CONSUMER_CONFIG,
     LOST_GROUP,
     REPOSITION,
-    TopicAnswers,
     ask_topic_ids,
     client_log,
     cluster_ids,
@@ -52,6 +51,8 @@ _IDLE_S = 0.25
 _GATHER_S = 0.005
 _OBSERVE_S = 1.0
 _TOPIC_WAIT_S = 10.0
+_NOTHING = 2**63 - 1
+"""An offset below which every record counts as handled."""
 
 
 @dataclass(slots=True)
@@ -174,8 +175,10 @@ class InputConsumer:
                 # The history that the commit and the log share ends before the first record that was read.
                 self._look_back[key] = max(look_back, 1) * 10
                 self.reposition = f"the end of the common history of {key[0]}/{key[1]} is sought"
-            else:
-                self._report_loss(key, "tail", state.resume_at - message.offset())
+                state.resume_at = _NOTHING  # until then nothing of this partition is written or committed
+                state.resume_epoch = UNKNOWN_EPOCH
+                return True
+            self._report_loss(key, "tail", state.resume_at - message.offset())
         return False
 
     def _report_loss(self, key: tuple[str, int], kind: LossKind, n: int) -> None:
@@ -193,14 +196,10 @@ class InputConsumer:
             )  # fmt: skip
         self._metrics.offsets_lost(self._topics[key[0]], kind, n)
 
-    def ask_topics(self) -> TopicAnswers:
-        """Ask Kafka for the input topics' ids, without waiting; see `check_topics`."""
-        return ask_topic_ids(self._admin, list(self._topics))
-
-    def check_topics(self, answers: TopicAnswers, stop: threading.Event) -> bool:
+    def check_topics(self, stop: threading.Event) -> bool:
         """Set `reposition` where an input topic is not the one that was assigned, however long Kafka takes to answer.
 
-        Ask after the batch was read: an id changes only once, so a batch that was read before an answer with the known
+        Call it after a batch was read: an id changes only once, so a batch that was read before an answer with the known
         id is of that topic.
 
         Hazard: a broker that is behind may still name the old id. Then the batch is written under the old id, and so is
@@ -208,7 +207,6 @@ class InputConsumer:
         that what was written under the old id comes again under the right origin, as a duplicate for curate.
 
         Args:
-            answers: What `ask_topics` returned.
             stop: Ends the wait.
 
         Returns:
@@ -217,6 +215,8 @@ class InputConsumer:
         Raises:
             KafkaException: Kafka refuses to answer.
         """
+        names = sorted({topic for topic, _ in self.partitions})  # others are compared when this member gets a partition
+        answers = ask_topic_ids(self._admin, names) if names else {}
         while not stop.is_set():
             try:
                 found = topic_ids(answers, _IDLE_S)
@@ -226,10 +226,9 @@ class InputConsumer:
                 if not is_temporary(error):
                     raise
                 log.warning("the topics' ids cannot be read, asking again: %s", error)
-                answers = self.ask_topics()
+                answers = ask_topic_ids(self._admin, names)
                 continue
-            # Topics of which this member has no partition are compared when it gets one.
-            for topic in {topic for topic, _ in self.partitions}:
+            for topic in names:
                 if found.get(topic) != self._known_ids[topic]:
                     self.reposition = f"the topic {topic} was deleted or created again"
             return True
@@ -241,7 +240,7 @@ class InputConsumer:
         Raises:
             TopicError: A topic does not exist, and was not created again within ten seconds.
         """
-        log.warning("the batch in hand is dropped, and read again if it still exists: %s", self.reposition)
+        log.warning("reading on with a new consumer: %s", self.reposition)
         self.reposition = None
         self._batch_was_full = False
         self._consumer.close()

@@ -142,14 +142,16 @@ def topic_ids(answers: TopicAnswers, wait_s: float | None = None) -> dict[str, s
     found: dict[str, str] = {}
     for name, answer in answers.items():
         try:
-            raw = answer.result(wait_s).topic_id
+            found[name] = _topic_id_of(answer.result(wait_s).topic_id)
         except KafkaException as error:
             if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
                 raise
-        else:
-            high, low = raw.get_most_significant_bits(), raw.get_least_significant_bits()
-            found[name] = topic_id(uuid.UUID(int=((high % 2**64) << 64) | (low % 2**64)))
     return found
+
+
+def _topic_id_of(raw: Any) -> str:
+    high, low = raw.get_most_significant_bits(), raw.get_least_significant_bits()
+    return topic_id(uuid.UUID(int=((high % 2**64) << 64) | (low % 2**64)))
 
 
 def committed_offsets(consumer: Consumer, partitions: list[TopicPartition]) -> list[TopicPartition]:

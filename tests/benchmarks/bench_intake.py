@@ -205,15 +205,16 @@ def _acceptor(settings: Settings) -> Acceptor:
 
 def _perennial(settings: Settings, events: int, group: str, watch: Stopwatch) -> None:
     """Run the shipped loop with its metrics; only the stopwatch is added."""
-    from perennial.streams.intake.service import Intake
+    from perennial.streams.intake.service import Intake, spare_garbage_collector
     from perennial.streams.observe.metrics import Metrics
 
     class Timed(Intake):
-        def _decide(self, messages: Any) -> Any:
+        def _produce(self, messages: Any) -> None:
             watch.start()
-            return super()._decide(messages)
+            super()._produce(messages)
 
     timed = Timed(settings, Metrics("intake", settings), group)
+    spare_garbage_collector()
     stop, consumed = threading.Event(), 0
     while consumed < events:
         consumed += timed.step(stop)

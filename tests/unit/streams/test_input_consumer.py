@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
-from perennial.streams.intake import input_consumer
+from perennial.streams.intake import input_consumer, librdkafka
 from perennial.streams.intake.input_consumer import InputConsumer
 from perennial.streams.intake.positions import commit_metadata
 from perennial.streams.kafka.topics import ClusterIds, TopicError
@@ -94,84 +94,85 @@ def consumer(metrics, known=None, window=20):
     return InputConsumer(settings, metrics, TOPICS, known, None, {}, "intake")
 
 
-def answers(**ids: str | None):
-    found = {}
-    for name, topic_id in ids.items():
-        found[name] = Future()
-        if topic_id is None:
-            found[name].set_exception(KafkaException(KafkaError(KafkaError.UNKNOWN_TOPIC_OR_PART)))
-        else:
-            found[name].set_result(topic_id)
-    return found
-
-
 @pytest.fixture(autouse=True)
-def plain_ids(monkeypatch):
-    """Let answers be ids instead of descriptions."""
+def asked(monkeypatch):
+    """Answer questions for topic ids from a list of answers: ids, None for a missing topic, errors, futures."""
+    answers = []
 
-    def topic_ids(asked, wait_s):
+    def ask_topic_ids(_, names):
         found = {}
-        for name, answer in asked.items():
-            try:
-                found[name] = answer.result(wait_s)
-            except KafkaException as error:
-                if error.args[0].code() != KafkaError.UNKNOWN_TOPIC_OR_PART:
-                    raise
+        for name, answer in answers.pop(0).items():
+            if name in names:
+                found[name] = answer if isinstance(answer, Future) else Future()
+                if isinstance(answer, int):
+                    found[name].set_exception(KafkaException(KafkaError(answer)))
+                elif not isinstance(answer, Future):
+                    found[name].set_result(SimpleNamespace(topic_id=answer))
         return found
 
-    monkeypatch.setattr(input_consumer, "topic_ids", topic_ids)
+    monkeypatch.setattr(input_consumer, "ask_topic_ids", ask_topic_ids)
+    monkeypatch.setattr(librdkafka, "_topic_id_of", lambda raw: raw)
+    return answers
 
 
 def record(offset, topic="documents", partition=0):
     return SimpleNamespace(offset=lambda: offset, topic=lambda: topic, partition=lambda: partition)
 
 
-def test_case_10_the_id_is_compared_for_every_batch(kafka, metrics):
+GOING_ON = threading.Event()
+
+
+def test_case_10_the_id_is_compared_for_every_batch(kafka, metrics, asked):
     """Identity is not assumed to hold after the assignment."""
     reader = consumer(metrics)
-    stop = threading.Event()
-    assert reader.check_topics(answers(documents="id-d", interactions="id-i"), stop)
+    asked.extend([{"documents": "id-d"}, {"documents": "id-new"}, {"documents": KafkaError.UNKNOWN_TOPIC_OR_PART}])
+    assert reader.check_topics(GOING_ON)
     assert reader.reposition is None
-    for changed in ("id-new", None):
+    for _ in range(2):
         reader.reposition = None
-        assert reader.check_topics(answers(documents=changed, interactions="id-i"), stop)
+        assert reader.check_topics(GOING_ON)
         assert "documents" in reader.reposition
 
 
-def test_case_10_a_new_topic_is_read_from_its_beginning_by_a_new_consumer(kafka, metrics, caplog):
+def test_case_10_a_new_topic_is_read_from_its_beginning_by_a_new_consumer(kafka, metrics, asked, caplog):
     kafka.committed = (40, commit_metadata("id-d", 0))
     reader = consumer(metrics)
     assert reader.partitions["documents", 0].resume_at == 40
     kafka.ids["documents"] = "id-new"
-    reader.check_topics(answers(documents="id-new", interactions="id-i"), threading.Event())
+    asked.append({"documents": "id-new"})
+    reader.check_topics(GOING_ON)
     reader.start_again()
     state = reader.partitions["documents", 0]
     assert (kafka.consumers, kafka.assigned[0].offset) == (2, 0)
     assert (state.topic_id, state.resume_at, state.next_offset) == ("id-new", 0, 0)
     assert metrics.counts["recreated", "documents"] == 1
     assert "was deleted and created again" in caplog.text
-    assert reader.check_topics(answers(documents="id-new", interactions="id-i"), threading.Event())
+    asked.append({"documents": "id-new"})
+    assert reader.check_topics(GOING_ON)
     assert reader.reposition is None
 
 
-def test_case_10_an_answer_of_a_broker_that_is_behind_does_no_lasting_harm(kafka, metrics):
+def test_case_10_an_answer_of_a_broker_that_is_behind_does_no_lasting_harm(kafka, metrics, asked):
     """The commit made under the old id is not taken for one of the new topic."""
     reader = consumer(metrics)
     kafka.ids["documents"] = "id-new"
-    assert reader.check_topics(answers(documents="id-d", interactions="id-i"), threading.Event())
+    asked.append({"documents": "id-d"})
+    assert reader.check_topics(GOING_ON)
     reader.partitions["documents", 0].next_offset = 30  # records of the new topic, read under the old id
     reader.commit()
     kafka.committed = (kafka.commits[-1].offset, kafka.commits[-1].metadata)
     assert kafka.committed == (30, commit_metadata("id-d", 0))
-    reader.check_topics(answers(documents="id-new", interactions="id-i"), threading.Event())
+    asked.append({"documents": "id-new"})
+    reader.check_topics(GOING_ON)
     reader.start_again()
     assert kafka.assigned[0].offset == 0
 
 
-def test_case_10_a_topic_of_another_member_is_none_of_ours(kafka, metrics):
+def test_case_10_a_topic_of_another_member_is_none_of_ours(kafka, metrics, asked):
     """A member without a partition of the new topic must not begin again and again."""
     reader = consumer(metrics)
-    assert reader.check_topics(answers(documents="id-d", interactions="id-new"), threading.Event())
+    asked.append({"documents": "id-d", "interactions": "id-new"})
+    assert reader.check_topics(GOING_ON)
     assert reader.reposition is None
     kafka.ids["interactions"] = "id-new"
     kafka.assignment.append(("interactions", 0))
@@ -186,21 +187,18 @@ def test_case_10_a_topic_that_stays_away_ends_the_role(kafka, metrics):
         reader.start_again()
 
 
-def test_the_check_waits_for_kafka_and_ends_with_the_role(kafka, metrics, monkeypatch):
-    reader, stop = consumer(metrics), threading.Event()
-    late = Future()
-    failed = Future()
-    failed.set_exception(KafkaException(KafkaError(KafkaError._TIMED_OUT)))
-    monkeypatch.setattr(reader, "ask_topics", lambda: {"documents": late})
-    threading.Timer(0.1, late.set_result, ["id-d"]).start()
-    assert reader.check_topics({"documents": failed}, stop)
+def test_the_check_waits_for_kafka_and_ends_with_the_role(kafka, metrics, asked):
+    reader, late, stop = consumer(metrics), Future(), threading.Event()
+    asked.extend([{"documents": KafkaError._TIMED_OUT}, {"documents": late}])
+    threading.Timer(0.1, late.set_result, [SimpleNamespace(topic_id="id-d")]).start()
+    assert reader.check_topics(stop)
     assert reader.reposition is None
     stop.set()
-    assert not reader.check_topics({"documents": Future()}, stop)
-    refused = Future()
-    refused.set_exception(KafkaException(KafkaError(KafkaError.TOPIC_AUTHORIZATION_FAILED)))
+    asked.append({"documents": Future()})
+    assert not reader.check_topics(stop)
+    asked.append({"documents": KafkaError.TOPIC_AUTHORIZATION_FAILED})
     with pytest.raises(KafkaException):
-        reader.check_topics({"documents": refused}, threading.Event())
+        reader.check_topics(GOING_ON)
 
 
 def test_attack_k_a_record_in_the_place_of_a_lost_one_is_new(kafka, metrics):
@@ -223,8 +221,12 @@ def test_attack_k_a_history_that_ended_before_the_window_is_looked_for(kafka, me
     kafka.bounds, kafka.committed = (0, 900), (800, commit_metadata("id-d", 3))
     reader = consumer(metrics)
     assert kafka.assigned[0].offset == 780
-    assert not reader.was_handled(reader.partitions["documents", 0], record(780), 4)
+    state = reader.partitions["documents", 0]
+    assert reader.was_handled(state, record(780), 4)  # not yet: what is before it has to be read first
     assert reader.reposition is not None
+    state.next_offset = 900
+    reader.commit()
+    assert kafka.commits == []
     assert metrics.counts["lost", "documents", "tail"] == 0
     reader.start_again()
     assert kafka.assigned[0].offset == 600
