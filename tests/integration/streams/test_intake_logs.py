@@ -48,6 +48,13 @@ def producer(settings):
     client.close()
 
 
+@pytest.fixture
+def sockets():
+    """Collect the sockets that kafka-python drops unclosed while no broker listens, or a later test bears their warnings."""
+    yield
+    gc.collect()
+
+
 def create_again(settings, partitions=4):
     admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
     topic = settings.kafka.topic("documents")
@@ -171,7 +178,8 @@ def cut_tail(data_dir, topic, records):
         path.unlink()
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see the comment at its end
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `sockets`
+@pytest.mark.usefixtures("sockets")
 @pytest.mark.parametrize(
     ("intake_runs", "published", "window"),
     [(False, 4, 15), (False, 10, 15), (False, 25, 5), (True, 4, 15), (True, 25, 15)],
@@ -213,4 +221,3 @@ def test_attack_k_a_lost_tail_drops_no_new_record(broker_jars, tmp_path, intake_
         assert found["d100"].leader_epoch > found["d30"].leader_epoch
     finally:
         own.stop()
-        gc.collect()  # kafka-python drops sockets unclosed while no broker listens: let their warnings come here
