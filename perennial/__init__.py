@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from perennial.learner.model.lora import LoraConfig as LoraConfig
     from perennial.learner.serving.peft_backend import PeftBackend as PeftBackend
     from perennial.storage.errors import PerennialError
-    from perennial.streams.client.backend import Backend, BackendError
+    from perennial.streams.client.backend import Backend, BackendError, UnfitVersionError
     from perennial.streams.client.base_publisher import Delivery, PublishError, Receipt
     from perennial.streams.client.directory_backend import DirectoryBackend
     from perennial.streams.client.publisher import Publisher
@@ -44,6 +44,7 @@ __all__ = [
     "Settings",
     "Subscriber",
     "SubscriberError",
+    "UnfitVersionError",
     "__version__",
     "load_settings",
 ]
@@ -67,6 +68,7 @@ _MODULE_OF = {
     "Settings": "streams.settings",
     "Subscriber": "streams.client.subscriber",
     "SubscriberError": "streams.client.subscriber",
+    "UnfitVersionError": "streams.client.backend",
     "load_base": "learner.model.base",
     "load_settings": "streams.settings",
 }

@@ -290,8 +290,9 @@ class ServingSettings(_Group):
     """Subscribers and the scorer."""
 
     alias: str = Field("live", description="alias that subscribers and the scorer follow")
-    poll_s: PositiveFloat = Field(
-        5.0, description="subscriber and scorer: seconds between two readings of the alias in the store"
+    poll_s: PositiveFloat = Field(5.0, description="subscriber and scorer: seconds between two readings of the alias")
+    replica_lease_s: Annotated[float, Field(ge=1, le=86_400)] = Field(
+        60.0, description="subscriber: seconds for which requests to forget wait for it after its last heartbeat"
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from perennial.storage.registry.manifest import Manifest
-from perennial.streams.client.backend import BackendError
+from perennial.streams.client.backend import BackendError, UnfitVersionError
 
 if TYPE_CHECKING:
     from perennial.learner.model.base import Base
@@ -217,15 +217,15 @@ class PeftBackend:
             manifest: Its manifest, for rank and alpha.
 
         Raises:
-            BackendError: No slot is free, or the version has another rank or alpha than this backend.
-            AdapterError: The weights belong to another base.
+            BackendError: No slot is free.
+            UnfitVersionError: The version has another rank or alpha than this backend, or belongs to another base.
             IntegrityError: The weights are damaged.
         """
-        from perennial.learner.model.lora import from_safetensors
+        from perennial.learner.model.lora import AdapterError, from_safetensors
 
         alpha = manifest.config.get("alpha", self.config.alpha)
         if (manifest.rank, alpha) != (self.config.rank, self.config.alpha):
-            raise BackendError(
+            raise UnfitVersionError(
                 f"{name} has another rank or alpha than this backend was made for",
                 got=f"rank {manifest.rank}, alpha {alpha}",
                 allowed=f"rank {self.config.rank}, alpha {self.config.alpha}",
@@ -245,8 +245,10 @@ class PeftBackend:
         try:
             free.lora.load(from_safetensors(weights, free.lora.shapes))  # no request looks at this slot: no lock
             free.name = name
-        except BaseException:
+        except BaseException as error:
             free.wipe()
+            if isinstance(error, AdapterError):
+                raise UnfitVersionError(f"{name} does not fit the base of this backend", got=str(error)) from error
             raise
         finally:
             free.loading = False

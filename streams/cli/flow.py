@@ -18,8 +18,8 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.parked import list_parked
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.kafka.replica_status import ReplicaTable
 from perennial.streams.kafka.topics import TOPICS
+from perennial.streams.replicas.replica_status import ReplicaTable
 from perennial.streams.settings import Settings
 
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -14,7 +14,14 @@ from perennial.storage.registry.manifest import Manifest
 
 
 class BackendError(PerennialError):
-    """A backend cannot do what a subscriber asks."""
+    """A backend cannot do what a subscriber asks. The subscriber tries again: the cause may pass."""
+
+
+class UnfitVersionError(BackendError):
+    """A version can never be served by this backend: it has another base, rank or alpha, or it is malformed.
+
+    A subscriber tries such a version again only once a minute.
+    """
 
 
 class Backend(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import orjson
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
-from perennial.streams.client.backend import BackendError
+from perennial.streams.client.backend import BackendError, UnfitVersionError
 
 _SEGMENT = r"[a-z0-9][a-z0-9._-]*"
 _NAME = re.compile(rf"(?P<adapter>{_SEGMENT}(?:/{_SEGMENT}){{0,3}})(?:#(?P<alias>{_SEGMENT}))?@(?P<hex>[0-9a-f]{{64}})")
@@ -88,7 +89,9 @@ class DirectoryBackend:
             manifest: The manifest of the version.
 
         Raises:
-            BackendError: The name is not a version's name, or the version cannot be written as a PEFT adapter.
+            BackendError: The name is not a version's name.
+            UnfitVersionError: The version cannot be written as a PEFT adapter.
+            OSError: The folder cannot be written; nothing of the version is left then.
             IntegrityError: The weights are not safetensors.
         """
         folder = self._folder(name)
@@ -137,8 +140,12 @@ class DirectoryBackend:
         before = self._active(pointer)
         staging = pointer.with_name(f".{pointer.name}.{secrets.token_hex(8)}")  # two containers may have one process id
         pointed = {"name": name, "version": f"sha256:{folder.name[-64:]}", "folder": folder.name}
-        _write_synced(staging, orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
-        staging.replace(pointer)
+        try:
+            _write_synced(staging, orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+            staging.replace(pointer)
+        except BaseException:  # on a full disk every attempt would leave one
+            staging.unlink(missing_ok=True)
+            raise
         _sync_folder(pointer.parent)
         if before and before != name:
             self._left_at_s[before] = self._clock()
@@ -220,7 +227,13 @@ class DirectoryBackend:
 
     def _remove(self, folder: Path) -> None:
         # Rename first, so that a reader sees the whole folder or none of it.
-        doomed = Path(tempfile.mkdtemp(prefix=_UNLOADING, dir=folder.parent))
+        try:
+            doomed = Path(tempfile.mkdtemp(prefix=_UNLOADING, dir=folder.parent))
+        except OSError as error:
+            if error.errno not in {errno.ENOSPC, errno.EDQUOT}:
+                raise
+            shutil.rmtree(folder)  # the disk is full: what is deleted is what makes room
+            return
         folder.rename(doomed / folder.name)
         _sync_folder(folder.parent)
         shutil.rmtree(doomed)
@@ -235,7 +248,7 @@ def adapter_config(weights: bytes, manifest: Manifest) -> bytes:
 
     Raises:
         IntegrityError: The weights are not safetensors.
-        BackendError: The manifest names no alpha, or no tensor is named as in a PEFT adapter file.
+        UnfitVersionError: The manifest names no alpha, or no tensor is named as in a PEFT adapter file.
     """
     check_safetensors(weights)
     (header_bytes,) = struct.unpack_from("<Q", weights)
@@ -243,7 +256,7 @@ def adapter_config(weights: bytes, manifest: Manifest) -> bytes:
     targets = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names if ".lora_" in name})
     alpha = manifest.config.get("alpha")
     if not targets or not isinstance(alpha, int | float):
-        raise BackendError(
+        raise UnfitVersionError(
             "the version cannot be written as a PEFT adapter",
             got=f"alpha {alpha}, {len(targets)} target modules",
             allowed="alpha in the manifest's config, and tensors named as in a PEFT adapter file",

@@ -8,8 +8,10 @@ the time of the next look.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import random
 import socket
 import threading
 import time
@@ -19,30 +21,31 @@ from datetime import UTC, datetime
 from typing import Self
 from uuid import uuid4
 
-from perennial.storage.errors import IntegrityError, PerennialError, StoreError
+from perennial.storage.errors import NotFoundError, PerennialError, StoreError
 from perennial.storage.objects.factory import open_store
-from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.objects.safetensors_check import check_safetensors
-from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
+from perennial.streams.client.acknowledgements import Acks
 from perennial.streams.client.backend import Backend, Current, Deactivates
-from perennial.streams.client.subscriber_kafka import Acks, Updates
-from perennial.streams.client.subscriber_state import Progress, RetryPolicy, State
-from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
+from perennial.streams.client.failure_kinds import FailureKind, RetryPolicy, failure_kind
+from perennial.streams.client.subscriber_kafka import Updates
+from perennial.streams.client.subscriber_state import Progress, State
+from perennial.streams.client.termination import sigterm_deferred
+from perennial.streams.client.version_source import VersionSource
+from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings, load_settings
 
 _log = logging.getLogger("perennial.subscriber")
 
-MAX_WEIGHTS_BYTES = 2 * 1024**3
-RETRY = RetryPolicy(max_attempts=5, first_s=0.2)
+RETRY = RetryPolicy()
 _TICK_S = 0.2
 _MAX_ERROR_CHARS = 1000
+_serials = itertools.count(1)
 
 
 class SubscriberError(PerennialError):
-    """A version cannot be served here."""
+    """A subscriber cannot do what is asked of it."""
 
 
 OnActivate = Callable[[AliasState, Mapping[str, float]], None]
@@ -52,8 +55,14 @@ class Subscriber:
     """Follows the alias of one adapter and keeps a backend serving the version that the alias names.
 
     A subscriber hears of changes from the compacted topic `adapter-updates` and polls the alias too, every
-    `settings.serving.poll_s` seconds. Without a broker it only polls, and acknowledges nothing. It applies only higher
-    generations of the alias. Use it in a `with` block, or call `run` in a thread of your own. Thread-safe.
+    `settings.serving.poll_s` seconds. It applies only higher generations of the alias. At each poll it also asks whether
+    the version that it serves was revoked, and takes such a version out of service at once. A version that cannot be
+    served is tried again without an end. Use it in a `with` block, or call `run` in the main thread or in one of your
+    own. Thread-safe.
+
+    Without a broker it acknowledges nothing, so no request to forget waits for it; it only polls, and logs a warning.
+    With one it holds a lease of `settings.serving.replica_lease_s` seconds, which a heartbeat renews. Requests wait for
+    it until the lease ends or `close` says goodbye. A process that is killed says no goodbye.
 
     >>> import tempfile
     >>> from perennial import MemoryBackend, Settings, Subscriber
@@ -75,7 +84,8 @@ class Subscriber:
         store: The object store or its address. Default: PERENNIAL_STORE.
         settings: Settings to use instead of those of the environment.
         alias: The alias to follow. Default: `settings.serving.alias`.
-        replica: Name of this subscriber in acknowledgements, up to 256 characters. Default: host name and process id.
+        replica: Name of this subscriber in acknowledgements, up to 256 characters, unique among the subscribers of the
+            adapter. Default: host name and process id, with a number from the second subscriber of a process on.
         metrics: Where to count. Default: a registry of its own.
         on_activate: Called as `on_activate(state, stage_s)` after a version is served; `stage_s` has the seconds of
             each stage: fetch, verify, load, warm, activate, publish_to_served. What it raises is logged and ignored.
@@ -108,7 +118,9 @@ class Subscriber:
         self.settings = settings or load_settings()
         self.adapter = adapter
         self.alias = alias or self.settings.serving.alias
-        self.replica = replica or f"{socket.gethostname()}-{os.getpid()}"[:256]
+        serial = next(_serials) if replica is None else 1
+        own_name = f"{socket.gethostname()[:200]}-{os.getpid()}{f'-{serial}' if serial > 1 else ''}"
+        self.replica = replica or own_name
         if not 0 < len(self.replica) <= 256 or not self.replica.isprintable():
             raise SubscriberError("not a replica's name", got=self.replica, allowed="1 to 256 printable characters")
         self._backend = backend
@@ -119,13 +131,13 @@ class Subscriber:
         self._now = now
         if store is None or isinstance(store, str):
             store = open_store(store or self.settings.store.require_uri(), self.settings.s3)
-        self._store = store
         self._registry = Registry(store, nonce=lambda: uuid4().hex, now=now)
-        bootstrap = kafka or self.settings.kafka.bootstrap
+        self._source = VersionSource(self._registry, adapter)
+        self._bootstrap = bootstrap = kafka or self.settings.kafka.bootstrap
         owner = f"{adapter}#{self.alias}"
         self._prefix = f"{adapter if self.alias == 'live' else owner}@"
         self._updates = Updates(bootstrap, self.settings.kafka.topic("adapter-updates"), owner, self._metrics)
-        self._acks = Acks(bootstrap, self.settings.kafka.topic, now)
+        self._acks = Acks(bootstrap, self.settings.kafka.topic, now, self.settings.serving.replica_lease_s, clock)
 
         self._changed = threading.Condition()
         self._current: Current | None = None
@@ -173,20 +185,40 @@ class Subscriber:
     def run(self, stop: threading.Event | None = None) -> None:
         """Follow the alias in this thread.
 
+        In the main thread of a program that does not handle SIGTERM itself, SIGTERM ends the call, says goodbye and
+        then ends the program.
+
         Args:
             stop: Ends the call when it is set. None: `close` ends the call.
         """
         stop = stop or self._stop
-        try:
-            while not stop.is_set():
-                if self._clock() >= self._progress.due_s:
-                    self._look()
-                self._acks.tick(self._clock())
-                wait_s = max(0.0, min(_TICK_S, self._progress.due_s - self._clock()))
-                self._progress = self._progress.heard(self._updates.poll(wait_s, self._clock(), stop))
-        finally:
-            self._updates.close()
-            self._acks.close()
+        if not self._bootstrap:
+            _log.warning(
+                "%s: no broker is set, so this subscriber acknowledges nothing and no request to forget waits for it; "
+                "it reads the alias and the revocations every %g s", self.adapter, self.settings.serving.poll_s,
+            )  # fmt: skip
+        with sigterm_deferred() as termination:
+            try:
+                self._acks.start(self._say_goodbye)
+                while not (stop.is_set() or termination.requested):
+                    if self._clock() >= self._progress.due_s:
+                        self._look()
+                        self._drop_revoked()
+                    wait_s = max(0.0, min(_TICK_S, self._progress.due_s - self._clock()))
+                    self._progress = self._progress.heard(self._updates.poll(wait_s, self._clock(), stop))
+            finally:
+                self._updates.close()
+                self._say_goodbye()
+
+    def _say_goodbye(self) -> None:
+        """Send `replica.left`, unless it was sent."""
+        current = self.current
+        self._acks.close(
+            ReplicaLeft(
+                adapter=self.adapter, alias=self.alias, replica=self.replica, generation=self._progress.served,
+                version=current.version if current else None, at=self._now(),
+            )
+        )  # fmt: skip
 
     def start(self) -> Self:
         """Follow the alias in a new thread until `close`.
@@ -209,7 +241,10 @@ class Subscriber:
             raise
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Stop following the alias. The backend goes on serving the version that it has.
+        """Stop following the alias and say goodbye, so that no request waits for this replica any more.
+
+        The backend goes on serving the version that it has: end its service, or start another subscriber soon, where a
+        version that is revoked later must not be served.
 
         Args:
             timeout_s: Longest wait for the thread to end, in seconds.
@@ -238,21 +273,74 @@ class Subscriber:
         self._progress = self._progress.looking(self._clock() + self.settings.serving.poll_s)
         try:
             alias = self._registry.alias(self.adapter, self.alias)
-        except StoreError as error:
+        except Exception as error:  # noqa: BLE001 - nothing that the store raises may end the subscriber
             self._metrics.store_error("alias")
             self._progress = self._progress.unreadable()
-            self._retry_look(error)
+            level = logging.ERROR if self._progress.fruitless == 1 else logging.DEBUG
+            _log.log(level, "%s: the alias cannot be read, it is tried again: %s", self.adapter, error)
+            self._look_soon(failure_kind(error))
             return
         if self._progress.leftovers:
             self._unload_leftovers()
-        self._progress = self._progress.saw(alias.generation if alias else 0)
+        self._progress = self._progress.saw(alias.generation if alias else 0, self._clock())
         if alias is not None and self._progress.state is State.BEHIND:
             self._metrics.waiting(True)
             self._apply(alias)
         elif self._progress.state is State.EXPECTING:
-            self._retry_look(None)
+            self._look_soon(FailureKind.OTHER)
+            self._progress = self._progress.missed()
         elif self._progress.state is State.FOLLOWING:
             self._metrics.waiting(False)
+            self._metrics.serving_stale(self.adapter, None)
+
+    def _look_soon(self, kind: FailureKind) -> None:
+        delay_s = RETRY.delay_s(max(1, self._progress.fruitless), kind, random.random())  # noqa: S311 - no secret
+        self._progress = self._progress.look_again(self._clock() + delay_s)
+
+    def _drop_revoked(self) -> None:
+        """Take a revoked version out of service, whatever the alias names: the one served, or what a process left."""
+        current = self.current
+        try:
+            if current is not None:
+                if self._registry.is_revoked(self.adapter, current.manifest.seq):
+                    self._replace_or_drop(current)
+            elif self._progress.served == 0:
+                for name in self._held(None):
+                    self._drop_left(name)
+        except StoreError as error:
+            self._metrics.store_error("revocations")
+            _log.debug("%s: the revocations cannot be read: %s", self.adapter, error)
+        except Exception:  # noqa: BLE001 - a backend may raise anything; the next look tries again
+            _log.exception("%s: a revoked version cannot be taken out of service", self.adapter)
+
+    def _replace_or_drop(self, current: Current) -> None:
+        """Serve the version that replaces a revoked one, or serve nothing where there is none or it failed.
+
+        The alias is changed before a version is revoked: where it was changed after the last look, the next version
+        replaces this one without a pause.
+        """
+        if self._progress.state is State.FOLLOWING:
+            alias = self._registry.alias(self.adapter, self.alias)
+            if alias is not None and alias.generation > self._progress.served:
+                self._progress = self._progress.look_again(self._clock())
+                return
+        _log.warning("%s: %s was revoked and is taken out of service", self.adapter, current.version)
+        with self._changed:
+            self._current = None
+            self._progress = self._progress.dropped()
+            self._changed.notify_all()
+        error = SubscriberError("the version was revoked and is taken out of service", got=current.version)
+        self._send_failed(current.generation, current.version, self._now(), {}, error)
+        self._unload_leftovers()
+
+    def _drop_left(self, name: str) -> None:
+        """Unload a version that a process before this one left in service, where it was revoked."""
+        with suppress(NotFoundError):  # its manifest was deleted; it is unloaded when there is a newer version
+            if self._source.is_revoked(f"sha256:{name[-64:]}"):
+                _log.warning("%s: %s was revoked and is taken out of service", self.adapter, name)
+                if isinstance(self._backend, Deactivates):
+                    self._backend.deactivate(name)
+                self._backend.unload(name)
 
     def _apply(self, alias: AliasState) -> None:
         """Serve the version that the alias names, or nothing if the adapter is retired, and acknowledge it."""
@@ -273,10 +361,9 @@ class Subscriber:
         self._metrics.generation(self.adapter, alias.generation)
         self._metrics.progress()
         self._metrics.waiting(False)
-        if alias.kind not in {
-            "revoked",
-            "retired",
-        }:  # those count as applied only when the previous version is unloaded
+        self._metrics.serving_stale(self.adapter, None)
+        # Revoked and retired count as applied only when the previous version is unloaded.
+        if alias.kind not in {"revoked", "retired"}:
             self._acknowledge()
         if self._on_activate is not None and current is not None:
             try:
@@ -288,12 +375,12 @@ class Subscriber:
     def _serve(self, alias: AliasState, stage_s: dict[str, float]) -> Current:
         name = self.name_of(alias.version)
         with self._timed("fetch", stage_s):
-            manifest = self._manifest(alias)
+            manifest = self._source.manifest(alias.version, self._backend.base_sha256)
         if self._current is None or self._current.version != alias.version:
             with self._timed("fetch", stage_s):
-                weights = self._fetch(manifest)
+                weights = self._source.fetch(manifest)
             with self._timed("verify", stage_s):
-                self._verify(manifest, weights)
+                self._source.verify(manifest, weights)
             try:
                 with self._timed("load", stage_s):
                     self._backend.load(name, weights, manifest)
@@ -308,40 +395,6 @@ class Subscriber:
         stage_s["publish_to_served"] = max(0.0, (self._now() - alias.published_at).total_seconds())
         return Current(alias.version, alias.generation, name, manifest)
 
-    def _manifest(self, alias: AliasState) -> Manifest:
-        manifest = self._registry.manifest(self.adapter, alias.version)
-        if self._registry.is_revoked(self.adapter, manifest.seq):
-            raise StoreError(
-                f"{alias.version} is revoked and still live",
-                remedy=f"make another version live: `perennial adapters rollback {self.adapter}`",
-            )
-        base_sha256 = self._backend.base_sha256
-        if base_sha256 is not None and base_sha256 != manifest.base_sha256:
-            raise SubscriberError(
-                f"the version belongs to another base, {manifest.base_model}",
-                got=manifest.base_sha256,
-                allowed=base_sha256,
-                remedy="serve it with the base that its manifest names",
-            )
-        return manifest
-
-    def _fetch(self, manifest: Manifest) -> bytes:
-        size_bytes = manifest.weights.size_bytes
-        if size_bytes > MAX_WEIGHTS_BYTES:
-            raise IntegrityError("the weights are too large", got=size_bytes, allowed=MAX_WEIGHTS_BYTES)
-        return self._store.get(blob_key(manifest.weights.digest), MAX_WEIGHTS_BYTES).data
-
-    def _verify(self, manifest: Manifest, weights: bytes) -> None:
-        found = digest_of(weights)
-        if found != manifest.weights.digest or len(weights) != manifest.weights.size_bytes:
-            raise IntegrityError(
-                "the weights are not those that the manifest names",
-                got=f"{found} ({len(weights)} bytes)",
-                allowed=f"{manifest.weights.digest} ({manifest.weights.size_bytes} bytes)",
-                remedy=f"restore the object from a copy, or roll back: `perennial adapters rollback {self.adapter}`",
-            )
-        check_safetensors(weights)
-
     @contextmanager
     def _timed(self, stage: str, stage_s: dict[str, float]) -> Iterator[None]:
         begin_s = self._clock()
@@ -351,38 +404,24 @@ class Subscriber:
             stage_s[stage] = stage_s.get(stage, 0.0) + self._clock() - begin_s
             self._metrics.stage_s(stage, stage_s[stage])
 
-    def _retry_look(self, error: StoreError | None) -> None:
-        """Look at the alias again soon: it could not be read, or does not show a generation that an event named."""
-        endless = error is not None and not isinstance(error, IntegrityError)
-        first_or_last = self._schedule_retry(self._progress.announced, endless=endless)
-        if error is not None:
-            self._log_attempt(error, first_or_last=first_or_last)
-            if endless:
-                self._metrics.store_error("fetch")
-
     def _retry_version(self, alias: AliasState, error: Exception, stage_s: Mapping[str, float]) -> None:
-        """Try to serve the version again soon, or give it up; report the first and the last failure."""
-        endless = isinstance(error, StoreError) and not isinstance(error, IntegrityError)
-        first_or_last = self._schedule_retry(alias.generation, endless=endless)
-        self._log_attempt(error, first_or_last=first_or_last)
-        if endless:
+        """Try to serve the version again later, and report the failure where it is another one than the last."""
+        kind = failure_kind(error)
+        progress = self._progress.failed(alias.generation)
+        delay_s = RETRY.delay_s(progress.attempts, kind, random.random())  # noqa: S311 - no secret
+        progress = progress.retry_at(self._clock() + delay_s)
+        self._progress = progress.reporting(alias.generation, kind, error)
+        self._metrics.subscriber_failure(kind.value)
+        self._metrics.serving_stale(self.adapter, alias.published_at.timestamp())
+        if isinstance(error, StoreError):
             self._metrics.store_error("fetch")
-        if first_or_last:
+        is_news = self._progress.reported != progress.reported
+        _log.log(
+            logging.ERROR if is_news else logging.DEBUG, "%s: attempt %d on generation %d failed (%s), it is tried again "
+            "in %.1f s: %s", self.adapter, progress.attempts, alias.generation, kind.value, delay_s, error,
+        )  # fmt: skip
+        if is_news:
             self._send_failed(alias.generation, alias.version, alias.published_at, stage_s, error)
-
-    def _schedule_retry(self, generation: int, *, endless: bool) -> bool:
-        """Set the time of the next attempt, or give up. Return whether this was the first attempt or the last."""
-        self._progress = self._progress.failed(generation)
-        delay_s = RETRY.delay_s(self._progress.attempts, endless=endless)
-        if delay_s is None:
-            self._progress = self._progress.gave_up()
-        else:
-            self._progress = self._progress.retry_at(self._clock() + min(delay_s, self.settings.serving.poll_s))
-        return delay_s is None or self._progress.attempts == 1
-
-    def _log_attempt(self, error: Exception, *, first_or_last: bool) -> None:
-        level = logging.ERROR if first_or_last else logging.DEBUG
-        _log.log(level, "%s: attempt %d failed: %s", self.adapter, self._progress.attempts, error)
 
     def _send_failed(
         self, generation: int, version: str, published_at: datetime, stage_s: Mapping[str, float], error: Exception

@@ -1,34 +1,29 @@
-"""A subscriber's two Kafka clients: one reads generations from `adapter-updates`, one sends acknowledgements.
+"""Read the generations that events on `adapter-updates` announce, for a subscriber.
 
-Neither raises an error because of the broker, and both reconnect: a subscriber works with the object store alone.
+Nothing here raises an error because of the broker: a subscriber works with the object store alone.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
-from datetime import datetime
-from hashlib import sha256
 from typing import Any
 
-from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.partitioner import murmur2
 
-from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, AdapterUpdate
-from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode, encode
+from perennial.streams.events.adapter_events import AdapterUpdate
+from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode
 from perennial.streams.events.wire_error import WireError
-from perennial.streams.kafka.connect import close_producer, connect
+from perennial.streams.kafka.connect import connect
 from perennial.streams.observe.metrics import Metrics
 
 _log = logging.getLogger("perennial.subscriber")
 
-_RECONNECT_S = 5.0
-_TIMEOUT_MS = 2_000
-_MAX_PENDING = 64
+RECONNECT_S = 5.0
+TIMEOUT_MS = 2_000
 
 
 class Updates:
@@ -65,7 +60,7 @@ class Updates:
                 stop.wait(wait_s)
                 return 0
             batches = self._consumer.poll(timeout_ms=int(wait_s * 1000))
-        except (KafkaError, OSError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - no error of a Kafka client may end a subscriber
             _log.warning("adapter-updates cannot be read, polling goes on: %s", error)
             self.close()
             stop.wait(wait_s)
@@ -76,12 +71,12 @@ class Updates:
         """Connect, and check whether the topic got more partitions, because then the key may be in another one."""
         if not self._bootstrap or now_s < self._retry_at_s:
             return
-        self._retry_at_s = now_s + _RECONNECT_S
+        self._retry_at_s = now_s + RECONNECT_S
         if self._consumer is None:
             self._consumer = connect(
                 KafkaConsumer,
                 self._bootstrap,
-                _TIMEOUT_MS / 1000,
+                TIMEOUT_MS / 1000,
                 group_id=None,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
@@ -116,70 +111,3 @@ class Updates:
         if consumer is not None:
             with suppress(KafkaError, OSError):
                 consumer.close()
-
-
-class Acks:
-    """Sends acknowledgements, and keeps the last 64 while no broker answers.
-
-    Older ones may be dropped, because the topic is compacted and keeps only the last one of each replica anyway.
-
-    Args:
-        bootstrap: Bootstrap servers; empty: there is no broker, and acknowledgements are dropped.
-        topic: Returns the full name of a topic.
-        now: The wall clock.
-    """
-
-    def __init__(self, bootstrap: str, topic: Callable[[str], str], now: Callable[[], datetime]) -> None:
-        self._bootstrap = bootstrap
-        self._topic = topic(AdapterActivated.topic)
-        self._now = now
-        self._producer: Any = None
-        self._pending: deque[AdapterActivated | AdapterFailed] = deque(maxlen=_MAX_PENDING)
-        self._retry_at_s = 0.0
-
-    def send(self, ack: AdapterActivated | AdapterFailed) -> None:
-        """Put an acknowledgement in the queue; the next `tick` sends it."""
-        if self._bootstrap:
-            self._pending.append(ack)
-
-    def tick(self, now_s: float) -> None:
-        """Send the queue in order, and keep what the broker does not take.
-
-        Args:
-            now_s: Clock time, in seconds, for the pause between attempts to connect.
-        """
-        if not self._pending or now_s < self._retry_at_s:
-            return
-        try:
-            if self._producer is None:
-                self._producer = connect(
-                    KafkaProducer,
-                    self._bootstrap,
-                    _TIMEOUT_MS / 1000,
-                    acks="all",
-                    max_block_ms=_TIMEOUT_MS,
-                    request_timeout_ms=_TIMEOUT_MS,
-                    delivery_timeout_ms=_TIMEOUT_MS,
-                )
-            while self._pending:
-                ack = self._pending[0]
-                value_id = sha256(ack.model_dump_json().encode()).hexdigest()[:32]
-                source = f"perennial-subscriber/{ack.replica}"
-                record = encode(ack, event_id=value_id, source=source, occurred_at=self._now())
-                sent = self._producer.send(self._topic, key=record.key, value=record.value, headers=record.headers)
-                sent.get(timeout=_TIMEOUT_MS / 1000)
-                self._pending.popleft()
-        except (KafkaError, OSError, ValueError) as error:
-            _log.warning("acknowledgements wait until the broker answers: %s", error)
-            self._retry_at_s = now_s + _RECONNECT_S
-            self._disconnect(0)  # an idempotent producer that lost a record may never take another
-
-    def _disconnect(self, timeout_s: float) -> None:
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            close_producer(producer, timeout_s)
-
-    def close(self) -> None:
-        """Try once to send the queue, then close the connection to the broker."""
-        self.tick(float("inf"))
-        self._disconnect(1)

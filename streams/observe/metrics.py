@@ -93,6 +93,21 @@ SERIES: Final = (
     # Subscribers.
     Series(Counter, "acks", "Versions that subscribers activated.", ("adapter",)),
     Series(Histogram, "ack_stage_seconds", "Time per stage in subscribers.", ("stage",)),
+    Series(Counter, "subscriber_failures", "Failed attempts of subscribers to serve a version.", ("kind",)),
+    Series(
+        Gauge, "serving_stale_since_seconds",
+        "When the version was published that a subscriber cannot serve, in seconds since 1970; 0: it serves the live one.",
+        ("adapter",),
+    ),
+    Series(
+        Gauge, "replicas",
+        "Replicas on adapter-acks: serving and failing ones hold a lease; expired and left ones are kept for a day.",
+        ("state",),
+    ),
+    Series(
+        Gauge, "replicas_serving_revoked",
+        "Replicas whose last record names a revoked version, by their state.", ("state",),
+    ),
     # Forgetting.
     Series(
         Gauge, "forget_requests",
@@ -369,6 +384,30 @@ class Metrics:
         self._inc("acks", adapter=adapter)
         for stage, seconds in stage_s.items():
             self._observe("ack_stage_seconds", max(0.0, seconds), stage=stage)
+
+    def subscriber_failure(self, kind: str) -> None:
+        """Count a failed attempt of a subscriber to serve a version; `kind` is one of FailureKind."""
+        self._inc("subscriber_failures", kind=kind)
+
+    def serving_stale(self, adapter: str, since_s: float | None) -> None:
+        """Set when the version was published that a subscriber cannot serve.
+
+        Args:
+            adapter: the adapter's name.
+            since_s: the time in seconds since 1970; None: the subscriber serves the live version.
+        """
+        self._set("serving_stale_since_seconds", since_s or 0.0, adapter=adapter)
+
+    def replicas(self, states: Mapping[str, int], revoked: Mapping[str, int]) -> None:
+        """Set how many replicas are in each state.
+
+        Args:
+            states: the number of replicas by state, with every state.
+            revoked: the same, of replicas whose last record names a revoked version.
+        """
+        for state, count in states.items():
+            self._set("replicas", count, state=state)
+            self._set("replicas_serving_revoked", revoked.get(state, 0), state=state)
 
     # Forgetting.
 

@@ -25,10 +25,11 @@ from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
 from perennial.streams.events.wire_error import WireError
-from perennial.streams.kafka.acks import AckReader
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
+from perennial.streams.replicas.acks import AckReader
+from perennial.streams.replicas.replica_watch import ReplicaWatch
 from perennial.streams.retain.service import SOURCE, RetainService
 from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.retain.work_slice import PURE_ERRORS
@@ -65,8 +66,9 @@ class RetainAgent:
         self._topics = topics
         self._routing = topics.routing if topics else KeyRouting({})
         self._signer = RecordSigner(settings)
-        facts = StoreFacts(settings, store, AckReader(settings))
+        facts = StoreFacts(settings, store, AckReader(settings, grace=True))
         self._service = RetainService(settings, metrics, facts, self._send)
+        self._replicas = ReplicaWatch(AckReader(settings), facts.registry, metrics)
         self._revoked: int | None = None
         self._assigned = False
 
@@ -114,6 +116,7 @@ class RetainAgent:
         partitions = [tp for tp in self._app.consumer.assignment() if tp.topic == self._topic]
         if any(tp.partition == 0 for tp in partitions):
             await self._service.tick()
+            await asyncio.to_thread(self._replicas.tick)
         with suppress(KafkaError):  # a rebalance may have begun
             lag = 0
             ends = await self._app.consumer.highwaters(*partitions) if partitions else {}

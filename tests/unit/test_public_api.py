@@ -94,6 +94,7 @@ Subscriber.run(self, stop: threading.Event | None = None) -> None
 Subscriber.start(self) -> Self
 Subscriber.wait_for(self, generation: int, timeout_s: float) -> bool
 SubscriberError(PerennialError)
+UnfitVersionError(BackendError, PerennialError)
 __version__: str
 load_base(name: str = shipped, device: str = auto, threads: int | None = None) -> Base
 load_settings(**values: Any) -> Settings

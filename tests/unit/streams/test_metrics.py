@@ -63,6 +63,9 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.forget_overdue(2)
     metrics.forgot(7, 40.0)
     metrics.quarantined(5)
+    metrics.subscriber_failure("space")
+    metrics.serving_stale("acme/support", 1.5e9)
+    metrics.replicas({"serving": 3, "expired": 2}, {"expired": 1})
     metrics.parked({"acme/a": "no-space"})
     metrics.jobs_waiting("acme/a", 3)
     metrics.wrong_marks("acme/other", 0)
@@ -96,6 +99,10 @@ def test_every_method_moves_the_series_that_dashboards_name():
         ("perennial_alias_generation", ("adapter", "acme/support")): 4,
         ("perennial_store_errors_total", ("op", "get")): 1,
         ("perennial_acks_total", ("adapter", "acme/support")): 1,
+        ("perennial_subscriber_failures_total", ("kind", "space")): 1,
+        ("perennial_serving_stale_since_seconds", ("adapter", "acme/support")): 1.5e9,
+        ("perennial_replicas", ("state", "serving")): 3,
+        ("perennial_replicas_serving_revoked", ("state", "expired")): 1,
         ("perennial_ack_stage_seconds_count", ("stage", "publish_to_served")): 1,
     }
     found = {key: value(metrics, key[0], **dict(key[1:])) for key in expected}

@@ -10,7 +10,7 @@ import pytest
 
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.events.cloudevents import encode
-from perennial.streams.kafka.replica_status import KEPT_S, UNLEASED_S, ReplicaTable
+from perennial.streams.replicas.replica_status import KEPT_S, UNLEASED_S, ReplicaTable
 from perennial.streams.retain.rules.replica_report import report_of
 
 ADAPTER = "acme/support"
@@ -120,6 +120,21 @@ def test_the_clock_of_a_subscriber_ends_and_prolongs_no_lease(
     found = record(activated(), stored_s * 1000, broker_time=broker_time)
     (status,) = table_of(found, now_ms=1_000_000, following=following).of(ADAPTER, "live")
     assert status.lease_expires_ms == (begins_s + 60) * 1000
+
+
+def test_after_an_outage_of_the_broker_every_lease_gets_the_time_for_one_more_heartbeat():
+    """While the broker is down nobody can renew a lease: all replicas would seem to have ended."""
+    (status,) = table_of(record(activated())).of(ADAPTER, "live")
+    back_ms = START_MS + 600_000
+    assert status.state(back_ms) == "expired"
+    assert status.with_grace(back_ms).state(back_ms + 59_000) == "serving"
+    assert status.with_grace(back_ms).state(back_ms + 60_000) == "expired"
+    assert status.with_grace(START_MS - 1).lease_expires_ms == START_MS + 60_000
+    (old,) = table_of(record(activated(lease_s=None))).of(ADAPTER, "live")
+    later_ms = START_MS + 2 * UNLEASED_S * 1000
+    assert old.with_grace(later_ms).lease_expires_ms == later_ms + 300_000
+    (gone,) = table_of(record(left())).of(ADAPTER, "live")
+    assert gone.with_grace(back_ms) == gone
 
 
 def test_after_partitions_were_added_the_record_that_was_stored_last_counts():

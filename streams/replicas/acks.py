@@ -16,8 +16,8 @@ from kafka.errors import KafkaError
 
 from perennial.streams.events.adapter_events import AdapterActivated
 from perennial.streams.kafka.connect import close_producer, connect
-from perennial.streams.kafka.replica_status import ReplicaStatus, ReplicaTable
 from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.replicas.replica_status import ReplicaStatus, ReplicaTable
 from perennial.streams.settings import Settings
 
 _log = logging.getLogger("perennial.replicas")
@@ -35,9 +35,19 @@ class AckReader:
     Args:
         settings: Names the brokers and the topic prefix. The connection is opened at the first read.
         wall_ms: The wall clock, in milliseconds since 1970.
+        grace: After each connection to the broker, give every lease the time for one more heartbeat; for a reader that
+            decides whether to wait for a replica. See `ReplicaStatus.with_grace`.
     """
 
-    def __init__(self, settings: Settings, wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        *,
+        grace: bool = False,
+    ) -> None:
+        self._grace = grace
+        self._connected_ms = 0
         self._settings = settings
         self._wall_ms = wall_ms
         self._consumer: Any = None
@@ -69,7 +79,8 @@ class AckReader:
                 self.close()
                 raise
             self._read_s = time.monotonic()
-        return self._table.of(adapter, alias)
+        found = self._table.of(adapter, alias)
+        return [status.with_grace(self._connected_ms) for status in found] if self._grace else found
 
     def prune(self) -> int:
         """Delete the records of replicas whose lease ended, or that left, more than KEPT_S ago.
@@ -135,6 +146,7 @@ class AckReader:
                 enable_auto_commit=False, auto_offset_reset="earliest",
             )  # fmt: skip
             self._count = 0
+            self._connected_ms = self._wall_ms()
         numbers = sorted(self._consumer.partitions_for_topic(topic) or ())
         if len(numbers) != self._count:  # the first read, or partitions were added: a key may be in another one now
             self._table.clear()

@@ -7,7 +7,7 @@ and its lease ends.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeAlias
 
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
@@ -23,6 +23,8 @@ _LOG_APPEND_TIME: Final = 1
 
 UNLEASED_S: Final = 24 * 3600
 """How long a record without a lease counts as alive: subscribers of 0.1 send none again, whether they run or not."""
+MAX_GRACE_S: Final = 300
+"""The longest grace that a lease gets after the reader connected."""
 KEPT_S: Final = 24 * 3600
 """How long a record is kept after its lease ended or its replica left. `AckReader.prune` deletes older ones."""
 
@@ -66,6 +68,20 @@ class ReplicaStatus:
         if self.lease_expires_ms is not None and self.lease_expires_ms <= now_ms:
             return "expired"
         return "failing" if self.failed else "serving"
+
+    def with_grace(self, connected_ms: int) -> ReplicaStatus:
+        """Return the status with a lease that does not end before the replica had the time for one more record.
+
+        While the broker is down no replica can renew its lease. After that the leases would seem to have ended, before
+        the first heartbeats come.
+
+        Args:
+            connected_ms: When the reader connected to the broker, in milliseconds since 1970.
+        """
+        if self.lease_expires_ms is None:
+            return self
+        grace_ms = min(self.lease_expires_ms - self.stored_ms, MAX_GRACE_S * 1000)
+        return replace(self, lease_expires_ms=max(self.lease_expires_ms, connected_ms + grace_ms))
 
     def is_outdated(self, now_ms: int) -> bool:
         """Return whether the record may be deleted: KEPT_S have passed since the lease ended or the replica left.

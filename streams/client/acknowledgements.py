@@ -1,0 +1,172 @@
+"""Send a subscriber's acknowledgements to `adapter-acks`, its heartbeats, and its goodbye, in a thread of their own.
+
+Nothing here raises an error because of the broker, and a broker that does not answer delays no version.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from datetime import datetime
+from hashlib import sha256
+from typing import Any, TypeAlias
+
+from kafka import KafkaProducer
+
+from perennial.streams.client.subscriber_kafka import RECONNECT_S, TIMEOUT_MS
+from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
+from perennial.streams.events.cloudevents import encode
+from perennial.streams.kafka.connect import close_producer, connect
+
+_log = logging.getLogger("perennial.subscriber")
+
+Acknowledgement: TypeAlias = AdapterActivated | AdapterFailed
+
+_MAX_PENDING = 64
+_BEATS_PER_LEASE = 3
+_CLOSE_S = 3 * TIMEOUT_MS / 1000
+
+
+class Acks:
+    """Sends acknowledgements, and keeps the last 64 while no broker answers.
+
+    Older ones may be dropped, because the topic is compacted and keeps only the last one of each replica anyway. The
+    last one is sent again every third of the lease, as a heartbeat: also while a backend takes long to load a version,
+    because the process that holds the version before it is alive. Thread-safe.
+
+    Args:
+        bootstrap: Bootstrap servers; empty: there is no broker, and acknowledgements are dropped.
+        topic: Returns the full name of a topic.
+        now: The wall clock.
+        lease_s: Length of a lease, in seconds.
+        clock: Monotonic clock in seconds.
+    """
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: Callable[[str], str],
+        now: Callable[[], datetime],
+        lease_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic(AdapterActivated.topic)
+        self._now = now
+        self._lease_s = lease_s
+        self._clock = clock
+        self._producer: Any = None
+        self._pending: deque[Acknowledgement | ReplicaLeft] = deque(maxlen=_MAX_PENDING)
+        self._latest: Acknowledgement | None = None
+        self._beat_s = 0.0
+        self._retry_s = 0.0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        self._at_exit: Callable[[], None] = lambda: None
+
+    def start(self, at_exit: Callable[[], None]) -> None:
+        """Send in a new thread until `close`.
+
+        Args:
+            at_exit: Called where the interpreter exits while the connection is open, to say goodbye.
+        """
+        if self._bootstrap and self._thread is None:
+            self._at_exit = at_exit
+            self._thread = threading.Thread(target=self._run, name="subscriber acknowledgements", daemon=True)
+            self._thread.start()
+
+    def send(self, ack: Acknowledgement) -> None:
+        """Put an acknowledgement in the queue, with the lease, and send it again as heartbeat from then on."""
+        if not self._bootstrap:
+            return
+        with self._changed:
+            self._latest = ack.model_copy(update={"lease_s": self._lease_s})
+            self._pending.append(self._latest)
+            self._beat_s = self._clock() + self._lease_s / _BEATS_PER_LEASE
+            self._changed.notify_all()
+
+    def tick(self) -> None:
+        """Send the queue in order, with a heartbeat where one is due, and keep what the broker does not take."""
+        with self._changed:
+            now_s = self._clock()
+            if not self._closed and self._latest is not None and now_s >= self._beat_s:
+                self._beat_s = now_s + self._lease_s / _BEATS_PER_LEASE
+                if not self._pending:
+                    self._pending.append(self._latest.model_copy(update={"at": self._now()}))
+            if not self._pending or (now_s < self._retry_s and not self._closed):
+                return
+        try:
+            if self._producer is None:
+                self._connect()
+            while True:
+                with self._changed:
+                    if not self._pending:
+                        return
+                    report = self._pending[0]
+                self._deliver(report)
+                with self._changed:
+                    if self._pending and self._pending[0] is report:
+                        self._pending.popleft()
+        except Exception as error:  # noqa: BLE001 - no error of a Kafka client may end the acknowledgements
+            _log.warning("acknowledgements wait until the broker answers: %s", error)
+            self._retry_s = self._clock() + RECONNECT_S
+            self._disconnect(0)  # an idempotent producer that lost a record may never take another
+
+    def _connect(self) -> None:
+        self._producer = connect(
+            KafkaProducer,
+            self._bootstrap,
+            TIMEOUT_MS / 1000,
+            acks="all",
+            max_block_ms=TIMEOUT_MS,
+            request_timeout_ms=TIMEOUT_MS,
+            delivery_timeout_ms=TIMEOUT_MS,
+        )
+        # The producer registers a function of its own that closes it. The last one registered runs first.
+        atexit.unregister(self._at_exit)
+        atexit.register(self._at_exit)
+
+    def _deliver(self, report: Acknowledgement | ReplicaLeft) -> None:
+        value_id = sha256(report.model_dump_json().encode()).hexdigest()[:32]
+        source = f"perennial-subscriber/{report.replica}"
+        record = encode(report, event_id=value_id, source=source, occurred_at=self._now())
+        sent = self._producer.send(self._topic, key=record.key, value=record.value, headers=record.headers)
+        sent.get(timeout=TIMEOUT_MS / 1000)
+
+    def _run(self) -> None:
+        while not self._closed:
+            self.tick()
+            with self._changed:
+                if not self._closed and (not self._pending or self._clock() < self._retry_s):
+                    self._changed.wait(min(1.0, self._lease_s / _BEATS_PER_LEASE))
+
+    def close(self, goodbye: ReplicaLeft) -> None:
+        """Stop the heartbeats, say goodbye where anything was acknowledged, and close the connection.
+
+        There is one attempt to send what waits. Where it fails, the lease ends.
+
+        Args:
+            goodbye: The last record of the replica.
+        """
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+            if self._latest is not None:
+                self._pending.append(goodbye)
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(_CLOSE_S)
+        if self._thread is None or not self._thread.is_alive():
+            self.tick()
+            self._disconnect(1)
+        atexit.unregister(self._at_exit)
+
+    def _disconnect(self, timeout_s: float) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            close_producer(producer, timeout_s)

@@ -1,0 +1,1 @@
+"""Who serves what: the records of subscribers on `adapter-acks`, their leases, and what reads them."""
