@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -23,6 +24,8 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import BackendError
 from perennial.streams.client.directory_backend import DirectoryBackend
+from perennial.streams.client.subscriber import Subscriber
+from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend, small_weights
 from tests.versions import VersionPublisher
 
@@ -208,6 +211,24 @@ def test_unloading_what_requests_use_changes_nothing(case: Case):
         backend.busy.clear()
     backend.unload(one[0])
     assert backend.list() == [two[0]]
+
+
+def test_attack_l_a_subscriber_takes_a_revoked_version_out_of_every_backend(case: Case, tmp_path: Path):
+    """Without a broker nothing waits for a subscriber, so it asks for revocations itself."""
+    versions = VersionPublisher(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
+    live = versions.registry.alias(ADAPTER)
+    assert live is not None
+    settings = Settings.of(poll_s=0.05, kafka="", env_file=None)
+    with Subscriber(ADAPTER, case.backend, store=versions.store, settings=settings) as subscriber:
+        assert subscriber.wait_for(live.generation, 120)
+        assert case.active() == subscriber.name_of(live.version)
+        versions.registry.revoke(ADAPTER, live.version, "erased")
+        end = time.monotonic() + 120
+        while case.backend.list():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert case.active() is None
+        assert subscriber.current is None
 
 
 # ---- the folder

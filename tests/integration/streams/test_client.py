@@ -23,9 +23,19 @@ from perennial.streams.client.directory_backend import DirectoryBackend
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events import cloudevents as wire
-from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, AdapterPromoted, BaseRef, Learned
+from perennial.streams.events.adapter_events import (
+    AdapterActivated,
+    AdapterFailed,
+    AdapterPromoted,
+    BaseRef,
+    Learned,
+    ReplicaLeft,
+)
 from perennial.streams.events.models import DocumentObserved, InteractionObserved
 from perennial.streams.kafka.topics import provision
+from perennial.streams.replicas.acks import AckReader
+from perennial.streams.replicas.replica_status import KEPT_S
+from perennial.streams.retain.rules.replica_report import report_of
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend, small_weights
 from tests.versions import VersionPublisher
@@ -241,8 +251,10 @@ def test_an_event_wakes_a_subscriber_that_does_not_poll(
             assert subscriber.wait_for(generation, 120)
             assert backend.active == subscriber.name_of(state.version)
         until(lambda: len(stages) == 3)
-    acks = [envelope.event for _, envelope in everything(settings, "adapter-acks")]
+    *acks, last = [envelope.event for _, envelope in everything(settings, "adapter-acks")]
+    assert (type(last), last.generation, last.version) == (ReplicaLeft, 3, state.version)
     assert [type(ack) for ack in acks] == [AdapterActivated] * 3
+    assert {ack.lease_s for ack in acks} == {60.0}
     assert [ack.generation for ack in acks] == [1, 2, 3]
     assert acks[-1].version == state.version
     assert acks[-1].replica == "r1"
@@ -316,6 +328,76 @@ def test_damaged_weights_are_refused_and_said(
     assert {(ack.generation, ack.version) for ack in failed} == {(2, bad.version)}
     assert "IntegrityError" in failed[0].error
     assert [name for call, name in backend.calls if call == "load"] == [subscriber.name_of(good.version)]
+
+
+# ---- leases
+
+
+def test_attack_l_a_heartbeat_renews_the_lease_and_a_goodbye_ends_it(settings: Settings, versions: VersionPublisher):
+    """A replica that was stopped kept every later erasure open."""
+    short = settings.replace(poll_s=0.2, replica_lease_s=3)
+    reader = AckReader(settings)
+    state = versions.publish()
+    with Subscriber(ADAPTER, MemoryBackend(), settings=short, replica="r1") as subscriber:
+        assert subscriber.wait_for(1, 120)
+        until(lambda: reader.replicas(ADAPTER))
+        first_ms = reader.replicas(ADAPTER)[0].stored_ms
+        until(lambda: reader.replicas(ADAPTER)[0].stored_ms >= first_ms + 2_000)  # two heartbeats at least
+        (status,) = reader.replicas(ADAPTER)
+        assert status.lease_expires_ms == status.stored_ms + 3_000
+        assert (status.version, status.generation) == (state.version, 1)
+        assert report_of([status], 2, {state.version}, status.stored_ms).behind == ("r1",)
+    until(lambda: reader.replicas(ADAPTER)[0].left)
+    (status,) = reader.replicas(ADAPTER)
+    assert status.version == state.version
+    assert report_of([status], 2, {state.version}, status.stored_ms).left == ("r1",)
+    records = everything(settings, "adapter-acks")
+    assert {record.timestamp_type for record, _ in records} == {
+        1
+    }  # the broker's time: a subscriber's clock has no part
+    reader.close()
+
+
+def test_attack_l_restarts_leave_nobody_to_wait_for_and_their_records_are_pruned(
+    settings: Settings, versions: VersionPublisher
+):
+    """The default name of a replica is new at each restart, and the topic kept every one."""
+    polling = settings.replace(poll_s=0.2)
+    state = versions.publish()
+    names = []
+    for _ in range(50):
+        with Subscriber(ADAPTER, MemoryBackend(), settings=polling) as subscriber:
+            assert subscriber.wait_for(1, 120)
+            names.append(subscriber.replica)
+    wall_ms = [time.time_ns() // 1_000_000]
+    reader = AckReader(settings, wall_ms=lambda: wall_ms[0])
+    report = report_of(reader.replicas(ADAPTER), 2, {state.version}, wall_ms[0])
+    assert report.behind == ()
+    assert set(report.left) <= set(names)
+    assert len(report.left) >= 49  # each said goodbye, if it had acknowledged
+    assert reader.prune() == 0
+    wall_ms[0] += KEPT_S * 1000 + 3_600_000
+    assert reader.prune() == len(report.left)
+    until(lambda: reader.replicas(ADAPTER) == [])
+    reader.close()
+
+
+def test_attack_l_one_replica_is_removed_and_another_one_stays(settings: Settings, versions: VersionPublisher):
+    """No command deleted the record of a replica that will not come back."""
+    polling = settings.replace(poll_s=0.2)
+    versions.publish()
+    reader = AckReader(settings)
+    with (
+        Subscriber(ADAPTER, MemoryBackend(), settings=polling, replica="r1") as one,
+        Subscriber(ADAPTER, MemoryBackend(), settings=polling, replica="r2") as two,
+    ):
+        assert one.wait_for(1, 120)
+        assert two.wait_for(1, 120)
+        until(lambda: len(reader.replicas(ADAPTER)) == 2)
+    until(lambda: all(status.left for status in reader.replicas(ADAPTER)))
+    assert reader.remove(ADAPTER, "r1") == 1
+    until(lambda: [status.replica for status in reader.replicas(ADAPTER)] == ["r2"])
+    reader.close()
 
 
 def test_a_missing_topic_leaves_polling(broker, topic_prefix: str, versions: VersionPublisher, settings: Settings):
