@@ -9,10 +9,10 @@ from datetime import UTC, datetime
 from perennial.storage.registry.quarantine import (
     Quarantine,
     RequestOutcome,
+    ensure_text_key,
     finish_entry,
     load_quarantine,
 )
-from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.streams.events.models import (
     ExampleAccepted,
     ForgetRequested,

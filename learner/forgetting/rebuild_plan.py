@@ -13,8 +13,8 @@ from perennial.learner.versions.micro_batches import OriginOffset, origin_offset
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.history.pages import ExampleRow
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry, SuppressedTexts
-from perennial.storage.registry.suppressed_texts import ensure_text_key, load_text_key
+from perennial.storage.registry.quarantine import Quarantine, QuarantineEntry, SuppressedTexts, ensure_text_key
+from perennial.storage.registry.suppressed_texts import load_text_key
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested
 from perennial.streams.retention.example_rows import bare_example, key_check
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash

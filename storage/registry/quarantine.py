@@ -28,10 +28,12 @@ from perennial.storage.registry.records import RegistryRecord, check_adapter
 from perennial.storage.registry.suppressed_texts import (
     TextHash,
     add_to_pages,
+    create_text_key,
     delete_replaced_pages,
     keyed_text_hash,
     load_suppressed_page,
     load_text_key,
+    missing_key_error,
     page_of,
     remove_from_pages,
     unkeyed_text_hash,
@@ -260,6 +262,21 @@ def finish_entry(store: ObjectStore, adapter: str, request_id: str, done: Reques
     return update_quarantine(store, adapter, lambda quarantine: quarantine.finished(request_id, done))
 
 
+def ensure_text_key(store: ObjectStore, adapter: str) -> bytes:
+    """Return the adapter's text key; create it where there is none.
+
+    Raises:
+        IntegrityError: The key was lost. Under a new one, no text on the list would be recognised any more.
+    """
+    found = load_text_key(store, adapter)
+    if found is not None:
+        return found
+    quarantine = load_quarantine(store, adapter)
+    if quarantine.keyed or quarantine.pages:
+        raise missing_key_error(adapter)
+    return create_text_key(store, adapter)
+
+
 class SuppressedTexts:
     """The list of an adapter's suppressed texts, for look-ups. Loads the text key and pages when they are needed.
 
@@ -317,11 +334,7 @@ class SuppressedTexts:
         if self._key is None:
             self._key = load_text_key(self._store, self._adapter)
         if self._key is None:
-            raise IntegrityError(
-                f"the text key of {self._adapter} is missing, so erased texts cannot be recognised",
-                remedy=f"restore the object keys/{self._adapter} from a copy: without it, erased texts could be "
-                "learned again",
-            )
+            raise missing_key_error(self._adapter)
         return self._key
 
 

@@ -77,17 +77,22 @@ def load_text_key(store: ObjectStore, adapter: str) -> bytes | None:
     return bytes.fromhex(found.key)
 
 
-def ensure_text_key(store: ObjectStore, adapter: str) -> bytes:
-    """Return the adapter's text key; create it where there is none. Whoever creates it first decides it."""
-    found = load_text_key(store, adapter)
-    if found is not None:
-        return found
+def create_text_key(store: ObjectStore, adapter: str) -> bytes:
+    """Create the adapter's text key and return it; whoever creates it first decides it. Call `ensure_text_key` instead."""
     created = TextKey(adapter=adapter, key=secrets.token_hex(_KEY_BYTES))
     store.put_if_absent(text_key_key(adapter), created.to_bytes())
     found = load_text_key(store, adapter)
     if found is None:
         raise NotFoundError(f"the text key of {adapter} was deleted while it was created", remedy="do it again")
     return found
+
+
+def missing_key_error(adapter: str) -> IntegrityError:
+    """Return the error of a list of suppressed texts whose key is not stored."""
+    return IntegrityError(
+        f"the text key of {adapter} is missing, so erased texts cannot be recognised",
+        remedy=f"restore the object keys/{adapter} from a copy: without it, erased texts could be learned again",
+    )
 
 
 def normalised_text(text: str) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.history.index import HistoryIndex
 from perennial.storage.registry.history.pages import ExampleRow
+from perennial.storage.registry.quarantine import ensure_text_key
 from perennial.storage.registry.registry import Registry
-from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.streams.events.models import Batch, ExampleAccepted
 from perennial.streams.retention.quarantine_filter import text_hash
 

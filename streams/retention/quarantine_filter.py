@@ -9,8 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.quarantine import LegalHold, Quarantine, QuarantineEntry, SuppressedTexts
-from perennial.storage.registry.suppressed_texts import ensure_text_key, keyed_text_hash
+from perennial.storage.registry.quarantine import (
+    LegalHold,
+    Quarantine,
+    QuarantineEntry,
+    SuppressedTexts,
+    ensure_text_key,
+)
+from perennial.storage.registry.suppressed_texts import keyed_text_hash
 from perennial.streams.events.models import ExampleAccepted, Selector
 
 

@@ -20,8 +20,7 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
-from perennial.storage.registry.quarantine import RequestOutcome, finish_entry, load_quarantine
-from perennial.storage.registry.suppressed_texts import ensure_text_key
+from perennial.storage.registry.quarantine import RequestOutcome, ensure_text_key, finish_entry, load_quarantine
 from perennial.streams.events.adapter_events import AdapterActivated
 from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import decode_dead_letter

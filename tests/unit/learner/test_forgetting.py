@@ -17,9 +17,14 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.quarantine import LegalHold, QuarantineEntry, load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import (
+    LegalHold,
+    QuarantineEntry,
+    ensure_text_key,
+    load_quarantine,
+    update_quarantine,
+)
 from perennial.storage.registry.registry import Registry
-from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.streams.events.adapter_events import AdapterRetired, AdapterRevoked, AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested, RollbackRequested, Selector
 from perennial.streams.retention.quarantine_filter import text_hash

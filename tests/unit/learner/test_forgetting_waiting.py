@@ -12,8 +12,7 @@ from perennial.learner.versions.job_result import JobError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.pending_deletes import record_pending_deletes
-from perennial.storage.registry.quarantine import LegalHold, load_quarantine, update_quarantine
-from perennial.storage.registry.suppressed_texts import ensure_text_key
+from perennial.storage.registry.quarantine import LegalHold, ensure_text_key, load_quarantine, update_quarantine
 from perennial.streams.retention.quarantine_filter import text_hash
 from tests import jobs
 from tests.unit.learner.test_forgetting import (

@@ -14,9 +14,8 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob, put_blob
 from perennial.storage.registry.pending_deletes import list_pending_deletes
-from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_key, load_quarantine, update_quarantine
 from perennial.storage.registry.refused_examples import load_refused_examples
-from perennial.storage.registry.suppressed_texts import ensure_text_key
 from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate import cut_store

@@ -17,8 +17,8 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
-from perennial.storage.registry.quarantine import QuarantineEntry, load_quarantine, update_quarantine
-from perennial.storage.registry.suppressed_texts import ensure_text_key, keyed_text_hash
+from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_key, load_quarantine, update_quarantine
+from perennial.storage.registry.suppressed_texts import keyed_text_hash
 from perennial.streams.cli.app import app
 from perennial.streams.cli.explain import explain
 from perennial.streams.cli.forget import request_status as status

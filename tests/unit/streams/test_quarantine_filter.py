@@ -21,13 +21,14 @@ from perennial.storage.registry.quarantine import (
     RequestOutcome,
     SuppressedTexts,
     Unsuppression,
+    ensure_text_key,
     finish_entry,
     load_quarantine,
     quarantine_key,
     unsuppress,
     update_quarantine,
 )
-from perennial.storage.registry.suppressed_texts import ensure_text_key, text_key_key, unkeyed_text_hash
+from perennial.storage.registry.suppressed_texts import text_key_key, unkeyed_text_hash
 from perennial.streams.events.models import ExampleAccepted, Origin
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, blocks, text_hash
 
@@ -229,6 +230,15 @@ def test_attack_r_no_one_without_the_key_can_prove_that_a_text_was_erased(store)
     assert store.delete(text_key_key(ADAPTER))
     with pytest.raises(IntegrityError, match="text key of acme/support is missing"):
         blocks(load_quarantine(store, ADAPTER), example(1), store)
+    with pytest.raises(IntegrityError, match="text key of acme/support is missing"):
+        ensure_text_key(store, ADAPTER)  # a new key would let every erased text in
+
+
+def test_a_lost_text_key_is_not_made_anew_for_a_list_in_pages(store, monkeypatch):
+    monkeypatch.setattr(quarantine_module, "MAX_INLINE_HASHES", 2)
+    update_quarantine(store, ADAPTER, lambda q: q.suppressing(made_hashes(3)))
+    with pytest.raises(IntegrityError, match="restore the object keys/acme/support"):
+        ensure_text_key(store, ADAPTER)
 
 
 def test_the_first_key_of_an_adapter_stays(store):
@@ -284,11 +294,11 @@ def test_a_reader_with_an_old_directory_finds_what_moved_to_new_pages(store, mon
 
 def test_a_lost_page_is_an_error_and_lets_no_erased_text_in(store, monkeypatch):
     monkeypatch.setattr(quarantine_module, "MAX_INLINE_HASHES", 2)
+    ensure_text_key(store, ADAPTER)
     quarantine = update_quarantine(store, ADAPTER, lambda q: q.suppressing(made_hashes(3)))
     for name in quarantine.pages.values():
         store.delete(f"suppressed/{ADAPTER}/{name}")
     hash_pages_module._pages.clear()
-    ensure_text_key(store, ADAPTER)
     with pytest.raises(IntegrityError, match="missing"):
         blocks(quarantine, example(1), store)
 
