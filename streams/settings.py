@@ -118,8 +118,9 @@ class StoreSettings(_Group):
         validation_alias=AliasChoices("PERENNIAL_STORE"),
         description="object store: a folder, or s3://bucket/prefix",
     )
-    data_dir: Path = Field(
-        default_factory=default_data_dir, description="folder in which `perennial up` keeps its topics and objects"
+    data_dir: Path = Field(default_factory=default_data_dir, description="folder of `perennial up`: topics and objects")
+    keep_versions: Annotated[int, Field(ge=0)] = Field(
+        256, description="`perennial gc`: newest versions of an adapter that keep their weights; 0: all do"
     )
 
     @field_validator("uri")

@@ -41,6 +41,7 @@ from perennial.storage.errors import ConflictError, PerennialError, StoreUnavail
 from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.history.collected import load_collected
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,
@@ -171,7 +172,7 @@ class ForgetExecutor:
             self._sweep_progress(job.adapter)
             scope = _Scope.of(found, target)
             if history is not None and scope.learned and not target.is_held(found.all()):
-                self._rebuilder.rebuild(job, plan_rebuild(history, scope.learned))
+                self._rebuilder.rebuild(job, self._plan(history, job.adapter, scope.learned))
         return JobResult("unchanged", None, None, stage_s={"forget": time.perf_counter() - began})
 
     def _attempt(self, job: ForgetRequested, alias: str) -> JobResult:
@@ -240,7 +241,7 @@ class ForgetExecutor:
         rebuilt, a clean state is ready at once.
         """
         matches = scope.found.all()
-        plan = plan_rebuild(history, scope.learned)
+        plan = self._plan(history, job.adapter, scope.learned)
         self._failpoint("learner.forget_plan")
         self._record_pending_deletes(job, history, plan, matches)
         self._suppress(job, scope)
@@ -254,6 +255,9 @@ class ForgetExecutor:
             self._publish_rebuilt(job, alias, head, plan, rebuilt, count_of(job, matches))
         self._failpoint("learner.forget_published")
         self._revoke(job, history, plan.affected_versions)
+
+    def _plan(self, history: History, adapter: str, learned: RemovedOffsets) -> RebuildPlan:
+        return plan_rebuild(history, learned, load_collected(self._store, adapter).all)
 
     def _record_pending_deletes(
         self, job: ForgetRequested, history: History, plan: RebuildPlan, matches: Sequence[ExampleMatch]

@@ -161,7 +161,8 @@ class RebuildPlan:
         contaminated_versions: versions that have such an example in their weights, learned or taken over.
         affected_versions: those, and versions whose gate may have decided differently because of such an example, with
             every version whose state started from one of them.
-        last_clean: the newest version of the schedule before the first affected one; None if there is none.
+        last_clean: the newest version of the schedule before the first affected one whose state is stored; None if there
+            is none.
         steps: the updates to rebuild, in order; empty if no version of the schedule is affected.
     """
 
@@ -172,12 +173,16 @@ class RebuildPlan:
     steps: tuple[RecordedVersion, ...]
 
 
-def plan_rebuild(history: History, removed_offsets: RemovedOffsets) -> RebuildPlan:
+def plan_rebuild(
+    history: History, removed_offsets: RemovedOffsets, collected: Collection[str] = frozenset()
+) -> RebuildPlan:
     """Return what forgetting these examples changes.
 
     Args:
         history: all manifests of the adapter.
         removed_offsets: the examples to leave out.
+        collected: versions whose state was deleted to save space. A rebuild starts from an earlier one; training the
+            updates in between again gives their very states.
     """
     affected, contaminated = set(), set()
     for version, node in history.versions.items():
@@ -188,6 +193,8 @@ def plan_rebuild(history: History, removed_offsets: RemovedOffsets) -> RebuildPl
                 contaminated.add(version)
     schedule = history.scheduled()
     first = next((i for i, version in enumerate(schedule) if version in affected), len(schedule))
+    while 0 < first < len(schedule) and schedule[first - 1] in collected:
+        first -= 1
     return RebuildPlan(
         removed_offsets=removed_offsets,
         contaminated_versions=history.descendants(contaminated),

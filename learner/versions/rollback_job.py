@@ -8,8 +8,15 @@ from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.history import index_version
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.storage.errors import NotFoundError
-from perennial.storage.recovery.rollback import RollbackError, descendants_to_revoke, servable, version_before
+from perennial.storage.errors import ConflictError, NotFoundError
+from perennial.storage.recovery.rollback import (
+    RollbackError,
+    collected_error,
+    descendants_to_revoke,
+    servable,
+    version_before,
+)
+from perennial.storage.registry.history.collected import pinned
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Head
 from perennial.streams.events.models import RollbackRequested
@@ -58,7 +65,10 @@ class RollbackExecutor:
         manifest = self._writer.carry_forward_manifest(
             head, target, version, "rollback", job.job_id, job.reason or "rollback"
         )
-        publication = self._registry.publish(manifest, (), self._writer.verifier({}), job.alias)
+        with pinned(self._registry.store, job.adapter, version, job.job_id) as has_blobs:
+            if not has_blobs:
+                raise collected_error(version)
+            publication = self._registry.publish(manifest, (), self._writer.verifier({}), job.alias)
         index_version(self._registry, publication.version, publication.manifest)
         event = alias_event(self._registry, publication.alias_state) if publication.alias_state else None
         return JobResult("promoted", publication.manifest, event)
@@ -87,7 +97,10 @@ class RollbackExecutor:
         manifest = self._writer.carry_forward_manifest(
             head, target, before, "revoke", job.job_id, job.reason or "revoked"
         )
-        publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), job.alias)
+        with pinned(self._registry.store, job.adapter, before or job.version, job.job_id) as has_blobs:
+            if before is not None and not has_blobs:
+                raise ConflictError(f"{before} was collected meanwhile")
+            publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), job.alias)
         index_version(self._registry, publication.version, publication.manifest)
         self._retire_revoked(job)
         event = self._writer.current_alias_event(job.adapter, job.alias)

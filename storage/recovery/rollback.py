@@ -16,13 +16,19 @@ from typing import Literal
 
 from perennial.storage.errors import ConflictError, NotFoundError, StoreError
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.history.collected import load_collected, pinned
 from perennial.storage.registry.manifest import Kind, Manifest, update_id
 from perennial.storage.registry.registry import AliasState, Head, Publication, Registry
 
 ATTEMPTS = 64
 
 RollbackReason = Literal[
-    "unknown-version", "not-promoted", "revoked-version", "nothing-to-roll-back-to", "base-mismatch"
+    "unknown-version",
+    "not-promoted",
+    "revoked-version",
+    "nothing-to-roll-back-to",
+    "base-mismatch",
+    "collected-version",
 ]
 
 
@@ -59,9 +65,10 @@ def version_before(registry: Registry, adapter: str, version: str | None) -> str
     while live is not None and live.kind == "rollback" and live.parent:
         live = registry.manifest(adapter, live.parent)
     before = live.head if live else None
+    collected = load_collected(registry.store, adapter).all
     while before is not None:
         manifest = registry.manifest(adapter, before)
-        promoted = manifest.outcome == "promoted" and manifest.kind != "quarantine"
+        promoted = manifest.outcome == "promoted" and manifest.kind != "quarantine" and before not in collected
         if promoted and not registry.is_revoked(adapter, manifest.seq):
             return before
         before = manifest.head
@@ -87,7 +94,17 @@ def servable(registry: Registry, adapter: str, version: str) -> tuple[str, Manif
         raise RollbackError("not-promoted", "the version was never live", got=f"{version} {manifest.outcome}")
     if registry.is_revoked(adapter, manifest.seq):
         raise RollbackError("revoked-version", "the version was revoked", got=version)
+    if version in load_collected(registry.store, adapter).all:
+        raise collected_error(version)
     return version, manifest
+
+
+def collected_error(version: str) -> RollbackError:
+    """Return the error of a rollback to a version whose weights were deleted to save space."""
+    return RollbackError(
+        "collected-version", "the weights of this version were deleted by `perennial gc`", got=version,
+        allowed="a version that is not marked as collected",
+    )  # fmt: skip
 
 
 def carried_manifest(
@@ -157,7 +174,10 @@ def roll_back(
         ConflictError: other writers were first at every attempt.
     """
     version, target = servable(registry, adapter, version)
-    return _carry_out(registry, adapter, alias, version, target, "rollback", job_id, reason or "rollback")
+    with pinned(registry.store, adapter, version, job_id) as has_blobs:
+        if not has_blobs:
+            raise collected_error(version)
+        return _carry_out(registry, adapter, alias, version, target, "rollback", job_id, reason or "rollback")
 
 
 def revoke(registry: Registry, adapter: str, alias: str, version: str, job_id: str, reason: str) -> AliasState | None:
@@ -196,7 +216,10 @@ def revoke(registry: Registry, adapter: str, alias: str, version: str, job_id: s
     except RollbackError:
         return registry.retire(adapter, alias, reason or "revoked", state.version)
     target = registry.manifest(adapter, before)
-    return _carry_out(registry, adapter, alias, before, target, "revoke", job_id, reason or "revoked")
+    with pinned(registry.store, adapter, before, job_id) as has_blobs:
+        if not has_blobs:  # a collection was faster: take the next one
+            raise ConflictError(f"{before} was collected meanwhile", remedy="run the same command again")
+        return _carry_out(registry, adapter, alias, before, target, "revoke", job_id, reason or "revoked")
 
 
 def descendants_to_revoke(registry: Registry, adapter: str, live: str | None, version: str) -> list[str]:

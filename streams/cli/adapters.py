@@ -1,4 +1,7 @@
-"""The commands `perennial adapters`: what the registry stores of each adapter, rollback, park and unpark."""
+"""The commands `perennial adapters`: what the registry stores of each adapter, rollback, park and unpark.
+
+`perennial adapters history` is in versions/version_list.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,6 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.recovery.rollback import roll_back as roll_back_now
 from perennial.storage.recovery.rollback import version_before
-from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.parked import (
     MAX_DETAIL_CHARS,
@@ -63,12 +65,6 @@ _LIST_COLUMNS = (
     Column("adapter"), Column("generation", 1, right=True), Column("live version", shorten=short_version),
     Column("versions made", 2, right=True), Column("last outcome", 1), Column("live since", 3, shorten=short_time),
     Column("parked", 1), Column("waiting", 4, right=True),
-)  # fmt: skip
-_HISTORY_COLUMNS = (
-    Column("seq", right=True), Column("version", shorten=short_version), Column("live", 1), Column("kind", 4),
-    Column("outcome"), Column("reason", 2, wraps=True), Column("examples", 5, right=True),
-    Column("tokens", 6, right=True), Column("held-out loss before → after", 3, wraps=True),
-    Column("general text rise", 4, right=True),
 )  # fmt: skip
 
 
@@ -214,46 +210,6 @@ def _facts(manifest: Manifest) -> dict[str, object]:
     }  # fmt: skip
     facts.update({f"gate {name}": value for name, value in manifest.gate.as_dict().items()})
     return facts
-
-
-def show_history(adapter: str, *, limit: int, as_json: bool) -> int:
-    """Print the versions of an adapter, newest first, and return the exit code.
-
-    Raises:
-        NotFoundError: The adapter has no version.
-    """
-    settings = connected_settings()
-    registry = open_registry(settings)
-    require_adapter(registry, adapter)
-    alias = registry.alias(adapter, settings.serving.alias)
-    rows: list[dict[str, Any]] = []
-    for seq, version in registry.versions(adapter, newest_first=True, limit=limit):
-        manifest = registry.manifest(adapter, version)
-        rows.append({
-            "seq": seq, "version": version, "kind": manifest.kind, "outcome": manifest.outcome,
-            "reason": manifest.reason, "examples": len(manifest.learned), "tokens": manifest.tokens,
-            "gate": manifest.gate.as_dict(), "live": bool(alias and alias.version == version),
-        })  # fmt: skip
-    if as_json:
-        print(json.dumps(rows))
-        return 0
-    print_table(_HISTORY_COLUMNS, [_history_row(row) for row in rows])
-    return 0
-
-
-def _history_row(row: dict[str, Any]) -> list[str | Text]:
-    gate = GateFigures.model_validate(row["gate"])
-    before, after = gate.held_out_before, gate.held_out_after
-    losses = f"{before:.3f} → {after:.3f}" if before is not None and after is not None else "-"
-    return [
-        str(row["seq"]), row["version"], Text("live", "green") if row["live"] else "", row["kind"], row["outcome"],
-        row["reason"], str(row["examples"]), str(row["tokens"]), losses,
-        _difference(gate.anchor_after, gate.anchor_base),
-    ]  # fmt: skip
-
-
-def _difference(after: float | None, before: float | None) -> str:
-    return f"{after - before:+.3f}" if after is not None and before is not None else "-"
 
 
 def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_json: bool) -> int:

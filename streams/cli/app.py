@@ -297,7 +297,7 @@ def adapters_history(
     json_: Json = False,
 ) -> None:
     """List the versions of an adapter, refused ones and their reasons included."""
-    from perennial.streams.cli.adapters import show_history
+    from perennial.streams.cli.versions.version_list import show_history
 
     raise typer.Exit(show_history(adapter, limit=limit, as_json=json_))
 
@@ -407,6 +407,33 @@ def dlq_replay(
     raise typer.Exit(
         replay_dead_letters(chosen, dry_run=dry_run, rate=rate, max_replays=max_replays, limit=limit, as_json=json_)
     )
+
+
+@app.command()
+def gc(
+    adapters: Annotated[list[str] | None, typer.Argument(help="Adapters; default: all.")] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=10**9, help="Newest versions that keep their weights; default: PERENNIAL_KEEP_VERSIONS."
+        ),
+    ] = None,
+    orphans: Annotated[
+        bool, typer.Option("--orphans", help="Instead delete blobs that crashed processes left behind.")
+    ] = False,
+    min_age_h: Annotated[
+        float,
+        typer.Option(min=1, max=MAX_SECONDS, callback=number, help="Hours that an orphan must have had no name."),
+    ] = 24,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
+    json_: Json = False,
+) -> None:
+    """Delete the weights of old versions that nothing can need; manifests and micro-batches stay."""
+    from perennial.streams.cli.versions.gc import collect, collect_orphaned
+
+    if orphans:
+        raise typer.Exit(collect_orphaned(min_age_h=min_age_h, dry_run=dry_run, as_json=json_))
+    raise typer.Exit(collect(adapters or [], keep=keep, dry_run=dry_run, as_json=json_))
 
 
 @app.command()

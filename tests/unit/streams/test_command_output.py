@@ -17,6 +17,7 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.streams.cli import adapters, dlq, status, topics
 from perennial.streams.cli.flow import AdapterStatus, FlowSnapshot
 from perennial.streams.cli.tables import short_version
+from perennial.streams.cli.versions import version_list
 from perennial.streams.client.testing import small_weights
 from perennial.streams.deadletters.model import Selection, read_dead_letter
 from perennial.streams.deadletters.redrive_plan import RedriveReport
@@ -87,7 +88,7 @@ def test_adapters_are_shown_whole(screen, versions, width):
     listed = screen.at(width, adapters.list_adapters)
     assert ADAPTER in listed
     assert short_version(versions[0]) in listed
-    history = screen.at(width, adapters.show_history, ADAPTER, limit=10)
+    history = screen.at(width, version_list.show_history, ADAPTER, limit=10)
     assert [short_version(version) in history for version in versions] == [True, True]
     assert "promoted" in history
     shown = screen.at(width, adapters.show_adapter, ADAPTER)
@@ -99,7 +100,7 @@ def test_adapters_are_shown_whole(screen, versions, width):
 def test_adapters_in_a_pipe_have_full_versions_and_all_columns(screen, versions):
     listed = screen.in_pipe(adapters.list_adapters)
     assert re.search(rf"^{ADAPTER}  +\d+  {versions[0]}  ", listed, re.MULTILINE)
-    history = screen.in_pipe(adapters.show_history, ADAPTER, limit=10)
+    history = screen.in_pipe(version_list.show_history, ADAPTER, limit=10)
     assert history.count("4.000 → 3.500") == 2
     assert all(version in history for version in versions)
     assert history.splitlines()[0].split() == (
