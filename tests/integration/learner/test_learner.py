@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from functools import partial
@@ -21,6 +22,7 @@ from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.registry import Registry
+from perennial.streams.cli import adapters
 from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRolledBack
 from perennial.streams.events.models import ExampleScored, RollbackRequested
 from perennial.streams.kafka import group as transport
@@ -123,6 +125,34 @@ def test_a_rollback_is_announced_as_one(given):
     assert isinstance(events[2], AdapterRolledBack)
     assert events[2].weights_sha256 == events[0].weights_sha256
     assert events[2].reason == "worse"
+
+
+def test_attack_j_a_parked_adapter_goes_on_after_the_command(given, monkeypatch, capsys):
+    """Attack J on a broker: the adapter is parked, another one learns on, and `adapters unpark` loses nothing."""
+    store = DirectoryStore(Path(given.store.uri))
+    cuts = [jobs.waiting(store, job(given, cut, 2 * cut, 2 * cut + 1)) for cut in range(4)]
+    kit.send(given, cuts[0])
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 1, "the first job is committed")
+    weights = store.root / blob_key(registry(given).head(ADAPTER).manifest.weights.digest)
+    whole = weights.read_bytes()
+    weights.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    monkeypatch.setenv("PERENNIAL_KAFKA", given.kafka.bootstrap)
+    monkeypatch.setenv("PERENNIAL_STORE", given.store.uri)
+    monkeypatch.setenv("PERENNIAL_TOPIC_PREFIX", given.kafka.topic_prefix)
+    other = jobs.update(store, 0, [tiny.document(90, "the parrot sings", adapter="acme/other")], adapter="acme/other")
+    kit.send(given, *cuts[1:], jobs.waiting(store, other))
+    with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 5, "all jobs are committed")
+        assert registry(given).alias("acme/other").generation == 1
+        unpark = partial(adapters.unpark, ADAPTER, without_missing=False, wait_s=60, as_json=True)
+        assert unpark() == 1
+        assert json.loads(capsys.readouterr().out)["parked"]["reason"] == "unreadable-object"
+        weights.write_bytes(whole)
+        assert unpark() == 0
+        kit.wait_until(lambda: registry(given).alias(ADAPTER).generation == 4, "all that waited is learned")
+    assert learned(given) == list(range(8))
+    assert kit.read(given, "dead-letters", 1, timeout_s=2) == []
 
 
 @pytest.mark.slow(15)
