@@ -69,12 +69,17 @@ class Acks:
         self._at_exit: Callable[[], None] = lambda: None
 
     def start(self, at_exit: Callable[[], None]) -> None:
-        """Send in a new thread until `close`.
+        """Send in a new thread until `close`. After `close`, the last acknowledgement is sent again first.
 
         Args:
             at_exit: Called where the interpreter exits while the connection is open, to say goodbye.
         """
-        if self._bootstrap and self._thread is None:
+        if not self._bootstrap:
+            return
+        with self._changed:
+            if self._closed:
+                self._closed, self._thread, self._beat_s, self._retry_s = False, None, 0.0, 0.0
+        if self._thread is None:
             self._at_exit = at_exit
             self._thread = threading.Thread(target=self._run, name="subscriber acknowledgements", daemon=True)
             self._thread.start()
@@ -84,6 +89,8 @@ class Acks:
         if not self._bootstrap:
             return
         with self._changed:
+            if self._closed:  # an acknowledgement after the goodbye would be waited for until its lease ends
+                return
             self._latest = ack.model_copy(update={"lease_s": self._lease_s})
             self._pending.append(self._latest)
             self._beat_s = self._clock() + self._lease_s / _BEATS_PER_LEASE

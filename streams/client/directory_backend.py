@@ -147,6 +147,9 @@ class DirectoryBackend:
             staging.unlink(missing_ok=True)
             raise
         _sync_folder(pointer.parent)
+        for unfinished in pointer.parent.glob(f".{pointer.name}.*"):  # left by a process that was killed
+            if time.time() - unfinished.stat().st_mtime > _STALE_S:
+                unfinished.unlink(missing_ok=True)
         if before and before != name:
             self._left_at_s[before] = self._clock()
 

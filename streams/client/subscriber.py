@@ -310,8 +310,8 @@ class Subscriber:
         except StoreError as error:
             self._metrics.store_error("revocations")
             _log.debug("%s: the revocations cannot be read: %s", self.adapter, error)
-        except Exception:  # noqa: BLE001 - a backend may raise anything; the next look tries again
-            _log.exception("%s: a revoked version cannot be taken out of service", self.adapter)
+        except Exception as error:  # noqa: BLE001 - a backend may raise anything; the next look tries again
+            _log.warning("%s: a revoked version cannot be taken out of service: %s", self.adapter, error)
 
     def _replace_or_drop(self, current: Current) -> None:
         """Serve the version that replaces a revoked one, or serve nothing where there is none or it failed.

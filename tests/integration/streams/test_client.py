@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -379,6 +381,26 @@ def test_attack_l_restarts_leave_nobody_to_wait_for_and_their_records_are_pruned
     wall_ms[0] += KEPT_S * 1000 + 3_600_000
     assert reader.prune() == len(report.left)
     until(lambda: reader.replicas(ADAPTER) == [])
+    reader.close()
+
+
+def test_attack_l_a_process_that_ends_without_a_close_says_goodbye(settings: Settings, versions: VersionPublisher):
+    """An exception at the top of a program ends its lease too."""
+    state = versions.publish()
+    script = (
+        "from perennial import MemoryBackend, Settings, Subscriber\n"
+        f"settings = Settings.of(kafka={settings.kafka.bootstrap!r}, topic_prefix={settings.kafka.topic_prefix!r},\n"
+        f"                       store={settings.store.uri!r}, poll_s=0.2, env_file=None)\n"
+        "subscriber = Subscriber('acme/support', MemoryBackend(), settings=settings, replica='r1').start()\n"
+        "assert subscriber.wait_for(1, 120)\n"
+        "import time; time.sleep(5)\n"
+        "raise ValueError('mine')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=240)
+    assert "ValueError: mine" in done.stderr
+    reader = AckReader(settings)
+    (status,) = reader.replicas(ADAPTER)
+    assert (status.replica, status.left, status.version) == ("r1", True, state.version), done.stderr
     reader.close()
 
 

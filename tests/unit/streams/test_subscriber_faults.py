@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -172,6 +173,23 @@ def test_case_15_a_full_disk_does_not_keep_a_version_from_being_deleted(
     backend.unload(name)
     assert backend.list() == []
     assert not list(backend.path.rglob("*.safetensors"))
+
+
+def test_case_15_a_pointer_file_that_a_killed_process_left_is_deleted_later(
+    versions: VersionPublisher, store: DirectoryStore, tmp_path: Path
+):
+    """The same kind: nothing deleted the file that is renamed to the pointer where a process was killed before that."""
+    state = versions.publish()
+    manifest = versions.registry.manifest(ADAPTER, state.version)
+    backend = DirectoryBackend(tmp_path / "served")
+    name = f"{ADAPTER}@{state.version.removeprefix('sha256:')}"
+    backend.load(name, store.get(blob_key(manifest.weights.digest)).data, manifest)
+    old, young = (backend.path / ADAPTER / f".@live.json.{kind}" for kind in ("old", "young"))
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    backend.activate(name)
+    assert (old.exists(), young.exists()) == (False, True)
 
 
 class OutOfMemoryError(RuntimeError):
@@ -409,6 +427,20 @@ def test_attack_l_a_replica_that_acknowledged_nothing_says_no_goodbye(monkeypatc
     broker = FakeBroker(monkeypatch)
     acks_at([0.0]).close(GOODBYE)
     assert broker.events == []
+
+
+def test_nothing_is_acknowledged_after_a_goodbye_until_the_subscriber_runs_again(monkeypatch: pytest.MonkeyPatch):
+    broker, now_s = FakeBroker(monkeypatch), [0.0]
+    acks = acks_at(now_s)
+    acks.send(activated())
+    acks.close(GOODBYE)
+    acks.send(activated(2))
+    acks.tick()
+    assert [type(event) for event in broker.events] == [AdapterActivated, ReplicaLeft]
+    acks.start(lambda: None)
+    until(lambda: len(broker.events) == 3)
+    acks.close(GOODBYE)
+    assert [type(event) for event in broker.events[2:]] == [AdapterActivated, ReplicaLeft]
 
 
 def test_heartbeats_do_not_pile_up_while_no_broker_answers(monkeypatch: pytest.MonkeyPatch):
