@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import sys
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -47,7 +48,9 @@ RECENT = 3
 """How many updates before the newest one learned the example that is forgotten."""
 _REAL_UPDATES = 6
 _NOW_MS = 1_800_000_000_000
-_MEMORY_ADAPTERS = 200
+_MEMORY_ADAPTERS = 100
+_CURATE_EXAMPLES = 6_000
+"""So many that curate's windows are full."""
 
 
 @dataclass(frozen=True)
@@ -152,12 +155,11 @@ def over_adapters(bench: Bench, adapters: int) -> None:
     calendar = AdapterCalendar(facts, 0)
     for round_name in ("cold", "warm"):
         with bench.measure(store, f"calendar: round over all adapters, {round_name}", adapters):
-            for name in calendar.order(_NOW_MS):
+            for name in facts.adapters():
                 calendar.look(name, in_force, expiring=False, now_ms=_NOW_MS)
     with bench.measure(store, "subscriber start (of many adapters)", adapters):
         _start_subscriber(store, names[-1])
-    batcher = _batcher(names[-1])
-    state = batcher.fence().state
+    state = _curate_states(names[-1:], _CURATE_EXAMPLES)[names[-1]]
     store.put_if_absent(f"state/curate/{names[-1]}", state)
     with bench.measure(store, "curate restore of one adapter", adapters):
         MicroBatcher.restore(names[-1], _policy(), store.get(f"state/curate/{names[-1]}").data)
@@ -172,7 +174,7 @@ def memory(adapters: int = _MEMORY_ADAPTERS) -> dict[str, int]:
     for name in names:
         write_adapter(store, name, ref)
     in_force = load_in_force(store)
-    states = {name: _batcher(name).fence().state for name in names}
+    states = _curate_states(names, _CURATE_EXAMPLES)
 
     def curate() -> object:
         return [MicroBatcher.restore(name, _policy(), states[name]) for name in names]
@@ -215,18 +217,20 @@ def _policy() -> CutPolicy:
     return CutPolicy.of(Settings.of())
 
 
-def _batcher(adapter: str) -> MicroBatcher[int]:
-    """Return curate's state of an adapter as it is once every window of it is full."""
-    batcher: MicroBatcher[int] = MicroBatcher(adapter, _policy())
-    window = _policy().window
-    for number in range(window):
-        example = tiny.document(number, "some text", adapter=adapter)
+def _curate_states(adapters: Sequence[str], examples: int) -> dict[str, bytes]:
+    """Return curate's state of each adapter after that many examples, cut in micro-batches of 64."""
+    rng, stands_in = random.Random(0), "one/adapter"
+    batcher: MicroBatcher[int] = MicroBatcher(stands_in, _policy())
+    for number in range(examples):
         scored = ExampleScored(
-            example=example, tokens=4, base_loss_nats=5.0 + number % 7, live_loss_nats=4.0 + number % 5
-        )
+            example=tiny.document(number, "some text", adapter=stands_in), tokens=4, live_version="sha256:" + "0" * 64,
+            live_generation=1, base_loss_nats=5 + rng.gauss(0, 0.3), live_loss_nats=4 + rng.gauss(0, 0.3),
+        )  # fmt: skip
         batcher.offer(scored, number, 0)
-    batcher.apply(batcher.cut(datetime(2026, 1, 1, tzinfo=UTC), "size"))
-    return batcher
+        if number % 64 == 63:
+            batcher.apply(batcher.cut(datetime(2026, 1, 1, tzinfo=UTC), "size"))
+    state = batcher.fence().state
+    return {name: state.replace(stands_in.encode(), name.encode()) for name in adapters}
 
 
 def _start_subscriber(store: MemoryStore, adapter: str) -> None:
@@ -270,16 +274,16 @@ def run(versions: tuple[int, ...], adapters: tuple[int, ...], memory_adapters: i
     for size in adapters:
         over_adapters(bench, size)
     per_adapter = memory(memory_adapters)
-    growth = {
-        what: round(bench.calls(what, versions[-1]) / bench.calls(what, versions[0]), 2)
-        for what in dict.fromkeys(figure.what for figure in bench.figures if figure.size == versions[-1])
-    }  # fmt: skip
+
+    def growth(what: str) -> float:
+        return round(bench.calls(what, versions[-1]) / bench.calls(what, versions[0]), 2)
+
     return {
         "benchmark": "scale", "versions": list(versions), "adapters": list(adapters),
-        "forget_calls_growth": growth["forget a recent example"],
-        "sweep_calls_growth": growth["update with a quarantined example"],
-        "update_calls_growth": growth["update"], "explain_calls_growth": growth["explain one document"],
-        "calendar_calls_growth": growth["calendar: one adapter, cold"],
+        "forget_calls_growth": growth("forget a recent example"),
+        "sweep_calls_growth": growth("update with a quarantined example"),
+        "update_calls_growth": growth("update"), "explain_calls_growth": growth("explain one document"),
+        "calendar_calls_growth": growth("calendar: one adapter, cold"),
         "resident_bytes_per_adapter": sum(per_adapter.values()),
         "resident_bytes_by_role": per_adapter, "seconds": round(time.perf_counter() - began, 1),
     }  # fmt: skip
