@@ -182,7 +182,7 @@ class ForgetExecutor:
         head = self._writer.head(job.adapter)
         history = load_history(self._registry, job.adapter, head) if head else None
         if history is not None:
-            complete_index(self._registry, job.adapter, history)
+            history = complete_index(self._registry, job.adapter, history)
         if is_done(quarantine, job):
             # Another learner may have done the job before this one deleted its own blobs.
             self._delete(job, self._sweep_progress(job.adapter))

@@ -182,11 +182,13 @@ def index_version(registry: Registry, version: str, manifest: Manifest) -> None:
         _log.warning("%s: the history index is behind: %s", manifest.adapter, error)
 
 
-def complete_index(registry: Registry, adapter: str, history: History) -> None:
-    """Write the pages of the history index that were missing when the history was loaded."""
-    if history.index is None:
-        return
+def complete_index(registry: Registry, adapter: str, history: History) -> History:
+    """Write the pages of the history index that were missing when the history was loaded; return what they say now."""
+    if history.index is None or not history.index.unindexed:
+        return history
     try:
         history_index(registry, adapter).complete(history.index)
     except PerennialError as error:
         _log.warning("%s: the history index is behind: %s", adapter, error)
+    head = Head(len(history.index.published), history.head, history.manifests[history.head])
+    return load_history(registry, adapter, head) or history

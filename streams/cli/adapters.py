@@ -54,6 +54,7 @@ from perennial.streams.events.models import (
     Selector,
     UpdateRequested,
 )
+from perennial.streams.retention.example_rows import history_index
 from perennial.streams.settings import Settings
 
 _MAX_NAMED_ADAPTERS = 10
@@ -306,7 +307,9 @@ def _announce(
 def _resolve(registry: Registry, adapter: str, prefix: str) -> str:
     """Return the one version of the adapter whose digest begins with the prefix."""
     wanted = prefix.removeprefix("sha256:")
-    found = [version for _, version in registry.versions(adapter) if version.removeprefix("sha256:").startswith(wanted)]
+    head = registry.head(adapter)
+    published = history_index(registry, adapter).load(head).published if head is not None else []
+    found = [version for version in published if version.removeprefix("sha256:").startswith(wanted)]
     if len(found) != 1:
         raise NotFoundError(
             "several versions begin like this" if found else "no such version", got=prefix,

@@ -36,6 +36,8 @@ from perennial.storage.registry.registry import Head, Registry
 _log = logging.getLogger("perennial.storage")
 _MAX_BATCH_BYTES = 512 << 20
 _ATTEMPTS = 8
+MAX_MERGED_EXAMPLES = 50_000
+"""Pages are not merged to one of more examples: an erasure writes the page of the example anew."""
 
 
 class BatchDescriber(Protocol):
@@ -330,6 +332,8 @@ class HistoryIndex:
                     return
                 parts.append(page)
                 etags[page.key] = etag
+            if sum(part.size for part in parts) > MAX_MERGED_EXAMPLES:
+                return  # pages of so many examples are better read and written one by one
             merged = HistoryPage(
                 self._adapter, level, first, parts[0].before,
                 tuple(node for part in parts for node in part.versions),

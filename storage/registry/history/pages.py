@@ -134,6 +134,11 @@ class HistoryPage:
         return len(self.versions) == BLOCK_SIZES[self.level]
 
     @property
+    def size(self) -> int:
+        """The number of examples that the page describes."""
+        return sum(len(found.rows or ()) for found in self.batches.values())
+
+    @property
     def key(self) -> str:
         """The page's key."""
         return page_key(self.adapter, self.level, self.first)

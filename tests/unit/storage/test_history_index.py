@@ -274,3 +274,13 @@ def test_pages_hold_what_is_compared_with_their_keys() -> None:
     page = HistoryPage.from_bytes(key, world.store.get(key).data)
     assert page.to_bytes() == world.store.get(key).data
     assert (page.key, page.first, page.last, page.complete) == (key, 1, 4, True)
+
+
+def test_pages_of_many_examples_are_not_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(index_module, "MAX_MERGED_EXAMPLES", 20)
+    world = _World()
+    world.publish(70)
+    assert world.pages() == [f"=16-{first:012d}" for first in (1, 17, 33, 49)] + [
+        f"=4-{first:012d}" for first in (65, 69)
+    ]
+    assert world.check().unindexed == []
