@@ -40,6 +40,7 @@ from perennial.streams.retain.rules.state_machine import job_id_of
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights
+from tests import origins
 from tests.versions import VersionPublisher
 
 RUN = """
@@ -279,10 +280,12 @@ def test_what_is_under_way_when_it_is_erased_never_reaches_the_store(bench):
     bench.wait_for("quarantined")
     finish_entry(bench.store, ADAPTER, "r1", RequestOutcome(at_ms=1))
     scored = [ExampleScored(example=example(n), tokens=5, base_loss_nats=3.0, live_loss_nats=3.0) for n in (1, 2)]
+    scored = [origins.adopt_scored(bench.settings, one) for one in scored]
     bench.publish(*scored)
+    partition = scored[0].example.origin.partition_key()
     deadline = time.monotonic() + PATIENCE_S
     marks: dict[str, int] = {}
-    while marks.get("c/t/documents/0") != 2 and time.monotonic() < deadline:
+    while marks.get(partition) != 2 and time.monotonic() < deadline:
         updates = [job for job in bench.events("adapter-jobs") if isinstance(job, UpdateRequested)]
         marks = updates[-1].marks if updates else {}
     batches = [Batch.model_validate_json(get_blob(bench.store, job.batch.digest)) for job in updates]
