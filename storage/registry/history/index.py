@@ -220,12 +220,11 @@ class HistoryIndex:
             StoreError: the store failed.
         """
         blocks = sorted({first_of_block(0, seq) for seq in history.unindexed})
-        taken = {node.version for page in history.pages for node in page.rebuilt}
+        known = {*history.published, *(node.version for page in history.pages for node in page.rebuilt)}
         for first in blocks:
             nodes = [history.versions[v] for v in history.published[first - 1 : first - 1 + BLOCK_SIZES[0]]]
-            known = {*history.published, *taken}
             rebuilt = list(self._missing(nodes, known))
-            taken.update(node.version for node in rebuilt)
+            known.update(node.version for node in rebuilt)
             _, etag = self._read(0, first)
             page = HistoryPage(self._adapter, 0, first, nodes[0].head)
             self._write(self._extended(page, nodes, rebuilt), etag, (*nodes, *rebuilt))
