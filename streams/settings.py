@@ -301,6 +301,7 @@ class ObserveSettings(_Group):
     """Metrics, health and logs."""
 
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port of /metrics and /healthz; 0: off")
+    metric_adapters: PositiveInt = Field(100, description="adapters that metrics name; the others add up as `other`")
     metrics_host: str = Field("127.0.0.1", description="address that /metrics and /healthz listen on")
     stall_s: PositiveFloat = Field(
         120.0, description="seconds without progress, while work waits, after which /healthz answers 503"
@@ -320,8 +321,7 @@ class DevstackSettings(_Group):
 
     maven_url: str = Field(
         "",
-        description="Maven repository with the jars of the embedded broker, https unless it is on this machine; empty: "
-        "Maven Central",
+        description="Maven repository of the embedded broker's jars, https unless on this machine; empty: Maven Central",
     )
 
     @field_validator("maven_url")

@@ -130,12 +130,12 @@ class Metrics:
     """The figures of one role, in a registry of its own, and its health.
 
     Every series has the label `role`. A label takes at most MAX_LABEL_VALUES distinct values in the life of the
-    process; later values are counted under "other", because each series costs memory here and in Prometheus. `adapter`
+    process, `adapter` as many as the setting says; later values are counted under "other", because each series costs memory here and in Prometheus. `adapter`
     and `topic` take the same values in all metrics. Thread-safe.
 
     Args:
         role: the name of the role.
-        settings: gives the time after which the role counts as stalled.
+        settings: gives the time after which the role counts as stalled, and how many adapters are named.
         clock: a monotonic clock, in seconds.
 
     Attributes:
@@ -155,6 +155,7 @@ class Metrics:
         self.role = role
         self.registry = CollectorRegistry()
         self.health = Health(role, settings.observe.stall_s if settings else DEFAULT_STALL_S, clock=clock)
+        self._max_adapters = settings.observe.metric_adapters if settings else MAX_LABEL_VALUES
         self._clock = clock
         self._lock = threading.Lock()
         self._label_values: dict[str, set[str]] = {}
@@ -196,7 +197,7 @@ class Metrics:
             values = self._label_values.setdefault(scope, set())
             if value in values:
                 return value
-            if len(values) >= MAX_LABEL_VALUES:
+            if len(values) >= (self._max_adapters if label == "adapter" else MAX_LABEL_VALUES):
                 return OTHER
             values.add(value)
             return value

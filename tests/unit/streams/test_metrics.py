@@ -140,6 +140,15 @@ def test_a_label_takes_a_hundred_values_and_then_other():
     assert value(metrics, "perennial_updates_total", outcome="promoted", adapter="tenant/120") is None
 
 
+def test_case_scale_adapters_beyond_the_hundredth_can_be_named():
+    """faults.md, "Scale": adapter 101 and later cannot be seen in the metrics."""
+    metrics = Metrics("learner", Settings.of(metric_adapters=3))
+    for i in range(5):
+        metrics.update("promoted", f"tenant/{i}")
+    assert value(metrics, "perennial_updates_total", outcome="promoted", adapter="tenant/2") == 1
+    assert value(metrics, "perennial_updates_total", outcome="promoted", adapter="other") == 2
+
+
 def test_roles_do_not_share_figures():
     one, two = Metrics("intake"), Metrics("intake")
     one.events_in("documents")
