@@ -45,7 +45,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-@pytest.mark.parametrize("pid", [1, os.getppid(), os.getpid()])
+@pytest.mark.parametrize("pid", [1, os.getppid(), os.getpid()], ids=["init", "parent", "self"])
 def test_case_08_the_process_id_of_a_stale_announcement_holds_no_folder(tmp_path, pid):
     """A `perennial up` that was killed left up.json; once its pid was reused, no other ever started."""
     (tmp_path / "up.json").write_text(json.dumps({"pid": pid, "kafka": "127.0.0.1:29999"}))
