@@ -21,8 +21,8 @@ Position = tuple[str, int]
 """Where a record was first published: `topic/partition` (the topic with its prefix), and the offset."""
 
 LEARNED, SKIPPED, REFUSED, DEAD_LETTERED = "learned once", "skipped", "refused by the gate", "dead-lettered"
-ERASED, PENDING = "expired or erased", "pending"
-TERMS = (LEARNED, SKIPPED, REFUSED, DEAD_LETTERED, ERASED, PENDING)
+ERASED, ROLLED_BACK, PENDING = "expired or erased", "rolled back", "pending"
+TERMS = (LEARNED, SKIPPED, REFUSED, DEAD_LETTERED, ERASED, ROLLED_BACK, PENDING)
 _SKIP_REASONS = frozenset({"signal", "duplicate", "no-text"})
 _REMOVAL_REASONS = frozenset({"quarantined", "expired"})
 
@@ -59,16 +59,25 @@ def _partition(key: str) -> str:
     return f"{topic}/{partition}"
 
 
-def account(registry: Registry, adapters: Iterable[str]) -> Account:
-    """Read the manifest of every published version of the adapters."""
-    total = Account()
+def account(
+    registry: Registry, adapters: Iterable[str], position_of: Callable[[Any], Position] | None = None
+) -> Account:
+    """Read the manifest of every published version of the adapters.
+
+    Args:
+        registry: The adapters' versions.
+        adapters: Their names.
+        position_of: Returns the position of a learned or skipped example; by default `topic/partition` and the offset.
+            `exact_position` keeps records apart that had one offset after another.
+    """
+    total, position_of = Account(), position_of or _position
     for adapter in adapters:
         for _, version in registry.versions(adapter):
             manifest = registry.manifest(adapter, version)
             total.outcomes[manifest.outcome] += 1
-            total.learned.update(_learned(manifest))
+            total.learned.update(position_of(item) for item in manifest.learned)
             for skipped in manifest.skipped:
-                position = _position(skipped)
+                position = position_of(skipped)
                 total.skipped[position] += 1
                 total.reasons[position] = skipped.reason
     return total
@@ -83,9 +92,11 @@ class AdapterRecord:
     Attributes:
         first_learned: How often each position was learned by updates as they were first published.
         learned: How often each position is learned on the current schedule.
-        examples: How often each example id is learned on the current schedule.
+        examples: Where each example is learned on the current schedule, by its id.
         skipped: Positions that updates on the current schedule skipped, with the reason.
         in_updates: All positions in updates as they were first published, skipped ones included.
+        undone: Positions of updates that a rollback or a revocation undid. What a later rollback brought back is on the
+            current schedule, too.
         served: Positions learned on the schedule of the live version.
         contaminated_blobs: Digests of blobs that only versions with an erased example in their state need: none of
             these blobs may be left in the store.
@@ -93,9 +104,10 @@ class AdapterRecord:
 
     first_learned: Counter[Position] = field(default_factory=Counter)
     learned: Counter[Position] = field(default_factory=Counter)
-    examples: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[Position]] = field(default_factory=dict)
     skipped: dict[Position, str] = field(default_factory=dict)
     in_updates: set[Position] = field(default_factory=set)
+    undone: set[Position] = field(default_factory=set)
     served: set[Position] = field(default_factory=set)
     contaminated_blobs: set[str] = field(default_factory=set)
 
@@ -104,16 +116,27 @@ class AdapterRecord:
         """The positions that an update once had and the current schedule no longer has."""
         return self.in_updates - set(self.learned) - set(self.skipped)
 
-    @property
-    def learned_twice(self) -> list[str]:
-        """Positions that were learned more than once, and examples learned from several positions."""
+    def learned_twice(self, returned: Collection[Position] = ()) -> list[str]:
+        """Return positions that were learned more than once, and examples learned from several positions.
+
+        Args:
+            returned: Positions of examples that were published again to be learned again: each of them counts as an
+                example of its own.
+        """
         counts = self.first_learned | self.learned
         positions = [f"{position[0]}@{position[1]}" for position, times in counts.items() if times > 1]
-        return positions + [f"example {name}" for name, times in self.examples.items() if times > 1]
+        examples = {name: [each for each in where if each not in returned] for name, where in self.examples.items()}
+        return positions + [f"example {name}" for name, where in examples.items() if len(where) > 1]
 
 
-def read_adapter(registry: Registry, adapter: str) -> AdapterRecord:
-    """Read an adapter's manifests. The record is empty if the adapter has no version."""
+def read_adapter(registry: Registry, adapter: str, forgotten: Collection[Position] = ()) -> AdapterRecord:
+    """Read an adapter's manifests. The record is empty if the adapter has no version.
+
+    Args:
+        registry: The adapters' versions.
+        adapter: The adapter.
+        forgotten: Positions that requests to forget match, besides those that the manifests show to be erased.
+    """
     state = registry.alias(adapter)  # before the history, so that the history has the version which it names
     record, history = AdapterRecord(), load_history(registry, adapter)
     if history is None:
@@ -126,17 +149,32 @@ def read_adapter(registry: Registry, adapter: str) -> AdapterRecord:
     for step in history.schedule():
         if step.manifest.outcome == "promoted":
             record.learned.update(_learned(step.manifest))
-            record.examples.update(item.example_id for item in step.manifest.learned)
+            for item in step.manifest.learned:
+                record.examples.setdefault(item.example_id, []).append(_position(item))
         record.skipped |= {_position(item): item.reason for item in step.manifest.skipped}
+    for version in history.published:
+        manifest = history.manifests[version]
+        if manifest.kind in {"rollback", "revoke"}:
+            record.undone |= _scheduled(history, manifest.head) - _scheduled(history, version)
     if state is not None and state.kind != "retired":
         live = History(history.manifests, history.published, state.version).schedule()
         record.served = {position for step in live for position in _learned(step.manifest)}
-    removed = record.removed
+    removed = (record.removed - record.undone) | record.in_updates.intersection(forgotten)
     learned_removed = [v for v, m in history.manifests.items() if not removed.isdisjoint(_learned(m))]
     contaminated = history.descendants(learned_removed)
     needed = {ref.digest for v, m in history.manifests.items() if v not in contaminated for ref in m.blobs()}
     record.contaminated_blobs = {ref.digest for v in contaminated for ref in history.manifests[v].blobs()} - needed
     return record
+
+
+def _scheduled(history: History, version: str | None) -> set[Position]:
+    """Return all positions in the updates that led to a version."""
+    if version is None:
+        return set()
+    steps = History(history.manifests, history.published, version).schedule()
+    return {
+        position for step in steps for position in (*_learned(step.manifest), *map(_position, step.manifest.skipped))
+    }
 
 
 def _learned(manifest: Manifest) -> list[Position]:
@@ -145,6 +183,11 @@ def _learned(manifest: Manifest) -> list[Position]:
 
 def _position(item: Any) -> Position:
     return _partition(item.partition), item.offset
+
+
+def exact_position(item: Any) -> Position:
+    """Return a position that tells topics of one name and leader epochs apart."""
+    return f"{item.partition}#{item.epoch}", item.offset
 
 
 @dataclass
@@ -174,11 +217,13 @@ def classify(
     dead_letters: Collection[Position],
     carried: Collection[Position] = (),
     uncommitted: Collection[Position] = (),
+    documents: Mapping[Position, Hashable] | None = None,
 ) -> Classification:
     """Find the terms of every record.
 
     A record that intake neither wrote to `examples` nor refused was dropped by it as a duplicate. That is believed only
-    if an earlier record of the same partition has equal content; the record is then skipped.
+    if an earlier record of the same partition has equal content, and no record of the same document with other content
+    lies in between; the record is then skipped.
 
     Args:
         contents: The content of every record of the input topics; equal values mean equal content.
@@ -187,6 +232,7 @@ def classify(
         dead_letters: Records that intake refused.
         carried: Records that curate skipped and will list in its next micro-batch.
         uncommitted: Records that some role has not committed yet; pending if no other term applies.
+        documents: Which document each record is about. A record that is not in it is about one of its own.
     """
     terms: dict[Position, list[str]] = {position: [] for position in contents}
     for record in adapters:
@@ -196,18 +242,21 @@ def classify(
             term = SKIPPED if reason in _SKIP_REASONS else ERASED if reason in _REMOVAL_REASONS else REFUSED
             terms.setdefault(position, []).append(term)
         for position in record.removed:
-            terms.setdefault(position, []).append(ERASED)
+            terms.setdefault(position, []).append(ROLLED_BACK if position in record.undone else ERASED)
     for position in dead_letters:
         terms.setdefault(position, []).append(DEAD_LETTERED)
     for position in carried:
         if SKIPPED not in terms.setdefault(position, []):  # its micro-batch may be in a manifest already
             terms[position].append(SKIPPED)
-    seen: set[tuple[str, Hashable]] = set()
+    latest: dict[tuple[str, Hashable], Hashable] = {}
     for position in sorted(contents):
-        content = position[0], contents[position]
-        if content in seen and position not in accepted and not terms[position]:
+        if position in dead_letters:
+            continue
+        content = contents[position]
+        document = position[0], (documents or {}).get(position, content)
+        if latest.get(document) == content and position not in accepted and not terms[position]:
             terms[position].append(SKIPPED)
-        seen.add(content)
+        latest[document] = content
     for position in uncommitted:
         if not terms.setdefault(position, []):
             terms[position].append(PENDING)

@@ -44,7 +44,7 @@ def main() -> int:
     code = pytest.main([*PARALLEL, *paths, *more], plugins=[collector])
     rows = merged(collector.rows)
     print(f"\n{table(rows)}\n{summary(rows)}")
-    bad = any(row.lost or row.learned_twice or row.stale_publishes for row in rows)
+    bad = any(row.lost or row.learned_twice or row.stale_publishes or row.service_gap_s for row in rows)
     return int(code) or int(bad or not rows)
 
 

@@ -1,9 +1,11 @@
 """`python -m tests.faults.soak [--minutes 10] [--seed N]`: random faults under load with erasures, then the equation.
 
 Runs a real Apache Kafka, a real MinIO, every role as a process, and a second learner, which takes over while the first
-is stopped past its session. After the last fault it waits for the pending work. Then every acknowledged record must have
-exactly one term: learned once, skipped, refused by the gate, dead-lettered, expired or erased, pending. The last line is
-JSON; the exit code is 1 if the equation or another of the figures does not hold.
+is stopped past its session. Operators roll back, add partitions, park and unpark; subscribers come, leave and are killed.
+After the last fault it waits for the pending work. Then every acknowledged record must have exactly one term: learned
+once, skipped, refused by the gate, dead-lettered, expired or erased, rolled back, pending. A watch counts the seconds in
+which an adapter could not be served. The last line is JSON; the exit code is 1 if the equation or another of the figures
+does not hold.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -33,7 +35,9 @@ from perennial.streams.devstack.minio_server import STORE_URI, MinioServer, Mini
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
+from tests.faults.service_watch import ServiceWatch
 from tests.faults.soak_load import ADAPTERS, Load
+from tests.faults.soak_operator import Operator
 from tests.faults.soak_verdict import Verdict, judge
 from tests.integration.learner.learner_kit import base_folder
 from tests.integration.test_exactly_once import small_settings
@@ -61,6 +65,7 @@ class Stack:
         self.supervisors: list[Supervisor] = []
         self._folder = folder
         self.settings = Settings.of()
+        self.operator = Operator(self.settings, folder, self.wait)
 
     def start(self) -> None:
         self.broker.start()
@@ -74,7 +79,10 @@ class Stack:
             poll_s=1.0,
             device="cpu",
             clock_settle_s=5.0,
+            expiry_lead_s=8.0,
+            replica_lease_s=9.0,
         )
+        self.operator = Operator(self.settings, self._folder, self.wait)
         open_registry(self.settings).store.probe()
         provision(self.settings)
         for name, roles in (("first", ROLES), ("second", ("learner",))):
@@ -150,8 +158,12 @@ class Stack:
 
 
 def faults(stack: Stack, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield faults without end in an order that the seed determines; every kind comes once before any comes again."""
+    """Yield faults without end in an order that the seed determines; every kind comes once before any comes again.
+
+    Partitions are added once in the first and once in the second round.
+    """
     rng = random.Random(f"faults {seed}")
+    topics = rng.sample(["adapter-jobs", "examples", "scored-examples"], 2)
     while True:
         made: list[tuple[str, Callable[[], None]]] = []
         for name in ROLES:
@@ -165,6 +177,10 @@ def faults(stack: Stack, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
             made.append((f"kill broker {seconds:.0f} s", lambda s=seconds: stack.kill_broker(s)))  # type: ignore[misc]
             seconds = rng.uniform(2, 12)
             made.append((f"kill minio {seconds:.0f} s", lambda s=seconds: stack.kill_minio(s)))  # type: ignore[misc]
+        made += stack.operator.acts(rng, ADAPTERS)
+        if topics:
+            topic = topics.pop()
+            made.append((f"repartition {topic}", lambda topic=topic: stack.operator.repartition(topic)))  # type: ignore[misc]
         rng.shuffle(made)
         yield from made
 
@@ -223,10 +239,12 @@ def soak(minutes: float, seed: int, folder: Path) -> Verdict:
     """
     stack = Stack(folder)
     made: list[str] = []
+    cleanup = ExitStack()
     try:
         stack.start()
         load = Load(stack.settings, seed, folder)
         watch = Watch(stack.settings, load, minutes * 60)
+        service = cleanup.enter_context(ServiceWatch(open_registry(stack.settings), ADAPTERS, stack.settings))
         load.start()
         watch.start()
         rng = random.Random(f"pauses {seed}")
@@ -246,19 +264,22 @@ def soak(minutes: float, seed: int, folder: Path) -> Verdict:
             stack.wait(0.5)
         if load.failure:
             raise RuntimeError("the load ended") from load.failure
-        verdict = _when_quiet(stack, load, seed)
+        verdict = _when_quiet(stack, load, service)
         watch.stop.set()
         watch.join()
     finally:
         for supervisor in stack.supervisors:
             for role in supervisor.children.values():
                 role.signal(signal.SIGCONT)
+        cleanup.close()
         stack.stop()
+    for line in stack.operator.done:
+        print(f"operator: {line}", flush=True)
     verdict.figures |= {"seed": seed, "minutes": minutes, "faults": len(made)}
     return verdict
 
 
-def _when_quiet(stack: Stack, load: Load, seed: int) -> Verdict:
+def _when_quiet(stack: Stack, load: Load, service: ServiceWatch) -> Verdict:
     """Judge when all work is done, and once more a little later, when a second learning would show."""
     began = time.monotonic()
     settled = False
@@ -266,7 +287,7 @@ def _when_quiet(stack: Stack, load: Load, seed: int) -> Verdict:
         verdict = None
         failure: Exception | None = None
         try:
-            verdict = judge(stack.settings, load)
+            verdict = judge(stack.settings, load, service, stack.operator.failed)
         except PerennialError as error:  # the adapter changed while it was read
             failure = error
         if verdict is not None and not verdict.unsettled:

@@ -1,4 +1,4 @@
-"""The soak's load: documents, corrections, duplicates, junk and requests to forget, at a steady rate.
+"""The soak's load: documents, corrections, texts that come back, duplicates, junk and requests to forget.
 
 Writes a log of everything that the broker acknowledged.
 """
@@ -27,8 +27,8 @@ from tests.oracle import Position
 ADAPTERS = ("acme/a", "acme/b", "other")
 RATE_PER_S = 4.0
 _KINDS = {
-    "document": 58, "plain": 6, "revision": 5, "correction": 10, "rating": 3, "repeat": 8, "junk": 5, "short-lived": 3,
-    "supersession": 1, "erase-document": 2, "erase-subject": 1, "hold": 1,
+    "document": 54, "plain": 6, "revision": 5, "return": 3, "correction": 10, "rating": 3, "repeat": 8, "junk": 5,
+    "short-lived": 5, "supersession": 2, "erase-document": 2, "erase-subject": 1, "hold": 1,
 }  # fmt: skip
 """Kinds of records and requests, with their relative frequencies."""
 _JUNK = (b"\xff\xfe", b"{", b"[]", b"null", b'{"adapter":"acme/a"}', b'{"adapter":"A B","document_id":"1","text":"t"}')
@@ -104,10 +104,12 @@ class Load(threading.Thread):
                 self._send(kind, self._remember(self._document()))
             case "repeat":
                 self._send(kind, self._rng.choice(recent))
-            case "revision":
+            case "revision" | "return":
                 documents = [event for event in recent if isinstance(event, DocumentObserved)]
                 old = self._rng.choice(documents) if documents else self._document()
                 self._send(kind, self._remember(old.model_copy(update={"text": self._text(), "supersedes": []})))
+                if kind == "return":  # A, B, A: the last text counts, so it is no duplicate of the first
+                    self._send(kind, self._remember(old.model_copy(update={"supersedes": []})))
             case "correction" | "rating":
                 self._send(kind, self._remember(self._interaction(kind)))
             case "erase-document" | "erase-subject" | "hold":

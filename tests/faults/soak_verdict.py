@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +39,7 @@ from perennial.streams.retain.rules.in_force import InForce
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 from tests.faults import parts
+from tests.faults.service_watch import ServiceWatch
 from tests.faults.soak_load import ADAPTERS, Load
 from tests.oracle import ERASED, PENDING, TERMS, AdapterRecord, Classification, Position, classify, read_adapter
 
@@ -111,12 +112,14 @@ class _Seen:
     ledger: dict[str, RequestRecord]
 
 
-def judge(settings: Settings, load: Load) -> Verdict:
+def judge(settings: Settings, load: Load, watch: ServiceWatch, failed_commands: list[str]) -> Verdict:
     """Read everything and compare it with what was acknowledged.
 
     Args:
         settings: Names the broker and the store.
         load: What was published.
+        watch: Saw what was served all the while.
+        failed_commands: The operator's commands that failed, as text.
 
     Raises:
         StoreError: The store cannot be read, or an adapter changed while it was read.
@@ -124,9 +127,10 @@ def judge(settings: Settings, load: Load) -> Verdict:
     registry = open_registry(settings)
     seen = _read_all(settings, registry)
     classification, log = seen.classification, set(load.acked)
+    returned = {position for position, example in seen.accepted.items() if example.returned}
     learned = {position for record in seen.adapters.values() for position in record.learned}
     served = {position for record in seen.adapters.values() for position in record.served}
-    matched = _matched(seen)
+    matched = _matched(seen.accepted, seen.ledger)
     erased = {
         position for position, terms in classification.terms.items() if ERASED in terms and position in seen.accepted
     }
@@ -142,7 +146,7 @@ def judge(settings: Settings, load: Load) -> Verdict:
             for position, terms in classification.wrong([*seen.values, *log]).items()
         ],
         "acknowledged and not in its topic": [f"{p[0]}@{p[1]}" for p in log - set(seen.values)],
-        "learned twice": [name for record in seen.adapters.values() for name in record.learned_twice],
+        "learned twice": [name for record in seen.adapters.values() for name in record.learned_twice(returned)],
         "stale publishes": parts.stale_publishes(settings, registry),
         "jobs that could not be done": seen.failed_jobs,
         "erased without a reason": [
@@ -155,6 +159,8 @@ def judge(settings: Settings, load: Load) -> Verdict:
         "lived longer than it said": _overdue(seen, learned),
         "requests that nobody answered": sorted(load.acked_requests - set(seen.ledger)),
         "requests neither closed nor held": open_requests,
+        "service gaps": watch.gaps,
+        "commands that failed": failed_commands,
     }
     terms = classification.count(log)
     kinds = [record.request.kind for record in seen.ledger.values() if record.state == "closed"]
@@ -163,6 +169,8 @@ def judge(settings: Settings, load: Load) -> Verdict:
         "unknown": load.unknown, "unacknowledged_in_topics": len(set(seen.values) - log),
         "versions": sum(1 for adapter in ADAPTERS for _ in registry.versions(adapter)),
         "requests": len(load.requests), "erasures_closed": sum(KINDS[kind].job == "forget" for kind in kinds),
+        "expiries_closed": kinds.count("expire"), "supersedes_closed": kinds.count("supersede"),
+        "returned": len(returned), "service_gap_s": round(watch.gap_s, 1),
         **{what.replace(" ", "_"): len(found) for what, found in wrong.items()},
     }  # fmt: skip
     unsettled = bool(seen.lagging or terms[PENDING] or any(wrong.values()))
@@ -212,10 +220,13 @@ def _read_all(settings: Settings, registry: Any) -> _Seen:
     failed_jobs += [
         f"{parked.adapter} is parked: {parked.reason}: {parked.detail}" for parked in list_parked(registry.store)
     ]
-    adapters = {adapter: read_adapter(registry, adapter) for adapter in ADAPTERS}
+    ledger = load_requests(registry.store)  # before the manifests, so that these have what closed requests came to
+    forgotten = _matched(accepted, ledger)
+    adapters = {adapter: read_adapter(registry, adapter, forgotten) for adapter in ADAPTERS}
     carried = {position for adapter in ADAPTERS for position in _carried(registry.store, adapter)}
     contents = {position: _content(value) for position, value in values.items()}
-    classification = classify(contents, adapters.values(), accepted, dead_letters, carried, uncommitted)
+    documents = {position: _document(value) for position, value in values.items()}
+    classification = classify(contents, adapters.values(), accepted, dead_letters, carried, uncommitted, documents)
     return _Seen(
         values,
         accepted,
@@ -225,7 +236,7 @@ def _read_all(settings: Settings, registry: Any) -> _Seen:
         lagging,
         adapters,
         classification,
-        load_requests(registry.store),
+        ledger,
     )
 
 
@@ -238,6 +249,17 @@ def _content(value: bytes) -> str:
     if isinstance(fields, dict):
         fields = {name: field for name, field in fields.items() if field not in (None, [])}
     return json.dumps(fields, sort_keys=True)
+
+
+def _document(value: bytes) -> str:
+    """Return the adapter and the id of the document or interaction that a record is about; the record where it has none."""
+    try:
+        fields = json.loads(value)
+    except ValueError:
+        return value.hex()
+    if not isinstance(fields, dict):
+        return value.hex()
+    return json.dumps([fields.get("adapter"), fields.get("document_id", fields.get("interaction_id"))])
 
 
 def _committed(settings: Settings) -> dict[tuple[str, int], int]:
@@ -300,14 +322,14 @@ def _has_reason(
     )
 
 
-def _matched(seen: _Seen) -> set[Position]:
+def _matched(accepted: Mapping[Position, ExampleAccepted], ledger: Mapping[str, RequestRecord]) -> set[Position]:
     """Return what closed requests match: none of it may be learned.
 
     An erasure matches what was published before the request. Requests that a hold blocks are not closed.
     """
     matched: set[Position] = set()
-    closed = {n: r for n, r in seen.ledger.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}}
-    for position, example in seen.accepted.items():
+    closed = {n: r for n, r in ledger.items() if r.state == "closed" and r.request.kind in {"erase", "expire"}}
+    for position, example in accepted.items():
         for record in closed.values():
             selector = record.request.selector
             if record.request.adapter != example.adapter or example.origin.timestamp_ms > record.until_ms:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tests.oracle import DEAD_LETTERED, ERASED, LEARNED, PENDING, REFUSED, SKIPPED, AdapterRecord, classify
+from tests.oracle import DEAD_LETTERED, ERASED, LEARNED, PENDING, REFUSED, ROLLED_BACK, SKIPPED, AdapterRecord, classify
 
 T = "documents/0"
 
@@ -57,6 +57,24 @@ def test_a_duplicate_is_believed_only_behind_the_same_content_on_its_partition()
 
 def test_learning_twice_is_seen_by_position_and_by_example():
     record = AdapterRecord(
-        first_learned=Counter({(T, 0): 2, (T, 1): 1}), learned=Counter({(T, 1): 1}), examples=Counter({"e": 2, "f": 1})
-    )
-    assert record.learned_twice == [f"{T}@0", "example e"]
+        first_learned=Counter({(T, 0): 2, (T, 1): 1}), learned=Counter({(T, 1): 1}),
+        examples={"e": [(T, 0), (T, 1)], "f": [(T, 1)]},
+    )  # fmt: skip
+    assert record.learned_twice() == [f"{T}@0", "example e"]
+    assert record.learned_twice(returned={(T, 1)}) == [f"{T}@0"], "published again to be learned again"
+
+
+def test_a_document_that_goes_back_to_an_earlier_text_is_no_duplicate():
+    contents = {(T, 0): "a", (T, 1): "b", (T, 2): "a", (T, 3): "a"}
+    record = AdapterRecord(learned=Counter(positions(0, 1)), in_updates=positions(0, 1))
+    found = classify(contents, [record], positions(0, 1), (), documents=dict.fromkeys(contents, "doc"))
+    assert found.wrong(contents) == {(T, 2): []}, "lost: the model keeps b"
+    assert found.terms[T, 3] == [SKIPPED]
+
+
+def test_what_a_rollback_undid_is_told_from_what_was_erased():
+    record = AdapterRecord(
+        learned=Counter(positions(0, 3)), in_updates=positions(0, 1, 2, 3), undone=positions(1, 3)
+    )  # fmt: skip
+    found = terms({(T, n): f"text {n}" for n in range(4)}, record)
+    assert found == {0: [LEARNED], 1: [ROLLED_BACK], 2: [ERASED], 3: [LEARNED]}, "3 was brought back"

@@ -41,7 +41,7 @@ def accounted(learner: LocalLearner, everything: Collection[int], erased: Collec
     on_record = {position[1] for position in (*record.learned, *record.skipped)}
     assert on_record == set(everything) - set(erased)
     assert {position[1] for position in record.removed} == set(erased)
-    assert record.learned_twice == []
+    assert record.learned_twice() == []
 
 
 @pytest.mark.parametrize("erased", [(0,), (2,), (0, 2)])
