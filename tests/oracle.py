@@ -116,17 +116,20 @@ class AdapterRecord:
         """The positions that an update once had and the current schedule no longer has."""
         return self.in_updates - set(self.learned) - set(self.skipped)
 
-    def learned_twice(self, returned: Collection[Position] = ()) -> list[str]:
+    def learned_twice(self, published: Mapping[Position, tuple[int, bool]] | None = None) -> list[str]:
         """Return positions that were learned more than once, and examples learned from several positions.
 
         Args:
-            returned: Positions of examples that were published again to be learned again: each of them counts as an
-                example of its own.
+            published: When each position was published, in ms since the epoch, and whether its example is marked as one
+                to be learned again. Only such an example may be learned after an earlier publication of the same.
         """
         counts = self.first_learned | self.learned
         positions = [f"{position[0]}@{position[1]}" for position, times in counts.items() if times > 1]
-        examples = {name: [each for each in where if each not in returned] for name, where in self.examples.items()}
-        return positions + [f"example {name}" for name, where in examples.items() if len(where) > 1]
+        known = published or {}
+        for name, where in self.examples.items():
+            _, *later = sorted((known.get(position, (0, False))[0], position) for position in where)
+            positions += [f"example {name}" for _, position in later if not known.get(position, (0, False))[1]]
+        return positions
 
 
 def read_adapter(registry: Registry, adapter: str, forgotten: Collection[Position] = ()) -> AdapterRecord:

@@ -127,7 +127,7 @@ def judge(settings: Settings, load: Load, watch: ServiceWatch, failed_commands: 
     registry = open_registry(settings)
     seen = _read_all(settings, registry)
     classification, log = seen.classification, set(load.acked)
-    returned = {position for position, example in seen.accepted.items() if example.returned}
+    published = {at: (example.origin.timestamp_ms, example.returned) for at, example in seen.accepted.items()}
     learned = {position for record in seen.adapters.values() for position in record.learned}
     served = {position for record in seen.adapters.values() for position in record.served}
     matched = _matched(seen.accepted, seen.ledger)
@@ -146,7 +146,7 @@ def judge(settings: Settings, load: Load, watch: ServiceWatch, failed_commands: 
             for position, terms in classification.wrong([*seen.values, *log]).items()
         ],
         "acknowledged and not in its topic": [f"{p[0]}@{p[1]}" for p in log - set(seen.values)],
-        "learned twice": [name for record in seen.adapters.values() for name in record.learned_twice(returned)],
+        "learned twice": [name for record in seen.adapters.values() for name in record.learned_twice(published)],
         "stale publishes": parts.stale_publishes(settings, registry),
         "jobs that could not be done": seen.failed_jobs,
         "erased without a reason": [
@@ -170,7 +170,7 @@ def judge(settings: Settings, load: Load, watch: ServiceWatch, failed_commands: 
         "versions": sum(1 for adapter in ADAPTERS for _ in registry.versions(adapter)),
         "requests": len(load.requests), "erasures_closed": sum(KINDS[kind].job == "forget" for kind in kinds),
         "expiries_closed": kinds.count("expire"), "supersedes_closed": kinds.count("supersede"),
-        "returned": len(returned), "service_gap_s": round(watch.gap_s, 1),
+        "returned": sum(returned for _, returned in published.values()), "service_gap_s": round(watch.gap_s, 1),
         **{what.replace(" ", "_"): len(found) for what, found in wrong.items()},
     }  # fmt: skip
     unsettled = bool(seen.lagging or terms[PENDING] or any(wrong.values()))

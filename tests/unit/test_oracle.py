@@ -61,7 +61,10 @@ def test_learning_twice_is_seen_by_position_and_by_example():
         examples={"e": [(T, 0), (T, 1)], "f": [(T, 1)]},
     )  # fmt: skip
     assert record.learned_twice() == [f"{T}@0", "example e"]
-    assert record.learned_twice(returned={(T, 1)}) == [f"{T}@0"], "published again to be learned again"
+    again = {(T, 0): (10, False), (T, 1): (20, True)}
+    assert record.learned_twice(again) == [f"{T}@0"], "published again to be learned again"
+    repeated = {(T, 0): (20, False), (T, 1): (10, True)}
+    assert record.learned_twice(repeated) == [f"{T}@0", "example e"], "a repeat of what had been published again"
 
 
 def test_a_document_that_goes_back_to_an_earlier_text_is_no_duplicate():
