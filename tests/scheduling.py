@@ -15,7 +15,7 @@ from xdist.workermanage import WorkerController
 
 PER_TEST = ("tests/faults/", "tests/integration/")
 """Folders whose tests are given to workers one by one; elsewhere a module is one unit, with its fixtures."""
-PER_MODULE = ("tests/faults/test_outage.py", "tests/integration/test_wheel.py")
+PER_MODULE = ("tests/faults/test_outage.py", "tests/faults/test_flow_faults.py", "tests/integration/test_wheel.py")
 """Modules in those folders that stay together, because their tests share a fixture that takes long to set up."""
 
 

@@ -11,7 +11,8 @@ import os
 import re
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def _shorten_sessions() -> None:
     from perennial.streams.kafka import group
 
     group.SESSION_TIMEOUT_MS = int(SESSION_S * 1000)
+    group.METADATA_AGE_MS = faust_app.METADATA_AGE_MS = 2_000  # type: ignore[misc]  # so that added partitions are seen
     faust_app.SESSION_S = SESSION_S
     shorter = {**input_consumer.CONSUMER_CONFIG, "session.timeout.ms": int(SESSION_S * 1000)}
     input_consumer.CONSUMER_CONFIG = shorter
@@ -71,6 +73,9 @@ class Crew:
         settings: Their settings.
         folder: For their logs.
         environment: More environment variables, such as the store's credentials.
+
+    Attributes:
+        restarts: How often `tend` has started a role again.
     """
 
     def __init__(self, settings: Settings, folder: Path, environment: Mapping[str, str]) -> None:
@@ -79,6 +84,8 @@ class Crew:
         self._folder = folder
         self._environment = {**environment, **settings.environment(), "PERENNIAL_METRICS_PORT": "0"}
         self._processes: dict[str, BaseProcess] = {}
+        self._held: set[str] = set()
+        self.restarts = 0
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, *roles: str) -> None:
@@ -88,6 +95,25 @@ class Crew:
             process = self._context.Process(target=run_role, args=(role, environment, str(self.log(role))))
             process.start()
             self._processes[role] = process
+
+    def tend(self) -> None:
+        """Start the roles again that have ended, but none that is held."""
+        for role, process in list(self._processes.items()):
+            if process.exitcode is not None and role not in self._held:
+                self.restarts += 1
+                self.start(role)
+
+    @contextmanager
+    def held(self, role: str) -> Iterator[None]:
+        """Kill a role, and keep it away until the end of the block; it then starts again."""
+        self._held.add(role)
+        self.signal(role, signal.SIGKILL)
+        self._processes[role].join()
+        try:
+            yield
+        finally:
+            self._held.discard(role)
+            self.start(role)
 
     def log(self, role: str) -> Path:
         """Return the file that takes a role's output."""

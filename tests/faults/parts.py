@@ -32,6 +32,16 @@ FEW_TEXTS = (
 )
 """For `child`: replaces the general texts, which take seconds to read and do not matter here."""
 
+_COUNT_TRAINED = """
+from perennial.learner.training.update import Updater as _Updater
+_update = _Updater.update
+def _counted(self, *arguments, **more):
+    with open({path!r}, "a") as _file:
+        _file.write(str(more["cut"]) + "\\n")
+    return _update(self, *arguments, **more)
+_Updater.update = _counted
+"""
+
 _ROLES = {
     "learner": "from perennial.streams.kafka import group as home\nfrom perennial.learner.roles.learner import run_learner as run\n"
     "home.SESSION_TIMEOUT_MS = {session_ms}\n",
@@ -44,6 +54,11 @@ _ROLES = {
 def few_texts(split: str) -> list[str]:
     """Return a few general texts, in place of those that take seconds to read."""
     return [f"plain {split} words {number}" for number in range(8)]
+
+
+def count_trained(path: Path) -> str:
+    """Return code for `child` that appends the cut of every update that is trained to a file, a line each."""
+    return _COUNT_TRAINED.format(path=str(path))
 
 
 @contextmanager

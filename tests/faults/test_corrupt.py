@@ -30,6 +30,7 @@ from tests import jobs
 from tests.faults import parts
 from tests.faults.report import Row
 from tests.integration.learner import learner_kit as kit
+from tests.oracle import account
 from tests.services import start_minio
 from tests.unit.learner.test_versions import ADAPTER, documents, local_learner, now
 
@@ -139,10 +140,18 @@ def test_attack_j_a_flipped_byte_parks_the_adapter_and_nothing_is_lost(broker, t
         files.compare_and_swap(key, good.data, files.get(key).etag)
         unpark_adapter(files, ADAPTER)
         kit.send(given, *cuts[1:])
+        mended = time.monotonic()
         kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == 5, "all jobs are done")
+        unparked_s = time.monotonic() - mended
     assert load_parked(files, ADAPTER) is None
     stale = parts.stale_publishes(given, registry)
     record_fault(Row("event lost after the alias was swapped", 1, stale_publishes=len(stale), recovery_s=recovery_s))
+    found = account(registry, [ADAPTER])
+    lost = found.missing([("documents/0", n) for cut in range(3) for n in (4 * cut, 4 * cut + 1)])
+    record_fault(
+        Row("flipped bit: parked, mended, unparked", 1, len(lost), len(found.learned_twice), len(stale), unparked_s)
+    )
+    assert (lost, found.learned_twice) == ([], [])
     assert kit.read(given, "dead-letters", 1, timeout_s=2) == []
     assert stale == []
     generations = [envelope.event.generation for envelope in parts.envelopes(given, "adapter-updates")]
