@@ -30,7 +30,7 @@ from tests.integration.streams.test_intake_logs import create_again, cut_tail
 from tests.integration.test_exactly_once import ADAPTERS
 
 pytestmark = [
-    pytest.mark.slow(200),
+    pytest.mark.slow(280),
     pytest.mark.timeout(600),
     # kafka-python leaves the socket of every refused connection to the garbage collector.
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
