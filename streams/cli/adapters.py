@@ -290,12 +290,15 @@ def _announce(
     Raises:
         PerennialError: The job is required, because a learner must do it, and Kafka did not take it.
     """
-    from perennial.learner.versions.alias_events import alias_event
+    from perennial.learner.versions.alias_events import alias_event, alias_event_id
 
     try:
         with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
             if state is not None:
-                publisher.publish(alias_event(registry, state)).result(_DELIVERY_TIMEOUT_S)
+                # Read again: to connect takes a while, and an event of an earlier generation must not follow a later one.
+                event = alias_event(registry, registry.alias(job.adapter, job.alias) or state)
+                # The id that a learner gives it: it sends the same event once more when it comes to the job.
+                publisher.publish(event, event_id=alias_event_id(event)).result(_DELIVERY_TIMEOUT_S)
             publisher.publish(job).result(_DELIVERY_TIMEOUT_S)
     except PerennialError as error:
         if required:

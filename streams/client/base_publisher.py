@@ -45,7 +45,8 @@ class Receipt(ABC):
     """The delivery of one event, which is under way.
 
     Attributes:
-        event_id: The event's CloudEvents id, a hash of its content: the same content always has the same id.
+        event_id: The event's CloudEvents id. Unless you gave one it is a hash of the content: the same content always has
+            the same id.
     """
 
     def __init__(self, event_id: str) -> None:
@@ -141,17 +142,18 @@ class BasePublisher(ABC):
             ) from None
         return self.publish(event)
 
-    def publish(self, event: Event) -> Receipt:
+    def publish(self, event: Event, *, event_id: str | None = None) -> Receipt:
         """Publish an event to the topic of its type.
 
         Args:
             event: An event of any type.
+            event_id: The event's CloudEvents id. Default: a hash of its content.
 
         Raises:
             PublishError: The event is too large, or the broker does not take it.
         """
         value = event.model_dump_json(by_alias=True).encode()
-        event_id = sha256(f"{event.type}\n".encode() + value).hexdigest()[:32]
+        event_id = event_id or sha256(f"{event.type}\n".encode() + value).hexdigest()[:32]
         try:
             encoded = encode(event, event_id=event_id, source=self._source, occurred_at=self._now())
         except WireError as error:

@@ -52,7 +52,7 @@ MemoryPublisher.close(self) -> None
 MemoryPublisher.document(self, *, adapter: str, document_id: str, text: str, **fields: Any) -> Receipt
 MemoryPublisher.flush(self, timeout_s: float | None = None) -> None
 MemoryPublisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt
-MemoryPublisher.publish(self, event: Event) -> Receipt
+MemoryPublisher.publish(self, event: Event, *, event_id: str | None = None) -> Receipt
 MemoryPublisher.retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt
 MissingExtraError(PerennialError, ImportError)
 PeftBackend(base: Base, config: LoraConfig, *, slots: int = 2, lock: AbstractContextManager[Any] | None = None) -> None
@@ -75,7 +75,7 @@ Publisher.close(self) -> None
 Publisher.document(self, *, adapter: str, document_id: str, text: str, **fields: Any) -> Receipt
 Publisher.flush(self, timeout_s: float | None = None) -> None
 Publisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt
-Publisher.publish(self, event: Event) -> Receipt
+Publisher.publish(self, event: Event, *, event_id: str | None = None) -> Receipt
 Publisher.retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt
 Receipt(event_id: str) -> None
 Receipt.done -> bool

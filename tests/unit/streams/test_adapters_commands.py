@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import pytest
 
+from perennial.learner.versions.alias_events import alias_event_id
 from perennial.storage.errors import IntegrityError, NotFoundError, StoreError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.recovery.rollback import RollbackError
@@ -34,6 +35,7 @@ class Kafka:
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self.ids: list[str | None] = []
         self.react: Callable[[Any], None] = lambda _: None
 
     def __call__(self, *_: object, **__: object) -> Kafka:
@@ -45,8 +47,9 @@ class Kafka:
     def __exit__(self, *_: object) -> None:
         pass
 
-    def publish(self, event: Any) -> Kafka:
+    def publish(self, event: Any, *, event_id: str | None = None) -> Kafka:
         self.sent.append(event)
+        self.ids.append(event_id)
         self.react(event)
         return self
 
@@ -228,6 +231,7 @@ def test_case_19_a_rollback_is_live_at_once_without_a_learner(store, kafka, caps
     assert manifest.weights == line.registry.manifest(ADAPTER, made[2].version).weights
     event, job = kafka.sent
     assert (event.type, event.generation) == ("adapter.rolled_back", 5)
+    assert kafka.ids[0] == alias_event_id(event), "one state has one id, whoever sends it"
     assert isinstance(job, RollbackRequested)
     assert (job.version, job.live) == (made[2].version, made[3].version)
     assert roll_back(to=made[0].version, as_json=False) == 0
