@@ -40,7 +40,7 @@ from perennial.storage.registry.quarantine import load_quarantine, update_quaran
 from perennial.storage.registry.refused_examples import add_refused_examples
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
 from perennial.streams.curate.curate_output import CurateOutput
-from perennial.streams.curate.cut_store import delete_uncommitted, write_cut
+from perennial.streams.curate.cut_store import delete_uncommitted, state_key, write_cut
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.curate.origin_guard import OriginGuard
 from perennial.streams.curate.refusals import breaks_a_cut, internal_error, out_of_order_error
@@ -65,11 +65,6 @@ _Rest: TypeAlias = tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]
 
 class CurateError(PerennialError):
     """The curate agent received an event that it cannot handle."""
-
-
-def state_key(adapter: str) -> str:
-    """Return the object key of an adapter's curate state."""
-    return f"state/curate/{adapter}"
 
 
 class CurateAgent:

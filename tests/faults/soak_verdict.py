@@ -19,8 +19,8 @@ from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.parked import list_parked
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.curate.agent import state_key
 from perennial.streams.curate.batcher import MAX_STATE_BYTES
+from perennial.streams.curate.cut_store import state_key
 from perennial.streams.deadletters.model import read_dead_letter
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.fields import PERMANENT

@@ -16,7 +16,7 @@ from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.marks.mark_rows import MarkRow, load_batcher, manifest_marks, mark_rows
 from perennial.streams.cli.tables import Column, print_table
-from perennial.streams.curate.agent import state_key
+from perennial.streams.curate.cut_store import state_key
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.high_water_marks import Position
 from perennial.streams.kafka.origin_check import OriginCheck

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.mark_repairs import load_mark_repairs, repaired_marks
 from perennial.storage.registry.registry import Registry
-from perennial.streams.curate.agent import state_key
-from perennial.streams.curate.batcher import MAX_STATE_BYTES, CutPolicy, MicroBatcher
+from perennial.streams.curate.cut_store import state_key
 from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks, Position
 from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
 from perennial.streams.kafka.topics import admin_client
 from perennial.streams.settings import Settings
+
+if TYPE_CHECKING:
+    from perennial.streams.curate.batcher import MicroBatcher
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def load_batcher(settings: Settings, store: ObjectStore, adapter: str) -> tuple[
     Raises:
         IntegrityError: the state is not readable.
     """
+    from perennial.streams.curate.batcher import MAX_STATE_BYTES, CutPolicy, MicroBatcher
+
     try:
         stored = store.get(state_key(adapter), MAX_STATE_BYTES)
     except NotFoundError:

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.cli.app import app
 from perennial.streams.cli.marks import mark_repair, mark_rows
-from perennial.streams.curate.agent import state_key
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.cut_store import state_key
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
 from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
