@@ -37,7 +37,7 @@ from perennial.storage.errors import ConflictError, NotFoundError, PerennialErro
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
-from perennial.storage.registry.refused_examples import add_refused_examples
+from perennial.storage.registry.refused_examples import add_refused_examples, load_refused_examples
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
 from perennial.streams.curate.curate_output import CurateOutput
 from perennial.streams.curate.cut_store import delete_uncommitted, state_key, write_cut
@@ -187,6 +187,8 @@ class CurateAgent:
         while queue:
             adapter = self._session.adapters[name]
             scored, delivery = queue.popleft()
+            if adapter.batcher.is_repeat(scored.example):
+                scored = await asyncio.to_thread(self._marked_if_refused, scored)
             try:
                 offer = adapter.batcher.offer(scored, delivery, _monotonic_ms())
             except Exception as error:  # noqa: BLE001 - whatever one record breaks must not end the role
@@ -216,6 +218,17 @@ class CurateAgent:
                 self._acknowledge(repeated)
             else:
                 batcher.add_redelivered(repeated)
+
+    def _marked_if_refused(self, scored: ExampleScored) -> ExampleScored:
+        """Mark a repeat of an example that was refused before the repeat was published: it is to be learned.
+
+        Intake does so, too, but its window of duplicates may be shorter than an adapter's recent ids reach.
+        """
+        example = scored.example
+        refused_ms = load_refused_examples(self._store, example.adapter).get(example.example_id)
+        if refused_ms is None or refused_ms > example.origin.timestamp_ms:
+            return scored
+        return scored.model_copy(update={"example": example.model_copy(update={"returned": True})})
 
     async def _save_due(self, name: str, due: Literal["age", "flush"] | None) -> None:
         """Cut or flush a loaded adapter now."""

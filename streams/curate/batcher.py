@@ -233,6 +233,13 @@ class MicroBatcher(Generic[T]):
         """
         self._pending.redelivered.extend(tokens)
 
+    def is_repeat(self, example: ExampleAccepted) -> bool:
+        """Return whether `offer` would skip this example as a duplicate of a recent one."""
+        origin = example.origin
+        is_new = (origin.partition_key(), origin.leader_epoch, origin.offset) not in self._pending.origins
+        is_new = is_new and not self.history.high_water_marks.covers(origin)
+        return is_new and not example.returned and example.example_id in self._recent
+
     def offer(self, scored: ExampleScored, token: T, now_ms: int) -> Offer:
         """Take one delivery and decide whether to cut now.
 

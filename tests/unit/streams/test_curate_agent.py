@@ -15,7 +15,7 @@ from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob, put_blob
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_key, load_quarantine, update_quarantine
-from perennial.storage.registry.refused_examples import load_refused_examples
+from perennial.storage.registry.refused_examples import add_refused_examples, load_refused_examples
 from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate import cut_store
@@ -63,10 +63,14 @@ def example(number: int, adapter: str = ADAPTER) -> ExampleAccepted:
 def delivery(
     number: int, acknowledged: list[int] | None = None, offset: int | None = None, adapter: str = ADAPTER
 ) -> SimpleNamespace:
-    event = ExampleScored(example=example(number, adapter), tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
-    record = encode(event, event_id=str(number), source="test", occurred_at=curate._now())
+    return delivery_of(example(number, adapter), acknowledged, number if offset is None else offset)
+
+
+def delivery_of(given: ExampleAccepted, acknowledged: list[int] | None, offset: int) -> SimpleNamespace:
+    event = ExampleScored(example=given, tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
+    record = encode(event, event_id=given.example_id, source="test", occurred_at=curate._now())
     message = SimpleNamespace(
-        generation_id=1, tp=TopicPartition("scored-examples", 0), offset=number if offset is None else offset,
+        generation_id=1, tp=TopicPartition("scored-examples", 0), offset=offset,
         partition=0, key=record.key, value=record.value, headers=record.headers,
     )  # fmt: skip
     return SimpleNamespace(message=message, ack=lambda: acknowledged is None or acknowledged.append(message.offset))
@@ -359,6 +363,28 @@ def test_attack_c_what_is_delivered_out_of_order_is_refused_and_may_be_published
     assert acknowledged == [0, 1, 2, 3, 4]
     assert learned(store) == ["d5", "d6"]
     assert set(load_refused_examples(store, ADAPTER)) == {example(3).example_id, example(4).example_id}
+
+
+@pytest.mark.parametrize(("refused_ms", "wanted"), [(2, ["d1", "d1"]), (4, ["d1"]), (None, ["d1"])])
+def test_case_20_what_was_refused_is_learned_when_it_is_published_again_beyond_intakes_window(
+    given, refused_ms, wanted
+):
+    """The repeat at time 3 is a duplicate, unless the first was refused before."""
+    agent, _, store = given
+    again = example(1).model_copy(update={"origin": example(3).origin})
+
+    async def scenario() -> None:
+        await agent.receive(delivery(1))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+        if refused_ms is not None:
+            add_refused_examples(store, ADAPTER, [example(1).example_id], refused_ms)
+        await agent.receive(delivery_of(again, None, 2))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert learned(store) == wanted
 
 
 def test_only_examples_that_the_scorer_signed_are_cut_and_jobs_are_signed(given):
