@@ -34,7 +34,7 @@ from tests.integration.test_exactly_once import ADAPTERS, small_settings, text
 from tests.oracle import Account, account, exact_position
 
 ROOT = Path(__file__).parents[2]
-SETTLED_S = 150.0
+SETTLED_S = 240.0
 COMMAND_S = 200.0
 
 

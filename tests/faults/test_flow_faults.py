@@ -31,7 +31,7 @@ from tests.integration.test_exactly_once import ADAPTERS
 
 pytestmark = [
     pytest.mark.slow(280),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     # kafka-python leaves the socket of every refused connection to the garbage collector.
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
 ]
