@@ -255,6 +255,7 @@ class ForgetExecutor:
             self._publish_rebuilt(job, alias, head, plan, rebuilt, count_of(job, matches))
         self._failpoint("learner.forget_published")
         self._revoke(job, history, plan.affected_versions)
+        self._require_no_later_version(job, plan)
 
     def _plan(self, history: History, adapter: str, learned: RemovedOffsets) -> RebuildPlan:
         return plan_rebuild(history, learned, load_collected(self._store, adapter).all)
@@ -347,6 +348,19 @@ class ForgetExecutor:
         for version in sorted(versions & history.published):
             if history.manifests[version].outcome == "promoted":
                 self._registry.revoke(job.adapter, version, _reason(job))
+
+    def _require_no_later_version(self, job: ForgetRequested, plan: RebuildPlan) -> None:
+        """Look for versions that took over a state that is forgotten, before anything is deleted.
+
+        Rollbacks of the command line and of retain do not wait for the learner: one may have been published after the
+        plan was made, and its state would be kept and served.
+
+        Raises:
+            ConflictError: there is one. The next attempt plans with it and trains only what is new.
+        """
+        history = load_history(self._registry, job.adapter)
+        if history is not None and history.descendants(plan.affected_versions) - plan.affected_versions:
+            raise ConflictError(f"a version that {job.request_id} forgets was taken over meanwhile")
 
     def _recheck_holds(
         self, job: ForgetRequested, known: Sequence[LegalHold], history: History | None, removed_offsets: RemovedOffsets

@@ -255,6 +255,8 @@ def _carry_out(
                 got=f"{target.base_model} rank {target.rank}",
                 allowed=f"{head.manifest.base_model} rank {head.manifest.rank}",
             )  # fmt: skip
+        if registry.is_revoked(adapter, target.seq):
+            raise _revoked_meanwhile(version)
         manifest = carried_manifest(
             head, target, state, kind=kind, parent=version, served=True, job_id=job_id,
             reason=reason, code=target.code, threads=target.threads,
@@ -263,7 +265,34 @@ def _carry_out(
             publication: Publication = registry.publish(manifest, (), lambda _: None, alias)
         except ConflictError:  # a learner published first; the target stays the one that was requested
             continue
+        # A forgetting revokes its versions, then looks for versions that took over their state, then deletes their blobs.
+        # This one publishes, then looks for the revocation. Whichever is second sees the other.
+        if registry.is_revoked(adapter, target.seq):
+            _take_back(registry, adapter, alias, publication, job_id)
+            raise _revoked_meanwhile(version)
         return publication.alias_state
     raise ConflictError(
         f"other writers were first {ATTEMPTS} times in a row on {adapter}", remedy="run the same command again"
     )
+
+
+def _take_back(registry: Registry, adapter: str, alias: str, publication: Publication, job_id: str) -> None:
+    """Publish the state before a rollback again, because what the rollback took over was revoked meanwhile."""
+    registry.revoke(adapter, publication.version, "the version that it took over is revoked")
+    head, before = registry.head(adapter), publication.manifest.head
+    if head is not None and head.version != publication.version:  # the forgetting saw it, too
+        before = None
+    while before is not None:
+        try:
+            version, target = servable(registry, adapter, before)
+        except RollbackError:
+            before = registry.manifest(adapter, before).head
+            continue
+        reason = f"{job_id} took over a version that is revoked"
+        _carry_out(registry, adapter, alias, version, target, "revoke", f"{job_id} taken back", reason)
+        return
+    registry.retire(adapter, alias, "the version is revoked", publication.version)
+
+
+def _revoked_meanwhile(version: str) -> RollbackError:
+    return RollbackError("revoked-version", "the version was revoked meanwhile", got=version)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.versions.job_result import JobError
 from perennial.storage.objects.directory_store import DirectoryStore
-from perennial.storage.recovery.rollback import revoke, roll_back
+from perennial.storage.objects.keys import blob_key
+from perennial.storage.recovery.rollback import RollbackError, revoke, roll_back
+from perennial.storage.registry.registry import Registry
 from perennial.streams.events.adapter_events import AdapterRetired, AdapterRevoked, AdapterRolledBack
-from perennial.streams.events.models import RollbackRequested
+from perennial.streams.events.models import ForgetRequested, RollbackRequested
 from tests.unit.learner.test_versions import ADAPTER, job, local_learner
 
 
@@ -107,3 +110,71 @@ def test_a_rollback_on_a_worker_with_another_rank_is_still_refused(store: Direct
     with pytest.raises(JobError) as caught:
         local_learner(store, rank=2).rollback(requested("r1", made[0].digest()))
     assert caught.value.reason == "rank-mismatch"
+
+
+def test_a_rollback_at_once_between_a_forgetting_and_its_revocations_is_forgotten_too(store: DirectoryStore) -> None:
+    """An operator goes back to a version that an erasure has replaced and not yet revoked: its state is not kept."""
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(3)]
+    erasure = ForgetRequested(
+        job_id="f1",
+        request_id="f1",
+        kind="erase",
+        adapter=ADAPTER,
+        example_ids=[f"{3:032x}"],
+        until_ms=2_000_000_000_000,
+    )
+
+    def at_once(name: str) -> None:
+        if name == "learner.forget_published" and not moved:
+            moved.append(roll_back(learner.registry, ADAPTER, "live", made[1].digest(), "r1", "worse"))
+
+    moved: list[object] = []
+    done = ForgetExecutor(learner, learner.now, at_once).forget(erasure, "live")
+    assert moved
+    assert done.manifest is not None
+    live = learner.registry.alias(ADAPTER)
+    assert live.version == done.manifest.digest()
+    assert done.manifest.weights not in {manifest.weights for manifest in made[1:]}
+    assert not store.exists(blob_key(made[1].weights.digest))
+
+
+@pytest.mark.parametrize("ends", ["publish.manifest", "publish.claim_update"])
+def test_a_rollback_at_once_does_not_take_over_what_is_forgotten_meanwhile(store: DirectoryStore, ends: str) -> None:
+    """The erasure ends while the rollback is between its look at the version and the version of its own."""
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(3)]
+    erasure = ForgetRequested(
+        job_id="f1",
+        request_id="f1",
+        kind="erase",
+        adapter=ADAPTER,
+        example_ids=[f"{3:032x}"],
+        until_ms=2_000_000_000_000,
+    )
+
+    def cut_off(name: str) -> None:
+        if name == "learner.forget_published":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ForgetExecutor(learner, learner.now, cut_off).forget(erasure, "live")
+    clean = learner.registry.alias(ADAPTER)
+
+    def forgotten(name: str) -> None:
+        if name == ends and not moved:
+            moved.append(ForgetExecutor(learner, learner.now, lambda _: None).forget(erasure, "live"))
+
+    moved: list[object] = []
+    operator = Registry(store, nonce=lambda: "operator", now=learner.now, failpoint=forgotten)
+    with pytest.raises(RollbackError, match="revoked"):
+        roll_back(operator, ADAPTER, "live", made[1].digest(), "r1", "worse")
+    assert moved
+    live, head = learner.registry.alias(ADAPTER), learner.registry.head(ADAPTER)
+    assert (
+        learner.registry.manifest(ADAPTER, live.version).weights
+        == learner.registry.manifest(ADAPTER, clean.version).weights
+    )
+    assert head.manifest.weights == learner.registry.manifest(ADAPTER, clean.version).weights
+    after = learner.update(job(store, 3, 6, 7), "live").manifest
+    assert after.outcome == "promoted"
