@@ -22,6 +22,7 @@ from perennial.storage.registry.parked import (
     ParkedAdapter,
     list_parked,
     park_adapter,
+    unpark_adapter,
 )
 from perennial.storage.registry.waiting_jobs import list_jobs
 from perennial.streams.events.models import ForgetRequested, UpdateRequested
@@ -69,8 +70,9 @@ def parking_reason(store: ObjectStore, job: UpdateRequested | ForgetRequested, e
 
 
 def park(
-    store: ObjectStore, job: UpdateRequested | ForgetRequested, reason: str, error: Exception, at: datetime
-) -> ParkedAdapter:
+    store: ObjectStore, job: UpdateRequested | ForgetRequested, reason: str, error: Exception, at: datetime,
+    instead_of: ParkedAdapter | None = None,
+) -> ParkedAdapter:  # fmt: skip
     """Park the adapter of a job that failed, and return the record that is stored.
 
     Args:
@@ -79,6 +81,7 @@ def park(
         reason: what `parking_reason` returned.
         error: what the job raised.
         at: the time now.
+        instead_of: why the adapter was parked until now, if what it waited for has come.
     """
     detail = _detail(job.adapter, reason, error)
     record = ParkedAdapter(
@@ -87,6 +90,8 @@ def park(
         worker=f"{socket.gethostname()}:{os.getpid()}",
     )  # fmt: skip
     _log.error("%s is parked (%s), its jobs wait in the store: %s", job.adapter, reason, detail)
+    if instead_of is not None:
+        unpark_adapter(store, job.adapter)
     return park_adapter(store, record)
 
 

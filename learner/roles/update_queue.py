@@ -17,7 +17,7 @@ from perennial.learner.versions.micro_batches import read_batch
 from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import ConflictError, IntegrityError, NoSpaceError, NotFoundError, PerennialError
-from perennial.storage.registry.parked import MISSING_CUT, ParkedAdapter, load_parked, park_adapter, unpark_adapter
+from perennial.storage.registry.parked import MISSING_CUT, ParkedAdapter, load_parked, unpark_adapter
 from perennial.storage.registry.waiting_jobs import put_job
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import UpdateRequested
@@ -72,8 +72,7 @@ class UpdateQueue:
         next_cut = self._next_cut(job.adapter)
         if parked.reason == MISSING_CUT and next_cut is not None and job.cut <= next_cut:
             _log.warning("cut %d of %s is here: its other jobs may have waited for it", job.cut, job.adapter)
-            unpark_adapter(self._store, job.adapter)
-            result = self._run_in_order(job)
+            result = self._run_in_order(job, parked)
             if result.outcome != "parked":
                 self.unpark(parked)
             return result
@@ -83,23 +82,25 @@ class UpdateQueue:
     def unpark(self, parked: ParkedAdapter) -> None:
         """Let an adapter go on: run all its jobs that wait in the store, in order.
 
-        If one cannot be done, the adapter is parked for that reason.
+        If one cannot be done, the adapter is parked for that reason. The adapter stays parked until the last of them is
+        learned: their records are committed, so after a failure in between only the record says that they wait.
 
         Raises:
             JobInterruptedError: the process is to stop; the adapter stays parked as it was.
-            StoreError: the store failed.
+            StoreError: the store failed; the adapter stays parked as it was.
         """
+        for job in waiting_jobs(self._store, parked.adapter):
+            if not self._is_next(job, parked) or self._run_waiting(job, parked) is None:
+                return
         unpark_adapter(self._store, parked.adapter)
-        try:
-            for job in waiting_jobs(self._store, parked.adapter):
-                if not self._is_next(job) or self._run_waiting(job) is None:
-                    return
-        except JobInterruptedError:
-            park_adapter(self._store, parked)
-            raise
 
-    def park(self, job: UpdateRequested, error: PerennialError) -> JobResult:
+    def park(self, job: UpdateRequested, error: PerennialError, instead_of: ParkedAdapter | None = None) -> JobResult:
         """Park the adapter because of what the job raised; the job waits in the store.
+
+        Args:
+            job: the job.
+            error: what it raised.
+            instead_of: why the adapter was parked until now, if what it waited for has come.
 
         Raises:
             JobError: the fault is in the job.
@@ -109,27 +110,27 @@ class UpdateQueue:
         if reason is None:
             raise error
         self._keep(job)
-        park(self._store, job, reason, error, self._now())
+        park(self._store, job, reason, error, self._now(), instead_of)
         return PARKED
 
     def give_up(self, job: UpdateRequested) -> None:
         """Settle a job that goes to the dead letters."""
         self._updates.record_refused(job)
 
-    def _run_in_order(self, job: UpdateRequested) -> JobResult:
+    def _run_in_order(self, job: UpdateRequested, parked: ParkedAdapter | None = None) -> JobResult:
         try:
             earlier = self._jobs_before(job)
         except NoSpaceError:
             raise
         except PerennialError as error:
-            return self.park(job, error)
+            return self.park(job, error, parked)
         if earlier:
             _log.warning(
                 "cut %d of %s arrived before cuts %s: these are taken from the store",
                 job.cut, job.adapter, ", ".join(str(waiting.cut) for waiting in earlier[:20]),
             )  # fmt: skip
         for waiting in earlier:
-            if self._run_waiting(waiting) is None:
+            if self._run_waiting(waiting, parked) is None:
                 self._keep(job)
                 return PARKED
         try:
@@ -137,18 +138,18 @@ class UpdateQueue:
         except NoSpaceError:
             raise
         except PerennialError as error:
-            return self.park(job, error)
+            return self.park(job, error, parked)
 
-    def _is_next(self, job: UpdateRequested) -> bool:
+    def _is_next(self, job: UpdateRequested, parked: ParkedAdapter) -> bool:
         """Return whether no cut before the job's is missing; park the adapter if one is."""
         try:
             self._jobs_before(job)
         except MissingCutError as error:
-            park(self._store, job, MISSING_CUT, error, self._now())
+            park(self._store, job, MISSING_CUT, error, self._now(), parked)
             return False
         return True
 
-    def _run_waiting(self, job: UpdateRequested) -> JobResult | None:
+    def _run_waiting(self, job: UpdateRequested, parked: ParkedAdapter | None) -> JobResult | None:
         """Run a job that was taken from the store; return None if its adapter had to be parked."""
         if self._should_stop():
             raise JobInterruptedError(f"{job.adapter} stops before cut {job.cut}; it will go on from there")
@@ -159,7 +160,7 @@ class UpdateQueue:
         except PerennialError as error:
             reason = parking_reason(self._store, job, error)
             if reason is not None:
-                park(self._store, job, reason, error, self._now())
+                park(self._store, job, reason, error, self._now(), parked)
                 return None
             if not isinstance(error, JobError):
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -13,7 +14,7 @@ from perennial.learner.roles.parking import report_parked
 from perennial.learner.roles.passes import PassRunner
 from perennial.learner.versions.job_result import JobError, JobInterruptedError
 from perennial.learner.versions.update_job import UpdateExecutor
-from perennial.storage.errors import NoSpaceError
+from perennial.storage.errors import NoSpaceError, StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import get_blob
@@ -105,6 +106,34 @@ def test_case_14_a_cut_that_is_missing_is_waited_for(store: DirectoryStore) -> N
     assert learned(learner) == list(range(16))
     assert load_parked(store, ADAPTER) is None
     assert list(list_jobs(store, ADAPTER)) == []
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_jobs_that_waited_for_a_missing_cut_are_learned_although_the_store_fails_in_between(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    """Their records are committed, so no record makes the learner go on once the adapter is not parked any more."""
+    learner = local_learner(store)
+    role = runner(learner)
+    cuts = [cut_of(store, cut) for cut in range(4)]
+    role.run(cuts[0])
+    delete_job(store, ADAPTER, 1)
+    assert [role.run(job).outcome for job in cuts[2:]] == ["parked", "parked"]
+    update, calls = UpdateExecutor.update, []
+
+    def fails(self: UpdateExecutor, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == fails_at:
+            raise StoreUnavailableError("the store does not answer")
+        return update(self, *args)
+
+    monkeypatch.setattr(UpdateExecutor, "update", fails)
+    with pytest.raises(StoreUnavailableError):
+        role.run(cuts[1])
+    assert role.run(cuts[1]).outcome in {"promoted", "repeated"}  # the lane tries the same job again
+    assert learned(learner) == list(range(16))
+    assert list(list_jobs(store, ADAPTER)) == []
+    assert load_parked(store, ADAPTER) is None
 
 
 def test_case_14_a_job_that_later_cuts_passed_is_not_taken_for_done(store: DirectoryStore) -> None:
