@@ -362,8 +362,9 @@ class Subscriber:
         self._metrics.progress()
         self._metrics.waiting(False)
         self._metrics.serving_stale(self.adapter, None)
-        # Revoked and retired count as applied only when the previous version is unloaded.
-        if alias.kind not in {"revoked", "retired"}:
+        # Revoked and retired count as applied only when the previous version is unloaded. So does what came after them,
+        # while a revoked version is still held: an update may follow before the look at the alias, or during the drain.
+        if alias.kind not in {"revoked", "retired"} and not self._holds_revoked(current):
             self._acknowledge()
         if self._on_activate is not None and current is not None:
             try:
@@ -441,6 +442,15 @@ class Subscriber:
             self._acks.send(owed)
             self._metrics.ack(self.adapter, owed.stage_s)
             self._progress = self._progress.acknowledged()
+
+    def _holds_revoked(self, current: Current | None) -> bool:
+        """Return whether the backend holds a revoked version besides the current one, or nobody can say."""
+        try:
+            others = self._held(current.name if current else None)
+            return any(self._source.is_revoked(f"sha256:{name[-64:]}") for name in others)
+        except Exception as error:  # noqa: BLE001 - a store or a backend may raise anything; unloading tells then
+            _log.debug("%s: it is not known whether a revoked version is held: %s", self.adapter, error)
+            return True
 
     def _unload_leftovers(self) -> None:
         """Unload every version of this alias that is not served, and check that the backend holds none any more.
