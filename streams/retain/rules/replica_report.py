@@ -71,9 +71,10 @@ def report_of(
 ) -> ReplicaReport:
     """Return which replicas confirmed that they serve no revoked version.
 
-    A replica confirmed it where its last acknowledgement is no failure, and names this generation or a later one, or a
-    version that is not revoked. Nobody knows what a replica serves after a failure: it may still hold the previous
-    version. Where nothing is revoked, no replica is behind.
+    A replica confirmed it where its last acknowledgement is no failure, and names this generation or a later one. That it
+    names an earlier version that is not revoked says nothing: the replica may serve a revoked one by now, and its
+    acknowledgement may be under way. A replica that left sent its last record. Nobody knows what a replica serves after a
+    failure: it may still hold the previous version. Where nothing is revoked, no replica is behind.
 
     Args:
         statuses: The latest status of every replica of the adapter.
@@ -83,7 +84,8 @@ def report_of(
     """
     found: dict[str, list[str]] = {"acknowledged": [], "behind": [], "expired": [], "left": []}
     for status in statuses:
-        affected = status.failed or (status.generation < generation and status.version in revoked)
+        last_word = status.left and status.version not in revoked
+        affected = status.failed or (status.generation < generation and not last_word)
         if not (revoked and affected):
             group = "acknowledged"
         elif status.left:

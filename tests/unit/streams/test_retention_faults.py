@@ -238,7 +238,9 @@ class Status:
     ("status", "group"),
     [
         (Status("r", generation=2), "acknowledged"),
-        (Status("r", version="sha256:" + "9" * 64), "acknowledged"),
+        (Status("r", version="sha256:" + "9" * 64), "behind"),  # it may serve a later one, whose record is under way
+        (Status("r", version="sha256:" + "9" * 64, lease_expires_ms=5_000), "expired"),
+        (Status("r", version="sha256:" + "9" * 64, left=True), "acknowledged"),
         (Status("r"), "behind"),
         (Status("r", lease_expires_ms=None), "behind"),
         (Status("r", lease_expires_ms=5_000), "expired"),
