@@ -15,7 +15,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from perennial.learner.forgetting.forget_report import ForgetReporter, count_of, counts_by_request, is_done
+from perennial.learner.forgetting.forget_report import (
+    ForgetReporter,
+    count_of,
+    counts_by_request,
+    held_requests,
+    is_done,
+)
 from perennial.learner.forgetting.rebuild import UpdateRebuilder
 from perennial.learner.forgetting.rebuild_plan import (
     BatchMatches,
@@ -204,7 +210,7 @@ class ForgetExecutor:
         progress = self._sweep_progress(job.adapter)
         self._delete(job, progress - scope.unlearned.keys())
         self._failpoint("learner.forget_deleted")
-        return self._report.result(job, alias, began)
+        return self._report.result(job, alias, began, held_requests(found.all()))
 
     # ---- phases
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import datetime
 
 from perennial.learner.forgetting.rebuild_plan import ExampleMatch
@@ -28,13 +28,17 @@ class ForgetReporter:
         self._store = writer.registry.store
         self._now = now
 
-    def result(self, job: ForgetRequested, alias: str, began_s: float) -> JobResult:
+    def result(
+        self, job: ForgetRequested, alias: str, began_s: float, held: Collection[str] = frozenset()
+    ) -> JobResult:
         """Return the result of a job that is done, whether this attempt or an earlier one did it.
 
         Args:
             job: the job.
             alias: the alias that it published under.
             began_s: when the attempt began, by the performance counter.
+            held: requests that this attempt did not carry out because a hold covers some of their examples. An earlier
+                attempt, before the hold came, may have counted them.
         """
         event = self._writer.current_alias_event(job.adapter, alias)
         if is_done(load_quarantine(self._store, job.adapter), job):
@@ -42,7 +46,8 @@ class ForgetReporter:
         made = self._writer.version_of_job(job.adapter, job.job_id, "forget")
         version, generation = (made[0], event.generation) if made and event else (None, None)
         manifest = made[1] if made else None
-        statuses = self._statuses(job, self._counts(job, manifest), version)
+        counts = {name: count for name, count in self._counts(job, manifest).items() if name not in held}
+        statuses = self._statuses(job, counts, version)
         outcomes = {
             status.request_id: RequestOutcome(
                 at_ms=int(status.at.timestamp() * 1000), examples=status.examples, version=version,
@@ -110,9 +115,14 @@ def counts_by_request(job: ForgetRequested, matches: Sequence[ExampleMatch]) -> 
 
     A request that also asks for held examples is left out: this job does not complete it.
     """
-    held = {match.wanted_by for match in matches if match.held}
+    held = held_requests(matches)
     ids: dict[str, set[str]] = {job.request_id: set()}
     for match in matches:
         if match.request_id is not None and match.request_id not in held:
             ids.setdefault(match.request_id, set()).add(match.example_id)
     return {request_id: len(found) for request_id, found in ids.items()}
+
+
+def held_requests(matches: Sequence[ExampleMatch]) -> frozenset[str]:
+    """Return the requests that also ask for held examples."""
+    return frozenset(match.wanted_by for match in matches if match.held and match.wanted_by is not None)
