@@ -375,6 +375,10 @@ def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool)
     given_up = _give_up_missing(registry, adapter, cuts) if without_missing else []
     # The record goes first: a job that a learner reads while it is there is committed without being run.
     unpark_adapter(store, adapter)
+    # A learner may have committed such a job since they were listed. Its object was in the store before its record.
+    known, cuts = set(cuts), list(list_jobs(store, adapter))
+    new = [cut for cut in cuts if cut not in known and load_job(store, adapter, cut) is not None]
+    jobs += [_waiting_job(store, adapter, cut) for cut in new]
     with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
         for job in (*forgets, *jobs):
             publisher.publish(job).result(_DELIVERY_TIMEOUT_S)

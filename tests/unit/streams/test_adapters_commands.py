@@ -14,7 +14,7 @@ from perennial.learner.versions.alias_events import alias_event_id
 from perennial.storage.errors import IntegrityError, NotFoundError, StoreError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.recovery.rollback import RollbackError
-from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_adapter
+from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_adapter, unpark_adapter
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.storage.registry.records import manifest_key
 from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_given_up, put_job
@@ -182,6 +182,21 @@ def test_unpark_changes_nothing_where_a_waiting_job_is_damaged(store, kafka):
         unpark()
     assert load_parked(store, ADAPTER) is not None
     assert kafka.sent == []
+
+
+def test_unpark_publishes_also_a_job_that_was_committed_while_it_looked(store, kafka, capsys, monkeypatch):
+    """A learner read the job's record before the adapter went on, and left the job in the store: nothing else runs it."""
+    parked(store)
+    waiting(store, 1)
+
+    def cut_meanwhile(*given: Any) -> bool:
+        waiting(store, 2)
+        return unpark_adapter(*given)
+
+    monkeypatch.setattr(adapters, "unpark_adapter", cut_meanwhile)
+    assert unpark(wait_s=0) == 0
+    assert [event.cut for event in kafka.sent] == [1, 2]
+    assert json.loads(capsys.readouterr().out)["published"] == 2
 
 
 def test_unpark_gives_up_missing_cuts_when_told_to(store, kafka, capsys):
