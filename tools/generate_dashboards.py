@@ -281,7 +281,7 @@ FLOW = Dashboard(
                   [Query(counted("perennial_drift_total", "signal, detector"), "{{signal}} ({{detector}})")],
                   "Per signal and detector, over all adapters.", bars=True, stacked=True, zero="none"),
             Panel("Wrong high-water marks", [Query("max by (adapter) (perennial_wrong_high_water_marks) > 0", "{{adapter}}")],
-                  "Marks that no log can have given: `perennial marks show` the adapter. None is good.", zero="none"),
+                  "Marks beyond the end of their log; `perennial marks show` lists those of an adapter. There should be none.", zero="none"),
         ]),
         Row("Learning", [
             Panel("Updates", [Query(counted("perennial_updates_total", "outcome"), "{{outcome}}")],

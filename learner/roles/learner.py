@@ -112,7 +112,7 @@ class Learner:
         producer: of events, statuses and dead letters.
         metrics: what the role reports.
         stop: ends the loop.
-        origins: refuses high-water marks that no log can have given.
+        origins: refuses high-water marks beyond the end of their log.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Learner:
         self._waiting.append(WaitingJob(record, envelope))
 
     def _require_plausible(self, job: Event) -> None:
-        """Raise WireError for an update with a high-water mark that no log can have given; wait while Kafka is away."""
+        """Raise WireError for an update with a high-water mark beyond the end of its log; wait while Kafka is away."""
         if not isinstance(job, UpdateRequested):
             return
         for partition, position in HighWaterMarks(job.marks, job.epochs):

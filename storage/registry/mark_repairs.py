@@ -1,4 +1,4 @@
-"""Repaired high-water marks: what an operator put in the place of a mark that no log can have given.
+"""Repaired high-water marks: what an operator put in the place of a mark beyond the end of its log.
 
 A manifest cannot be changed. So the object `marks/<adapter>` says which mark of which origin partition counts as which
 other one. A repair applies to that one wrong value, whatever version holds it: versions that a learner publishes at the

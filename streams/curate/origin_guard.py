@@ -49,7 +49,7 @@ class OriginGuard:
             raise error
 
     async def distrust_wrong_marks(self, batcher: MicroBatcher[Any]) -> None:
-        """Report marks that no log can have given, and let the batcher drop nothing because of them.
+        """Report marks beyond the end of their log, and let the batcher drop nothing because of them.
 
         What such a mark covers and what has no recent id is then refused as out of order, instead of acknowledged as a
         redelivery without a word.

@@ -78,7 +78,7 @@ SERIES: Final = (
     Series(Counter, "cuts", "Micro-batches cut.", ("reason",)),
     Series(Counter, "cut_examples", "Examples in micro-batches.", ("reason",)),
     Series(Counter, "cut_tokens", "Tokens in micro-batches.", ("reason",)),
-    Series(Gauge, "wrong_high_water_marks", "High-water marks that no log can have given.", ("adapter",)),
+    Series(Gauge, "wrong_high_water_marks", "High-water marks beyond the end of their log.", ("adapter",)),
     # Learner: updates.
     Series(Counter, "updates", "Updates done.", ("outcome", "adapter")),
     Series(Gauge, "refused_updates_in_a_row", "Updates refused since the last that was promoted.", ("adapter",)),
@@ -299,7 +299,7 @@ class Metrics:
         self._inc("cut_tokens", tokens, reason=reason)
 
     def wrong_marks(self, adapter: str, n: int) -> None:
-        """Set how many high-water marks of an adapter no log can have given; only adapters that had one are shown."""
+        """Set how many high-water marks of an adapter are beyond the end of their log; only adapters that had one are shown."""
         with self._lock:
             if n == 0 and adapter not in self._wrong_marks:
                 return

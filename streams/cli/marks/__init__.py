@@ -1,1 +1,1 @@
-"""`perennial marks`: show an adapter's high-water marks, and repair one that no log can have given."""
+"""`perennial marks`: show an adapter's high-water marks, and lower one beyond the end of its log."""

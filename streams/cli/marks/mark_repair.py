@@ -1,4 +1,4 @@
-"""Print an adapter's high-water marks, and lower one that no log can have given."""
+"""Print an adapter's high-water marks, and lower one beyond the end of its log."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def repair_marks(
     Raises:
         NotFoundError: the adapter has no mark of the partition.
         MarksError: the options name no lower mark.
-        ConflictError: the roles were faster at every attempt.
+        ConflictError: curate changed its state at every attempt.
     """
     settings = connected_settings()
     registry = open_registry(settings)
@@ -140,7 +140,7 @@ def repair_mark(
         Which of `manifest` and `curate` was changed.
 
     Raises:
-        ConflictError: the roles were faster at every attempt.
+        ConflictError: curate changed its state at every attempt.
         StoreError: the store failed.
     """
     changed = []
@@ -176,14 +176,16 @@ def repair_mark(
 def _wanted(row: MarkRow, to: int | None, *, to_log_end: bool) -> Position | None:
     """Return the position that the options name. Raise MarksError where they name none, or a higher one."""
     if (to is None) != to_log_end:
-        raise MarksError("say to which offset", got="both or neither", allowed="either --to or --to-log-end")
+        raise MarksError(
+            "one option must name the offset", got="both or neither", allowed="either --to or --to-log-end"
+        )
     highest = max(position for position in (row.curate, row.manifest) if position is not None)
     epoch = min(highest[0], row.log.epoch if row.log and row.log.epoch is not None else highest[0])
     if to_log_end:
         if row.log is None:
             raise MarksError(
-                "the log's end is not known: the topic is not there as it was", got=row.partition, allowed="--to",
-                remedy="say --to -1 to take nothing of this origin partition as covered",
+                "the log's end is not known: the topic was deleted, or is in another cluster", got=row.partition, allowed="--to",
+                remedy="give --to -1 to count nothing of this origin partition as covered",
             )  # fmt: skip
         to = row.log.end - 1
     wanted = None if to is None or to < 0 else (epoch, to)

@@ -125,7 +125,7 @@ def test_a_repair_that_would_raise_a_mark_or_says_nothing_is_refused(store):
     partition = seen(store, offset=5)
     for options, message in (
         (["--to", "6"], "only lowers"), (["--to", "5"], "only lowers"), (["--to-log-end"], "only lowers"),
-        ([], "to which offset"), (["--to", "1", "--to-log-end"], "to which offset"),
+        ([], "must name the offset"), (["--to", "1", "--to-log-end"], "must name the offset"),
     ):  # fmt: skip
         refused = run("repair", ADAPTER, "--partition", partition, "--yes", *options)
         assert message in str(refused.exception), options
