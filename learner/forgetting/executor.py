@@ -154,7 +154,7 @@ class ForgetExecutor:
         except (JobInterruptedError, StoreUnavailableError):
             raise
         except PerennialError as error:  # the request itself does not fail: its own job will say what is wrong
-            _log.warning("%s cannot be prepared: %s", job.request_id, error)
+            _log.warning("%s cannot be rebuilt ahead of time, only when it is due: %s", job.request_id, error)
             return JobResult("unchanged", None, None)
 
     def give_up(self, job: ForgetRequested) -> None:

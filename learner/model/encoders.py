@@ -132,7 +132,7 @@ def _copy(state: dict[str, Any]) -> Tokenizer:
     for entry in state["added_tokens"]:
         if copied.token_to_id(entry["content"]) != entry["id"]:
             raise TokenizerError(
-                "a copy of the base's tokenizer numbers its added tokens otherwise",
+                "a copy of the base's tokenizer gives its added tokens other ids",
                 got=f"{copied.token_to_id(entry['content'])} for token {entry['id']}",
                 allowed="added tokens numbered as the tokenizers library numbers them",
                 remedy="save the tokenizer again with save_pretrained()",

@@ -148,4 +148,6 @@ class PassRunner:
                 self._forgets.give_up(job)
             except (IntegrityError, NotFoundError) as error:
                 # Its pending deletes stay, so the next forgetting searches them.
-                _log.warning("%s left something behind: %s", job.request_id, error)
+                _log.warning(
+                    "what %s had stored is not deleted, the next forgetting searches it: %s", job.request_id, error
+                )

@@ -71,7 +71,7 @@ class UpdateQueue:
             return self._run_in_order(job)
         next_cut = self._next_cut(job.adapter)
         if parked.reason == MISSING_CUT and next_cut is not None and job.cut <= next_cut:
-            _log.warning("cut %d of %s is here: its other jobs may have waited for it", job.cut, job.adapter)
+            _log.warning("the missing cut %d of %s has arrived: the adapter is unparked", job.cut, job.adapter)
             result = self._run_in_order(job, parked)
             if result.outcome != "parked":
                 self.unpark(parked)

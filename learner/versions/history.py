@@ -179,7 +179,9 @@ def index_version(registry: Registry, version: str, manifest: Manifest) -> None:
     try:
         history_index(registry, manifest.adapter).append(version, manifest)
     except PerennialError as error:
-        _log.warning("%s: the history index is behind: %s", manifest.adapter, error)
+        _log.warning(
+            "%s: version not added to the history index, readers use its manifest: %s", manifest.adapter, error
+        )
 
 
 def complete_index(registry: Registry, adapter: str, history: History) -> History:
@@ -189,6 +191,6 @@ def complete_index(registry: Registry, adapter: str, history: History) -> Histor
     try:
         history_index(registry, adapter).complete(history.index)
     except PerennialError as error:
-        _log.warning("%s: the history index is behind: %s", adapter, error)
+        _log.warning("%s: the history index is not completed, readers use the manifests: %s", adapter, error)
     head = Head(len(history.index.published), history.head, history.manifests[history.head])
     return load_history(registry, adapter, head) or history

@@ -2,6 +2,7 @@
 
 Exit codes: 0 done; 1 something is wrong with what was inspected or sent, or nothing was; 2 the command, a setting or a
 file is not usable; 3 a service (broker, store) cannot be reached; 4 the named object does not exist; 130 interrupted.
+`perennial forget` also ends with 5 where nothing matched, and with 6 where a request was closed with exceptions.
 
 Add a command: write `streams/cli/NAME.py` with a function that takes plain values, prints, and returns the exit code;
 then add one section here.
@@ -46,7 +47,9 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-topics_app = typer.Typer(help="Create and check the topics on the broker.", no_args_is_help=True)
+topics_app = typer.Typer(
+    help="Create and check topics, add partitions, or adopt a topic that was created again.", no_args_is_help=True
+)
 publish_app = typer.Typer(help="Publish files of JSON lines; the broker confirms each line.", no_args_is_help=True)
 adapters_app = typer.Typer(
     help="Show adapters and their versions, roll one back, park or unpark one.", no_args_is_help=True
@@ -231,7 +234,7 @@ def topics_repartition(
     ] = 600,
     json_: Json = False,
 ) -> None:
-    """Add partitions to an internal topic: pause its writers, wait until it is read, alter it, record it, go on."""
+    """Add partitions to an internal topic; the roles that write it pause until it has been read to its end."""
     from perennial.streams.cli.topics import repartition_topic
 
     raise typer.Exit(repartition_topic(topic, partitions, yes=yes, wait_s=wait_s, as_json=json_))
@@ -244,7 +247,7 @@ def topics_adopt(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     json_: Json = False,
 ) -> None:
-    """Record the present ids of topics that were deleted and created again; says first what that means."""
+    """Record the present ids of topics that were deleted and created again; first print what was lost with them."""
     from perennial.streams.cli.topics import adopt_topics
 
     raise typer.Exit(adopt_topics(topics or [], all_topics=all_, yes=yes, as_json=json_))
@@ -276,7 +279,7 @@ def publish_interactions(
 
 @adapters_app.command("ls")
 def adapters_ls(json_: Json = False) -> None:
-    """List all adapters with their live version."""
+    """List all adapters with their live version, why they are parked, and how many updates wait."""
     from perennial.streams.cli.adapters import list_adapters
 
     raise typer.Exit(list_adapters(as_json=json_))
@@ -284,7 +287,7 @@ def adapters_ls(json_: Json = False) -> None:
 
 @adapters_app.command("show")
 def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
-    """Show the live version of one adapter: what it learned, and the measurements of its gate."""
+    """Show one adapter: its live version, the measurements of its gate, and why it is parked."""
     from perennial.streams.cli.adapters import show_adapter
 
     raise typer.Exit(show_adapter(adapter, as_json=json_))
@@ -322,7 +325,7 @@ def adapters_rollback(
     ] = 60,
     json_: Json = False,
 ) -> None:
-    """Make an earlier version live again."""
+    """Make an earlier version live again, at once."""
     from perennial.streams.cli.adapters import roll_back
 
     raise typer.Exit(roll_back(adapter, to=to, reason=reason, wait_s=wait_s, as_json=json_))
@@ -419,11 +422,13 @@ def gc(
         ),
     ] = None,
     orphans: Annotated[
-        bool, typer.Option("--orphans", help="Instead delete blobs that crashed processes left behind.")
+        bool, typer.Option("--orphans", help="Instead delete orphans: blobs that crashed processes left behind.")
     ] = False,
     min_age_h: Annotated[
         float,
-        typer.Option(min=1, max=MAX_SECONDS, callback=number, help="Hours that an orphan must have had no name."),
+        typer.Option(
+            min=1, max=MAX_SECONDS, callback=number, help="Hours since the first run that saw a blob as an orphan."
+        ),
     ] = 24,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be deleted.")] = False,
     json_: Json = False,
@@ -487,7 +492,7 @@ def watch(
 
 @app.command()
 def doctor(json_: Json = False) -> None:
-    """Check broker, topics, store, device and base model, and print the remedy where one is not usable."""
+    """Check broker, topics, offsets, store, parked adapters, device and base model; print a remedy for each finding."""
     from perennial.streams.cli.doctor import examine
 
     raise typer.Exit(examine(as_json=json_))

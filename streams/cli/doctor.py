@@ -203,7 +203,8 @@ def _offsets(settings: Settings) -> Finding:
         "offsets",
         not wrong,
         "; ".join(wrong) or f"every committed offset is in its log; {waiting} records wait",
-        "lost records must be published again; raise retention.ms where records are deleted unread",
+        "see docs/operations.md, InputRecordsLost: lost records must be published again; raise retention.ms where "
+        "records are deleted unread",
     )
 
 
@@ -225,7 +226,7 @@ def _parked(settings: Settings) -> Finding:
     said.append(f"{queued} updates of other adapters wait for a learner")
     return Finding(
         "jobs", not parked, "; ".join(said),
-        "mend the cause that is named, then `perennial adapters unpark ADAPTER`",
+        "mend the named cause (docs/operations.md, PerennialAdapterParked), then `perennial adapters unpark ADAPTER`",
     )  # fmt: skip
 
 

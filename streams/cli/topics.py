@@ -139,8 +139,9 @@ _LOST = {
     "examples": "examples that waited for the scorer are gone; to read them again from the input topics, as far as these "
     "still hold them, " + _REREAD.format(group="intake"),
     "scored-examples": "examples that waited for curate are gone; to score them again, " + _REREAD.format(group="scorer"),
-    "adapter-jobs": "jobs that waited for the learner are gone from Kafka; updates are kept in the store under jobs/, "
-    "requests to forget are sent again by retain",
+    "adapter-jobs": "jobs that waited for the learner are gone from Kafka, and the store keeps the updates. Once the roles run, "
+    "run `perennial adapters unpark ADAPTER` for each adapter that `perennial adapters ls` shows as waiting; it publishes "
+    "them and the open requests to forget again",
     **dict.fromkeys(INPUT_TOPICS, "what was published to the old topic and not read yet is gone; ask its producers"),
 }  # fmt: skip
 _LOST_OTHER = "its old records are gone; nothing is learned or forgotten by them"

@@ -105,5 +105,5 @@ def _cutting_of_earlier_release(store: ObjectStore, adapter: str) -> Cutting | N
     except ValidationError as error:
         raise IntegrityError(
             f"{key} is not readable", got=stored.data[:100], allowed="the number of a cut and the digest of its body",
-            remedy="delete the object, after the blob that it names",
+            remedy="delete the blob whose digest the object names, then the object: its cut was never committed",
         ) from error  # fmt: skip

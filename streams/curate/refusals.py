@@ -19,7 +19,7 @@ def out_of_order_error(example: ExampleAccepted, seen: Position) -> WireError:
     """
     origin = example.origin
     return WireError(
-        "out-of-order", f"an example of {example.adapter} that was never seen, below one that was",
+        "out-of-order", f"an example of {example.adapter} arrived below its high-water mark and had never been seen",
         got=f"{origin.topic}[{origin.partition}]@{origin.offset}, epoch {origin.leader_epoch}",
         allowed=f"a position above offset {seen[1]}, epoch {seen[0]}",
     )  # fmt: skip

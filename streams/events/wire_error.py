@@ -30,11 +30,11 @@ _REMEDIES: dict[str, str] = {
     "wrong-topic": "publish it to the topic of its type",
     "unknown-type": "use a type that docs/asyncapi.json lists",
     "not-utf8": "write the value in UTF-8",
-    "out-of-order": "find out who changed the partitions of the project's own topics, or who else writes to them; "
-    "then publish the document again",
-    "implausible-origin": "find out who else writes to the project's own topics; set PERENNIAL_INTERNAL_KEY",
+    "out-of-order": "see with `perennial marks show` whether the high-water mark is wrong, or find out who changed the "
+    "partitions of the topics between the roles; then publish the document again as it is",
+    "implausible-origin": "find out who else writes to the topics between the roles; set PERENNIAL_INTERNAL_KEY",
     "internal-error": "report it with the dead letter: valid input must not cause it",
-    "bad-signature": "find out who else writes to the project's own topics, and give all roles the same "
+    "bad-signature": "find out who else writes to the topics between the roles, and give all roles the same "
     "PERENNIAL_INTERNAL_KEY",
 }
 

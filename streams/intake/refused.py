@@ -60,10 +60,12 @@ class RefusedExamplesLookup:
             try:
                 return load_refused_examples(self._store, adapter)
             except IntegrityError:  # no retry helps; a duplicate must not stop the flow of all adapters
-                log.exception("duplicates of %s are dropped: the list of what was refused is unreadable", adapter)
+                log.exception(
+                    "refused/%s is unreadable: refused examples count as duplicates until it is restored", adapter
+                )
                 return {}
             except StoreError as error:
                 if self._clock() > deadline_s:
                     raise
-                log.warning("the list of what %s refused cannot be read, trying again: %s", adapter, error)
+                log.warning("the refused examples of %s cannot be read, trying again: %s", adapter, error)
                 self._sleep(_RETRY_WAIT_S)

@@ -129,7 +129,7 @@ class MaintenanceLease:
         try:
             self._replace(self._record.model_copy(update={"ended": True}))
         except MaintenanceError:
-            log.warning("the maintenance record was ended by a role")
+            log.warning("a role took this command for dead, and ended its maintenance record")
 
     def _replace(self, record: Maintenance) -> None:
         try:

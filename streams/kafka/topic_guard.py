@@ -192,7 +192,7 @@ class TopicGuard:
             for name, count in self._counts.items():
                 if self._record.topics[name].partitions != count:
                     raise InstallationError(
-                        f"{name} was repartitioned while this process did not run",
+                        f"{name} was repartitioned while this process was frozen or cut off",
                         got=f"{self._record.topics[name].partitions} partitions", allowed=f"{count} partitions",
                         remedy="start the role again; nothing of the batch in hand was written",
                     )  # fmt: skip

@@ -182,7 +182,7 @@ class RequestWorker:
             try:
                 found = self._calendar.look(adapter, self.cache.in_force, expiring=expiring, now_ms=now_ms)
             except PURE_ERRORS:  # one adapter's example must not stop the calendar of every other adapter
-                log.exception("the calendar cannot look at %s: nothing of it expires", adapter)
+                log.exception("the examples of %s cannot be examined: none of them expires", adapter)
                 continue
             if found.jobs:
                 yield Slice(events=list(found.jobs))

@@ -195,7 +195,7 @@ class RetainService:
         try:
             revoke(self._registry, job.adapter, job.alias, job.version, job.job_id, job.reason)
         except StoreError as error:
-            log.warning("%s is left to a learner: %s", job.job_id, error)
+            log.warning("job %s could not be carried out here and is left to a learner: %s", job.job_id, error)
 
     def _apply(self, piece: Slice) -> None:
         for change in piece.changes:

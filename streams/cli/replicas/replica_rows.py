@@ -60,7 +60,7 @@ def list_replicas(adapter: str | None, *, only_revoked: bool, as_json: bool) -> 
     elif shown:
         print_table(_COLUMNS, [_cells(status, now_ms, is_revoked=status in revoked) for status in shown])
     else:
-        Console(stderr=True, highlight=False).print("no replica was heard of", markup=False)
+        Console(stderr=True, highlight=False).print("no replica has a record on adapter-acks", markup=False)
     return 0
 
 
@@ -90,7 +90,7 @@ def remove_replica(adapter: str, replica: str, *, force: bool, reason: str, as_j
         if found is None:
             raise NotFoundError(
                 f"{adapter} has no such replica", got=replica,
-                allowed=", ".join(status.replica for status in statuses[:10]) or "none was heard of",
+                allowed=", ".join(status.replica for status in statuses[:10]) or "none has a record",
                 remedy=f"see `perennial replicas ls {adapter}`",
             )  # fmt: skip
         now_ms = time.time_ns() // 1_000_000
@@ -98,8 +98,8 @@ def remove_replica(adapter: str, replica: str, *, force: bool, reason: str, as_j
         if state in {"serving", "failing"} and not force:
             raise ReplicaInServiceError(
                 f"{replica} holds a lease until {_time(found.lease_expires_ms)}", got=state, allowed="expired or left",
-                remedy="stop it and wait, or say --force: a replica that runs is back with its next heartbeat, and no "
-                "request waits for it until then",
+                remedy="stop it and wait until its lease has ended, or use --force: a replica that still runs is back with its "
+                "next heartbeat, and no request waits for it until then",
             )  # fmt: skip
         reader.remove(adapter, replica)
     finally:

@@ -65,10 +65,10 @@ def collect(adapters: list[str], *, keep: int | None, dry_run: bool, as_json: bo
 
 
 def collect_orphaned(*, min_age_h: float, dry_run: bool, as_json: bool) -> int:
-    """Delete the blobs that nothing has named for a while; print how many and return the exit code.
+    """Delete the blobs that nothing has referred to for a while; print how many and return the exit code.
 
     Args:
-        min_age_h: How long nothing must have named a blob, in hours, counted from the first run that saw it so.
+        min_age_h: Hours for which nothing must have referred to a blob, counted from the first run that saw it so.
         dry_run: Only print what would be deleted.
         as_json: Print JSON instead of text.
     """
@@ -81,7 +81,7 @@ def collect_orphaned(*, min_age_h: float, dry_run: bool, as_json: bool) -> int:
         return 0
     verb = "would be deleted" if dry_run else "were deleted"
     Console(highlight=False).print(
-        f"{report.deleted} of {report.blobs} blobs {verb}; {report.waiting} more have no name and wait until they have had "
-        f"none for {min_age_h:g} h", soft_wrap=True, markup=False,
+        f"{report.deleted} of {report.blobs} blobs {verb}; {report.waiting} more that nothing refers to are kept until "
+        f"a run finds them so again after {min_age_h:g} h", soft_wrap=True, markup=False,
     )  # fmt: skip
     return 0
