@@ -1,7 +1,7 @@
-"""Delete blobs that nothing names: processes that crashed left them behind.
+"""Delete orphans: blobs that processes left when they crashed, and that nothing refers to.
 
-A store tells no object's age. So a first run writes down which blobs nothing names, and a later run deletes those of
-them that still nothing names. In between lies the least age, longer than any job that may yet name them.
+Stores disagree about the age of an object. So a first run records which blobs nothing refers to, and a later run deletes
+those of them that still nothing refers to. The time between the two must be longer than any job that may refer to them.
 """
 
 from __future__ import annotations

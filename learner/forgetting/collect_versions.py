@@ -64,9 +64,9 @@ def collect_versions(
     dry_run: bool = False,
     failpoint: Callable[[str], None] = default_failpoint,
 ) -> CollectionReport:
-    """Delete the state of an adapter's old versions. Safe beside learners and rollbacks, and to be run again at any time.
+    """Delete the state of an adapter's old versions. Safe while learners and rollbacks run; it may be repeated.
 
-    Kept are the newest version, what aliases point at and what a rollback of them would return to, the newest `keep`
+    It keeps the newest version, what aliases point at and what a rollback of them would return to, the newest `keep`
     versions that may be served, the newest `keep` of the schedule and every `CHECKPOINT_EVERY`th before them, and what
     rebuilds have made so far.
 

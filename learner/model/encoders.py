@@ -69,7 +69,7 @@ class Encoders:
         Qwen3's `<tool_call>` and `<think>` and DeepSeek's marker of the user's turn are not marked as special. An added
         token is plain text if it is a word, blanks (GPT-NeoX and Gemma have tokens for runs of blanks), or one visible
         character; a word that the frame of a turn uses is a control token all the same. Gemma's `<table>` counts as a
-        control token too: nothing tells a tag of HTML from a tag that has a meaning for the model.
+        control token too: a tag of HTML and a tag that has a meaning for the model look alike.
 
         A control token in a text is encoded as the pieces that its characters give, so nothing of the text is lost.
 

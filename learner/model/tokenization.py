@@ -16,7 +16,7 @@ from perennial.streams.events.models import ExampleAccepted
 
 _SENTINEL = "\u2063PROMPT\u2063"
 _TEMPLATE_DATE = datetime(2024, 7, 26, tzinfo=UTC)
-"""The date that a chat template is told. Llama 3.2's and others put today's date into every turn: what an adapter is
+"""The date that chat templates get. Llama 3.2's and others put today's date into every turn: what an adapter is
 trained on would depend on the day, and a rebuild on another day would not give the same bits. Llama's template falls
 back to this date itself."""
 _MIN_PROMPT_DIVISOR = 4
@@ -55,7 +55,7 @@ class ExampleTokenizer:
 
     A prompt is never put through the template: its token ids go between those of head and tail, and hold no control
     token. A prompt therefore cannot begin a turn of its own where the template marks turns with control tokens. Where
-    the template marks them with plain text, as Llama 2's `[INST]`, text that imitates them cannot be told from them.
+    the template marks them with plain text, as Llama 2's `[INST]`, text that imitates them has the same tokens.
 
     All encoding is done with copies of the tokenizer that never change (see `encoders`). Thread-safe.
 

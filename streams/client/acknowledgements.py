@@ -1,4 +1,4 @@
-"""Send a subscriber's acknowledgements to `adapter-acks`, its heartbeats, and its goodbye, in a thread of their own.
+"""Send a subscriber's acknowledgements, heartbeats and last record (`replica.left`) to `adapter-acks`, in a thread.
 
 Nothing here raises an error because of the broker, and a broker that does not answer delays no version.
 """
@@ -72,7 +72,7 @@ class Acks:
         """Send in a new thread until `close`. After `close`, the last acknowledgement is sent again first.
 
         Args:
-            at_exit: Called where the interpreter exits while the connection is open, to say goodbye.
+            at_exit: Called where the interpreter exits while the connection is open, to send the last record.
         """
         if not self._bootstrap:
             return
@@ -89,7 +89,7 @@ class Acks:
         if not self._bootstrap:
             return
         with self._changed:
-            if self._closed:  # an acknowledgement after the goodbye would be waited for until its lease ends
+            if self._closed:  # after `replica.left` an acknowledgement would make requests wait until its lease ends
                 return
             self._latest = ack.model_copy(update={"lease_s": self._lease_s})
             self._pending.append(self._latest)
@@ -151,20 +151,20 @@ class Acks:
                 if not self._closed and (not self._pending or self._clock() < self._retry_s):
                     self._changed.wait(min(1.0, self._lease_s / _BEATS_PER_LEASE))
 
-    def close(self, goodbye: ReplicaLeft) -> None:
-        """Stop the heartbeats, say goodbye where anything was acknowledged, and close the connection.
+    def close(self, left: ReplicaLeft) -> None:
+        """Stop the heartbeats, send the last record if anything was acknowledged, and close the connection.
 
-        There is one attempt to send what waits. Where it fails, the lease ends.
+        There is one attempt to send what waits. If it fails, requests wait until the lease ends.
 
         Args:
-            goodbye: The last record of the replica.
+            left: The last record of the replica.
         """
         with self._changed:
             if self._closed:
                 return
             self._closed = True
             if self._latest is not None:
-                self._pending.append(goodbye)
+                self._pending.append(left)
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(_CLOSE_S)

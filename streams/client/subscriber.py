@@ -62,7 +62,7 @@ class Subscriber:
 
     Without a broker it acknowledges nothing, so no request to forget waits for it; it only polls, and logs a warning.
     With one it holds a lease of `settings.serving.replica_lease_s` seconds, which a heartbeat renews. Requests wait for
-    it until the lease ends or `close` says goodbye. A process that is killed says no goodbye.
+    it until the lease ends or `close` announces that the replica leaves. After a kill, requests wait until the lease ends.
 
     >>> import tempfile
     >>> from perennial import MemoryBackend, Settings, Subscriber
@@ -185,8 +185,8 @@ class Subscriber:
     def run(self, stop: threading.Event | None = None) -> None:
         """Follow the alias in this thread.
 
-        In the main thread of a program that does not handle SIGTERM itself, SIGTERM ends the call, says goodbye and
-        then ends the program.
+        In the main thread of a program that does not handle SIGTERM itself, SIGTERM ends the call, announces
+        that the replica leaves, and then ends the program.
 
         Args:
             stop: Ends the call when it is set. None: `close` ends the call.
@@ -199,7 +199,7 @@ class Subscriber:
             )  # fmt: skip
         with sigterm_deferred() as termination:
             try:
-                self._acks.start(self._say_goodbye)
+                self._acks.start(self._announce_end)
                 while not (stop.is_set() or termination.requested):
                     if self._clock() >= self._progress.due_s:
                         self._look()
@@ -208,9 +208,9 @@ class Subscriber:
                     self._progress = self._progress.heard(self._updates.poll(wait_s, self._clock(), stop))
             finally:
                 self._updates.close()
-                self._say_goodbye()
+                self._announce_end()
 
-    def _say_goodbye(self) -> None:
+    def _announce_end(self) -> None:
         """Send `replica.left`, unless it was sent."""
         current = self.current
         self._acks.close(
@@ -241,7 +241,7 @@ class Subscriber:
             raise
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Stop following the alias and say goodbye, so that no request waits for this replica any more.
+        """Stop following the alias and announce that the replica leaves, so that no request waits for it any more.
 
         The backend goes on serving the version that it has: end its service, or start another subscriber soon, where a
         version that is revoked later must not be served.
@@ -448,7 +448,7 @@ class Subscriber:
         try:
             others = self._held(current.name if current else None)
             return any(self._source.is_revoked(f"sha256:{name[-64:]}") for name in others)
-        except Exception as error:  # noqa: BLE001 - a store or a backend may raise anything; unloading tells then
+        except Exception as error:  # noqa: BLE001 - a store or a backend may raise anything; unloading reports it then
             _log.debug("%s: it is not known whether a revoked version is held: %s", self.adapter, error)
             return True
 

@@ -7,7 +7,7 @@ replay of the log makes the same cuts.
 
 Order: the first deliveries of one adapter's examples from one origin partition arrive in the order of their positions.
 Intake writes them so, and the key of `examples` and `scored-examples` is the adapter. A mark is a maximum, so a first
-delivery below it cannot be told from a redelivery by the mark alone, and a cut would raise the mark over it for good.
+delivery below it looks like a redelivery by the mark alone, and a cut would raise the mark above it for good.
 Such a delivery means that the number of partitions changed under a role, or that somebody forged records. `offer`
 recognises it and calls it out of order, so that the caller refuses it instead of dropping it:
 
@@ -396,7 +396,7 @@ class MicroBatcher(Generic[T]):
         return self._cut(replace(history, fences=history.fences + 1, high_water_marks=marks, reach=reach))
 
     def distrust(self, partition: str) -> None:
-        """Refuse what is covered in an origin partition unless its id is known: its mark is one that no log gave."""
+        """Refuse what is covered in an origin partition unless its id is known: its mark is beyond the end of the log."""
         reach = self.history.reach.lowered(partition, None)
         self.history = replace(self.history, reach=reach)
 

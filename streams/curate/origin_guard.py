@@ -52,7 +52,7 @@ class OriginGuard:
         """Report marks beyond the end of their log, and let the batcher drop nothing because of them.
 
         What such a mark covers and what has no recent id is then refused as out of order, instead of acknowledged as a
-        redelivery without a word.
+        redelivery in silence.
         """
         if self._check is None:
             return

@@ -11,7 +11,7 @@ from perennial.streams.events.wire_error import WireError
 
 
 def out_of_order_error(example: ExampleAccepted, seen: Position) -> WireError:
-    """Return the error that reports an example that was never seen, below one that was.
+    """Return the error that reports an example that arrived below its adapter's high-water mark for the first time.
 
     Args:
         example: the example.

@@ -190,7 +190,7 @@ class Verifier(Protocol):
 
 
 class MaintenanceMetrics(Protocol):
-    """What is told to the role's health; `observe.metrics.Metrics` has it."""
+    """What the role's health is notified of; `observe.metrics.Metrics` has it."""
 
     def maintenance(self, paused: bool) -> None:
         """Note whether the role pauses for a command."""
@@ -211,7 +211,7 @@ def run_pausable(
         role: The role's name.
         store: The object store.
         stop: Ends the role.
-        metrics: Is told when the role pauses.
+        metrics: Is notified when the role pauses.
         body: Runs the role until the event that it is given is set. It is called again after a pause.
         make_verifier: Returns the check of the role's topics.
         verify_s: Seconds between two checks.

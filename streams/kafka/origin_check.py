@@ -1,7 +1,7 @@
 """Check that the origin of an example is one that the broker can have given: cluster, topic, offset and leader epoch.
 
-High-water marks rest on origins. One forged record with the offset 2**63 - 1 would raise a mark over everything that an
-adapter will ever be sent. So scorer and curate refuse an origin that lies beyond the log's end, or that names a cluster
+High-water marks rest on origins. One forged record with the offset 2**63 - 1 would raise a mark above every later
+record of an adapter. So scorer and curate refuse an origin that is beyond the log's end, or that names a cluster
 or a topic that this installation never read.
 
 The answers of the broker are cached. They are asked for again only where a record exceeds them: offsets and epochs only

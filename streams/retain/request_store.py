@@ -5,12 +5,12 @@
     retention/index/open/<hash>           the request is open and retain has to go on with it
     retention/index/in-force/<hash>       the request is a hold or a policy in force
     retention/index/patterns/<hash>       the request also is for adapters that do not exist yet
-    retention/index/failed/<hash>         the request failed in some adapter: it stays for a person to see to
+    retention/index/failed/<hash>         the request failed in some adapter: it stays until a person removes it
     retention/index/ended/<time>/<hash>   the request ended; it is removed at that time
     retention/revisions                   two numbers that grow when the indexes of open requests and of those in force do
 
-An index is a list of empty objects. Their order against the request's own object is: additions before it, removals
-after it. So an index may name a request that does not belong to it any more, and never misses one; whoever reads an
+An index is a list of empty objects. An entry is added before the request's own object is written, and removed after
+it. So an index may name a request that does not belong to it any more, and never misses one; whoever reads an
 index looks at the request. Every object is replaced by compare-and-swap, so a process that was believed dead and goes
 on cannot undo what another one stored.
 """

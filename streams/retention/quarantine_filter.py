@@ -57,8 +57,8 @@ class QuarantineFilter:
     def entry_of(self, example: ExampleAccepted) -> QuarantineEntry | None:
         """Return the first entry that blocks the example; None where there is none.
 
-        A hold on the example lifts the entries that are open. It does not undo what was carried out before it: an entry
-        that is done still blocks examples that arrive late.
+        While a hold covers the example, open entries do not block it. A hold does not undo what was carried out before it: an
+        entry that is done still blocks examples that arrive late.
         """
         found = self._entries_of(example)
         return found[0] if found else None

@@ -4,8 +4,8 @@ The manifests of collected versions stay, and so do their sequence numbers. Noth
 rollback and no rebuild.
 
 A rollback takes over an old version's blobs while a collection may delete them. So the rollback pins the version, then
-looks whether it is collected; the collection marks the versions, then looks which are pinned. Whichever is second sees
-the other.
+looks whether it is collected; the collection marks the versions, then looks which are pinned. Whichever comes second
+sees what the other wrote.
 """
 
 from __future__ import annotations
