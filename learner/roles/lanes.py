@@ -129,6 +129,7 @@ class Lane:
         self._stop = stop
         self._clock = clock
         self._stopping_since_s: float | None = None
+        self._closing = False
         writer.on_step = self._tick
         self.passes = runner_of(lambda event: publish(event, self._traceparent), self._tick)
         # A fresh thread has torch's own default number of threads.
@@ -145,9 +146,11 @@ class Lane:
         """Report a step; end a job that would keep a stopping role for too long.
 
         Raises:
-            JobInterruptedError: the role was asked to stop `STOP_GRACE_S` ago.
+            JobInterruptedError: the role was asked to stop `STOP_GRACE_S` ago, or the lane is closed.
         """
         self._progress()
+        if self._closing:
+            raise JobInterruptedError("the role ends before the job is done", remedy="nothing is lost: it runs again")
         if not self._stop.is_set():
             return
         if self._stopping_since_s is None:
@@ -156,5 +159,6 @@ class Lane:
             raise JobInterruptedError("the role stops before the job is done", remedy="nothing is lost: it runs again")
 
     def close(self) -> None:
-        """End the thread once its job is done."""
+        """End the thread and the job that it runs, if any: the role has failed then, and nobody polls meanwhile."""
+        self._closing = True
         self._pool.shutdown()

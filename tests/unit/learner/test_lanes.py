@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.roles.lanes import LONG_JOB_S, STOP_GRACE_S, CommitOrder, Lane, WaitingJob, next_job
-from perennial.learner.versions.job_result import JobInterruptedError
+from perennial.learner.versions.job_result import JobInterruptedError, JobResult
 from perennial.streams.kafka.group import ConsumedRecord
 
 SHORT_S, LONG_S = LONG_JOB_S / 2, LONG_JOB_S * 2
@@ -134,3 +135,26 @@ def test_a_stopping_role_ends_a_long_job_after_its_grace():
         assert len(ticks) == 4
     finally:
         lane.close()
+
+
+def test_a_role_that_fails_does_not_wait_for_the_job_of_another_lane():
+    """The lane kept health green by its steps, for as long as its rebuild took, while nobody read the topic any more."""
+    writer = SimpleNamespace(threads=1, on_step=None)
+    lane = Lane(0, writer, lambda *_: None, print, lambda: None, threading.Event(), time.monotonic)  # type: ignore[arg-type]
+    ended = threading.Event()
+
+    def rebuild(*_: object) -> JobResult:
+        while not ended.wait(0.005):
+            writer.on_step()
+        return JobResult("unchanged", None, None)
+
+    result = lane.start(SimpleNamespace(traceparent=None), rebuild)  # type: ignore[arg-type]
+    closing = threading.Thread(target=lane.close)
+    closing.start()
+    try:
+        closing.join(60)
+        assert not closing.is_alive()
+        assert isinstance(result.exception(), JobInterruptedError)
+    finally:
+        ended.set()
+        closing.join(60)
