@@ -60,7 +60,7 @@ from perennial.storage.registry.quarantine import (
     load_quarantine,
     update_quarantine,
 )
-from perennial.storage.registry.refused_examples import remove_refused_examples
+from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
 from perennial.storage.registry.registry import AliasState, Head, Publication
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ForgetRequested
@@ -205,8 +205,7 @@ class ForgetExecutor:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
             leave_out_of_waiting(self._store, job.adapter, scope.unlearned)
             self._keep_held(job, {**found.learned, **found.refused}, scope.removed_offsets())
-        removed = [match.example_id for match in found.all() if match.request_id is not None]
-        remove_refused_examples(self._store, job.adapter, removed)
+        self._let_return(job, found, history)
         progress = self._sweep_progress(job.adapter)
         self._delete(job, progress - scope.unlearned.keys())
         self._failpoint("learner.forget_deleted")
@@ -409,6 +408,22 @@ class ForgetExecutor:
                 kept = digest_of(body)
                 record_pending_deletes(self._store, job.adapter, f"kept {kept}", [kept], refused=True)
                 put_blob(self._store, body)
+
+    def _let_return(self, job: ForgetRequested, found: FoundExamples, history: History | None) -> None:
+        """List what was removed as refused, so that it may be published again as it is; take off the list what was erased.
+
+        Intake would drop the next publication as a duplicate of one that is not learned any more. An example that is
+        still learned from another publication is not listed.
+        """
+        matches = found.all()
+        removed = {match.example_id for match in matches if match.request_id is not None}
+        erased = {match.example_id for match in matches if match.request_id is not None and match.erased}
+        kept = {match.example_id for match in matches if match.request_id is None}
+        if history is not None:
+            unread = {node.batch for node in history.versions.values() if node.batch is not None} - found.learned.keys()
+            kept.update(row["example_id"] for digest in unread for row in history.rows(digest) or ())
+        remove_refused_examples(self._store, job.adapter, erased)
+        add_refused_examples(self._store, job.adapter, removed - erased - kept, int(self._now().timestamp() * 1000))
 
     def _delete(self, job: ForgetRequested, keep: Collection[str], *, unpublished: bool = False) -> None:
         """Delete the job's pending blobs from the store and from this process's memory."""

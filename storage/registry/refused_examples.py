@@ -1,7 +1,9 @@
-"""Examples that were accepted and not learned: the gate refused their update, or its job went to the dead letters.
+"""Examples that were accepted, are not learned, and may be published again as they are.
+
+The gate refused their update, its job went to the dead letters, or a request removed them without suppressing their text.
 
 One object per adapter, `refused/<adapter>`, replaced by compare-and-swap. It holds example ids and times, no text. The
-learner adds ids and removes those that are learned or forgotten. Intake reads it: it drops what it accepted before as a
+learner adds ids and removes those that are learned or erased. Intake reads it: it drops what it accepted before as a
 duplicate, unless the example is listed here; so what was refused can be published again as it is.
 """
 
