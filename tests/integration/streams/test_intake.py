@@ -62,6 +62,9 @@ class RecordedMetrics:
     def lag(self, topic, events):
         self.lags[topic] = events
 
+    def tick(self, loop):
+        self.counts["tick", loop] += 1
+
     def oldest_age_s(self, seconds):
         self.counts["oldest_age_s"] = seconds
 
