@@ -142,8 +142,10 @@ def _bodies(
     for role in dict.fromkeys(roles):
         body: Callable[[threading.Event], None]
         if role == "intake":
-            from perennial.streams.intake.service import run_intake
+            from perennial.streams.intake.service import run_intake, spare_garbage_collector
 
+            if set(roles) == {"intake"}:
+                spare_garbage_collector()
             body = partial(run_intake, settings, metrics=metrics)
         elif role == "streams":
             from perennial.streams.faust_app import run_streams
