@@ -117,7 +117,7 @@ class AdapterCalendar:
         if ends.due:
             look_ms = now_ms  # until they are gone
             if not expiring:
-                found.requests.append(expiry_request(adapter, ends.due, now_ms))
+                found.requests.append(expiry_request(adapter, ends.due, now_ms, ends.end_ms))
         elif ends.next_ms is not None and not expiring and ends.upcoming != prepared:
             if self._lead_ms and ends.next_ms <= now_ms + self._lead_ms:
                 found.jobs.append(preparation(adapter, ends.upcoming, ends.next_ms))

@@ -31,11 +31,13 @@ class Expiries:
         due: Ids of the examples to forget now, at most MAX_IDS, those whose life ended first; empty: none yet.
         next_ms: When the next examples are to be forgotten, in milliseconds since 1970; None: never.
         upcoming: Ids of those examples.
+        end_ms: When the last life among the first that end together ended, in milliseconds since 1970; 0: none is due.
     """
 
     due: tuple[str, ...] = ()
     next_ms: int | None = None
     upcoming: tuple[str, ...] = ()
+    end_ms: int = 0
 
 
 def expiries(in_force: InForce, adapter: str, stored: Iterable[StoredExample], now_ms: int) -> Expiries:
@@ -63,20 +65,23 @@ def expiries(in_force: InForce, adapter: str, stored: Iterable[StoredExample], n
     late = now_ms >= last_ms + 2 * GROUP_MS  # nothing was prepared for so long ago: take all that is due
     until_ms = now_ms if late else last_ms
     ids = tuple(sorted({example_id for end_ms, example_id in ends[:MAX_IDS] if end_ms <= until_ms}))
-    return Expiries(due=ids) if now_ms >= last_ms else Expiries(next_ms=last_ms, upcoming=ids)
+    return Expiries(due=ids, end_ms=last_ms) if now_ms >= last_ms else Expiries(next_ms=last_ms, upcoming=ids)
 
 
-def expiry_request(adapter: str, example_ids: Sequence[str], at_ms: int) -> RequestRecord:
-    """Return the calendar's request to forget these examples; the same examples always make the same id.
+def expiry_request(adapter: str, example_ids: Sequence[str], at_ms: int, end_ms: int) -> RequestRecord:
+    """Return the calendar's request to forget these examples; the same examples with the same end make the same id.
+
+    An example that is learned again after it expired lives to another end.
 
     Args:
         adapter: The adapter.
         example_ids: The examples, sorted.
         at_ms: The guarded time, in milliseconds since 1970.
+        end_ms: When their life ended, in milliseconds since 1970.
     """
     ids = list(example_ids)
     request = RetentionRequested(
-        request_id=f"{OWN_PREFIX}expire:{sha256(orjson.dumps([adapter, ids])).hexdigest()[:32]}", kind="expire",
+        request_id=f"{OWN_PREFIX}expire:{sha256(orjson.dumps([adapter, ids, end_ms])).hexdigest()[:32]}", kind="expire",
         adapter=adapter, requested_by=CALENDAR, reason="time to live ended",
     )  # fmt: skip
     return RequestRecord(request=request, received_ms=at_ms, until_ms=at_ms, example_ids=ids)
@@ -92,7 +97,7 @@ def preparation(adapter: str, example_ids: Sequence[str], end_ms: int) -> Forget
         example_ids: The examples, sorted.
         end_ms: When their life ends, in milliseconds since 1970.
     """
-    request = expiry_request(adapter, example_ids, end_ms).request
+    request = expiry_request(adapter, example_ids, end_ms, end_ms).request
     return ForgetRequested(
         job_id="sha256:" + sha256(f"prepare\n{request.request_id}\n{adapter}".encode()).hexdigest(),
         request_id=request.request_id, kind="expire", adapter=adapter, example_ids=list(example_ids), until_ms=end_ms,

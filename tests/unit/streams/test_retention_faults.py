@@ -106,13 +106,26 @@ def test_supersession_compares_ids_and_sources_after_normalisation():
 def test_ids_of_the_calendar_cannot_be_taken_by_anybody_else(world):
     """supersede-<example id> and expire-<hash> could be computed and taken beforehand: what was due never expired."""
     world.learn(example(1, retention_class="PT1S"))
-    own = expiry_request(A, (f"{1:032x}",), 1100).request.request_id
+    own = expiry_request(A, (f"{1:032x}",), 1100, 1100).request.request_id
     with pytest.raises(WireError, match="request_id"):
         world.step(request("erase", own, selector=doc(7)))
     world.step(request("erase", "expire-0123456789abcdef", selector=doc(7)))
     world.now_ms = 5000
     world.step()
     assert own in {job.request_id for job in world.jobs}
+
+
+def test_an_example_that_is_learned_again_after_it_expired_expires_again(world):
+    """The request for its first life had the same id, so its second life did not end while that one was kept."""
+    world.learn(example(1, retention_class="PT1S"))
+    world.now_ms = 5000
+    settled(world)
+    assert len(world.forgotten) == 1
+    world.learn(example(1, 6000, retention_class="PT1S"))
+    world.now_ms = 9000
+    settled(world)
+    assert len(world.forgotten) == 2
+    assert len({status.request_id for status in world.published if status.state == "closed"}) == 2
 
 
 # ---- gathering
