@@ -279,9 +279,9 @@ def _carry_out(
 def _take_back(registry: Registry, adapter: str, alias: str, publication: Publication, job_id: str) -> None:
     """Publish the state before a rollback again, because what the rollback took over was revoked meanwhile."""
     registry.revoke(adapter, publication.version, "the version that it took over is revoked")
-    head, before = registry.head(adapter), publication.manifest.head
-    if head is not None and head.version != publication.version:  # the forgetting saw it, too
-        before = None
+    head, state, before = registry.head(adapter), registry.alias(adapter, alias), publication.manifest.head
+    if publication.version not in {head.version if head else None, state.version if state else None}:
+        return  # the forgetting saw it, too, and replaced it
     while before is not None:
         try:
             version, target = servable(registry, adapter, before)
