@@ -10,6 +10,8 @@ import logging
 from collections.abc import Callable
 from datetime import datetime
 
+from pydantic import ValidationError
+
 from perennial.learner.roles.parking import park, parking_reason
 from perennial.learner.versions.job_order import MissingCutError, jobs_before, stored_job, waiting_jobs
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
@@ -154,7 +156,7 @@ class UpdateQueue:
         if self._should_stop():
             raise JobInterruptedError(f"{job.adapter} stops before cut {job.cut}; it will go on from there")
         try:
-            result = self._updates.update(job, self._alias)
+            result = self._update_waiting(job)
         except NoSpaceError:
             raise
         except PerennialError as error:
@@ -171,6 +173,15 @@ class UpdateQueue:
         if result.event is not None:
             self._publish(result.event)
         return result
+
+    def _update_waiting(self, job: UpdateRequested) -> JobResult:
+        """Run a job that was taken from the store; what its fields break must not count for the job that arrived."""
+        try:
+            return self._updates.update(job, self._alias)
+        except (ValidationError, ArithmeticError) as error:
+            raise JobError(
+                "bad-job", "the job's fields cannot be worked with", got=f"{type(error).__name__}: {error}"[:300]
+            ) from error
 
     def _jobs_before(self, job: UpdateRequested) -> list[UpdateRequested]:
         while True:

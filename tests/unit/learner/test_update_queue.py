@@ -136,6 +136,27 @@ def test_jobs_that_waited_for_a_missing_cut_are_learned_although_the_store_fails
     assert load_parked(store, ADAPTER) is None
 
 
+def test_a_waiting_job_that_cannot_be_worked_with_takes_no_later_job_with_it(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later job that arrived went to the dead letters in its place, and so did every one after that."""
+    learner = local_learner(store)
+    role = runner(learner)
+    cuts = [cut_of(store, cut) for cut in range(3)]
+    role.run(cuts[0])
+    update = UpdateExecutor.update
+
+    def fails(self: UpdateExecutor, job: UpdateRequested, alias: str) -> Any:
+        if job.cut == 1:
+            raise OverflowError("a number that is too large")
+        return update(self, job, alias)
+
+    monkeypatch.setattr(UpdateExecutor, "update", fails)
+    assert role.run(cuts[2]).outcome == "promoted"
+    assert load_given_up(store, ADAPTER) == {1: cuts[1].job_id}
+    assert learned(learner) == [*range(4), *range(8, 12)]
+
+
 def test_case_14_a_job_that_later_cuts_passed_is_not_taken_for_done(store: DirectoryStore) -> None:
     """Versions of a release that did not count cuts: what its head passed goes to the dead letters, not to silence."""
     learner = local_learner(store)
