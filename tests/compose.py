@@ -48,8 +48,8 @@ def load(env: Mapping[str, str] | None = None, path: Path = COMPOSE) -> dict[str
 
 
 def environment(service: Mapping[str, Any]) -> dict[str, str]:
-    """Return a service's environment."""
-    return dict(service.get("environment", {}))
+    """Return a service's environment; a variable that the file leaves empty is empty."""
+    return {name: "" if value is None else value for name, value in service.get("environment", {}).items()}
 
 
 def is_ours(service: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from perennial.learner.training.replay_buffer import index_from_bytes
+from perennial.learner.versions.state_cache import StateCache
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.factory import open_store
@@ -83,7 +84,7 @@ def test_flipped_bytes_are_refused_by_learner_and_subscriber(store, fault_runs, 
             fresh,
             type(learner.rows)(store, learner.updater.rows),
         )  # nothing stays in memory from before
-        learner._states.clear()
+        learner._states = StateCache()
         try:
             if key == blob_key(first.batch.digest):  # training would read it for the replay buffer
                 learner.rows(replay_entry(learner.registry, head.manifest, first.batch.digest))

@@ -42,8 +42,9 @@ from tests.oracle import Account, account
 from tests.services import start_minio
 from tests.unit.learner.test_forgetting import readable
 
-ELSEWHERE = {"dlq.send", "dlq.save"}
-"""The command `perennial dlq replay` is killed in tests/integration/streams/test_dlq.py."""
+ELSEWHERE = {"dlq.send", "dlq.save", "gc.mark", "gc.plan", "gc.delete"}
+"""`perennial dlq replay` is killed in tests/integration/streams/test_dlq.py, `perennial gc` is cut off in
+tests/unit/learner/test_collect_versions.py."""
 PER_CUT = 6
 DOCUMENTS_PER_ROUND = 2 * PER_CUT
 GIVE_UP_S = 240.0

@@ -51,8 +51,11 @@ SERVED, ALONE, REFUSED, LATE = "acme/served", "acme/alone", "acme/refused", "acm
 DOCUMENTS, RATINGS, UNREADABLE, BACK_FILL = 48, 96, 6, 60
 HOURS_AGO_MS = 3 * 3600 * 1000
 TIMEOUT_S = 240.0
-NOT_IN_THE_RUN = re.compile("perennial_(forget|forgotten|quarantined|topic_recreated|offsets_lost)_")
-"""Metrics of what does not happen in this run: forgetting, and input topics that are lost or created again."""
+NOT_IN_THE_RUN = re.compile(
+    "perennial_(forget|forgotten|quarantined|topic_recreated|offsets_lost|wrong_high|subscriber_failures|serving_stale)_"
+)
+"""Metrics of what does not happen in this run: forgetting, topics that are lost or created again, forged records, and
+subscribers that fail."""
 OF_REFUSALS = {"Refused", "Updates refused", "UpdatesRefusedInARow"}
 WORDS = [
     "the", "broker", "keeps", "each", "record", "until", "a", "reader", "saw", "it", "then", "adapter", "learns",
@@ -362,6 +365,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                 with serve_metrics(served, port=served_port):
                     served.forget_overdue(1)
                     served.quarantined(3)
+                    served.serving_stale("acme/a", time.time() - 60)
                     for state, count in (("accepted", 2), ("executed", 1), ("closed", 4)):
                         served.forget_requests(state, count)
                     for number in range(240):
@@ -369,6 +373,8 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                         served.forget_exceptions()
                         served.topic_recreated("documents")
                         served.offsets_lost("documents", "deleted", 3)
+                        served.subscriber_failure("disk-full")
+                        served.wrong_marks("acme/a", 2)
                         time.sleep(0.5)
                         of_test = [query for query in queries if query.by_the_test]
                         left = [query for query in of_test if not server.look(query, "served by the test")]

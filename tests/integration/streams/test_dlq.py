@@ -74,10 +74,10 @@ def old_version(monkeypatch):
     def refusing() -> Iterator[None]:
         accept_of_new = Acceptor.accept
 
-        def accept_of_old(self: Acceptor, value: bytes, headers: Any, offset: int, timestamp_ms: int) -> Decision:
+        def accept_of_old(self: Acceptor, value: bytes, headers: Any, *position: int) -> Decision:
             if value is not None and b"text 1" in value:
                 return Refused("unknown-field", NEW_FIELD)
-            return accept_of_new(self, value, headers, offset, timestamp_ms)
+            return accept_of_new(self, value, headers, *position)
 
         with monkeypatch.context() as patched:
             patched.setattr(Acceptor, "accept", accept_of_old)
