@@ -78,7 +78,8 @@ def test_variables_of_our_services_are_settings_or_the_stores(name):
     environment = compose.environment(SERVICES[name])
     of_store = {key: value for key, value in environment.items() if key.startswith("PERENNIAL_S3_")}
     assert set(environment) - set(of_store) <= fields
-    values = {key.removeprefix("PERENNIAL_").lower(): value for key, value in environment.items() if key in fields}
+    given = {key: value for key, value in environment.items() if key in fields and value}  # empty: not set
+    values = {key.removeprefix("PERENNIAL_").lower(): value for key, value in given.items()}
     settings = Settings.of(env_file=None, **values)
     assert settings.kafka.require_bootstrap() in advertised()
     open_minio(settings.store.require_uri(), S3Settings.from_env(of_store))
