@@ -52,10 +52,11 @@ DOCUMENTS, RATINGS, UNREADABLE, BACK_FILL = 48, 96, 6, 60
 HOURS_AGO_MS = 3 * 3600 * 1000
 TIMEOUT_S = 240.0
 NOT_IN_THE_RUN = re.compile(
-    "perennial_(forget|forgotten|quarantined|topic_recreated|offsets_lost|wrong_high|subscriber_failures|serving_stale)_"
+    r"perennial_(forget|forgotten|quarantined|topic_recreated|offsets_lost|wrong_high|subscriber_failures|serving_stale"
+    r"|stalled_partitions|adapters_parked|jobs_waiting|replicas_serving)(_|\b)"
 )
-"""Metrics of what does not happen in this run: forgetting, topics that are lost or created again, forged records, and
-subscribers that fail."""
+"""Metrics of what does not happen in this run: forgetting, topics that are lost or created again, forged records, parked
+adapters, stalled partitions, and subscribers that fail or are gone."""
 OF_REFUSALS = {"Refused", "Updates refused", "UpdatesRefusedInARow"}
 WORDS = [
     "the", "broker", "keeps", "each", "record", "until", "a", "reader", "saw", "it", "then", "adapter", "learns",
@@ -365,7 +366,11 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                 with serve_metrics(served, port=served_port):
                     served.forget_overdue(1)
                     served.quarantined(3)
-                    served.serving_stale("acme/a", time.time() - 60)
+                    served.serving_stale("acme/a", time.time() - 3600)
+                    served.parked({"acme/a": "missing-object"})
+                    served.jobs_waiting("acme/a", 2)
+                    states = dict.fromkeys(("serving", "failing", "expired", "left"), 1)
+                    served.replicas(states, states)
                     for state, count in (("accepted", 2), ("executed", 1), ("closed", 4)):
                         served.forget_requests(state, count)
                     for number in range(240):
@@ -375,6 +380,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                         served.offsets_lost("documents", "deleted", 3)
                         served.subscriber_failure("disk-full")
                         served.wrong_marks("acme/a", 2)
+                        served.stalled_partition("examples", "seek")
                         time.sleep(0.5)
                         of_test = [query for query in queries if query.by_the_test]
                         left = [query for query in of_test if not server.look(query, "served by the test")]
