@@ -169,10 +169,7 @@ def durability_of(replicas: dict[str, int], configs: dict[str, dict[str, str | N
 
 def _offsets(settings: Settings) -> Finding:
     """Compare committed offsets with the logs: an offset behind a log's end was lost, one before its start unread."""
-    from kafka import TopicPartition
-    from kafka.admin import OffsetSpec
-    from kafka.errors import GroupIdNotFoundError
-
+    from perennial.streams.kafka.group_offsets import reader_positions
     from perennial.streams.kafka.repartition import READERS
     from perennial.streams.kafka.topics import admin_client, identify
 
@@ -181,24 +178,14 @@ def _offsets(settings: Settings) -> Finding:
     with admin_client(settings) as admin:
         for topic, reader in READERS.items():
             group, full = settings.kafka.topic(reader), settings.kafka.topic(topic)
-            each = [TopicPartition(full, number) for number in range(partitions.get(full, 0))]
-            if not each:
-                continue
-            ends = admin.list_partition_offsets(dict.fromkeys(each, OffsetSpec.LATEST))
-            begins = admin.list_partition_offsets(dict.fromkeys(each, OffsetSpec.EARLIEST))
-            try:
-                committed = admin.list_group_offsets(group).get(group, {})
-            except GroupIdNotFoundError:
-                committed = {}
-            for partition in each:
-                offset = committed[partition].offset if partition in committed else -1
-                begin, end = begins[partition].offset, ends[partition].offset
-                where = f"{group} in {full}[{partition.partition}]"
+            for position in reader_positions(admin, group, full, partitions.get(full, 0)):
+                where = f"{group} in {full}[{position.partition.partition}]"
+                offset, begin, end = position.committed, position.begin, position.end
                 if offset > end:
                     wrong.append(f"{where}: committed {offset}, the log ends at {end}: its tail was lost")
                 elif 0 <= offset < begin:
                     wrong.append(f"{where}: committed {offset}, the log begins at {begin}: unread records were deleted")
-                waiting += max(0, end - max(offset, begin))
+                waiting += position.waiting
     return Finding(
         "offsets",
         not wrong,

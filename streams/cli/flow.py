@@ -8,16 +8,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Self
+from typing import Self
 
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from kafka.errors import GroupIdNotFoundError, KafkaError
+from kafka.errors import KafkaError
 
 from perennial.storage.errors import IntegrityError, NotFoundError, PerennialError
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.parked import list_parked
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
+from perennial.streams.kafka.group_offsets import group_offsets
 from perennial.streams.kafka.topics import TOPICS
 from perennial.streams.replicas.replica_status import ReplicaTable
 from perennial.streams.settings import Settings
@@ -167,17 +168,9 @@ class FlowReader:
         return flow
 
     def _lag(self, role: str, names: tuple[str, ...], ends: dict[TopicPartition, int]) -> int:
-        group = self.settings.kafka.topic(role)
-        try:
-            offsets: dict[TopicPartition, Any] = self.admin.list_group_offsets(group).get(group, {})
-        except GroupIdNotFoundError:
-            offsets = {}
+        offsets = group_offsets(self.admin, self.settings.kafka.topic(role))
         topics = {self.settings.kafka.topic(name) for name in names}
-        return sum(
-            max(0, end - (offsets[tp].offset if tp in offsets and offsets[tp].offset >= 0 else 0))
-            for tp, end in ends.items()
-            if tp.topic in topics
-        )
+        return sum(max(0, end - offsets.get(tp, 0)) for tp, end in ends.items() if tp.topic in topics)
 
     def _read_acks(self, partitions: list[TopicPartition]) -> None:
         topic = self.settings.kafka.topic("adapter-acks")

@@ -12,6 +12,7 @@ from kafka.errors import GroupIdNotFoundError, KafkaError
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.kafka.group_offsets import reader_positions
 from perennial.streams.kafka.installation import (
     ORDERED_TOPICS,
     Installation,
@@ -271,24 +272,11 @@ def waiting_records(admin: Any, settings: Settings, topic: str, partitions: int)
         topic: The topic without the prefix.
         partitions: The topic's partition count.
     """
-    from kafka.admin import OffsetSpec
-
     readers = FLOWS[topic].readers
     if readers is None:
         return 0
-    group = settings.kafka.topic(readers)
-    each = [TopicPartition(settings.kafka.topic(topic), number) for number in range(partitions)]
-    ends = admin.list_partition_offsets(dict.fromkeys(each, OffsetSpec.LATEST))
-    begins = admin.list_partition_offsets(dict.fromkeys(each, OffsetSpec.EARLIEST))
-    try:
-        committed = admin.list_group_offsets(group).get(group, {})
-    except GroupIdNotFoundError:
-        committed = {}
-    waiting = 0
-    for partition in each:
-        offset = committed[partition].offset if partition in committed else -1
-        waiting += max(0, ends[partition].offset - max(offset, begins[partition].offset))
-    return waiting
+    positions = reader_positions(admin, settings.kafka.topic(readers), settings.kafka.topic(topic), partitions)
+    return sum(position.waiting for position in positions)
 
 
 def adopt(settings: Settings, store: ObjectStore, names: Sequence[str]) -> Installation:

@@ -11,6 +11,7 @@ from perennial.storage.registry.mark_repairs import load_mark_repairs, repaired_
 from perennial.storage.registry.registry import Registry
 from perennial.streams.curate.cut_store import state_key
 from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks, Position
+from perennial.streams.kafka.group_offsets import group_offsets
 from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
 from perennial.streams.kafka.topics import admin_client
 from perennial.streams.settings import Settings
@@ -105,10 +106,9 @@ def mark_rows(settings: Settings, registry: Registry, adapter: str, check: Origi
 
 
 def _committed(settings: Settings) -> dict[tuple[str, int], int]:
-    group = settings.kafka.topic("intake")
     with admin_client(settings) as admin:
-        offsets = admin.list_group_offsets([group]).get(group, {})
-    return {(tp.topic, tp.partition): found.offset for tp, found in offsets.items() if found.offset >= 0}
+        offsets = group_offsets(admin, settings.kafka.topic("intake"))
+    return {(tp.topic, tp.partition): offset for tp, offset in offsets.items()}
 
 
 def _parts(partition: str) -> tuple[str, str, str, int]:
