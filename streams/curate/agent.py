@@ -37,7 +37,7 @@ from perennial.storage.errors import ConflictError, NotFoundError, PerennialErro
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
-from perennial.storage.registry.refused_examples import add_refused_examples, load_refused_examples
+from perennial.storage.registry.refused_examples import add_refused_examples
 from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
 from perennial.streams.curate.curate_output import CurateOutput
 from perennial.streams.curate.cut_store import delete_uncommitted, state_key, write_cut
@@ -48,6 +48,7 @@ from perennial.streams.curate.session import Delivery, LoadedAdapter, Session
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.models import CutReason, ExampleScored
 from perennial.streams.events.wire_error import WireError
+from perennial.streams.intake.refused import RefusedExamplesLookup
 from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
@@ -94,6 +95,7 @@ class CurateAgent:
         self._settings = settings
         self._metrics = metrics
         self._store = store
+        self._refused_ms = RefusedExamplesLookup(store)
         self._guard = OriginGuard(origins, metrics)
         self._output = CurateOutput(app, settings, metrics, topics.routing if topics else KeyRouting({}))
         self._policy = CutPolicy.of(settings)
@@ -225,7 +227,7 @@ class CurateAgent:
         Intake does so, too, but its window of duplicates may be shorter than an adapter's recent ids reach.
         """
         example = scored.example
-        refused_ms = load_refused_examples(self._store, example.adapter).get(example.example_id)
+        refused_ms = self._refused_ms(example.adapter, example.example_id)
         if refused_ms is None or refused_ms > example.origin.timestamp_ms:
             return scored
         return scored.model_copy(update={"example": example.model_copy(update={"returned": True})})

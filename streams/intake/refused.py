@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ _RETRY_WAIT_S = 1.0
 class RefusedExamplesLookup:
     """Return when an example was refused last. The lists are read from the store, one adapter at a time, and cached.
 
+    Thread-safe: curate asks from several threads.
+
     Args:
         store: The object store.
         clock: A monotonic clock in seconds.
@@ -40,6 +43,7 @@ class RefusedExamplesLookup:
         self._clock = clock
         self._sleep = sleep
         self._lists: TTLCache[str, dict[str, int]] = TTLCache(_MAX_ADAPTERS, CACHED_S, timer=clock)
+        self._lock = threading.Lock()  # cachetools is not thread-safe
 
     def __call__(self, adapter: str, example_id: str) -> int | None:
         """Return when the example was refused last, in ms since the epoch; None if it was not.
@@ -48,10 +52,12 @@ class RefusedExamplesLookup:
             StoreError: The store does not answer within 20 s. Without it, a duplicate cannot be told from an
                 example that must be learned after all.
         """
-        found = self._lists.get(adapter)
+        with self._lock:
+            found = self._lists.get(adapter)
         if found is None:
             found = self._load(adapter)
-            self._lists[adapter] = found
+            with self._lock:
+                self._lists[adapter] = found
         return found.get(example_id)
 
     def _load(self, adapter: str) -> dict[str, int]:

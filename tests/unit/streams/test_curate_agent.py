@@ -15,7 +15,7 @@ from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob, put_blob
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_key, load_quarantine, update_quarantine
-from perennial.storage.registry.refused_examples import add_refused_examples, load_refused_examples
+from perennial.storage.registry.refused_examples import add_refused_examples, load_refused_examples, refused_key
 from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate import cut_store
@@ -385,6 +385,27 @@ def test_case_20_what_was_refused_is_learned_when_it_is_published_again_beyond_i
 
     asyncio.run(scenario())
     assert learned(store) == wanted
+
+
+def test_case_20_an_unreadable_list_of_refused_examples_does_not_end_curate(given):
+    """A repeat then counts as a duplicate, as it does at intake."""
+    agent, _, store = given
+    acknowledged: list[int] = []
+    again = example(1).model_copy(update={"origin": example(3).origin})
+
+    async def scenario() -> None:
+        await agent.receive(delivery(1, acknowledged))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+        store.put_if_absent(refused_key(ADAPTER), b"{not json")
+        await agent.receive(delivery_of(again, acknowledged, 2))
+        await agent.receive(delivery(4, acknowledged, offset=3))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert acknowledged == [1, 2, 3]
+    assert learned(store) == ["d1", "d4"]
 
 
 def test_only_examples_that_the_scorer_signed_are_cut_and_jobs_are_signed(given):
