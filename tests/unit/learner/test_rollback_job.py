@@ -30,6 +30,13 @@ def requested(
     )
 
 
+def erasure_of(offset: int) -> ForgetRequested:
+    return ForgetRequested(
+        job_id="f1", request_id="f1", kind="erase", adapter=ADAPTER, example_ids=[f"{offset:032x}"],
+        until_ms=2_000_000_000_000,
+    )  # fmt: skip
+
+
 def test_case_19_queued_updates_are_learned_on_top_of_the_version_that_was_named(store: DirectoryStore) -> None:
     """Case 19: rolled back while one update trains and others wait; all are learned, on top of the target's state."""
     learner = local_learner(store)
@@ -116,14 +123,7 @@ def test_a_rollback_at_once_between_a_forgetting_and_its_revocations_is_forgotte
     """An operator goes back to a version that an erasure has replaced and not yet revoked: its state is not kept."""
     learner = local_learner(store)
     made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(3)]
-    erasure = ForgetRequested(
-        job_id="f1",
-        request_id="f1",
-        kind="erase",
-        adapter=ADAPTER,
-        example_ids=[f"{3:032x}"],
-        until_ms=2_000_000_000_000,
-    )
+    erasure = erasure_of(3)
 
     def at_once(name: str) -> None:
         if name == "learner.forget_published" and not moved:
@@ -144,14 +144,7 @@ def test_a_rollback_at_once_does_not_take_over_what_is_forgotten_meanwhile(store
     """The erasure ends while the rollback is between its look at the version and the version of its own."""
     learner = local_learner(store)
     made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(3)]
-    erasure = ForgetRequested(
-        job_id="f1",
-        request_id="f1",
-        kind="erase",
-        adapter=ADAPTER,
-        example_ids=[f"{3:032x}"],
-        until_ms=2_000_000_000_000,
-    )
+    erasure = erasure_of(3)
 
     def cut_off(name: str) -> None:
         if name == "learner.forget_published":
