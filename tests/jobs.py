@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
+from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.object_store import ObjectStore, put_blob
-from perennial.storage.registry.waiting_jobs import put_job
+from perennial.storage.registry.waiting_jobs import curate_state_key, put_job
+from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 from perennial.streams.events.models import Batch, BatchSkip, BlobRef, ExampleAccepted, UpdateRequested
+from perennial.streams.settings import Settings
 from tests import tiny
 
 
@@ -54,6 +58,20 @@ def with_batch(store: ObjectStore, request: UpdateRequested, body: bytes) -> Upd
 
 
 def waiting(store: ObjectStore, request: UpdateRequested) -> UpdateRequested:
-    """Store the job as curate does before it publishes it, and return it."""
+    """Store the job and commit its cut, as curate does before it publishes it, and return it."""
     put_job(store, request.adapter, request.cut, request.model_dump_json(by_alias=True).encode())
+    commit(store, request.adapter, request.cut)
     return request
+
+
+def commit(store: ObjectStore, adapter: str, cut: int) -> None:
+    """Let curate's state count the cut, and all before it."""
+    policy = CutPolicy.of(Settings.of(env_file=None))
+    try:
+        found = store.get(curate_state_key(adapter))
+    except NotFoundError:
+        batcher, etag = MicroBatcher[int](adapter, policy), None
+    else:
+        batcher, etag = MicroBatcher[int].restore(adapter, policy, found.data), found.etag
+    batcher.history = replace(batcher.history, cuts=max(batcher.history.cuts, cut + 1))
+    store.compare_and_swap(curate_state_key(adapter), batcher.fence().state, etag)

@@ -13,7 +13,7 @@ from datetime import datetime
 from pydantic import ValidationError
 
 from perennial.learner.roles.parking import park, parking_reason
-from perennial.learner.versions.job_order import MissingCutError, jobs_before, stored_job, waiting_jobs
+from perennial.learner.versions.job_order import MissingCutError, committed_jobs, jobs_before, stored_job
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
 from perennial.learner.versions.micro_batches import read_batch
 from perennial.learner.versions.update_job import UpdateExecutor
@@ -74,7 +74,14 @@ class UpdateQueue:
         next_cut = self._next_cut(job.adapter)
         if parked.reason == MISSING_CUT and next_cut is not None and job.cut <= next_cut:
             _log.warning("the missing cut %d of %s has arrived: the adapter is unparked", job.cut, job.adapter)
-            result = self._run_in_order(job, parked)
+            try:
+                result = self._run_in_order(job, parked)
+            except (JobError, ValidationError, ArithmeticError):
+                # It goes to the dead letters. That settles its cut, so what waits behind it must not wait for an operator.
+                # This runs here and not when the dead letter is sent: the thread that sends it also polls Kafka.
+                self.give_up(job)
+                self.unpark(parked)
+                raise
             if result.outcome != "parked":
                 self.unpark(parked)
             return result
@@ -82,7 +89,7 @@ class UpdateQueue:
         return PARKED
 
     def unpark(self, parked: ParkedAdapter) -> None:
-        """Let an adapter go on: run all its jobs that wait in the store, in order.
+        """Let an adapter go on: run all its jobs that curate committed and that wait in the store, in order.
 
         If one cannot be done, the adapter is parked for that reason. The adapter stays parked until the last of them is
         learned: their records are committed, so after a failure in between only the record says that they wait.
@@ -91,7 +98,7 @@ class UpdateQueue:
             JobInterruptedError: the process is to stop; the adapter stays parked as it was.
             StoreError: the store failed; the adapter stays parked as it was.
         """
-        for job in waiting_jobs(self._store, parked.adapter):
+        for job in committed_jobs(self._store, parked.adapter):
             if not self._is_next(job, parked) or self._run_waiting(job, parked) is None:
                 return
         unpark_adapter(self._store, parked.adapter)

@@ -2,7 +2,8 @@
 
 The cuts of an adapter are numbered consecutively, and the newest version says which cut comes next. Kafka delivers the
 jobs of an adapter in order as long as its partition stays the same and no record is lost. Where a later cut arrives
-first, the jobs in between are taken from the store.
+first, the jobs in between are taken from the store. Only a job that curate committed is: another one may be of a curate
+process that ended before it, and its examples will be cut again under the same number.
 """
 
 from __future__ import annotations
@@ -11,7 +12,15 @@ from perennial.learner.versions.job_result import JobError
 from perennial.storage.errors import IntegrityError, PerennialError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.waiting_jobs import StoredJob, job_key, list_jobs, load_given_up, load_job
+from perennial.storage.registry.waiting_jobs import (
+    StoredJob,
+    committed_cuts,
+    curate_state_key,
+    job_key,
+    list_jobs,
+    load_given_up,
+    load_job,
+)
 from perennial.streams.events.models import UpdateRequested
 
 
@@ -21,16 +30,27 @@ class MissingCutError(PerennialError):
     Args:
         job: the job that cannot be done before it.
         cut: the first missing cut.
+        committed: the number of cuts that curate's state counts.
     """
 
-    def __init__(self, job: UpdateRequested, cut: int) -> None:
+    def __init__(self, job: UpdateRequested, cut: int, committed: int) -> None:
         self.cut = cut
+        unpark = f"`perennial adapters unpark {job.adapter}"
+        if cut < committed:
+            got = f"no object {job_key(job.adapter, cut)}"
+            remedy = (
+                f"if `perennial dlq ls --topic adapter-jobs --adapter {job.adapter}` shows the cut's record and it is genuine, "
+                f"store its value (`perennial dlq show PARTITION:OFFSET --json`, value_b64) as that object; else restore the "
+                f"object from a copy; then run {unpark}`; if the cut is lost, go on without it: {unpark} --without-missing`"
+            )
+        else:
+            got = f"{curate_state_key(job.adapter)} counts {committed} cuts"
+            remedy = (
+                f"restore the object {curate_state_key(job.adapter)} from a copy that is not older, then run {unpark}`"
+            )
         super().__init__(
             f"the job of cut {cut} of {job.adapter} is missing, so cut {job.cut} cannot be learned yet",
-            got=f"no object {job_key(job.adapter, cut)}",
-            allowed=f"every job from cut {cut} on, in the store or on the topic adapter-jobs",
-            remedy=f"restore the object from a copy and run `perennial adapters unpark {job.adapter}`; if the cut is lost, "
-            f"go on without it: `perennial adapters unpark {job.adapter} --without-missing`",
+            got=got, allowed=f"every job from cut {cut} on, in the store or on the topic adapter-jobs", remedy=remedy,
         )  # fmt: skip
 
 
@@ -68,7 +88,7 @@ def stored_job(store: ObjectStore, job: UpdateRequested) -> UpdateRequested | No
 
 
 def waiting_jobs(store: ObjectStore, adapter: str, start: int = 0, end: int | None = None) -> list[UpdateRequested]:
-    """Return the jobs that wait in the store, by cut.
+    """Return the jobs that are in the store, by cut, also one that curate has not committed.
 
     Args:
         store: the store.
@@ -88,6 +108,18 @@ def waiting_jobs(store: ObjectStore, adapter: str, start: int = 0, end: int | No
     return found
 
 
+def committed_jobs(store: ObjectStore, adapter: str, start: int = 0, end: int | None = None) -> list[UpdateRequested]:
+    """Return the jobs that wait in the store and that curate committed, by cut; only these may be learned.
+
+    The arguments are those of `waiting_jobs`.
+
+    Raises:
+        IntegrityError: a stored job, or curate's state, is not readable.
+    """
+    committed = committed_cuts(store, adapter)
+    return waiting_jobs(store, adapter, start, committed if end is None else min(end, committed))
+
+
 def jobs_before(store: ObjectStore, job: UpdateRequested, head: Manifest | None) -> list[UpdateRequested]:
     """Return the jobs that must be learned before this one, by cut; none where the jobs arrive in order.
 
@@ -105,17 +137,17 @@ def jobs_before(store: ObjectStore, job: UpdateRequested, head: Manifest | None)
     next_cut = head.next_cut if head else None
     if next_cut is not None and job.cut <= next_cut:
         return []
-    waiting = waiting_jobs(store, job.adapter, next_cut or 0, job.cut)
+    waiting = committed_jobs(store, job.adapter, next_cut or 0, job.cut)
     if next_cut is None:
-        # The adapter has no version, or its newest one is of a release that did not count: every job that is not settled
-        # is in the store, unless that release made it.
+        # The adapter has no version, or its newest one is of a release that did not count: every job that is committed and
+        # not settled is in the store, unless that release made it.
         return waiting
     if stored_job(store, job) is None:
         raise JobError(
             "unexpected-cut", "nothing in the store shows that curate made this job, and its cut is not the next one",
             got=job.cut, allowed=next_cut,
-            remedy="if curate made it before an upgrade, send it back once the cuts before it are learned: "
-            "`perennial dlq replay`",
+            remedy=f"if curate made it, store its value (`perennial dlq show PARTITION:OFFSET --json`, value_b64) as "
+            f"{job_key(job.adapter, job.cut)} and run `perennial adapters unpark {job.adapter}`",
         )  # fmt: skip
     known = {waits.cut for waits in waiting}
     missing = [cut for cut in range(next_cut, job.cut) if cut not in known]
@@ -123,5 +155,5 @@ def jobs_before(store: ObjectStore, job: UpdateRequested, head: Manifest | None)
         given_up = load_given_up(store, job.adapter)
         lost = [cut for cut in missing if cut not in given_up]
         if lost:
-            raise MissingCutError(job, lost[0])
+            raise MissingCutError(job, lost[0], committed_cuts(store, job.adapter))
     return waiting

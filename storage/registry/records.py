@@ -28,7 +28,7 @@ class RegistryRecord(BaseModel):
         return orjson.dumps(self.model_dump(mode="json", exclude={"etag"}), option=orjson.OPT_SORT_KEYS)
 
 
-R = TypeVar("R", bound=RegistryRecord)
+R = TypeVar("R", bound=BaseModel)
 
 
 class Claim(RegistryRecord):

@@ -5,6 +5,9 @@
   exactly the micro-batches that no version names yet, also where Kafka lost or reordered the record of the job.
 - `given-up/<adapter>` lists the cuts whose job went to the dead letters: no version will ever name them, and the cuts
   after them do not wait for them.
+- `state/curate/<adapter>` is curate's own; its count of cuts says which jobs curate committed. A job whose cut number is
+  not below that count may be what a curate process left that ended before it committed the cut. Nobody may learn or
+  publish it: curate deletes it, and gives its cut number to other examples.
 - `job-versions/<adapter>/<hash of the job id>` lists the versions that a rollback or a forgetting was about to publish,
   so that a redelivered job is recognised however many versions were made since.
 
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from perennial.storage.errors import NotFoundError, StoreError
 from perennial.storage.objects.object_store import ObjectStore
@@ -32,6 +35,7 @@ MAX_JOB_BYTES = 4 << 20
 MAX_GIVEN_UP = 10_000
 _MAX_GIVEN_UP_BYTES = 16 << 20
 _MAX_JOB_VERSIONS_BYTES = 1 << 20
+MAX_CURATE_STATE_BYTES = 8 << 20
 _PREFIX = "jobs/"
 
 
@@ -103,6 +107,34 @@ def count_jobs(store: ObjectStore) -> dict[str, int]:
         if adapter and _cut_of(name) is not None:
             counts[adapter] = counts.get(adapter, 0) + 1
     return counts
+
+
+def curate_state_key(adapter: str) -> str:
+    """Return the key of an adapter's curate state."""
+    return f"state/curate/{check_adapter(adapter)}"
+
+
+def committed_cuts(store: ObjectStore, adapter: str) -> int:
+    """Return how many cuts curate committed: those with a lower number. 0 where curate has no state of the adapter.
+
+    The number only grows. So a stored job whose cut number is below it is committed, however old the answer is.
+
+    Raises:
+        IntegrityError: the state is not readable.
+    """
+    key = curate_state_key(adapter)
+    try:
+        stored = store.get(key, MAX_CURATE_STATE_BYTES)
+    except NotFoundError:
+        return 0
+    return parse_record(_CurateState, key, stored.data).cuts
+
+
+class _CurateState(BaseModel):
+    """The part of curate's state that others read; `streams/curate/batcher.py` writes it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    cuts: Annotated[int, Field(ge=0)]
 
 
 def _cut_of(name: str) -> int | None:

@@ -36,6 +36,7 @@ from perennial.storage.registry.parked import (
 from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.storage.registry.waiting_jobs import (
+    committed_cuts,
     count_jobs,
     give_up_cut,
     job_key,
@@ -348,7 +349,8 @@ def park(adapter: str, *, reason: str, as_json: bool) -> int:
 def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool) -> int:
     """Let an adapter go on: publish its waiting jobs again, in order, and wait until the first was tried.
 
-    It also works for an adapter that is not parked, whose waiting jobs Kafka lost.
+    It also works for an adapter that is not parked, whose waiting jobs Kafka lost. A job that curate has not committed is
+    left to curate: it is of a process that ended, or that is about to commit and publish it.
 
     Args:
         adapter: Name of the adapter.
@@ -367,25 +369,25 @@ def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool)
     registry = open_registry(settings)
     store = registry.store
     parked = load_parked(store, adapter)
-    cuts = list(list_jobs(store, adapter))
-    if parked is None and not cuts:
+    cuts, uncommitted = _committed(store, adapter)
+    if parked is None and not (cuts or uncommitted):
         require_adapter(registry, adapter)
-    jobs = [_waiting_job(store, adapter, cut) for cut in cuts]
+    jobs = _waiting_jobs(store, adapter, cuts)
     forgets = _open_forget_jobs(store, adapter)
     given_up = _give_up_missing(registry, adapter, cuts) if without_missing else []
     # The record goes first: a job that a learner reads while it is there is committed without being run.
     unpark_adapter(store, adapter)
     # A learner may have committed such a job since they were listed. Its object was in the store before its record.
-    known, cuts = set(cuts), list(list_jobs(store, adapter))
-    new = [cut for cut in cuts if cut not in known and load_job(store, adapter, cut) is not None]
-    jobs += [_waiting_job(store, adapter, cut) for cut in new]
+    known = set(cuts)
+    cuts, uncommitted = _committed(store, adapter)
+    jobs += _waiting_jobs(store, adapter, [cut for cut in cuts if cut not in known])
     with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
         for job in (*forgets, *jobs):
             publisher.publish(job).result(_DELIVERY_TIMEOUT_S)
     again, tried = _wait_for_first(store, adapter, cuts, [job.request_id for job in forgets], wait_s)
     facts = {
         "adapter": adapter, "was_parked": parked is not None, "published": len(jobs),
-        "forget_requests": len(forgets), "given_up": given_up, "tried": tried,
+        "forget_requests": len(forgets), "given_up": given_up, "uncommitted": uncommitted, "tried": tried,
         "parked": None if again is None else again.model_dump(mode="json"),
     }  # fmt: skip
     if as_json:
@@ -396,6 +398,11 @@ def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool)
             f"{adapter} goes on{lost}: {len(jobs)} updates and {len(forgets)} requests to forget were published again",
             soft_wrap=True, markup=False,
         )  # fmt: skip
+        if uncommitted:
+            Console(stderr=True, highlight=False).print(
+                f"cut {', '.join(map(str, uncommitted))} is in the store, but curate has not committed it: it is left to "
+                "curate, which commits and publishes it, or cuts its examples again", soft_wrap=True, markup=False,
+            )  # fmt: skip
         if again is not None:
             Console(stderr=True, highlight=False).print(
                 printable_lines(f"{adapter} is parked again ({again.reason}), the cause persists: {again.detail}"),
@@ -409,15 +416,27 @@ def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool)
     return 1 if again is not None or (wait_s and not tried) else 0
 
 
-def _waiting_job(store: ObjectStore, adapter: str, cut: int) -> UpdateRequested:
-    stored = load_job(store, adapter, cut)
-    try:
-        return UpdateRequested.model_validate_json(stored.data if stored else b"")
-    except ValidationError as error:
-        raise IntegrityError(
-            f"{job_key(adapter, cut)} does not hold a job", got=f"{len(stored.data) if stored else 0} bytes",
-            allowed="an update job", remedy="restore the object from a copy, then run the command again",
-        ) from error  # fmt: skip
+def _committed(store: ObjectStore, adapter: str) -> tuple[list[int], list[int]]:
+    """Return the cuts whose jobs are in the store: those that curate committed, and the others."""
+    cuts = list(list_jobs(store, adapter))
+    committed = committed_cuts(store, adapter)
+    return [cut for cut in cuts if cut < committed], [cut for cut in cuts if cut >= committed]
+
+
+def _waiting_jobs(store: ObjectStore, adapter: str, cuts: list[int]) -> list[UpdateRequested]:
+    jobs = []
+    for cut in cuts:
+        stored = load_job(store, adapter, cut)
+        if stored is None:  # it was settled in the meantime
+            continue
+        try:
+            jobs.append(UpdateRequested.model_validate_json(stored.data))
+        except ValidationError as error:
+            raise IntegrityError(
+                f"{job_key(adapter, cut)} does not hold a job", got=f"{len(stored.data)} bytes",
+                allowed="an update job", remedy="restore the object from a copy, then run the command again",
+            ) from error  # fmt: skip
+    return jobs
 
 
 def _open_forget_jobs(store: ObjectStore, adapter: str) -> list[ForgetRequested]:

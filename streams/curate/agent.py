@@ -38,9 +38,10 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
 from perennial.storage.registry.refused_examples import add_refused_examples
-from perennial.streams.curate.batcher import MAX_STATE_BYTES, Cut, CutPolicy, MicroBatcher
+from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
+from perennial.streams.curate.batcher import Cut, CutPolicy, MicroBatcher
 from perennial.streams.curate.curate_output import CurateOutput
-from perennial.streams.curate.cut_store import delete_uncommitted, state_key, write_cut
+from perennial.streams.curate.cut_store import delete_uncommitted, write_cut
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.curate.origin_guard import OriginGuard
 from perennial.streams.curate.refusals import breaks_a_cut, internal_error, out_of_order_error
@@ -275,7 +276,7 @@ class CurateAgent:
                 await asyncio.to_thread(write_cut, self._store, cut.body, cut.job)
                 failpoint("curate.blob")
             adapter.state_etag = await asyncio.to_thread(
-                self._store.compare_and_swap, state_key(name), cut.state, adapter.state_etag
+                self._store.compare_and_swap, curate_state_key(name), cut.state, adapter.state_etag
             )
         except ConflictError:
             self._metrics.store_error("curate.conflict")
@@ -349,7 +350,7 @@ class CurateAgent:
 
     def _restore(self, name: str) -> LoadedAdapter:
         try:
-            stored = self._store.get(state_key(name), MAX_STATE_BYTES)
+            stored = self._store.get(curate_state_key(name), MAX_CURATE_STATE_BYTES)
         except NotFoundError:
             return LoadedAdapter(MicroBatcher(name, self._policy))
         return LoadedAdapter(MicroBatcher.restore(name, self._policy, stored.data), stored.etag)
@@ -364,7 +365,9 @@ class CurateAgent:
 
         def fence() -> None:
             cut = batcher.fence()
-            adapter.state_etag = self._store.compare_and_swap(state_key(batcher.adapter), cut.state, adapter.state_etag)
+            adapter.state_etag = self._store.compare_and_swap(
+                curate_state_key(batcher.adapter), cut.state, adapter.state_etag
+            )
             batcher.apply(cut)
 
         delete_uncommitted(self._store, batcher.adapter, batcher.history.cuts, fence)

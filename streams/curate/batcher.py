@@ -54,7 +54,6 @@ MAX_SKIPPED: Final = 256
 STATE_VERSION: Final = 2
 READABLE_VERSIONS: Final = frozenset({1, 2})
 """Version 1 has offsets without leader epochs, and no record of how far back the recent ids reach."""
-MAX_STATE_BYTES: Final = 8 * 1024 * 1024
 T = TypeVar("T")
 
 

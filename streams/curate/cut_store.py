@@ -35,11 +35,6 @@ def cutting_key(adapter: str) -> str:
     return f"state/cutting/{adapter}"
 
 
-def state_key(adapter: str) -> str:
-    """Return the object key of an adapter's curate state."""
-    return f"state/curate/{adapter}"
-
-
 def write_cut(store: ObjectStore, body: bytes, job: UpdateRequested) -> None:
     """Store the job, then the body that it names, so that the body is found after a crash.
 

@@ -19,7 +19,7 @@ class LoadedAdapter:
 
     Attributes:
         batcher: the pending examples and the decision when to cut.
-        state_etag: etag of the object at `state_key`; None: it does not exist.
+        state_etag: etag of the object at `curate_state_key`; None: it does not exist.
         unconfirmed: the state was loaded, so it is not known whether its last job was published.
     """
 

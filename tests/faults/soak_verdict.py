@@ -18,9 +18,8 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.parked import list_parked
+from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
 from perennial.streams.cli.adapters import open_registry
-from perennial.streams.curate.batcher import MAX_STATE_BYTES
-from perennial.streams.curate.cut_store import state_key
 from perennial.streams.deadletters.model import read_dead_letter
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.fields import PERMANENT
@@ -295,7 +294,7 @@ def _covered(store: ObjectStore, event: object) -> list[Position]:
 def _carried(store: ObjectStore, adapter: str) -> list[Position]:
     """Return what curate skipped and will list in its next micro-batch."""
     try:
-        state = json.loads(store.get(state_key(adapter), MAX_STATE_BYTES).data)
+        state = json.loads(store.get(curate_state_key(adapter), MAX_CURATE_STATE_BYTES).data)
     except NotFoundError:
         return []
     return [_position(Origin.model_validate(skip["origin"])) for skip in state["carried"]]

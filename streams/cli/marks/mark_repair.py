@@ -13,10 +13,10 @@ from rich.console import Console
 from perennial.storage.errors import ConflictError, NotFoundError, PerennialError
 from perennial.storage.registry.mark_repairs import MarkRepair, add_mark_repair, mark_repairs_key
 from perennial.storage.registry.registry import Registry
+from perennial.storage.registry.waiting_jobs import curate_state_key
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.marks.mark_rows import MarkRow, load_batcher, manifest_marks, mark_rows
 from perennial.streams.cli.tables import Column, print_table
-from perennial.streams.curate.cut_store import state_key
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.high_water_marks import Position
 from perennial.streams.kafka.origin_check import OriginCheck
@@ -164,7 +164,7 @@ def repair_mark(
             return changed
         batcher, etag = found
         try:
-            registry.store.compare_and_swap(state_key(adapter), batcher.repaired(partition, wanted).state, etag)
+            registry.store.compare_and_swap(curate_state_key(adapter), batcher.repaired(partition, wanted).state, etag)
         except ConflictError:
             continue  # curate stored a cut meanwhile
         return [*changed, "curate"]

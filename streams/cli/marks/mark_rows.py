@@ -9,7 +9,7 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.mark_repairs import load_mark_repairs, repaired_marks
 from perennial.storage.registry.registry import Registry
-from perennial.streams.curate.cut_store import state_key
+from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
 from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks, Position
 from perennial.streams.kafka.group_offsets import group_offsets
 from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
@@ -59,10 +59,10 @@ def load_batcher(settings: Settings, store: ObjectStore, adapter: str) -> tuple[
     Raises:
         IntegrityError: the state is not readable.
     """
-    from perennial.streams.curate.batcher import MAX_STATE_BYTES, CutPolicy, MicroBatcher
+    from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 
     try:
-        stored = store.get(state_key(adapter), MAX_STATE_BYTES)
+        stored = store.get(curate_state_key(adapter), MAX_CURATE_STATE_BYTES)
     except NotFoundError:
         return None
     return MicroBatcher.restore(adapter, CutPolicy.of(settings), stored.data), stored.etag

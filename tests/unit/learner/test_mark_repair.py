@@ -11,9 +11,9 @@ from perennial.storage.errors import ConflictError, StoreError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry import mark_repairs
 from perennial.storage.registry.mark_repairs import MarkRepair, add_mark_repair, load_mark_repairs, repaired_marks
+from perennial.storage.registry.waiting_jobs import curate_state_key
 from perennial.streams.cli.marks.mark_repair import repair_mark
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
-from perennial.streams.curate.cut_store import state_key
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import ExampleAccepted, ExampleScored, RollbackRequested
 from perennial.streams.settings import Settings
@@ -43,7 +43,7 @@ def forged_state(store: DirectoryStore) -> str:
     forged = forged.model_copy(update={"origin": forged.origin.model_copy(update={"offset": HUGE})})
     for example in (*documents(0, 1, 2), forged):
         batcher.offer(ExampleScored(example=example, tokens=1, base_loss_nats=1.0, live_loss_nats=1.0), 0, 0)
-    return store.compare_and_swap(state_key(ADAPTER), batcher.cut(datetime.now(UTC), "age").state, None)
+    return store.compare_and_swap(curate_state_key(ADAPTER), batcher.cut(datetime.now(UTC), "age").state, None)
 
 
 def test_attack_a_a_mark_that_a_forged_record_raised_is_repaired_and_what_follows_is_learned(
@@ -60,8 +60,8 @@ def test_attack_a_a_mark_that_a_forged_record_raised_is_repaired_and_what_follow
     assert repair_mark(SETTINGS, learner.registry, ADAPTER, PARTITION, (0, 2), "ann", "again") == []
 
     with pytest.raises(ConflictError):  # a curate agent that runs meanwhile loads the repaired state
-        store.compare_and_swap(state_key(ADAPTER), b"a cut on the state before", etag)
-    curate = MicroBatcher.restore(ADAPTER, CutPolicy.of(SETTINGS), store.get(state_key(ADAPTER)).data)
+        store.compare_and_swap(curate_state_key(ADAPTER), b"a cut on the state before", etag)
+    curate = MicroBatcher.restore(ADAPTER, CutPolicy.of(SETTINGS), store.get(curate_state_key(ADAPTER)).data)
     assert curate.history.high_water_marks == HighWaterMarks({PARTITION: 2})
     scored = [ExampleScored(example=e, tokens=1, base_loss_nats=1.0, live_loss_nats=1.0) for e in documents(2, 3, 4)]
     assert [curate.offer(each, n, 0).covered for n, each in enumerate(scored)] == [True, False, False]

@@ -22,7 +22,7 @@ from perennial.storage.registry.parked import load_parked, unpark_adapter
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.records import Claim, manifest_key, version_key
 from perennial.storage.registry.refused_examples import load_refused_examples
-from perennial.storage.registry.waiting_jobs import delete_job, job_key, list_jobs, load_given_up, load_job
+from perennial.storage.registry.waiting_jobs import delete_job, job_key, list_jobs, load_given_up, load_job, put_job
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ForgetRequested, UpdateRequested
 from perennial.streams.observe.metrics import Metrics
@@ -198,6 +198,107 @@ def test_a_cut_that_was_given_up_is_not_waited_for(store: DirectoryStore) -> Non
     with pytest.raises(JobError) as caught:
         role.run(cuts[1])
     assert caught.value.reason == "given-up"
+
+
+@pytest.mark.parametrize("breaks", ["body", "fields"])
+def test_case_24_a_missing_cut_that_goes_to_the_dead_letters_lets_the_adapter_go_on(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch, breaks: str
+) -> None:
+    """The record of the missing cut arrived and was refused: its cut is settled, and yet the adapter stayed parked."""
+    learner = local_learner(store)
+    sent: list[AdapterUpdate] = []
+    role = runner(learner, sent)
+    cuts = [cut_of(store, cut) for cut in range(4)]
+    role.run(cuts[0])
+    delete_job(store, ADAPTER, 1)
+    for job in cuts[2:]:
+        assert role.run(job).outcome == "parked"
+    if breaks == "body":
+        store.delete(blob_key(cuts[1].batch.digest))
+    update = UpdateExecutor.update
+
+    def fails(self: UpdateExecutor, job: UpdateRequested, alias: str) -> Any:
+        if job.cut == 1 and breaks == "fields":
+            raise OverflowError("a number that is too large")
+        return update(self, job, alias)
+
+    monkeypatch.setattr(UpdateExecutor, "update", fails)
+    with pytest.raises(JobError) as caught:
+        role.run(cuts[1])
+    assert caught.value.reason == {"body": "missing-batch", "fields": "bad-job"}[breaks]
+    assert load_parked(store, ADAPTER) is None
+    assert load_given_up(store, ADAPTER) == {1: cuts[1].job_id}
+    assert learned(learner) == [*range(4), *range(8, 16)]
+    assert [event.seq for event in sent] == [2, 3]
+    role.give_up(cuts[1])  # as the role does once the dead letter is sent
+    with pytest.raises(JobError):
+        role.run(cuts[1])  # redelivered: the process ended before it was committed
+    assert learned(learner) == [*range(4), *range(8, 16)]
+    assert list(list_jobs(store, ADAPTER)) == []
+
+
+def test_case_24_the_operator_is_told_to_look_at_the_dead_letters_for_a_missing_cut(store: DirectoryStore) -> None:
+    """A record that does not decode names no cut that could be settled; its value is what the store lacks."""
+    role = runner(local_learner(store))
+    cuts = [cut_of(store, cut) for cut in range(3)]
+    role.run(cuts[0])
+    delete_job(store, ADAPTER, 1)
+    role.run(cuts[2])
+    detail = load_parked(store, ADAPTER).detail
+    for command in (
+        f"`perennial dlq ls --topic adapter-jobs --adapter {ADAPTER}`",
+        "`perennial dlq show PARTITION:OFFSET --json`",
+        f"`perennial adapters unpark {ADAPTER} --without-missing`",
+    ):
+        assert command in detail
+
+
+def never_committed(store: DirectoryStore, cut: int) -> UpdateRequested:
+    """Leave in the store what a curate process leaves that ends between a cut's job and its state."""
+    numbers = range(4 * cut, 4 * cut + 2)
+    examples = [tiny.document(n, f"the blue parrot {n} sings at noon") for n in numbers]
+    job = jobs.update(store, cut, examples).model_copy(update={"job_id": f"never committed {cut}"})
+    put_job(store, ADAPTER, cut, job.model_dump_json(by_alias=True).encode())
+    return job
+
+
+def test_case_23_a_job_that_curate_never_committed_is_not_learned_when_the_adapter_goes_on(
+    store: DirectoryStore,
+) -> None:
+    """Curate cuts the examples again under the same number: they were learned twice, or the second cut was refused."""
+    learner = local_learner(store)
+    role = runner(learner)
+    cuts = [cut_of(store, cut) for cut in range(3)]
+    role.run(cuts[0])
+    delete_job(store, ADAPTER, 1)
+    assert role.run(cuts[2]).outcome == "parked"
+    never_committed(store, 3)
+    assert role.run(cuts[1]).outcome == "promoted"
+    assert load_parked(store, ADAPTER) is None
+    assert learned(learner) == list(range(12))
+    assert list(list_jobs(store, ADAPTER)) == [3]
+    delete_job(store, ADAPTER, 3)  # curate is back
+    assert role.run(cut_of(store, 3)).outcome == "promoted"
+    assert learned(learner) == list(range(16))
+
+
+@pytest.mark.parametrize("has_version", [False, True])
+def test_case_23_a_job_that_curate_never_committed_is_not_taken_for_a_missing_cut(
+    store: DirectoryStore, has_version: bool
+) -> None:
+    """Curate's state is older than a job that arrives: the cuts that it does not count are never taken."""
+    learner = local_learner(store)
+    role = runner(learner)
+    first = cut_of(store, 0)
+    if has_version:
+        role.run(first)
+    job = never_committed(store, 2)
+    never_committed(store, 1)
+    result = role.run(job)
+    if has_version:
+        assert result.outcome == "parked"
+        assert "state/curate/acme/support counts 1 cuts" in load_parked(store, ADAPTER).detail
+    assert not {4, 5} & set(learned(learner))
 
 
 def test_a_job_is_settled_once_more_where_the_process_ended_before_it_was_deleted(

@@ -17,13 +17,14 @@ from perennial.storage.recovery.rollback import RollbackError
 from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_adapter, unpark_adapter
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.storage.registry.records import manifest_key
-from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_given_up, put_job
+from perennial.storage.registry.waiting_jobs import delete_job, job_key, load_given_up, load_job, put_job
 from perennial.streams.cli import adapters, doctor, status
 from perennial.streams.cli.flow import FlowSnapshot
 from perennial.streams.client.base_publisher import Delivery, PublishError
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import BlobRef, ForgetRequested, RollbackRequested, UpdateRequested
 from perennial.streams.kafka.topics import TOPICS
+from tests import jobs
 from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
@@ -72,13 +73,15 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store", fsync=False)
 
 
-def waiting(store: DirectoryStore, *cuts: int) -> None:
+def waiting(store: DirectoryStore, *cuts: int, committed: bool = True) -> None:
     for cut in cuts:
         job = UpdateRequested(
             job_id=f"job {cut}", adapter=ADAPTER, cut=cut, batch=BlobRef(digest="sha256:" + "0" * 64, size_bytes=1),
             examples=1, skipped=0, tokens=1, reason="age", marks={"p": cut}, oldest_ms=1, newest_ms=1, cut_at=NOW,
         )  # fmt: skip
         put_job(store, ADAPTER, cut, job.model_dump_json().encode())
+        if committed:
+            jobs.commit(store, ADAPTER, cut)
 
 
 def parked(store: DirectoryStore, reason: str = "unreadable-object") -> None:
@@ -178,6 +181,7 @@ def test_unpark_says_that_nobody_tried(store, kafka, capsys):
 def test_unpark_changes_nothing_where_a_waiting_job_is_damaged(store, kafka):
     parked(store)
     store.put_if_absent(job_key(ADAPTER, 4), b"{")
+    jobs.commit(store, ADAPTER, 4)
     with pytest.raises(IntegrityError, match="000000000004"):
         unpark()
     assert load_parked(store, ADAPTER) is not None
@@ -197,6 +201,42 @@ def test_unpark_publishes_also_a_job_that_was_committed_while_it_looked(store, k
     assert unpark(wait_s=0) == 0
     assert [event.cut for event in kafka.sent] == [1, 2]
     assert json.loads(capsys.readouterr().out)["published"] == 2
+
+
+def test_case_23_unpark_leaves_a_job_that_curate_never_committed_to_curate(store, kafka, capsys):
+    """Curate ended between the job of cut 3 and its state; its examples will be cut again under that number."""
+    parked(store)
+    waiting(store, 1, 2)
+    waiting(store, 3, committed=False)
+    assert unpark(wait_s=0) == 0
+    assert [event.cut for event in kafka.sent] == [1, 2]
+    assert json.loads(capsys.readouterr().out)["uncommitted"] == [3]
+    assert unpark(wait_s=0, as_json=False) == 0
+    assert "cut 3 is in the store, but curate has not committed it" in capsys.readouterr().err
+    assert load_job(store, ADAPTER, 3) is not None
+
+
+def test_case_23_unpark_gives_up_no_cut_that_curate_is_still_to_make(store, kafka, capsys):
+    line = VersionPublisher(store, ADAPTER)
+    _published(line, line.manifest(b"").model_copy(update={"next_cut": 3}))
+    parked(store, "missing-cut")
+    waiting(store, 4)
+    waiting(store, 6, committed=False)
+    assert unpark(without_missing=True, wait_s=0) == 0
+    assert json.loads(capsys.readouterr().out)["given_up"] == [3]
+
+
+def test_case_23_unpark_passes_over_a_job_that_is_settled_meanwhile(store, kafka, capsys, monkeypatch):
+    waiting(store, 1, 2)
+    real = adapters.committed_cuts
+
+    def settled_meanwhile(*given: Any) -> int:
+        delete_job(store, ADAPTER, 1)
+        return real(*given)
+
+    monkeypatch.setattr(adapters, "committed_cuts", settled_meanwhile)
+    assert unpark(wait_s=0) == 0
+    assert [event.cut for event in kafka.sent] == [2]
 
 
 def test_unpark_gives_up_missing_cuts_when_told_to(store, kafka, capsys):

@@ -9,10 +9,10 @@ import pytest
 from typer.testing import CliRunner
 
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.waiting_jobs import curate_state_key
 from perennial.streams.cli.app import app
 from perennial.streams.cli.marks import mark_repair, mark_rows
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
-from perennial.streams.curate.cut_store import state_key
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
 from perennial.streams.kafka.origin_check import LogEnd, OriginCheck
@@ -48,7 +48,7 @@ def store(tmp_path, monkeypatch):
 def seen(store, *, topic_id="t", partition=0, epoch=4, offset=5, cluster="c"):
     """Store a curate state with one more mark."""
     policy = CutPolicy.of(Settings.of(env_file=None))
-    key = state_key(ADAPTER)
+    key = curate_state_key(ADAPTER)
     etag, batcher = None, MicroBatcher(ADAPTER, policy)
     if store.exists(key):
         stored = store.get(key)
@@ -108,7 +108,9 @@ def test_attack_k_a_mark_beyond_the_end_of_its_log_is_told_and_repaired(store, m
     repaired = run("repair", ADAPTER, "--partition", partition, "--to", "2", "--yes", "--json")
     assert repaired.exit_code == 0, repaired.output
     assert json.loads(repaired.stdout)["changed"] == ["curate"]
-    state = MicroBatcher.restore(ADAPTER, CutPolicy.of(Settings.of(env_file=None)), store.get(state_key(ADAPTER)).data)
+    state = MicroBatcher.restore(
+        ADAPTER, CutPolicy.of(Settings.of(env_file=None)), store.get(curate_state_key(ADAPTER)).data
+    )
     epoch = min(mark.get("epoch", 4), 4)
     assert state.history.high_water_marks == HighWaterMarks({partition: 2}, {partition: epoch})
 
@@ -138,6 +140,6 @@ def test_a_repair_that_would_raise_a_mark_or_says_nothing_is_refused(store):
 
 def test_without_a_yes_nothing_is_changed(store):
     partition = seen(store, offset=10**9)
-    before = store.get(state_key(ADAPTER)).data
+    before = store.get(curate_state_key(ADAPTER)).data
     assert run("repair", ADAPTER, "--partition", partition, "--to", "3").exit_code == 1
-    assert store.get(state_key(ADAPTER)).data == before
+    assert store.get(curate_state_key(ADAPTER)).data == before
