@@ -26,6 +26,7 @@ _NAME = re.compile(rf"(?P<adapter>{_SEGMENT}(?:/{_SEGMENT}){{0,3}})(?:#(?P<alias
 _LOADING, _UNLOADING = ".loading-", ".unloading-"
 _STALE_S = 3600.0
 _HEX = re.compile(r"[0-9a-f]{64}")
+_HUB_ID_AT_REVISION = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)@[\w.-]+")
 
 
 class DirectoryBackend:
@@ -56,6 +57,9 @@ class DirectoryBackend:
     Args:
         path: The folder; it is made if it does not exist.
         base_sha256: Digest of the base model of the servers, `sha256:<64 hex>`. None: versions of every base are taken.
+        base_model_name: Name of the base in `adapter_config.json`. vLLM's own resolvers serve only a folder that names
+            the model exactly as the server's `--model` does. None: the name in the version's manifest, for a hub id
+            without its revision.
         grace_s: How long a version stays on the disk after another one became active, in seconds, for servers that
             still read it.
         clock: Monotonic clock in seconds.
@@ -66,11 +70,13 @@ class DirectoryBackend:
         path: Path | str,
         *,
         base_sha256: str | None = None,
+        base_model_name: str | None = None,
         grace_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = Path(path).expanduser()
         self.base_sha256 = base_sha256
+        self._base_model_name = base_model_name
         self._grace_s = grace_s
         self._clock = clock
         self._left_at_s: dict[str, float] = {}
@@ -97,7 +103,7 @@ class DirectoryBackend:
         folder = self._folder(name)
         files = {
             "adapter_model.safetensors": weights,
-            "adapter_config.json": adapter_config(weights, manifest),
+            "adapter_config.json": adapter_config(weights, manifest, self._base_model_name),
             "manifest.json": manifest.to_bytes(),
         }
         if self._holds(folder, files):
@@ -242,12 +248,14 @@ class DirectoryBackend:
         shutil.rmtree(doomed)
 
 
-def adapter_config(weights: bytes, manifest: Manifest) -> bytes:
+def adapter_config(weights: bytes, manifest: Manifest, base_model_name: str | None = None) -> bytes:
     """Return PEFT's `adapter_config.json` for a version, with the target modules taken from the tensors' names.
 
     Args:
         weights: The LoRA weights as a safetensors file with the tensor names of a PEFT adapter file.
         manifest: The manifest of the version; it gives the base, the rank and alpha.
+        base_model_name: Name of the base to write. None: the name in the manifest, for a hub id without its revision,
+            because servers are given the revision apart from the id.
 
     Raises:
         IntegrityError: The weights are not safetensors.
@@ -265,11 +273,16 @@ def adapter_config(weights: bytes, manifest: Manifest) -> bytes:
             allowed="alpha in the manifest's config, and tensors named as in a PEFT adapter file",
         )
     content = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": manifest.base_model,
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model_name or _name_for_servers(manifest.base_model),
         "r": manifest.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "target_modules": targets,
         "fan_in_fan_out": False, "inference_mode": True, "use_rslora": False, "modules_to_save": None,
     }  # fmt: skip
     return json.dumps(content, sort_keys=True).encode()
+
+
+def _name_for_servers(base_model: str) -> str:
+    match = _HUB_ID_AT_REVISION.fullmatch(base_model)
+    return match["id"] if match else base_model
 
 
 def _write_synced(path: Path, data: bytes) -> None:
