@@ -145,7 +145,9 @@ class World:
                 self.worker.apply(change)
             for save in piece.saves:
                 save()
-            done.changes += piece.changes
+            for change in piece.removals:
+                self.worker.apply(change)
+            done.changes += [*piece.changes, *piece.removals]
             done.events += piece.events
         for event in done.events:
             if isinstance(event, RetentionProgressed):

@@ -12,6 +12,7 @@ import time
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from itertools import islice
@@ -277,11 +278,13 @@ class RequestWorker:
         before = record.adapters.get(adapter, AdapterProgress(phase="waiting"))
         adapters = {adapter: processor.step(record, adapter, before)}
         wanted = processor.settle(with_progress(record.model_copy(update={"adapters": adapters}), adapters))
+        removals: list[QuarantineChange] = []
         if wanted.state == "closed" and wanted.example_ids:
             # The examples are at or below the high-water marks, so they cannot be learned again and the entry can go.
-            processor.changes.append(QuarantineChange(adapter, drop=(record.request.request_id,)))
+            # Hazard: it goes after the request is stored. Without it, an open request would never learn how it ended.
+            removals.append(QuarantineChange(adapter, drop=(record.request.request_id,)))
         if wanted != record:
-            yield self._saving(processor, wanted, found)
+            yield replace(self._saving(processor, wanted, found), removals=removals)
 
     # ---- requests over a pattern
 
@@ -446,7 +449,7 @@ class RequestWorker:
                 self._store.delete_entry(entry)
                 continue
             record = found.record
-            if KINDS[record.request.kind].job == "forget" and not (record.example_ids and record.state == "closed"):
+            if KINDS[record.request.kind].job == "forget":
                 adapters = [*record.adapters, *(a for page in self._store.pages(name) for a in page)]
                 drop = (record.request.request_id,)
                 for start in range(0, len(adapters), SLICE_ADAPTERS):

@@ -30,6 +30,7 @@ from perennial.streams.retain.ledger import STATES, RequestRecord, epoch_ms
 from perennial.streams.retain.ledger_migration import migrate_ledger
 from perennial.streams.retain.request_store import RequestStore
 from perennial.streams.retain.request_worker import RequestWorker
+from perennial.streams.retain.rules.state_machine import QuarantineChange
 from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.retain.work_slice import Slice
 from perennial.streams.retention.kinds import KINDS
@@ -162,13 +163,13 @@ class RetainService:
         return self._lock
 
     async def _perform(self, piece: Slice) -> None:
-        """Apply the changes of a slice, send its events, then store its requests.
+        """Apply the changes of a slice, send its events, store its requests, then apply its removals.
 
         Raises:
             ConflictError: Another process stored a request first.
         """
         if piece.changes:
-            await asyncio.to_thread(self._apply, piece)
+            await asyncio.to_thread(self._apply, piece.changes)
             failpoint("retain.quarantine")
         for event in piece.events:
             await self._send(event, _event_id(event))
@@ -177,6 +178,8 @@ class RetainService:
         if piece.saves:
             await asyncio.to_thread(_save, piece)
             failpoint("retain.state")
+        if piece.removals:
+            await asyncio.to_thread(self._apply, piece.removals)
         if piece.changes or piece.events or piece.saves:
             self._metrics.progress()
         # Only now: the store says which version the request is about, so a step that is taken again takes out no other.
@@ -197,8 +200,8 @@ class RetainService:
         except StoreError as error:
             log.warning("job %s could not be carried out here and is left to a learner: %s", job.job_id, error)
 
-    def _apply(self, piece: Slice) -> None:
-        for change in piece.changes:
+    def _apply(self, changes: list[QuarantineChange]) -> None:
+        for change in changes:
             self._worker.apply(change)
 
     def _now_ms(self) -> int:

@@ -23,8 +23,10 @@ class Slice:
         changes: Changes of quarantines, to apply first.
         events: Events to send after that.
         saves: What to store after that.
+        removals: Changes of quarantines to apply last: they take away what the steps before the saves look for.
     """
 
     changes: list[QuarantineChange] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     saves: list[Callable[[], None]] = field(default_factory=list)
+    removals: list[QuarantineChange] = field(default_factory=list)

@@ -185,11 +185,13 @@ class RequestProcessor:
 
     def _forget_step(self, record: RequestRecord, adapter: str, progress: AdapterProgress) -> AdapterProgress:
         """Take one step of FORGET_TRANSITIONS."""
+        entry = None
         if progress.phase != "waiting":
             entry = self.facts.quarantine(adapter).entry(record.request.request_id)
             if entry is not None and entry.done is not None:
                 return self._forgotten(record, adapter, progress, entry.done)
-        if progress.phase == "sent" and not self._is_overdue(progress) and not self.in_force.hold_matchers(adapter):
+        quiet = entry is not None and not self._is_overdue(progress) and not self.in_force.hold_matchers(adapter)
+        if progress.phase == "sent" and quiet:
             return progress  # the usual case, so that waiting for the learner costs one look at the quarantine
         stored = self.facts.examples(adapter)
         job = self._forget_job(record, adapter, progress, stored)
@@ -198,7 +200,8 @@ class RequestProcessor:
                 update={"phase": FORGET_TRANSITIONS[progress.phase, Observation.NOT_READY].phase}
             )
         selected = [item for item in stored if job.matches(item.example)]
-        transition = FORGET_TRANSITIONS[progress.phase, self._observe_job(record, adapter, selected, progress)]
+        seen = self._observe_job(record, adapter, selected, progress, entry)
+        transition = FORGET_TRANSITIONS[progress.phase, seen]
         if Action.SEND_JOB in transition.actions:
             self.events.append(job)
         if Action.QUARANTINE in transition.actions:
@@ -220,11 +223,18 @@ class RequestProcessor:
         return self._carried_out(record, adapter, after)
 
     def _observe_job(
-        self, record: RequestRecord, adapter: str, selected: Sequence[StoredExample], progress: AdapterProgress
+        self,
+        record: RequestRecord,
+        adapter: str,
+        selected: Sequence[StoredExample],
+        progress: AdapterProgress,
+        entry: QuarantineEntry | None,
     ) -> Observation:
         holds = self.in_force.hold_matchers(adapter)
         if any(matches(item.example) for item in selected for matches in holds):
             return Observation.HELD
+        if progress.phase == "sent" and entry is None:
+            return Observation.UNKNOWN
         if progress.phase == "sent":
             return Observation.OVERDUE if self._is_overdue(progress) else Observation.READY
         return Observation.EARLY if self.now_ms < gathered_until_ms(record, self.gather_ms) else Observation.READY

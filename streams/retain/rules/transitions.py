@@ -26,6 +26,7 @@ class Observation(StrEnum):
     EARLY = "the job can wait for other requests, so that one rebuild serves them all"
     READY = "nothing is in the way of the job"
     OVERDUE = "the job was sent so long ago that it may be lost"
+    UNKNOWN = "the job was sent, and the quarantine has no entry of the request, so that no outcome can be found"
     DONE = "the job was carried out; a replica that may serve an affected version has not confirmed it"
     CONFIRMED = "the job was carried out, and no replica with a lease may serve an affected version"
     UNCONFIRMED = "the job was carried out, and the due time ends the wait for replicas that have not confirmed it"
@@ -73,6 +74,7 @@ FORGET_TRANSITIONS: Final[Mapping[tuple[Phase, Observation], Transition]] = Mapp
     ("sent", Observation.HELD): _to("held", Action.QUARANTINE),  # the learner asks for holds again before it begins
     ("sent", Observation.READY): _to("sent"),
     ("sent", Observation.OVERDUE): _to("sent", Action.SEND_JOB),
+    ("sent", Observation.UNKNOWN): _to("sent", Action.QUARANTINE, Action.SEND_JOB),
     ("sent", Observation.FAILED): _to("failed"),
     # A request that was gathered may be carried out by the rebuild of another one. A request that is held may have been
     # carried out before the learner saw the hold.

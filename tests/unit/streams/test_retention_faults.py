@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from perennial.storage.registry.quarantine import update_quarantine
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.retain.ledger import StoredExample
+from perennial.streams.retain.request_store import KEEP_OWN_MS
 from perennial.streams.retain.rules.calendar import GROUP_MS, expiries, expiry_request, supersessions
 from perennial.streams.retain.rules.in_force import InForce
 from perennial.streams.retain.rules.replica_report import ReplicaReport, report_of
@@ -346,3 +348,47 @@ def test_an_expiry_in_another_time_zone_is_prepared_for_the_same_hour():
     world.learn(example(1, expires_at=(end + timedelta(0)).astimezone()))
     world.step()
     assert [job.until_ms for job in world.prepared] == [3_600_000]
+
+
+# ---- a crash at the end of an expiry
+
+
+def expired(world: World) -> None:
+    """Bring the world to where the learner has forgotten an expired example and retain has not seen it yet."""
+    world.learn(example(1, 100, retention_class="PT1S"), example(2, 100, retention_class="PT20S"))
+    world.now_ms = 2000
+    world.step()
+    world.step()
+    world.work()
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_crash_while_an_expiry_is_closed_leaves_no_request_open(world, saved):
+    """The quarantine entry went before the request was stored as closed: it stayed open and stopped the calendar."""
+    expired(world)
+    for piece in world.worker.tick(world.now_ms):
+        for change in piece.changes:
+            world.worker.apply(change)
+        for save in piece.saves if saved else ():
+            save()
+        if piece.saves:
+            break  # the process is killed here
+    world.restart()
+    settled(world)
+    assert [one.state for one in world.requests().values()] == ["closed"]
+    world.now_ms = 30_000
+    settled(world)
+    assert [one.example_id[-1] for one in world.forgotten] == ["1", "2"], "the calendar goes on"
+    world.now_ms += KEEP_OWN_MS + 1
+    world.restart()
+    settled(world)
+    assert world.requests() == {}
+    assert world.quarantine(A).entries == [], "an entry without its request would end the next one of the same id"
+
+
+def test_a_request_whose_quarantine_entry_is_gone_is_sent_again(world):
+    expired(world)
+    (request_id,) = world.requests()
+    update_quarantine(world.objects, A, lambda found: found.without([request_id]))
+    settled(world)
+    assert world.requests()[request_id].state == "closed"
