@@ -8,24 +8,29 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Self
 
 from perennial.storage.errors import NotFoundError, StoreError
 from perennial.storage.objects.keys import blob_key
-from perennial.storage.registry.registry import Registry
+from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend
 
 LOOK_S = 0.3
+_HEARS_WITHIN_S = 10.0
+"""A subscriber may hear of the retirement so much later."""
+_NEXT_VERSIONS = 3
+"""So many versions after the retirement, a rebuilt one shows that there was something to serve."""
 
 
 class ServiceWatch(threading.Thread):
     """A thread that looks a few times a second whether each adapter that was once served still is. A context manager.
 
-    While the store does not answer, nobody can tell, and no gap is counted; a subscriber then keeps what it serves.
+    While the store does not answer, nobody can tell, and no gap is counted; a subscriber then keeps what it serves. An
+    adapter whose every example was forgotten has nothing to serve until it learns the next one: no gap either.
 
     Args:
         registry: The adapters' versions.
@@ -72,9 +77,11 @@ class ServiceWatch(threading.Thread):
 
     def run(self) -> None:
         began: dict[str, tuple[float, str]] = {}  # since when something is wrong, and what
+        retired: dict[str, AliasState] = {}
         live: set[str] = set()
         while not self._ended.wait(LOOK_S):
             for adapter in self._adapters:
+                self._note_retired(adapter, retired)
                 for name, wrong in (
                     (adapter, self._alias_problem(adapter, live)),
                     (f"{adapter} at its subscriber", self._subscriber_problem(adapter, live)),
@@ -82,12 +89,35 @@ class ServiceWatch(threading.Thread):
                     if wrong is not None:
                         began.setdefault(name, (time.monotonic(), wrong))
                     elif name in began:
-                        self._count(name, *began.pop(name))
+                        self._count(name, *began.pop(name), retired.get(adapter))
         for name, (since_s, wrong) in began.items():
-            self._count(name, since_s, wrong)
+            self._count(name, since_s, wrong, retired.get(name.partition(" ")[0]))
 
-    def _count(self, name: str, since_s: float, wrong: str) -> None:
+    def _note_retired(self, adapter: str, retired: dict[str, AliasState]) -> None:
+        """Remember the last state in which the adapter's alias was retired."""
+        with suppress(StoreError):
+            state = self._registry.alias(adapter)
+            if state is not None and state.kind == "retired":
+                retired[adapter] = state
+
+    def _had_nothing_to_serve(self, retired: AliasState) -> bool:
+        """Return whether no update was rebuilt after the alias was retired: then nothing was left to serve."""
+        try:
+            later = [
+                self._registry.manifest(retired.adapter, version)
+                for seq, version in self._registry.versions(retired.adapter)
+                if retired.seq < seq <= retired.seq + _NEXT_VERSIONS
+            ]
+        except StoreError:
+            return False
+        return not any(manifest.kind in {"forget", "replayed"} and manifest.outcome == "promoted" for manifest in later)
+
+    def _count(self, name: str, since_s: float, wrong: str, retired: AliasState | None) -> None:
+        """Count a gap that ends now, unless the adapter had nothing to serve in it."""
         gap_s = time.monotonic() - since_s
+        began_s = time.time() - gap_s - _HEARS_WITHIN_S
+        if retired is not None and retired.published_at.timestamp() >= began_s and self._had_nothing_to_serve(retired):
+            return
         self.gap_s += gap_s
         self.gaps.append(f"{name}: {wrong}, for {gap_s:.1f} s until {time.strftime('%H:%M:%S')}")
 
