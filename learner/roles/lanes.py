@@ -89,15 +89,32 @@ class CommitOrder:
     def complete(self, record: ConsumedRecord) -> ConsumedRecord | None:
         """Note that a record is handled; return the last record before which everything is, None if that is no news."""
         partition = (record.partition, record.epoch)
+        read = self._open.get(partition)
+        if read is None:  # the partition was taken away
+            return None
         self._completed.add((*partition, record.offset))
-        read = self._open.get(partition, deque())
         last = None
         while read and (*partition, read[0].offset) in self._completed:
             last = read.popleft()
             self._completed.discard((*partition, last.offset))
         if not read:
-            self._open.pop(partition, None)
+            del self._open[partition]
         return last
+
+    def drop_lost(self, owns: Callable[[ConsumedRecord], bool]) -> None:
+        """Drop what was read of partitions that were taken away: it is never committed here.
+
+        Args:
+            owns: returns whether the partition is this member's, and was when the record was read.
+        """
+        lost = {partition for partition, read in self._open.items() if not owns(read[0])}
+        if lost:
+            self._open = {partition: read for partition, read in self._open.items() if partition not in lost}
+            self._completed = {done for done in self._completed if done[:2] not in lost}
+
+    def __len__(self) -> int:
+        """Return how many records were read and are not committed yet."""
+        return sum(len(read) for read in self._open.values())
 
 
 class Lane:

@@ -151,6 +151,7 @@ class Learner:
                 wait([job.result for job in self._running], TRAINING_POLL_S, FIRST_COMPLETED)
             for record in self._consumer.poll(TRAINING_POLL_S if self._running else IDLE_POLL_S):
                 self._take(record)
+            self._order.drop_lost(self._consumer.owns)
             self._publish_pending()
             for job in [job for job in self._running if job.result.done()]:
                 self._running.remove(job)

@@ -71,6 +71,20 @@ def test_a_partition_that_comes_back_is_committed_by_what_was_read_since():
     assert order.complete(record(5)).epoch == 0
 
 
+def test_what_was_read_of_a_lost_partition_is_not_kept():
+    """A learner whose group rebalances often kept every record that it had read and not committed by then."""
+    order = CommitOrder()
+    for epoch in range(100):
+        for each in (record(5, epoch=epoch), record(6, epoch=epoch), record(5, 1)):
+            order.add(each)
+        order.complete(record(6, epoch=epoch))
+        order.complete(record(5, 1))
+        order.drop_lost(lambda each, epoch=epoch: each.partition == 1 or each.epoch == epoch + 1)
+        assert order.complete(record(5, epoch=epoch)) is None  # its job was running when the partition was taken away
+    assert len(order) == 0
+    assert order._completed == set()
+
+
 def test_waiters_get_the_lock_in_the_order_in_which_they_asked():
     lock, order = FairLock(), []
     lock.acquire()
