@@ -36,7 +36,7 @@ from perennial.streams.events.cloudevents import Envelope, decode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, UpdateRequested
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
 from perennial.streams.kafka.origin_check import OriginCheck
@@ -187,6 +187,9 @@ class Learner:
             self._require_plausible(envelope.event)
         except WireError as error:
             self._refuse(record, error.reason, error.detail)
+            return
+        except PURE_ERRORS as error:  # one record must not end the role
+            self._refuse(record, "internal-error", f"{type(error).__name__}: {error}"[:1024])
             return
         failpoint("learner.receive")
         self._waiting.append(WaitingJob(record, envelope))

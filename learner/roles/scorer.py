@@ -24,7 +24,7 @@ from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode
 from perennial.streams.events.fields import MAX_LOSS_NATS
 from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
 from perennial.streams.kafka.origin_check import OriginCheck
@@ -230,12 +230,17 @@ class Receiver:
         return accepted
 
     def _example(self, record: ConsumedRecord) -> tuple[ExampleAccepted, str | None]:
-        self._signer.verify(TOPIC, record.key, record.value, record.headers)
-        envelope = decode(record.value, record.headers, TOPIC)
+        try:
+            self._signer.verify(TOPIC, record.key, record.value, record.headers)
+            envelope = decode(record.value, record.headers, TOPIC)
+        except PURE_ERRORS as error:
+            raise WireError("internal-error", type(error).__name__, got=str(error)) from error
         example = envelope.event
         if not isinstance(example, ExampleAccepted):
             raise WireError("wrong-topic", "type", got=envelope.type, allowed=ExampleAccepted.type)
         size, limit = len(record.value or b""), MAX_INSIDE_VALUE_BYTES - MAX_SCORE_BYTES
+        if size > limit // 2:  # the scored event writes out what the record may have left to defaults
+            size = max(size, len(example.model_dump_json(by_alias=True).encode()))
         if size > limit:
             raise WireError("oversize", "size of the value in bytes", got=size, allowed=f"at most {limit}")
         try:

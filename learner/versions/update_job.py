@@ -37,7 +37,7 @@ from perennial.storage.registry.pending_deletes import (
     load_pending_deletes,
     record_pending_deletes,
 )
-from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import update_quarantine
 from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
 from perennial.storage.registry.registry import Head, Publication
 from perennial.storage.registry.scalars import Scalar
@@ -45,7 +45,7 @@ from perennial.storage.registry.waiting_jobs import delete_job, give_up_cut, loa
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, UpdateRequested
-from perennial.streams.retention.quarantine_filter import QuarantineFilter
+from perennial.streams.retention.quarantine_filter import QuarantineFilter, QuarantineFilters
 
 
 @dataclass(frozen=True)
@@ -111,6 +111,7 @@ class UpdateExecutor:
         self._writer = writer
         self._registry = writer.registry
         self._store = writer.registry.store
+        self._quarantines = QuarantineFilters(self._store)
 
     def update(self, job: UpdateRequested, alias: str) -> JobResult:
         """Learn the examples of the job's micro-batch above the head's high-water marks; publish the next version.
@@ -153,7 +154,7 @@ class UpdateExecutor:
         if head is not None and (_is_covered(job, head) or self._is_named(job, head)):
             return self._repeated(job, alias, head, waits=waiting is not None)
         stored = read_batch(self._store, job)
-        quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter), self._store)
+        quarantine = self._quarantines.of(job.adapter)
         batch = self._leave_out_quarantined(job, stored, quarantine)
         start = _Start(head, *writer.state_at(head, job.adapter))
         writer.failpoint("learner.load")
@@ -340,7 +341,7 @@ class UpdateExecutor:
 
         No version that is published after the acceptance may have such an example in it.
         """
-        quarantine = QuarantineFilter(load_quarantine(self._store, job.adapter), self._store)
+        quarantine = self._quarantines.of(job.adapter)
         if any(quarantine.blocks(example) for example in (*allowed.examples, *replayed.values())):
             raise ConflictError(f"an example that {job.job_id} learned or replayed is now to be forgotten")
 

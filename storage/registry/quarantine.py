@@ -21,7 +21,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, ValidationErro
 
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.keys import digest_of, hex_of
-from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.objects.object_store import ObjectStore, StoredObject
 from perennial.storage.registry.compare_and_swap import update_object
 from perennial.storage.registry.manifest import AdapterName, Digest
 from perennial.storage.registry.records import RegistryRecord, check_adapter
@@ -207,6 +207,25 @@ def load_quarantine(store: ObjectStore, adapter: str) -> Quarantine:
         IntegrityError: The object is not readable.
     """
     return _load(store, adapter)[0]
+
+
+def load_changed_quarantine(
+    store: ObjectStore, adapter: str, known: str | None
+) -> tuple[Quarantine, str | None] | None:
+    """Return the adapter's quarantine and its etag; None where the etag is `known`, so that it is not parsed again.
+
+    Args:
+        store: The store that holds the quarantine.
+        adapter: The adapter.
+        known: The etag of a quarantine that was loaded before; None where none was.
+
+    Raises:
+        IntegrityError: The object is not readable.
+    """
+    stored = _read(store, adapter)
+    if stored is not None and known and stored.etag == known:
+        return None
+    return _parse(adapter, stored)
 
 
 def update_quarantine(store: ObjectStore, adapter: str, change: Callable[[Quarantine], Quarantine]) -> Quarantine:
@@ -430,11 +449,20 @@ def _bounded_bytes(quarantine: Quarantine) -> bytes:
 
 
 def _load(store: ObjectStore, adapter: str) -> tuple[Quarantine, str | None]:
-    key = quarantine_key(adapter)
+    return _parse(adapter, _read(store, adapter))
+
+
+def _read(store: ObjectStore, adapter: str) -> StoredObject | None:
     try:
-        stored = store.get(key, MAX_QUARANTINE_BYTES)
+        return store.get(quarantine_key(adapter), MAX_QUARANTINE_BYTES)
     except NotFoundError:
+        return None
+
+
+def _parse(adapter: str, stored: StoredObject | None) -> tuple[Quarantine, str | None]:
+    if stored is None:
         return Quarantine(adapter=adapter), None
+    key = quarantine_key(adapter)
     try:
         found = Quarantine.model_validate_json(stored.data)
     except ValidationError as error:

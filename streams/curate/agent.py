@@ -29,6 +29,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import reduce
 from typing import Any, Final, Literal, TypeAlias
 
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
@@ -36,7 +37,7 @@ from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it shi
 from perennial.storage.errors import ConflictError, NotFoundError, PerennialError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.quarantine import load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import Quarantine, update_quarantine
 from perennial.storage.registry.refused_examples import add_refused_examples
 from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
 from perennial.streams.curate.batcher import Cut, CutPolicy, MicroBatcher
@@ -48,12 +49,12 @@ from perennial.streams.curate.refusals import breaks_a_cut, internal_error, out_
 from perennial.streams.curate.session import Delivery, LoadedAdapter, Session
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.models import CutReason, ExampleScored
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.intake.refused import RefusedExamplesLookup
 from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
-from perennial.streams.retention.quarantine_filter import QuarantineFilter
+from perennial.streams.retention.quarantine_filter import QuarantineFilters
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.curate")
@@ -65,8 +66,16 @@ _Rest: TypeAlias = tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]
 """Deliveries to be offered again, and handles of their redeliveries."""
 
 
-class CurateError(PerennialError):
-    """The curate agent received an event that it cannot handle."""
+class _UnfilterableError(Exception):
+    """Examples that the quarantine's filter fails at.
+
+    Args:
+        errors: what each raised, by example id.
+    """
+
+    def __init__(self, errors: dict[str, Exception]) -> None:
+        super().__init__(f"the filter fails at {len(errors)} examples")
+        self.errors = errors
 
 
 class CurateAgent:
@@ -97,6 +106,7 @@ class CurateAgent:
         self._metrics = metrics
         self._store = store
         self._refused_ms = RefusedExamplesLookup(store)
+        self._quarantines = QuarantineFilters(store)
         self._guard = OriginGuard(origins, metrics)
         self._output = CurateOutput(app, settings, metrics, topics.routing if topics else KeyRouting({}))
         self._policy = CutPolicy.of(settings)
@@ -127,7 +137,6 @@ class CurateAgent:
         """Process one delivery from scored-examples.
 
         Raises:
-            CurateError: the event is of another type.
             PerennialError: the store or its content is not usable.
         """
         message = event.message
@@ -142,22 +151,29 @@ class CurateAgent:
         value, headers = message.value, message.headers
         self._metrics.events_in(TOPIC)
         try:
-            self._output.verify(message)
-            scored = decode(value, headers, TOPIC).event
-            if isinstance(scored, ExampleScored):
-                await self._guard.require(scored.example.origin)
+            scored = self._decoded(message)
+            await self._guard.require(scored.example.origin)
         except WireError as error:
             await self._output.refuse(error, value, headers, message)
             self._acknowledge([(tp, offset)])
             return
         finally:
             event.value = message.value = None  # the tracker may hold the event as long as the oldest example waits
-        if not isinstance(scored, ExampleScored):
-            raise CurateError("an event of another type", got=type(scored).__name__, allowed=ExampleScored.__name__)
         name = scored.example.adapter
         await self._ensure_loaded(name)
         await self._offer(name, [(scored, (tp, offset))])
         self._metrics.progress()
+
+    def _decoded(self, message: Any) -> ExampleScored:
+        """Return the event of a delivery; raise WireError for whatever is wrong with it."""
+        try:
+            self._output.verify(message)
+            scored = decode(message.value, message.headers, TOPIC).event
+        except PURE_ERRORS as error:
+            raise internal_error(error) from error
+        if not isinstance(scored, ExampleScored):
+            raise WireError("wrong-topic", "type", got=type(scored).__name__, allowed=ExampleScored.type)
+        return scored
 
     async def tick(self) -> None:
         """Cut the adapters whose oldest example has waited long enough. On every fourth call, report lag and age."""
@@ -190,10 +206,12 @@ class CurateAgent:
         while queue:
             adapter = self._session.adapters[name]
             scored, delivery = queue.popleft()
-            if adapter.batcher.is_repeat(scored.example):
-                scored = await asyncio.to_thread(self._marked_if_refused, scored)
             try:
+                if adapter.batcher.is_repeat(scored.example):
+                    scored = await asyncio.to_thread(self._marked_if_refused, scored)
                 offer = adapter.batcher.offer(scored, delivery, _monotonic_ms())
+            except PerennialError:  # of the store
+                raise
             except Exception as error:  # noqa: BLE001 - whatever one record breaks must not end the role
                 # What the call has changed by then is unknown, so the stored state is loaded again.
                 pending, again = await self._reload(adapter)
@@ -242,7 +260,11 @@ class CurateAgent:
 
     async def _cut(self, adapter: LoadedAdapter, reason: CutReason) -> _Rest | None:
         """Cut what is pending, without what is in quarantine. Return what must be offered again if it was not stored."""
-        blocked = await asyncio.to_thread(self._blocked, adapter.batcher)
+        try:
+            blocked = await asyncio.to_thread(self._blocked, adapter.batcher)
+        except _UnfilterableError as unfilterable:
+            errors = unfilterable.errors
+            return await self._without(adapter, lambda scored: errors.get(scored.example.example_id))
         return await self._store_cut(adapter, lambda: adapter.batcher.cut(_now(), reason, blocked))
 
     async def _store_cut(self, adapter: LoadedAdapter, build: Callable[[], Cut]) -> _Rest | None:
@@ -255,11 +277,24 @@ class CurateAgent:
 
     async def _without_culprits(self, adapter: LoadedAdapter, error: Exception) -> _Rest:
         """Refuse the pending examples that alone make a cut fail; if there is none, the last one. Return the others."""
-        pending, again = await self._reload(adapter)
         name = adapter.batcher.adapter
-        culprits = [each for each in pending if breaks_a_cut(name, self._policy, each[0])] or pending[-1:]
-        refused = {delivery for _, delivery in culprits}
-        for scored, delivery in culprits:
+        return await self._without(
+            adapter, lambda scored: error if breaks_a_cut(name, self._policy, scored) else None, error
+        )
+
+    async def _without(
+        self,
+        adapter: LoadedAdapter,
+        error_of: Callable[[ExampleScored], Exception | None],
+        of_last: Exception | None = None,
+    ) -> _Rest:
+        """Refuse the pending examples that have an error; if none has, the last one where `of_last` is given."""
+        pending, again = await self._reload(adapter)
+        culprits = [(*each, error) for each in pending if (error := error_of(each[0])) is not None]
+        if not culprits and of_last is not None:
+            culprits = [(*each, of_last) for each in pending[-1:]]
+        refused = {delivery for _, delivery, _ in culprits}
+        for scored, delivery, error in culprits:
             await self._refuse_example(scored, delivery, internal_error(error))
         return [each for each in pending if each[1] not in refused], again
 
@@ -296,18 +331,31 @@ class CurateAgent:
 
         An example that is blocked here reaches no version, so the forget job will not find it and cannot suppress its
         text. This method therefore suppresses the text of every blocked example that is to be erased.
+
+        Raises:
+            _UnfilterableError: the filter fails at examples.
+            StoreError: the quarantine cannot be read.
         """
-        quarantine = load_quarantine(self._store, batcher.adapter)
-        if not (quarantine.entries or quarantine.suppresses_texts):
+        quarantine_filter = self._quarantines.of(batcher.adapter)
+        if quarantine_filter.is_empty:
             return ()
-        quarantine_filter = QuarantineFilter(quarantine, self._store)
-        blocked = {
-            example.example_id: example for example in batcher.pending_examples if quarantine_filter.blocks(example)
-        }
+        blocked: set[str] = set()
+        suppressions: list[Callable[[Quarantine], Quarantine]] = []
+        errors: dict[str, Exception] = {}
+        for example in batcher.pending_examples:
+            try:
+                if quarantine_filter.blocks(example):
+                    suppressions.append(quarantine_filter.suppression_of([example]))
+                    blocked.add(example.example_id)
+            except PURE_ERRORS as error:
+                errors[example.example_id] = error
+        if errors:
+            raise _UnfilterableError(errors)
         if blocked:
-            suppression = quarantine_filter.suppression_of(blocked.values())
-            update_quarantine(self._store, batcher.adapter, suppression)
-        return blocked.keys()
+            update_quarantine(
+                self._store, batcher.adapter, lambda found: reduce(lambda q, change: change(q), suppressions, found)
+            )
+        return blocked
 
     async def _confirm_last_job(self, adapter: LoadedAdapter) -> None:
         """Publish the last job of a loaded state once more, because it may never have been published."""

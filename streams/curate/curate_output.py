@@ -82,7 +82,11 @@ class CurateOutput:
             offset: its offset there.
         """
         log.error("refused an example of %s, %s[%d]@%d: %s", scored.example.adapter, TOPIC, partition, offset, error)
-        record = encode(scored, event_id=scored.example.example_id, source=SOURCE, occurred_at=_now())
+        example = scored.example
+        try:
+            record = encode(scored, event_id=example.example_id, source=SOURCE, occurred_at=_now())
+        except WireError:  # it decoded, so only its size, with all defaults written out, can be too much for an event
+            record = Encoded(example.adapter.encode(), scored.model_dump_json(by_alias=True).encode(), [])
         await self._send_dead_letter(error, record.value, record.headers, record.key, partition, offset)
 
     async def _send_dead_letter(

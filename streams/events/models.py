@@ -238,14 +238,14 @@ Assurance = Literal["exact", "behavioural", "ranking"]
 RetentionKind = Literal["policy", "expire", "supersede", "erase", "decay", "hold", "release", "revoke"]
 
 
-def _nfc(name: str | None) -> str | None:
+def nfc(name: str | None) -> str | None:
     """Return the name in Unicode normalisation form C."""
     return None if name is None else normalize("NFC", name)
 
 
 @lru_cache(maxsize=256)  # a selector of many names is asked about many examples
 def _all_nfc(names: tuple[str | None, ...]) -> frozenset[str | None]:
-    return frozenset(map(_nfc, names))
+    return frozenset(map(nfc, names))
 
 
 class Selector(BaseModel):
@@ -276,9 +276,9 @@ class Selector(BaseModel):
         same name in two forms. `before` is compared with the publication time.
         """
         return (
-            (self.document_ids is None or _nfc(example.document_id) in _all_nfc(tuple(self.document_ids)))
-            and (self.subjects is None or not _all_nfc(tuple(self.subjects)).isdisjoint(map(_nfc, example.subjects)))
-            and (self.sources is None or _nfc(example.source) in _all_nfc(tuple(self.sources)))
+            (self.document_ids is None or nfc(example.document_id) in _all_nfc(tuple(self.document_ids)))
+            and (self.subjects is None or not _all_nfc(tuple(self.subjects)).isdisjoint(map(nfc, example.subjects)))
+            and (self.sources is None or nfc(example.source) in _all_nfc(tuple(self.sources)))
             and (self.retention_class is None or example.retention_class == self.retention_class)
             and (self.before is None or example.origin.timestamp_ms < self.before.timestamp() * 1000)
         )

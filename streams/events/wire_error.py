@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import ValidationError
 
@@ -17,6 +17,9 @@ Reason = Literal[
     "missing-field", "unknown-field", "bad-field", "expired", "not-a-dead-letter",
     "out-of-order", "implausible-origin", "internal-error", "bad-signature",
 ]  # fmt: skip
+
+PURE_ERRORS: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""The exceptions that a value from outside can cause in a pure function, pydantic's among them; no error of the store."""
 
 HIDDEN_CHARACTER = re.compile(f"[{HIDDEN}]")
 

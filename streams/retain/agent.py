@@ -17,14 +17,13 @@ from typing import Any, Final
 
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
 
-from perennial.storage.errors import PerennialError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
 from perennial.streams.observe.metrics import Metrics
@@ -32,17 +31,12 @@ from perennial.streams.replicas.acks import AckReader
 from perennial.streams.replicas.replica_watch import ReplicaWatch
 from perennial.streams.retain.service import SOURCE, RetainService
 from perennial.streams.retain.store_facts import StoreFacts
-from perennial.streams.retain.work_slice import PURE_ERRORS
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.retain")
 
 TOPIC: Final = RetentionRequested.topic
 TICK_S: Final = 1.0
-
-
-class RetainError(PerennialError):
-    """The retain agent got an event that it cannot handle."""
 
 
 class RetainAgent:
@@ -94,10 +88,7 @@ class RetainAgent:
             await asyncio.to_thread(self._topics.verify)
         self._metrics.events_in(TOPIC)
         try:
-            request = decode(message.value, message.headers, TOPIC).event
-            if not isinstance(request, RetentionRequested):
-                raise RetainError("an event of another type", got=type(request).__name__)
-            await self._service.receive(request, int(message.timestamp * 1000))
+            await self._service.receive(_decoded(message), int(message.timestamp * 1000))
         except WireError as error:
             await self._refuse(error, message)
         except PURE_ERRORS as error:  # one request must not end the role
@@ -143,3 +134,10 @@ class RetainAgent:
         partition = self._routing.partition(topic, key)
         await self._app.producer.send_and_wait(self._settings.kafka.topic(topic), key, value, partition, None, headers)
         self._metrics.events_out(topic)
+
+
+def _decoded(message: Any) -> RetentionRequested:
+    request = decode(message.value, message.headers, TOPIC).event
+    if not isinstance(request, RetentionRequested):
+        raise WireError("wrong-topic", "type", got=type(request).__name__, allowed=RetentionRequested.type)
+    return request

@@ -21,7 +21,7 @@ from typing import ClassVar, Final
 from perennial.storage.registry.quarantine import Quarantine, update_quarantine
 from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import RetentionKind, RetentionRequested
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.retain.adapter_calendar import AdapterCalendar
 from perennial.streams.retain.ledger import (
     AdapterProgress,
@@ -43,7 +43,7 @@ from perennial.streams.retain.rules.state_machine import (
     with_progress,
 )
 from perennial.streams.retain.rules.transitions import OPEN_PHASES
-from perennial.streams.retain.work_slice import PURE_ERRORS, SLICE_ADAPTERS, Slice
+from perennial.streams.retain.work_slice import SLICE_ADAPTERS, Slice
 from perennial.streams.retention.kinds import KINDS, refusal_of
 
 log = logging.getLogger("perennial.retain")

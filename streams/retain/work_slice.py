@@ -11,8 +11,6 @@ from perennial.streams.retain.rules.state_machine import QuarantineChange
 
 SLICE_ADAPTERS: Final = 64
 """The most adapters that one slice looks at or changes, so that the event loop and other deliveries get their turn."""
-PURE_ERRORS: Final = (ArithmeticError, LookupError, TypeError, ValueError)
-"""The exceptions that a value from outside can cause in a pure function, pydantic's among them; no error of the store."""
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,16 @@ and asks at every update, and its answer is the final one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
 
+from cachetools import LRUCache
+from pydantic import ValidationError
+
+from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import (
     LegalHold,
@@ -15,9 +23,13 @@ from perennial.storage.registry.quarantine import (
     QuarantineEntry,
     SuppressedTexts,
     ensure_text_key,
+    load_changed_quarantine,
 )
 from perennial.storage.registry.suppressed_texts import keyed_text_hash
-from perennial.streams.events.models import ExampleAccepted, Selector
+from perennial.streams.events.models import ExampleAccepted, Selector, nfc
+
+MAX_KEPT_ENTRIES: Final = 20_000
+"""Entries in the filters that one `QuarantineFilters` keeps, all adapters together: about 70 MB."""
 
 
 def text_hash(example: ExampleAccepted, key: bytes) -> str | None:
@@ -41,14 +53,34 @@ class QuarantineFilter:
         quarantine: The quarantine as it was loaded.
         store: The store, for suppressed texts that the quarantine object itself does not hold, and for their key. It is
             read only where the quarantine suppresses any text.
+
+    Attributes:
+        size: How many entries and inline hashes the quarantine has.
+
+    Raises:
+        IntegrityError: A selector in the quarantine cannot be read.
     """
 
     def __init__(self, quarantine: Quarantine, store: ObjectStore) -> None:
         self._adapter = quarantine.adapter
         self._store = store
+        self._key: bytes | None = None
         self._suppressed = SuppressedTexts(store, quarantine) if quarantine.suppresses_texts else None
-        self._entries = [(entry, _entry_matcher(entry)) for entry in quarantine.entries]
-        self._holds = [(hold, _hold_matcher(hold)) for hold in quarantine.holds]
+        self.size = len(quarantine.entries) + len(quarantine.keyed) + len(quarantine.suppressed)
+        try:
+            self._entries = _EntryIndex(quarantine.entries)
+            self._holds = [(hold, _hold_matcher(hold)) for hold in quarantine.holds]
+        except ValidationError as error:
+            raise IntegrityError(
+                f"the quarantine of {quarantine.adapter} has a selector that cannot be read", got=str(error)[:300],
+                allowed="a selector of this version",
+                remedy="restore the object from a copy, or upgrade; without it, forgotten examples would be learned again",
+            ) from error  # fmt: skip
+
+    @property
+    def is_empty(self) -> bool:
+        """True if no example is blocked."""
+        return self._suppressed is None and not self._entries
 
     def held_by(self, example: ExampleAccepted) -> str | None:
         """Return the request id of a hold on the example; while there is one, the example must not be erased."""
@@ -68,7 +100,7 @@ class QuarantineFilter:
         return any(entry.suppress for entry in self._entries_of(example))
 
     def _entries_of(self, example: ExampleAccepted) -> list[QuarantineEntry]:
-        found = [entry for entry, matches in self._entries if matches(example)]
+        found = self._entries.matching(example)
         if found and self.held_by(example) is not None:
             found = [entry for entry in found if entry.done is not None]
         return found
@@ -107,7 +139,8 @@ class QuarantineFilter:
             if unkeyed is not None:
                 replaced.add(unkeyed)
             if unkeyed is not None or self.erases(example):
-                hashes.add(keyed_text_hash(ensure_text_key(self._store, self._adapter), *text))
+                self._key = self._key or ensure_text_key(self._store, self._adapter)
+                hashes.add(keyed_text_hash(self._key, *text))
         return lambda quarantine: quarantine.suppressing(hashes, replaced)
 
 
@@ -125,13 +158,99 @@ def _text_of(example: ExampleAccepted) -> tuple[str, str | None] | None:
     return None
 
 
-def _entry_matcher(entry: QuarantineEntry) -> Callable[[ExampleAccepted], bool]:
-    selector = None if entry.selector is None else Selector.model_validate(entry.selector)
-    ids = frozenset(entry.example_ids)
-    return lambda example: (
-        example.origin.timestamp_ms <= entry.until_ms
-        and (example.example_id in ids or (selector is not None and selector.matches(example)))
-    )
+class QuarantineFilters:
+    """The filters of adapters' quarantines. Each is kept as long as its quarantine is unchanged in the store.
+
+    An entry stays for weeks, so an adapter with many erasures has many of them; they are not parsed at every question.
+    Thread-safe. Do not use one filter in two threads at once.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+        self._kept: LRUCache[str, _KeptFilter] = LRUCache(MAX_KEPT_ENTRIES, getsizeof=_KeptFilter.size)
+        self._lock = threading.Lock()  # cachetools is not thread-safe
+
+    def of(self, adapter: str) -> QuarantineFilter:
+        """Return the filter of the adapter's quarantine as it is in the store now, after one read of the store.
+
+        Raises:
+            IntegrityError: The quarantine is not readable.
+        """
+        with self._lock:
+            kept = self._kept.get(adapter)
+        changed = load_changed_quarantine(self._store, adapter, kept.etag if kept else None)
+        if changed is None and kept is not None:
+            return kept.filter
+        quarantine, etag = changed or (Quarantine(adapter=adapter), None)
+        kept = _KeptFilter(etag, QuarantineFilter(quarantine, self._store))
+        with self._lock:
+            self._kept[adapter] = kept
+        return kept.filter
+
+
+@dataclass(frozen=True)
+class _KeptFilter:
+    etag: str | None
+    filter: QuarantineFilter
+
+    def size(self) -> int:
+        return min(1 + self.filter.size, MAX_KEPT_ENTRIES)
+
+
+class _EntryIndex:
+    """The entries of a quarantine by what they select, so that an example is compared with few of them."""
+
+    def __init__(self, entries: Sequence[QuarantineEntry]) -> None:
+        self._entries: list[tuple[QuarantineEntry, Selector | None]] = []
+        self._by_example: dict[str, list[int]] = defaultdict(list)
+        self._by_document: dict[str | None, list[int]] = defaultdict(list)
+        self._by_subject: dict[str | None, list[int]] = defaultdict(list)
+        self._by_source: dict[str | None, list[int]] = defaultdict(list)
+        self._others: list[int] = []
+        for number, entry in enumerate(entries):
+            selector = None if entry.selector is None else Selector.model_validate(entry.selector)
+            self._entries.append((entry, selector))
+            for example_id in entry.example_ids:
+                self._by_example[example_id].append(number)
+            if selector is not None:
+                self._add(number, selector)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _add(self, number: int, selector: Selector) -> None:
+        """Index an entry by one field that an example must match; the matching itself looks at every field."""
+        fields = (
+            (self._by_document, selector.document_ids),
+            (self._by_subject, selector.subjects),
+            (self._by_source, selector.sources),
+        )
+        found = next(((index, names) for index, names in fields if names is not None), None)
+        if found is None:
+            self._others.append(number)
+            return
+        index, names = found
+        for name in {nfc(name) for name in names}:
+            index[name].append(number)
+
+    def matching(self, example: ExampleAccepted) -> list[QuarantineEntry]:
+        """Return the entries that select the example, in their order."""
+        numbers = set(self._others)
+        numbers.update(self._by_example.get(example.example_id, ()))
+        numbers.update(self._by_document.get(nfc(example.document_id), ()))
+        numbers.update(self._by_source.get(nfc(example.source), ()))
+        for subject in example.subjects:
+            numbers.update(self._by_subject.get(nfc(subject), ()))
+        return [self._entries[number][0] for number in sorted(numbers) if self._selects(number, example)]
+
+    def _selects(self, number: int, example: ExampleAccepted) -> bool:
+        entry, selector = self._entries[number]
+        return example.origin.timestamp_ms <= entry.until_ms and (
+            example.example_id in entry.example_ids or (selector is not None and selector.matches(example))
+        )
 
 
 def _hold_matcher(hold: LegalHold) -> Callable[[ExampleAccepted], bool]:

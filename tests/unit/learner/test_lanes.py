@@ -71,7 +71,7 @@ def test_a_partition_that_comes_back_is_committed_by_what_was_read_since():
     assert order.complete(record(5)).epoch == 0
 
 
-def test_what_was_read_of_a_lost_partition_is_not_kept():
+def test_case_27_what_was_read_of_a_lost_partition_is_not_kept():
     """A learner whose group rebalances often kept every record that it had read and not committed by then."""
     order = CommitOrder()
     for epoch in range(100):

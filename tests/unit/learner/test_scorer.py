@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
+import orjson
 import pytest
 import torch
 
@@ -161,6 +162,19 @@ def test_attack_b_no_record_ends_the_scorer_and_the_others_are_scored(monkeypatc
     assert dead.sent == [
         (4, "internal-error"), (6, "bad-signature"), (7, "bad-signature"), (8, "bad-field"), (100, "implausible-origin")
     ]  # fmt: skip
+
+
+def test_case_26_an_example_whose_scored_event_would_be_too_large_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record leaves fields to their defaults, which the scored event writes out: sending it ended the role."""
+    sent = record_of(0, tiny.document(0, "a text"), RecordSigner(SETTINGS))
+    lean = {name: value for name, value in orjson.loads(sent.value or b"").items() if value not in (None, [], False)}
+    record = replace(sent, value=orjson.dumps(lean | {"learn": True}))
+    limit = len(sent.value or b"") - 10
+    assert len(record.value or b"") < limit
+    monkeypatch.setattr(scorer_module, "MAX_INSIDE_VALUE_BYTES", limit + scorer_module.MAX_SCORE_BYTES)
+    dead, origins = DeadLetters(), Origins()
+    accepted = Receiver(SETTINGS, dead, origins, lambda _: None).accept([record], threading.Event())  # type: ignore[arg-type]
+    assert (accepted, dead.sent) == ([], [(0, "oversize")])
 
 
 def test_a_scorer_that_is_to_stop_does_not_wait_for_kafka() -> None:

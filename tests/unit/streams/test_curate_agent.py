@@ -9,12 +9,18 @@ from types import SimpleNamespace
 import pytest
 from kafka import TopicPartition
 
-from perennial.storage.errors import ConflictError
+from perennial.storage.errors import ConflictError, IntegrityError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob, put_blob
 from perennial.storage.registry.pending_deletes import list_pending_deletes
-from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_key, load_quarantine, update_quarantine
+from perennial.storage.registry.quarantine import (
+    QuarantineEntry,
+    ensure_text_key,
+    load_quarantine,
+    quarantine_key,
+    update_quarantine,
+)
 from perennial.storage.registry.refused_examples import add_refused_examples, load_refused_examples, refused_key
 from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
@@ -28,7 +34,7 @@ from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
-from perennial.streams.retention.quarantine_filter import text_hash
+from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
 
 ADAPTER = "acme/a"
@@ -304,6 +310,108 @@ def test_attack_b_an_example_that_breaks_a_pure_function_goes_to_the_dead_letter
     assert acknowledged == [0, 1, 2, 3, 4]
     assert learned(store) == ["d0", "d3", "d4"]
     assert set(load_refused_examples(store, ADAPTER)) == {example(1).example_id, example(2).example_id}
+
+
+def test_case_26_an_example_that_breaks_the_quarantines_filter_goes_to_the_dead_letters(given, monkeypatch):
+    """The filter is asked before a cut, outside of what guarded the cut: one record ended the role at every restart."""
+    agent, app, store = given
+    entry = QuarantineEntry(request_id="r", job_id="r", kind="erase", selector={"document_ids": ["d2"]}, until_ms=1000)
+    update_quarantine(store, ADAPTER, lambda quarantine: quarantine.with_entry(entry))
+    blocks = QuarantineFilter.blocks
+
+    def breaks(self: QuarantineFilter, each: ExampleAccepted) -> bool:
+        if each.document_id == "d1":
+            raise OverflowError("d1")
+        return blocks(self, each)
+
+    monkeypatch.setattr(QuarantineFilter, "blocks", breaks)
+    acknowledged: list[int] = []
+
+    async def scenario() -> None:
+        for number in range(4):
+            await agent.receive(delivery(number, acknowledged))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert app.sent == ["dead-letters", "adapter-jobs"]
+    assert dict(app.headers[0])["perennial-reason"] == b"internal-error"
+    assert acknowledged == [0, 1, 2, 3]
+    assert learned(store) == ["d0", "d3"]
+    assert set(load_refused_examples(store, ADAPTER)) == {example(1).example_id}
+    assert load_quarantine(store, ADAPTER).keyed == [text_hash(example(2), ensure_text_key(store, ADAPTER))]
+
+
+def test_case_26_a_quarantine_that_cannot_be_read_is_no_examples_fault(given):
+    agent, app, store = given
+    store.put_if_absent(quarantine_key(ADAPTER), b"{")
+
+    async def scenario() -> None:
+        await agent.receive(delivery(1))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    with pytest.raises(IntegrityError, match="quarantine"):
+        asyncio.run(scenario())
+    assert app.sent == []
+
+
+@pytest.mark.parametrize("where", ["decode", "is_repeat"])
+def test_case_26_an_example_that_breaks_curate_before_it_is_offered_goes_to_the_dead_letters(given, monkeypatch, where):
+    agent, app, store = given
+    acknowledged: list[int] = []
+    decode, is_repeat = curate.decode, MicroBatcher.is_repeat
+
+    def breaks_decode(value: bytes, headers: object, topic: str) -> object:
+        if b"text 1" in value:
+            raise RecursionError
+        return decode(value, headers, topic)
+
+    def breaks_is_repeat(self: MicroBatcher, each: ExampleAccepted) -> bool:
+        if each.document_id == "d1":
+            raise ValueError("d1")
+        return is_repeat(self, each)
+
+    if where == "decode":
+        monkeypatch.setattr(curate, "decode", breaks_decode)
+    else:
+        monkeypatch.setattr(MicroBatcher, "is_repeat", breaks_is_repeat)
+
+    async def scenario() -> None:
+        for number in range(3):
+            await agent.receive(delivery(number, acknowledged))
+        await asyncio.sleep(0.1)
+        await agent.tick()
+
+    asyncio.run(scenario())
+    assert app.sent == ["dead-letters", "adapter-jobs"]
+    assert dict(app.headers[0])["perennial-reason"] == b"internal-error"
+    assert acknowledged == [0, 1, 2]
+    assert learned(store) == ["d0", "d2"]
+
+
+def test_case_26_an_example_that_is_too_large_once_its_defaults_are_written_out_can_be_refused(given, monkeypatch):
+    """Refusing it failed, so the role ended at every restart."""
+    agent, app, _ = given
+    deliveries = [delivery(number, None, offset) for offset, number in enumerate((5, 3))]  # the second is out of order
+    limit = len(deliveries[1].message.value) - 20
+    for each in deliveries:
+        fields = json.loads(each.message.value)
+        fields["example"] = {name: value for name, value in fields["example"].items() if value not in (None, [], False)}
+        each.message.value = json.dumps(fields, separators=(",", ":")).encode()
+        assert len(each.message.value) < limit
+    monkeypatch.setattr("perennial.streams.events.cloudevents.MAX_INSIDE_VALUE_BYTES", limit)
+
+    async def scenario() -> None:
+        for each in deliveries:
+            await agent.receive(each)
+
+    asyncio.run(scenario())
+    assert app.sent == ["dead-letters"]
+    assert dict(app.headers[0])["perennial-reason"] == b"out-of-order"
+    assert b'"text 3"' in app.records[0][1]
 
 
 class Plausible:
