@@ -1,0 +1,71 @@
+"""Groups of settings of the model: the base, the recipe of an update, the gate. See `loading` for how they are set."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from perennial.streams.settings.groups import PositiveFloat, PositiveInt, SettingsGroup, Share
+
+
+class ModelSettings(SettingsGroup):
+    """The base model and where it runs."""
+
+    base: str = Field("shipped", description="base model: `shipped`, a folder, or an id on the Hugging Face hub")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="device of the model; auto: a CUDA GPU if there is one"
+    )
+    threads: PositiveInt = Field(
+        2,
+        description="CPU threads of the model; every manifest names them, for they change the last bits of a result",
+    )
+    max_tokens: PositiveInt = Field(
+        256, description="scorer: tokens at the start of an example on which its losses are measured"
+    )
+    score_batch: PositiveInt = Field(32, description="scorer: examples per forward pass")
+    lanes: PositiveInt = Field(
+        3, description="learner: jobs that may run at once; a second one starts where the first takes long"
+    )
+
+
+class TrainingSettings(SettingsGroup):
+    """The recipe of an update. Part of every manifest."""
+
+    rank: PositiveInt = Field(8, description="rank of the LoRA matrices")
+    alpha: PositiveInt = Field(16, description="alpha of LoRA: its output is scaled by alpha / rank")
+    learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW")
+    steps: PositiveInt = Field(
+        3, description="least number of optimizer steps per update; there are more if the new rows need them"
+    )
+    rows: PositiveInt = Field(12, description="rows per optimizer step")
+    row_tokens: PositiveInt = Field(128, description="largest number of tokens per row")
+    replay_share: Share = Field(0.4, description="share of training rows that come from earlier examples, from 0 to 1")
+    general_share: Share = Field(
+        0.2, description="share of training rows that come from the base's own kind of text, from 0 to 1"
+    )
+    replay_size: PositiveInt = Field(1_024, description="earlier examples that each adapter keeps for replay")
+    clip_norm: PositiveFloat = Field(
+        1.0, description="largest norm of the gradient; a larger gradient is scaled down to it"
+    )
+    seed: int = Field(0, description="seed of all random choices in training")
+
+
+class GateSettings(SettingsGroup):
+    """The measurements that a version must pass before it is promoted. Part of every manifest."""
+
+    held_out_share: Share = Field(
+        0.2,
+        description="share of a micro-batch, from 0 to 1, that is held out: measured first, and trained on after that",
+    )
+    anchor_rows: PositiveInt = Field(
+        12, description="rows of general text on which the gate measures each update; other rows each time"
+    )
+    max_general_rise_nats: PositiveFloat = Field(
+        0.15,
+        description="largest rise of the general loss above the base's, in nats per token; the gate refuses a rise past it",
+    )
+    min_gain_nats: float = Field(
+        0.0,
+        description="least fall of the held-out loss, in nats per token; the gate allows for noise of three standard errors",
+    )
