@@ -35,18 +35,19 @@ class MissingCutError(PerennialError):
 
     def __init__(self, job: UpdateRequested, cut: int, committed: int) -> None:
         self.cut = cut
-        unpark = f"`perennial adapters unpark {job.adapter}"
+        unpark = f"`perennial adapters unpark {job.adapter}`"
         if cut < committed:
             got = f"no object {job_key(job.adapter, cut)}"
             remedy = (
-                f"if `perennial dlq ls --topic adapter-jobs --adapter {job.adapter}` shows the cut's record and it is genuine, "
-                f"store its value (`perennial dlq show PARTITION:OFFSET --json`, value_b64) as that object; else restore the "
-                f"object from a copy; then run {unpark}`; if the cut is lost, go on without it: {unpark} --without-missing`"
+                f"if `perennial dlq ls --topic adapter-jobs --adapter {job.adapter}` shows the cut's record and it is "
+                "genuine, store its value (`perennial dlq show PARTITION:OFFSET --json`, value_b64) as that object; else "
+                f"restore the object from a copy; then run {unpark}; if the cut is lost, go on without it: "
+                f"`perennial adapters unpark {job.adapter} --without-missing`"
             )
         else:
             got = f"{curate_state_key(job.adapter)} counts {committed} cuts"
             remedy = (
-                f"restore the object {curate_state_key(job.adapter)} from a copy that is not older, then run {unpark}`"
+                f"restore the object {curate_state_key(job.adapter)} from a copy that is not older, then run {unpark}"
             )
         super().__init__(
             f"the job of cut {cut} of {job.adapter} is missing, so cut {job.cut} cannot be learned yet",
