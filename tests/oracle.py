@@ -98,8 +98,8 @@ class AdapterRecord:
         undone: Positions of updates that a rollback or a revocation undid. What a later rollback brought back is on the
             current schedule, too.
         served: Positions learned on the schedule of the live version.
-        contaminated_blobs: Digests of blobs that only versions with an erased example in their state need: none of
-            these blobs may be left in the store.
+        contaminated_blobs: Digests of states that were trained on an erased example, and of micro-batches that hold
+            one, where no other version needs them: none of these blobs may be left in the store.
     """
 
     first_learned: Counter[Position] = field(default_factory=Counter)
@@ -166,7 +166,13 @@ def read_adapter(registry: Registry, adapter: str, forgotten: Collection[Positio
     learned_removed = [v for v, m in history.manifests.items() if not removed.isdisjoint(_learned(m))]
     contaminated = history.descendants(learned_removed)
     needed = {ref.digest for v, m in history.manifests.items() if v not in contaminated for ref in m.blobs()}
-    record.contaminated_blobs = {ref.digest for v in contaminated for ref in history.manifests[v].blobs()} - needed
+    record.contaminated_blobs = {
+        ref.digest
+        for manifest in (history.manifests[v] for v in contaminated)
+        for ref in manifest.blobs()
+        # An update that a rollback undid keeps its micro-batch, unless an example in it was erased.
+        if ref != manifest.batch or not removed.isdisjoint(_learned(manifest))
+    } - needed
     return record
 
 
