@@ -19,10 +19,13 @@ from pathlib import Path
 from random import Random
 from typing import Literal
 
+import torch
+
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.loss import RowLoss, ignore_step, row_losses
 from perennial.learner.model.text_cache import cached_texts
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
+from perennial.learner.model.turns import ComputeTurns
 
 Split = Literal["train", "heldout", "anchor"]
 
@@ -145,7 +148,7 @@ class GeneralText:
         self._train = train
         self._anchor = sorted(anchor, key=lambda text: hashlib.sha256(text.encode()).digest())[:ANCHOR_POOL]
         self._rows: dict[str, list[TokenRow]] = {}
-        self._base_losses: dict[TokenRow, RowLoss] = {}
+        self._base_losses: dict[tuple[int, TokenRow], RowLoss] = {}  # by thread count and row
 
     def _rows_of(self, text: str) -> list[TokenRow]:
         rows = self._rows.get(text)
@@ -175,7 +178,9 @@ class GeneralText:
         lock: AbstractContextManager[object] | None,
         on_step: Callable[[], None] = ignore_step,
     ) -> list[RowLoss]:
-        """Return the frozen base's loss on each row, computed once per row and process.
+        """Return the frozen base's loss on each row, computed once per row, thread count and process.
+
+        The thread count decides the last bits, so a rebuild with the recorded count must not get those of another one.
 
         Args:
             lora: Slot over the base to measure; its own weights are not used.
@@ -183,8 +188,10 @@ class GeneralText:
             lock: Lock on the base, held for each forward pass; None where nobody shares the base.
             on_step: Called after each forward pass, without the lock.
         """
-        new = [row for row in dict.fromkeys(rows) if row not in self._base_losses]
+        # Another thread may have set torch's count; the lock sets its own one for each forward pass.
+        threads = lock.threads if isinstance(lock, ComputeTurns) else torch.get_num_threads()
+        new = [row for row in dict.fromkeys(rows) if (threads, row) not in self._base_losses]
         # One row per forward pass: in a batch the last bits would depend on which rows were measured before.
         losses = row_losses(lora, new, pad=self._codec.pad, adapted=False, max_rows=1, lock=lock, on_step=on_step)
-        self._base_losses.update(zip(new, losses, strict=True))
-        return [self._base_losses[row] for row in rows]
+        self._base_losses.update(((threads, row), loss) for row, loss in zip(new, losses, strict=True))
+        return [self._base_losses[threads, row] for row in rows]

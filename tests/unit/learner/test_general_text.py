@@ -1,6 +1,17 @@
 """General texts: found without running any source, each in one split for good."""
 
-from perennial.learner.model.general_text import MIN_TEXT_CHARS, docstrings_of, general_texts, split_of
+from contextlib import nullcontext
+from random import Random
+
+import pytest
+import torch
+
+from perennial.learner.model import general_text
+from perennial.learner.model.general_text import MIN_TEXT_CHARS, GeneralText, docstrings_of, general_texts, split_of
+from perennial.learner.model.loss import RowLoss
+from perennial.learner.model.tokenization import ExampleTokenizer
+from perennial.learner.model.turns import ComputeTurns, FairLock
+from tests import tiny
 
 
 def test_general_texts_are_split_once_and_for_all():
@@ -42,3 +53,24 @@ except ImportError:
         ("m.g", "Guarded text."),
         ("m.g", "Fallback text."),
     ]
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_losses_of_the_base_are_measured_anew_for_another_thread_count(monkeypatch, turns):
+    """A rebuild with the recorded threads got the losses of the worker's own threads, which differ in the last bits."""
+
+    def measured(_, rows, *, lock, **__):
+        with lock or nullcontext():
+            return [RowLoss(float(torch.get_num_threads()), 1) for _ in rows]
+
+    monkeypatch.setattr(general_text, "row_losses", measured)
+    general = GeneralText([], ["a text of some length"], ExampleTokenizer(tiny.base().tokenizer), 64)
+    rows = general.anchors(Random(0), 1)
+    try:
+        for threads in (1, 2, 1):
+            # With turns, torch's count is that of another thread's turn until the lock is taken.
+            torch.set_num_threads(3 - threads if turns else threads)
+            lock = ComputeTurns(FairLock(), threads) if turns else None
+            assert general.base_losses(None, rows, lock) == [RowLoss(float(threads), 1)]
+    finally:
+        torch.set_num_threads(1)
