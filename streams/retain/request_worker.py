@@ -34,7 +34,7 @@ from perennial.streams.retain.ledger import (
 )
 from perennial.streams.retain.request_cache import RequestCache, StoredRequest
 from perennial.streams.retain.request_store import KEEP_MS, RequestStore, hash_of, indexes_of
-from perennial.streams.retain.rules.calendar import OWN_PREFIX, earlier_id_of
+from perennial.streams.retain.rules.calendar import OWN_PREFIX, earlier_ids_of
 from perennial.streams.retain.rules.state_machine import (
     MAX_DETAIL_CHARS,
     Facts,
@@ -217,8 +217,11 @@ class RequestWorker:
         self._looked_at.add(adapter)
 
     def _exists(self, record: RequestRecord) -> bool:
-        ids = (record.request.request_id, earlier_id_of(record.request.request_id))
-        return any(self.cache.get(hash_of(one)) is not None for one in ids if one is not None)
+        request_id = record.request.request_id
+        if self.cache.get(hash_of(request_id)) is not None:
+            return True
+        earlier = (self.cache.get(hash_of(one)) for one in earlier_ids_of(request_id))
+        return any(found is not None and found.record.until_ms == record.until_ms for found in earlier)
 
     def _advance(self, now_ms: int) -> Iterator[Slice]:
         """Go on with open requests, in turn, until the budget of the tick is used up."""

@@ -10,7 +10,7 @@ from typing import Final
 
 import orjson
 
-from perennial.streams.events.models import ForgetRequested, RetentionRequested, Selector
+from perennial.streams.events.models import ExampleAccepted, ForgetRequested, RetentionRequested, Selector
 from perennial.streams.retain.ledger import MAX_IDS, RequestRecord, StoredExample, expires_ms
 from perennial.streams.retain.rules.in_force import InForce
 
@@ -109,7 +109,8 @@ def supersessions(adapter: str, stored: Sequence[StoredExample], now_ms: int) ->
     """Return a request for each learned document that supersedes older stored ones of its own source.
 
     A document never reaches documents of another source: only their owner may take those back. Documents that name no
-    source count as one source.
+    source count as one source. The request id names the publication, too: a redelivery makes the same id, and the same
+    document published again makes another one, because an older text may have returned in between.
 
     Args:
         adapter: The adapter to look at.
@@ -128,8 +129,9 @@ def supersessions(adapter: str, stored: Sequence[StoredExample], now_ms: int) ->
         published_ms = new.origin.timestamp_ms
         keys = (_document_key(document_id, new.source) for document_id in new.supersedes)
         if any(oldest.get(key, published_ms) < published_ms for key in keys):
+            request_id = f"{OWN_PREFIX}supersede:{new.example_id}:{_occurrence_of(new)}"
             request = RetentionRequested(
-                request_id=f"{OWN_PREFIX}supersede:{new.example_id}", kind="supersede", adapter=adapter,
+                request_id=request_id, kind="supersede", adapter=adapter,
                 selector=Selector(document_ids=new.supersedes, sources=[new.source]), superseded_by=new.document_id,
                 requested_by=CALENDAR, reason=f"superseded by {new.document_id}"[:1024],
             )  # fmt: skip
@@ -137,10 +139,23 @@ def supersessions(adapter: str, stored: Sequence[StoredExample], now_ms: int) ->
     return made
 
 
-def earlier_id_of(request_id: str) -> str | None:
-    """Return the id that an earlier release gave the calendar's request; None where it gave none that can be known."""
-    example_id = request_id.removeprefix(f"{OWN_PREFIX}supersede:")
-    return None if example_id == request_id else _OLD_SUPERSEDE_PREFIX + example_id
+def earlier_ids_of(request_id: str) -> tuple[str, ...]:
+    """Return the ids that earlier releases gave the calendar's request; none where they cannot be known.
+
+    These ids name no publication: a request under one of them is the same only if it reaches as far back.
+    """
+    rest = request_id.removeprefix(f"{OWN_PREFIX}supersede:")
+    if rest == request_id:
+        return ()
+    example_id = rest.partition(":")[0]
+    return f"{OWN_PREFIX}supersede:{example_id}", _OLD_SUPERSEDE_PREFIX + example_id
+
+
+def _occurrence_of(example: ExampleAccepted) -> str:
+    """Return a short id of the publication that an example stems from."""
+    origin = example.origin
+    position = [origin.partition_key(), origin.leader_epoch, origin.offset]
+    return sha256(orjson.dumps(position)).hexdigest()[:16]
 
 
 def _document_key(document_id: str, source: str | None) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ import pytest
 from perennial.storage.registry.quarantine import update_quarantine
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.retain.ledger import StoredExample
-from perennial.streams.retain.request_store import KEEP_OWN_MS
+from perennial.streams.retain.request_store import KEEP_OWN_MS, RequestStore
 from perennial.streams.retain.rules.calendar import GROUP_MS, expiries, expiry_request, supersessions
 from perennial.streams.retain.rules.in_force import InForce
 from perennial.streams.retain.rules.replica_report import ReplicaReport, report_of
@@ -55,6 +55,29 @@ def test_case_20_a_document_that_goes_back_to_an_earlier_wording_is_learned(worl
         "quarantined",
         "closed",
     }
+
+
+@pytest.mark.parametrize("earlier", [None, "supersede-", "perennial:supersede:"])
+def test_case_20_a_document_that_is_published_again_supersedes_again(world, earlier):
+    """A, B, A, B: the second B had the request id of the first one, and for 30 days it superseded nothing."""
+    for number, at_ms in enumerate((2000, 5000)):
+        world.now_ms = at_ms
+        old = example(1, at_ms - 900, document_id="price-1", text="A")
+        new = example(2, at_ms - 500, document_id="price-2", text="B", supersedes=["price-1"])
+        origin = new.origin.model_copy(update={"offset": 10 + number})
+        world.stored.clear()  # the owner took B back
+        world.learn(old, new.model_copy(update={"origin": origin}))
+        settled(world)
+        settled(world)
+        assert live(world) == ["price-2: 2"]
+        made = [record for record in world.requests().values() if record.request.kind == "supersede"]
+        assert len(made) == number + 1, "one request for each publication, however often it is looked at"
+        if earlier is not None and not number:  # an earlier release named no publication in the id
+            RequestStore(world.objects).remove(made[0])
+            request = made[0].request.model_copy(update={"request_id": f"{earlier}{2:032x}"})
+            RequestStore(world.objects).save(made[0].model_copy(update={"request": request}), None, None)
+            world.restart()
+            settled(world)
 
 
 @pytest.mark.parametrize("theirs", [None, "wiki"])

@@ -324,7 +324,8 @@ def test_a_document_that_names_what_it_supersedes_needs_no_request(world):
     world.learn(example(11, at_ms=500, document_id="d1"))
     world.step()
     (job,) = world.jobs
-    assert (job.kind, job.until_ms, job.request_id) == ("supersede", 1999, f"perennial:supersede:{9:032x}")
+    assert (job.kind, job.until_ms) == ("supersede", 1999)
+    assert job.request_id.startswith(f"perennial:supersede:{9:032x}:")
     world.work()
     assert [e.example_id for e in world.forgotten] == [f"{11:032x}"]
     world.step()
