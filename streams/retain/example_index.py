@@ -123,7 +123,9 @@ class ExampleIndex:
 
 
 def stored_examples(registry: Registry, adapter: str, history: IndexedHistory) -> list[StoredExample]:
-    """Return the examples of an adapter whose text the store has, oldest first.
+    """Return the examples of an adapter whose text the store has, oldest first. Nothing is written.
+
+    Their text hashes are of no use where the adapter has no text key yet.
 
     Args:
         registry: The registry to read.
@@ -133,7 +135,7 @@ def stored_examples(registry: Registry, adapter: str, history: IndexedHistory) -
     Raises:
         StoreError: The store cannot be read.
     """
-    return list(_Reader(registry, adapter, history).examples().values())
+    return list(_Reader(registry, adapter, history, read_only=True).examples().values())
 
 
 def learned_ids(registry: Registry, adapter: str, history: IndexedHistory, node: IndexedVersion) -> Collection[str]:
@@ -160,12 +162,14 @@ class _Reader:
         adapter: str,
         history: IndexedHistory,
         wanted: Callable[[ExampleRow], bool] | None = None,
+        *,
+        read_only: bool = False,
     ) -> None:
         self._registry = registry
         self._adapter = adapter
         self._history = history
         self._wanted = wanted
-        self._rows = ExampleRows(registry.store, adapter)
+        self._rows = ExampleRows(registry.store, adapter, read_only=read_only)
 
     def examples(self) -> dict[str, StoredExample]:
         """Return the stored examples by id."""

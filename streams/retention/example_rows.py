@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from hashlib import sha256
 from typing import Any
 
@@ -10,6 +11,7 @@ from perennial.storage.registry.history.index import HistoryIndex
 from perennial.storage.registry.history.pages import ExampleRow
 from perennial.storage.registry.quarantine import ensure_text_key
 from perennial.storage.registry.registry import Registry
+from perennial.storage.registry.suppressed_texts import load_text_key
 from perennial.streams.events.models import Batch, ExampleAccepted
 from perennial.streams.retention.quarantine_filter import text_hash
 
@@ -22,16 +24,21 @@ class ExampleRows:
     Args:
         store: The store.
         adapter: The adapter.
+        read_only: Never write to the store: where there is no text key, hash under a random one that is not stored.
+            Then use no hash.
     """
 
-    def __init__(self, store: ObjectStore, adapter: str) -> None:
+    def __init__(self, store: ObjectStore, adapter: str, *, read_only: bool = False) -> None:
         self._store = store
         self._adapter = adapter
+        self._read_only = read_only
         self._key: bytes | None = None
 
     @property
     def key(self) -> bytes:
         """The adapter's text key."""
+        if self._key is None and self._read_only:
+            self._key = load_text_key(self._store, self._adapter) or secrets.token_bytes()
         if self._key is None:
             self._key = ensure_text_key(self._store, self._adapter)
         return self._key
