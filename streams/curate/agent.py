@@ -246,7 +246,7 @@ class CurateAgent:
         Intake does so, too, but its window of duplicates may be shorter than an adapter's recent ids reach.
         """
         example = scored.example
-        refused_ms = self._refused_ms(example.adapter, example.example_id)
+        refused_ms = self._refused_ms(example.adapter, example.example_id, example.origin.timestamp_ms)
         if refused_ms is None or refused_ms > example.origin.timestamp_ms:
             return scored
         return scored.model_copy(update={"example": example.model_copy(update={"returned": True})})

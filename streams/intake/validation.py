@@ -6,7 +6,9 @@ text), even if that occurrence was a duplicate too. So a document that goes back
 window depends on the log alone: whoever passes the records of the last `window` offsets through `Acceptor.accept` again
 gets the same state.
 
-An example that was refused after it had been accepted can be published again as it is: `refused_at` says when.
+An example that was refused after it had been accepted can be published again as it is, at once: `refused_at` says when
+it was refused. A record that is read again after a crash may then be accepted though it was dropped before; curate drops
+it if its example is learned by then. Neither decision changes the window.
 """
 
 from __future__ import annotations
@@ -28,9 +30,9 @@ from perennial.streams.events.models import DocumentObserved, ExampleAccepted, E
 from perennial.streams.events.wire_error import Reason, WireError
 
 SOURCE = "/perennial/intake"
-REFUSED_BEFORE_MS = 30_000
-"""How long before its next publication an example must have been refused. Intake reads late what is refused; with this
-margin a record that is read again after a crash is decided about as before."""
+REFUSED_WRITE_MS = 2_000
+"""How long the list of refused examples may take to show a refusal after the time that it names. A publication that
+was dropped in that time does not make the next one a duplicate."""
 _FIXED_HEADERS: list[tuple[str, bytes]] = [
     ("content-type", b"application/json"),
     ("ce_specversion", b"1.0"),
@@ -106,8 +108,8 @@ class Acceptor:
         origin: The partition.
         window: The number of offsets within which a duplicate is dropped.
         learn_turns: Whether a turn without a correction is learned.
-        refused_at: Returns when an example of an adapter was refused last, in ms since the epoch; None if it was not.
-            It is called for duplicates only.
+        refused_at: Returns when an example of an adapter was refused last, in ms since the epoch, as of the time of
+            the record, in ms since the epoch, or later; None if it was not. It is called for duplicates only.
     """
 
     def __init__(
@@ -196,8 +198,8 @@ class Acceptor:
 
     def _was_refused(self, adapter: str, example_id: str, previous_ms: int, at_ms: int) -> bool:
         """Return whether the example was refused between its previous publication and this one."""
-        refused_ms = None if self._refused_at is None else self._refused_at(adapter, example_id)
-        return refused_ms is not None and previous_ms < refused_ms + REFUSED_BEFORE_MS <= at_ms
+        refused_ms = None if self._refused_at is None else self._refused_at(adapter, example_id, at_ms)
+        return refused_ms is not None and refused_ms <= at_ms and previous_ms < refused_ms + REFUSED_WRITE_MS
 
     def _remember(
         self, offset: int, example_id: str, document: _Document, redrives: int, at_ms: int
@@ -217,7 +219,7 @@ class Acceptor:
         return latest
 
 
-RefusedAt: TypeAlias = Callable[[str, str], int | None]
+RefusedAt: TypeAlias = Callable[[str, str, int], int | None]
 """Returns when an example was refused last, in ms since the epoch, by adapter and example id; None if it was not."""
 _Document: TypeAlias = tuple[str, str, bool]
 """Adapter, document id, and whether the example is learned: signals of an interaction revise no text."""

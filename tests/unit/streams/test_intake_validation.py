@@ -14,7 +14,7 @@ from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, MAX_VAL
 from perennial.streams.events.event_times import MAX_MS
 from perennial.streams.events.models import DocumentObserved, ExampleAccepted, InteractionObserved, Origin
 from perennial.streams.intake.validation import (
-    REFUSED_BEFORE_MS,
+    REFUSED_WRITE_MS,
     Accepted,
     Acceptor,
     Duplicate,
@@ -232,27 +232,35 @@ def test_attack_j_what_was_refused_can_be_published_again_as_it_is():
     """A document that the gate refused, or whose job became a dead letter, is no duplicate of that attempt."""
     refused, asked = {}, []
 
-    def refused_at(adapter, example_id):
-        asked.append((adapter, example_id))
+    def refused_at(adapter, example_id, at_ms):
+        asked.append((adapter, example_id, at_ms))
         return refused.get(example_id)
 
     window = Acceptor(DOCUMENTS, 100, False, refused_at)
     first = example_of(window.accept(document(), None, 0, AT_MS))
     assert asked == []  # only a duplicate is worth a look into the store
     assert isinstance(window.accept(document(), None, 1, AT_MS + 1), Duplicate)
-    assert asked == [("acme", first.example_id)]
+    assert asked == [("acme", first.example_id, AT_MS + 1)]
 
     refused[first.example_id] = AT_MS + 5000
-    late = AT_MS + 5000 + REFUSED_BEFORE_MS
-    assert isinstance(
-        window.accept(document(), None, 2, late - 1), Duplicate
-    )  # the decision must not flip after a crash
-    again = example_of(window.accept(document(), None, 3, late))
+    assert isinstance(window.accept(document(), None, 2, AT_MS + 4999), Duplicate)
+    again = example_of(window.accept(document(), None, 3, AT_MS + 5000 + REFUSED_WRITE_MS))
     assert (again.example_id, again.returned, again.revises) == (first.example_id, True, None)
     # That attempt is under way: only a refusal after it makes the next one worth while.
-    assert isinstance(window.accept(document(), None, 4, late + 1), Duplicate)
-    refused[first.example_id] = late + 5000
-    assert example_of(window.accept(document(), None, 5, late + 5000 + REFUSED_BEFORE_MS)).returned
+    late = AT_MS + 5000 + REFUSED_WRITE_MS + 1
+    assert isinstance(window.accept(document(), None, 4, late), Duplicate)
+    refused[first.example_id] = late + 1
+    assert example_of(window.accept(document(), None, 5, late + 1)).returned
+
+
+def test_case_20_a_document_that_was_just_forgotten_is_no_duplicate():
+    """What expired or was superseded was dropped as a duplicate for another 30 seconds."""
+    refused = {}
+    window = Acceptor(DOCUMENTS, 100, False, lambda _, example_id, __: refused.get(example_id))
+    first = example_of(window.accept(document(), None, 0, AT_MS))
+    assert isinstance(window.accept(document(), None, 1, AT_MS + 50), Duplicate)  # the list does not show it yet
+    refused[first.example_id] = AT_MS + 40
+    assert example_of(window.accept(document(), None, 2, AT_MS + 60)).returned
 
 
 def test_memory_is_bounded_by_the_window():
