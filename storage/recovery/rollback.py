@@ -69,7 +69,7 @@ def version_before(registry: Registry, adapter: str, version: str | None) -> str
     while before is not None:
         manifest = registry.manifest(adapter, before)
         promoted = manifest.outcome == "promoted" and manifest.kind != "quarantine" and before not in collected
-        if promoted and not registry.is_revoked(adapter, manifest.seq):
+        if promoted and not registry.is_contaminated(manifest):
             return before
         before = manifest.head
     raise RollbackError(
@@ -92,8 +92,8 @@ def servable(registry: Registry, adapter: str, version: str) -> tuple[str, Manif
         version, manifest = manifest.parent, registry.manifest(adapter, manifest.parent)
     if manifest.outcome != "promoted" or manifest.kind == "replayed":
         raise RollbackError("not-promoted", "the version was never live", got=f"{version} {manifest.outcome}")
-    if registry.is_revoked(adapter, manifest.seq):
-        raise RollbackError("revoked-version", "the version was revoked", got=version)
+    if registry.is_contaminated(manifest):
+        raise RollbackError("revoked-version", "the version, or the one that it took over, was revoked", got=version)
     if version in load_collected(registry.store, adapter).all:
         raise collected_error(version)
     return version, manifest
@@ -292,6 +292,26 @@ def _take_back(registry: Registry, adapter: str, alias: str, publication: Public
         _carry_out(registry, adapter, alias, version, target, "revoke", f"{job_id} taken back", reason)
         return
     registry.retire(adapter, alias, "the version is revoked", publication.version)
+
+
+def finish_interrupted(registry: Registry, adapter: str, alias: str) -> None:
+    """Take back the newest version where a process took over a state that was revoked meanwhile, and ended before it saw.
+
+    Call it before anything starts from the newest version.
+
+    Args:
+        registry: the adapter's versions.
+        adapter: the adapter.
+        alias: the alias to move.
+
+    Raises:
+        StoreError: the store failed.
+        ConflictError: other writers were first at every attempt.
+    """
+    head = registry.head(adapter)
+    if head is None or head.manifest.kind not in {"rollback", "revoke"} or not registry.is_contaminated(head.manifest):
+        return
+    _take_back(registry, adapter, alias, Publication(head.version, head.manifest, None, False), head.manifest.job_id)
 
 
 def _revoked_meanwhile(version: str) -> RollbackError:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import datetime
 from typing import Final, TypeVar
 
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.records import AliasKind, AliasState, alias_key
 
 ATTEMPTS: Final = 64
 
@@ -50,3 +52,51 @@ def update_object(
     raise ConflictError(
         f"other writers changed {key} at each of {ATTEMPTS} attempts", remedy="run the same command or role again"
     )
+
+
+class AliasWriter:
+    """Replaces aliases in one object store; safe to share among threads.
+
+    Args:
+        store: where the aliases are stored.
+        nonce: returns a string that was never returned before, so that no two states of an alias have equal bytes.
+        now: wall clock.
+    """
+
+    def __init__(self, store: ObjectStore, nonce: Callable[[], str], now: Callable[[], datetime]) -> None:
+        self._store = store
+        self._nonce = nonce
+        self._now = now
+
+    def replace(
+        self, adapter: str, alias: str, state: AliasState | None, version: str, seq: int, kind: AliasKind, reason: str
+    ) -> AliasState | None:
+        """Replace an alias and return it; None if another writer was first.
+
+        Args:
+            adapter: the adapter.
+            alias: the alias.
+            state: the alias as it was read; None if it was not set.
+            version: the version to point at.
+            seq: its sequence number.
+            kind: what the alias is from now on.
+            reason: shown to people.
+        """
+        successor = AliasState(
+            adapter=adapter,
+            alias=alias,
+            generation=state.generation + 1 if state else 1,
+            version=version,
+            seq=seq,
+            kind=kind,
+            previous_version=state.version if state else None,
+            reason=reason,
+            published_at=self._now(),
+            nonce=self._nonce(),
+        )
+        key = alias_key(adapter, alias)
+        try:
+            etag = self._store.compare_and_swap(key, successor.to_bytes(), state.etag if state else None)
+        except ConflictError:
+            return None
+        return successor.model_copy(update={"etag": etag})

@@ -19,6 +19,7 @@ from perennial.storage.failpoints import failpoint as default_failpoint
 from perennial.storage.objects.keys import hex_of
 from perennial.storage.objects.object_store import ObjectStore, get_blob, get_verified, put_blob
 from perennial.storage.objects.safetensors_check import check_safetensors
+from perennial.storage.registry.compare_and_swap import AliasWriter
 from perennial.storage.registry.manifest import MAX_MANIFEST_BYTES, Manifest, update_id
 from perennial.storage.registry.records import (
     MAX_RECORD_BYTES,
@@ -98,7 +99,7 @@ class Registry:
         cached: int = 256,
     ) -> None:
         self.store = store
-        self._nonce = nonce
+        self._aliases = AliasWriter(store, nonce, now)
         self._now = now
         self._failpoint = failpoint
         # Bounded, so that memory stays bounded with any number of adapters. The lock: cachetools is not thread-safe.
@@ -288,7 +289,8 @@ class Registry:
             alias: the alias to move.
 
         Returns:
-            The alias afterwards; None only if it is not set and the version was revoked in the meantime.
+            The alias afterwards; None only if it is not set and the version, or one whose state it took over, was revoked
+            in the meantime.
 
         Raises:
             ConflictError: the version's sequence number belongs to another version, or other writers move the alias
@@ -301,13 +303,14 @@ class Registry:
         for _ in range(_SWAP_ATTEMPTS):
             state = self.alias(manifest.adapter, alias)
             # A late writer must never move the alias back, and a version that was revoked in between must not go live.
-            if (state and state.seq >= manifest.seq) or self.is_revoked(manifest.adapter, manifest.seq):
+            # Revoke first, then move: whoever revokes looks afterwards for versions that took the state over, and moves
+            # the alias past them. So a revocation after this look makes the compare-and-swap fail, or is followed by one.
+            if (state and state.seq >= manifest.seq) or self.is_contaminated(manifest):
                 return state
-            successor = self._successor(
+            written = self._aliases.replace(
                 manifest.adapter, alias, state, version, manifest.seq,
                 _ALIAS_KINDS.get(manifest.kind, "promoted"), manifest.reason,
             )  # fmt: skip
-            written = self._write_alias(successor, state)
             if written:
                 return written
         raise _contended(manifest.adapter, alias)
@@ -329,8 +332,7 @@ class Registry:
             state = self.alias(adapter, alias)
             if state is None or state.kind == "retired" or state.version != version:
                 return state
-            successor = self._successor(adapter, alias, state, state.version, state.seq, "retired", reason)
-            written = self._write_alias(successor, state)
+            written = self._aliases.replace(adapter, alias, state, state.version, state.seq, "retired", reason)
             if written:
                 return written
         raise _contended(adapter, alias)
@@ -342,7 +344,7 @@ class Registry:
         seq, version = (head.seq, head.version) if head else (0, "")
         while seq > (state.seq if state else 0):
             manifest = self.manifest(adapter, version)
-            if manifest.outcome == "promoted" and not self.is_revoked(adapter, seq):
+            if manifest.outcome == "promoted" and not self.is_contaminated(manifest):
                 return self.swap_alias(manifest, version, alias)
             seq, version = seq - 1, manifest.head or ""
         return state
@@ -370,6 +372,25 @@ class Registry:
     def is_revoked(self, adapter: str, seq: int) -> bool:
         """Return whether the version with that sequence number was revoked."""
         return self.store.exists(revocation_key(adapter, seq))
+
+    def is_contaminated(self, manifest: Manifest) -> bool:
+        """Return whether a version must not be served: it was revoked, or took over the state of one that was.
+
+        A process may take over a state while that is forgotten, and end before it can see the revocation. Nobody then
+        revokes its version, so the versions whose state was taken over are looked at.
+
+        Args:
+            manifest: the version's manifest.
+        """
+        if self.is_revoked(manifest.adapter, manifest.seq):
+            return True
+        while manifest.kind in _ALIAS_KINDS and manifest.parent is not None:
+            version, manifest = manifest.parent, self.manifest(manifest.adapter, manifest.parent)
+            if manifest.kind == "replayed":  # has no sequence number, and so no revocation
+                return False
+            if self.is_revoked(manifest.adapter, manifest.seq) and self._is_version(manifest, version):
+                return True
+        return False
 
     # ---- steps of a publish
 
@@ -453,38 +474,6 @@ class Registry:
             if self._exists(adapter, known + step):
                 known += step
         return known
-
-    def _successor(
-        self,
-        adapter: str,
-        alias: str,
-        state: AliasState | None,
-        version: str,
-        seq: int,
-        kind: AliasKind,
-        reason: str,
-    ) -> AliasState:
-        return AliasState(
-            adapter=adapter,
-            alias=alias,
-            generation=state.generation + 1 if state else 1,
-            version=version,
-            seq=seq,
-            kind=kind,
-            previous_version=state.version if state else None,
-            reason=reason,
-            published_at=self._now(),
-            nonce=self._nonce(),
-        )
-
-    def _write_alias(self, successor: AliasState, state: AliasState | None) -> AliasState | None:
-        """Replace the alias; None if another writer was first."""
-        key = alias_key(successor.adapter, successor.alias)
-        try:
-            etag = self.store.compare_and_swap(key, successor.to_bytes(), state.etag if state else None)
-        except ConflictError:
-            return None
-        return successor.model_copy(update={"etag": etag})
 
 
 def _stale(manifest: Manifest, found: str) -> ConflictError:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from perennial.learner.forgetting.executor import ForgetExecutor
+from perennial.learner.versions.history import load_history
 from perennial.learner.versions.job_result import JobError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
@@ -171,3 +173,55 @@ def test_a_rollback_at_once_does_not_take_over_what_is_forgotten_meanwhile(store
     assert head.manifest.weights == learner.registry.manifest(ADAPTER, clean.version).weights
     after = learner.update(job(store, 3, 6, 7), "live").manifest
     assert after.outcome == "promoted"
+
+
+@pytest.mark.parametrize("ends", ["publish.claim_update", "publish.claim_seq", "publish.alias"])
+@pytest.mark.parametrize("killed", ["publish.claim_seq", "publish.alias", None])
+def test_a_rollback_that_is_killed_beside_an_erasure_leaves_nothing_contaminated(
+    store: DirectoryStore, ends: str, killed: str | None
+) -> None:
+    """A rollback that ended within milliseconds of an erasure left a version with the erased example as the newest."""
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(3)]
+    erasure = erasure_of(3)
+
+    def cut_off(name: str) -> None:
+        if name == "learner.forget_published":
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        ForgetExecutor(learner, learner.now, cut_off).forget(erasure, "live")
+
+    def step(name: str) -> None:
+        if name == ends and not moved:
+            moved.append(ForgetExecutor(learner, learner.now, lambda _: None).forget(erasure, "live"))
+        if name == killed:
+            raise InterruptedError
+
+    moved: list[object] = []
+    operator = Registry(store, nonce=lambda: "operator", now=learner.now, failpoint=step)
+    with suppress(InterruptedError, RollbackError):
+        roll_back(operator, ADAPTER, "live", made[1].digest(), "r1", "worse")
+    erased = {manifest.weights for manifest in made[1:]}
+
+    def weights_live() -> object:
+        return learner.registry.manifest(ADAPTER, learner.registry.alias(ADAPTER).version).weights
+
+    assert not moved or weights_live() not in erased
+    learner.registry.converge(ADAPTER)
+    assert not moved or weights_live() not in erased
+    if not moved:  # the process ended first
+        ForgetExecutor(learner, learner.now, lambda _: None).forget(erasure, "live")
+    learner.update(job(store, 3, 6, 7), "live")
+    assert weights_live() not in erased
+    history = load_history(learner.registry, ADAPTER)
+    assert not history.descendants({made[1].digest()}) & set(trail_of(learner.registry))
+
+
+def trail_of(registry: Registry) -> list[str]:
+    """Return the newest version and those that its state stems from."""
+    version, trail = registry.head(ADAPTER).version, []
+    while version is not None:
+        trail.append(version)
+        version = registry.manifest(ADAPTER, version).state_parent
+    return trail
