@@ -199,8 +199,8 @@ class UpdateRebuilder:
             update={
                 "outcome": "unchanged", "reason": "nothing-to-learn", "code": self._writer.code,
                 "batch": None if removed else recorded.batch, "learned": [], "skipped": skipped,
-                **refs.manifest_fields(), "gate": GateFigures(), "tokens": 0, "published_from_ms": None,
-                "published_to_ms": None,
+                **refs.manifest_fields(), "gate": GateFigures(), "probes": {}, "tokens": 0,
+                "published_from_ms": None, "published_to_ms": None,
             }
         )  # fmt: skip
         self._store_step(job, key, step, None, manifest, blobs)
@@ -299,7 +299,8 @@ class UpdateRebuilder:
             update={
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
                 "learned": [self._writer.learned_example(example, updater) for example in learned],
-                "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "tokens": result.tokens,
+                "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "probes": result.probes,
+                "tokens": result.tokens,
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),
             }
         )  # fmt: skip

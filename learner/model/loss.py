@@ -78,6 +78,24 @@ def token_losses(model: Any, rows: Sequence[TokenRow], device: torch.device, pad
     return cross_entropy(logits.float(), labels, reduction="none")
 
 
+def next_token_logits(model: Any, ids: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Return the logits of the token that follows a row.
+
+    Args:
+        model: Causal language model, with the wanted slot selected or disabled.
+        ids: T token ids, at least one.
+        device: Device of the model.
+
+    Returns:
+        Tensor (V,) on the device.
+    """
+    row = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
+    if _head_is_plain(model):
+        hidden = model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1]  # (1, D)
+        return model.get_output_embeddings()(hidden)[0]  # type: ignore[no-any-return]
+    return model(input_ids=row, use_cache=False).logits[0, -1]  # type: ignore[no-any-return]
+
+
 def _head_is_plain(model: Any) -> bool:
     """Return True if the logits are the output embedding of the last hidden state.
 

@@ -20,6 +20,7 @@ from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
 from perennial.learner.model.loss import ignore_step, mean_nats, row_token_losses
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
+from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.replay_buffer import (
     BatchComposition,
     ReplayEntry,
@@ -32,7 +33,9 @@ from perennial.learner.training.replay_buffer import (
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import TrainConfig, TrainResult, train
 from perennial.storage.registry.gate_figures import HELD_OUT, SEEN, GateFigures
+from perennial.storage.registry.manifest import Probes
 from perennial.streams.events.models import ExampleAccepted
+from perennial.streams.probe_texts import PROBE_TEXTS
 from perennial.streams.settings import Settings
 
 CLOSING_STEPS = 1
@@ -104,6 +107,7 @@ class UpdateResult:
         state: State to train the next update from; the parent's state where the gate refused.
         gate: What the gate measured.
         tokens: Number of trained tokens over all steps, also where the gate refused.
+        probes: What the state predicts after the probe texts; empty where the gate refused.
     """
 
     outcome: Literal["promoted", "refused"]
@@ -111,6 +115,7 @@ class UpdateResult:
     state: TrainingState
     gate: GateFigures
     tokens: int
+    probes: Probes = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,7 +262,8 @@ class Updater:
         learned = (ReplayEntry(example.example_id, batch) for example in examples)
         index = update_replay_index(parent.replay_index, learned, self.recipe.replay_size, self.recipe.seed)
         state = TrainingState(trial.trained.weights, trial.trained.optimizer, index)
-        return UpdateResult("promoted", "ok", state, figures, trial.tokens)
+        probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
+        return UpdateResult("promoted", "ok", state, figures, trial.tokens, probes)
 
     # ---- before training
 

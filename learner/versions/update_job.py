@@ -329,6 +329,7 @@ class UpdateExecutor:
             marks=marks,
             epochs=epochs,
             gate=result.gate if result else GateFigures(),
+            probes=result.probes if result else {},
             tokens=result.tokens if result else 0,
             rank=recipe.rank,
             published_from_ms=min(times, default=None),

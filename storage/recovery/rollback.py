@@ -146,7 +146,8 @@ def carried_manifest(
             "parent": parent, "head": head.version, "job_id": job_id, "code": code, "threads": threads,
             "update_id": update_id(source.adapter, parent, marks, config, epochs), "batch": None, "cut": None,
             "next_cut": head.manifest.next_cut, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
-            "gate": source.gate if served else GateFigures(), "marks": marks, "epochs": epochs, **state,
+            "gate": source.gate if served else GateFigures(),
+            "probes": source.probes if served else {}, "marks": marks, "epochs": epochs, **state,
             "published_from_ms": None, "published_to_ms": None,
         }
     )  # fmt: skip

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
-from perennial.storage.registry.scalars import Int64, Scalar, Text
+from perennial.storage.registry.scalars import Int64, Number, Scalar, Text
 
 MAX_MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
@@ -105,6 +105,10 @@ class SkippedExample(_Part):
         return self.partition, self.epoch, self.offset
 
 
+Probes = dict[str, dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Number]]
+"""By name of a probe text: the most probable next token ids after it, with their log-probabilities in nats."""
+
+
 class Manifest(_Part):
     """One version of an adapter.
 
@@ -146,6 +150,8 @@ class Manifest(_Part):
         rank: LoRA rank.
         published_from_ms: earliest Kafka timestamp of a learned example, ms since 1970.
         published_to_ms: latest such timestamp.
+        probes: what the version predicts after the texts of `streams.probe_texts`; empty in versions of releases that
+            did not record it, and where nothing is served.
     """
 
     schema_version: Literal[1] = 1
@@ -181,6 +187,7 @@ class Manifest(_Part):
     rank: Annotated[int, Field(ge=1, le=65_536)]
     published_from_ms: Int64 | None = None
     published_to_ms: Int64 | None = None
+    probes: Probes = {}
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -249,7 +256,7 @@ class Manifest(_Part):
             raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
-_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None}
+_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None, "probes": {}}
 """Fields of a manifest that were added after the first release, with their defaults."""
 
 
