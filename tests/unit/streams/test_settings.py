@@ -9,9 +9,9 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from perennial.storage.objects.s3_settings import S3Settings
-from perennial.streams import settings as module
 from perennial.streams.paths import cache_dir
 from perennial.streams.settings import Settings, SettingsError, all_fields, load_settings
+from perennial.streams.settings.model_groups import TrainingSettings
 
 SECRET = "a-secret-of-s3"
 
@@ -188,7 +188,7 @@ def test_settings_cannot_be_changed_in_place():
     with pytest.raises(ValidationError):
         settings.training.rank = 3
     with pytest.raises(ValidationError):
-        settings.training = module.TrainingSettings()
+        settings.training = TrainingSettings()
 
 
 def test_every_setting_is_described():
