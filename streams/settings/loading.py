@@ -42,6 +42,7 @@ from perennial.streams.settings.groups import (
     StoreSettings,
 )
 from perennial.streams.settings.model_groups import GateSettings, ModelSettings, TrainingSettings
+from perennial.streams.settings.resolver_group import ResolverSettings
 
 
 class Settings(BaseModel):
@@ -68,6 +69,7 @@ class Settings(BaseModel):
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     gate: GateSettings = Field(default_factory=GateSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
+    resolver: ResolverSettings = Field(default_factory=ResolverSettings)
     observe: ObserveSettings = Field(default_factory=ObserveSettings)
     devstack: DevstackSettings = Field(default_factory=DevstackSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)

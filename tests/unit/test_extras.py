@@ -22,6 +22,8 @@ ROOT = Path(perennial.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 TRANSITIVE = {"aiokafka": "faust-streaming", "mode": "faust-streaming", "urllib3": "minio"}
 """Modules that a dependency's own interface makes us import."""
+HOSTS = {"vllm"}
+"""Programs that load a plugin of ours. They are there before it, and no extra may choose their build."""
 
 HIDE = """
 import sys
@@ -140,7 +142,7 @@ def test_what_the_package_imports_is_declared_where_it_is_needed():
     extra_names = {extra: distributions(PROJECT["optional-dependencies"][extra]) for extra in ("worker", "devstack")}
     of_module = packages_distributions()
     for module, path in imported():
-        if module == "perennial" or module in sys.stdlib_module_names:
+        if module == "perennial" or module in HOSTS or module in sys.stdlib_module_names:
             continue
         names = {TRANSITIVE.get(module, name).lower().replace("_", "-") for name in of_module[module]}
         extra = next((extra for extra in extra_names if module in EXTRAS[extra]), None)
@@ -155,6 +157,11 @@ def test_a_plain_install_is_small_and_all_is_both_extras():
     assert not distributions(PROJECT["dependencies"]) & heavy
     assert PROJECT["optional-dependencies"]["all"] == ["perennial-lm[devstack,worker]"]
     assert set(EXTRAS) == set(PROJECT["optional-dependencies"])
+
+
+def test_the_extra_of_the_plugin_installs_nothing_into_a_server_that_is_set_up():
+    assert PROJECT["optional-dependencies"]["vllm"] == []
+    assert EXTRAS["vllm"] == ()
 
 
 def test_all_extras_are_installed_where_the_tests_run():

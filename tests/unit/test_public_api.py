@@ -82,7 +82,7 @@ Receipt.done -> bool
 Receipt.result(self, timeout_s: float = 30.0) -> Delivery
 RetentionRequested(*, request_id, kind, adapter, selector=..., superseded_by=..., half_life=..., time_to_live=..., assurance=..., requested_by, reason=..., due_at=..., emergency=...) -> None
 RetentionRequested.key(self) -> str
-Settings(*, kafka=..., store=..., intake=..., curate=..., retain=..., model=..., training=..., gate=..., serving=..., observe=..., devstack=..., security=..., s3=...) -> None
+Settings(*, kafka=..., store=..., intake=..., curate=..., retain=..., model=..., training=..., gate=..., serving=..., resolver=..., observe=..., devstack=..., security=..., s3=...) -> None
 Settings.environment(self) -> dict[str, str]
 Settings.replace(self, **values: Any) -> Self
 Subscriber(adapter: str, backend: Backend, *, kafka: str | None = None, store: str | ObjectStore | None = None, settings: Settings | None = None, alias: str | None = None, replica: str | None = None, metrics: Metrics | None = None, on_activate: OnActivate | None = None, drain_s: float = 2.0, clock: Callable[[], float] = ..., now: Callable[[], datetime] = ...) -> None

@@ -1,0 +1,42 @@
+"""Read the model names of requests to vLLM: `acme/support`, `acme/support#canary`, `acme/support@<version>`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_SEGMENT = r"[a-z0-9][a-z0-9._-]*"
+_NAME = re.compile(
+    rf"(?P<adapter>{_SEGMENT}(?:/{_SEGMENT}){{0,3}})(?:#(?P<alias>{_SEGMENT}))?(?:@(?:sha256:)?(?P<hex>[0-9a-f]{{64}}))?"
+)
+_MAX_ADAPTER_CHARS, _MAX_ALIAS_CHARS = 200, 64
+_MAX_NAME_CHARS = _MAX_ADAPTER_CHARS + _MAX_ALIAS_CHARS + 80
+
+
+@dataclass(frozen=True)
+class RequestedName:
+    """The model name of a request, in its parts.
+
+    Attributes:
+        adapter: Name of the adapter.
+        alias: The alias that the name follows, or None if the name has none.
+        version: Digest of the manifest of the one version that the name stands for, or None if it follows an alias.
+    """
+
+    adapter: str
+    alias: str | None
+    version: str | None
+
+
+def parse_requested_name(name: str) -> RequestedName | None:
+    """Return the parts of a request's model name. None if it cannot name an adapter.
+
+    The grammar is that of the registry, so no name that is accepted can leave a folder or a prefix of keys.
+    """
+    match = _NAME.fullmatch(name) if len(name) <= _MAX_NAME_CHARS else None
+    if match is None:
+        return None
+    adapter, alias, version = match["adapter"], match["alias"], match["hex"]
+    if len(adapter) > _MAX_ADAPTER_CHARS or len(alias or "") > _MAX_ALIAS_CHARS:
+        return None
+    return RequestedName(adapter, alias, f"sha256:{version}" if version else None)

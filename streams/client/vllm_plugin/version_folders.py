@@ -1,0 +1,305 @@
+"""Lay versions of the object store down as PEFT folders that vLLM can load. Blocking; for threads.
+
+vLLM reads a folder again, without asking, whenever it has dropped the adapter from its own cache. A folder that it
+cannot read then ends the engine. So each process has a folder of its own, in which nothing is deleted but by itself, and
+a folder under a version's name never holds anything else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import os
+import secrets
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cachetools import TTLCache
+
+from perennial.storage.errors import IntegrityError, NotFoundError
+from perennial.storage.objects.finite_weights import check_finite
+from perennial.storage.objects.keys import digest_of
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.records import MAX_RECORD_BYTES, Claim, parse_record, version_key
+from perennial.storage.registry.registry import Registry
+from perennial.streams.client.backend import BackendError, UnfitVersionError
+from perennial.streams.client.directory_backend import DirectoryBackend
+from perennial.streams.client.version_source import VersionSource
+from perennial.streams.client.vllm_plugin.requested_names import RequestedName
+
+_UNFIT_S = 60.0
+"""How long a damaged or unfit version is refused without reading its weights again."""
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class FoundVersion:
+    """A version that a name stands for, and that may be served.
+
+    Attributes:
+        version: Digest of its manifest, `sha256:<64 hex>`.
+        manifest: Its manifest.
+        alias: The alias that names it. None if the name has a version.
+        published_s: When the alias was pointed at it, in seconds since 1970. None if the name has a version.
+    """
+
+    version: str
+    manifest: Manifest
+    alias: str | None
+    published_s: float | None
+
+    @property
+    def name(self) -> str:
+        """`<adapter>@<64 hex>`, the name of its folder."""
+        return f"{self.manifest.adapter}@{self.version.removeprefix('sha256:')}"
+
+    @property
+    def served_name(self) -> str:
+        """`<adapter>#<alias>@<64 hex>`, or without the alias; the name that replies show."""
+        alias = f"#{self.alias}" if self.alias else ""
+        return f"{self.manifest.adapter}{alias}@{self.version.removeprefix('sha256:')}"
+
+
+class VersionFolders:
+    """The versions that a vLLM server has loaded by name, as folders. Thread-safe.
+
+    Args:
+        open_registry: Opens the registry, at the first request for it.
+        root: Folder in which each process makes a folder of its own. Folders of processes that ended are deleted.
+        alias: The alias that a name without one follows.
+        served_base: Digest or name of the base that the server has. Empty: the name that vLLM gives.
+        max_bytes: Most bytes of weights in this process's folder.
+    """
+
+    def __init__(
+        self, open_registry: Callable[[], Registry], root: Path, *, alias: str, served_base: str, max_bytes: int
+    ) -> None:
+        self._open_registry = open_registry
+        self._root = root
+        self._alias = alias
+        self._served_base = served_base
+        self._max_bytes = max_bytes
+        self._registry: Registry | None = None
+        self._backend: DirectoryBackend | None = None
+        self._bytes: dict[str, int] = {}
+        self._unfit: TTLCache[str, Exception] = TTLCache(1024, _UNFIT_S)
+        self._lock = threading.Lock()
+        self._writing = threading.Lock()
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of weights in the folders."""
+        with self._lock:
+            return sum(self._bytes.values())
+
+    def find(self, name: RequestedName, served_model: str) -> FoundVersion | None:
+        """Return the version that a name stands for now. None if there is none, or if the adapter is retired.
+
+        Args:
+            name: The name.
+            served_model: Name of the model that the server has, as vLLM gives it.
+
+        Raises:
+            StoreError: The store does not answer, or the alias or the manifest is damaged.
+            UnfitVersionError: The version is revoked, was never promoted, or belongs to another base.
+        """
+        registry = self._opened()
+        version, alias, published_s = name.version, None, None
+        # An alias next to a version must exist too: otherwise one version would have any number of names.
+        if version is None or name.alias:
+            alias = name.alias or self._alias
+            state = registry.alias(name.adapter, alias)
+            if state is None or state.kind == "retired":
+                return None
+            if version is None:
+                version, published_s = state.version, state.published_at.timestamp()
+        if name.version is not None:
+            alias = None
+            if not self._is_promoted(registry, name.adapter, version):
+                return None
+        digest = self._served_base if self._served_base.startswith("sha256:") else None
+        manifest = VersionSource(registry, name.adapter).manifest(version, digest)
+        expected = self._served_base or served_model
+        if digest is None and manifest.base_model != expected:
+            raise UnfitVersionError(
+                f"{version} of {name.adapter} belongs to another base than the server has", got=manifest.base_model,
+                allowed=expected,
+                remedy=f"if it is the same model, set PERENNIAL_SERVED_BASE={manifest.base_sha256} for the server",
+            )  # fmt: skip
+        return FoundVersion(version, manifest, alias, published_s)
+
+    def _is_promoted(self, registry: Registry, adapter: str, version: str) -> bool:
+        """Return whether there is such a version. Raise UnfitVersionError where it must not be served."""
+        try:
+            manifest = registry.manifest(adapter, version)
+            claim = parse_record(
+                Claim, version_key(adapter, manifest.seq),
+                registry.store.get(version_key(adapter, manifest.seq), MAX_RECORD_BYTES).data,
+            )  # fmt: skip
+        except NotFoundError:
+            return False
+        if claim.version != version:  # a rebuilt update, or a publish that was interrupted
+            return False
+        remedy = f"ask for the version that is live: {adapter}"
+        if registry.is_revoked(adapter, manifest.seq):
+            raise UnfitVersionError(f"{version} of {adapter} is revoked", allowed="other versions", remedy=remedy)
+        if manifest.outcome != "promoted":
+            raise UnfitVersionError(
+                f"{version} of {adapter} was never promoted", got=manifest.outcome, allowed="promoted", remedy=remedy
+            )
+        return True
+
+    def is_revoked(self, found: FoundVersion) -> bool:
+        """Return whether a version was revoked.
+
+        Raises:
+            StoreError: The store does not answer.
+        """
+        return self._opened().is_revoked(found.manifest.adapter, found.manifest.seq)
+
+    def prepare(self, found: FoundVersion, served_model: str) -> Path:
+        """Return the folder of a version. Fetch, check and write the version first, if there is no folder yet.
+
+        Manifests carry no signature yet. A check of it belongs here, before the weights are fetched.
+
+        Args:
+            found: The version.
+            served_model: Name of the model that the server has, for `adapter_config.json`.
+
+        Raises:
+            StoreError: The store does not answer, or lacks the weights.
+            IntegrityError: The weights are not those that the manifest names, or hold NaN or infinite numbers.
+            UnfitVersionError: The version cannot be written as a PEFT adapter.
+            BackendError: There is no room under `max_bytes`.
+            OSError: The folder cannot be written.
+        """
+        with self._lock:
+            unfit = self._unfit.get(found.version)
+        if unfit is not None:
+            raise unfit.with_traceback(None)
+        is_new = self._reserve(found)
+        try:
+            weights = self._weights(found)
+            with self._writing:
+                backend = self._opened_backend(served_model)
+                backend.load(found.name, weights, found.manifest)
+                with self._lock:  # another thread that failed may have taken the count back
+                    self._bytes[found.name] = len(weights)
+        except BaseException as error:
+            with self._lock:
+                if is_new:
+                    self._bytes.pop(found.name, None)
+                if isinstance(error, IntegrityError | UnfitVersionError):
+                    self._unfit[found.version] = error
+            raise
+        return backend.path / found.manifest.adapter / f"@{found.name[-64:]}"
+
+    def held(self) -> list[str]:
+        """Return the names, `<adapter>@<64 hex>`, of the versions that have a folder or are being fetched."""
+        with self._lock:
+            return list(self._bytes)
+
+    def remove(self, name: str) -> None:
+        """Delete the folder of a version that vLLM does not know any more.
+
+        Args:
+            name: `<adapter>@<64 hex>`.
+
+        Raises:
+            OSError: The folder cannot be deleted.
+        """
+        with self._writing:
+            if self._backend is not None:
+                self._backend.unload(name)
+            with self._lock:
+                self._bytes.pop(name, None)
+
+    def delete_leftovers(self) -> None:
+        """Delete the folders of processes that ended without doing so.
+
+        Raises:
+            OSError: The root cannot be read or made.
+        """
+        self._root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        for lock in self._root.glob(f"*{_LOCK}"):
+            try:
+                file = lock.open("rb")
+            except OSError:  # another process deletes it at the same time
+                continue
+            with file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    continue
+                shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+                lock.unlink(missing_ok=True)
+
+    def _opened(self) -> Registry:
+        with self._lock:
+            if self._registry is None:
+                self._registry = self._open_registry()
+            return self._registry
+
+    def _opened_backend(self, served_model: str) -> DirectoryBackend:
+        """Return the backend that writes into this process's folder; make the folder at the first call."""
+        if self._backend is None:
+            self.delete_leftovers()
+            own = self._root / f"{os.getpid()}-{secrets.token_hex(8)}"
+            _locked(own.with_name(f"{own.name}{_LOCK}"))
+            atexit.register(shutil.rmtree, own, ignore_errors=True)
+            own.mkdir(mode=0o700)
+            self._backend = DirectoryBackend(own, base_model_name=served_model)
+        return self._backend
+
+    def _reserve(self, found: FoundVersion) -> bool:
+        """Count the bytes of a version; return False if they are counted already."""
+        size_bytes = found.manifest.weights.size_bytes
+        with self._lock:
+            if found.name in self._bytes:
+                return False
+            total_bytes = sum(self._bytes.values()) + size_bytes
+            if total_bytes > self._max_bytes:
+                raise BackendError(
+                    "no room for another version in the folder of this server", got=f"{total_bytes} bytes",
+                    allowed=f"{self._max_bytes} bytes",
+                    remedy="raise PERENNIAL_RESOLVER_MAX_GIB, or set VLLM_PLUGINS=perennial so that versions which are "
+                    "not used are deleted",
+                )  # fmt: skip
+            self._bytes[found.name] = size_bytes
+            return True
+
+    def _weights(self, found: FoundVersion) -> bytes:
+        """Return the checked weights, from the folder if it has them already."""
+        source = VersionSource(self._opened(), found.manifest.adapter)
+        backend = self._backend
+        if backend is not None:
+            file = backend.path / found.manifest.adapter / f"@{found.name[-64:]}" / "adapter_model.safetensors"
+            try:
+                held = file.read_bytes()
+            except FileNotFoundError:
+                held = b""
+            if digest_of(held) == found.manifest.weights.digest:
+                return held
+        weights = source.fetch(found.manifest)
+        source.verify(found.manifest, weights)
+        check_finite(weights)
+        return weights
+
+
+def _locked(path: Path) -> int:
+    """Return the descriptor of a new lock file, locked until the process ends.
+
+    Another process may take a lock file that is not locked yet for one of a process that ended, and delete it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
