@@ -20,7 +20,7 @@ MODULES = (
     "perennial.streams.observe.metrics",
     "perennial.storage.objects.object_store",
     "perennial.storage.objects.keys",
-    "perennial.streams.settings",
+    "perennial.streams.settings.loading",
 )
 
 
