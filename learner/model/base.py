@@ -6,18 +6,14 @@ base of that digest.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -27,36 +23,19 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging as transformers_logging
 
-from perennial.storage.errors import PerennialError
-
-SHIPPED_NAME = "shipped"
-SHIPPED_FOLDER = Path(__file__).parent / "shipped" / "base-v1"
-WEIGHTS_FILE = "model.safetensors"
-WEIGHTS_INDEX_FILE = "model.safetensors.index.json"
-# What decides how a text becomes ids and ids become logits. generation_config.json is left out: it holds
-# sampling defaults, which a user may change without making another base.
-IDENTITY_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
+from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.quiet import quiet_transformers
+from perennial.learner.bases.sources import (
+    IDENTITY_FILES,
+    SHIPPED_NAME,
+    WEIGHTS_FILE,
+    WEIGHTS_INDEX_FILE,
+    folder_of,
 )
+
 # A model without a position table (recurrent, ALiBi) states no limit; rows are cut to this then.
 FALLBACK_POSITIONS = 2048
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w.-]+)?")
-
-
-class BaseModelError(PerennialError):
-    """The base model cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +45,7 @@ class Base:
     Attributes:
         model: Causal language model, frozen and in evaluation mode.
         tokenizer: The model's own tokenizer.
-        name: Name that it was loaded by: `shipped`, a folder or a hub id.
+        name: Name that it was loaded by; see `load_base`.
         digest: `sha256:<hex>` over weights, config and tokenizer files; see `digest_of_folder`.
         device: Device that the model computes on.
         dtype: Number format of the weights: bf16 on CUDA, fp32 on the CPU.
@@ -89,7 +68,8 @@ def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | Non
     also set to use deterministic algorithms only.
 
     Args:
-        name: `shipped`, a folder, or a hub id (`owner/model`, `owner/model@revision`). A hub id is downloaded once.
+        name: `shipped`, a name of `perennial base ls`, a `.gguf` file, a folder, or a hub id (`owner/model`,
+            `owner/model@revision`). A file is converted once, and a hub id downloaded once.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         threads: CPU threads of the process, 1 or more; None leaves the setting as it is.
 
@@ -104,9 +84,9 @@ def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | Non
     if torch_device.type == "cpu":
         torch.use_deterministic_algorithms(True)
     dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
-    folder = _resolve(name)
+    folder = folder_of(name)
     digest = digest_of_folder(folder)
-    with _quiet_transformers():
+    with quiet_transformers():
         model, tokenizer = _load(folder, dtype)
     model.requires_grad_(False).eval().to(torch_device)
     _check_tokenizer(model, tokenizer, folder)
@@ -150,35 +130,6 @@ def _weight_files(folder: Path) -> list[Path]:
     return [index, *(folder / shard for shard in shards)]
 
 
-def _resolve(name: str) -> Path:
-    """Return the local folder of a model name. A hub id's identity files are downloaded where they are not cached."""
-    if name == SHIPPED_NAME:
-        return SHIPPED_FOLDER
-    folder = Path(name).expanduser()
-    if name and folder.is_dir():  # an empty name would be the current folder
-        return folder
-    choices = f"`{SHIPPED_NAME}`, an existing folder, or a hub id such as owner/model"
-    if not HUB_ID.fullmatch(name):
-        raise BaseModelError(
-            "No such model folder",
-            got=name,
-            allowed=choices,
-            remedy=f"correct the folder, or set `{SHIPPED_NAME}` for the model that is installed with this package",
-        )
-    repository, _, revision = name.partition("@")
-    wanted = [WEIGHTS_FILE, WEIGHTS_INDEX_FILE, "model-*-of-*.safetensors", "generation_config.json", *IDENTITY_FILES]
-    try:
-        with _quiet_transformers():
-            return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise BaseModelError(
-            "Neither a folder nor a model that the hub provides",
-            got=name,
-            allowed=choices,
-            remedy=f"correct the name, log in if it is gated, or set `{SHIPPED_NAME}` ({type(error).__name__})",
-        ) from error
-
-
 def _pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -195,20 +146,6 @@ def _pick_device(device: str) -> torch.device:
             remedy="set the device to auto or cpu",
         )
     return torch_device
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Suppress progress bars and advice inside the block, and restore the caller's settings after it."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def _load(folder: Path, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -12,7 +12,10 @@ from perennial.streams.settings.groups import PositiveFloat, PositiveInt, Settin
 class ModelSettings(SettingsGroup):
     """The base model and where it runs."""
 
-    base: str = Field("shipped", description="base model: `shipped`, a folder, or an id on the Hugging Face hub")
+    base: str = Field(
+        "shipped",
+        description="base model: `shipped`, `smollm2`, a folder, a .gguf file, or an id on the Hugging Face hub",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device of the model; auto: a CUDA GPU if there is one"
     )

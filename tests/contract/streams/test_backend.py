@@ -238,7 +238,7 @@ def test_the_folder_is_one_that_peft_reads(tmp_path: Path, base: Any):
     from peft import PeftConfig, PeftModel
     from transformers import AutoModelForCausalLM
 
-    from perennial.learner.model.base import SHIPPED_FOLDER
+    from perennial.learner.bases.sources import SHIPPED_FOLDER
 
     name, weights, manifest = versions_of(tmp_path, lora_weights(base, 1), base.digest, RANK)[0]
     backend = DirectoryBackend(tmp_path / "served")

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
-from perennial.learner.model.base import SHIPPED_FOLDER, Base, BaseModelError, digest_of_folder, load_base
+from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.sources import SHIPPED_FOLDER
+from perennial.learner.model.base import Base, digest_of_folder, load_base
 from perennial.learner.model.general_text import general_texts
 from tools.pretrain_base import heldout_loss, lr_factor
 from tools.pretrain_corpus import SPECIAL_TOKENS, answer_row

@@ -232,7 +232,7 @@ def test_the_tokens_that_a_tokenizer_puts_around_a_text_are_known() -> None:
 def shipped() -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    from perennial.learner.model.base import SHIPPED_FOLDER
+    from perennial.learner.bases.sources import SHIPPED_FOLDER
 
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(SHIPPED_FOLDER)
     return tokenizer

@@ -1,0 +1,1 @@
+"""Where a base comes from: the names of bases, GGUF files and their conversion, and presets by size."""
