@@ -13,6 +13,8 @@ from pydantic.fields import FieldInfo
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import all_fields
+from perennial.streams.settings.groups import ENV_PREFIX
+from perennial.streams.settings.presets import preset_settings
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 _HEAD = "| variable | default | what it is for |\n|---|---|---|\n"
@@ -41,7 +43,8 @@ def s3_table() -> str:
 def _default(variable: str, field: FieldInfo) -> str:
     if variable == "PERENNIAL_DATA_DIR":
         return "`~/.local/share/perennial`"
-    return f"`{field.default!r}`" if field.default not in {"", None} else ""
+    by_size = ", or by the base's size" if variable.removeprefix(ENV_PREFIX).lower() in preset_settings() else ""
+    return f"`{field.default!r}`{by_size}" if field.default not in {"", None} else ""
 
 
 def kinds_table() -> str:

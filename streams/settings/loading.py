@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from dotenv import dotenv_values
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
@@ -42,13 +42,17 @@ from perennial.streams.settings.groups import (
     StoreSettings,
 )
 from perennial.streams.settings.model_groups import GateSettings, ModelSettings, TrainingSettings
+from perennial.streams.settings.presets import preset_of, preset_settings
 from perennial.streams.settings.resolver_group import ResolverSettings
+
+_S = TypeVar("_S", bound="Settings")
 
 
 class Settings(BaseModel):
     """All settings, in groups.
 
-    `Settings()` reads the environment and `.env`. `Settings.of` also takes single values by their flat names.
+    `Settings.of` reads the environment and `.env`, and takes single values by their flat names. What nobody sets has the
+    value of the preset for the size of the base; see `presets`.
 
     Example:
         >>> settings = Settings.of(kafka="broker:9092", max_age_s=5, env_file=None)
@@ -90,10 +94,10 @@ class Settings(BaseModel):
         given = _by_group(values)
         groups = {name: model(_env_file=env_file, **given.get(name, {})) for name, model in _groups()}
         s3 = values.get("s3") or _s3_settings(env_file)
-        return cls(**groups, s3=s3)
+        return _with_preset(cls(**groups, s3=s3))
 
     def replace(self, **values: Any) -> Self:
-        """Return a copy with some values changed.
+        """Return a copy with some values changed; another base brings the preset for its size.
 
         Args:
             **values: fields by their flat names; `s3` replaces that group.
@@ -105,9 +109,9 @@ class Settings(BaseModel):
         changed: dict[str, Any] = {"s3": values["s3"]} if "s3" in values else {}
         for name, given in _by_group(values).items():
             group: SettingsGroup = getattr(self, name)
-            fields = {field: getattr(group, field) for field in type(group).model_fields}
-            changed[name] = type(group)(_env_file=None, **fields | given)
-        return self.model_copy(update=changed)
+            changed[name] = _changed(group, given, frozenset({*group.model_fields_set, *given}))
+        copy = self.model_copy(update=changed)
+        return _with_preset(copy) if "base" in values else copy
 
     def environment(self) -> dict[str, str]:
         """Return the environment variables that give another process the same settings, without the secrets."""
@@ -118,6 +122,30 @@ class Settings(BaseModel):
             for flat, field in _flat_fields(model)
             for value in [getattr(self, name).model_dump(mode="json")[field]]
         }
+
+
+def _with_preset(settings: _S) -> _S:
+    """Return a copy in which what nobody set has the value of the preset for the base, or else its default."""
+    preset = preset_of(settings.model.base)
+    values = preset.values if preset else {}
+    changed: dict[str, Any] = {}
+    for name, flats in _by_group({flat: flat for flat in preset_settings()}).items():
+        group: SettingsGroup = getattr(settings, name)
+        unset = {
+            field: values.get(flat, type(group).model_fields[field].default)
+            for field, flat in flats.items()
+            if field not in group.model_fields_set
+        }
+        changed[name] = _changed(group, unset, frozenset(group.model_fields_set))
+    return settings.model_copy(update=changed)
+
+
+def _changed(group: SettingsGroup, values: dict[str, Any], fields_set: frozenset[str]) -> SettingsGroup:
+    """Return a copy of a group with other values, checked; `fields_set` are the fields that count as set by somebody."""
+    fields = {field: getattr(group, field) for field in type(group).model_fields}
+    checked = type(group)(_env_file=None, **fields | values)
+    object.__setattr__(checked, "__pydantic_fields_set__", set(fields_set))  # it is frozen
+    return checked
 
 
 def _s3_settings(env_file: str | None) -> S3Settings:
