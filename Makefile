@@ -9,7 +9,7 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale vllm-env lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -20,6 +20,7 @@ help:
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
 	@echo 'make bench-forgetting  erasures against training from scratch'
 	@echo 'make bench-scale   store calls and seconds over 10^4 versions and 10^5 adapters; memory per adapter'
+	@echo 'make test-vllm     the contract of backends on a real vLLM server; skips where vllm-env was not made'
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
 	@echo 'make lock          requirements.lock and requirements-vllm.lock again from pyproject.toml'
 	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
@@ -74,6 +75,10 @@ bench-intake: $(READY)
 
 vllm-env: $(READY)
 	$(BIN)/python -m tools.vllm_env
+
+# One process: the tests share one server.
+test-vllm: $(READY)
+	$(BIN)/python -m pytest tests/vllm
 
 lock: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra worker --extra devstack --group dev pyproject.toml -o requirements.lock --upgrade

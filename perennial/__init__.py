@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from perennial.streams.client.backend import Backend, BackendError, UnfitVersionError
     from perennial.streams.client.base_publisher import Delivery, PublishError, Receipt
     from perennial.streams.client.directory_backend import DirectoryBackend
+    from perennial.streams.client.engines.sglang_backend import SglangBackend
+    from perennial.streams.client.engines.vllm_backend import VllmBackend
     from perennial.streams.client.publisher import Publisher
     from perennial.streams.client.subscriber import Subscriber, SubscriberError
     from perennial.streams.client.testing import MemoryBackend
@@ -42,9 +44,11 @@ __all__ = [
     "Receipt",
     "RetentionRequested",
     "Settings",
+    "SglangBackend",
     "Subscriber",
     "SubscriberError",
     "UnfitVersionError",
+    "VllmBackend",
     "__version__",
     "load_settings",
 ]
@@ -66,9 +70,11 @@ _MODULE_OF = {
     "Receipt": "streams.client.base_publisher",
     "RetentionRequested": "streams.events.models",
     "Settings": "streams.settings",
+    "SglangBackend": "streams.client.engines.sglang_backend",
     "Subscriber": "streams.client.subscriber",
     "SubscriberError": "streams.client.subscriber",
     "UnfitVersionError": "streams.client.backend",
+    "VllmBackend": "streams.client.engines.vllm_backend",
     "load_base": "learner.model.base",
     "load_settings": "streams.settings",
 }

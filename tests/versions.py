@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from uuid import uuid4
 
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.manifest import Manifest, Probes
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.client.testing import BASE_SHA256, next_manifest, small_weights
 
@@ -23,16 +23,26 @@ class VersionPublisher:
         self.base_sha256 = base_sha256
         self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
 
-    def manifest(self, weights: bytes, kind: str = "update", rank: int = 2, alpha: int = 4) -> Manifest:
+    def manifest(
+        self, weights: bytes, kind: str = "update", rank: int = 2, alpha: int = 4, probes: Probes | None = None
+    ) -> Manifest:
         """Return the manifest of the next version."""
-        return next_manifest(
+        made = next_manifest(
             self.registry, self.adapter, weights, kind=kind, rank=rank, alpha=alpha, base_sha256=self.base_sha256
         )
+        return made.model_copy(update={"probes": probes or {}})
 
-    def publish(self, weights: bytes | None = None, kind: str = "update", rank: int = 2, alpha: int = 4) -> AliasState:
+    def publish(
+        self,
+        weights: bytes | None = None,
+        kind: str = "update",
+        rank: int = 2,
+        alpha: int = 4,
+        probes: Probes | None = None,
+    ) -> AliasState:
         """Publish the next version and return the alias afterwards."""
         weights = small_weights(next(_serial)) if weights is None else weights
-        manifest = self.manifest(weights, kind, rank, alpha)
+        manifest = self.manifest(weights, kind, rank, alpha, probes)
         state = self.registry.publish(manifest, [weights], lambda _: None).alias_state
         assert state is not None
         return state

@@ -76,7 +76,7 @@ class DirectoryBackend:
     ) -> None:
         self.path = Path(path).expanduser()
         self.base_sha256 = base_sha256
-        self._base_model_name = base_model_name
+        self.base_model_name = base_model_name
         self._grace_s = grace_s
         self._clock = clock
         self._left_at_s: dict[str, float] = {}
@@ -100,12 +100,24 @@ class DirectoryBackend:
             OSError: The folder cannot be written; nothing of the version is left then.
             IntegrityError: The weights are not safetensors.
         """
-        folder = self._folder(name)
         files = {
             "adapter_model.safetensors": weights,
-            "adapter_config.json": adapter_config(weights, manifest, self._base_model_name),
+            "adapter_config.json": adapter_config(weights, manifest, self.base_model_name),
             "manifest.json": manifest.to_bytes(),
         }
+        self.write_folder(self.folder_of(name).relative_to(self.path), files)
+
+    def write_folder(self, inside: Path, files: dict[str, bytes]) -> None:
+        """Write a folder as a whole; do nothing where it has these files already.
+
+        Args:
+            inside: Path of the folder below that of the backend.
+            files: Contents by file name.
+
+        Raises:
+            OSError: It cannot be written; nothing of it is left then.
+        """
+        folder = self.path / inside
         if self._holds(folder, files):
             return
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +171,26 @@ class DirectoryBackend:
         if before and before != name:
             self._left_at_s[before] = self._clock()
 
+    def deactivate(self, name: str) -> None:
+        """Delete the file of the alias, if it points at the version."""
+        pointer = self._pointer(name)
+        if self._active(pointer) == name:
+            pointer.unlink()
+            _sync_folder(pointer.parent)
+
+    def is_active(self, name: str) -> bool:
+        """Return whether the file of the version's alias points at it."""
+        return self._active(self._pointer(name)) == name
+
+    def folder_of(self, name: str) -> Path:
+        """Return the folder of a version, whether it exists or not.
+
+        Raises:
+            BackendError: The name is not a version's name.
+        """
+        above, alias, version = self._parts(name)
+        return above / (f"@{alias}@{version}" if alias else f"@{version}")
+
     def drain(self, name: str, timeout_s: float) -> bool:  # noqa: ARG002 - it does not wait
         """Return whether the version's grace time is over, without waiting for it."""
         left_at_s = self._left_at_s.setdefault(name, self._clock())
@@ -166,10 +198,8 @@ class DirectoryBackend:
 
     def unload(self, name: str) -> None:
         """Delete the folder of the version. If the file of its alias points there, delete that file first."""
-        folder, pointer = self._folder(name), self._pointer(name)
-        if self._active(pointer) == name:
-            pointer.unlink()
-            _sync_folder(pointer.parent)
+        folder = self.folder_of(name)
+        self.deactivate(name)
         if folder.exists():
             self._remove(folder)
         for doomed in folder.parent.glob(
@@ -220,16 +250,12 @@ class DirectoryBackend:
             raise BackendError("not a version's name", got=name, allowed="adapter@64hex or adapter#alias@64hex")
         return self.path / match["adapter"], match["alias"] or "", match["hex"]
 
-    def _folder(self, name: str) -> Path:
-        above, alias, version = self._parts(name)
-        return above / (f"@{alias}@{version}" if alias else f"@{version}")
-
     def _pointer(self, name: str) -> Path:
         above, alias, _ = self._parts(name)
         return above / f"@{alias or 'live'}.json"
 
     def _require(self, name: str) -> Path:
-        folder = self._folder(name)
+        folder = self.folder_of(name)
         if not folder.is_dir():
             raise BackendError(f"{name} is not held", remedy="load it first")
         return folder

@@ -10,6 +10,7 @@ import pytest
 MODULES = (
     "perennial.learner.serving.peft_backend",
     "perennial.streams.client.directory_backend",
+    "perennial.streams.client.engines.vllm_backend",
     "perennial.streams.client.publisher",
     "perennial.streams.client.subscriber",
     "perennial.streams.client.testing",

@@ -29,11 +29,15 @@ Delivery(topic: str, partition: int, offset: int) -> None
 DirectoryBackend(path: Path | str, *, base_sha256: str | None = None, base_model_name: str | None = None, grace_s: float = 0.0, clock: Callable[[], float] = ...) -> None
 DirectoryBackend.activate(self, name: str) -> None
 DirectoryBackend.current(self, adapter: str, alias: str = live) -> str | None
+DirectoryBackend.deactivate(self, name: str) -> None
 DirectoryBackend.drain(self, name: str, timeout_s: float) -> bool
+DirectoryBackend.folder_of(self, name: str) -> Path
+DirectoryBackend.is_active(self, name: str) -> bool
 DirectoryBackend.list(self) -> list[str]
 DirectoryBackend.load(self, name: str, weights: bytes, manifest: Manifest) -> None
 DirectoryBackend.unload(self, name: str) -> None
 DirectoryBackend.warm(self, name: str) -> None
+DirectoryBackend.write_folder(self, inside: Path, files: dict[str, bytes]) -> None
 DocumentObserved(*, adapter, document_id, text, source=..., domain=..., subjects=..., retention_class=..., expires_at=..., supersedes=..., observed_at=...) -> None
 DocumentObserved.key(self) -> str
 InteractionObserved(*, adapter, interaction_id, prompt, response, correction=..., rating=..., subjects=..., retention_class=..., expires_at=..., observed_at=...) -> None
@@ -85,6 +89,19 @@ RetentionRequested.key(self) -> str
 Settings(*, kafka=..., store=..., intake=..., curate=..., retain=..., model=..., training=..., gate=..., serving=..., resolver=..., observe=..., devstack=..., security=..., s3=...) -> None
 Settings.environment(self) -> dict[str, str]
 Settings.replace(self, **values: Any) -> Self
+SglangBackend(url: str, path: Path | str, *, server_path: str | None = None, base_sha256: str | None = None, base_model_name: str | None = None, max_rank: int | None = None, tolerance_nats: float = 0.15, grace_s: float = 2.0, api_key: str | None = None, timeout_s: float = 120.0, check_s: float | None = 2.0, clock: Callable[[], float] = ...) -> None
+SglangBackend.activate(self, name: str) -> None
+SglangBackend.active_name(self, adapter: str, alias: str = live) -> str | None
+SglangBackend.base_name -> str
+SglangBackend.close(self) -> None
+SglangBackend.deactivate(self, name: str) -> None
+SglangBackend.drain(self, name: str, timeout_s: float) -> bool
+SglangBackend.heal(self) -> tuple[str, ...]
+SglangBackend.list(self) -> list[str]
+SglangBackend.load(self, name: str, weights: bytes, manifest: Manifest) -> None
+SglangBackend.model_for(self, adapter: str, alias: str = live) -> str
+SglangBackend.unload(self, name: str) -> None
+SglangBackend.warm(self, name: str) -> None
 Subscriber(adapter: str, backend: Backend, *, kafka: str | None = None, store: str | ObjectStore | None = None, settings: Settings | None = None, alias: str | None = None, replica: str | None = None, metrics: Metrics | None = None, on_activate: OnActivate | None = None, drain_s: float = 2.0, clock: Callable[[], float] = ..., now: Callable[[], datetime] = ...) -> None
 Subscriber.close(self, timeout_s: float = 60.0) -> None
 Subscriber.current -> Current | None
@@ -95,6 +112,19 @@ Subscriber.start(self) -> Self
 Subscriber.wait_for(self, generation: int, timeout_s: float) -> bool
 SubscriberError(PerennialError)
 UnfitVersionError(BackendError, PerennialError)
+VllmBackend(url: str, path: Path | str, *, server_path: str | None = None, base_sha256: str | None = None, base_model_name: str | None = None, max_cpu_loras: int = 8, max_rank: int | None = None, tolerance_nats: float = 0.15, grace_s: float = 2.0, api_key: str | None = None, timeout_s: float = 60.0, check_s: float | None = 2.0, clock: Callable[[], float] = ...) -> None
+VllmBackend.activate(self, name: str) -> None
+VllmBackend.active_name(self, adapter: str, alias: str = live) -> str | None
+VllmBackend.base_name -> str
+VllmBackend.close(self) -> None
+VllmBackend.deactivate(self, name: str) -> None
+VllmBackend.drain(self, name: str, timeout_s: float) -> bool
+VllmBackend.heal(self) -> tuple[str, ...]
+VllmBackend.list(self) -> list[str]
+VllmBackend.load(self, name: str, weights: bytes, manifest: Manifest) -> None
+VllmBackend.model_for(self, adapter: str, alias: str = live) -> str
+VllmBackend.unload(self, name: str) -> None
+VllmBackend.warm(self, name: str) -> None
 __version__: str
 load_base(name: str = shipped, device: str = auto, threads: int | None = None) -> Base
 load_settings(**values: Any) -> Settings

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Case:
     backend: Any
     versions: list[tuple[str, bytes, Manifest]]
     active: Callable[[], str | None]
+    busy: Callable[[str], AbstractContextManager[object]] | None = None
 
 
 @pytest.fixture(scope="session")
@@ -82,7 +83,8 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     if request.param == "memory":
         memory = MemoryBackend()
         weights = [small_weights(1), small_weights(2)]
-        yield Case(memory, versions_of(tmp_path, weights, "sha256:" + "b" * 64, 2), lambda: memory.active)
+        versions = versions_of(tmp_path, weights, "sha256:" + "b" * 64, 2)
+        yield Case(memory, versions, lambda: memory.active, lambda name: busy_in_memory(memory, name))
     elif request.param == "directory":
         folder = DirectoryBackend(tmp_path / "served")
         weights = [small_weights(1), small_weights(2)]
@@ -92,9 +94,16 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
         peft = peft_backend(base)
         try:
             versions = versions_of(tmp_path, lora_weights(base, 2), base.digest, RANK)
-            yield Case(peft, versions, lambda: peft.current)
+            yield Case(peft, versions, lambda: peft.current, lambda _: peft.lease())
         finally:
             peft.close()
+
+
+@contextmanager
+def busy_in_memory(backend: MemoryBackend, name: str) -> Iterator[None]:
+    backend.busy.add(name)
+    yield
+    backend.busy.clear()
 
 
 def peft_backend(base: Any) -> PeftBackend:
@@ -187,17 +196,12 @@ def test_weights_that_are_no_safetensors_change_nothing(case: Case):
 def test_unloading_what_requests_use_changes_nothing(case: Case):
     """A backend took the active version out of service and then raised: the base alone answered from then on."""
     (one, two), backend = case.versions, case.backend
-    if isinstance(backend, DirectoryBackend):
+    if case.busy is None:
         pytest.skip("a folder does not know of requests")
     backend.load(*one)
     backend.load(*two)
     backend.activate(one[0])
-    leased: AbstractContextManager[object] = nullcontext()
-    if isinstance(backend, MemoryBackend):
-        backend.busy.add(one[0])
-    else:
-        leased = backend.lease()
-    with leased:
+    with case.busy(one[0]):
         with pytest.raises(BackendError, match="still use"):
             backend.unload(one[0])
         assert case.active() == one[0]
@@ -207,8 +211,6 @@ def test_unloading_what_requests_use_changes_nothing(case: Case):
         backend.deactivate(one[0])
         assert case.active() is None
         assert one[0] in backend.list()
-    if isinstance(backend, MemoryBackend):
-        backend.busy.clear()
     backend.unload(one[0])
     assert backend.list() == [two[0]]
 
