@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,10 +68,10 @@ class Server:
         with direct_opener().open(f"http://127.0.0.1:{self.port}{path}", timeout=60) as reply:
             return reply.read().decode()
 
-    def ask(self, model: str, ids: list[int]) -> Answer | int:
+    def ask(self, model: str, ids: list[int], max_tokens: int = 8) -> Answer | int:
         """Return the answer to a prompt, or the status of the refusal."""
         body = {
-            "model": model, "prompt": ids, "max_tokens": 8, "temperature": 0, "logprobs": 1,
+            "model": model, "prompt": ids, "max_tokens": max_tokens, "temperature": 0, "logprobs": 1,
             "return_tokens_as_token_ids": True, "ignore_eos": True,
         }  # fmt: skip
         request = urllib.request.Request(
@@ -283,6 +286,49 @@ def test_other_names_are_answered_with_404(server, ids, name):
     begin_s = time.monotonic()
     assert server.ask(name, ids) == 404
     assert time.monotonic() - begin_s < 10
+
+
+def test_every_answer_is_of_the_version_that_it_names_while_names_move_and_memory_is_short(
+    server, publisher, lora, ids
+):
+    """Six adapters on four slots and eight places in memory, each refreshed while clients wait for long answers."""
+    adapters = [f"acme/busy-{number}" for number in range(6)]
+    weights: dict[str, bytes] = {}
+
+    def publish(adapter: str, seed: int) -> None:
+        data = trained(lora, seed)
+        version = publisher(adapter).publish(data, rank=RANK, alpha=ALPHA).version
+        weights[f"{adapter}#live@{version[7:]}"] = data
+
+    for number, adapter in enumerate(adapters):
+        publish(adapter, 100 + number)
+    done = threading.Event()
+
+    def client(number: int) -> list[tuple[list[int], Answer | int]]:
+        answers = []
+        for turn in itertools.takewhile(lambda _: not done.is_set(), itertools.count()):
+            prompt = ids[: len(ids) - (turn + number) % 5]
+            answers.append((prompt, server.ask(adapters[(turn * 5 + number) % 6], prompt, max_tokens=32)))
+        return answers
+
+    with ThreadPoolExecutor(5) as pool:
+        asking = [pool.submit(client, number) for number in range(5)]
+        try:
+            for seed in range(4):
+                for number, adapter in enumerate(adapters):
+                    publish(adapter, 200 + 10 * seed + number)
+                    time.sleep(0.4)
+        finally:
+            done.set()
+        answered = [each for future in asking for each in future.result()]
+    assert all(isinstance(answer, Answer) for _, answer in answered), "no request is refused while names move"
+    assert len({answer.model for _, answer in answered}) > len(adapters), "names moved meanwhile"
+    wrong = []
+    for prompt, answer in sorted(answered, key=lambda each: each[1].model):
+        nats = expected_nats(lora, weights[answer.model.partition("=")[0]], prompt, answer.tokens)
+        if answer.nats != pytest.approx(nats, abs=CLOSE_NATS):
+            wrong.append((answer.model, max(abs(a - b) for a, b in zip(answer.nats, nats, strict=True))))
+    assert wrong == [], f"{len(wrong)} of {len(answered)}"
 
 
 def test_the_server_is_well_after_all_this(server, ids):
