@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from perennial.learner.model.base import SHIPPED_FOLDER, load_base
+from perennial.learner.bases.sources import SHIPPED_FOLDER
+from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetensors
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.training.probes import predicted_after
