@@ -36,6 +36,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.cli.forget.commands import forget_app
 from perennial.streams.cli.marks.marks_app import marks_app
 from perennial.streams.cli.replicas.replicas_app import replicas_app
+from perennial.streams.cli.subscribe.subscribe_command import subscribe
 from perennial.streams.cli.terminal.printable import printable_lines
 from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number
 from perennial.streams.cli.terminal.terminal_encoding import write_any_character
@@ -62,6 +63,7 @@ app.add_typer(dlq_app, name="dlq")
 app.add_typer(forget_app, name="forget")
 app.add_typer(marks_app, name="marks")
 app.add_typer(replicas_app, name="replicas")
+app.command()(subscribe)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]

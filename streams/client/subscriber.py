@@ -262,6 +262,11 @@ class Subscriber:
                     remedy="see its log",
                 ) from self._error
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread that `start` made still follows the alias."""
+        return self._thread is not None and self._thread.is_alive()
+
     def __enter__(self) -> Self:
         return self.start()
 

@@ -103,6 +103,7 @@ SglangBackend.model_for(self, adapter: str, alias: str = live) -> str
 SglangBackend.unload(self, name: str) -> None
 SglangBackend.warm(self, name: str) -> None
 Subscriber(adapter: str, backend: Backend, *, kafka: str | None = None, store: str | ObjectStore | None = None, settings: Settings | None = None, alias: str | None = None, replica: str | None = None, metrics: Metrics | None = None, on_activate: OnActivate | None = None, drain_s: float = 2.0, clock: Callable[[], float] = ..., now: Callable[[], datetime] = ...) -> None
+Subscriber.alive -> bool
 Subscriber.close(self, timeout_s: float = 60.0) -> None
 Subscriber.current -> Current | None
 Subscriber.generation -> int

@@ -20,7 +20,7 @@ from perennial.streams.probe_texts import PROBE_TEXTS
 from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
-SPREAD = 0.06
+SPREAD = 0.1
 """Standard deviation of the random weights: every version predicts other tokens, and none overflows."""
 
 

@@ -42,8 +42,8 @@ from tests.vllm.vllm_server import MAX_CPU_LORAS, MAX_RANK, VllmServer
 
 pytestmark = pytest.mark.timeout(600)
 PROMPT = "The refund for the last order"
-RIGHT_NATS = 0.12
-"""Mean difference over an answer's tokens that bf16 may make; another version's is above twice that."""
+RIGHT_NATS = 0.1
+"""Mean difference over an answer's tokens that bf16 may make; with another version it is more than twice that."""
 
 
 @pytest.fixture

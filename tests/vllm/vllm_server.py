@@ -64,7 +64,9 @@ class VllmServer:
             str(self.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(self.model),
             "--served-model-name", "base", "--host", "127.0.0.1", "--port", str(self.port), "--enable-lora",
             "--max-loras", str(MAX_LORAS), "--max-cpu-loras", str(MAX_CPU_LORAS), "--max-lora-rank", str(MAX_RANK),
-            "--enforce-eager", *self.arguments,
+            "--enforce-eager",
+            # The cache of keys and values is committed when it is first written: a small one is full before memory is measured.
+            "--num-gpu-blocks-override", "128", *self.arguments,
         ]  # fmt: skip
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         with self.log.open("ab") as log:
