@@ -250,9 +250,8 @@ class UpdateRebuilder:
     def _updater_of(self, recorded: Manifest) -> Updater:
         """Return an updater with the recipe that the version was made by."""
         updater = self._writer.updater
-        fields = Recipe.__dataclass_fields__
         try:
-            recipe = Recipe(**{name: recorded.config[name] for name in fields})  # type: ignore[arg-type]
+            recipe = Recipe.recorded(recorded.config)
         except KeyError as error:
             raise JobError("recipe-mismatch", "an update's recipe is incomplete", got=f"no {error}") from error
         if (recipe.rank, recipe.alpha) != (updater.recipe.rank, updater.recipe.alpha):

@@ -46,12 +46,14 @@ class BatchComposition:
         rows: Rows of a full step.
         replay_share: Share of a full step that is replayed, 0 to 1.
         general_share: Share of a full step that is general text, 0 to 1.
+        epochs: Least number of passes over the new rows.
     """
 
     steps: int
     rows: int
     replay_share: float
     general_share: float
+    epochs: int = 1
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def build_schedule(
     composition: BatchComposition,
     rng: random.Random,
 ) -> TrainingSchedule:
-    """Draw the rows of every step: new rows in shuffled passes, each at least once, with replayed and general rows.
+    """Draw the rows of every step: new rows in shuffled passes, each at least `epochs` times, and replayed and general rows.
 
     Where the micro-batch has too few rows for a full step, every step gets smaller: no row comes twice in a step, and
     there are fewer replayed and general rows in proportion. In exchange there are up to `MAX_STEP_FACTOR` times as many
@@ -180,7 +182,7 @@ def _step_counts(new_rows: int, index_size: int, composition: BatchComposition) 
     full_new = max(1, round(rest))
     new = min(new_rows, full_new)
     scale = new / max(1.0, rest)
-    least_for_all = -(-new_rows // new)
+    least_for_all = -(-new_rows * composition.epochs // new)
     return _StepCounts(
         steps=max(composition.steps * min(MAX_STEP_FACTOR, full_new // new), least_for_all),
         new=new,

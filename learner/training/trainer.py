@@ -32,6 +32,7 @@ class TrainConfig:
         warmup_steps: Steps over which the rate rises linearly, once in an adapter's life.
         micro_rows: Most rows in one forward and backward pass; the gradients of a step are accumulated over passes.
         betas: AdamW's decay rates of the first and second moment.
+        max_pad_share: Largest share of a forward pass that may be padding, 0 to 1.
     """
 
     learning_rate: float
@@ -40,6 +41,7 @@ class TrainConfig:
     warmup_steps: int = 10
     micro_rows: int = 16
     betas: tuple[float, float] = (0.9, 0.99)
+    max_pad_share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -161,14 +163,39 @@ def _accumulate_gradients(
     def accumulate(micro_rows: int) -> float:
         optimizer.zero_grad(set_to_none=True)  # an attempt that ran out of memory left a part of the gradient
         nats = 0.0
-        for start in range(0, len(ordered), micro_rows):
+        for together in _passes(ordered, micro_rows, config.max_pad_share):
             with autocast(device):
-                loss = token_losses(lora.model, ordered[start : start + micro_rows], device, config.pad).sum() / total
+                loss = token_losses(lora.model, together, device, config.pad).sum() / total
             loss.backward()  # type: ignore[no-untyped-call]
             nats += loss.item()
         return nats
 
     return within_memory(accumulate, ordered, micro_rows)
+
+
+def _passes(ordered: Sequence[TokenRow], micro_rows: int, max_pad_share: float) -> list[list[TokenRow]]:
+    """Return the rows in forward passes of at most `micro_rows` rows, each with at most that share of padding.
+
+    A short row costs as much as the longest row of its pass: among documents, the questions of a few words would cost
+    several times what they need.
+
+    Args:
+        ordered: Rows by length, the shortest first.
+        micro_rows: Most rows per pass.
+        max_pad_share: Largest share of padding, 0 to 1.
+    """
+    passes: list[list[TokenRow]] = []
+    real = 0
+    for row in ordered:
+        together = passes[-1] if passes else []
+        real += len(row.ids)
+        padded = (len(together) + 1) * len(row.ids)
+        if not together or len(together) == micro_rows or padded - real > max_pad_share * padded:
+            passes.append([row])
+            real = len(row.ids)
+        else:
+            together.append(row)
+    return passes
 
 
 def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, config: TrainConfig) -> torch.optim.AdamW:

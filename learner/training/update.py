@@ -7,11 +7,11 @@ relies on this when it makes the recorded updates again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from random import Random
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -67,6 +67,12 @@ class Recipe:
         max_general_rise_nats: Largest rise of the general loss over the frozen base's, nats per token.
         seed: Seed of all random draws.
         warmup_steps: Steps over which the rate rises, once in an adapter's life.
+        epochs: Least number of times that each new row is trained in its update.
+        max_pad_share: Largest share of a forward pass of training that may be padding, 0 to 1; rows whose lengths differ
+            more go into passes of their own.
+
+    The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
+    default must never change.
     """
 
     rank: int
@@ -85,12 +91,27 @@ class Recipe:
     max_general_rise_nats: float
     seed: int
     warmup_steps: int = WARMUP_STEPS
+    epochs: int = 1
+    max_pad_share: float = 1.0
 
     @classmethod
     def of(cls, settings: Settings) -> Recipe:
         """Return the recipe that the settings describe."""
         values = {**settings.training.model_dump(), **settings.gate.model_dump()}
         return cls(**values)
+
+    @classmethod
+    def recorded(cls, config: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a manifest records.
+
+        Args:
+            config: The `config` of the manifest.
+
+        Raises:
+            KeyError: A field without a default is missing.
+        """
+        known = [f for f in fields(cls) if f.name in config or f.default is MISSING]
+        return cls(**{f.name: config[f.name] for f in known})
 
     def config(self) -> dict[str, float | int]:
         """Return the recipe as a manifest records it."""
@@ -301,6 +322,7 @@ class Updater:
         return BatchComposition(
             steps,
             self.recipe.rows,
+            epochs=self.recipe.epochs,
             replay_share=self.recipe.replay_share * (1 - pressure / 2),
             general_share=general + pressure * max(0.0, GENERAL_SHARE_AT_FULL_PRESSURE - general),
         )
@@ -370,7 +392,10 @@ class Updater:
         self, weights: Tensors, optimizer: Tensors | None, schedule: TrainingSchedule, on_step: Callable[[], None]
     ) -> TrainResult:
         recipe = self.recipe
-        config = TrainConfig(recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps)
+        config = TrainConfig(
+            recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps,
+            max_pad_share=recipe.max_pad_share,
+        )  # fmt: skip
         return train(self.lora, weights, optimizer, schedule.steps, config, self.lock, on_step)
 
     def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:

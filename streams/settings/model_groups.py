@@ -41,6 +41,9 @@ class TrainingSettings(SettingsGroup):
     steps: PositiveInt = Field(
         3, description="least number of optimizer steps per update; there are more if the new rows need them"
     )
+    epochs: PositiveInt = Field(
+        1, le=100, description="least number of times that an update trains each of its new rows; see `steps`"
+    )
     rows: PositiveInt = Field(12, description="rows per optimizer step")
     row_tokens: PositiveInt = Field(128, description="largest number of tokens per row")
     replay_share: Share = Field(0.4, description="share of training rows that come from earlier examples, from 0 to 1")
@@ -50,6 +53,9 @@ class TrainingSettings(SettingsGroup):
     replay_size: PositiveInt = Field(1_024, description="earlier examples that each adapter keeps for replay")
     clip_norm: PositiveFloat = Field(
         1.0, description="largest norm of the gradient; a larger gradient is scaled down to it"
+    )
+    max_pad_share: Share = Field(
+        1.0, description="largest share of a forward pass of training that may be padding, from 0 to 1"
     )
     seed: int = Field(0, description="seed of all random choices in training")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from hashlib import sha256
 
 import pytest
@@ -75,6 +76,20 @@ def test_every_new_row_is_trained_however_many_there_are() -> None:
     steps = steps_of(new=45, index=50)
     assert {r.ids[1] for step in steps for r in step if r.ids[1] < 10_000} == set(range(100, 145))
     assert len(steps) == 12
+
+
+def test_every_new_row_is_trained_as_often_as_the_epochs_say() -> None:
+    """A dozen facts in one update get the steps that it takes to learn them, not the few of one pass."""
+    for new, epochs in ((36, 8), (5, 20), (1, 30)):
+        composition = BatchComposition(steps=3, rows=12, replay_share=0.4, general_share=0.2, epochs=epochs)
+        schedule = build_schedule(
+            [row(number) for number in range(new)], (), lambda _: None, lambda _: row(90_000), composition,
+            seeded_random("test", 0),
+        )  # fmt: skip
+        times = Counter(trained for step in schedule.steps for trained in step if trained != row(90_000))
+        assert set(times) == {row(number) for number in range(new)}
+        assert min(times.values()) >= epochs
+        assert len(schedule.steps) <= -(-new * epochs // min(new, 10)) + 1
 
 
 def test_without_a_past_new_rows_take_the_place_of_replay() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,27 @@ def test_the_loss_is_divided_by_the_tokens_of_the_step_not_by_rows() -> None:
     result = train(lora, state, None, [[long, short]], PLAN)
     assert result.losses[0] == pytest.approx(expected, rel=1e-5)
     assert abs(expected - float(torch.stack([n.mean() for n in nats]).mean())) > 1e-4
+
+
+def test_rows_of_other_lengths_go_into_passes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short questions are not padded to the length of a document, and the step is the same but for the last bits."""
+    lora, _ = fresh()
+    rows = [TokenRow(tuple(range(3, 3 + length))) for length in (16, 5, 6, 15, 5)]
+    widths: list[list[int]] = []
+
+    def watched(model: object, together: list[TokenRow], *rest: object) -> torch.Tensor:
+        widths.append([len(row.ids) for row in together])
+        return token_losses(model, together, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(training, "token_losses", watched)
+    state = lora.initial_weights("a", 0)
+    padded = train(lora, state, None, [rows], PLAN)
+    assert widths == [[5, 5, 6, 15, 16]], "the share of padding is not bounded by default"
+    widths.clear()
+    grouped = train(lora, state, None, [rows], replace(PLAN, max_pad_share=0.2))
+    assert widths == [[5, 5, 6], [15, 16]]
+    assert grouped.losses == pytest.approx(padded.losses, rel=1e-5)
+    assert grouped.norms == pytest.approx(padded.norms, rel=1e-4)
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
