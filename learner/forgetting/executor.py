@@ -42,6 +42,7 @@ from perennial.learner.versions.garbage_collection import delete_unreferenced
 from perennial.learner.versions.history import History, RecordedVersion, complete_index, index_version, load_history
 from perennial.learner.versions.job_result import Completion, JobInterruptedError, JobResult
 from perennial.learner.versions.micro_batches import batch_to_bytes, load_batch, without_examples
+from perennial.learner.versions.rollback_job import take_back_interrupted
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import ConflictError, PerennialError, StoreUnavailableError
 from perennial.storage.objects.keys import blob_key, digest_of
@@ -148,6 +149,10 @@ class ForgetExecutor:
             StoreError: the store failed.
         """
         if not job.prepare:
+            # Before the first attempt only: what comes in between two attempts is forgotten by the later one.
+            retry_on_conflict(
+                self._registry, job.adapter, lambda: take_back_interrupted(self._writer, job.adapter, alias)
+            )
             return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
         try:
             return retry_on_conflict(self._registry, job.adapter, lambda: self._prepare(job))
@@ -199,8 +204,9 @@ class ForgetExecutor:
             return self._held(job, alias, found.all())
         scope = _Scope.of(found, target)
         self._suppress_unlearned(job, scope)
+        affected: frozenset[str] = frozenset()
         if head is not None and history is not None and scope.learned:
-            self._forget_learned(job, alias, head, history, scope, quarantine.holds)
+            affected = self._forget_learned(job, alias, head, history, scope, quarantine.holds)
         if scope.learned or scope.unlearned:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
             leave_out_of_waiting(self._store, job.adapter, scope.unlearned)
@@ -208,6 +214,8 @@ class ForgetExecutor:
         self._let_return(job, found, history)
         progress = self._sweep_progress(job.adapter)
         self._delete(job, progress - scope.unlearned.keys())
+        # A version that took a state over before this deletion kept its blobs.
+        self._require_no_later_version(job, affected)
         self._failpoint("learner.forget_deleted")
         return self._report.result(job, alias, began, held_requests(found.all()))
 
@@ -239,11 +247,14 @@ class ForgetExecutor:
         history: History,
         scope: _Scope,
         holds: Sequence[LegalHold],
-    ) -> None:
+    ) -> frozenset[str]:
         """Take the examples out of the adapter's weights.
 
         The served version stays until the rebuilt one is published, except in an emergency. Where no update has to be
         rebuilt, a clean state is ready at once.
+
+        Returns:
+            The versions whose state knew the examples.
         """
         matches = scope.found.all()
         plan = self._plan(history, job.adapter, scope.learned)
@@ -260,7 +271,8 @@ class ForgetExecutor:
             self._publish_rebuilt(job, alias, head, plan, rebuilt, count_of(job, matches))
         self._failpoint("learner.forget_published")
         self._revoke(job, history, plan.affected_versions)
-        self._require_no_later_version(job, plan)
+        self._require_no_later_version(job, plan.affected_versions)
+        return plan.affected_versions
 
     def _plan(self, history: History, adapter: str, learned: RemovedOffsets) -> RebuildPlan:
         return plan_rebuild(history, learned, load_collected(self._store, adapter).all)
@@ -354,8 +366,8 @@ class ForgetExecutor:
             if history.manifests[version].outcome == "promoted":
                 self._registry.revoke(job.adapter, version, _reason(job))
 
-    def _require_no_later_version(self, job: ForgetRequested, plan: RebuildPlan) -> None:
-        """Look for versions that took over a state that is forgotten, before anything is deleted.
+    def _require_no_later_version(self, job: ForgetRequested, affected: frozenset[str]) -> None:
+        """Look for versions that took over a state that is forgotten.
 
         Rollbacks of the command line and of retain do not wait for the learner: one may have been published after the
         plan was made, and its state would be kept and served.
@@ -363,8 +375,8 @@ class ForgetExecutor:
         Raises:
             ConflictError: there is one. The next attempt plans with it and trains only what is new.
         """
-        history = load_history(self._registry, job.adapter)
-        if history is not None and history.descendants(plan.affected_versions) - plan.affected_versions:
+        history = load_history(self._registry, job.adapter) if affected else None
+        if history is not None and history.descendants(affected) - affected:
             raise ConflictError(f"a version that {job.request_id} forgets was taken over meanwhile")
 
     def _recheck_holds(

@@ -13,6 +13,7 @@ from perennial.storage.recovery.rollback import (
     RollbackError,
     collected_error,
     descendants_to_revoke,
+    finish_interrupted,
     servable,
     version_before,
 )
@@ -49,6 +50,7 @@ class RollbackExecutor:
         if self._registry.head(job.adapter) and self._writer.version_of_job(job.adapter, job.job_id) is not None:
             self._retire_revoked(job)
             return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, job.alias))
+        take_back_interrupted(self._writer, job.adapter, job.alias)
         head = self._writer.head(job.adapter)
         if head is None:
             raise JobError("nothing-to-roll-back-to", "the adapter has no version", got=job.adapter)
@@ -119,3 +121,31 @@ class RollbackExecutor:
             state = self._registry.alias(job.adapter, job.alias)
             live = state.version if state else None
         return version_before(self._registry, job.adapter, live)
+
+
+def take_back_interrupted(writer: VersionWriter, adapter: str, alias: str) -> None:
+    """Take back the newest version where a rollback that was killed beside a forgetting left a revoked state in it.
+
+    Call it before a job starts from the newest version. Where no earlier version may be served, the state from before
+    anything was learned is carried forward, or the next update would train from the revoked one.
+
+    Args:
+        writer: reads and prepares versions.
+        adapter: the adapter.
+        alias: the alias to move.
+
+    Raises:
+        StoreError: the store failed.
+        ConflictError: other writers were first.
+    """
+    finish_interrupted(writer.registry, adapter, alias)
+    head = writer.head(adapter)
+    if head is None or head.manifest.kind not in {"rollback", "revoke"}:
+        return
+    if head.manifest.outcome != "promoted" or not writer.registry.is_contaminated(head.manifest):
+        return
+    blobs = to_blobs(writer.initial_state(adapter, head.manifest.seed))[1]
+    reason = "the state that it took over is revoked, and no earlier version may be served"
+    manifest = writer.carry_forward_manifest(head, None, None, "revoke", f"{head.manifest.job_id} taken back", reason)
+    publication = writer.registry.publish(manifest, blobs.values(), writer.verifier(blobs), alias)
+    index_version(writer.registry, publication.version, publication.manifest)

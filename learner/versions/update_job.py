@@ -27,10 +27,10 @@ from perennial.learner.versions.micro_batches import (
     skipped_example,
     without_examples,
 )
+from perennial.learner.versions.rollback_job import take_back_interrupted
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
 from perennial.storage.objects.keys import digest_of
-from perennial.storage.recovery.rollback import finish_interrupted
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, Manifest, Outcome, update_id
 from perennial.storage.registry.pending_deletes import (
@@ -151,7 +151,7 @@ class UpdateExecutor:
         writer = self._writer
         waiting = stored_job(self._store, job)
         job = waiting or job
-        finish_interrupted(writer.registry, job.adapter, alias)
+        take_back_interrupted(writer, job.adapter, alias)
         head = writer.head(job.adapter)
         if head is not None and (_is_covered(job, head) or self._is_named(job, head)):
             return self._repeated(job, alias, head, waits=waiting is not None)

@@ -12,7 +12,7 @@ from perennial.learner.versions.history import load_history
 from perennial.learner.versions.job_result import JobError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
-from perennial.storage.recovery.rollback import RollbackError, revoke, roll_back
+from perennial.storage.recovery.rollback import RollbackError, carried_manifest, revoke, roll_back
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.adapter_events import AdapterRetired, AdapterRevoked, AdapterRolledBack
 from perennial.streams.events.models import ForgetRequested, RollbackRequested
@@ -216,6 +216,65 @@ def test_a_rollback_that_is_killed_beside_an_erasure_leaves_nothing_contaminated
     assert weights_live() not in erased
     history = load_history(learner.registry, ADAPTER)
     assert not history.descendants({made[1].digest()}) & set(trail_of(learner.registry))
+
+
+def test_a_killed_rollback_to_the_only_version_leaves_nothing_to_train_from(store: DirectoryStore) -> None:
+    """The alias was retired, and the next update was trained from the erased state, which stayed the newest."""
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(2)]
+    for manifest in made:
+        learner.registry.revoke(ADAPTER, manifest.digest(), "erased")
+
+    def cut_off(name: str) -> None:
+        if name == "publish.alias":
+            raise InterruptedError
+
+    operator = Registry(store, nonce=lambda: "operator", now=learner.now, failpoint=cut_off)
+    head = operator.head(ADAPTER)
+    state = {name: getattr(made[0], name) for name in ("weights", "optimizer", "replay")}
+    carried = carried_manifest(
+        head, made[0], state, kind="rollback", parent=made[0].digest(), served=True, job_id="r1", reason="worse",
+        code=made[0].code, threads=made[0].threads,
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        operator.publish(carried, (), lambda _: None, "live")
+    assert learner.registry.head(ADAPTER).manifest.kind == "rollback"
+    learner.update(job(store, 2, 4, 5), "live")
+    assert not {manifest.digest() for manifest in made} & set(trail_of(learner.registry))
+    assert learner.registry.alias(ADAPTER).version == learner.registry.head(ADAPTER).version
+
+
+def test_a_rollback_between_the_last_look_of_an_erasure_and_its_delete_keeps_no_blob(store: DirectoryStore) -> None:
+    """The rollback was killed; what it took over stayed in the store, and nobody deleted it any more."""
+    learner = local_learner(store)
+    made = [learner.update(job(store, cut, 2 * cut, 2 * cut + 1), "live").manifest for cut in range(3)]
+
+    def cut_off(name: str) -> None:
+        if name == "publish.alias":
+            raise InterruptedError
+
+    operator = Registry(store, nonce=lambda: "operator", now=learner.now, failpoint=cut_off)
+    forgetter = ForgetExecutor(learner, learner.now, lambda _: None)
+    delete = forgetter._delete
+    late: list[str] = []
+
+    def rollback_first(*arguments: object, **keywords: object) -> None:
+        if not late:
+            late.append("r1")
+            head = operator.head(ADAPTER)
+            state = {name: getattr(made[1], name) for name in ("weights", "optimizer", "replay")}
+            carried = carried_manifest(
+                head, made[1], state, kind="rollback", parent=made[1].digest(), served=True, job_id="r1",
+                reason="worse", code=made[1].code, threads=made[1].threads,
+            )  # fmt: skip
+            with pytest.raises(InterruptedError):
+                operator.publish(carried, (), lambda _: None, "live")
+        delete(*arguments, **keywords)
+
+    forgetter._delete = rollback_first
+    forgetter.forget(erasure_of(3), "live")
+    assert late
+    assert not any(store.exists(blob_key(manifest.weights.digest)) for manifest in made[1:])
 
 
 def trail_of(registry: Registry) -> list[str]:
