@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from perennial.streams.client.publisher import Publisher
     from perennial.streams.client.subscriber import Subscriber, SubscriberError
     from perennial.streams.client.testing import MemoryBackend
-    from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested
+    from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+    from perennial.streams.events.models import RetentionRequested
     from perennial.streams.settings import Settings, load_settings
 
     __version__: str
@@ -58,8 +59,8 @@ _MODULE_OF = {
     "BackendError": "streams.client.backend",
     "Delivery": "streams.client.base_publisher",
     "DirectoryBackend": "streams.client.directory_backend",
-    "DocumentObserved": "streams.events.models",
-    "InteractionObserved": "streams.events.models",
+    "DocumentObserved": "streams.events.input_events",
+    "InteractionObserved": "streams.events.input_events",
     "LoraConfig": "learner.model.lora",
     "MemoryBackend": "streams.client.testing",
     "MissingExtraError": "extras",

@@ -62,6 +62,16 @@ class Encoders:
             return _PythonEncoder(self._tokenizer, split=False, forbidden=frozenset())
         return _RustEncoder(_copy(self._state), frozenset())
 
+    def control_ids(self, frame: Collection[int] = ()) -> frozenset[int]:
+        """Return the ids of the control tokens; see `untrusted`.
+
+        Args:
+            frame: Token ids of the frames of conversations.
+        """
+        added = self._tokenizer.added_tokens_decoder.items()
+        found = {int(token) for token, entry in added if entry.special or _is_control(entry.content, token in frame)}
+        return frozenset(found | {int(token) for token in self._tokenizer.all_special_ids})
+
     def untrusted(self, frame: Collection[int] = ()) -> Encoder:
         """Return an encoder for text from outside, which gives no control token whatever the text is.
 
@@ -74,15 +84,10 @@ class Encoders:
         A control token in a text is encoded as the pieces that its characters give, so nothing of the text is lost.
 
         Args:
-            frame: Token ids of the frame of a chat turn.
+            frame: Token ids of the frames of conversations.
         """
         tokenizer = self._tokenizer
-        control = {int(token) for token in tokenizer.all_special_ids}
-        control |= {
-            int(token)
-            for token, entry in tokenizer.added_tokens_decoder.items()
-            if entry.special or _is_control(entry.content, token in frame)
-        }
+        control = self.control_ids(frame)
         # A character that the model does not know may give its token for that, unless the token has another use too.
         used = {tokenizer.bos_token_id, tokenizer.eos_token_id, *frame}
         if self._state is None:

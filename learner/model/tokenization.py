@@ -7,18 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
+from perennial.learner.model.chat_frames import ChatFrame, ChatFrames, Turns
 from perennial.learner.model.encoders import Encoder, Encoders
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.models import ExampleAccepted
 
-_SENTINEL = "\u2063PROMPT\u2063"
-_TEMPLATE_DATE = datetime(2024, 7, 26, tzinfo=UTC)
-"""The date that chat templates get. Llama 3.2's and others put today's date into every turn: what an adapter is
-trained on would depend on the day, and a rebuild on another day would not give the same bits. Llama's template falls
-back to this date itself."""
 _MIN_PROMPT_DIVISOR = 4
 """However long an answer is, its prompt may take 1/4 of a row."""
 _MIN_ROW_TOKENS = 8
@@ -50,12 +45,13 @@ class TokenRow:
 class ExampleTokenizer:
     """A base's tokenizer, with the special tokens of a text and the frame of a chat turn worked out once.
 
-    The frame is what the tokenizer's chat template puts around a user's message, so that the base is asked in the form
-    that it was trained on. Without a template the frame is plain text: `User: …`, `Assistant: …`.
+    The frame is what the tokenizer's chat template puts around the turns of a conversation, so that the base is asked in
+    the form that it was trained on: the ids are those that an engine's `/v1/chat/completions` makes of the same messages.
+    Without a template the frame is plain text: `User: …`, `Assistant: …`.
 
-    A prompt is never put through the template: its token ids go between those of head and tail, and hold no control
-    token. A prompt therefore cannot begin a turn of its own where the template marks turns with control tokens. Where
-    the template marks them with plain text, as Llama 2's `[INST]`, text that imitates them has the same tokens.
+    A turn is never put through the template: its token ids go between those of the frame, and hold no control token. A
+    turn therefore cannot begin a turn of its own where the template marks turns with control tokens. Where the template
+    marks them with plain text, as Llama 2's `[INST]`, text that imitates them has the same tokens.
 
     All encoding is done with copies of the tokenizer that never change (see `encoders`). Thread-safe.
 
@@ -66,7 +62,7 @@ class ExampleTokenizer:
         bos: Token id that starts a text: the start token, or the end token where the tokenizer has no start token.
         eos: Token id that ends a text.
         pad: Token id to pad rows with.
-        turn_head: Token ids in front of a prompt, the start token included.
+        turn_head: Token ids in front of a prompt that nothing precedes, the start token included.
         turn_tail: Token ids between a prompt and its answer.
         text_head: Token ids that the tokenizer itself puts in front of a text, none for many.
         text_tail: Token ids that it puts behind a text.
@@ -92,24 +88,16 @@ class ExampleTokenizer:
         pad = tokenizer.pad_token_id
         self.pad: int = int(pad if pad is not None else eos)
         encoders = Encoders(tokenizer)
-        trusted = encoders.trusted()
-        self.turn_head, self.turn_tail = self._frame(trusted)
+        self._trusted = trusted = encoders.trusted()
+        self._frames = ChatFrames(tokenizer, trusted, self.bos)
+        self.turn_head, self.turn_tail = self._frames.framed([("user", "")])[1].ids
         self.text_head, self.text_tail = self._around_text(trusted)
-        self._untrusted = encoders.untrusted({*self.turn_head, *self.turn_tail})
-
-    def _frame(self, trusted: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Return head and tail of a turn, by rendering the chat template around a sentinel."""
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": _SENTINEL}],
-                tokenize=False,
-                add_generation_prompt=True,
-                strftime_now=_TEMPLATE_DATE.strftime,
-            )
-            head, found, tail = text.partition(_SENTINEL)
-            if found and _SENTINEL not in tail:
-                return tuple(trusted(head)), tuple(trusted(tail))
-        return (self.bos, *trusted("User: ")), tuple(trusted("\nAssistant: "))
+        frame_ids = self._frames.all_ids()
+        self._untrusted = encoders.untrusted(frame_ids)
+        self._control = encoders.control_ids(frame_ids)
+        control = [entry for token, entry in tokenizer.added_tokens_decoder.items() if token in self._control]
+        self._markers = tuple(str(entry.content) for entry in control)
+        self._borders = tuple(str(entry.content) for entry in control if not (entry.lstrip or entry.rstrip))
 
     def _around_text(self, trusted: Encoder) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the token ids that the tokenizer adds before and behind a text."""
@@ -132,15 +120,62 @@ class ExampleTokenizer:
         return [*self.text_head, *self.encode(text), *self.text_tail]
 
     def prompt_ids(self, prompt: str, limit: int) -> tuple[int, ...]:
+        """Return the token ids that the model is given before it answers a prompt; see `chat_ids`."""
+        return self.chat_ids([("user", prompt)], limit)
+
+    def chat_ids(self, turns: Turns, limit: int) -> tuple[int, ...]:
         """Return the token ids that the model is given before it answers.
 
         Args:
-            prompt: Untrusted text.
-            limit: Most token ids to return; a longer prompt loses its beginning. The frame is never cut.
+            turns: A conversation of untrusted texts that ends with the user's turn.
+            limit: Most token ids to return. A longer conversation loses its oldest turns but not the system turn, then
+                the beginning of the prompt; a system turn that leaves no room for the prompt loses its end. The frame
+                is never cut.
         """
-        room = max(0, limit - len(self.turn_head) - len(self.turn_tail))
-        ids = self.encode(prompt)
-        return (*self.turn_head, *ids[max(0, len(ids) - room) :], *self.turn_tail)
+        turns, frame = self._frames.framed(turns)
+        texts = [text.strip() if frame.trimmed else text for _, text in turns]
+        encoded = [self.encode(text) for text in texts]
+        if frame.tokens + sum(map(len, encoded)) > limit:
+            return self._cut_to(turns, encoded, frame, limit)
+        return self._as_one_text(texts, frame) or _woven(frame, encoded)
+
+    def _cut_to(self, turns: Turns, encoded: list[list[int]], frame: ChatFrame, limit: int) -> tuple[int, ...]:
+        first = 1 if turns[0][0] == "system" else 0
+        if len(turns) - first > 1:  # without the oldest question and its answer
+            return self.chat_ids([*turns[:first], *turns[first + 2 :]], limit)
+        room = max(0, limit - frame.tokens)
+        *before, prompt = encoded
+        kept = [ids[: max(room // 2, room - len(prompt))] for ids in before]
+        room -= sum(map(len, kept))
+        return _woven(frame, [*kept, prompt[max(0, len(prompt) - room) :]])
+
+    def _as_one_text(self, texts: Sequence[str], frame: ChatFrame) -> tuple[int, ...] | None:
+        """Return the ids of frame and turns encoded as one text, as engines do.
+
+        A tokenizer may join a line end of the frame with one that a turn begins with; it joins nothing across a control
+        token.
+
+        Returns:
+            The ids; None where the parts give the same ids, where a turn has the text of a control token, and where no
+            engine asks in this form.
+        """
+        if not frame.templated or any(marker in text for text in texts for marker in self._markers):
+            return None
+        heads, tails = frame.texts[:-1], frame.texts[1:]
+        if all(
+            head.endswith(self._borders) and tail.startswith(self._borders)
+            for head, tail in zip(heads, tails, strict=True)
+        ):
+            return None
+        ids = self._trusted("".join(part for pair in zip(heads, texts, strict=True) for part in pair) + tails[-1])
+        wanted = [token for piece in frame.ids for token in piece if token in self._control]
+        return tuple(ids) if [token for token in ids if token in self._control] == wanted else None
+
+
+def _woven(frame: ChatFrame, encoded: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return the token ids of frame and turns in turn."""
+    ids = [token for piece, turn in zip(frame.ids, encoded, strict=False) for token in (*piece, *turn)]
+    return (*ids, *frame.ids[-1])
 
 
 def text_rows(text: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
@@ -160,13 +195,14 @@ def text_rows(text: str, codec: ExampleTokenizer, row_tokens: int) -> list[Token
     return _cut([codec.bos, *codec.encode(text), codec.eos], row_tokens)
 
 
-def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
-    """Return the rows of a chat turn; only the answer and its end token are trained.
+def turn_rows(turns: Turns, answer: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
+    """Return the rows of the last answer in a conversation; only the answer and its end token are trained.
 
-    A long prompt loses its beginning. The answer is kept whole: what does not fit the first row goes into further rows.
+    A long conversation loses its oldest turns, a long prompt its beginning. The answer is kept whole: what does not fit
+    the first row goes into further rows.
 
     Args:
-        prompt: Untrusted text of the user.
+        turns: Untrusted texts of the conversation up to the prompt that is answered.
         answer: Untrusted text to be learned as the answer.
         codec: Tokenizer of the base.
         row_tokens: Longest row, in tokens.
@@ -178,7 +214,7 @@ def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int
     target = [*codec.encode(answer), codec.eos]
     room = max(row_tokens // _MIN_PROMPT_DIVISOR, row_tokens - len(target))
     # A chat template may be longer than a row. Its end must stay, because it says that an answer follows.
-    asked = codec.prompt_ids(prompt, room)[-room:] or (codec.bos,)  # the first token of a row is never trained
+    asked = codec.chat_ids(turns, room)[-room:] or (codec.bos,)  # the first token of a row is never trained
     first = row_tokens - len(asked)
     rows = [TokenRow((*asked, *target[:first]), len(asked))]
     if len(target) > first:
@@ -186,8 +222,32 @@ def turn_rows(prompt: str, answer: str, codec: ExampleTokenizer, row_tokens: int
     return rows
 
 
-def example_rows(example: ExampleAccepted, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
+def conversation(example: ExampleAccepted, system_prompt: str | None = None) -> list[tuple[str, str]]:
+    """Return the turns that an example's answer answers.
+
+    Args:
+        example: An example with a prompt.
+        system_prompt: The adapter's system prompt, for a conversation that has no system turn of its own.
+    """
+    turns: list[tuple[str, str]] = [
+        *((turn.role, turn.content) for turn in example.history or ()),
+        ("user", example.prompt or ""),
+    ]
+    if system_prompt and turns[0][0] != "system":
+        turns.insert(0, ("system", system_prompt))
+    return turns
+
+
+def example_rows(
+    example: ExampleAccepted, codec: ExampleTokenizer, row_tokens: int, system_prompt: str | None = None
+) -> list[TokenRow]:
     """Return the rows that train one example, each at most row_tokens long.
+
+    Args:
+        example: The example.
+        codec: Tokenizer of the base.
+        row_tokens: Longest row, in tokens.
+        system_prompt: The adapter's system prompt, for a conversation that has no system turn of its own; None: none.
 
     Raises:
         ExampleError: The example has neither a text nor a prompt with an answer, or row_tokens is too small.
@@ -195,7 +255,7 @@ def example_rows(example: ExampleAccepted, codec: ExampleTokenizer, row_tokens: 
     if example.kind == "document" and example.text:
         return text_rows(example.text, codec, row_tokens)
     if example.prompt and example.answer:
-        return turn_rows(example.prompt, example.answer, codec, row_tokens)
+        return turn_rows(conversation(example, system_prompt), example.answer, codec, row_tokens)
     raise ExampleError(
         got=f"{example.kind} {example.example_id} without its text",
         allowed="a document with text, or a correction or turn with prompt and answer",

@@ -109,12 +109,26 @@ def normalised_text(text: str) -> str:
     return composed
 
 
+def conversation_text(history: Iterable[tuple[str, str]], prompt: str) -> str:
+    """Return the text of an interaction without its answer, for `keyed_text_hash`.
+
+    Args:
+        history: Role and text of each turn before the prompt, oldest first.
+        prompt: The last turn of the user.
+
+    Returns:
+        The prompt itself where nothing precedes it; else every turn in its normalised form, with its role.
+    """
+    turns = [f"{role}\0{normalised_text(text)}\0" for role, text in history]
+    return "".join((*turns, normalised_text(prompt))) if turns else prompt
+
+
 def keyed_text_hash(key: bytes, text: str, answer: str | None = None) -> str:
     """Return the hash that a text is suppressed by.
 
     Args:
         key: The adapter's text key.
-        text: The text of a document, or the prompt of an interaction.
+        text: The text of a document, or of an interaction as `conversation_text` returns it.
         answer: The answer of an interaction; None for a document.
     """
     material = normalised_text(text) if answer is None else f"{normalised_text(text)}\0{normalised_text(answer)}"

@@ -273,7 +273,7 @@ def publish_interactions(
     adapter: DefaultAdapter = None,
     json_: Json = False,
 ) -> None:
-    """Publish interactions: one JSON object per line with adapter, interaction_id, prompt, response and correction."""
+    """Publish interactions: one JSON object per line with adapter, interaction_id, prompt and response or messages."""
     from perennial.streams.cli.publish import publish_file
 
     raise typer.Exit(publish_file("interactions", file, adapter=adapter, as_json=json_))

@@ -6,7 +6,7 @@ Holds the interface that `Publisher` and the in-memory double of `perennial.test
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import Encoded, encode
 from perennial.streams.events.fields import Event
-from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import RetentionRequested
 from perennial.streams.events.wire_error import WireError, from_pydantic
 
 
@@ -96,21 +97,34 @@ class BasePublisher(ABC):
         """
         return self._build(DocumentObserved, adapter=adapter, document_id=document_id, text=text, **fields)
 
-    def interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt:
-        """Publish a prompt and a model's response, with what a person said of the response.
+    def interaction(
+        self,
+        *,
+        adapter: str,
+        interaction_id: str,
+        prompt: str | None = None,
+        response: str | None = None,
+        messages: Sequence[Mapping[str, str]] | None = None,
+        **fields: Any,
+    ) -> Receipt:
+        """Publish a model's response and what it was asked, with what a person said of the response.
 
         Args:
             adapter: Name of the adapter, for example `acme/support`.
             interaction_id: Your id of the interaction, 1 to 512 characters.
             prompt: What the model was asked.
             response: What the model answered.
+            messages: The whole conversation instead of prompt and response, as chat APIs write it: `role` (`system`,
+                `user` or `assistant`) and `content` of each turn, the oldest first. The last turn is the response.
             **fields: Further fields of `InteractionObserved`: correction (the answer to learn), rating (-1 to 1),
                 subjects, retention_class, expires_at, observed_at.
 
         Raises:
             PublishError: A field is not valid, or the broker does not take the event.
         """
-        given = {"adapter": adapter, "interaction_id": interaction_id, "prompt": prompt, "response": response}
+        given: dict[str, Any] = {"adapter": adapter, "interaction_id": interaction_id}
+        asked = {"prompt": prompt, "response": response, "messages": None if messages is None else list(messages)}
+        given |= {name: value for name, value in asked.items() if value is not None}
         return self._build(InteractionObserved, **given, **fields)
 
     def retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt:

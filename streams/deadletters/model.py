@@ -17,6 +17,7 @@ from perennial.streams.events.cloudevents import MAX_VALUE_BYTES
 from perennial.streams.events.dead_letter import DeadLetter, decode_dead_letter, redrive_count
 from perennial.streams.events.event_times import without_leap_second
 from perennial.streams.events.fields import PERMANENT
+from perennial.streams.events.input_events import Turn
 from perennial.streams.events.models import DEFAULT_TYPES, ExampleAccepted, Origin
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.settings import SettingsError
@@ -126,17 +127,30 @@ def as_example(record: DeadLetterRecord) -> ExampleAccepted:
         return found if isinstance(found, str) else None
 
     subjects = fields.get("subjects")
+    turns = _turns_of(fields.get("messages"))
+    *history, prompt, response = turns if len(turns) > 1 else (None, None)
     at_ms = max(0, int(record.dead_letter.at.timestamp() * 1000))
     return ExampleAccepted.model_construct(
         adapter=record.adapter, example_id="", kind="document", learn=True,
-        document_id=text("document_id") or text("interaction_id") or "", text=text("text"), prompt=text("prompt"),
-        answer=text("correction") or text("response"), source=text("source"),
+        document_id=text("document_id") or text("interaction_id") or "", text=text("text"),
+        history=history or None, prompt=prompt.content if prompt else text("prompt"),
+        answer=text("correction") or (response.content if response else text("response")), source=text("source"),
         subjects=[name for name in subjects if isinstance(name, str)] if isinstance(subjects, list) else [],
         retention_class=text("retention_class") or PERMANENT,
         origin=Origin.model_construct(
             cluster_id="", topic=record.source_topic, topic_id="", partition=0, offset=0, timestamp_ms=at_ms
         ),
     )  # fmt: skip
+
+
+def _turns_of(messages: object) -> list[Turn]:
+    """Return the turns of an interaction that can be read, unvalidated."""
+    found = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    return [
+        Turn.model_construct(role=message["role"], content=message["content"])
+        for message in found
+        if isinstance(message.get("role"), str) and isinstance(message.get("content"), str)
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The events of every topic, and the body of a micro-batch, as pydantic models.
 
-Base classes and types of single fields are in fields.py, the events of adapter-updates and adapter-acks in
-adapter_events.py. JSON Schema and the AsyncAPI document in docs/ are generated from the three.
+Base classes and types of single fields are in fields.py, the events of documents and interactions in input_events.py,
+those of adapter-updates and adapter-acks in adapter_events.py. JSON Schema and the AsyncAPI document in docs/ are
+generated from the four.
 
 Add a field to an event:
 
@@ -24,7 +25,7 @@ from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self
 from unicodedata import normalize
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
 
 from perennial.streams.events.adapter_events import (
     AdapterActivated,
@@ -48,86 +49,27 @@ from perennial.streams.events.fields import (
     Event,
     Finite,
     Id,
-    Ids,
     Int32,
     Loss,
     Millis,
     Name,
     OutsideEvent,
-    OutsideId,
-    OutsideName,
     Rating,
     RetentionClass,
-    Subjects,
     Text,
     Time,
     TokenCount,
     TopicId,
     TopicName,
 )
-
-# --- documents, interactions: what is published to be learned ---------------------------------------------------------
-
-
-class DocumentObserved(OutsideEvent):
-    """A document that the adapter must learn."""
-
-    type: ClassVar[str] = "document.observed"
-    topic: ClassVar[str] = "documents"
-    adapter: Adapter
-    """Adapter that learns the document, for example `acme/support`."""
-    document_id: OutsideId
-    """Id of the document; the same id with another text is a new version of the document."""
-    text: Text
-    """The text to learn, at most 256 KiB in UTF-8."""
-    source: OutsideName | None = None
-    """Where the document comes from; documents of one source can supersede each other and be forgotten together."""
-    domain: OutsideName | None = None
-    """Subject area; stored with the example."""
-    subjects: Subjects = Field(default_factory=list)
-    """Ids of the persons whom the document is about; all documents about a person can be forgotten together."""
-    retention_class: RetentionClass = PERMANENT
-    """`permanent`, or how long to keep the document, as an ISO 8601 duration such as `P30D`."""
-    expires_at: Time | None = None
-    """When to forget the document; the earlier of this and the retention class counts."""
-    supersedes: Ids = Field(default_factory=list)
-    """Ids of documents of the same source that this one replaces; they are forgotten."""
-    observed_at: Time | None = None
-    """When the document was written or seen."""
-
-    def key(self) -> str:
-        return f"{self.adapter}|{self.document_id}"
-
-
-class InteractionObserved(OutsideEvent):
-    """An exchange between a user and the model, with a correction or a rating by people."""
-
-    type: ClassVar[str] = "interaction.observed"
-    topic: ClassVar[str] = "interactions"
-    adapter: Adapter
-    """Adapter that answered."""
-    interaction_id: OutsideId
-    """Id of the interaction."""
-    prompt: Text
-    """What the user wrote."""
-    response: Text
-    """What the model answered."""
-    correction: Text | None = None
-    """The answer that the adapter must learn instead."""
-    rating: Rating | None = None
-    """How good the response was, from -1 to 1; watched for drift."""
-    subjects: Subjects = Field(default_factory=list)
-    """Ids of the persons whom the interaction is about."""
-    retention_class: RetentionClass = PERMANENT
-    """`permanent`, or how long to keep the interaction, as an ISO 8601 duration such as `P30D`."""
-    expires_at: Time | None = None
-    """When to forget the interaction; the earlier of this and the retention class counts."""
-    observed_at: Time | None = None
-    """When the interaction took place."""
-
-    def key(self) -> str:
-        return f"{self.adapter}|{self.interaction_id}"
-
+from perennial.streams.events.input_events import (
+    MAX_TURNS,
+    DocumentObserved,
+    InteractionObserved,
+    Turn,
+    check_history,
+    is_none,
+)
 
 # --- examples, scored-examples, drift: what intake accepted, and what the scorer and the detectors found --------------
 
@@ -173,6 +115,10 @@ class ExampleAccepted(Event):
     text: Text | None = None
     prompt: Text | None = None
     answer: Text | None = None
+    history: (
+        Annotated[list[Turn], Field(min_length=1, max_length=MAX_TURNS - 2), AfterValidator(check_history)] | None
+    ) = Field(default=None, exclude_if=is_none)
+    """The turns before the prompt, oldest first: a system turn, if any, then user and assistant in turns."""
     rating: Rating | None = None
     source: Name | None = None
     domain: Name | None = None

@@ -96,7 +96,9 @@ def from_pydantic(error: ValidationError, value: bytes, model: type[Event]) -> W
         case "missing":
             return WireError("missing-field", field, got="nothing", allowed="a value: the field is required")
         case "extra_forbidden":
-            return WireError("unknown-field", field, got=first["input"], allowed=_fields(model.model_fields))
+            nested = len(first["loc"]) > 1
+            allowed = f"the fields that docs/schema/{model.type}.json lists" if nested else _fields(model.model_fields)
+            return WireError("unknown-field", field, got=first["input"], allowed=allowed)
         case "model_type" | "model_attributes_type" if not first["loc"]:
             return WireError("not-object", "the value", got=type(first["input"]).__name__, allowed="a JSON object")
         case "string_pattern_mismatch" if hidden := HIDDEN_CHARACTER.search(first["input"]):

@@ -26,7 +26,8 @@ from perennial.streams.events.cloudevents import Envelope, Headers, decode_witho
 from perennial.streams.events.dead_letter import redrive_count
 from perennial.streams.events.event_times import MAX_MS
 from perennial.streams.events.fields import PERMANENT
-from perennial.streams.events.models import DocumentObserved, ExampleAccepted, ExampleKind, InteractionObserved
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import ExampleAccepted, ExampleKind
 from perennial.streams.events.wire_error import Reason, WireError
 
 SOURCE = "/perennial/intake"
@@ -267,28 +268,43 @@ def _interaction(event: InteractionObserved, learn_turns: bool) -> tuple[dict[st
     A correction is always learned, a turn without one only where the settings say so. A rating alone is not learned: it
     is a signal, and a changed rating is a new signal.
     """
-    _require_not_blank("prompt", event.prompt)
+    history, prompt, answer = _conversation(event)
     kind: ExampleKind
-    answer = event.response
-    content: list[object] = [event.prompt, answer]
+    content: list[object] = [prompt, answer]
     if event.correction is not None:
         _require_not_blank("correction", event.correction)
         kind, learn, answer = "correction", True, event.correction
-        content = [event.prompt, answer]
+        content = [prompt, answer]
     elif learn_turns and not answer.isspace():
         kind, learn = "turn", True
     elif event.rating is not None:
         kind, learn = "rating", False
-        content = [event.prompt, answer, event.rating]
+        content = [prompt, answer, event.rating]
     else:
         kind, learn = "turn", False
     fields: dict[str, Any] = {
         "adapter": event.adapter, "kind": kind, "document_id": event.interaction_id, "learn": learn,
-        "prompt": event.prompt, "answer": answer,
+        "prompt": prompt, "answer": answer,
     }  # fmt: skip
     if event.rating is not None:
         fields["rating"] = event.rating
-    return fields, orjson.dumps(content)
+    if not history:
+        return fields, orjson.dumps(content)
+    fields["history"] = [{"role": role, "content": text} for role, text in history]
+    # An object and no list: an example with earlier turns must never have the id of one without.
+    return fields, orjson.dumps({"history": history, "last": content})
+
+
+def _conversation(event: InteractionObserved) -> tuple[list[tuple[str, str]], str, str]:
+    """Return role and text of the turns before the prompt, the prompt, and the response."""
+    if event.messages is None:
+        prompt, response = event.prompt or "", event.response or ""
+        _require_not_blank("prompt", prompt)
+        return [], prompt, response
+    turns: list[tuple[str, str]] = [(message.role, message.content) for message in event.messages]
+    for number, (_, text) in enumerate(turns[:-1]):
+        _require_not_blank(f"messages.{number}.content", text)
+    return turns[:-2], turns[-2][1], turns[-1][1]
 
 
 def _require_not_expired(expires_at: datetime, at_ms: int) -> None:

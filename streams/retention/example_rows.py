@@ -15,7 +15,7 @@ from perennial.storage.registry.suppressed_texts import load_text_key
 from perennial.streams.events.models import Batch, ExampleAccepted
 from perennial.streams.retention.quarantine_filter import text_hash
 
-_TEXTS = {"text", "prompt", "answer"}
+_TEXTS = {"text", "history", "prompt", "answer"}
 
 
 class ExampleRows:

@@ -25,7 +25,7 @@ from perennial.storage.registry.quarantine import (
     ensure_text_key,
     load_changed_quarantine,
 )
-from perennial.storage.registry.suppressed_texts import keyed_text_hash
+from perennial.storage.registry.suppressed_texts import conversation_text, keyed_text_hash
 from perennial.streams.events.models import ExampleAccepted, Selector, nfc
 
 MAX_KEPT_ENTRIES: Final = 20_000
@@ -36,7 +36,7 @@ def text_hash(example: ExampleAccepted, key: bytes) -> str | None:
     """Return the hash that a text is suppressed by; None where the example has no text.
 
     Texts that are equal once they are normalised have equal hashes under any document id. The hash of an interaction
-    covers prompt and answer.
+    covers prompt and answer, and the turns before them where there are any.
 
     Args:
         example: The example.
@@ -154,7 +154,8 @@ def _text_of(example: ExampleAccepted) -> tuple[str, str | None] | None:
     if example.text is not None:
         return example.text, None
     if example.prompt is not None and example.answer is not None:
-        return example.prompt, example.answer
+        asked = [(turn.role, turn.content) for turn in example.history or ()]
+        return conversation_text(asked, example.prompt), example.answer
     return None
 
 

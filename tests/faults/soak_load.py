@@ -19,7 +19,8 @@ from kafka.errors import KafkaError
 from perennial.streams.client.base_publisher import PublishError
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.events.fields import Event
-from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested, Selector
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import RetentionRequested, Selector
 from perennial.streams.settings import Settings
 from tests.integration.test_exactly_once import WORDS
 from tests.oracle import Position

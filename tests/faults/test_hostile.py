@@ -13,7 +13,8 @@ from confluent_kafka import Producer
 from kafka import KafkaConsumer, TopicPartition
 
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, decode, encode
-from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested, Selector
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import RetentionRequested, Selector
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.intake.service import run_intake
 from perennial.streams.intake.validation import Acceptor, OriginPartition

@@ -37,7 +37,7 @@ from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.events.cloudevents import encode
-from perennial.streams.events.models import DocumentObserved
+from perennial.streams.events.input_events import DocumentObserved
 from perennial.streams.kafka.topics import provision
 from perennial.streams.observe.http_server import serve_metrics
 from perennial.streams.observe.metrics import Metrics

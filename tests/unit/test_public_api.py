@@ -40,7 +40,7 @@ DirectoryBackend.warm(self, name: str) -> None
 DirectoryBackend.write_folder(self, inside: Path, files: dict[str, bytes]) -> None
 DocumentObserved(*, adapter, document_id, text, source=..., domain=..., subjects=..., retention_class=..., expires_at=..., supersedes=..., observed_at=...) -> None
 DocumentObserved.key(self) -> str
-InteractionObserved(*, adapter, interaction_id, prompt, response, correction=..., rating=..., subjects=..., retention_class=..., expires_at=..., observed_at=...) -> None
+InteractionObserved(*, adapter, interaction_id, prompt=..., response=..., messages=..., correction=..., rating=..., subjects=..., retention_class=..., expires_at=..., observed_at=...) -> None
 InteractionObserved.key(self) -> str
 LoraConfig(rank: int, alpha: int) -> None
 MemoryBackend(base_sha256: str | None = None) -> None
@@ -55,7 +55,7 @@ MemoryPublisher(*, topic_prefix: str = , source: str = perennial-sdk, now: Calla
 MemoryPublisher.close(self) -> None
 MemoryPublisher.document(self, *, adapter: str, document_id: str, text: str, **fields: Any) -> Receipt
 MemoryPublisher.flush(self, timeout_s: float | None = None) -> None
-MemoryPublisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt
+MemoryPublisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str | None = None, response: str | None = None, messages: Sequence[Mapping[str, str]] | None = None, **fields: Any) -> Receipt
 MemoryPublisher.publish(self, event: Event, *, event_id: str | None = None) -> Receipt
 MemoryPublisher.retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt
 MissingExtraError(PerennialError, ImportError)
@@ -78,7 +78,7 @@ Publisher(kafka: str | None = None, *, settings: Settings | None = None, source:
 Publisher.close(self) -> None
 Publisher.document(self, *, adapter: str, document_id: str, text: str, **fields: Any) -> Receipt
 Publisher.flush(self, timeout_s: float | None = None) -> None
-Publisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str, response: str, **fields: Any) -> Receipt
+Publisher.interaction(self, *, adapter: str, interaction_id: str, prompt: str | None = None, response: str | None = None, messages: Sequence[Mapping[str, str]] | None = None, **fields: Any) -> Receipt
 Publisher.publish(self, event: Event, *, event_id: str | None = None) -> Receipt
 Publisher.retention(self, *, request_id: str, kind: str, adapter: str, requested_by: str, **fields: Any) -> Receipt
 Receipt(event_id: str) -> None

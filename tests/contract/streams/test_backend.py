@@ -634,5 +634,5 @@ def test_a_prompt_is_asked_in_the_form_that_corrections_are_trained_in(monkeypat
 
     monkeypatch.setattr(base.model, "generate", generate)
     backend.generate("How long does a refund take?", max_new_tokens=4)
-    (row,) = turn_rows("How long does a refund take?", "Five days.", ExampleTokenizer(base.tokenizer), 64)
+    (row,) = turn_rows([("user", "How long does a refund take?")], "Five days.", ExampleTokenizer(base.tokenizer), 64)
     assert asked == [list(row.ids[: row.train_from])]

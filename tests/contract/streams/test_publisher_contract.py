@@ -11,7 +11,8 @@ import pytest
 from perennial.streams.client.base_publisher import BasePublisher, Delivery, PublishError
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.events.fields import Event
-from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested, Selector
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import RetentionRequested, Selector
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryPublisher

@@ -33,7 +33,7 @@ from perennial.streams.events.adapter_events import (
     Learned,
     ReplicaLeft,
 )
-from perennial.streams.events.models import DocumentObserved, InteractionObserved
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
 from perennial.streams.kafka.topics import provision
 from perennial.streams.replicas.acks import AckReader
 from perennial.streams.replicas.replica_status import KEPT_S

@@ -25,7 +25,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import decode_dead_letter
-from perennial.streams.events.models import InteractionObserved
+from perennial.streams.events.input_events import InteractionObserved
 from perennial.streams.intake import librdkafka
 from perennial.streams.intake.librdkafka import DeliveryError
 from perennial.streams.intake.service import run_intake

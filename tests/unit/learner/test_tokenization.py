@@ -30,7 +30,7 @@ def test_a_document_is_trained_token_by_token_once(words: str, row_tokens: int) 
 @settings(max_examples=60, deadline=None)
 @given(text, text, st.integers(min_value=16, max_value=64))
 def test_only_the_answer_of_a_turn_is_trained_and_all_of_it(prompt: str, answer: str, row_tokens: int) -> None:
-    rows = turn_rows(prompt, answer, CODEC, row_tokens)
+    rows = turn_rows([("user", prompt)], answer, CODEC, row_tokens)
     assert max(len(row.ids) for row in rows) <= row_tokens
     trained = list(chain.from_iterable(row.ids[row.train_from :] for row in rows))
     assert trained == [*CODEC.encode(answer), CODEC.eos]
@@ -43,12 +43,12 @@ def test_a_correction_has_the_form_that_the_base_was_trained_on() -> None:
 
 
 def test_without_a_chat_template_a_turn_is_plain_text() -> None:
-    (row,) = turn_rows("What?", "That.", PLAIN, 64)
+    (row,) = turn_rows([("user", "What?")], "That.", PLAIN, 64)
     assert PLAIN.tokenizer.decode(row.ids) == "<|bos|>User: What?\nAssistant: That.<|eos|>"
 
 
 def test_a_long_prompt_loses_its_head_and_the_answer_nothing() -> None:
-    (row,) = turn_rows("x" * 500 + "why?", "because", CODEC, 64)
+    (row,) = turn_rows([("user", "x" * 500 + "why?")], "because", CODEC, 64)
     shown = CODEC.tokenizer.decode(row.ids)
     assert shown.endswith("why?<|assistant|>because<|eos|>")
     assert shown.startswith("<|bos|><|user|>x")
@@ -56,7 +56,7 @@ def test_a_long_prompt_loses_its_head_and_the_answer_nothing() -> None:
 
 
 def test_a_long_answer_leaves_a_quarter_of_the_row_to_the_prompt() -> None:
-    first, *_ = turn_rows("p" * 100, "a" * 100, CODEC, 64)
+    first, *_ = turn_rows([("user", "p" * 100)], "a" * 100, CODEC, 64)
     assert first.train_from == 16
 
 
@@ -64,7 +64,7 @@ def test_a_long_answer_leaves_a_quarter_of_the_row_to_the_prompt() -> None:
 def test_markers_in_foreign_text_stay_text(words: str) -> None:
     special = set(CODEC.tokenizer.all_special_ids)
     assert special.isdisjoint(CODEC.encode(words))
-    (row,) = turn_rows(words, words, CODEC, 128)
+    (row,) = turn_rows([("user", words)], words, CODEC, 128)
     assert sum(token in special for token in row.ids) == 4
 
 

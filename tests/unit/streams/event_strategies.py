@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from hypothesis import HealthCheck, settings
@@ -13,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from perennial.streams.events import fields
 from perennial.streams.events.fields import ADAPTER_PATTERN, ADAPTERS_PATTERN, ALIAS_PATTERN, VISIBLE_PATTERN, Event
+from perennial.streams.events.input_events import InteractionObserved, check_history
 from perennial.streams.events.models import EVENTS, Selector
 
 # Seeded, and without time limits: a busy machine must not fail a property.
@@ -55,6 +57,8 @@ def _model(model: type[BaseModel]) -> st.SearchStrategy[Any]:
         return st.builds(
             Selector, subjects=st.lists(_TEXT.filter(bool), min_size=1, max_size=3), before=st.none() | _TIME
         )
+    if model is InteractionObserved:
+        return _interaction()
     required, optional = {}, {}
     for name, field in model.model_fields.items():
         kind = required if field.is_required() else optional
@@ -64,12 +68,44 @@ def _model(model: type[BaseModel]) -> st.SearchStrategy[Any]:
     return st.fixed_dictionaries(required, optional=optional).map(lambda values: model(**values))
 
 
+def _interaction() -> st.SearchStrategy[Any]:
+    """Either prompt and response, or a conversation whose roles are in order."""
+    fields = InteractionObserved.model_fields
+    text = _TEXT.filter(bool)
+    pair = st.fixed_dictionaries({"prompt": text, "response": text})
+    conversation = st.fixed_dictionaries({"messages": _turns(1)})
+    rest = [name for name in fields if name not in {"prompt", "response", "messages"}]
+    required = {name: _field(fields[name]) for name in rest if fields[name].is_required()}
+    optional = {name: _field(fields[name]) for name in rest if not fields[name].is_required()}
+    return st.builds(
+        lambda given, form: InteractionObserved(**given, **form),
+        st.fixed_dictionaries(required, optional=optional), pair | conversation,
+    )  # fmt: skip
+
+
+def _turns(least_pairs: int) -> st.SearchStrategy[list[dict[str, str]]]:
+    text = _TEXT.filter(bool)
+    pair = st.tuples(text, text).map(lambda t: [turn("user", t[0]), turn("assistant", t[1])])
+    pairs = st.lists(pair, min_size=least_pairs, max_size=3).map(
+        lambda groups: [one for group in groups for one in group]
+    )
+    return st.builds(
+        lambda system, turns: [*system, *turns], st.lists(text.map(partial(turn, "system")), max_size=1), pairs
+    )
+
+
+def turn(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
 def _field(field: FieldInfo) -> st.SearchStrategy[Any]:
     return _of(field.annotation, list(field.metadata))
 
 
 def _of(annotation: Any, metadata: list[Any]) -> st.SearchStrategy[Any]:
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if any(getattr(item, "func", None) is check_history for item in metadata):
+        return _turns(0).filter(bool)
     if any(getattr(item, "func", None) is fields._check_retention for item in metadata):
         return _RETENTION
     if annotation is AwareDatetime:

@@ -18,7 +18,8 @@ from perennial.streams.events.cloudevents import (
     decode,
     encode,
 )
-from perennial.streams.events.models import DEFAULT_TYPES, DocumentObserved, InteractionObserved
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import DEFAULT_TYPES
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.topics import TOPICS
 from tests.unit.streams.event_strategies import VISIBLE_CHARACTERS, any_event, event_of

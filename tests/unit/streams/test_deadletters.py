@@ -70,6 +70,26 @@ def test_case_02_and_07_an_erasure_finds_texts_in_every_form_that_intake_reads()
         assert as_example(dead_letter_record(json.dumps(value).encode())).document_id == ""
 
 
+def test_the_turns_of_a_refused_conversation_are_found():
+    """Or a redrive would bring an erased conversation back."""
+    messages = [["system", "s"], ["user", "q"], ["assistant", "a"], ["user", "p"], ["assistant", "r"]]
+    event = {
+        "adapter": "acme/support", "interaction_id": "1",
+        "messages": [{"role": role, "content": text} for role, text in messages],
+    }  # fmt: skip
+    found = as_example(dead_letter_record(json.dumps(event).encode()))
+    assert [(turn.role, turn.content) for turn in found.history or ()] == [
+        ("system", "s"),
+        ("user", "q"),
+        ("assistant", "a"),
+    ]
+    assert (found.prompt, found.answer) == ("p", "r")
+    corrected = as_example(dead_letter_record(json.dumps({**event, "correction": "c"}).encode()))
+    assert (corrected.prompt, corrected.answer) == ("p", "c")
+    for broken in ([], [3], [{"role": "user"}], {"role": "user"}, "text"):
+        assert as_example(dead_letter_record(json.dumps({**event, "messages": broken}).encode())).prompt is None
+
+
 def test_the_count_grows_with_every_refusal():
     value, headers = DOCUMENT, [("a", b"b")]
     for redrives in range(4):

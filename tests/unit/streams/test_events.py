@@ -7,16 +7,8 @@ from hypothesis import given
 from pydantic import ValidationError
 
 from perennial.streams.events.fields import MAX_TEXT_BYTES, duration_s
-from perennial.streams.events.models import (
-    DEFAULT_TYPES,
-    EVENTS,
-    DocumentObserved,
-    InteractionObserved,
-    Origin,
-    RollbackRequested,
-    Selector,
-    UpdateRequested,
-)
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import DEFAULT_TYPES, EVENTS, Origin, RollbackRequested, Selector, UpdateRequested
 from perennial.streams.kafka.topics import TOPICS
 from tests.unit.streams.event_strategies import any_event
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES, decode, encode
 from perennial.streams.events.event_times import MAX_MS
-from perennial.streams.events.models import DocumentObserved, ExampleAccepted, InteractionObserved, Origin
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import ExampleAccepted, Origin
 from perennial.streams.intake.validation import (
     REFUSED_WRITE_MS,
     Accepted,
@@ -80,19 +81,23 @@ def test_a_document_becomes_an_example(event, offset, timestamp_ms):
 def test_an_interaction_becomes_an_example(event, learn_turns):
     written = encode(event, event_id="1", source="/s", occurred_at=datetime(2026, 1, 1, tzinfo=UTC))
     decision = acceptor(INTERACTIONS, learn_turns=learn_turns).accept(written.value, written.headers, 5, 0)
+    pair = [("user", event.prompt), ("assistant", event.response)]
+    turns = pair if event.messages is None else [(message.role, message.content) for message in event.messages]
+    *history, (_, prompt), (_, response) = turns
     if isinstance(decision, Refused):
         assert decision.reason == "bad-field"
-        assert event.prompt.isspace() or (event.correction or "x").isspace()
+        assert prompt.isspace() or (event.correction or "x").isspace() or any(text.isspace() for _, text in history)
         return
     example = example_of(decision)
     if event.correction is not None:
         kind, learn, answer = "correction", True, event.correction
-    elif learn_turns and not event.response.isspace():
-        kind, learn, answer = "turn", True, event.response
+    elif learn_turns and not response.isspace():
+        kind, learn, answer = "turn", True, response
     else:
-        kind, learn, answer = "turn" if event.rating is None else "rating", False, event.response
+        kind, learn, answer = "turn" if event.rating is None else "rating", False, response
     assert (example.kind, example.learn) == (kind, learn)
-    assert (example.text, example.prompt, example.answer) == (None, event.prompt, answer)
+    assert (example.text, example.prompt, example.answer) == (None, prompt, answer)
+    assert [(turn.role, turn.content) for turn in example.history or ()] == history
     assert example.rating == event.rating
     assert example.subjects == event.subjects
 

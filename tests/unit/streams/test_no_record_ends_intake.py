@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES, decode
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES, decode_dead_letter, encode_dead_letter
-from perennial.streams.events.models import DocumentObserved, InteractionObserved
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
 from perennial.streams.intake.validation import Accepted, Acceptor, Duplicate, OriginPartition, Refused
 from perennial.streams.retain.ledger import expires_ms
 from tests.unit.streams.event_strategies import event_of

@@ -12,13 +12,8 @@ from hypothesis import strategies as st
 
 from perennial.streams.events.cloudevents import MAX_DEPTH, decode, encode
 from perennial.streams.events.event_times import MAX_MS, bounded_end_ms, parse_rfc3339
-from perennial.streams.events.models import (
-    DocumentObserved,
-    ExampleAccepted,
-    InteractionObserved,
-    RetentionRequested,
-    Selector,
-)
+from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
+from perennial.streams.events.models import ExampleAccepted, RetentionRequested, Selector
 from perennial.streams.events.wire_error import WireError, shorten
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition
 from perennial.streams.retain.ledger import LifetimeLimit, expires_ms
