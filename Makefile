@@ -9,7 +9,7 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale bench-serving vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench-forgetting  erasures against training from scratch'
 	@echo 'make bench-scale   store calls and seconds over 10^4 versions and 10^5 adapters; memory per adapter'
 	@echo 'make test-vllm     the contract of backends on a real vLLM server; skips where vllm-env was not made'
+	@echo 'make bench-serving 50 swaps in a real vLLM server under load: promoted -> answered, throughput, mixed replies'
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
 	@echo 'make lock          requirements.lock and requirements-vllm.lock again from pyproject.toml'
 	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
@@ -49,7 +50,7 @@ lint: $(READY)
 	$(BIN)/lint-imports
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n 4 --dist loadscope --ignore tests/faults
+	$(BIN)/python -m pytest -n 4 --dist loadscope --ignore tests/faults --ignore tests/vllm
 
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults --runs $(RUNS)
@@ -66,6 +67,9 @@ bench-loop: $(READY)
 
 bench-forgetting: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_forgetting
+
+bench-serving: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_serving
 
 bench-scale: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_scale

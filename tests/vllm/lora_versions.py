@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from perennial.learner.bases.sources import SHIPPED_FOLDER
+from perennial.learner.bases.sources import folder_of
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetensors
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.training.probes import predicted_after
 from perennial.storage.objects.directory_store import DirectoryStore
-from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.manifest import Manifest, Probes
 from perennial.streams.probe_texts import PROBE_TEXTS
 from tests.versions import VersionPublisher
 
@@ -33,12 +33,14 @@ class Made:
         weights: The LoRA weights as a safetensors file.
         manifest: Its manifest.
         tensors: The same weights.
+        published_s: When the alias was moved to it, in seconds since 1970.
     """
 
     name: str
     weights: bytes
     manifest: Manifest
     tensors: Tensors
+    published_s: float
 
     @property
     def loaded(self) -> tuple[str, bytes, Manifest]:
@@ -56,26 +58,32 @@ class VersionMaker:
 
     def __init__(self, base: str, rank: int = 8) -> None:
         self.base = load_base(base, "cpu", 1)
-        self.folder = Path(SHIPPED_FOLDER if base == "shipped" else base)
+        self.folder = folder_of(base)
         self.rank = rank
         self.lora = Lora(self.base, LoraConfig(rank, 2 * rank), "made-by-tests")
         self.codec = ExampleTokenizer(self.base.tokenizer)
 
-    def make(
-        self, store: Path, seeds: Sequence[int], adapter: str = ADAPTER, spread: float = SPREAD, probed: bool = True
-    ) -> list[Made]:
+    def publisher(self, store: Path, adapter: str = ADAPTER) -> VersionPublisher:
+        """Return a publisher of versions for this base into a store in a folder."""
+        return VersionPublisher(DirectoryStore(store, fsync=False), adapter, self.base.digest)
+
+    def publish(self, publisher: VersionPublisher, seed: int, spread: float = SPREAD) -> Made:
+        """Publish a version with random weights; what the learner would record about it is recorded."""
+        tensors = self.tensors(seed, spread)
+        self.lora.load(tensors)
+        return self.publish_prepared(publisher, tensors, predicted_after(PROBE_TEXTS, self.lora, self.codec))
+
+    def publish_prepared(self, publisher: VersionPublisher, tensors: Tensors, probes: Probes) -> Made:
+        """Publish a version whose probes were computed before."""
+        data = to_safetensors(tensors)
+        state = publisher.publish(data, rank=self.rank, alpha=2 * self.rank, probes=probes)
+        manifest = publisher.registry.manifest(publisher.adapter, state.version)
+        return Made(f"{publisher.adapter}@{state.version[7:]}", data, manifest, tensors, state.published_at.timestamp())
+
+    def make(self, store: Path, seeds: Sequence[int], adapter: str = ADAPTER) -> list[Made]:
         """Publish one version per seed into a store in a folder."""
-        publisher = VersionPublisher(DirectoryStore(store, fsync=False), adapter, self.base.digest)
-        made = []
-        for seed in seeds:
-            tensors = self.tensors(seed, spread)
-            self.lora.load(tensors)
-            data = to_safetensors(tensors)
-            probes = predicted_after(PROBE_TEXTS, self.lora, self.codec) if probed else {}
-            state = publisher.publish(data, rank=self.rank, alpha=2 * self.rank, probes=probes)
-            manifest = publisher.registry.manifest(adapter, state.version)
-            made.append(Made(f"{adapter}@{state.version[7:]}", data, manifest, tensors))
-        return made
+        publisher = self.publisher(store, adapter)
+        return [self.publish(publisher, seed) for seed in seeds]
 
     def tensors(self, seed: int, spread: float = SPREAD) -> Tensors:
         """Return random weights."""

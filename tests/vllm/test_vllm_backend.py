@@ -318,4 +318,7 @@ def test_fifty_swaps_under_load_mix_nothing_and_fill_no_memory(
         neighbours = [made[index] for index in (position - 1, position + 1) if 0 <= index < len(made)]
         assert max(difference(maker, by_name[name], reply) for reply in same) < RIGHT_NATS
         assert min(difference(maker, other, same[0]) for other in neighbours) > 2 * RIGHT_NATS
-    assert fmean(memory[-5:]) - fmean(memory[5:10]) < 40, memory
+    assert len(server.resident_ids()) <= MAX_CPU_LORAS
+    assert fmean(memory[-5:]) - fmean(memory[20:25]) < 25, (
+        memory
+    )  # MiB; buffers grow with the first batch of each shape
