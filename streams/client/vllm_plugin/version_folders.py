@@ -195,7 +195,7 @@ class VersionFolders:
                 if isinstance(error, IntegrityError | UnfitVersionError):
                     self._unfit[found.version] = error
             raise
-        return backend.path / found.manifest.adapter / f"@{found.name[-64:]}"
+        return backend.folder_of(found.name)
 
     def held(self) -> list[str]:
         """Return the names, `<adapter>@<64 hex>`, of the versions that have a folder or are being fetched."""
@@ -276,9 +276,8 @@ class VersionFolders:
         source = VersionSource(self._opened(), found.manifest.adapter)
         backend = self._backend
         if backend is not None:
-            file = backend.path / found.manifest.adapter / f"@{found.name[-64:]}" / "adapter_model.safetensors"
             try:
-                held = file.read_bytes()
+                held = (backend.folder_of(found.name) / "adapter_model.safetensors").read_bytes()
             except FileNotFoundError:
                 held = b""
             if digest_of(held) == found.manifest.weights.digest:
