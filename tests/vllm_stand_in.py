@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -36,6 +38,9 @@ class Engine:
         self.loaded: dict[int, bytes] = {}
         self.output_processor = SimpleNamespace(request_states={})
         self.refuses: set[str] = set()
+        self.predicts: dict[bytes, dict[int, float]] = {}
+        self.nan_blocks = 0
+        self.prompts: list[str] = []
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         await asyncio.sleep(0)
@@ -50,6 +55,21 @@ class Engine:
     async def remove_lora(self, lora_id: int) -> bool:
         await asyncio.sleep(0)
         return self.loaded.pop(lora_id, None) is not None
+
+    async def generate(
+        self, prompt: dict[str, str], sampling_params: Any, request_id: str, *, lora_request: LoRARequest | None
+    ) -> AsyncIterator[Any]:
+        """Yield the next tokens. What NaN leaves behind makes the next answers NaN too, whoever asks."""
+        await asyncio.sleep(0)
+        self.prompts.append(prompt["prompt"])
+        nats = self.predicts.get(self.loaded[lora_request.lora_int_id] if lora_request else b"", {1: -0.5})
+        if lora_request and math.isnan(nats[1]):
+            self.nan_blocks = 2
+        elif self.nan_blocks:
+            self.nan_blocks -= 1
+            nats = {1: math.nan}
+        logged = {token: SimpleNamespace(logprob=each) for token, each in nats.items()}
+        yield SimpleNamespace(outputs=[SimpleNamespace(logprobs=[logged])])
 
     async def answer(self, lora_request: LoRARequest) -> bytes:
         """Return the weights that a request is answered with. Raises where a real engine would end."""
@@ -72,6 +92,7 @@ class Server:
     def __init__(self, engine: Engine, model: str) -> None:
         self.engine = engine
         self.model = model
+        self.model_config = SimpleNamespace(max_logprobs=5)
         self.lora_requests: dict[str, LoRARequest] = {}
         self.lora_id_counter = Counter()
         self.lora_resolver_lock: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
@@ -116,7 +137,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     Registry.resolvers = resolvers  # type: ignore[attr-defined]
     contents: dict[str, dict[str, Any]] = {
-        "vllm": {},
+        "vllm": {"SamplingParams": SimpleNamespace},
         "vllm.lora": {},
         "vllm.lora.request": {"LoRARequest": LoRARequest},
         "vllm.lora.resolver": {"LoRAResolver": object, "LoRAResolverRegistry": Registry},

@@ -34,6 +34,12 @@ class ResolverSettings(SettingsGroup):
         16.0, description="vLLM plugin: most GiB of weights in the folder of a server; further versions are refused"
     )
 
+    trial_tolerance_nats: PositiveFloat = Field(
+        0.15,
+        description="vLLM plugin: largest mean difference of the server's predictions from those that the learner "
+        "recorded, in nats; a version past it is refused",
+    )
+
     @field_validator("resolver_dir")
     @classmethod
     def _expand(cls, resolver_dir: str) -> str:

@@ -85,6 +85,11 @@ class VersionMaker:
         publisher = self.publisher(store, adapter)
         return [self.publish(publisher, seed) for seed in seeds]
 
+    def probes(self, seed: int) -> Probes:
+        """Return what the learner records of the version with these weights."""
+        self.lora.load(self.tensors(seed))
+        return predicted_after(PROBE_TEXTS, self.lora, self.codec)
+
     def tensors(self, seed: int, spread: float = SPREAD) -> Tensors:
         """Return random weights."""
         generator = torch.Generator().manual_seed(seed)

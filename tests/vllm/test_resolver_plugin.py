@@ -196,10 +196,27 @@ def test_weights_with_nan_are_refused_and_others_go_on(fresh, publisher, maker, 
     assert isinstance(ask(fresh, "base", ids), Answer)
 
 
+def test_what_the_engine_computes_otherwise_than_the_learner_is_refused(fresh, publisher, maker, ids):
+    """The weights are whole, and the engine's predictions are not those that the learner recorded, or not finite."""
+    weights = data_of(maker, 10)
+    version = publisher("acme/probed").publish(weights, rank=RANK, alpha=ALPHA, probes=maker.probes(10)).version
+    assert isinstance(ask(fresh, "acme/probed", ids), Answer)
+    publisher("acme/other").publish(weights, rank=RANK, alpha=ALPHA, probes=maker.probes(11))
+    assert ask(fresh, "acme/other", ids) == 404
+    assert "predicts something else" in fresh.log.read_text(errors="replace")
+    state = {name: 1e20 * tensor for name, tensor in maker.tensors(12).items()}  # finite, and their product is not
+    publisher("acme/overflow").publish(to_safetensors(state), rank=RANK, alpha=ALPHA)
+    assert ask(fresh, "acme/overflow", ids) == 404
+    assert "computes NaN or infinity" in fresh.log.read_text(errors="replace")
+    for _ in range(3):
+        assert isinstance(ask(fresh, f"acme/probed@{version[7:]}", ids), Answer), "a NaN reached another adapter"
+
+
 def test_a_rank_that_the_server_has_no_room_for_is_refused_and_the_server_goes_on(fresh, publisher, maker, ids):
     wide = Lora(maker.base, LoraConfig(32, 64), slot="wide")
     publisher("acme/wide").publish(to_safetensors(wide.weights()), rank=32, alpha=64)
-    assert ask(fresh, "acme/wide", ids) == 400
+    assert ask(fresh, "acme/wide", ids) == 404
+    assert "greater than max_lora_rank" in fresh.log.read_text(errors="replace")
     assert isinstance(ask(fresh, "base", ids), Answer)
 
 

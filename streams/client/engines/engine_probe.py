@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import UnfitVersionError
@@ -30,14 +30,34 @@ def compare(name: str, manifest: Manifest, api: EngineApi, tolerance_nats: float
     Raises:
         UnfitVersionError: The engine predicts something else, or numbers that are not finite.
     """
-    recorded = {text: tokens for text, tokens in manifest.probes.items() if text in PROBE_TEXTS}
+    return check_answers(manifest, api.next_tokens(name, list(texts_to_ask(manifest).values())), tolerance_nats)
+
+
+def texts_to_ask(manifest: Manifest) -> dict[str, str]:
+    """Return the texts that an engine is asked about a version, by name, in the order of the answers."""
+    recorded = [text for text in manifest.probes if text in PROBE_TEXTS]
     # The long text would not fit a base of short rows, so it is asked for only where the learner recorded it.
-    texts = {text: PROBE_TEXTS[text] for text in recorded} or {"sentence-1": PROBE_TEXTS["sentence-1"]}
-    answers = api.next_tokens(name, list(texts.values()))
+    return {text: PROBE_TEXTS[text] for text in recorded or ["sentence-1"]}
+
+
+def check_answers(manifest: Manifest, answers: Sequence[NextTokens], tolerance_nats: float = TOLERANCE_NATS) -> float:
+    """Compare an engine's next tokens after the texts of `texts_to_ask` with those that the manifest records.
+
+    Args:
+        manifest: The manifest of the version.
+        answers: What the engine predicts after each text.
+        tolerance_nats: Largest allowed mean difference of a text's log-probabilities, in nats.
+
+    Returns:
+        The largest mean difference of a text, in nats; 0 where nothing is recorded.
+
+    Raises:
+        UnfitVersionError: The engine predicts something else.
+    """
     worst = 0.0
-    for text, answer in zip(texts, answers, strict=True):
-        if text in recorded:
-            difference = _mean_difference(recorded[text], answer)
+    for text, answer in zip(texts_to_ask(manifest), answers, strict=True):
+        if text in manifest.probes:
+            difference = _mean_difference(manifest.probes[text], answer)
             worst = max(worst, difference)
             if difference > tolerance_nats:
                 raise UnfitVersionError(

@@ -13,8 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from cachetools import TTLCache
-
+from perennial.streams.client.vllm_plugin.engine_trial import Engine
 from perennial.streams.client.vllm_plugin.name_resolver import Followed, NameResolver, Retired, log
 from perennial.streams.client.vllm_plugin.version_folders import FoundVersion
 
@@ -27,18 +26,7 @@ UNSEEN_S = 3600.0
 """Longest time of a request, where vLLM does not show which requests are under way."""
 _AT_ONCE = 2
 """Fewer than the resolver has threads, so that refreshing never keeps a request waiting for one."""
-_AGAIN_S = 60.0
 _ENGINE_S = 60.0
-
-
-class Engine(Protocol):
-    """The methods of vLLM's `EngineClient` that are used here."""
-
-    async def add_lora(self, lora_request: Any) -> bool:
-        """Load an adapter."""
-
-    async def remove_lora(self, lora_id: int) -> bool:
-        """Drop an adapter."""
 
 
 class Counting(Protocol):
@@ -95,7 +83,6 @@ class NameRefresher:
         self._retired: list[Retired] = []
         resolver.retired = self._retired
         self._idle_since_s: dict[str, float] = {}
-        self._refused: TTLCache[str, None] = TTLCache(1024, _AGAIN_S, timer=resolver.clock)
         self._stale_since: dict[str, float] = {}
         resolver.other_names = self._known_names
         self._turns = asyncio.Semaphore(_AT_ONCE)
@@ -143,51 +130,44 @@ class NameRefresher:
             if self._resolver.clock() - followed.resolved_s >= self._keep_s:
                 self._withdraw(name, followed, "was resolved long ago; the next request resolves it again")
                 return
-            if followed.name.version is not None:
-                is_checked = False
-            else:
-                try:
-                    is_checked = await self._follow_alias(name, followed)
-                except Exception as error:
-                    if not await self._is_revoked(followed):
-                        raise
-                    self._resolver.log_once(f"model {name} has no version that replaces the revoked one", error)
-                    is_checked = False
-            if not is_checked and await self._is_revoked(followed):
+            try:
+                if followed.name.version is None:
+                    await self._follow_alias(name, followed)  # which looks for a revocation itself
+                elif await self._is_revoked(followed):
+                    self._withdraw(name, followed, "was revoked")
+            except Exception as error:
+                if not await self._is_revoked(followed):
+                    raise
+                self._resolver.log_once(f"model {name} has no version that replaces the revoked one", error)
                 self._withdraw(name, followed, "was revoked")
 
     async def _is_revoked(self, followed: Followed) -> bool:
         return await self._resolver.in_thread(self._resolver.folders.is_revoked, followed.found)
 
-    async def _follow_alias(self, name: str, followed: Followed) -> bool:
-        """Serve what the alias names now. Return False if the name stays at a version that the alias left."""
+    async def _follow_alias(self, name: str, followed: Followed) -> None:
+        """Serve what the alias names now."""
         resolver = self._resolver
         found = await resolver.in_thread(resolver.folders.find, followed.name, followed.served_model)
         if found is None:
             self._withdraw(name, followed, "has no version to serve any more")
-            return True
-        if found.version == followed.found.version:
+        elif found.version == followed.found.version:
             self._stale_since.pop(name, None)
-            return True
-        return await self._replace(name, followed, found)
+        else:
+            await self._replace(name, followed, found)
 
-    async def _replace(self, name: str, followed: Followed, found: FoundVersion) -> bool:
-        """Serve another version under a name; return False where it failed a short while ago.
-
-        On an error the name stays as it is.
-        """
+    async def _replace(self, name: str, followed: Followed, found: FoundVersion) -> None:
+        """Serve another version under a name. On an error the name stays as it is."""
         resolver = self._resolver
         self._stale_since[name] = found.published_s or self._now()
-        if found.version in self._refused:
-            return False
         async with resolver.lock_of(found.name):
             path = await resolver.in_thread(resolver.folders.prepare, found, followed.served_model)
+            if resolver.try_out is not None:
+                await resolver.try_out(found, str(path))
             lora_int_id = self._models.lora_id_counter.inc(1)
             request = resolver.request_for(found, str(path), lora_int_id)
             try:
                 await asyncio.wait_for(self._engine.add_lora(request), _ENGINE_S)
             except BaseException:
-                self._refused[found.version] = None
                 resolver.retire(found, request)  # it may have been loaded all the same
                 raise
             self._models.lora_requests[name] = request
@@ -200,7 +180,6 @@ class NameRefresher:
         if found.published_s is not None:
             resolver.metrics.published_to_served.observe(max(0.0, self._now() - found.published_s))
         log.info("%s is served as %s", name, request.lora_name)
-        return True
 
     def _withdraw(self, name: str, followed: Followed, why: str) -> None:
         """Take a name out of vLLM's table: the next request for it asks the resolver again."""

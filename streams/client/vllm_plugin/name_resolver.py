@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -92,6 +92,7 @@ class NameResolver:
     Attributes:
         followed: What vLLM was given, by the model name of the requests.
         version_locks: One lock per version's name. Who lays a version's folder down or deletes it holds the lock.
+        try_out: Called with a version and its folder before it is served; raises where it must not be. None: not tried.
         retired: What no name leads to any more, for the one who gives it back. None: nobody does.
         other_names: Returns the names of all requests that the server knows, for you to set. By default there are none.
     """
@@ -111,6 +112,7 @@ class NameResolver:
         self.version_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._timeout_s = timeout_s
         self._make_request = make_request
+        self.try_out: Callable[[FoundVersion, str], Awaitable[None]] | None = None
         self.retired: list[Retired] | None = None
         self.other_names: Callable[[], Collection[str]] = tuple
         self._given: dict[str, Counter[str]] = {}
@@ -138,6 +140,8 @@ class NameResolver:
                 return None
             async with self.lock_of(found.name):
                 path = await self.in_thread(self.folders.prepare, found, served_model)
+                if self.try_out is not None:
+                    await self.try_out(found, str(path))
                 request = self.request_for(found, str(path))
                 self.give_up(lora_name)  # vLLM asks again for what it could not load, and for what was unloaded
                 self.followed[lora_name] = Followed(name, served_model, found, request, self.clock())

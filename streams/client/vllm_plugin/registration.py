@@ -7,6 +7,7 @@ VLLM_PLUGINS names the plugin. Without the second one a name stays at the versio
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
@@ -15,6 +16,7 @@ from uuid import uuid4
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.registry import Registry
+from perennial.streams.client.vllm_plugin.engine_trial import EngineTrial
 from perennial.streams.client.vllm_plugin.name_refresher import NameRefresher
 from perennial.streams.client.vllm_plugin.name_resolver import NameResolver, log
 from perennial.streams.client.vllm_plugin.resolver_metrics import resolver_metrics
@@ -23,6 +25,8 @@ from perennial.streams.settings import Settings, load_settings
 
 NAME = "perennial"
 _GIB = 1 << 30
+_LOGPROBS = 20
+"""vLLM's default of --max-logprobs."""
 
 
 def register() -> None:
@@ -108,9 +112,33 @@ class RefreshPlugin:
             )
             return
         settings = load_settings()
+        trial = self._trial(engine_client, models, settings, resolver.clock)
+        resolver.try_out = trial.run if trial else None
         refresher = NameRefresher(
             resolver, models, engine_client,
             poll_s=settings.serving.poll_s, keep_s=settings.resolver.resolver_keep_h * 3600,
         )  # fmt: skip
         self._task = asyncio.create_task(refresher.run(), name="perennial refresher")
         log.info("names of adapters follow %s, every %g s", settings.store.uri, settings.serving.poll_s)
+
+    @staticmethod
+    def _trial(engine: Any, models: Any, settings: Settings, clock: Callable[[], float]) -> EngineTrial | None:
+        try:
+            from vllm import SamplingParams
+            from vllm.lora.request import LoRARequest
+
+            allowed = int(getattr(models.model_config, "max_logprobs", _LOGPROBS))  # below 0: any number
+            sampling = SamplingParams(
+                max_tokens=1, temperature=0.0, logprobs=_LOGPROBS if allowed < 0 else min(_LOGPROBS, allowed)
+            )
+        except Exception:  # noqa: BLE001 - a server that tries nothing is better than none
+            log.exception("versions are served without a trial")
+            return None
+        return EngineTrial(
+            engine,
+            lambda name, lora_int_id, path: LoRARequest(lora_name=name, lora_int_id=lora_int_id, lora_path=path),
+            lambda: int(models.lora_id_counter.inc(1)),
+            sampling,
+            settings.resolver.trial_tolerance_nats,
+            clock,
+        )

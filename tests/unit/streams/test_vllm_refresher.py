@@ -14,10 +14,12 @@ from prometheus_client import CollectorRegistry
 
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
-from perennial.streams.client.vllm_plugin import name_refresher, registration, resolver_metrics
+from perennial.streams.client.vllm_plugin import engine_trial, name_refresher, registration, resolver_metrics
 from perennial.streams.client.vllm_plugin.name_refresher import GRACE_S, UNSEEN_S, NameRefresher
 from perennial.streams.client.vllm_plugin.name_resolver import NameResolver
 from perennial.streams.client.vllm_plugin.version_folders import VersionFolders
+from perennial.streams.probe_texts import PROBE_TEXTS
+from perennial.streams.settings import Settings
 from perennial.testing import small_weights
 from tests.versions import VersionPublisher
 from tests.vllm_stand_in import Engine, LoRARequest, Server, install
@@ -42,6 +44,10 @@ class World:
         monkeypatch.setattr(registration, "shared_resolver", lambda: self.resolver)
         install(monkeypatch)
         registration.register()
+        trial = registration.RefreshPlugin._trial(
+            self.engine, self.server, Settings.of(env_file=None), self.resolver.clock
+        )
+        self.resolver.try_out = trial.run
         self.refresher = NameRefresher(self.resolver, self.server, self.engine, poll_s=0.01, keep_s=DAY_S)
 
     async def poll(self, after_s: float = 5.0) -> None:
@@ -233,9 +239,12 @@ def test_a_version_that_the_engine_refuses_is_tried_again_after_a_minute(world: 
         await world.served()
         new = world.versions.publish(small_weights(2)).version
         world.engine.refuses.add(new[7:])
+        loads = iter(world.server.lora_id_counter.ids)
+        before = next(loads)
         for _ in range(3):
             await world.poll()
-        assert world.metrics.refreshes.labels("failed")._value.get() == 1
+        assert next(loads) == before + 2, "the engine is asked once"
+        assert world.metrics.refreshes.labels("failed")._value.get() == 3
         assert world.metrics.stale_since._value.get() > 0
         assert await world.served() == small_weights(1)
         world.engine.refuses.clear()
@@ -388,6 +397,79 @@ def test_requests_and_refreshes_at_once_see_one_version_after_the_other(world: W
         await asyncio.gather(*asking)
         assert order == sorted(order)
         assert len(world.engine.loaded) <= 4
+
+    run(story())
+
+
+# ---- trials
+
+
+def test_a_version_is_tried_once_before_it_is_served_and_leaves_nothing_in_the_engine(world: World):
+    async def story() -> None:
+        version = world.versions.publish(small_weights(1)).version
+        assert await world.served() == small_weights(1)
+        assert world.engine.prompts == [PROBE_TEXTS["sentence-1"]]
+        assert await world.served(f"{ADAPTER}@{version[7:]}") == small_weights(1)
+        assert len(world.engine.prompts) == 1
+        assert len(world.engine.loaded) == 2
+        world.versions.publish(small_weights(2), probes={"passage-1": {"1": -0.5}, "question-1": {"1": -0.5}})
+        await world.poll()
+        assert world.engine.prompts[1:] == [PROBE_TEXTS["passage-1"], PROBE_TEXTS["question-1"]]
+        assert await world.served() == small_weights(2)
+
+    run(story())
+
+
+def test_a_version_with_which_the_engine_predicts_something_else_is_not_served(world: World, caplog):
+    async def story() -> None:
+        world.versions.publish(small_weights(1), probes={"sentence-1": {"1": -0.4}})
+        assert await world.served() == small_weights(1)
+        world.versions.publish(small_weights(2), probes={"sentence-1": {"1": -0.9}})
+        await world.poll()
+        assert await world.served() == small_weights(1)
+        assert await world.served(f"{ADAPTER}#live") == 404
+        assert world.metrics.requests.labels("refused")._value.get() == 1
+        assert world.metrics.stale_since._value.get() > 0
+        world.versions.publish(small_weights(3), probes={"sentence-1": {"1": -0.5}})
+        await world.poll()
+        assert await world.served() == small_weights(3)
+
+    run(story())
+    assert "predicts something else" in caplog.text
+
+
+def test_a_version_with_which_the_engine_computes_nan_is_refused_and_poisons_nobody(world: World, caplog):
+    """Finite weights may overflow in the engine's number format, and NaN in the cache makes other answers NaN."""
+
+    async def story() -> None:
+        world.engine.predicts[small_weights(1)] = {1: float("nan")}
+        world.versions.publish(small_weights(1))
+        assert [await world.served() for _ in range(3)] == [404] * 3
+        assert world.engine.nan_blocks == 0
+        assert world.engine.loaded == {}
+        assert sum(text == PROBE_TEXTS["sentence-1"] for text in world.engine.prompts) < 9, "tried once a minute"
+
+    run(story())
+    assert "NaN" in caplog.text
+
+
+def test_an_engine_that_does_not_answer_a_trial_serves_nothing_new(world: World, monkeypatch):
+    async def story() -> None:
+        world.versions.publish(small_weights(1))
+        await world.served()
+
+        async def stuck(*_: object, **__: object):
+            await asyncio.sleep(60)
+            yield None
+
+        with monkeypatch.context() as context:
+            context.setattr(world.engine, "generate", stuck)
+            context.setattr(engine_trial, "_ENGINE_S", 0.1)
+            world.versions.publish(small_weights(2))
+            await world.poll()
+            assert await world.served() == small_weights(1)
+        await world.poll()
+        assert await world.served() == small_weights(2)
 
     run(story())
 
