@@ -9,7 +9,7 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale bench-serving vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale bench-facts bench-serving vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -19,6 +19,7 @@ help:
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
 	@echo 'make bench-forgetting  erasures against training from scratch'
+	@echo 'make bench-facts   made-up facts taught to SmolLM2: questions that were never trained, before and after forgetting'
 	@echo 'make bench-scale   store calls and seconds over 10^4 versions and 10^5 adapters; memory per adapter'
 	@echo 'make test-vllm     the contract of backends on a real vLLM server; skips where vllm-env was not made'
 	@echo 'make bench-serving 50 swaps in a real vLLM server under load: promoted -> answered, throughput, mixed replies'
@@ -73,6 +74,9 @@ bench-serving: $(READY)
 
 bench-scale: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_scale
+
+bench-facts: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_facts
 
 bench-intake: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_intake

@@ -149,6 +149,7 @@ class _UpdateRows:
         probe: Rows out of `new` that are measured instead where nothing is held out.
         anchors: Rows of general text that are only measured.
         held_out_examples: Number of examples held out.
+        new_ids: Ids of the examples that are trained first.
     """
 
     new: list[TokenRow]
@@ -156,6 +157,7 @@ class _UpdateRows:
     probe: list[TokenRow]
     anchors: list[TokenRow]
     held_out_examples: int
+    new_ids: list[str]
 
 
 @dataclass(frozen=True)
@@ -256,8 +258,12 @@ class Updater:
         rows = self._split(examples, rng)
         before = self._measure_before(parent.weights, rows, on_step)
         pressure = self._pressure(rows, before)
-        main = self._schedule(rows.new, parent, replayed, self._composition(self.recipe.steps, pressure), rng)
-        closing = self._schedule(rows.held_out, parent, replayed, self._composition(CLOSING_STEPS, pressure), rng)
+        main = self._schedule(
+            rows.new, parent.replay_index, replayed, self._composition(self.recipe.steps, pressure), rng
+        )
+        # Several passes over the held-out rows alone would push out what was trained just before them.
+        rehearsed = self._index_after(parent, rows.new_ids, batch) if self.recipe.epochs > 1 else parent.replay_index
+        closing = self._schedule(rows.held_out, rehearsed, replayed, self._composition(CLOSING_STEPS, pressure), rng)
 
         trial = self._train_new(parent, main, on_step)
         if trial.passed and rows.held_out_examples:
@@ -280,8 +286,7 @@ class Updater:
         ).merged(trial.figures)
         if not trial.passed:
             return UpdateResult("refused", trial.verdict.reason, parent, figures, trial.tokens)
-        learned = (ReplayEntry(example.example_id, batch) for example in examples)
-        index = update_replay_index(parent.replay_index, learned, self.recipe.replay_size, self.recipe.seed)
+        index = self._index_after(parent, [example.example_id for example in examples], batch)
         state = TrainingState(trial.trained.weights, trial.trained.optimizer, index)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
         return UpdateResult("promoted", "ok", state, figures, trial.tokens, probes)
@@ -299,6 +304,7 @@ class Updater:
             probe=[] if held_out else rng.sample(new, min(MEASURED_ROWS, len(new))),
             anchors=self.general.anchors(rng, self.recipe.anchor_rows),
             held_out_examples=len(held_out),
+            new_ids=[example.example_id for index, example in enumerate(examples) if index not in held_out],
         )
 
     def _measure_before(self, weights: Tensors, rows: _UpdateRows, on_step: Callable[[], None]) -> _LossesBefore:
@@ -330,12 +336,17 @@ class Updater:
     def _schedule(
         self,
         new: Sequence[TokenRow],
-        parent: TrainingState,
+        index: Sequence[ReplayEntry],
         replayed: RowsOf,
         composition: BatchComposition,
         rng: Random,
     ) -> TrainingSchedule:
-        return build_schedule(new, parent.replay_index, replayed, self.general.draw, composition, rng)
+        return build_schedule(new, index, replayed, self.general.draw, composition, rng)
+
+    def _index_after(self, parent: TrainingState, learned: Sequence[str], batch: str) -> tuple[ReplayEntry, ...]:
+        """Return the replay index with these examples of the micro-batch."""
+        entries = (ReplayEntry(example_id, batch) for example_id in learned)
+        return update_replay_index(parent.replay_index, entries, self.recipe.replay_size, self.recipe.seed)
 
     # ---- training and judging
 

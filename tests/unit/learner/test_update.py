@@ -90,6 +90,25 @@ def test_held_out_examples_are_learned_too() -> None:
     assert to_safetensors(run(updater, parent, changed).state.weights) != to_safetensors(done.state.weights)
 
 
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_several_passes_over_held_out_examples_rehearse_those_of_the_same_update(epochs: int) -> None:
+    """Held-out rows that are trained again and again would push out what was trained just before them."""
+    updater, examples, asked = make(replace(RECIPE, epochs=epochs)), documents(8), set()
+    by_id = {example.example_id: example for example in examples}
+
+    def replayed(entry: ReplayEntry) -> list[TokenRow]:
+        asked.add(entry.example_id)
+        assert entry.batch == "batch"
+        return updater.rows(by_id[entry.example_id])
+
+    done = updater.update(first(updater), examples, adapter="acme/support", cut=1, batch="batch", replayed=replayed)
+    held = gate.hold_out([example.document_id for example in examples], RECIPE.held_out_share)
+    assert done.outcome == "promoted"
+    assert bool(asked) is (epochs > 1)
+    assert asked.isdisjoint(examples[index].example_id for index in held)
+    assert {entry.example_id for entry in done.state.replay_index} == by_id.keys()
+
+
 def test_few_examples_are_judged_by_their_own_fall() -> None:
     updater = make()
     done = run(updater, first(updater), documents(2))
