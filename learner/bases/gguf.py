@@ -19,7 +19,7 @@ from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.base_model_error import BaseModelError
 from perennial.learner.bases.quiet import quiet_transformers
 from perennial.streams.paths import cache_dir
 

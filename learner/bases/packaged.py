@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.base_model_error import BaseModelError
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.base_model_error import BaseModelError
 from perennial.learner.bases.gguf import Report, converted_folder
 from perennial.learner.bases.packaged import PACKAGED
 from perennial.learner.bases.quiet import quiet_transformers
@@ -40,7 +40,7 @@ def report_to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def folder_of(name: str, report: Report = report_to_stderr) -> Path:
+def folder_of(name: str, report: Report = report_to_stderr, *, again: bool = False) -> Path:
     """Return the local folder of a base.
 
     A GGUF file is converted and a hub id is downloaded, each once.
@@ -49,6 +49,7 @@ def folder_of(name: str, report: Report = report_to_stderr) -> Path:
         name: `shipped`, a name in `PACKAGED`, a `.gguf` file, a folder, or a hub id (`owner/model`,
             `owner/model@revision`).
         report: Called with a line for people before anything that takes long.
+        again: Convert a GGUF file also where the cache has the result.
 
     Raises:
         BaseModelError: There is no such base, or it cannot be read.
@@ -57,12 +58,12 @@ def folder_of(name: str, report: Report = report_to_stderr) -> Path:
         return SHIPPED_FOLDER
     packaged = PACKAGED.get(name)
     if packaged is not None:
-        return converted_folder(packaged.require_path(), report, sha256=packaged.sha256)
+        return converted_folder(packaged.require_path(), report, sha256=packaged.sha256, again=again)
     path = expand_path(name)
     if name and path.is_dir():  # an empty name would be the current folder
         return path
     if name.lower().endswith(".gguf") and path.is_file():
-        return converted_folder(path.resolve(), report)
+        return converted_folder(path.resolve(), report, again=again)
     named = ", ".join(f"`{known}`" for known in (SHIPPED_NAME, *PACKAGED))
     choices = f"{named}, an existing folder or .gguf file, or a hub id such as owner/model"
     if not HUB_ID.fullmatch(name) or name.lower().endswith(".gguf"):

@@ -24,7 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.base_model_error import BaseModelError
 from perennial.learner.bases.quiet import quiet_transformers
 from perennial.learner.bases.sources import (
     IDENTITY_FILES,

@@ -33,6 +33,7 @@ from rich.text import Text
 
 from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
+from perennial.streams.cli.base.base_app import base_app
 from perennial.streams.cli.forget.commands import forget_app
 from perennial.streams.cli.marks.marks_app import marks_app
 from perennial.streams.cli.replicas.replicas_app import replicas_app
@@ -60,6 +61,7 @@ app.add_typer(topics_app, name="topics")
 app.add_typer(publish_app, name="publish")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(dlq_app, name="dlq")
+app.add_typer(base_app, name="base")
 app.add_typer(forget_app, name="forget")
 app.add_typer(marks_app, name="marks")
 app.add_typer(replicas_app, name="replicas")
@@ -81,9 +83,7 @@ Since = Annotated[
 MaxReplays = Annotated[
     int,
     typer.Option(
-        min=1,
-        max=MAX_ROWS,
-        help="Number of replays after which a dead letter is no longer sent back (state quarantined).",
+        min=1, max=MAX_ROWS, help="Number of replays after which a dead letter is not sent back (state quarantined)."
     ),
 ]
 errors = Console(stderr=True)

@@ -20,7 +20,7 @@ from typing import Any, Final
 
 from perennial.streams.paths import expand_path
 
-NAMED_BASES: Final[Mapping[str, int]] = {"shipped": 3_155_136, "smollm2": 134_515_008}
+NAMED_BASES: Final[Mapping[str, int]] = {"shipped": 3_225_344, "smollm2": 134_515_008}
 """Number of parameters of the bases that have a name of their own."""
 _MAX_HEADER_BYTES: Final = 100 << 20
 _BITS_PER_WEIGHT: Final = 5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, T5Config
 
-from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.base_model_error import BaseModelError
 from perennial.learner.bases.sources import SHIPPED_FOLDER
 from perennial.learner.model.base import Base, digest_of_folder, load_base
 from perennial.learner.model.general_text import general_texts

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoTokenizer
 
 from perennial.learner.bases import gguf as gguf_files
-from perennial.learner.bases.errors import BaseModelError
+from perennial.learner.bases.base_model_error import BaseModelError
 from perennial.learner.bases.packaged import PACKAGED, PackagedBase
 from perennial.learner.bases.sources import SHIPPED_FOLDER, folder_of
 from perennial.learner.model.base import load_base
