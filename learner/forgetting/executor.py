@@ -288,7 +288,9 @@ class ForgetExecutor:
         digests = set(plan.removed_offsets)
         for version in plan.affected_versions:
             manifest = history.manifests[version]
-            digests |= {ref.digest for ref in manifest.blobs() if ref != manifest.batch}
+            # Other adapters may use the same general text, which holds nothing of anybody.
+            kept = {manifest.batch, manifest.general}
+            digests |= {ref.digest for ref in manifest.blobs() if ref not in kept}
         record_pending_deletes(self._store, job.adapter, job.job_id, digests, counts_by_request(job, matches))
 
     def _suppress(self, job: ForgetRequested, scope: _Scope) -> None:

@@ -248,7 +248,7 @@ class UpdateRebuilder:
         return _RemainingUpdate(recorded, recorded.cut, batch, ref, new_body, examples, removed)
 
     def _updater_of(self, recorded: Manifest) -> Updater:
-        """Return an updater with the recipe that the version was made by."""
+        """Return an updater with the recipe and the general text that the version was made by."""
         updater = self._writer.updater
         try:
             recipe = Recipe.recorded(recorded.config)
@@ -260,7 +260,8 @@ class UpdateRebuilder:
                 got=f"rank {updater.recipe.rank}, alpha {updater.recipe.alpha}",
                 allowed=f"rank {recipe.rank}, alpha {recipe.alpha}",
             )  # fmt: skip
-        return replace(updater, recipe=recipe, general=updater.general.cut_to(recipe.row_tokens))
+        general = self._writer.general_text_of(recorded)
+        return replace(updater, recipe=recipe, general=general.cut_to(recipe.row_tokens))
 
     def _train(
         self, job: ForgetRequested, state: TrainingState, update: _RemainingUpdate, updater: Updater

@@ -1,8 +1,8 @@
-"""General texts: docstrings of the standard library, mixed into training and measured by the gate as anchors.
+"""General texts: mixed into training, and measured by the gate as anchors.
 
-They are the kind of text that the shipped base was pretrained on. For another base they stand in for a general
-sample. Each text belongs to one split for good: `train` is mixed into training, `anchor` guards against a rise of the
-general loss, `heldout` is used only for measurements.
+For the shipped base they are docstrings of the standard library, the kind of text that it was pretrained on; see
+`general_items` for those of other bases. Each text belongs to one split for good: `train` is mixed into training,
+`anchor` guards against a rise of the general loss, `heldout` is used only for measurements.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ from typing import Literal
 
 import torch
 
+from perennial.learner.model.general_items import GeneralItem, item_rows
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.loss import RowLoss, ignore_step, row_losses
 from perennial.learner.model.text_cache import cached_texts
-from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
+from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow
 from perennial.learner.model.turns import ComputeTurns
+from perennial.storage.registry.manifest import BlobRef
 
 Split = Literal["train", "heldout", "anchor"]
 
@@ -140,27 +142,37 @@ class GeneralText:
         anchor: Texts to measure; the `ANCHOR_POOL` of them with the smallest SHA-256 are used. May be empty.
         codec: Tokenizer of the base.
         row_tokens: Longest row, in tokens.
+        ref: Blob that holds the texts; None for the docstrings.
     """
 
-    def __init__(self, train: Sequence[str], anchor: Sequence[str], codec: ExampleTokenizer, row_tokens: int) -> None:
+    def __init__(
+        self,
+        train: Sequence[str | GeneralItem],
+        anchor: Sequence[str | GeneralItem],
+        codec: ExampleTokenizer,
+        row_tokens: int,
+        ref: BlobRef | None = None,
+    ) -> None:
+        self.ref = ref
         self._codec = codec
         self._row_tokens = row_tokens
         self._train = train
-        self._anchor = sorted(anchor, key=lambda text: hashlib.sha256(text.encode()).digest())[:ANCHOR_POOL]
-        self._rows: dict[str, list[TokenRow]] = {}
+        self._anchor = sorted(anchor, key=_digest)[:ANCHOR_POOL]
+        self._rows: dict[str | GeneralItem, list[TokenRow]] = {}
         self._base_losses: dict[tuple[int, TokenRow], RowLoss] = {}  # by thread count and row
 
-    def _rows_of(self, text: str) -> list[TokenRow]:
+    def _rows_of(self, text: str | GeneralItem) -> list[TokenRow]:
         rows = self._rows.get(text)
         if rows is None:
-            rows = self._rows[text] = text_rows(text, self._codec, self._row_tokens)
+            item = GeneralItem(text) if isinstance(text, str) else text
+            rows = self._rows[text] = item_rows(item, self._codec, self._row_tokens)
         return rows
 
     def cut_to(self, row_tokens: int) -> GeneralText:
         """Return the same texts in rows of at most `row_tokens` tokens."""
         if row_tokens == self._row_tokens:
             return self
-        return GeneralText(self._train, self._anchor, self._codec, row_tokens)
+        return GeneralText(self._train, self._anchor, self._codec, row_tokens, self.ref)
 
     def draw(self, rng: Random) -> TokenRow | None:
         """Draw one row to train on. Return None where there are no texts, without drawing a number."""
@@ -195,3 +207,7 @@ class GeneralText:
         losses = row_losses(lora, new, pad=self._codec.pad, adapted=False, max_rows=1, lock=lock, on_step=on_step)
         self._base_losses.update(((threads, row), loss) for row, loss in zip(new, losses, strict=True))
         return [self._base_losses[threads, row] for row in rows]
+
+
+def _digest(text: str | GeneralItem) -> bytes:
+    return hashlib.sha256(text.encode()).digest() if isinstance(text, str) else text.digest()

@@ -33,11 +33,12 @@ def cached_texts(collect: Callable[[], Texts], root: Path, files: Iterable[Path]
         path = cache_dir() / "general-texts" / f"{_key(root, files, code)}.json"
     except OSError:
         return collect()
-    texts = _read(path)
-    if texts is None:
-        texts = collect()
-        with suppress(OSError):
-            _write(path, texts)
+    body = read_checked(path)
+    if body is not None:
+        return tuple((name, text) for name, text in json.loads(body))
+    texts = collect()
+    with suppress(OSError):
+        write_checked(path, json.dumps(texts).encode())
     return texts
 
 
@@ -49,20 +50,17 @@ def _key(root: Path, files: Iterable[Path], code: Path) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> Texts | None:
-    """Return the texts of a cache file, None where it is missing or damaged."""
+def read_checked(path: Path) -> bytes | None:
+    """Return the content of a file that `write_checked` wrote, None where it is missing or damaged."""
     try:
         digest, _, body = path.read_bytes().partition(b"\n")
     except OSError:
         return None
-    if hashlib.sha256(body).hexdigest().encode() != digest:
-        return None
-    return tuple((name, text) for name, text in json.loads(body))
+    return body if hashlib.sha256(body).hexdigest().encode() == digest else None
 
 
-def _write(path: Path, texts: Texts) -> None:
-    """Write a cache file. Processes that write at the same time replace each other's files, and these are equal."""
-    body = json.dumps(texts).encode()
+def write_checked(path: Path, body: bytes) -> None:
+    """Write a cache file whole or not at all. Processes that write at the same time replace each other's files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)
     try:

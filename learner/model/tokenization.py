@@ -66,6 +66,7 @@ class ExampleTokenizer:
         turn_tail: Token ids between a prompt and its answer.
         text_head: Token ids that the tokenizer itself puts in front of a text, none for many.
         text_tail: Token ids that it puts behind a text.
+        has_template: True if the frame is that of the tokenizer's chat template, False if it is plain text.
 
     Raises:
         ExampleError: The tokenizer has no end-of-text token.
@@ -90,7 +91,9 @@ class ExampleTokenizer:
         encoders = Encoders(tokenizer)
         self._trusted = trusted = encoders.trusted()
         self._frames = ChatFrames(tokenizer, trusted, self.bos)
-        self.turn_head, self.turn_tail = self._frames.framed([("user", "")])[1].ids
+        frame = self._frames.framed([("user", "")])[1]
+        self.has_template = frame.templated
+        self.turn_head, self.turn_tail = frame.ids
         self.text_head, self.text_tail = self._around_text(trusted)
         frame_ids = self._frames.all_ids()
         self._untrusted = encoders.untrusted(frame_ids)

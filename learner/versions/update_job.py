@@ -94,6 +94,7 @@ class _Trained:
         selection: what was done with each example.
         result: the outcome of the training; None if there was nothing new to learn.
         refs: the blobs of the state that the new version holds.
+        general: the blob of the general text that was used; None for docstrings.
         blobs: bytes that may not be stored yet, by digest, in the order in which they are written.
     """
 
@@ -102,6 +103,7 @@ class _Trained:
     selection: ExampleSelection
     result: UpdateResult | None
     refs: StateRefs
+    general: BlobRef | None
     blobs: dict[str, bytes]
 
 
@@ -260,9 +262,12 @@ class UpdateExecutor:
             if origin_offset(example) not in allowed
         )
         result: UpdateResult | None = None
+        general = start.head.manifest.general if start.head else None
         if selection.new:
             writer.rows.put(batch.ref.digest, batch.allowed.examples)
-            result = writer.updater.update(
+            updater = writer.updater_of(start.head)
+            general = updater.general.ref
+            result = updater.update(
                 start.state,
                 selection.new,
                 adapter=job.adapter,
@@ -280,7 +285,7 @@ class UpdateExecutor:
             refs, state_blobs = to_blobs(state)
             blobs |= state_blobs
             writer.cache_state(refs, state)
-        return _Trained(start, batch, selection, result, refs, blobs)
+        return _Trained(start, batch, selection, result, refs, general, blobs)
 
     def _manifest(self, job: UpdateRequested, trained: _Trained) -> Manifest:
         """Return the manifest of the version that was trained."""
@@ -328,6 +333,7 @@ class UpdateExecutor:
             dropped=selection.redelivered,
             marks=marks,
             epochs=epochs,
+            general=trained.general,
             gate=result.gate if result else GateFigures(),
             probes=result.probes if result else {},
             tokens=result.tokens if result else 0,

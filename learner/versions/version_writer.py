@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from uuid import uuid4
 
+from perennial.learner.bases.sources import SHIPPED_NAME
 from perennial.learner.model.base import Base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText, general_texts
@@ -15,6 +17,7 @@ from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.model.turns import ComputeTurns, FairLock
+from perennial.learner.training.general_choice import GeneralTextChoice
 from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
 from perennial.learner.training.update import Recipe, Updater
 from perennial.learner.versions.alias_events import alias_event
@@ -45,6 +48,7 @@ class VersionWriter:
         failpoint: called with a name at each step where fault tests may stop the process.
         rows: rows of earlier micro-batches, where other writers of the process share them.
         states: states in memory, where other writers of the process share them.
+        general_choice: chooses the general text of each update; None: always the updater's own.
 
     Attributes:
         on_step: called after each optimizer step and each forward pass of a measurement.
@@ -61,6 +65,7 @@ class VersionWriter:
         failpoint: Callable[[str], None],
         rows: BatchRows | None = None,
         states: StateCache | None = None,
+        general_choice: GeneralTextChoice | None = None,
     ) -> None:
         self.registry = registry
         self.updater = updater
@@ -71,6 +76,7 @@ class VersionWriter:
         self.code = code_digest()
         self.rows = rows or BatchRows(registry.store, updater.rows)
         self._states = states or StateCache()
+        self._general_choice = general_choice
         self.on_step: Callable[[], None] = ignore_step
 
     def sibling(self, slot: str) -> VersionWriter:
@@ -87,6 +93,7 @@ class VersionWriter:
         return VersionWriter(
             self.registry, replace(self.updater, lora=lora, lock=lock), self.base, threads=self.threads, now=self.now,
             failpoint=self.failpoint, rows=self.rows, states=self._states,
+            general_choice=self._general_choice,
         )  # fmt: skip
 
     def use_threads(self, threads: int) -> None:
@@ -169,6 +176,31 @@ class VersionWriter:
         state = self.registry.converge(adapter, alias)
         return alias_event(self.registry, state) if state else None
 
+    # ---- updaters
+
+    def updater_of(self, head: Head | None) -> Updater:
+        """Return the updater for the adapter's next update, with the general text that it is to have.
+
+        The first update of an adapter may sample the base, which takes a minute.
+
+        Args:
+            head: the adapter's newest version; None where there is none.
+        """
+        if self._general_choice is None:
+            return self.updater
+        recorded = head.manifest.general if head else None
+        return replace(self.updater, general=self._general_choice.for_update(self.updater, recorded, self.on_step))
+
+    def general_text_of(self, manifest: Manifest) -> GeneralText:
+        """Return the general text that a recorded update was trained with.
+
+        Raises:
+            NotFoundError: it is not stored.
+        """
+        if self._general_choice is None:
+            return self.updater.general
+        return self._general_choice.for_rebuild(manifest.general, self.on_step)
+
     # ---- writing
 
     def carry_forward_manifest(
@@ -247,9 +279,20 @@ def make_version_writer(
     make_deterministic(settings.model.threads)
     registry = Registry(store, nonce=lambda: uuid4().hex, now=now, failpoint=default_failpoint)
     codec = ExampleTokenizer(base.tokenizer)
-    general = GeneralText(general_texts("train"), general_texts("anchor"), codec, settings.training.row_tokens)
+    row_tokens = settings.training.row_tokens
+
+    @functools.cache
+    def docstrings() -> GeneralText:
+        return GeneralText(general_texts("train"), general_texts("anchor"), codec, row_tokens)
+
+    # Another base has its text when its first update needs it: the choice may have to sample it.
+    general = docstrings() if base.name == SHIPPED_NAME else GeneralText((), (), codec, row_tokens)
+    choice = GeneralTextChoice(store, codec, row_tokens, docstrings, settings.model.general_texts)
     with lock or nullcontext():  # another role may be putting its own slot into the shared base
         lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha))
     turns = ComputeTurns(lock, settings.model.threads) if lock else None
     updater = Updater(lora, codec, general, Recipe.of(settings), turns)
-    return VersionWriter(registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint)
+    return VersionWriter(
+        registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint,
+        general_choice=choice,
+    )  # fmt: skip

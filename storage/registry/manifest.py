@@ -145,6 +145,8 @@ class Manifest(_Part):
         replay: replay index, JSON; None if it is empty.
         anchors: never written, always null. It stays because it is part of every stored manifest's bytes: without it
             stored manifests could not be read, and versions made again would get other ids.
+        general: the general text that was mixed in and measured, JSON lines; None for the docstrings of the standard
+            library. Many versions, also of other adapters, name one such blob.
         gate: what the gate measured.
         tokens: trained tokens, in all steps.
         rank: LoRA rank.
@@ -182,6 +184,7 @@ class Manifest(_Part):
     optimizer: BlobRef | None = None
     replay: BlobRef | None = None
     anchors: BlobRef | None = None
+    general: BlobRef | None = None
     gate: GateFigures = GateFigures()
     tokens: _Count = 0
     rank: Annotated[int, Field(ge=1, le=65_536)]
@@ -229,7 +232,7 @@ class Manifest(_Part):
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """Return every blob that the version needs, once each."""
-        named = (self.weights, self.optimizer, self.replay, self.anchors, self.batch)
+        named = (self.weights, self.optimizer, self.replay, self.anchors, self.general, self.batch)
         return tuple(dict.fromkeys(ref for ref in named if ref is not None))
 
     @classmethod
@@ -256,7 +259,7 @@ class Manifest(_Part):
             raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
-_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None, "probes": {}}
+_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None, "probes": {}, "general": None}
 """Fields of a manifest that were added after the first release, with their defaults."""
 
 

@@ -120,7 +120,7 @@ def _load_early(roles: list[str], settings: Settings) -> Base | None:
     from perennial.learner.model.base import load_base
     from perennial.learner.model.general_text import general_texts
 
-    if "learner" in roles:
+    if "learner" in roles and settings.model.base == "shipped":
         general_texts("train")  # its module keeps them, so that the learner does not read them again
     return load_base(settings.model.base, settings.model.device, settings.model.threads)
 

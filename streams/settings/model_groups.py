@@ -16,6 +16,11 @@ class ModelSettings(SettingsGroup):
         "shipped",
         description="base model: `shipped`, `smollm2`, a folder, a .gguf file, or an id on the Hugging Face hub",
     )
+    general_texts: str = Field(
+        "",
+        description="file of JSON lines with texts that the base must go on to know: `text`, or `prompt` and `response`; "
+        "empty: a sample of the base, and for the shipped base docstrings",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device of the model; auto: a CUDA GPU if there is one"
     )
