@@ -20,6 +20,9 @@ MAX_INDEX_BYTES = 64 * 1024**2
 MAX_STEP_FACTOR = 3
 """A micro-batch that is too small to fill a step is trained in up to so many times the steps."""
 
+MAX_EPOCH_STEPS = 128
+"""Further passes over the new rows end here, so that a long document does not hold an adapter up for an hour."""
+
 RowsOf = Callable[["ReplayEntry"], Sequence[TokenRow] | None]
 """Returns the rows of an earlier example; None where it must not be replayed, because it was erased or is quarantined."""
 
@@ -46,7 +49,7 @@ class BatchComposition:
         rows: Rows of a full step.
         replay_share: Share of a full step that is replayed, 0 to 1.
         general_share: Share of a full step that is general text, 0 to 1.
-        epochs: Least number of passes over the new rows.
+        epochs: Least number of passes over the new rows, in at most `MAX_EPOCH_STEPS` steps.
     """
 
     steps: int
@@ -182,9 +185,10 @@ def _step_counts(new_rows: int, index_size: int, composition: BatchComposition) 
     full_new = max(1, round(rest))
     new = min(new_rows, full_new)
     scale = new / max(1.0, rest)
-    least_for_all = -(-new_rows * composition.epochs // new)
+    least_for_all = -(-new_rows // new)
+    for_epochs = min(-(-new_rows * composition.epochs // new), MAX_EPOCH_STEPS)
     return _StepCounts(
-        steps=max(composition.steps * min(MAX_STEP_FACTOR, full_new // new), least_for_all),
+        steps=max(composition.steps * min(MAX_STEP_FACTOR, full_new // new), least_for_all, for_epochs),
         new=new,
         replayed=_at_least_one(full_replayed, scale),
         general=_at_least_one(full_general, scale),

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.training.replay_buffer import (
+    MAX_EPOCH_STEPS,
     BatchComposition,
     ReplayEntry,
     build_schedule,
@@ -90,6 +91,21 @@ def test_every_new_row_is_trained_as_often_as_the_epochs_say() -> None:
         assert set(times) == {row(number) for number in range(new)}
         assert min(times.values()) >= epochs
         assert len(schedule.steps) <= -(-new * epochs // min(new, 10)) + 1
+
+
+def test_further_passes_over_a_long_document_are_bounded() -> None:
+    composition = BatchComposition(steps=3, rows=12, replay_share=0.4, general_share=0.2, epochs=50)
+    for new in (1_000, 3_000):
+        schedule = build_schedule(
+            [row(number) for number in range(new)],
+            (),
+            lambda _: None,
+            lambda _: None,
+            composition,
+            seeded_random("test", 0),
+        )
+        assert len(schedule.steps) == max(MAX_EPOCH_STEPS, new // 10)
+        assert {trained for step in schedule.steps for trained in step} == {row(number) for number in range(new)}
 
 
 def test_without_a_past_new_rows_take_the_place_of_replay() -> None:

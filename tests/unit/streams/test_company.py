@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from perennial.streams.cli.demo.company import Fact, company_facts
+from perennial.streams.cli.demo.company.facts import Fact, company_facts
 
 
 def test_no_right_answer_is_right_by_chance_or_by_another_fact() -> None:
