@@ -484,7 +484,8 @@ class Subscriber:
             self._progress = self._progress.unloaded()
             self._acknowledge()
             return
-        _log.warning("%s: an earlier version is still held (%s): %s", self.adapter, reason, left)
+        level = logging.WARNING if left == ["?"] else logging.INFO  # what drains is in order
+        _log.log(level, "%s: an earlier version is still held (%s): %s", self.adapter, reason, left)
         owed, reported = self._progress.owed, self._progress.owed_reported
         retry_s = self._clock() + max(RETRY.first_s, self.settings.serving.poll_s / 10)
         self._progress = self._progress.still_held(retry_s)

@@ -58,12 +58,19 @@ def make_backend(server: VllmServer, tmp_path: Path) -> Iterator[Callable[..., V
     yield make
     for backend in made:
         for name in backend.list():
-            assert backend.drain(name, 60)
-            backend.unload(name)
+            unload_when_drained(backend, name)
         backend.close()
     for card in server.call("/v1/models")[1]["data"]:
         if card["parent"]:
             server.call("/v1/unload_lora_adapter", {"lora_name": card["id"]})
+
+
+def unload_when_drained(backend: VllmBackend, name: str) -> None:
+    end = time.monotonic() + 60
+    while not backend.drain(name, 10):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    backend.unload(name)
 
 
 @pytest.fixture
@@ -299,8 +306,7 @@ def test_fifty_swaps_under_load_mix_nothing_and_fill_no_memory(
         for thread in threads:
             thread.join(120)
     for name in retired:
-        assert backend.drain(name, 60)
-        backend.unload(name)
+        unload_when_drained(backend, name)
     assert backend.list() == [made[-1].name]
     # A client that read a name more than the grace time ago is refused, and never answered by another version.
     missed = [reply for _, status, reply in replies if status != 200]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from perennial.streams.addresses import direct_opener
 from tests.services import free_port
 
 START_TIMEOUT_S = 400.0
+_PR_SET_PDEATHSIG = 1
 MAX_LORAS, MAX_CPU_LORAS, MAX_RANK = 3, 4, 16
 ENVIRONMENT = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
@@ -30,6 +32,14 @@ ENVIRONMENT = {
     "KMP_BLOCKTIME": "0",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _end_with_parent() -> None:
+    """Let the kernel end the server with the test: it has a session of its own, which no terminal ends."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @dataclass
@@ -72,6 +82,7 @@ class VllmServer:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, cwd=self.log.parent, start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - it takes no lock
                 env={**inherited, **ENVIRONMENT, **self.environment},
             )  # fmt: skip
         end = time.monotonic() + START_TIMEOUT_S

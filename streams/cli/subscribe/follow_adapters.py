@@ -24,6 +24,8 @@ from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 
 _ANSWER_TOKENS = 48
+_DRAIN_S = 0.1
+"""A subscriber sees no newer version while it waits for requests on the last one, so it rather looks again."""
 
 
 def run_subscribe(adapters: list[str], choice: BackendChoice, *, prompt: str = "") -> int:
@@ -79,7 +81,7 @@ def _subscriber(
         if answer is not None:
             answer()
 
-    return Subscriber(adapter, backend, settings=settings, metrics=metrics, on_activate=report)
+    return Subscriber(adapter, backend, settings=settings, metrics=metrics, on_activate=report, drain_s=_DRAIN_S)
 
 
 def _follow(subscribers: list[Subscriber], choice: BackendChoice, stop: threading.Event) -> int:

@@ -154,17 +154,19 @@ class EngineBackend:
             self._folders.deactivate(name)
 
     def drain(self, name: str, timeout_s: float) -> bool:
-        """Wait until the grace time of the version is over and no request uses it.
+        """Wait until no request uses the version. It does not wait for the end of the grace time.
 
         Args:
             name: Name of the version.
             timeout_s: Longest wait in seconds.
 
         Returns:
-            False if the engine still runs requests on it, or the grace time is not over, after the wait.
+            False if the engine still runs requests on it after the wait, or the grace time is not over.
         """
+        if not self._folders.drain(name, 0):
+            return False
         end_s = self._clock() + timeout_s
-        while not (self._folders.drain(name, 0) and not self.api.in_use(name)):
+        while self.api.in_use(name):
             if self._clock() >= end_s:
                 return False
             self._sleep(min(_POLL_S, max(0.0, end_s - self._clock())))
