@@ -484,7 +484,7 @@ class Subscriber:
             self._progress = self._progress.unloaded()
             self._acknowledge()
             return
-        level = logging.WARNING if left == ["?"] else logging.INFO  # what drains is in order
+        level = logging.WARNING if left == ["?"] else logging.DEBUG  # what drains is in order
         _log.log(level, "%s: an earlier version is still held (%s): %s", self.adapter, reason, left)
         owed, reported = self._progress.owed, self._progress.owed_reported
         retry_s = self._clock() + max(RETRY.first_s, self.settings.serving.poll_s / 10)

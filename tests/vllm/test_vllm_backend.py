@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import re
 import threading
 import time
@@ -228,6 +230,23 @@ def test_an_unloaded_version_answers_no_more_and_leaves_the_memory(
     assert not list((tmp_path / "served").rglob(f"*{one.name[-64:]}*"))
     status, reply = ask(server, two.name)
     assert difference(maker, two, reply) < RIGHT_NATS
+
+
+def test_a_client_that_went_away_holds_no_version(
+    make_backend: Callable[..., VllmBackend], maker: VersionMaker, server: VllmServer, tmp_path: Path
+):
+    """The engine's metric must not go on naming the version of a request that was given up."""
+    backend = make_backend()
+    (made,) = maker.make(tmp_path / "store", [18])
+    backend.load(*made.loaded)
+    content = {"model": made.name, "prompt": PROMPT, "max_tokens": 450, "ignore_eos": True, "stream": True}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(content), {"Content-Type": "application/json"})
+    connection.getresponse().readline()
+    assert backend.api.in_use(made.name)
+    connection.close()
+    unload_when_drained(backend, made.name)
+    assert backend.list() == []
 
 
 def test_what_vllm_refuses_is_told_by_kind(
