@@ -40,6 +40,7 @@ class Engine:
         self.refuses: set[str] = set()
         self.predicts: dict[bytes, dict[int, float]] = {}
         self.nan_blocks = 0
+        self.tasks = ("generate",)
         self.prompts: list[str] = []
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
@@ -51,6 +52,9 @@ class Engine:
             assert (folder / "adapter_config.json").is_file()
             self.loaded[lora_request.lora_int_id] = (folder / "adapter_model.safetensors").read_bytes()
         return True
+
+    async def get_supported_tasks(self) -> tuple[str, ...]:
+        return self.tasks
 
     async def remove_lora(self, lora_id: int) -> bool:
         await asyncio.sleep(0)

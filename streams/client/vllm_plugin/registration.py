@@ -112,8 +112,9 @@ class RefreshPlugin:
             )
             return
         settings = load_settings()
-        trial = self._trial(engine_client, models, settings, resolver.clock)
-        resolver.try_out = trial.run if trial else None
+        if await _generates(engine_client):
+            trial = self._trial(engine_client, models, settings, resolver.clock)
+            resolver.try_out = trial.run if trial else None
         refresher = NameRefresher(
             resolver, models, engine_client,
             poll_s=settings.serving.poll_s, keep_s=settings.resolver.resolver_keep_h * 3600,
@@ -142,3 +143,11 @@ class RefreshPlugin:
             settings.resolver.trial_tolerance_nats,
             clock,
         )
+
+
+async def _generates(engine: Any) -> bool:
+    """Return whether the server generates text: one that only embeds cannot be asked for the learner's probes."""
+    try:
+        return "generate" in await engine.get_supported_tasks()
+    except AttributeError:
+        return True

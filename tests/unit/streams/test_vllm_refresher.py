@@ -498,6 +498,23 @@ def test_the_endpoint_plugin_refreshes_in_the_loop_of_the_server(world: World, t
     run(story())
 
 
+@pytest.mark.parametrize(("tasks", "is_tried"), [(("generate",), True), (("embed",), False)])
+def test_only_a_server_that_generates_text_tries_versions(world: World, tmp_path, monkeypatch, tasks, is_tried):
+    monkeypatch.chdir(tmp_path)
+
+    async def story() -> None:
+        world.engine.tasks = tasks
+        world.resolver.try_out = None
+        plugin = registration.RefreshPlugin()
+        await plugin.init_state(world.engine, SimpleNamespace(openai_serving_models=world.server), None)
+        world.versions.publish(small_weights(1))
+        assert await world.served() == small_weights(1)
+        assert bool(world.engine.prompts) == is_tried
+        plugin._task.cancel()
+
+    run(story())
+
+
 @pytest.mark.parametrize("state", [SimpleNamespace(), SimpleNamespace(openai_serving_models=SimpleNamespace())])
 def test_an_endpoint_plugin_that_finds_another_vllm_says_so(world: World, state, caplog):
     async def story() -> None:
