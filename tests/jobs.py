@@ -23,6 +23,7 @@ def update(
     adapter: str = "acme/support",
     skipped: Sequence[int] = (),
     high_water_mark: int | None = None,
+    system_prompt: str | None = None,
 ) -> UpdateRequested:
     """Store a micro-batch and return the job that learns it.
 
@@ -33,12 +34,14 @@ def update(
         adapter: The adapter's name.
         skipped: Offsets that the micro-batch lists as duplicates.
         high_water_mark: The job's high-water mark of partition 0; by default the highest offset.
+        system_prompt: The system prompt that the micro-batch records.
     """
     batch = Batch(
         adapter=adapter,
         cut=cut,
         examples=list(examples),
         skipped=[BatchSkip(example_id=f"{n:032x}", origin=tiny.origin(n), reason="duplicate") for n in skipped],
+        system_prompt=system_prompt,
     )
     offsets = [example.origin.offset for example in examples] + list(skipped)
     high = max(offsets) if high_water_mark is None else high_water_mark

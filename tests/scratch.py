@@ -54,15 +54,21 @@ def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int,
         adapter: The adapter's name.
         cuts: Examples of each micro-batch, by its cut number; an empty micro-batch is left out.
     """
+    batches = {
+        cut: Batch(adapter=adapter, cut=cut, examples=list(examples), skipped=[])
+        for cut, examples in cuts.items() if examples
+    }  # fmt: skip
+    return train_batches(updater, store, adapter, batches)
+
+
+def train_batches(updater: Updater, store: ObjectStore, adapter: str, batches: Mapping[int, Batch]) -> Scratch:
+    """Learn micro-batches in the order given, by their cut number; see `train`."""
     state = TrainingState(updater.lora.initial_weights(adapter, updater.recipe.seed))
     rows = BatchRows(store, updater.rows)
     outcomes = []
-    for cut, examples in cuts.items():
-        if not examples:
-            continue
-        batch = Batch(adapter=adapter, cut=cut, examples=list(examples), skipped=[])
+    for cut, batch in batches.items():
         digest = put_blob(store, batch.model_dump_json(by_alias=True).encode())
-        found = updater.update(state, examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
+        found = updater.update(state, batch.examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
         outcomes.append(found.outcome)
         if found.outcome == "promoted":
             state = found.state

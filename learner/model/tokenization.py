@@ -250,7 +250,8 @@ def example_rows(
         example: The example.
         codec: Tokenizer of the base.
         row_tokens: Longest row, in tokens.
-        system_prompt: The adapter's system prompt, for a conversation that has no system turn of its own; None: none.
+        system_prompt: The adapter's system prompt, for a conversation that has no system turn of its own; None: the one
+            that the example's micro-batch records, if any.
 
     Raises:
         ExampleError: The example has neither a text nor a prompt with an answer, or row_tokens is too small.
@@ -258,7 +259,9 @@ def example_rows(
     if example.kind == "document" and example.text:
         return text_rows(example.text, codec, row_tokens)
     if example.prompt and example.answer:
-        return turn_rows(conversation(example, system_prompt), example.answer, codec, row_tokens)
+        return turn_rows(
+            conversation(example, system_prompt or example.system_prompt), example.answer, codec, row_tokens
+        )
     raise ExampleError(
         got=f"{example.kind} {example.example_id} without its text",
         allowed="a document with text, or a correction or turn with prompt and answer",

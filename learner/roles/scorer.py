@@ -20,6 +20,7 @@ from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, Live
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
+from perennial.storage.prompts.system_prompts import SystemPrompts
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode
 from perennial.streams.events.fields import MAX_LOSS_NATS
@@ -68,7 +69,7 @@ def run_scorer(
     base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
     make_deterministic(settings.model.threads)
     registry = Registry(store, nonce=lambda: uuid4().hex, now=_now)
-    scorer = Scorer(base, settings, lock)
+    scorer = Scorer(base, settings, lock, SystemPrompts(store))
     with (
         AdapterCache(
             registry, settings.serving.alias, base.digest, scorer.lora.shapes,
@@ -115,9 +116,17 @@ class Scorer:
         base: the frozen model; a LoRA slot is put into it.
         settings: row length, batch size and LoRA shape.
         lock: held for one forward pass at a time, if other roles share the base.
+        system_prompt: returns the system prompt of an adapter; None where it has none.
     """
 
-    def __init__(self, base: Base, settings: Settings, lock: AbstractContextManager[Any] | None = None) -> None:
+    def __init__(
+        self,
+        base: Base,
+        settings: Settings,
+        lock: AbstractContextManager[Any] | None = None,
+        system_prompt: Callable[[str], str | None] = lambda _: None,
+    ) -> None:
+        self._system_prompt = system_prompt
         self._codec = ExampleTokenizer(base.tokenizer)
         self._row_tokens = min(settings.model.max_tokens, base.max_positions)
         self._max_rows = settings.model.score_batch
@@ -168,7 +177,8 @@ class Scorer:
         if not example.learn:
             return []
         try:
-            return example_rows(example, self._codec, self._row_tokens)
+            prompt = None if example.prompt is None else self._system_prompt(example.adapter)
+            return example_rows(example, self._codec, self._row_tokens, prompt)
         except ExampleError:
             return []
 

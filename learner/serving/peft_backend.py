@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from perennial.learner.serving.answer_streamer import AnswerStreamer
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import BackendError, UnfitVersionError
 
@@ -165,18 +166,30 @@ class PeftBackend:
         if selected is not None:
             selected.close()
 
-    def generate(self, prompt: str, max_new_tokens: int = 32) -> str:
+    def generate(
+        self,
+        prompt: str,
+        max_new_tokens: int = 32,
+        *,
+        system: str | None = None,
+        on_text: Callable[[str], None] | None = None,
+    ) -> str:
         """Answer a prompt by greedy decoding, on the leased version, or else on the active one.
 
         Args:
             prompt: The question, put into the chat form that corrections are trained in. A prompt that is too long for
                 the model loses its beginning.
             max_new_tokens: Most tokens to generate.
+            system: Text of a system turn in front of the prompt; None: none but the one that the template puts there.
+            on_text: Called with each further part of the answer as soon as it is generated; the parts together are the
+                answer. What it raises ends the generation.
         """
         import torch
 
         room = max(1, self.base.max_positions - max_new_tokens)
-        ids = torch.tensor([self._codec.prompt_ids(prompt, room)], device=self.base.device)  # (1, T)
+        turns = [("user", prompt)] if system is None else [("system", system), ("user", prompt)]
+        ids = torch.tensor([self._codec.chat_ids(turns, room)], device=self.base.device)  # (1, T)
+        streamer = None if on_text is None else AnswerStreamer(self.base.tokenizer, on_text)
         with self.lease(), torch.no_grad():
             out = self.base.model.generate(
                 input_ids=ids,
@@ -184,6 +197,7 @@ class PeftBackend:
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=self._codec.eos,
+                streamer=streamer,
             )  # (1, T + new)
         return str(self.base.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 

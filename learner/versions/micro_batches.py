@@ -84,6 +84,7 @@ def without_examples(batch: Batch, offsets: Collection[OriginOffset]) -> Batch:
         cut=batch.cut,
         examples=[example for example in batch.examples if origin_offset(example) not in offsets],
         skipped=[skip for skip in batch.skipped if _offset_of(skip.origin) not in offsets],
+        system_prompt=batch.system_prompt,
     )
 
 

@@ -240,7 +240,7 @@ def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_js
     before = registry.alias(adapter, alias)
     live = before.version if before else None
     # Named now: "the version before" would be another one once the updates that wait are learned.
-    target = _resolve(registry, adapter, to) if to else version_before(registry, adapter, live)
+    target = resolve_version(registry, adapter, to) if to else version_before(registry, adapter, live)
     job = RollbackRequested(
         job_id=f"rollback-{uuid.uuid4().hex}", adapter=adapter, alias=alias, version=target, live=live,
         requested_by="command line", reason=reason,
@@ -308,8 +308,12 @@ def _announce(
     return ""
 
 
-def _resolve(registry: Registry, adapter: str, prefix: str) -> str:
-    """Return the one version of the adapter whose digest begins with the prefix."""
+def resolve_version(registry: Registry, adapter: str, prefix: str) -> str:
+    """Return the one version of the adapter whose digest begins with the prefix.
+
+    Raises:
+        NotFoundError: There is none, or more than one.
+    """
     wanted = prefix.removeprefix("sha256:")
     head = registry.head(adapter)
     published = history_index(registry, adapter).load(head).published if head is not None else []

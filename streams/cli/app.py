@@ -34,6 +34,7 @@ from rich.text import Text
 from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
 from perennial.streams.cli.base.base_app import base_app
+from perennial.streams.cli.chat.chat_commands import ask, system_prompt
 from perennial.streams.cli.forget.commands import forget_app
 from perennial.streams.cli.marks.marks_app import marks_app
 from perennial.streams.cli.replicas.replicas_app import replicas_app
@@ -54,7 +55,8 @@ topics_app = typer.Typer(
 )
 publish_app = typer.Typer(help="Publish files of JSON lines; the broker confirms each line.", no_args_is_help=True)
 adapters_app = typer.Typer(
-    help="Show adapters and their versions, roll one back, park or unpark one.", no_args_is_help=True
+    help="Show adapters and their versions, roll one back, park or unpark one, set its system prompt.",
+    no_args_is_help=True,
 )
 dlq_app = typer.Typer(help="Show refused records (dead letters), or send them back.", no_args_is_help=True)
 app.add_typer(topics_app, name="topics")
@@ -66,6 +68,8 @@ app.add_typer(forget_app, name="forget")
 app.add_typer(marks_app, name="marks")
 app.add_typer(replicas_app, name="replicas")
 app.command()(subscribe)
+app.command()(ask)
+adapters_app.command("system-prompt")(system_prompt)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]
@@ -456,19 +460,6 @@ def explain(
     from perennial.streams.cli.explain import explain as explain_adapter
 
     raise typer.Exit(explain_adapter(adapter, document=document, limit=limit, as_json=json_))
-
-
-@app.command()
-def ask(
-    adapter: AdapterName,
-    prompt: Annotated[str, typer.Argument(help="Text to answer.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Most tokens to generate.")] = 48,
-    json_: Json = False,
-) -> None:
-    """Answer a prompt with the frozen base model and with the live adapter, side by side."""
-    from perennial.streams.cli.ask import ask_both
-
-    raise typer.Exit(ask_both(adapter, prompt, max_new_tokens=max_new_tokens, as_json=json_))
 
 
 @app.command()

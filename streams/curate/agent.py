@@ -34,9 +34,10 @@ from typing import Any, Final, Literal, TypeAlias
 
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
 
-from perennial.storage.errors import ConflictError, NotFoundError, PerennialError
+from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, PerennialError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.prompts.system_prompts import load_system_prompt
 from perennial.storage.registry.quarantine import Quarantine, update_quarantine
 from perennial.storage.registry.refused_examples import add_refused_examples
 from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
@@ -262,10 +263,11 @@ class CurateAgent:
         """Cut what is pending, without what is in quarantine. Return what must be offered again if it was not stored."""
         try:
             blocked = await asyncio.to_thread(self._blocked, adapter.batcher)
+            prompt = await asyncio.to_thread(self._system_prompt, adapter.batcher.adapter)
         except _UnfilterableError as unfilterable:
             errors = unfilterable.errors
             return await self._without(adapter, lambda scored: errors.get(scored.example.example_id))
-        return await self._store_cut(adapter, lambda: adapter.batcher.cut(_now(), reason, blocked))
+        return await self._store_cut(adapter, lambda: adapter.batcher.cut(_now(), reason, blocked, prompt))
 
     async def _store_cut(self, adapter: LoadedAdapter, build: Callable[[], Cut]) -> _Rest | None:
         """Build and store a cut. Return what must be offered again after a write conflict, or without a culprit."""
@@ -325,6 +327,13 @@ class CurateAgent:
         self._acknowledge(adapter.batcher.apply(cut))
         self._metrics.progress()
         return True
+
+    def _system_prompt(self, adapter: str) -> str | None:
+        try:
+            return load_system_prompt(self._store, adapter).text
+        except IntegrityError:  # no retry helps, and one adapter's object must not stop the flow of all
+            log.exception("the system prompt of %s is unreadable: it is cut without one until it is set again", adapter)
+            return None
 
     def _blocked(self, batcher: MicroBatcher[Delivery]) -> Collection[str]:
         """Return the ids of the pending examples that are in quarantine. Their texts never reach the store.

@@ -328,13 +328,16 @@ class MicroBatcher(Generic[T]):
             return None
         return "age" if pending.examples else "flush"
 
-    def cut(self, now: datetime, reason: CutReason, blocked: Collection[str] = ()) -> Cut:
+    def cut(
+        self, now: datetime, reason: CutReason, blocked: Collection[str] = (), system_prompt: str | None = None
+    ) -> Cut:
         """Return the micro-batch of everything that is pending, and the state after it.
 
         Args:
             now: the time of the cut; examples that expired by then are skipped.
             reason: the reason that the job states.
             blocked: ids of examples that are in quarantine; they are skipped.
+            system_prompt: the adapter's system prompt; the micro-batch records it if it has a conversation.
         """
         pending, history = self._pending, self.history
         left_out: dict[str, Literal["quarantined", "expired"]]
@@ -345,7 +348,8 @@ class MicroBatcher(Generic[T]):
         examples = [example for example, _ in kept]
         leaving = [example for example in pending.examples if example.example_id in left_out]
         skipped = [*history.carried, *pending.skipped, *(_skip(e, left_out[e.example_id]) for e in leaving)]
-        batch = Batch(adapter=self.adapter, cut=history.cuts, examples=examples, skipped=skipped)
+        prompt = system_prompt if any(example.prompt is not None for example in examples) else None
+        batch = Batch(adapter=self.adapter, cut=history.cuts, examples=examples, skipped=skipped, system_prompt=prompt)
         body = batch.model_dump_json(by_alias=True).encode()
         digest = digest_of(body)
         origins = [example.origin for example in examples]

@@ -25,7 +25,7 @@ from functools import lru_cache
 from typing import Annotated, ClassVar, Literal, Self
 from unicodedata import normalize
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from perennial.streams.events.adapter_events import (
     AdapterActivated,
@@ -133,6 +133,16 @@ class ExampleAccepted(Event):
     """True where the same example may have been published before and must be learned again: it had been refused, or
     another text of the same document came in between. It is not a duplicate."""
     origin: Origin
+    _system_prompt: str | None = PrivateAttr(default=None)
+
+    @property
+    def system_prompt(self) -> str | None:
+        """The system prompt that the example's micro-batch records; None outside a micro-batch."""
+        return self._system_prompt
+
+    def record_system_prompt(self, text: str | None) -> None:
+        """Set the property of the same name; a micro-batch calls this for each of its examples."""
+        self._system_prompt = text
 
     def key(self) -> str:
         return self.adapter
@@ -418,6 +428,14 @@ class Batch(BaseModel):
     cut: Count
     examples: list[ExampleAccepted]
     skipped: list[BatchSkip]
+    system_prompt: Text | None = Field(default=None, exclude_if=is_none)
+    """The adapter's system prompt at the cut; a rebuild trains with it, whatever the prompt is by then."""
+
+    @model_validator(mode="after")
+    def _share_system_prompt(self) -> Self:
+        for example in self.examples:
+            example.record_system_prompt(self.system_prompt)
+        return self
 
 
 # --- All events -------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ PeftBackend.close(self) -> None
 PeftBackend.current -> str | None
 PeftBackend.deactivate(self, name: str) -> None
 PeftBackend.drain(self, name: str, timeout_s: float) -> bool
-PeftBackend.generate(self, prompt: str, max_new_tokens: int = 32) -> str
+PeftBackend.generate(self, prompt: str, max_new_tokens: int = 32, *, system: str | None = None, on_text: Callable[[str], None] | None = None) -> str
 PeftBackend.lease(self) -> Iterator[str | None]
 PeftBackend.list(self) -> list[str]
 PeftBackend.load(self, name: str, weights: bytes, manifest: Manifest) -> None

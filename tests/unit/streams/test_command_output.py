@@ -139,11 +139,11 @@ def test_a_rollback_takes_the_version_as_a_terminal_shows_it(versions, tmp_path)
     registry = VersionPublisher(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER).registry
     for version in versions:
         for given in (short_version(version), version, version.removeprefix("sha256:")):
-            assert adapters._resolve(registry, ADAPTER, given) == version
+            assert adapters.resolve_version(registry, ADAPTER, given) == version
     with pytest.raises(NotFoundError, match="several versions"):
-        adapters._resolve(registry, ADAPTER, "sha256:")
+        adapters.resolve_version(registry, ADAPTER, "sha256:")
     with pytest.raises(NotFoundError, match="no such version"):
-        adapters._resolve(registry, ADAPTER, "xyz")
+        adapters.resolve_version(registry, ADAPTER, "xyz")
 
 
 class Reader:

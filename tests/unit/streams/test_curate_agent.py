@@ -279,10 +279,10 @@ class Broken(MicroBatcher):
             raise OverflowError("d1")
         return offer
 
-    def cut(self, now, reason, blocked=()):
+    def cut(self, now, reason, blocked=(), system_prompt=None):
         if any(example.document_id == "d2" for example in self.pending_examples):
             raise ValueError("d2")
-        return super().cut(now, reason, blocked)
+        return super().cut(now, reason, blocked, system_prompt)
 
 
 def test_attack_b_an_example_that_breaks_a_pure_function_goes_to_the_dead_letters_and_the_others_are_cut(

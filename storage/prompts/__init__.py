@@ -1,0 +1,1 @@
+"""Texts that an adapter is asked with."""
