@@ -43,8 +43,9 @@ from tests.integration.learner.learner_kit import base_folder
 from tests.integration.test_exactly_once import small_settings
 
 QUIET_S = 150.0
+"""Seconds to wait for pending work after the last fault, from its last step forward on."""
 MAX_WAIT_S = 900.0
-"""Seconds to wait for pending work after the last fault."""
+"""Seconds after which the wait is not prolonged any more."""
 STALL_S = 60.0
 """Pending work that takes longer is worth a look at the logs: they are then kept even if all is well."""
 _PAST_SESSION_S = 34.0
