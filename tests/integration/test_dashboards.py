@@ -35,6 +35,7 @@ from perennial.storage.registry.manifest import Manifest
 from perennial.streams.addresses import direct_opener
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
+from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.input_events import DocumentObserved
@@ -53,10 +54,10 @@ HOURS_AGO_MS = 3 * 3600 * 1000
 TIMEOUT_S = 240.0
 NOT_IN_THE_RUN = re.compile(
     r"perennial_(forget|forgotten|quarantined|topic_recreated|offsets_lost|wrong_high|subscriber_failures|serving_stale"
-    r"|stalled_partitions|adapters_parked|jobs_waiting|replicas_serving)(_|\b)"
+    r"|stalled_partitions|adapters_parked|jobs_waiting|replicas_serving|resolver)(_|\b)"
 )
 """Metrics of what does not happen in this run: forgetting, topics that are lost or created again, forged records, parked
-adapters, stalled partitions, and subscribers that fail or are gone."""
+adapters, stalled partitions, subscribers that fail or are gone, and vLLM with the plugin."""
 OF_REFUSALS = {"Refused", "Updates refused", "UpdatesRefusedInARow"}
 WORDS = [
     "the", "broker", "keeps", "each", "record", "until", "a", "reader", "saw", "it", "then", "adapter", "learns",
@@ -144,7 +145,7 @@ def configuration(tmp_path: Path, loop: list[int], subscribers: list[int], serve
     config = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(DEPLOY / "prometheus" / pattern) for pattern in config["rule_files"]]
-    by_job = {"perennial": loop, "subscribers": subscribers}
+    by_job = {"perennial": loop, "subscribers": subscribers, "vllm": list[int]()}
     assert {scrape["job_name"] for scrape in config["scrape_configs"]} == set(by_job)
     for scrape in config["scrape_configs"]:
         for discovery in ("dns_sd_configs", "file_sd_configs"):
@@ -363,7 +364,9 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                     if query.by_the_test:
                         query.series, query.value, query.source = 0, "", ""  # zeros prove nothing: query again below
 
+                resolver = ResolverMetrics(served.registry)
                 with serve_metrics(served, port=served_port):
+                    resolver.stale_since.set(time.time() - 3600)
                     served.forget_overdue(1)
                     served.quarantined(3)
                     served.serving_stale("acme/a", time.time() - 3600)
@@ -371,7 +374,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                     served.jobs_waiting("acme/a", 2)
                     states = dict.fromkeys(("serving", "failing", "expired", "left"), 1)
                     served.replicas(states, states)
-                    for state, count in (("accepted", 2), ("executed", 1), ("closed", 4)):
+                    for state, count in (("accepted", 2), ("executed", 1), ("closed", 4), ("failed", 1)):
                         served.forget_requests(state, count)
                     for number in range(240):
                         served.forgot(2, 5.0 * number)
@@ -381,6 +384,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                         served.subscriber_failure("disk-full")
                         served.wrong_marks("acme/a", 2)
                         served.stalled_partition("examples", "seek")
+                        resolver.requests.labels("failed").inc()
                         time.sleep(0.5)
                         of_test = [query for query in queries if query.by_the_test]
                         left = [query for query in of_test if not server.look(query, "served by the test")]
