@@ -11,6 +11,7 @@ from perennial.streams.client.engines.engine_probe import compare
 from perennial.streams.client.engines.vllm_backend import VllmBackend
 from tests.services import missing_service
 from tests.vllm.lora_versions import ADAPTER, VersionMaker
+from tests.vllm.test_chat_form import differing
 from tests.vllm.test_vllm_backend import RIGHT_NATS, ask, difference
 from tests.vllm.vllm_server import MAX_CPU_LORAS, VllmServer
 from tools.vllm_env import vllm_python
@@ -30,6 +31,7 @@ def test_smollm2_serves_an_adapter_beside_the_base(tmp_path: Path, monkeypatch: 
     server = VllmServer(python, maker.folder, tmp_path / "vllm.log", ("--max-model-len", "1024")).start()
     backend = VllmBackend(server.url, tmp_path / "served", max_cpu_loras=MAX_CPU_LORAS, grace_s=0, check_s=None)
     try:
+        assert differing(server, maker.base.tokenizer) == []
         publisher = maker.publisher(tmp_path / "store")
         made = maker.publish(publisher, 1, spread=0.02)
         backend.load(*made.loaded)
