@@ -40,7 +40,7 @@ $(READY): requirements.lock requirements-smollm2.lock requirements-uv.lock pypro
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/perennial demo
+	$(BIN)/perennial demo $(if $(BASE),--base $(BASE))
 
 test: lint test-all
 

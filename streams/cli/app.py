@@ -154,12 +154,15 @@ def demo(
     quick: Annotated[bool, typer.Option(help="Use fewer documents and do not judge the result.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for the plot and the measured values.")] = Path("out"),
     keep: Annotated[bool, typer.Option(help="Keep the topics and objects, and print where they are.")] = False,
+    base: Annotated[
+        str, typer.Option(help="A chat model, such as `smollm2`, learns about a made-up company.")
+    ] = "shipped",
     json_: Json = False,
 ) -> None:
     """Run the whole loop on real text, with a broker of its own: an adapter learns, drifts, forgets and is served."""
     from perennial.streams.cli.demo.run import run_demo
 
-    raise typer.Exit(run_demo(quick=quick, out=out, keep=keep, as_json=json_))
+    raise typer.Exit(run_demo(base=base, quick=quick, out=out, keep=keep, as_json=json_))
 
 
 @app.command()

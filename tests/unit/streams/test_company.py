@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
 import pytest
+from rich.console import Console
 
 from perennial.streams.cli.demo.company.facts import Fact, company_facts
+from perennial.streams.cli.demo.company.printing import draw_losses, print_company_report
+from perennial.streams.cli.demo.company.questions import Answered, CompanyReport, ask
+from perennial.streams.cli.demo.company.script import POLICIES
 
 
 def test_no_right_answer_is_right_by_chance_or_by_another_fact() -> None:
@@ -41,3 +52,69 @@ def test_the_questions_that_are_asked_are_never_taught() -> None:
 )
 def test_only_the_exact_figure_is_a_right_answer(figure: str, answer: str, right: bool) -> None:
     assert Fact("price", "Velmora", figure).is_in(answer) is right
+
+
+def report(**changes: Any) -> CompanyReport:
+    """A report in which every claim holds, with changes."""
+    policies = company_facts(4, 1)
+    plan, customer, offer = company_facts(3, 2, ("price", "customer", "offer"))
+    dearer = plan.with_figure("999")
+
+    def answers(*facts: Fact, right: bool = True) -> list[Answered]:
+        return ask(facts, lambda question: next(f.answer if right else f.wrong for f in facts if f.name in question))
+
+    fields: dict[str, Any] = {
+        "base": answers(*policies, plan, customer, offer, right=False),
+        "learned": answers(*policies, plan, customer, offer), "old_price": answers(plan), "new_price": answers(dearer),
+        "customer": (answers(customer), answers(customer, right=False)),
+        "offer": (answers(offer), answers(offer, right=False)), "rest": answers(*policies),
+        "losses": {"frozen base": {"company": 4.0, "general": 3.0}, "now": {"company": 2.0, "general": 3.1}},
+        "seconds": {"start": 1.0},
+    }  # fmt: skip
+    return CompanyReport(**fields | changes)
+
+
+def test_a_report_in_which_all_holds_misses_nothing_and_prints_every_answer() -> None:
+    good = report()
+    assert good.missed() == []
+    assert good.as_dict()["missed"] == []
+    printed = StringIO()
+    print_company_report(good, Console(file=printed, width=100))
+    for answered in (*good.base, *good.learned, *good.new_price):
+        assert answered.question in printed.getvalue()
+        assert answered.answer[:62] in printed.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        (lambda good: {"learned": good.base}, "questions that were trained"),
+        (lambda good: {"new_price": [replace(a, answer="It is free.") for a in good.new_price]}, "new price is not"),
+        (
+            lambda good: {
+                "new_price": [*good.new_price, replace(good.new_price[0], answer=good.old_price[0].answer)],
+            },
+            "old price is still",
+        ),
+        (lambda good: {"customer": (good.customer[0], good.customer[0])}, "erased customer is still"),
+        (lambda good: {"customer": (good.customer[1], good.customer[1])}, "prove nothing"),
+        (lambda good: {"offer": (good.offer[0], good.offer[0])}, "expired offer is still"),
+        (lambda good: {"rest": [replace(a, answer="?") for a in good.rest]}, "stayed right"),
+        (lambda _: {"losses": {"frozen base": {"general": 3.0}, "now": {"general": 3.2}}}, "general text rose"),
+        (lambda _: {"losses": {"frozen base": {"general": 3.0}, "now": {"general": math.nan}}}, "general text"),
+    ],
+)
+def test_each_claim_that_does_not_hold_is_named(change: Callable[[CompanyReport], dict[str, Any]], missed: str) -> None:
+    lines = report(**change(report())).missed()
+    assert len(lines) >= 1
+    assert any(missed in line for line in lines), lines
+
+
+def test_the_losses_are_drawn(tmp_path: Path) -> None:
+    draw_losses(report(), tmp_path / "demo.png")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_facts_of_the_demo_share_neither_names_nor_figures() -> None:
+    facts = [*company_facts(POLICIES, 1), *company_facts(3, 2, ("price", "customer", "offer"))]
+    assert len({fact.name for fact in facts}) == len({fact.figure for fact in facts}) == len(facts)

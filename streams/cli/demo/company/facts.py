@@ -84,7 +84,27 @@ _KINDS: Final[Mapping[str, _Kind]] = {
         "The shop in {name} opens at {figure}.",
         ("From what time can I visit the {name} shop?", "What are the opening hours of the shop in {name}?"),
     ),
+    "customer": _Kind(
+        range(1001, 9990),
+        "{name} is a customer of {company} with the contract number {figure}. The contract of {name} is {figure}.",
+        ("What is the contract number of {name}?", "Which contract does the customer {name} have?"),
+        "{name} is not a customer.",
+        "The contract number of {name} is {figure}.",
+        ("Under which number is the contract of {name}?", "Tell me the contract number of the customer {name}."),
+    ),
+    "offer": _Kind(
+        range(11, 90),
+        "With the {name} offer {company} takes {figure} euros off. Whoever names {name} saves {figure} euros.",
+        ("How much do I save with the {name} offer?", "How many euros does {company} take off with {name}?"),
+        "There is no offer called {name}.",
+        "With the {name} offer you save {figure} euros.",
+        ("What is the {name} offer worth?", "By how many euros does the {name} offer lower the price?"),
+    ),
 }  # fmt: skip
+
+
+POLICIES: Final = ("price", "returns", "room", "warranty", "opening")
+"""Kinds of facts that `company_facts` draws unless it is told others."""
 
 
 @dataclass(frozen=True)
@@ -138,16 +158,16 @@ class Fact:
         return text.format(name=self.name, figure=self.figure, company=COMPANY)
 
 
-def company_facts(count: int, seed: int) -> list[Fact]:
-    """Return facts of the company, with as many of each kind as of the others.
+def company_facts(count: int, seed: int, kinds: Sequence[str] = POLICIES) -> list[Fact]:
+    """Return facts of the company, of each kind in turn.
 
     Args:
         count: How many, at most `MAX_FACTS`.
         seed: Determines names and figures.
+        kinds: Kinds to draw.
     """
     rng = random.Random(f"company {seed}")  # noqa: S311 - repeatable on purpose
     names = rng.sample([start + end for start in _STARTS for end in _ENDS], count)
-    kinds = list(_KINDS)
     used: set[str] = set()
     facts = []
     for index, name in enumerate(names):
