@@ -21,6 +21,7 @@ from rich.console import Console
 from perennial.extras import require_extra
 from perennial.storage.errors import PerennialError
 from perennial.streams.cli.adapters import open_registry
+from perennial.streams.cli.demo.company.choice import AUTO, SHIPPED_BASE, choose_base
 from perennial.streams.cli.demo.company.script import run_company_demo
 from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.forgetting import PEOPLE, ForgetDemo
@@ -69,11 +70,12 @@ class DemoError(PerennialError):
     """The demo did not get to its end."""
 
 
-def run_demo(*, base: str = "shipped", quick: bool, out: Path, keep: bool, as_json: bool) -> int:
+def run_demo(*, base: str = SHIPPED_BASE, quick: bool, out: Path, keep: bool, as_json: bool) -> int:
     """Run the demo. Call it in the main thread.
 
     Args:
-        base: Name of the base, as PERENNIAL_BASE; another one than the shipped one learns about a made-up company.
+        base: Name of the base, as PERENNIAL_BASE; another one than the shipped one learns about a made-up company. `auto`:
+            the one that `choose_base` finds.
         quick: Fewer documents; the bounds on learning are not judged. It has no effect with another base.
         out: Folder for the picture and the figures.
         keep: Keep topics and objects afterwards.
@@ -90,10 +92,12 @@ def run_demo(*, base: str = "shipped", quick: bool, out: Path, keep: bool, as_js
     require_extra("all", "`perennial demo`")
     interrupt_on_stop_signals()  # so that what was started is stopped on SIGTERM too
     out = _output_folder(out)
-    if base != "shipped":
-        return run_company_demo(base, out=out, keep=keep, as_json=as_json)
     started = time.monotonic()
     console = Console(stderr=True)
+    if base == AUTO:
+        base = choose_base(lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False))
+    if base != SHIPPED_BASE:
+        return run_company_demo(base, out=out, keep=keep, as_json=as_json)
     folder = Path(tempfile.mkdtemp(prefix="perennial-demo-"))
     settings = load_settings(data_dir=folder, kafka="", store="", base=base, **SETTINGS)
 
