@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -61,6 +61,13 @@ class TrainResult:
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     tokens: int
+
+    def after(self, earlier: TrainResult) -> TrainResult:
+        """Return the result of both runs, of which this one continued the earlier one."""
+        return replace(
+            self, losses=earlier.losses + self.losses, norms=earlier.norms + self.norms,
+            tokens=earlier.tokens + self.tokens,
+        )  # fmt: skip
 
 
 def steps_taken(optimizer: Mapping[str, torch.Tensor] | None) -> int:

@@ -44,6 +44,8 @@ WARMUP_STEPS = 10
 MEASURED_ROWS = 8
 """Number of trained rows that are measured before and after, where nothing is held out."""
 GENERAL_SHARE_AT_FULL_PRESSURE = 0.5
+CHECK_STEPS = 8
+"""Of an update of several passes, the general loss is measured after each pass, at most every so many steps."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,8 @@ class Updater:
         rehearsed = self._index_after(parent, rows.new_ids, batch) if self.recipe.epochs > 1 else parent.replay_index
         closing = self._schedule(rows.held_out, rehearsed, replayed, self._composition(CLOSING_STEPS, pressure), rng)
 
-        trial = self._train_new(parent, main, on_step)
+        trial = self._train_new(parent, main, rows, before, on_step)
+        main_steps = len(trial.trained.losses)
         if trial.passed and rows.held_out_examples:
             trial = self._judge_held_out(trial, rows, before, on_step)
         if trial.passed and closing.steps:
@@ -281,7 +284,7 @@ class Updater:
             replayed_rows=main.replayed + closing.replayed,
             replay_missing=main.missing + closing.missing,
             strain=gate.rounded(pressure),
-            steps=len(main.steps) + len(closing.steps),
+            steps=main_steps + len(closing.steps),
             reason=trial.verdict.reason,
         ).merged(trial.figures)
         if not trial.passed:
@@ -350,9 +353,38 @@ class Updater:
 
     # ---- training and judging
 
-    def _train_new(self, parent: TrainingState, main: TrainingSchedule, on_step: Callable[[], None]) -> _Trial:
-        trained = self._train(parent.weights, parent.optimizer, main, on_step)
-        return _Trial(trained, trained.tokens, self._judge_training(trained, parent.weights))
+    def _train_new(
+        self,
+        parent: TrainingState,
+        main: TrainingSchedule,
+        rows: _UpdateRows,
+        before: _LossesBefore,
+        on_step: Callable[[], None],
+    ) -> _Trial:
+        """Train on the new rows, and take back the last pass if the general loss has risen too far.
+
+        The gate would refuse the whole update otherwise, and nothing of it would be learned.
+        """
+        several = self.recipe.epochs > 1 and bool(rows.anchors)
+        size = max(CHECK_STEPS, -(-len(main.steps) // self.recipe.epochs)) if several else max(1, len(main.steps))
+        trained = self._train(parent.weights, parent.optimizer, main.steps[:size], on_step)
+        verdict = self._judge_training(trained, parent.weights)
+        for start in range(size, len(main.steps), size):
+            if not verdict.promote:
+                break
+            more = self._train(trained.weights, trained.optimizer, main.steps[start : start + size], on_step)
+            verdict = self._judge_training(more, parent.weights)
+            if verdict.promote and self._has_general_rise(rows, before, on_step):
+                self.lora.load(trained.weights)
+                break
+            trained = more.after(trained)
+        return _Trial(trained, trained.tokens, verdict)
+
+    def _has_general_rise(self, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]) -> bool:
+        """Return True if the general loss under the slot's weights uses up the rise at which the pressure is full."""
+        (anchors,) = self._measure(rows.anchors, on_step=on_step)
+        limit = gate.FULL_PRESSURE_SHARE * self.recipe.max_general_rise_nats
+        return not gate.mean(anchors) - before.anchors_base <= limit
 
     def _judge_held_out(
         self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
@@ -370,7 +402,7 @@ class Updater:
         self, trial: _Trial, parent: TrainingState, closing: TrainingSchedule, on_step: Callable[[], None]
     ) -> _Trial:
         """Train on the held-out rows too, so that no example is lost."""
-        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing, on_step)
+        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing.steps, on_step)
         verdict = self._judge_training(trained, parent.weights)
         return replace(trial, trained=trained, tokens=trial.tokens + trained.tokens, verdict=verdict)
 
@@ -400,14 +432,18 @@ class Updater:
         return gate.GateLimits(self.recipe.min_gain_nats, self.recipe.max_general_rise_nats)
 
     def _train(
-        self, weights: Tensors, optimizer: Tensors | None, schedule: TrainingSchedule, on_step: Callable[[], None]
+        self,
+        weights: Tensors,
+        optimizer: Tensors | None,
+        steps: Sequence[Sequence[TokenRow]],
+        on_step: Callable[[], None],
     ) -> TrainResult:
         recipe = self.recipe
         config = TrainConfig(
             recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps,
             max_pad_share=recipe.max_pad_share,
         )  # fmt: skip
-        return train(self.lora, weights, optimizer, schedule.steps, config, self.lock, on_step)
+        return train(self.lora, weights, optimizer, steps, config, self.lock, on_step)
 
     def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())

@@ -173,7 +173,7 @@ class Bench:
     # ---- asking
 
     def load(self) -> None:
-        """Put the newest version into the slot."""
+        """Put the newest version into the slot; nothing learned, or everything refused: the initial weights."""
         state, _ = self.writer.state_at(self.writer.registry.head(ADAPTER), ADAPTER)
         self.writer.updater.lora.load(state.weights)
 

@@ -15,7 +15,7 @@ import torch
 from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText
-from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
+from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetensors
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from perennial.learner.training import gate, update
@@ -107,6 +107,51 @@ def test_several_passes_over_held_out_examples_rehearse_those_of_the_same_update
     assert bool(asked) is (epochs > 1)
     assert asked.isdisjoint(examples[index].example_id for index in held)
     assert {entry.example_id for entry in done.state.replay_index} == by_id.keys()
+
+
+@pytest.mark.parametrize("rises_at", [1, 2, 99])
+def test_a_pass_that_raises_the_general_loss_too_far_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, rises_at: int
+) -> None:
+    """Otherwise the gate refuses the whole update: a part of its passes is learned instead of nothing."""
+    updater, examples, seen = make(replace(RECIPE, epochs=4, rows=4)), documents(16), []
+    whole = run(updater, first(updater), examples)
+
+    def has_general_rise(self: Updater, *_: object) -> bool:
+        seen.append({name: tensor.clone() for name, tensor in self.lora.weights().items()})
+        return len(seen) == rises_at
+
+    monkeypatch.setattr(Updater, "_has_general_rise", has_general_rise)
+    measured: list[Tensors] = []
+    judged = Updater._judge_held_out
+    monkeypatch.setattr(
+        Updater, "_judge_held_out",
+        lambda self, trial, *rest: (measured.append(self.lora.weights()), judged(self, trial, *rest))[1],
+    )  # fmt: skip
+    done = run(updater, first(updater), examples)
+    assert done.outcome == "promoted"
+    if rises_at == 99:
+        assert (done.gate.steps, digest_of(done)) == (whole.gate.steps, digest_of(whole))
+        return
+    assert done.gate.steps < whole.gate.steps
+    assert len(seen) == rises_at, "no further pass after the one that was taken back"
+    kept = seen[rises_at - 2] if rises_at > 1 else None
+    assert all(not torch.equal(measured[0][name], tensor) for name, tensor in seen[-1].items() if tensor.any())
+    assert kept is None or all(torch.equal(measured[0][name], tensor) for name, tensor in kept.items())
+
+
+def digest_of(done: UpdateResult) -> bytes:
+    return to_safetensors(done.state.weights)
+
+
+@pytest.mark.parametrize(("rise", "too_far"), [(0.05, False), (0.2, True), (math.nan, True)])
+def test_the_rise_that_ends_further_passes_is_that_of_full_pressure(
+    monkeypatch: pytest.MonkeyPatch, rise: float, too_far: bool
+) -> None:
+    updater = make(replace(RECIPE, max_general_rise_nats=0.15))
+    monkeypatch.setattr(Updater, "_measure", lambda *_, **__: [[3.0 + rise, 3.0 + rise]])
+    before = update._LossesBefore([], [], [], 3.0)
+    assert updater._has_general_rise(update._UpdateRows([], [], [], [], 0, []), before, ignore_step) is too_far
 
 
 def test_few_examples_are_judged_by_their_own_fall() -> None:
