@@ -49,6 +49,9 @@ class EngineDouble:
     def remember(self, name: str, path: str) -> None:
         self.loads.append(name)
         self.adapters[name] = path
+        self.use(name)
+
+    def use(self, name: str) -> None:
         self.resident = [*(each for each in self.resident if each != name), name][-self.max_resident :]
 
     @contextmanager
@@ -124,6 +127,8 @@ class VllmDouble(EngineDouble):
         model = content["model"]
         if model != "base" and model not in self.adapters:
             return error(404, f"The model `{model}` does not exist.")
+        if model in self.adapters:
+            self.use(model)
         choices = []
         for index, text in enumerate(content["prompt"]):
             tokens = self.predicts(model, text)

@@ -37,7 +37,7 @@ from tests.vllm.vllm_server import MAX_CPU_LORAS, VllmServer
 from tools.vllm_env import vllm_python
 
 PROMPTS = ("The refund for the last order", "Invoices are sent", "The shop opens at nine, and", "A parcel that is lost")
-POLL_S = 0.05
+POLL_S = 0.1
 TOKENS = 16
 RIGHT_NATS = 0.12
 WAIT_S = 120.0
@@ -281,7 +281,7 @@ def measure(arguments: argparse.Namespace, python: Path, folder: Path) -> dict[s
         f"tokens per second without swaps {[round(rate) for rate in calm]}, with {[round(rate) for rate in swapping]}"
     )
     return {
-        "engine": f"vllm {version}", "base": arguments.base, "swaps": len(answered), "clients": arguments.clients,
+        "engine": f"vllm {version}", "base": arguments.base, "swaps": len(answered), "clients": arguments.clients, "every_s": arguments.every_s,
         "promoted_to_answered_p50_s": round(p50, 3), "promoted_to_answered_p95_s": round(p95, 3),
         "load_p50_s": round(load_p50, 3), "load_p95_s": round(load_p95, 3),
         "tokens_per_s": round(fmean(calm), 1), "throughput_ratio": round(fmean(swapping) / fmean(calm), 3),
@@ -295,7 +295,7 @@ def main() -> int:
     parser.add_argument("--base", default="shipped", help="name or folder of the base")
     parser.add_argument("--swaps", type=int, default=50, help="versions that are swapped in")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--every-s", type=float, default=1.0, help="least seconds from one version to the next")
+    parser.add_argument("--every-s", type=float, default=2.0, help="least seconds from one version to the next")
     parser.add_argument("--turns", type=int, default=5, help="times that swaps and none take turns")
     parser.add_argument("--rest-s", type=float, default=8.0, help="seconds without swaps in each turn")
     arguments = parser.parse_args()

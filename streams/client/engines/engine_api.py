@@ -56,11 +56,12 @@ class EngineApi(Protocol):
     def in_use(self, name: str) -> bool:
         """Return whether a request that is running or waiting uses the name. False where the engine cannot tell."""
 
-    def evict(self, path: str) -> None:
+    def evict(self, path: str, kept: Sequence[str]) -> None:
         """Remove the weights of all adapters that are unloaded from the engine's memory.
 
         Args:
             path: Folder of an adapter that changes nothing, for engines that forget only what another one displaces.
+            kept: Names of adapters that are served, and should stay in memory.
         """
 
     def next_tokens(self, name: str, texts: Sequence[str]) -> list[NextTokens]:

@@ -27,6 +27,8 @@ ZERO_FOLDER = ".zero"
 _POLL_S = 0.05
 _SETTLE_S = 0.5
 """Wait after a name was unloaded, for requests that had looked it up and were not yet in the engine's queue."""
+_DRAINED_S = 1.0
+"""How long a drained version counts as unused: the engine's metrics are many, and reading them takes time."""
 _OVERWRITES = 8
 
 
@@ -75,6 +77,8 @@ class EngineBackend:
         self._clock = clock
         self._lock = threading.RLock()
         self._zero: str | None = None
+        self._loaded: set[str] = set()
+        self._drained_s: dict[str, float] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -115,9 +119,7 @@ class EngineBackend:
         with self._lock:
             self._folders.load(name, weights, manifest)
             try:
-                self._load_zero(weights, manifest)
-                self._load_in_engine(name, self._path(name))
-                self._compare(name, manifest)
+                self._load_checked(name, weights, manifest, self.api.served())
             except Exception as error:
                 # What is in service already stays there, unless it can never be served rightly.
                 if isinstance(error, UnfitVersionError) or not self._folders.is_active(name):
@@ -126,14 +128,13 @@ class EngineBackend:
                 raise
 
     def warm(self, name: str) -> None:
-        """Let the engine compute one token with the version.
+        """Do nothing: the comparison of `load` was the first request.
 
         Raises:
             BackendError: The version is not held.
         """
         with self._lock:
             self._require(name)
-            self.api.next_tokens(name, ["."])
 
     def activate(self, name: str) -> None:
         """Point clients at the version. Requests that name another version are answered by that one.
@@ -170,6 +171,7 @@ class EngineBackend:
             if self._clock() >= end_s:
                 return False
             self._sleep(min(_POLL_S, max(0.0, end_s - self._clock())))
+        self._drained_s[name] = self._clock()
         return True
 
     def unload(self, name: str) -> None:
@@ -183,7 +185,7 @@ class EngineBackend:
             if not self._folders.folder_of(name).exists() and name not in self.api.served():
                 self._folders.unload(name)  # also what a process left that was killed during the deletion
                 return
-            if self.api.in_use(name):
+            if self._clock() - self._drained_s.pop(name, -_DRAINED_S) >= _DRAINED_S and self.api.in_use(name):
                 raise _still_used(name)
             self._folders.deactivate(name)
             self._remove(name)
@@ -210,14 +212,12 @@ class EngineBackend:
         healed = []
         with self._lock:
             served = self.api.served()
-            if self._zero is not None and self._zero not in served:
-                self._load_in_engine(self._zero, str(self._server_path / ZERO_FOLDER / self._zero))
+            if self._zero is not None:
+                self._load_in_engine(self._zero, self._zero_path(self._zero), served)
             for name in self._active_names():
                 if name not in served:
                     weights, manifest = self._read(name)
-                    self._load_zero(weights, manifest)
-                    self._load_in_engine(name, self._path(name))
-                    self._compare(name, manifest)
+                    self._load_checked(name, weights, manifest, served)
                     healed.append(name)
         return tuple(healed)
 
@@ -245,13 +245,31 @@ class EngineBackend:
         return str(self._server_path / self._folders.folder_of(name).relative_to(self._folders.path).as_posix())
 
     def _require(self, name: str) -> None:
-        if not self._folders.folder_of(name).exists() or self.api.served().get(name) != self._path(name):
+        if name not in self._loaded or not self._folders.folder_of(name).exists():
             raise BackendError(f"{name} is not held", remedy="load it first")
 
-    def _load_in_engine(self, name: str, path: str) -> None:
-        if self.api.served().get(name) == path:
+    def _zero_path(self, zero: str) -> str:
+        return str(self._server_path / ZERO_FOLDER / zero)
+
+    def _load_checked(self, name: str, weights: bytes, manifest: Manifest, served: dict[str, str]) -> None:
+        """Load a version whose folder is written, and compare what the engine predicts with the learner."""
+        self._load_zero(weights, manifest, served)
+        self._load_in_engine(name, self._path(name), served)
+        self._compare(name, manifest)
+        self._loaded.add(name)
+
+    def _load_in_engine(self, name: str, path: str, served: dict[str, str]) -> None:
+        """Load an adapter unless the engine lists it, and check the list afterwards.
+
+        Args:
+            name: The engine's name of the adapter.
+            path: Its folder as the engine sees it.
+            served: What the engine listed a moment ago.
+        """
+        if served.get(name) == path:
             return
-        self.api.unload(name)  # the same name from another path
+        if name in served:  # from another path
+            self.api.unload(name)
         self.api.load(name, path)
         found = self.api.served().get(name)
         if found != path:
@@ -285,6 +303,7 @@ class EngineBackend:
 
     def _remove(self, name: str) -> None:
         """Unload a version, wait for requests that had looked its name up, evict it, and delete its folder."""
+        self._loaded.discard(name)
         self.api.unload(name)
         end_s = self._clock() + _SETTLE_S
         while self.api.in_use(name):
@@ -292,29 +311,25 @@ class EngineBackend:
                 raise _still_used(name)  # their weights must stay readable: the engine may read them again
             self._sleep(_POLL_S)
         if self._zero is not None:
-            self.api.evict(str(self._server_path / ZERO_FOLDER / self._zero))
-            for active in self._active_names():
-                with suppress(BackendError):  # the first request would read it from the disk
-                    self.api.next_tokens(active, ["."])
+            self.api.evict(self._zero_path(self._zero), (self._zero, *self._active_names()))
         if name in self.api.served():
             raise BackendError("the engine still serves what it unloaded", got=name, remedy="it is tried again")
         self._folders.unload(name)
 
-    def _load_zero(self, weights: bytes, manifest: Manifest) -> None:
+    def _load_zero(self, weights: bytes, manifest: Manifest, served: dict[str, str]) -> None:
         """Hold an adapter that changes nothing, of the first version's shapes."""
         if not self.api.needs_zero:
             return
-        if self._zero is None:
+        zero = self._zero
+        if zero is None:
             zeros = zero_weights(weights)
             config = adapter_config(zeros, manifest, self._folders.base_model_name)
-            name = f"zero-{digest_of(zeros + config)[7:23]}"
+            zero = f"zero-{digest_of(zeros + config)[7:23]}"
             self._folders.write_folder(
-                Path(ZERO_FOLDER) / name, {"adapter_model.safetensors": zeros, "adapter_config.json": config}
+                Path(ZERO_FOLDER) / zero, {"adapter_model.safetensors": zeros, "adapter_config.json": config}
             )
-            self._load_in_engine(name, str(self._server_path / ZERO_FOLDER / name))
-            self._zero = name
-        elif self._zero not in self.api.served():
-            self._load_in_engine(self._zero, str(self._server_path / ZERO_FOLDER / self._zero))
+        self._load_in_engine(zero, self._zero_path(zero), served)
+        self._zero = zero
 
     def _active_names(self) -> tuple[str, ...]:
         return tuple(name for name in self._folders.list() if self._folders.is_active(name))

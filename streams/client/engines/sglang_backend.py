@@ -132,7 +132,7 @@ class SglangApi:
         """Return False: an unload waits for the requests that use the adapter."""
         return False
 
-    def evict(self, path: str) -> None:
+    def evict(self, path: str, kept: Sequence[str]) -> None:
         """Do nothing: an unload removes the weights."""
 
     def next_tokens(self, name: str, texts: Sequence[str]) -> list[NextTokens]:

@@ -9,10 +9,11 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from perennial.streams.client.backend import UnfitVersionError
+from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.directory_backend import DirectoryBackend
 from perennial.streams.client.engines.engine_api import (
     Answer,
@@ -160,9 +161,18 @@ class VllmApi:
         newest = max(lines, key=lambda line: float(line["seconds"]))
         return any(name in found["names"].split(",") for found in _LABEL.finditer(newest["labels"]))
 
-    def evict(self, path: str) -> None:
-        """Load zero adapters under names of their own until none of the others is left; see `EngineApi.evict`."""
-        for _ in range(self._max_cpu_loras):
+    def evict(self, path: str, kept: Sequence[str]) -> None:
+        """Fill the server's memory with adapters that were used later than the unloaded ones; see `EngineApi.evict`.
+
+        The least recently used adapter makes room. So those that are kept are used first, and zero adapters under names
+        of their own take the rest.
+        """
+        used = 0
+        for name in kept[: self._max_cpu_loras - 1]:
+            with suppress(BackendError):  # it takes no room then
+                self.next_tokens(name, ["."])
+                used += 1
+        for _ in range(self._max_cpu_loras - used):
             name = f"evict-{uuid4().hex}"
             self.load(name, path)
             self.unload(name)

@@ -247,8 +247,9 @@ def test_an_engine_that_was_started_anew_gets_what_is_active(
 
 
 def test_the_next_process_finds_what_the_last_one_served(make: Make, engine: EngineDouble, versions: list[Version]):
-    make(engine).load(*versions[0])
-    make(engine).activate(versions[0][0])
+    before = make(engine)
+    before.load(*versions[0])
+    before.activate(versions[0][0])
     again = make(engine)
     assert again.list() == [versions[0][0]]
     assert again.active_name(ADAPTER) == versions[0][0]
