@@ -367,6 +367,7 @@ class Learner:
             figures = result.manifest.gate
             for which, nats in (
                 ("before", figures.loss_before), ("after", figures.loss_after), ("general", figures.anchor_after),
+                ("answer_rise", figures.answer_rise),
             ):  # fmt: skip
                 if nats is not None:
                     self._metrics.loss(adapter, which, nats)

@@ -9,12 +9,14 @@ Hazard: every comparison with NaN is false, so a check must be written so that a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Literal
 
-GateReason = Literal["ok", "not-finite", "gradient-explosion", "no-op", "no-gain", "general-rise"]
+GateReason = Literal[
+    "ok", "not-finite", "gradient-explosion", "no-op", "no-gain", "general-rise", "degenerate", "collapse"
+]
 
 MAX_GRADIENT_NORM = 1e3
 """Far above any sane step (below 10 on real text): weights that give such a gradient are broken."""
@@ -22,6 +24,7 @@ MIN_EXAMPLES_TO_HOLD_OUT = 4
 DECIMALS = 6
 FULL_PRESSURE_SHARE = 0.6
 """Share of the allowed rise at which the pressure is 1: the rest absorbs the noise of the rotating anchors."""
+MAX_DEGENERATE_SHARE = 1 / 3
 NOISE_ERRORS = 3.0
 """So many standard errors of the mean fall count as noise."""
 
@@ -33,10 +36,12 @@ class GateLimits:
     Attributes:
         min_gain_nats: Least fall of the held-out loss, nats per token.
         max_general_rise_nats: Largest rise of the general loss over the frozen base's, nats per token.
+        max_answer_rise_nats: Largest rise of the loss on the base's own answers, nats per token; 0: not asked.
     """
 
     min_gain_nats: float
     max_general_rise_nats: float
+    max_answer_rise_nats: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -198,6 +203,36 @@ def judge_general(base_nats: float, measured: Gain, limits: GateLimits) -> GateV
     if not (rise <= limits.max_general_rise_nats or step <= 0):
         return GateVerdict(promote=False, reason="general-rise")
     return GateVerdict(promote=True, reason="ok")
+
+
+def judge_trial(asked: int, degenerate: int, *, finite: bool) -> GateVerdict:
+    """Refuse a version whose trial answers are not finite, or of which more than a third are empty or end in a loop.
+
+    Args:
+        asked: Questions that the frozen base answers properly.
+        degenerate: Those of them that the version does not.
+        finite: True if every logit was finite.
+    """
+    if not finite:
+        return GateVerdict(promote=False, reason="not-finite")
+    if degenerate > asked * MAX_DEGENERATE_SHARE:
+        return GateVerdict(promote=False, reason="degenerate")
+    return GateVerdict(promote=True, reason="ok")
+
+
+def judge_answers(rise: float, before: Callable[[], float], limits: GateLimits) -> GateVerdict:
+    """Refuse a version that left the base's own answers, and further than the version before.
+
+    Args:
+        rise: By how much the loss on the base's answers is above the base's, mean over the questions, nats per token.
+        before: Returns the same for the previous version; called only where the rise is above the limit.
+        limits: Limits of the gate.
+    """
+    if not math.isfinite(rise):
+        return GateVerdict(promote=False, reason="not-finite")
+    if rise <= limits.max_answer_rise_nats or rise <= before():
+        return GateVerdict(promote=True, reason="ok")
+    return GateVerdict(promote=False, reason="collapse")
 
 
 def rounded(value: float) -> float | None:

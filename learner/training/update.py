@@ -1,8 +1,8 @@
 """One update: from an adapter's state and a micro-batch to a candidate version.
 
 The phases are: split the examples, measure before, schedule the rows, train on the new ones, judge the held-out ones,
-train on those too, judge the result. On a CPU the same state, examples and recipe give the same bits; forgetting
-relies on this when it makes the recorded updates again.
+train on those too, judge the result, and, where the recipe asks for it, judge the answers of a chat model. On a CPU the
+same state, examples and recipe give the same bits; forgetting relies on this when it makes the recorded updates again.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
 from perennial.learner.model.loss import ignore_step, mean_nats, row_token_losses
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
+from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.replay_buffer import (
     BatchComposition,
@@ -72,6 +73,8 @@ class Recipe:
         epochs: Least number of times that each new row is trained in its update.
         max_pad_share: Largest share of a forward pass of training that may be padding, 0 to 1; rows whose lengths differ
             more go into passes of their own.
+        max_answer_rise_nats: Largest rise of the loss on the base's own answers, nats per token; 0: answers are not
+            looked at.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -95,6 +98,7 @@ class Recipe:
     warmup_steps: int = WARMUP_STEPS
     epochs: int = 1
     max_pad_share: float = 1.0
+    max_answer_rise_nats: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings) -> Recipe:
@@ -211,6 +215,7 @@ class Updater:
         general: General text, in rows of the recipe's length.
         recipe: How to train and what the gate asks.
         lock: Lock on the base, held for each training step and each forward pass; None where nobody shares the base.
+        answers: Measures the answers of a version; None where the base has no chat template.
     """
 
     lora: Lora
@@ -218,6 +223,7 @@ class Updater:
     general: GeneralText
     recipe: Recipe
     lock: AbstractContextManager[object] | None = None
+    answers: AnswerCheck | None = None
 
     def rows(self, example: ExampleAccepted) -> list[TokenRow]:
         """Return the training rows of an example.
@@ -275,6 +281,8 @@ class Updater:
             trial = self._train_held_out(trial, parent, closing, on_step)
         if trial.passed:
             trial = self._judge_result(trial, rows, before, on_step)
+        if trial.passed and self.answers is not None and self.recipe.max_answer_rise_nats > 0:
+            trial = self._judge_answers(trial, parent, self.answers, on_step)
 
         figures = GateFigures(
             basis=HELD_OUT if rows.held_out_examples else SEEN,
@@ -427,9 +435,31 @@ class Updater:
             verdict = gate.judge_general(before.anchors_base, gate.gain(before.anchors, anchors), self._limits)
         return replace(trial, verdict=verdict, figures=figures)
 
+    def _judge_answers(
+        self, trial: _Trial, parent: TrainingState, answers: AnswerCheck, on_step: Callable[[], None]
+    ) -> _Trial:
+        """Let the new version answer fixed questions, then measure how far it left the base's own answers."""
+        asked = answers.trial(self.lora, self.lock, on_step)
+        verdict = gate.judge_trial(asked.asked, asked.degenerate, finite=asked.finite)
+        figures = trial.figures.merged(GateFigures(degenerate_answers=asked.degenerate))
+        if verdict.promote:
+            rise = gate.mean(answers.rises(self.lora, self.lock, on_step))
+            figures = figures.merged(GateFigures(answer_rise=gate.rounded(rise)))
+
+            def rise_before() -> float:
+                self.lora.load(parent.weights)
+                try:
+                    return gate.mean(answers.rises(self.lora, self.lock, on_step))
+                finally:
+                    self.lora.load(trial.trained.weights)
+
+            verdict = gate.judge_answers(rise, rise_before, self._limits)
+        return replace(trial, verdict=verdict, figures=figures)
+
     @property
     def _limits(self) -> gate.GateLimits:
-        return gate.GateLimits(self.recipe.min_gain_nats, self.recipe.max_general_rise_nats)
+        recipe = self.recipe
+        return gate.GateLimits(recipe.min_gain_nats, recipe.max_general_rise_nats, recipe.max_answer_rise_nats)
 
     def _train(
         self,

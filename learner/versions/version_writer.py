@@ -17,6 +17,7 @@ from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.model.turns import ComputeTurns, FairLock
+from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.general_choice import GeneralTextChoice
 from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
 from perennial.learner.training.update import Recipe, Updater
@@ -291,7 +292,8 @@ def make_version_writer(
     with lock or nullcontext():  # another role may be putting its own slot into the shared base
         lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha))
     turns = ComputeTurns(lock, settings.model.threads) if lock else None
-    updater = Updater(lora, codec, general, Recipe.of(settings), turns)
+    answers = AnswerCheck(codec) if codec.has_template else None
+    updater = Updater(lora, codec, general, Recipe.of(settings), turns, answers)
     return VersionWriter(
         registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint,
         general_choice=choice,

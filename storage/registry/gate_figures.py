@@ -36,6 +36,9 @@ class GateFigures(BaseModel):
         anchor_base: Loss of the anchor rows (general text) under the frozen base, nats per token.
         anchor_before: Loss of the anchor rows under the previous version, nats per token.
         anchor_after: Loss of the anchor rows under the new version, nats per token.
+        answer_rise: By how much the loss on the base's own answers to fixed questions is above the base's, mean over the
+            questions, nats per token; absent where answers are not looked at.
+        degenerate_answers: Number of trial questions that the version answered with nothing or with a loop.
         replayed_rows: Number of rows of earlier examples that were mixed into training.
         replay_missing: Number of replay draws that gave no row, because the example was erased or is quarantined.
         strain: General-loss pressure before training, 0 to 1: the share of the allowed rise of general loss that was
@@ -59,6 +62,8 @@ class GateFigures(BaseModel):
     anchor_base: Nats = None
     anchor_before: Nats = None
     anchor_after: Nats = None
+    answer_rise: Nats = None
+    degenerate_answers: _Count = None
     replayed_rows: _Count = None
     replay_missing: _Count = None
     strain: Nats = None

@@ -334,7 +334,8 @@ class Metrics:
 
         Args:
             adapter: the adapter's name.
-            which: `before` and `after` the update on its new text, or `general`, after it on general text.
+            which: `before` and `after` the update on its new text, `general`, after it on general text, or `answer_rise`:
+                by how much the loss on the base's own answers is above the base's.
             nats: the loss, in nats per token.
         """
         self._set("loss_nats", nats, adapter=adapter, which=which)

@@ -79,6 +79,12 @@ class GateSettings(SettingsGroup):
         0.15,
         description="largest rise of the general loss above the base's, in nats per token; the gate refuses a rise past it",
     )
+    max_answer_rise_nats: float = Field(
+        0.0,
+        ge=0,
+        description="largest rise of the loss on the base's own answers to fixed questions, in nats per token; with it "
+        "the gate also asks some of them; 0: answers are not looked at",
+    )
     min_gain_nats: float = Field(
         0.0,
         description="least fall of the held-out loss, in nats per token; the gate allows for noise of three standard errors",
