@@ -275,10 +275,12 @@ class Updater:
 
         trial = self._train_new(parent, main, rows, before, on_step)
         main_steps = len(trial.trained.losses)
+        # As many passes as over the other rows; with one pass this is all of them.
+        closing_steps = closing.steps[: -(-len(closing.steps) * main_steps // max(1, len(main.steps)))]
         if trial.passed and rows.held_out_examples:
             trial = self._judge_held_out(trial, rows, before, on_step)
-        if trial.passed and closing.steps:
-            trial = self._train_held_out(trial, parent, closing, on_step)
+        if trial.passed and closing_steps:
+            trial = self._train_held_out(trial, parent, closing_steps, on_step)
         if trial.passed:
             trial = self._judge_result(trial, rows, before, on_step)
         if trial.passed and self.answers is not None and self.recipe.max_answer_rise_nats > 0:
@@ -292,7 +294,7 @@ class Updater:
             replayed_rows=main.replayed + closing.replayed,
             replay_missing=main.missing + closing.missing,
             strain=gate.rounded(pressure),
-            steps=main_steps + len(closing.steps),
+            steps=main_steps + len(closing_steps),
             reason=trial.verdict.reason,
         ).merged(trial.figures)
         if not trial.passed:
@@ -407,10 +409,14 @@ class Updater:
         return replace(trial, verdict=gate.judge_gain(gain, self._limits), figures=figures)
 
     def _train_held_out(
-        self, trial: _Trial, parent: TrainingState, closing: TrainingSchedule, on_step: Callable[[], None]
+        self,
+        trial: _Trial,
+        parent: TrainingState,
+        closing: Sequence[Sequence[TokenRow]],
+        on_step: Callable[[], None],
     ) -> _Trial:
         """Train on the held-out rows too, so that no example is lost."""
-        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing.steps, on_step)
+        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing, on_step)
         verdict = self._judge_training(trained, parent.weights)
         return replace(trial, trained=trained, tokens=trial.tokens + trained.tokens, verdict=verdict)
 

@@ -134,6 +134,8 @@ def test_a_pass_that_raises_the_general_loss_too_far_is_taken_back(
         assert (done.gate.steps, digest_of(done)) == (whole.gate.steps, digest_of(whole))
         return
     assert done.gate.steps < whole.gate.steps
+    most = whole.gate.steps * (rises_at + 0.1) / 4 + 2
+    assert done.gate.steps <= most, "the held-out rows get as many passes as the others, and no more"
     assert len(seen) == rises_at, "no further pass after the one that was taken back"
     kept = seen[rises_at - 2] if rises_at > 1 else None
     assert all(not torch.equal(measured[0][name], tensor) for name, tensor in seen[-1].items() if tensor.any())
