@@ -391,10 +391,18 @@ class Updater:
         return _Trial(trained, trained.tokens, verdict)
 
     def _has_general_rise(self, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]) -> bool:
-        """Return True if the general loss under the slot's weights uses up the rise at which the pressure is full."""
+        """Return True if the slot's weights use up `FULL_PRESSURE_SHARE` of a rise that the gate allows.
+
+        These are the rise of the general loss and, for a chat model, that of the loss on the base's own answers.
+        """
         (anchors,) = self._measure(rows.anchors, on_step=on_step)
-        limit = gate.FULL_PRESSURE_SHARE * self.recipe.max_general_rise_nats
-        return not gate.mean(anchors) - before.anchors_base <= limit
+        limits, share = self._limits, gate.FULL_PRESSURE_SHARE
+        if not gate.mean(anchors) - before.anchors_base <= share * limits.max_general_rise_nats:
+            return True
+        if self.answers is None or limits.max_answer_rise_nats == 0:
+            return False
+        rise = gate.mean(self.answers.rises(self.lora, self.lock, on_step))
+        return not rise <= share * limits.max_answer_rise_nats
 
     def _judge_held_out(
         self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -146,14 +147,21 @@ def digest_of(done: UpdateResult) -> bytes:
     return to_safetensors(done.state.weights)
 
 
-@pytest.mark.parametrize(("rise", "too_far"), [(0.05, False), (0.2, True), (math.nan, True)])
+@pytest.mark.parametrize(
+    ("general", "answers", "too_far"),
+    [(0.05, 0.5, False), (0.2, 0.5, True), (math.nan, 0.5, True), (0.05, 0.7, True), (0.05, math.nan, True)],
+)
 def test_the_rise_that_ends_further_passes_is_that_of_full_pressure(
-    monkeypatch: pytest.MonkeyPatch, rise: float, too_far: bool
+    monkeypatch: pytest.MonkeyPatch, general: float, answers: float, too_far: bool
 ) -> None:
-    updater = make(replace(RECIPE, max_general_rise_nats=0.15))
-    monkeypatch.setattr(Updater, "_measure", lambda *_, **__: [[3.0 + rise, 3.0 + rise]])
-    before = update._LossesBefore([], [], [], 3.0)
-    assert updater._has_general_rise(update._UpdateRows([], [], [], [], 0, []), before, ignore_step) is too_far
+    """Of the general loss and of the loss on a chat model's own answers, for the gate refuses for either."""
+    check = SimpleNamespace(rises=lambda *_: [answers, answers])
+    updater = replace(make(replace(RECIPE, max_general_rise_nats=0.15, max_answer_rise_nats=1.0)), answers=check)
+    monkeypatch.setattr(Updater, "_measure", lambda *_, **__: [[3.0 + general, 3.0 + general]])
+    before, rows = update._LossesBefore([], [], [], 3.0), update._UpdateRows([], [], [], [], 0, [])
+    assert updater._has_general_rise(rows, before, ignore_step) is too_far
+    not_asked = replace(updater, recipe=replace(updater.recipe, max_answer_rise_nats=0.0))
+    assert not_asked._has_general_rise(rows, before, ignore_step) is (not general <= 0.09)
 
 
 def test_few_examples_are_judged_by_their_own_fall() -> None:
