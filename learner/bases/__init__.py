@@ -1,1 +1,1 @@
-"""Where a base comes from: the names of bases, GGUF files and their conversion, and presets by size."""
+"""Where a base comes from: the names of bases, GGUF files and their conversion; and the number format to compute in."""

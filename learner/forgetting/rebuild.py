@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
+from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
 from perennial.learner.forgetting.rebuild_progress import RebuiltStep, find_step, record_step, step_key
+from perennial.learner.training.recipe import DEVICE_DTYPE, Recipe
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
-from perennial.learner.training.update import Recipe, Updater, UpdateResult
+from perennial.learner.training.update import Updater, UpdateResult
 from perennial.learner.versions.history import RecordedVersion
 from perennial.learner.versions.job_result import JobError, JobInterruptedError
 from perennial.learner.versions.micro_batches import (
@@ -259,6 +261,11 @@ class UpdateRebuilder:
                 "recipe-mismatch", "an update was made with another LoRA than this worker's",
                 got=f"rank {updater.recipe.rank}, alpha {updater.recipe.alpha}",
                 allowed=f"rank {recipe.rank}, alpha {recipe.alpha}",
+            )  # fmt: skip
+        if recipe.dtype not in {DEVICE_DTYPE, *DTYPES}:
+            raise JobError(
+                "recipe-mismatch", "an update was made in a number format that this worker does not know",
+                got=recipe.dtype, allowed=", ".join((DEVICE_DTYPE, *DTYPES)),
             )  # fmt: skip
         general = self._writer.general_text_of(recorded)
         return replace(updater, recipe=recipe, general=general.cut_to(recipe.row_tokens))

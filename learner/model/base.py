@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from perennial.learner.bases.base_model_error import BaseModelError
+from perennial.learner.bases.compute_dtype import AUTO, choose_dtype
 from perennial.learner.bases.quiet import quiet_transformers
 from perennial.learner.bases.sources import (
     IDENTITY_FILES,
@@ -50,6 +51,7 @@ class Base:
         device: Device that the model computes on.
         dtype: Number format of the weights: bf16 on CUDA, fp32 on the CPU.
         max_positions: Longest row that the model takes, in tokens.
+        compute_dtype: Number format that training and measurements compute in; None: bf16 on a GPU, fp32 on a CPU.
     """
 
     model: PreTrainedModel
@@ -59,9 +61,10 @@ class Base:
     device: torch.device
     dtype: torch.dtype
     max_positions: int
+    compute_dtype: torch.dtype | None = None
 
 
-def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | None = None) -> Base:
+def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | None = None, dtype: str = AUTO) -> Base:
     """Load a causal language model.
 
     Code from the model's repository is never run, and weights are read from safetensors alone. On the CPU, PyTorch is
@@ -72,9 +75,11 @@ def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | Non
             `owner/model@revision`). A file is converted once, and a hub id downloaded once.
         device: `auto` (CUDA where there is one), `cpu`, `cuda` or `cuda:N`.
         threads: CPU threads of the process, 1 or more; None leaves the setting as it is.
+        dtype: Number format of training and measurements: `fp32`, `bf16`, or `auto` for the faster one; see
+            `choose_dtype`.
 
     Raises:
-        BaseModelError: The name, the device or the thread count is wrong, or the model cannot be used as a base.
+        BaseModelError: The name, the device, the thread count or the format is wrong, or the model cannot be used as a base.
     """
     torch_device = _pick_device(device)
     if threads is not None:
@@ -83,15 +88,17 @@ def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | Non
         torch.set_num_threads(threads)
     if torch_device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-    dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
+    stored = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
+    choose_dtype(dtype, torch_device, 0)  # a wrong name is reported before anything is loaded
     folder = folder_of(name)
     digest = digest_of_folder(folder)
     with quiet_transformers():
-        model, tokenizer = _load(folder, dtype)
+        model, tokenizer = _load(folder, stored)
     model.requires_grad_(False).eval().to(torch_device)
     _check_tokenizer(model, tokenizer, folder)
     _check_causal(model, folder)
-    return Base(model, tokenizer, name, digest, torch_device, dtype, _max_positions(model))
+    compute = choose_dtype(dtype, torch_device, sum(parameter.numel() for parameter in model.parameters()))
+    return Base(model, tokenizer, name, digest, torch_device, stored, _max_positions(model), compute)
 
 
 def digest_of_folder(folder: Path) -> str:

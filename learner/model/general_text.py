@@ -159,7 +159,7 @@ class GeneralText:
         self._train = train
         self._anchor = sorted(anchor, key=_digest)[:ANCHOR_POOL]
         self._rows: dict[str | GeneralItem, list[TokenRow]] = {}
-        self._base_losses: dict[tuple[int, TokenRow], RowLoss] = {}  # by thread count and row
+        self._base_losses: dict[tuple[int, torch.dtype | None, TokenRow], RowLoss] = {}  # by what decides the bits
 
     def _rows_of(self, text: str | GeneralItem) -> list[TokenRow]:
         rows = self._rows.get(text)
@@ -190,9 +190,9 @@ class GeneralText:
         lock: AbstractContextManager[object] | None,
         on_step: Callable[[], None] = ignore_step,
     ) -> list[RowLoss]:
-        """Return the frozen base's loss on each row, computed once per row, thread count and process.
+        """Return the frozen base's loss on each row, computed once per row, thread count, number format and process.
 
-        The thread count decides the last bits, so a rebuild with the recorded count must not get those of another one.
+        Both decide the bits, so a rebuild with the recorded ones must not get the losses of others.
 
         Args:
             lora: Slot over the base to measure; its own weights are not used.
@@ -202,11 +202,12 @@ class GeneralText:
         """
         # Another thread may have set torch's count; the lock sets its own one for each forward pass.
         threads = lock.threads if isinstance(lock, ComputeTurns) else torch.get_num_threads()
-        new = [row for row in dict.fromkeys(rows) if (threads, row) not in self._base_losses]
+        by = (threads, lora.compute_dtype)
+        new = [row for row in dict.fromkeys(rows) if (*by, row) not in self._base_losses]
         # One row per forward pass: in a batch the last bits would depend on which rows were measured before.
         losses = row_losses(lora, new, pad=self._codec.pad, adapted=False, max_rows=1, lock=lock, on_step=on_step)
-        self._base_losses.update(((threads, row), loss) for row, loss in zip(new, losses, strict=True))
-        return [self._base_losses[threads, row] for row in rows]
+        self._base_losses.update(((*by, row), loss) for row, loss in zip(new, losses, strict=True))
+        return [self._base_losses[*by, row] for row in rows]
 
 
 def _digest(text: str | GeneralItem) -> bytes:

@@ -8,6 +8,7 @@ Tensors have the names that PEFT uses in adapter files, so that PEFT and vLLM lo
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import warnings
@@ -69,6 +70,7 @@ class Lora:
         parameters: The slot's parameters by their name in PEFT's files, sorted by name; fp32 on the base's device,
             A (rank, inputs) and B (outputs, rank).
         shapes: Shape of each parameter.
+        compute_dtype: Number format of training and measurements; see `Base.compute_dtype`.
 
     Raises:
         AdapterError: The base has no linear layers, or the slot exists with another rank.
@@ -79,6 +81,7 @@ class Lora:
         self.config = config
         self.slot = slot
         self.model = base.model
+        self.compute_dtype = base.compute_dtype
         layers = _lora_layers(self.model)
         if not any(slot in layer.lora_A for layer in layers.values()):
             wanted = peft.LoraConfig(
@@ -108,6 +111,16 @@ class Lora:
             if ".lora_" not in name:
                 parameter.requires_grad_(False)
         self.shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name, p in self.parameters.items()}
+
+    def computing_in(self, dtype: torch.dtype | None) -> Lora:
+        """Return the same slot with another number format of training and measurements.
+
+        Args:
+            dtype: Number format; None: bf16 on a GPU, fp32 on a CPU.
+        """
+        same = copy.copy(self)
+        same.compute_dtype = dtype
+        return same
 
     def select(self) -> None:
         """Make the model compute with this slot's weights, and let only them take gradients.

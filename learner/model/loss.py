@@ -112,9 +112,16 @@ def _head_is_plain(model: Any) -> bool:
     return bool(known)
 
 
-def autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context that computes in bf16 on a GPU; on a CPU, whose bits must repeat, in fp32."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(device: torch.device, dtype: torch.dtype | None = None) -> AbstractContextManager[object]:
+    """Return a context in which matrix products take inputs of a number format.
+
+    Args:
+        device: Device of the model.
+        dtype: Number format; None: bf16 on a GPU, fp32 on a CPU.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def row_token_losses(
@@ -175,7 +182,7 @@ def _losses_of_batch(
     with lock or nullcontext():
         if adapted:
             lora.select()
-        with nullcontext() if adapted else lora.disabled(), torch.no_grad(), autocast(device):
+        with nullcontext() if adapted else lora.disabled(), torch.no_grad(), autocast(device, lora.compute_dtype):
             losses = token_losses(lora.model, batch, device, pad).double().cpu()  # (N,)
     return list(torch.split(losses, [row.tokens for row in batch]))
 

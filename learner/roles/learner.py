@@ -80,7 +80,7 @@ def run_learner(
     store = open_store(settings.store.require_uri(), settings.s3)
     store.probe()
     check_installation(settings, store, ROLE_TOPICS["learner"])
-    base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
+    base = base or load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     writer = make_version_writer(settings, store, base, lock or FairLock())
     with (
         ConfirmingProducer(settings, "learner", metrics, _now) as producer,

@@ -66,7 +66,7 @@ def run_scorer(
     """
     store = open_store(settings.store.require_uri(), settings.s3)
     check_installation(settings, store, ROLE_TOPICS["scorer"])
-    base = base or load_base(settings.model.base, settings.model.device, settings.model.threads)
+    base = base or load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     make_deterministic(settings.model.threads)
     registry = Registry(store, nonce=lambda: uuid4().hex, now=_now)
     scorer = Scorer(base, settings, lock, SystemPrompts(store))

@@ -27,7 +27,7 @@ class Evaluator:
     """
 
     def __init__(self, settings: Settings, store: ObjectStore) -> None:
-        base = load_base(settings.model.base, settings.model.device, settings.model.threads)
+        base = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
         self._store = store
         self._row_tokens = settings.training.row_tokens
         self._codec = ExampleTokenizer(base.tokenizer)

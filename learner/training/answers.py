@@ -99,7 +99,7 @@ class AnswerCheck:
 
     codec: ExampleTokenizer
     questions: Sequence[str] = QUESTIONS
-    _known: dict[int, _BaseAnswers] = field(default_factory=dict)
+    _known: dict[tuple[int, torch.dtype | None], _BaseAnswers] = field(default_factory=dict)
     _mutex: threading.Lock = field(default_factory=threading.Lock)
 
     def rises(
@@ -141,12 +141,13 @@ class AnswerCheck:
     ) -> _BaseAnswers:
         # Another thread may have set torch's count; the lock sets its own one for each forward pass.
         threads = lock.threads if isinstance(lock, ComputeTurns) else torch.get_num_threads()
+        by = (threads, lora.compute_dtype)  # both decide the bits
         while not self._mutex.acquire(timeout=1):
             on_step()
         try:
-            found = self._known.get(threads)
+            found = self._known.get(by)
             if found is None:
-                found = self._known[threads] = self._answer(lora, lock, on_step)
+                found = self._known[by] = self._answer(lora, lock, on_step)
             return found
         finally:
             self._mutex.release()

@@ -171,7 +171,7 @@ def _accumulate_gradients(
         optimizer.zero_grad(set_to_none=True)  # an attempt that ran out of memory left a part of the gradient
         nats = 0.0
         for together in _passes(ordered, micro_rows, config.max_pad_share):
-            with autocast(device):
+            with autocast(device, lora.compute_dtype):
                 loss = token_losses(lora.model, together, device, config.pad).sum() / total
             loss.backward()  # type: ignore[no-untyped-call]
             nats += loss.item()

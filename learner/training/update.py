@@ -7,14 +7,16 @@ same state, examples and recipe give the same bits; forgetting relies on this wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
+from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
 from perennial.learner.model.loss import ignore_step, mean_nats, row_token_losses
@@ -22,6 +24,7 @@ from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, exa
 from perennial.learner.training import gate
 from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.probes import predicted_after
+from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import (
     BatchComposition,
     ReplayEntry,
@@ -37,91 +40,14 @@ from perennial.storage.registry.gate_figures import HELD_OUT, SEEN, GateFigures
 from perennial.storage.registry.manifest import Probes
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.probe_texts import PROBE_TEXTS
-from perennial.streams.settings import Settings
 
 CLOSING_STEPS = 1
 """Least number of steps that train on the held-out examples, after they were measured."""
-WARMUP_STEPS = 10
 MEASURED_ROWS = 8
 """Number of trained rows that are measured before and after, where nothing is held out."""
 GENERAL_SHARE_AT_FULL_PRESSURE = 0.5
 CHECK_STEPS = 8
 """Of an update of several passes, the general loss is measured after each pass, at most every so many steps."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything about training that a version depends on besides its data; recorded in every manifest.
-
-    Attributes:
-        rank: Rank of the LoRA.
-        alpha: Scale of the LoRA; see `LoraConfig`.
-        learning_rate: Rate after the warm-up.
-        clip_norm: Largest gradient norm of a step.
-        steps: Least number of optimizer steps per update.
-        rows: Rows of a full step.
-        row_tokens: Longest row, in tokens.
-        replay_share: Share of a full step that is replayed, 0 to 1.
-        general_share: Share of a full step that is general text, 0 to 1.
-        replay_size: Most examples in the replay index.
-        held_out_share: Share of the documents that are measured before they are learned, 0 to 1.
-        anchor_rows: Rows of general text measured per update.
-        min_gain_nats: Least fall of the held-out loss, nats per token.
-        max_general_rise_nats: Largest rise of the general loss over the frozen base's, nats per token.
-        seed: Seed of all random draws.
-        warmup_steps: Steps over which the rate rises, once in an adapter's life.
-        epochs: Least number of times that each new row is trained in its update.
-        max_pad_share: Largest share of a forward pass of training that may be padding, 0 to 1; rows whose lengths differ
-            more go into passes of their own.
-        max_answer_rise_nats: Largest rise of the loss on the base's own answers, nats per token; 0: answers are not
-            looked at.
-
-    The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
-    default must never change.
-    """
-
-    rank: int
-    alpha: int
-    learning_rate: float
-    clip_norm: float
-    steps: int
-    rows: int
-    row_tokens: int
-    replay_share: float
-    general_share: float
-    replay_size: int
-    held_out_share: float
-    anchor_rows: int
-    min_gain_nats: float
-    max_general_rise_nats: float
-    seed: int
-    warmup_steps: int = WARMUP_STEPS
-    epochs: int = 1
-    max_pad_share: float = 1.0
-    max_answer_rise_nats: float = 0.0
-
-    @classmethod
-    def of(cls, settings: Settings) -> Recipe:
-        """Return the recipe that the settings describe."""
-        values = {**settings.training.model_dump(), **settings.gate.model_dump()}
-        return cls(**values)
-
-    @classmethod
-    def recorded(cls, config: Mapping[str, Any]) -> Recipe:
-        """Return the recipe that a manifest records.
-
-        Args:
-            config: The `config` of the manifest.
-
-        Raises:
-            KeyError: A field without a default is missing.
-        """
-        known = [f for f in fields(cls) if f.name in config or f.default is MISSING]
-        return cls(**{f.name: config[f.name] for f in known})
-
-    def config(self) -> dict[str, float | int]:
-        """Return the recipe as a manifest records it."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -304,6 +230,11 @@ class Updater:
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
         return UpdateResult("promoted", "ok", state, figures, trial.tokens, probes)
 
+    @functools.cached_property
+    def _computing(self) -> Lora:
+        """Return the slot, computing in the recipe's number format."""
+        return self.lora.computing_in(DTYPES.get(self.recipe.dtype))
+
     # ---- before training
 
     def _split(self, examples: Sequence[ExampleAccepted], rng: Random) -> _UpdateRows:
@@ -321,7 +252,7 @@ class Updater:
         )
 
     def _measure_before(self, weights: Tensors, rows: _UpdateRows, on_step: Callable[[], None]) -> _LossesBefore:
-        anchors_base = mean_nats(self.general.base_losses(self.lora, rows.anchors, self.lock, on_step))
+        anchors_base = mean_nats(self.general.base_losses(self._computing, rows.anchors, self.lock, on_step))
         self.lora.load(weights)
         held_out, probe, anchors = self._measure(rows.held_out, rows.probe, rows.anchors, on_step=on_step)
         return _LossesBefore(held_out, probe, anchors, anchors_base)
@@ -401,7 +332,7 @@ class Updater:
             return True
         if self.answers is None or limits.max_answer_rise_nats == 0:
             return False
-        rise = gate.mean(self.answers.rises(self.lora, self.lock, on_step))
+        rise = gate.mean(self.answers.rises(self._computing, self.lock, on_step))
         return not rise <= share * limits.max_answer_rise_nats
 
     def _judge_held_out(
@@ -453,17 +384,17 @@ class Updater:
         self, trial: _Trial, parent: TrainingState, answers: AnswerCheck, on_step: Callable[[], None]
     ) -> _Trial:
         """Let the new version answer fixed questions, then measure how far it left the base's own answers."""
-        asked = answers.trial(self.lora, self.lock, on_step)
+        asked = answers.trial(self._computing, self.lock, on_step)
         verdict = gate.judge_trial(asked.asked, asked.degenerate, finite=asked.finite)
         figures = trial.figures.merged(GateFigures(degenerate_answers=asked.degenerate))
         if verdict.promote:
-            rise = gate.mean(answers.rises(self.lora, self.lock, on_step))
+            rise = gate.mean(answers.rises(self._computing, self.lock, on_step))
             figures = figures.merged(GateFigures(answer_rise=gate.rounded(rise)))
 
             def rise_before() -> float:
                 self.lora.load(parent.weights)
                 try:
-                    return gate.mean(answers.rises(self.lora, self.lock, on_step))
+                    return gate.mean(answers.rises(self._computing, self.lock, on_step))
                 finally:
                     self.lora.load(trial.trained.weights)
 
@@ -487,7 +418,7 @@ class Updater:
             recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps,
             max_pad_share=recipe.max_pad_share,
         )  # fmt: skip
-        return train(self.lora, weights, optimizer, steps, config, self.lock, on_step)
+        return train(self._computing, weights, optimizer, steps, config, self.lock, on_step)
 
     def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())
@@ -501,6 +432,8 @@ class Updater:
         What is measured together decides the batches, and so the last bits.
         """
         rows = [row for group in groups for row in group]
-        losses = row_token_losses(self.lora, rows, pad=self.codec.pad, adapted=True, lock=self.lock, on_step=on_step)
+        losses = row_token_losses(
+            self._computing, rows, pad=self.codec.pad, adapted=True, lock=self.lock, on_step=on_step
+        )
         of_row = iter(losses)
         return [[nats for _ in group for nats in next(of_row).tolist()] for group in groups]

@@ -19,8 +19,9 @@ from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.general_choice import GeneralTextChoice
+from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
-from perennial.learner.training.update import Recipe, Updater
+from perennial.learner.training.update import Updater
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.engine import code_digest
 from perennial.learner.versions.job_result import JobError
@@ -293,7 +294,7 @@ def make_version_writer(
         lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha))
     turns = ComputeTurns(lock, settings.model.threads) if lock else None
     answers = AnswerCheck(codec) if codec.has_template else None
-    updater = Updater(lora, codec, general, Recipe.of(settings), turns, answers)
+    updater = Updater(lora, codec, general, Recipe.of(settings, base.compute_dtype), turns, answers)
     return VersionWriter(
         registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint,
         general_choice=choice,

@@ -226,7 +226,7 @@ def _base(settings: Settings) -> Finding:
     require_extra("worker", "the base model")
     from perennial.learner.model.base import load_base
 
-    base = load_base(settings.model.base, settings.model.device, settings.model.threads)
+    base = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     size = sum(p.numel() for p in base.model.parameters()) / 1e6
     return Finding("base", True, f"{base.name}, {size:.1f} M parameters, {base.dtype}, {base.digest}")
 

@@ -122,7 +122,7 @@ def _load_early(roles: list[str], settings: Settings) -> Base | None:
 
     if "learner" in roles and settings.model.base == "shipped":
         general_texts("train")  # its module keeps them, so that the learner does not read them again
-    return load_base(settings.model.base, settings.model.device, settings.model.threads)
+    return load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
 
 
 def _bodies(
@@ -138,7 +138,7 @@ def _bodies(
     if base is None and {"scorer", "learner"} <= set(roles):
         from perennial.learner.model.base import load_base
 
-        base = load_base(settings.model.base, settings.model.device, settings.model.threads)
+        base = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     for role in dict.fromkeys(roles):
         body: Callable[[threading.Event], None]
         if role == "intake":

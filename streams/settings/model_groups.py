@@ -24,6 +24,11 @@ class ModelSettings(SettingsGroup):
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="device of the model; auto: a CUDA GPU if there is one"
     )
+    dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="number format of training and measurements, part of the recipe; auto: bf16 on a GPU, on a CPU with "
+        "AMX for bases of 50 million parameters or more, and otherwise fp32",
+    )
     threads: PositiveInt = Field(
         2,
         description="CPU threads of the model; every manifest names them, for they change the last bits of a result",

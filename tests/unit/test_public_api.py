@@ -127,7 +127,7 @@ VllmBackend.model_for(self, adapter: str, alias: str = live) -> str
 VllmBackend.unload(self, name: str) -> None
 VllmBackend.warm(self, name: str) -> None
 __version__: str
-load_base(name: str = shipped, device: str = auto, threads: int | None = None) -> Base
+load_base(name: str = shipped, device: str = auto, threads: int | None = None, dtype: str = auto) -> Base
 load_settings(**values: Any) -> Settings
 publish_version(store: str | ObjectStore, adapter: str, *, weights: bytes | None = None, alias: str = live, base_sha256: str = sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb) -> str
 small_weights(seed: int = 0, rank: int = 2) -> bytes

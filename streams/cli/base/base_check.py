@@ -45,7 +45,7 @@ def check_base(name: str | None, *, seconds: float, as_json: bool) -> int:
     report(f"loading {settings.model.base}")
     from perennial.learner.model.base import load_base
 
-    base = load_base(settings.model.base, settings.model.device, settings.model.threads)
+    base = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     facts = describe(base, settings)
     for what, measure in (("scoring", measure_scoring), ("training", measure_training)):
         report(f"measuring {what} for {seconds:g} s")
@@ -68,6 +68,8 @@ def check_base(name: str | None, *, seconds: float, as_json: bool) -> int:
 
 def describe(base: Base, settings: Settings) -> dict[str, Any]:
     """Return what a base is, by name: architecture, parameters, context, chat template, control tokens, speed of loading."""
+    from perennial.learner.bases.compute_dtype import dtype_name
+
     tokenizer = base.tokenizer
     control = sorted({str(token) for token in tokenizer.all_special_tokens})
     more = len(control) - _MAX_TOKENS_SHOWN
@@ -82,7 +84,7 @@ def describe(base: Base, settings: Settings) -> dict[str, Any]:
         "end_token": str(tokenizer.eos_token),
         "control_tokens": [*control[:_MAX_TOKENS_SHOWN], *([f"and {more} more"] if more > 0 else [])],
         "device": str(base.device),
-        "dtype": str(base.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.compute_dtype or base.dtype),
         "threads": settings.model.threads,
     }
 
@@ -103,12 +105,12 @@ def measure_scoring(base: Base, settings: Settings, seconds: float) -> float:
     """Return how many tokens per second the scorer's forward pass takes: rows of the length that is set."""
     import torch
 
-    from perennial.learner.model.loss import token_losses
+    from perennial.learner.model.loss import autocast, token_losses
 
     rows = _rows(base, settings)
 
     def once() -> None:
-        with torch.no_grad():
+        with torch.no_grad(), autocast(base.device, base.compute_dtype):
             token_losses(base.model, rows, base.device, 0).sum().item()
 
     return _rate(once, sum(len(row.ids) for row in rows), seconds)

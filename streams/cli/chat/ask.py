@@ -70,7 +70,7 @@ def ask_models(adapter: str, question: Question, *, version: str | None, base: b
         config = LoraConfig(settings.training.rank, settings.training.alpha)
         if manifest is not None:
             config = LoraConfig(manifest.rank, int(manifest.config["alpha"] or 0))
-        loaded = load_base(settings.model.base, settings.model.device, settings.model.threads)
+        loaded = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
         backend = PeftBackend(loaded, config)
         if manifest is not None and asked is not None:
             weights = get_blob(open_store(settings.store.require_uri(), settings.s3), manifest.weights.digest)

@@ -37,7 +37,7 @@ def train_without(
     from perennial.learner.versions.version_writer import make_version_writer
 
     store = DirectoryStore(folder)
-    base = load_base(settings.model.base, settings.model.device, settings.model.threads)
+    base = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     updater = make_version_writer(settings, store, base).updater
     rows = BatchRows(store, updater.rows)
     adapter = cuts[0].adapter

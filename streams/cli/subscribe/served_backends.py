@@ -99,5 +99,5 @@ def _peft(adapters: list[str], settings: Settings) -> Backend:
     from perennial.learner.model.lora import LoraConfig
     from perennial.learner.serving.peft_backend import PeftBackend
 
-    base = load_base(settings.model.base, settings.model.device, settings.model.threads)
+    base = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     return PeftBackend(base, LoraConfig(settings.training.rank, settings.training.alpha))

@@ -15,10 +15,11 @@ from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetenso
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, turn_rows
 from perennial.learner.training import gate
 from perennial.learner.training.answers import QUESTIONS, TRIAL_QUESTIONS, AnswerCheck, TrialAnswers, is_degenerate
+from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import TrainConfig, train
-from perennial.learner.training.update import Recipe, Updater, UpdateResult
+from perennial.learner.training.update import Updater, UpdateResult
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 from perennial.streams.settings.presets import presets

@@ -27,7 +27,8 @@ from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, text_rows, turn_rows
 from perennial.learner.training import general_choice
 from perennial.learner.training.general_choice import GeneralTextChoice, sample_path
-from perennial.learner.training.update import Recipe, Updater
+from perennial.learner.training.recipe import Recipe
+from perennial.learner.training.update import Updater
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import get_blob, put_blob

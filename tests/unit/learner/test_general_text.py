@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,18 @@ def test_losses_of_the_base_are_measured_anew_for_another_thread_count(monkeypat
             # With turns, torch's count is that of another thread's turn until the lock is taken.
             torch.set_num_threads(3 - threads if turns else threads)
             lock = ComputeTurns(FairLock(), threads) if turns else None
-            assert general.base_losses(None, rows, lock) == [RowLoss(float(threads), 1)]
+            assert general.base_losses(SimpleNamespace(compute_dtype=None), rows, lock) == [RowLoss(float(threads), 1)]
     finally:
         torch.set_num_threads(1)
+
+
+def test_losses_of_the_base_are_measured_anew_in_another_number_format(monkeypatch):
+    def measured(lora, rows, **_):
+        return [RowLoss(1.0 if lora.compute_dtype == torch.float32 else 2.0, 1) for _ in rows]
+
+    monkeypatch.setattr(general_text, "row_losses", measured)
+    general = GeneralText([], ["a text of some length"], ExampleTokenizer(tiny.base().tokenizer), 64)
+    rows = general.anchors(Random(0), 1)
+    for _ in range(2):
+        for dtype, nats in ((torch.float32, 1.0), (torch.bfloat16, 2.0)):
+            assert general.base_losses(SimpleNamespace(compute_dtype=dtype), rows, None) == [RowLoss(nats, 1)]

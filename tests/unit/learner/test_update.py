@@ -20,10 +20,11 @@ from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetenso
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from perennial.learner.training import gate, update
+from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import TrainResult, train
-from perennial.learner.training.update import Recipe, Updater, UpdateResult
+from perennial.learner.training.update import Updater, UpdateResult
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
 from tests import tiny

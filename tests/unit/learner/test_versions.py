@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 
+from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.tokenization import ExampleTokenizer
+from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import index_from_bytes
-from perennial.learner.training.update import Recipe, Updater
+from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobError
 from perennial.storage.errors import ConflictError
 from perennial.storage.objects.directory_store import DirectoryStore
@@ -50,7 +52,8 @@ def local_learner(
     registry = Registry(store, nonce=lambda: f"n{next(_serial)}", now=now, failpoint=failpoint or (lambda _: None))
     updater = Updater(
         Lora(base, LoraConfig(settings.training.rank, settings.training.alpha)), codec,
-        GeneralText(GENERAL, GENERAL, codec, settings.training.row_tokens), Recipe.of(settings),
+        GeneralText(GENERAL, GENERAL, codec, settings.training.row_tokens),
+        Recipe.of(settings, DTYPES.get(settings.model.dtype)),
     )  # fmt: skip
     return LocalLearner(registry, updater, base, threads=1, now=now, failpoint=failpoint or (lambda _: None))
 

@@ -46,6 +46,7 @@ def test_flat_names_are_unique_and_every_variable_sets_its_field(monkeypatch):
         value = {
             "data_dir": "/elsewhere",
             "device": "cpu",
+            "dtype": "bf16",
             "log_level": "debug",
             "learn_turns": "true",
             "bootstrap": "a:1",

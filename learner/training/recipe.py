@@ -1,0 +1,99 @@
+"""The recipe: everything about training that a version depends on besides its data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from perennial.learner.bases.compute_dtype import dtype_name
+from perennial.streams.settings import Settings
+
+WARMUP_STEPS = 10
+DEVICE_DTYPE = "device"
+"""Number format of a recipe that names none: bf16 on a GPU, fp32 on a CPU."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything about training that a version depends on besides its data; recorded in every manifest.
+
+    Attributes:
+        rank: Rank of the LoRA.
+        alpha: Scale of the LoRA; see `LoraConfig`.
+        learning_rate: Rate after the warm-up.
+        clip_norm: Largest gradient norm of a step.
+        steps: Least number of optimizer steps per update.
+        rows: Rows of a full step.
+        row_tokens: Longest row, in tokens.
+        replay_share: Share of a full step that is replayed, 0 to 1.
+        general_share: Share of a full step that is general text, 0 to 1.
+        replay_size: Most examples in the replay index.
+        held_out_share: Share of the documents that are measured before they are learned, 0 to 1.
+        anchor_rows: Rows of general text measured per update.
+        min_gain_nats: Least fall of the held-out loss, nats per token.
+        max_general_rise_nats: Largest rise of the general loss over the frozen base's, nats per token.
+        seed: Seed of all random draws.
+        warmup_steps: Steps over which the rate rises, once in an adapter's life.
+        epochs: Least number of times that each new row is trained in its update.
+        max_pad_share: Largest share of a forward pass of training that may be padding, 0 to 1; rows whose lengths differ
+            more go into passes of their own.
+        max_answer_rise_nats: Largest rise of the loss on the base's own answers, nats per token; 0: answers are not
+            looked at.
+        dtype: Number format of training and of the gate's measurements: `fp32`, `bf16`, or `device`, which is bf16 on a
+            GPU and fp32 on a CPU.
+
+    The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
+    default must never change.
+    """
+
+    rank: int
+    alpha: int
+    learning_rate: float
+    clip_norm: float
+    steps: int
+    rows: int
+    row_tokens: int
+    replay_share: float
+    general_share: float
+    replay_size: int
+    held_out_share: float
+    anchor_rows: int
+    min_gain_nats: float
+    max_general_rise_nats: float
+    seed: int
+    warmup_steps: int = WARMUP_STEPS
+    epochs: int = 1
+    max_pad_share: float = 1.0
+    max_answer_rise_nats: float = 0.0
+    dtype: str = DEVICE_DTYPE
+
+    @classmethod
+    def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:
+        """Return the recipe that the settings describe.
+
+        Args:
+            settings: Training and gate.
+            dtype: Number format that the base computes in; None: bf16 on a GPU, fp32 on a CPU.
+        """
+        values = {**settings.training.model_dump(), **settings.gate.model_dump()}
+        return cls(**values, dtype=dtype_name(dtype) if dtype else DEVICE_DTYPE)
+
+    @classmethod
+    def recorded(cls, config: Mapping[str, Any]) -> Recipe:
+        """Return the recipe that a manifest records.
+
+        Args:
+            config: The `config` of the manifest.
+
+        Raises:
+            KeyError: A field without a default is missing.
+        """
+        known = [f for f in fields(cls) if f.name in config or f.default is MISSING]
+        return cls(**{f.name: config[f.name] for f in known})
+
+    def config(self) -> dict[str, float | int | str]:
+        """Return the recipe as a manifest records it."""
+        return asdict(self)
