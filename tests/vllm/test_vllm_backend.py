@@ -288,7 +288,7 @@ def test_a_server_that_forgot_its_adapters_gets_them_again(
 
 
 @pytest.mark.slow(90)
-def test_fifty_swaps_under_load_mix_nothing_and_fill_no_memory(
+def test_fifty_swaps_under_load_mix_nothing(
     make_backend: Callable[..., VllmBackend], maker: VersionMaker, server: VllmServer, tmp_path: Path
 ):
     backend = make_backend(grace_s=2.0)
@@ -307,7 +307,6 @@ def test_fifty_swaps_under_load_mix_nothing_and_fill_no_memory(
     threads = [threading.Thread(target=client) for _ in range(8)]
     for thread in threads:
         thread.start()
-    memory: list[float] = []
     retired: list[str] = []
     try:
         for before, each in pairwise(made):
@@ -319,7 +318,6 @@ def test_fifty_swaps_under_load_mix_nothing_and_fill_no_memory(
                 if backend.drain(name, 0):
                     backend.unload(name)
                     retired.remove(name)
-            memory.append(server.resident_mib())
     finally:
         stop.set()
         for thread in threads:
@@ -344,6 +342,22 @@ def test_fifty_swaps_under_load_mix_nothing_and_fill_no_memory(
         assert max(difference(maker, by_name[name], reply) for reply in same) < RIGHT_NATS
         assert min(difference(maker, other, same[0]) for other in neighbours) > 2 * RIGHT_NATS
     assert len(server.resident_ids()) <= MAX_CPU_LORAS
-    assert fmean(memory[-5:]) - fmean(memory[20:25]) < 25, (
-        memory
-    )  # MiB; buffers grow with the first batch of each shape
+
+
+@pytest.mark.slow(60)
+def test_swaps_fill_no_memory(make_backend: Callable[..., VllmBackend], server: VllmServer, tmp_path: Path):
+    """Without load: under load the engine's buffers also grow with the first batch of each shape."""
+    backend, wide = make_backend(), VersionMaker("shipped", rank=MAX_RANK)
+    publisher = wide.publisher(tmp_path / "store")
+    before: Made | None = None
+    memory: list[float] = []
+    for seed in range(50):
+        made = wide.publish(publisher, seed)
+        backend.load(*made.loaded)
+        backend.activate(made.name)
+        if before is not None:
+            unload_when_drained(backend, before.name)
+        before = made
+        memory.append(server.anonymous_mib())
+    leaked_mib = 30 * len(made.weights) / 2**20  # if each of the last 30 versions stayed
+    assert memory[-1] - memory[19] < leaked_mib / 2, memory

@@ -129,15 +129,16 @@ class VllmServer:
         assert status == 200, answer
         return set(answer["results"][0])
 
-    def resident_mib(self) -> float:
-        """Return the memory of the server and its processes in MiB."""
+    def anonymous_mib(self) -> float:
+        """Return the memory of the server and its processes in MiB, without files that are mapped."""
         assert self.process is not None
-        pages = 0
+        kib = 0
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 fields = stat.read_text().rpartition(")")[2].split()
                 if int(fields[2]) == self.process.pid:  # its process group
-                    pages += int((stat.parent / "statm").read_text().split()[1])
+                    lines = (stat.parent / "smaps_rollup").read_text().splitlines()
+                    kib += sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
             except (OSError, ValueError):
                 continue
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+        return kib / 1024
