@@ -20,7 +20,7 @@ from perennial.extras import EXTRAS, MissingExtraError, require_extra
 
 ROOT = Path(perennial.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-TRANSITIVE = {"aiokafka": "faust-streaming", "mode": "faust-streaming", "urllib3": "minio"}
+TRANSITIVE = {"aiokafka": "faust-streaming", "mode": "faust-streaming", "pydantic_core": "pydantic", "urllib3": "minio"}
 """Modules that a dependency's own interface makes us import."""
 HOSTS = {"vllm"}
 """Programs that load a plugin of ours. They are there before it, and no extra may choose their build."""
