@@ -236,7 +236,7 @@ class Bench:
         known = {example.document_id for example in self.learned} - set(forgotten)
         cuts = {cut: [e for e in examples if e.document_id in known] for cut, examples in self.cuts.items()}
         began = time.perf_counter()
-        made = scratch.train(self.writer.updater, store, ADAPTER, cuts)
+        made = scratch.train(self.writer.updater_of(None), store, ADAPTER, cuts)
         return time.perf_counter() - began, made
 
     def replayed(self) -> int:

@@ -226,7 +226,7 @@ def from_scratch(bench: Bench, adapter: str, folder: Path, erased: str | None = 
     }
     names = [example.document_id for cut in cuts.values() for example in cut]
     assert names == [f"doc-{number}" for number in range(len(log)) if f"doc-{number}" != erased]
-    return scratch.train(writer.updater, DirectoryStore(folder), adapter, cuts)
+    return scratch.train(writer.updater_of(None), DirectoryStore(folder), adapter, cuts)
 
 
 def judge(bench: Bench, recovered: Mapping[str, float], record_fault: Callable[[Row], None]) -> list[str]:

@@ -77,7 +77,7 @@ def erase(settings: Settings, name: str, *numbers: int) -> ForgetRequested:
 def oracle(settings: Settings, tmp: Path, cuts, gone: set[int]) -> scratch.Scratch:
     """What training from scratch comes to, with the worker's own parts over a store of its own."""
     store = DirectoryStore(tmp / "oracle", fsync=False)
-    updater = make_version_writer(settings, store, load_base(settings.model.base, "cpu", 1)).updater
+    updater = make_version_writer(settings, store, load_base(settings.model.base, "cpu", 1)).updater_of(None)
     kept = {cut: [e for e in examples if e.origin.offset not in gone] for cut, examples in cuts.items()}
     return scratch.train(updater, store, ADAPTER, kept)
 
