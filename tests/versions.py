@@ -30,7 +30,9 @@ class VersionPublisher:
         made = next_manifest(
             self.registry, self.adapter, weights, kind=kind, rank=rank, alpha=alpha, base_sha256=self.base_sha256
         )
-        return made.model_copy(update={"probes": probes or {}})
+        # What a forgetting publishes takes over no state of a version that it revokes.
+        clean = {"parent": None} if kind == "forget" else {}
+        return made.model_copy(update={"probes": probes or {}, **clean})
 
     def publish(
         self,
