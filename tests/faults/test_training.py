@@ -32,6 +32,8 @@ MORE_THAN_ANY_MACHINE_HAS = 10**15
 @pytest.fixture
 def given(broker, topic_prefix, tmp_path, monkeypatch):
     monkeypatch.setattr(version_writer, "general_texts", parts.few_texts)
+    # A sample of the base would hold the marks of the test.
+    monkeypatch.setattr(version_writer.VersionWriter, "updater_of", lambda self, _: self.updater)
     settings = kit.settings(broker.bootstrap, topic_prefix, tmp_path).replace(
         learning_rate=0.05, steps=6, min_gain_nats=0.0
     )
