@@ -92,6 +92,8 @@ TopicId = Annotated[str, Field(pattern=TOPIC_ID_PATTERN)]
 Int32 = Annotated[int, Field(ge=0, le=2**31 - 1)]
 """A partition's number or a leader epoch."""
 Count = Annotated[int, Field(ge=0, le=2**63 - 1)]
+CutNumber = Annotated[int, Field(ge=0, le=10**12 - 1)]
+"""Keys of the store write a cut number with twelve digits."""
 Millis = Annotated[int, Field(ge=0, le=MAX_MS)]
 """Milliseconds since 1970, up to the end of the year 9999, which is the latest date that Python can represent."""
 Alias = Annotated[str, Field(pattern=ALIAS_PATTERN, max_length=64)]

@@ -45,6 +45,7 @@ from perennial.streams.events.fields import (
     Alias,
     ClusterId,
     Count,
+    CutNumber,
     Digest,
     Event,
     Finite,
@@ -335,7 +336,7 @@ class UpdateRequested(Event):
     topic: ClassVar[str] = "adapter-jobs"
     job_id: Id
     adapter: Adapter
-    cut: Count
+    cut: CutNumber
     """Number of the cut; the cuts of an adapter are consecutive."""
     batch: BlobRef
     examples: Count
@@ -425,7 +426,7 @@ class Batch(BaseModel):
 
     model_config = FROZEN
     adapter: Adapter
-    cut: Count
+    cut: CutNumber
     examples: list[ExampleAccepted]
     skipped: list[BatchSkip]
     system_prompt: Text | None = Field(default=None, exclude_if=is_none)
