@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
 from uuid import UUID
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.waiting_jobs import MAX_CUT
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
-from perennial.streams.events.models import Batch, ExampleScored, Origin
+from perennial.streams.events.models import Batch, ExampleScored, Origin, UpdateRequested
 from perennial.streams.kafka.installation import KEY, Installation, RecordedTopic
 from perennial.streams.kafka.origin_check import BrokerLogs, LogEnd, OriginCheck
 from perennial.streams.kafka.topics import KafkaUnavailableError
@@ -224,3 +226,12 @@ class Admin:
 
     def describe_topics(self, names: list[str]) -> list[dict[str, object]]:
         return [{"name": name, "topic_id": UUID(int=1), "error_code": 0, "partitions": []} for name in names]
+
+
+@pytest.mark.parametrize("model", [Batch, UpdateRequested])
+def test_a_cut_number_that_no_key_can_have_does_not_decode(model: type[Batch | UpdateRequested]) -> None:
+    """A forged job of cut 2^63 - 1 ended the learner at each start."""
+    value = TypeAdapter(Annotated[int, *model.model_fields["cut"].metadata])
+    assert value.validate_python(MAX_CUT) == MAX_CUT
+    with pytest.raises(ValidationError):
+        value.validate_python(MAX_CUT + 1)
