@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -251,3 +255,47 @@ def _print_titled(
 
 def _print_line(console: Console, line: str | Text) -> None:
     console.print(line, highlight=False, soft_wrap=True)
+
+
+class _Figures(Protocol):
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+_R = TypeVar("_R", bound=_Figures)
+
+
+def hand_over(
+    report: _R,
+    missed: Sequence[str],
+    *,
+    draw: Callable[[_R, Path], None],
+    show: Callable[[_R, Console], None],
+    out: Path,
+    as_json: bool,
+    console: Console,
+    started: float | None,
+) -> None:
+    """Write the plot and the figures of a demo, print its tables, and say which claims were missed.
+
+    Args:
+        report: The figures.
+        missed: The claims that did not hold.
+        draw: Draws the plot into a file.
+        show: Prints the tables.
+        out: Folder for the plot and the figures; it exists.
+        as_json: Print JSON instead of tables.
+        console: Where lines about the run go.
+        started: When the demo began, by the monotonic clock, to say that all claims held; None: do not say it.
+    """
+    picture, figures = out / "demo.png", out / "demo.json"
+    draw(report, picture)
+    figures.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print(json.dumps(report.as_dict()))
+    else:
+        show(report, Console())
+        console.print(f"picture: {picture}   figures: {figures}", highlight=False, soft_wrap=True, markup=False)
+    for line in missed:
+        console.print(f"[bold red]missed:[/] {line}", highlight=False, soft_wrap=True)
+    if not missed and started is not None:
+        console.print(f"everything that the demo claims held, in {time.monotonic() - started:.0f} s", highlight=False)

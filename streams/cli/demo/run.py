@@ -7,7 +7,6 @@ that forgot with one that never saw the two documents.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -29,7 +28,7 @@ from perennial.streams.cli.demo.learned_examples import LearnedExamples
 from perennial.streams.cli.demo.measure import Losses, measure_curve
 from perennial.streams.cli.demo.picture import draw
 from perennial.streams.cli.demo.progress import STAGES, DemoProgress, spoken
-from perennial.streams.cli.demo.report import DemoReport, Forgetting, print_report
+from perennial.streams.cli.demo.report import DemoReport, Forgetting, hand_over, print_report
 from perennial.streams.cli.demo.texts import package_docstrings
 from perennial.streams.cli.demo.watcher import TOPICS, Watcher
 from perennial.streams.client.publisher import Publisher
@@ -122,19 +121,11 @@ def run_demo(*, base: str = SHIPPED_BASE, quick: bool, out: Path, keep: bool, as
                 print_line(f"kept: {folder} (PERENNIAL_DATA_DIR={folder} perennial up)")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-    picture, figures = out / "demo.png", out / "demo.json"
-    draw(report, picture)
-    figures.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        print(json.dumps(report.as_dict()))
-    else:
-        print_report(report, Console())
-        console.print(f"picture: {picture}   figures: {figures}", highlight=False, soft_wrap=True, markup=False)
     failed = [*([] if quick else report.missed()), *report.forgetting.missed()]
-    for line in failed:
-        console.print(f"[bold red]missed:[/] {line}", highlight=False, soft_wrap=True)
-    if not failed and not quick:
-        console.print(f"everything that the demo claims held, in {time.monotonic() - started:.0f} s", highlight=False)
+    hand_over(
+        report, failed, draw=draw, show=print_report, out=out, as_json=as_json, console=console,
+        started=None if quick else started,
+    )  # fmt: skip
     return 1 if failed or not report.learned_anything else 0
 
 

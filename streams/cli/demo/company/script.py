@@ -7,7 +7,6 @@ offer expires, and the questions are asked again.
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 import time
@@ -29,6 +28,7 @@ from perennial.streams.cli.demo.company.questions import Answered, CompanyReport
 from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.learned_examples import LearnedExamples
 from perennial.streams.cli.demo.progress import DemoProgress, spoken
+from perennial.streams.cli.demo.report import hand_over
 from perennial.streams.cli.demo.watcher import TOPICS, Watcher
 from perennial.streams.client.base_publisher import Receipt
 from perennial.streams.client.publisher import Publisher
@@ -107,19 +107,11 @@ def run_company_demo(base: str, *, out: Path, keep: bool, as_json: bool) -> int:
                 print_line(f"kept: {folder} (PERENNIAL_DATA_DIR={folder} PERENNIAL_BASE={base} perennial up)")
             else:
                 shutil.rmtree(folder, ignore_errors=True)
-    picture, figures = out / "demo.png", out / "demo.json"
-    draw_losses(report, picture)
-    figures.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    if as_json:
-        print(json.dumps(report.as_dict()))
-    else:
-        print_company_report(report, Console())
-        console.print(f"picture: {picture}   figures: {figures}", highlight=False, soft_wrap=True, markup=False)
     missed = report.missed()
-    for line in missed:
-        console.print(f"[bold red]missed:[/] {line}", highlight=False, soft_wrap=True)
-    if not missed:
-        console.print(f"everything that the demo claims held, in {time.monotonic() - started:.0f} s", highlight=False)
+    hand_over(
+        report, missed, draw=draw_losses, show=print_company_report, out=out, as_json=as_json, console=console,
+        started=started,
+    )  # fmt: skip
     return 1 if missed else 0
 
 
