@@ -34,6 +34,7 @@ from perennial.learner.bases.sources import (
     WEIGHTS_INDEX_FILE,
     folder_of,
 )
+from perennial.learner.model.determinism import allow_deterministic_only
 
 # A model without a position table (recurrent, ALiBi) states no limit; rows are cut to this then.
 FALLBACK_POSITIONS = 2048
@@ -87,7 +88,7 @@ def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | Non
             raise BaseModelError("Bad thread count", got=threads, allowed="1 or more", remedy="set 1 or more threads")
         torch.set_num_threads(threads)
     if torch_device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
+        allow_deterministic_only()
     stored = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
     choose_dtype(dtype, torch_device, 0)  # a wrong name is reported before anything is loaded
     folder = folder_of(name)
