@@ -33,6 +33,7 @@ from perennial.streams.cli.demo.texts import package_docstrings
 from perennial.streams.cli.demo.watcher import TOPICS, Watcher
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
+from perennial.streams.devstack.idle_cores import spin_if_idle
 from perennial.streams.devstack.signals import interrupt_on_stop_signals
 from perennial.streams.devstack.stack import Stack
 from perennial.streams.paths import expand_path
@@ -91,6 +92,7 @@ def run_demo(*, base: str = SHIPPED_BASE, quick: bool, out: Path, keep: bool, as
     require_extra("all", "`perennial demo`")
     interrupt_on_stop_signals()  # so that what was started is stopped on SIGTERM too
     out = _output_folder(out)
+    spin_if_idle()
     started = time.monotonic()
     console = Console(stderr=True)
     if base == AUTO:
