@@ -14,12 +14,18 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 COMPANY: Final = "Brindlewick"
-_STARTS: Final = (
-    "Vel", "Tar", "Quo", "Mir", "Zan", "Bel", "Dro", "Fen", "Hal", "Jor", "Kes", "Lun", "Nor", "Pax", "Rud", "Sav",
-    "Tib", "Ulm", "Wex", "Yar",
+_NAMES: Final = (
+    "Amber", "Anchor", "Aspen", "Badger", "Bamboo", "Basalt", "Beacon", "Birch", "Bison", "Breeze", "Cactus", "Canyon",
+    "Cedar", "Clover", "Cobalt", "Comet", "Copper", "Coral", "Cricket", "Crystal", "Dahlia", "Dolphin", "Eagle", "Ember",
+    "Falcon", "Fern", "Garnet", "Gazelle", "Ginger", "Glacier", "Granite", "Harbor", "Hazel", "Heron", "Indigo", "Iris",
+    "Ivory", "Jaguar", "Jasmine", "Juniper", "Kestrel", "Lagoon", "Lantern", "Lemon", "Lily", "Lotus", "Magnet", "Mango",
+    "Maple", "Marble", "Meadow", "Meteor", "Nectar", "Nutmeg", "Oasis", "Olive", "Onyx", "Opal", "Orchid", "Otter",
+    "Panda", "Parrot", "Pebble", "Pepper", "Phoenix", "Pine", "Poppy", "Prairie", "Quartz", "Raven", "Ribbon", "Robin",
+    "Saffron", "Sapphire", "Sequoia", "Sparrow", "Spruce", "Summit", "Tiger", "Topaz", "Tulip", "Tundra", "Turquoise",
+    "Umber", "Velvet", "Violet", "Walnut", "Willow", "Yarrow", "Zebra",
 )  # fmt: skip
-_ENDS: Final = ("mora", "nik", "lith", "dane", "vex", "ton", "wick", "sol", "phar", "grin")
-MAX_FACTS: Final = len(_STARTS) * len(_ENDS)
+"""Names of plans, goods, people, towns and offers: words, as companies choose them."""
+MAX_FACTS: Final = len(_NAMES)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def company_facts(count: int, seed: int, kinds: Sequence[str] = POLICIES) -> lis
         kinds: Kinds to draw.
     """
     rng = random.Random(f"company {seed}")  # noqa: S311 - repeatable on purpose
-    names = rng.sample([start + end for start in _STARTS for end in _ENDS], count)
+    names = rng.sample(_NAMES, count)
     used: set[str] = set()
     facts = []
     for index, name in enumerate(names):
