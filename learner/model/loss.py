@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import PerennialError
 
+_PACKED_TOLERANCE = 0.02
+"""Largest difference between logits, as a share of the largest one, that counts as rounding."""
 _CPU_ALLOCATOR = "DefaultCPUAllocator: can't allocate memory"
 
 T = TypeVar("T")
@@ -49,9 +51,6 @@ def mean_nats(losses: Sequence[RowLoss]) -> float:
 def token_losses(model: Any, rows: Sequence[TokenRow], device: torch.device, pad: int) -> torch.Tensor:
     """Compute the loss of every trainable token of the rows in one forward pass.
 
-    Rows are padded on the right to the longest one. Under a causal mask no real token sees what follows it, so no
-    attention mask is needed. Logits are computed only at positions whose next token is trained.
-
     Args:
         model: Causal language model, with the wanted slot selected or disabled.
         rows: B rows, at least one.
@@ -61,21 +60,116 @@ def token_losses(model: Any, rows: Sequence[TokenRow], device: torch.device, pad
     Returns:
         Tensor (N,) of nats, fp32 on the device: the trainable tokens of the rows in row order.
     """
+    logits, labels = _trained_logits(model, rows, device, pad, packed=False)
+    return cross_entropy(logits, labels, reduction="none")
+
+
+def training_losses(
+    lora: Lora, rows: Sequence[TokenRow], device: torch.device, pad: int, *, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute what training lowers, in one forward pass, and one of the frozen base over the rows that have `like_base`.
+
+    A loss on the tokens of a text compares the predictions with one drawn token each. The divergence compares them with
+    all that the base holds possible, so its gradient is zero where the slot predicts as the base does: distillation
+    (Hinton et al. 2015, arXiv 1503.02531) with the base as the teacher.
+
+    Args:
+        lora: Slot over the base, selected.
+        rows: B rows, at least one, those that have `like_base` last.
+        device: Device of the model.
+        pad: Token id to pad with; its value changes nothing.
+        packed: Put the rows one behind the other instead of padding them, where the model can; see `_packs`.
+
+    Returns:
+        Two tensors (N,) of nats, fp32 on the device, by trainable token in row order: the loss on the rows that are
+        trained as text, and the Kullback-Leibler divergence KL(base ‖ slot) on those that have `like_base`.
+    """
+    packed = packed and _packs(lora.model)
+    like_base = [row for row in rows if row.like_base]
+    base = None
+    if like_base:
+        with lora.disabled(), torch.no_grad():
+            base = _trained_logits(lora.model, like_base, device, pad, packed=packed)[0].log_softmax(-1)  # (N, V)
+        lora.select()  # after `disabled`, nothing takes gradients
+    logits, labels = _trained_logits(lora.model, rows, device, pad, packed=packed)
+    if base is None:
+        return cross_entropy(logits, labels, reduction="none"), logits.new_zeros(0)
+    of_text = len(labels) - len(base)
+    slot = logits[of_text:].log_softmax(-1)
+    divergences = kl_div(slot, base, reduction="none", log_target=True).sum(-1)
+    return cross_entropy(logits[:of_text], labels[:of_text], reduction="none"), divergences
+
+
+def _trained_logits(
+    model: Any, rows: Sequence[TokenRow], device: torch.device, pad: int, *, packed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the logits of every trainable token of the rows in one forward pass.
+
+    Logits are computed only at positions whose next token is trained.
+
+    Returns:
+        Logits (N, V), fp32, and token ids (N,), in row order, on the device.
+    """
+    inputs, where, labels = (_packed if packed else _padded)(rows, pad)
+    inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+    where, labels = where.to(device), labels.to(device)
+    if _head_is_plain(model):
+        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
+        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, where))  # (N, V)
+    else:
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1).index_select(0, where)  # (N, V)
+    return logits.float(), labels
+
+
+def _padded(rows: Sequence[TokenRow], pad: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Return the model's inputs, where the trained tokens are predicted (N,) into B·T, and these tokens' ids (N,).
+
+    Rows are padded on the right to the longest one. Under a causal mask no real token sees what follows it, so no
+    attention mask is needed.
+    """
     width = max(len(row.ids) for row in rows)
     ids = torch.full((len(rows), width), pad, dtype=torch.long)  # (B, T)
     wanted = torch.zeros((len(rows), width), dtype=torch.bool)  # (B, T): positions whose next token is trained
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
         wanted[index, row.train_from - 1 : len(row.ids) - 1] = True
-    labels = ids[:, 1:][wanted[:, :-1]].to(device)  # (N,)
-    where = wanted.flatten().nonzero().squeeze(1).to(device)  # (N,) into B·T
-    ids = ids.to(device)
-    if _head_is_plain(model):
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, D)
-        logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, where))  # (N, V)
-    else:
-        logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).index_select(0, where)  # (N, V)
-    return cross_entropy(logits.float(), labels, reduction="none")
+    return {"input_ids": ids}, wanted.flatten().nonzero().squeeze(1), ids[:, 1:][wanted[:, :-1]]
+
+
+def _packed(rows: Sequence[TokenRow], pad: int) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+    """Return the same as `_padded` for rows that lie one behind the other: each token sees its own row alone."""
+    del pad
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    ids = torch.tensor([token for row in rows for token in row.ids])  # (T,)
+    positions = torch.cat([torch.arange(length) for length in lengths])  # (T,)
+    row_of = torch.repeat_interleave(lengths)  # (T,)
+    trained_from = torch.tensor([row.train_from for row in rows])[row_of]  # (T,)
+    trained = (positions >= trained_from).nonzero().squeeze(1)  # (N,)
+    mask = (row_of[:, None] == row_of[None, :]).tril()  # (T, T): True where the one may see the other
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask[None, None]}
+    return inputs, trained - 1, ids[trained]
+
+
+def _packs(model: Any) -> bool:
+    """Return True if the model computes rows that lie one behind the other as it computes each row alone.
+
+    A model with a recurrent state, or an attention that takes no mask of its own, does not. The answer is measured once
+    and kept on the model.
+    """
+    known = getattr(model, "_packs_rows", None)
+    if known is None:
+        device = model.get_input_embeddings().weight.device
+        rows = [TokenRow((0, 1, 0, 1, 1)), TokenRow((1, 0, 0, 1))]
+        with torch.no_grad():
+            alone = torch.cat([_trained_logits(model, [row], device, 0, packed=False)[0] for row in rows])
+            try:
+                together = _trained_logits(model, rows, device, 0, packed=True)[0]
+            except (RuntimeError, ValueError, TypeError, IndexError):
+                known = False
+            else:
+                known = bool((together - alone).abs().max() <= _PACKED_TOLERANCE * alone.abs().max())
+        model._packs_rows = known  # noqa: SLF001 - a fact about this model, asked at every step
+    return bool(known)
 
 
 def next_token_logits(model: Any, ids: Sequence[int], device: torch.device) -> torch.Tensor:

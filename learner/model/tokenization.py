@@ -31,10 +31,12 @@ class TokenRow:
         ids: Token ids, T of them.
         train_from: Position of the first token whose prediction is trained; at least 1, because the first token of a
             row has nothing to be predicted from.
+        like_base: True to train towards what the frozen base predicts at each token instead of towards the token.
     """
 
     ids: tuple[int, ...]
     train_from: int = 1
+    like_base: bool = False
 
     @property
     def tokens(self) -> int:

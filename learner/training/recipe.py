@@ -38,10 +38,12 @@ class Recipe:
         seed: Seed of all random draws.
         warmup_steps: Steps over which the rate rises, once in an adapter's life.
         epochs: Least number of times that each new row is trained in its update.
-        max_pad_share: Largest share of a forward pass of training that may be padding, 0 to 1; rows whose lengths differ
-            more go into passes of their own.
+        packed_tokens: Most tokens of a forward pass of training, in which the rows lie one behind the other without
+            padding; 0: the rows of a pass are padded to the longest.
         max_answer_rise_nats: Largest rise of the loss on the base's own answers, nats per token; 0: answers are not
             looked at.
+        general_kl_weight: Weight of the divergence from the frozen base on general rows, beside the loss of the other
+            rows, both per token; 0: general rows are trained as text.
         dtype: Number format of training and of the gate's measurements: `fp32`, `bf16`, or `device`, which is bf16 on a
             GPU and fp32 on a CPU.
 
@@ -66,8 +68,9 @@ class Recipe:
     seed: int
     warmup_steps: int = WARMUP_STEPS
     epochs: int = 1
-    max_pad_share: float = 1.0
+    packed_tokens: int = 0
     max_answer_rise_nats: float = 0.0
+    general_kl_weight: float = 0.0
     dtype: str = DEVICE_DTYPE
 
     @classmethod

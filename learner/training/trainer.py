@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from perennial.learner.model.lora import Lora, Tensors, load_tensors
-from perennial.learner.model.loss import autocast, ignore_step, token_losses, within_memory
+from perennial.learner.model.loss import autocast, ignore_step, training_losses, within_memory
 from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
 
@@ -32,7 +32,9 @@ class TrainConfig:
         warmup_steps: Steps over which the rate rises linearly, once in an adapter's life.
         micro_rows: Most rows in one forward and backward pass; the gradients of a step are accumulated over passes.
         betas: AdamW's decay rates of the first and second moment.
-        max_pad_share: Largest share of a forward pass that may be padding, 0 to 1.
+        packed_tokens: Most tokens of a forward pass, in which the rows lie one behind the other without padding; 0: the
+            rows of a pass are padded to the longest.
+        like_base_weight: Weight of the divergence from the frozen base, on the rows that have `like_base`.
     """
 
     learning_rate: float
@@ -41,7 +43,8 @@ class TrainConfig:
     warmup_steps: int = 10
     micro_rows: int = 16
     betas: tuple[float, float] = (0.9, 0.99)
-    max_pad_share: float = 1.0
+    packed_tokens: int = 0
+    like_base_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class TrainResult:
     Attributes:
         weights: New LoRA tensors by name, fp32 on the CPU.
         optimizer: AdamW moments (shaped as the weights) and step count (1,), fp32 on the CPU.
-        losses: Loss of each step's rows before the step changed the weights, nats per token.
+        losses: Loss of each step's rows before the step changed the weights, nats per token; see `train`.
         norms: Gradient norm of each step before clipping.
         tokens: Number of trained tokens over all steps.
     """
@@ -109,8 +112,9 @@ def train(
 ) -> TrainResult:
     """Train the slot from `weights`, one optimizer step per entry of the schedule.
 
-    The loss of a step is the sum over its trainable tokens divided by their number. Where memory runs out, the rows
-    per forward pass are halved and the step begins again.
+    The loss of a step is the sum over its trainable tokens divided by their number. Rows that have `like_base` are
+    counted apart: their divergence from the frozen base per token, times its weight, is added to the loss of the other
+    rows. Where memory runs out, the rows per forward pass are halved and the step begins again.
 
     Args:
         lora: Slot to train in; what it held before has no effect.
@@ -164,15 +168,24 @@ def _accumulate_gradients(
         The loss of the step, nats per token, and the most rows per pass that fitted the memory.
     """
     device = torch.device(lora.base.device)
-    total = sum(row.tokens for row in rows)
-    ordered = sorted(rows, key=lambda row: len(row.ids))  # like lengths together: less padding
+    ordered = sorted(rows, key=lambda row: (row.like_base, len(row.ids)))  # like lengths together: less padding
+    text_tokens, base_tokens = (
+        sum(row.tokens for row in rows if row.like_base is like_base) for like_base in (False, True)
+    )
+    packed = config.packed_tokens > 0
 
     def accumulate(micro_rows: int) -> float:
         optimizer.zero_grad(set_to_none=True)  # an attempt that ran out of memory left a part of the gradient
         nats = 0.0
-        for together in _passes(ordered, micro_rows, config.max_pad_share):
+        for together in _passes(ordered, micro_rows, config.packed_tokens):
             with autocast(device, lora.compute_dtype):
-                loss = token_losses(lora.model, together, device, config.pad).sum() / total
+                losses, divergences = training_losses(lora, together, device, config.pad, packed=packed)
+            parts = []
+            if len(losses):
+                parts.append(losses.sum() / text_tokens)
+            if len(divergences):
+                parts.append(divergences.sum() / base_tokens * config.like_base_weight)
+            loss = sum(parts[1:], parts[0])
             loss.backward()  # type: ignore[no-untyped-call]
             nats += loss.item()
         return nats
@@ -180,28 +193,22 @@ def _accumulate_gradients(
     return within_memory(accumulate, ordered, micro_rows)
 
 
-def _passes(ordered: Sequence[TokenRow], micro_rows: int, max_pad_share: float) -> list[list[TokenRow]]:
-    """Return the rows in forward passes of at most `micro_rows` rows, each with at most that share of padding.
-
-    A short row costs as much as the longest row of its pass: among documents, the questions of a few words would cost
-    several times what they need.
+def _passes(ordered: Sequence[TokenRow], micro_rows: int, max_tokens: int) -> list[list[TokenRow]]:
+    """Return the rows in forward passes, in their order.
 
     Args:
-        ordered: Rows by length, the shortest first.
+        ordered: Rows.
         micro_rows: Most rows per pass.
-        max_pad_share: Largest share of padding, 0 to 1.
+        max_tokens: Most tokens per pass, but for a single row that has more; 0: any number.
     """
     passes: list[list[TokenRow]] = []
-    real = 0
+    tokens = 0
     for row in ordered:
-        together = passes[-1] if passes else []
-        real += len(row.ids)
-        padded = (len(together) + 1) * len(row.ids)
-        if not together or len(together) == micro_rows or padded - real > max_pad_share * padded:
-            passes.append([row])
-            real = len(row.ids)
-        else:
-            together.append(row)
+        tokens += len(row.ids)
+        if not passes or len(passes[-1]) == micro_rows or (max_tokens and tokens > max_tokens):
+            passes.append([])
+            tokens = len(row.ids)
+        passes[-1].append(row)
     return passes
 
 

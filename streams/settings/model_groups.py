@@ -60,12 +60,21 @@ class TrainingSettings(SettingsGroup):
     general_share: Share = Field(
         0.2, description="share of training rows that come from the base's own kind of text, from 0 to 1"
     )
+    general_kl_weight: float = Field(
+        0.0,
+        ge=0,
+        description="weight, per token, of the divergence (KL) of the adapter's predictions from the base's on the general "
+        "rows, beside the loss of the other rows; 0: general rows are trained as text",
+    )
     replay_size: PositiveInt = Field(1_024, description="earlier examples that each adapter keeps for replay")
     clip_norm: PositiveFloat = Field(
         1.0, description="largest norm of the gradient; a larger gradient is scaled down to it"
     )
-    max_pad_share: Share = Field(
-        1.0, description="largest share of a forward pass of training that may be padding, from 0 to 1"
+    packed_tokens: int = Field(
+        0,
+        ge=0,
+        description="most tokens of a forward pass of training, in which rows lie one behind the other without padding; 0: "
+        "rows are padded to the longest",
     )
     seed: int = Field(0, description="seed of all random choices in training")
 

@@ -56,24 +56,26 @@ def test_what_training_cannot_take_is_refused_or_parked_and_nothing_is_lost(give
     token = {kind: tiny.tokenizer()(kind, add_special_tokens=False)["input_ids"][0] for kind in kinds}
     widths = []
 
-    def forward(training: bool):
-        real = score.token_losses
+    def marks_of(rows):
+        marked = {kind for kind in kinds if any(token[kind] in row.ids for row in rows)}
+        if "X" in marked or ("M" in marked and len(rows) > 2):
+            torch.empty(MORE_THAN_ANY_MACHINE_HAS)  # the allocator's own error
+        if "M" in marked:
+            widths.append(len(rows))
+        return marked
 
-        def losses(model, rows, device, pad):
-            marked = {kind for kind in kinds if any(token[kind] in row.ids for row in rows)}
-            if "X" in marked or ("M" in marked and len(rows) > 2):
-                torch.empty(MORE_THAN_ANY_MACHINE_HAS)  # the allocator's own error
-            if "M" in marked:
-                widths.append(len(rows))
-            nats = real(model, rows, device, pad)
-            if training and "N" in marked:
-                return nats * float("nan")
-            return -nats if training and "D" in marked else nats
+    def measured(model, rows, *rest, real=score.token_losses):
+        marks_of(rows)
+        return real(model, rows, *rest)
 
-        return losses
+    def trained(lora, rows, *rest, real=train.training_losses, **options):
+        marked = marks_of(rows)
+        nats, divergences = real(lora, rows, *rest, **options)
+        factor = float("nan") if "N" in marked else -1.0 if "D" in marked else 1.0
+        return nats * factor, divergences
 
-    monkeypatch.setattr(train, "token_losses", forward(training=True))
-    monkeypatch.setattr(score, "token_losses", forward(training=False))
+    monkeypatch.setattr(train, "training_losses", trained)
+    monkeypatch.setattr(score, "token_losses", measured)
     kit.send(given, *(cut(given, number, kind) for number, kind in enumerate(kinds)))
     with kit.running(lambda stop: run_learner(given, stop, Metrics("learner"))):
         kit.wait_until(

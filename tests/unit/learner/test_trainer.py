@@ -13,7 +13,7 @@ import torch
 
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
-from perennial.learner.model.loss import OutOfMemoryError, token_losses
+from perennial.learner.model.loss import OutOfMemoryError, token_losses, training_losses
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
 from perennial.learner.training import trainer as training
 from perennial.learner.training.trainer import TrainConfig, optimizer_from_bytes, steps_taken, train
@@ -102,25 +102,70 @@ def test_the_loss_is_divided_by_the_tokens_of_the_step_not_by_rows() -> None:
     assert abs(expected - float(torch.stack([n.mean() for n in nats]).mean())) > 1e-4
 
 
-def test_rows_of_other_lengths_go_into_passes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Short questions are not padded to the length of a document, and the step is the same but for the last bits."""
+@pytest.mark.parametrize("like_base", [False, True])
+def test_packed_rows_train_as_padded_ones(monkeypatch: pytest.MonkeyPatch, like_base: bool) -> None:
+    """Rows one behind the other see nothing of each other: the step is the same but for the last bits."""
     lora, _ = fresh()
-    rows = [TokenRow(tuple(range(3, 3 + length))) for length in (16, 5, 6, 15, 5)]
-    widths: list[list[int]] = []
+    rows = [TokenRow(tuple(range(3, 3 + length)), train_from=2) for length in (16, 5, 6, 15, 5)]
+    rows[-1] = replace(rows[-1], like_base=like_base)
+    start = train(lora, lora.initial_weights("a", 0), None, [rows] * 4, PLAN).weights
+    padded = train(lora, start, None, [rows], PLAN)
+    passes: list[list[int]] = []
 
-    def watched(model: object, together: list[TokenRow], *rest: object) -> torch.Tensor:
-        widths.append([len(row.ids) for row in together])
-        return token_losses(model, together, *rest)  # type: ignore[arg-type]
+    def watched(slot: Lora, together: list[TokenRow], *rest: object, packed: bool) -> object:
+        assert packed
+        passes.append([len(row.ids) for row in together])
+        return training_losses(slot, together, *rest, packed=packed)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "token_losses", watched)
-    state = lora.initial_weights("a", 0)
-    padded = train(lora, state, None, [rows], PLAN)
-    assert widths == [[5, 5, 6, 15, 16]], "the share of padding is not bounded by default"
-    widths.clear()
-    grouped = train(lora, state, None, [rows], replace(PLAN, max_pad_share=0.2))
-    assert widths == [[5, 5, 6], [15, 16]]
-    assert grouped.losses == pytest.approx(padded.losses, rel=1e-5)
-    assert grouped.norms == pytest.approx(padded.norms, rel=1e-4)
+    monkeypatch.setattr(training, "training_losses", watched)
+    packed = train(lora, start, None, [rows], replace(PLAN, packed_tokens=20))
+    assert passes == ([[5, 6], [15], [16], [5]] if like_base else [[5, 5, 6], [15], [16]])
+    assert packed.losses == pytest.approx(padded.losses, rel=1e-5)
+    assert packed.norms == pytest.approx(padded.norms, rel=1e-4)
+    assert packed.norms[0] > 1e-3, "nothing was trained, so nothing was compared"
+
+
+def test_a_model_that_mixes_packed_rows_gets_padded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recurrent model, or an attention that ignores the mask, would carry one row into the next."""
+    lora, rows = fresh()
+    forward = type(lora.model.base_model).forward
+
+    def ignores_the_mask(self: object, *args: object, **options: object) -> object:
+        options.pop("attention_mask", None)
+        options.pop("position_ids", None)
+        return forward(self, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(type(lora.model.base_model), "forward", ignores_the_mask)
+    start = lora.initial_weights("a", 0)
+    padded = train(lora, start, None, [rows], PLAN)
+    asked_to_pack = train(lora, start, None, [rows], replace(PLAN, packed_tokens=1_000))
+    assert lora.model._packs_rows is False
+    assert to_safetensors(asked_to_pack.weights) == to_safetensors(padded.weights)
+
+
+def test_rows_like_the_base_are_trained_towards_its_predictions() -> None:
+    """Where the slot predicts as the base does there is nothing to train; after that the rows pull it back."""
+    lora, rows = fresh()
+    like_base = [replace(row, like_base=True) for row in rows]
+    start = lora.initial_weights("a", 0)
+    still = train(lora, start, None, [like_base], PLAN)
+    assert still.losses == pytest.approx([0.0], abs=1e-6)
+    assert still.norms == pytest.approx([0.0], abs=1e-6)
+    moved = train(lora, start, None, [rows] * 6, PLAN)
+    back = train(lora, moved.weights, None, [like_base] * 6, PLAN)
+    assert back.losses[-1] < back.losses[0] / 2, "the slot did not come back to the base"
+    heavier = train(lora, moved.weights, None, [like_base], replace(PLAN, like_base_weight=3.0))
+    assert heavier.losses[0] == pytest.approx(3 * back.losses[0], rel=1e-5)
+
+
+def test_both_kinds_of_rows_count_by_their_own_tokens() -> None:
+    lora, rows = fresh()
+    moved = train(lora, lora.initial_weights("a", 0), None, [rows] * 4, PLAN).weights
+    long, short = rows[0], replace(rows[1], like_base=True)
+    as_text, like_base, both = (
+        train(lora, moved, None, [step], PLAN).losses[0] for step in ([long], [short], [long, short])
+    )
+    assert both == pytest.approx(as_text + like_base, rel=1e-5)
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,13 +207,13 @@ def test_where_memory_runs_out_fewer_rows_go_at_once_and_the_result_is_the_same(
     want = train(lora, lora.initial_weights("a", 0), None, [rows], PLAN)
     widths: list[int] = []
 
-    def small(model: object, batch: list[TokenRow], *args: object) -> torch.Tensor:
+    def small(slot: Lora, batch: list[TokenRow], *args: object, packed: bool) -> object:
         widths.append(len(batch))
         if len(batch) > 2:
             raise torch.OutOfMemoryError
-        return token_losses(model, batch, *args)  # type: ignore[arg-type]
+        return training_losses(slot, batch, *args, packed=packed)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(training, "token_losses", small)
+    monkeypatch.setattr(training, "training_losses", small)
     got = train(lora, lora.initial_weights("a", 0), None, [rows], PLAN)
     assert max(widths) == min(len(rows), PLAN.micro_rows)
     for name, tensor in want.weights.items():
@@ -178,10 +223,10 @@ def test_where_memory_runs_out_fewer_rows_go_at_once_and_the_result_is_the_same(
 def test_a_row_that_never_fits_is_an_error_that_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     lora, rows = fresh()
 
-    def full(*_: object) -> torch.Tensor:
+    def full(*_: object, **__: object) -> object:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(training, "token_losses", full)
+    monkeypatch.setattr(training, "training_losses", full)
     with pytest.raises(OutOfMemoryError, match="PERENNIAL_ROW_TOKENS"):
         train(lora, lora.initial_weights("a", 0), None, [rows], PLAN)
 
