@@ -318,6 +318,10 @@ def test_fifty_swaps_under_load_mix_nothing(
                 if backend.drain(name, 0):
                     backend.unload(name)
                     retired.remove(name)
+            end = time.monotonic() + 60
+            while all(name != each.name for name, _, _ in replies.copy()):  # each version is to be compared
+                assert time.monotonic() < end, "nobody was answered by the new version"
+                time.sleep(0.01)
     finally:
         stop.set()
         for thread in threads:
@@ -330,7 +334,7 @@ def test_fifty_swaps_under_load_mix_nothing(
     assert all("does not exist" in str(reply) for reply in missed)
     assert len(missed) < len(replies) / 100
     replies = [reply for reply in replies if reply[1] == 200]
-    assert len({name for name, _, _ in replies}) > 0.8 * len(made)
+    assert {name for name, _, _ in replies} >= {each.name for each in made[1:]}
     assert all(reply["model"] == name for name, _, reply in replies)
     # One computation for all replies with the same version and tokens: replies differ in the last bits of bf16.
     checked: dict[tuple[str, tuple[int, ...]], list[dict[str, Any]]] = {}
