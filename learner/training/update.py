@@ -46,8 +46,6 @@ CLOSING_STEPS = 1
 MEASURED_ROWS = 8
 """Number of trained rows that are measured before and after, where nothing is held out."""
 GENERAL_SHARE_AT_FULL_PRESSURE = 0.5
-LIKE_BASE_TOKENS = 64
-"""Tokens of a general row that is trained towards the base's predictions: each of them tells more than a token of text."""
 CHECK_STEPS = 8
 """Of an update of several passes, the general loss is measured after each pass, at most every so many steps."""
 
@@ -291,10 +289,7 @@ class Updater:
 
     def _draw_general(self, rng: Random) -> TokenRow | None:
         row = self.general.draw(rng)
-        if row is None or self.recipe.general_kl_weight == 0:
-            return row
-        length = max(LIKE_BASE_TOKENS, row.train_from + LIKE_BASE_TOKENS // 4)
-        return TokenRow(row.ids[:length], row.train_from, like_base=True)
+        return replace(row, like_base=True) if row is not None and self.recipe.general_kl_weight > 0 else row
 
     def _index_after(self, parent: TrainingState, learned: Sequence[str], batch: str) -> tuple[ReplayEntry, ...]:
         """Return the replay index with these examples of the micro-batch."""
