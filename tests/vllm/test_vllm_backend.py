@@ -319,7 +319,9 @@ def test_fifty_swaps_under_load_mix_nothing(
                     backend.unload(name)
                     retired.remove(name)
             end = time.monotonic() + 60
-            while all(name != each.name for name, _, _ in replies.copy()):  # each version is to be compared
+            while all(
+                (name, status) != (each.name, 200) for name, status, _ in replies.copy()
+            ):  # each version is to be compared
                 assert time.monotonic() < end, "nobody was answered by the new version"
                 time.sleep(0.01)
     finally:
