@@ -32,11 +32,14 @@ class TokenRow:
         train_from: Position of the first token whose prediction is trained; at least 1, because the first token of a
             row has nothing to be predicted from.
         like_base: True to train towards what the frozen base predicts at each token instead of towards the token.
+        question: First position of the user's own words in a turn that is answered, and the position after their last;
+            (0, 0) where there are none.
     """
 
     ids: tuple[int, ...]
     train_from: int = 1
     like_base: bool = False
+    question: tuple[int, int] = (0, 0)
 
     @property
     def tokens(self) -> int:
@@ -144,6 +147,24 @@ class ExampleTokenizer:
             return self._cut_to(turns, encoded, frame, limit)
         return self._as_one_text(texts, frame) or _woven(frame, encoded)
 
+    def question_in(self, turns: Turns, ids: Sequence[int]) -> tuple[int, int]:
+        """Return where the words of the last turn are in what `chat_ids` returned, or in its end.
+
+        Args:
+            turns: The conversation.
+            ids: Token ids of it.
+
+        Returns:
+            Their first position and the one after the last; (0, 0) where the frame and the words share a token.
+        """
+        turns, frame = self._frames.framed(turns)
+        words = self.encode(turns[-1][1].strip() if frame.trimmed else turns[-1][1])
+        end = len(ids) - len(frame.ids[-1])
+        start = max(0, end - len(words))
+        while start < end and list(ids[start:end]) != words[len(words) - (end - start) :]:
+            start += 1  # the beginning of a long prompt was cut, and the frame stands there
+        return (start, end) if start < end else (0, 0)
+
     def _cut_to(self, turns: Turns, encoded: list[list[int]], frame: ChatFrame, limit: int) -> tuple[int, ...]:
         first = 1 if turns[0][0] == "system" else 0
         if len(turns) - first > 1:  # without the oldest question and its answer
@@ -221,7 +242,7 @@ def turn_rows(turns: Turns, answer: str, codec: ExampleTokenizer, row_tokens: in
     # A chat template may be longer than a row. Its end must stay, because it says that an answer follows.
     asked = codec.chat_ids(turns, room)[-room:] or (codec.bos,)  # the first token of a row is never trained
     first = row_tokens - len(asked)
-    rows = [TokenRow((*asked, *target[:first]), len(asked))]
+    rows = [TokenRow((*asked, *target[:first]), len(asked), question=codec.question_in(turns, asked))]
     if len(target) > first:
         rows += _cut(target[first - 1 :], row_tokens)
     return rows

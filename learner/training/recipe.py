@@ -44,6 +44,7 @@ class Recipe:
             looked at.
         general_kl_weight: Weight of the divergence from the frozen base on general rows, beside the loss of the other
             rows, both per token; 0: general rows are trained as text.
+        question_dropout: Share of the tokens of each question that a step leaves out, other ones each time, 0 to 1.
         dtype: Number format of training and of the gate's measurements: `fp32`, `bf16`, or `device`, which is bf16 on a
             GPU and fp32 on a CPU.
 
@@ -71,6 +72,7 @@ class Recipe:
     packed_tokens: int = 0
     max_answer_rise_nats: float = 0.0
     general_kl_weight: float = 0.0
+    question_dropout: float = 0.0
     dtype: str = DEVICE_DTYPE
 
     @classmethod

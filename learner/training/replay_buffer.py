@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 
 import orjson
@@ -20,7 +20,7 @@ MAX_INDEX_BYTES = 64 * 1024**2
 MAX_STEP_FACTOR = 3
 """A micro-batch that is too small to fill a step is trained in up to so many times the steps."""
 
-MAX_EPOCH_STEPS = 128
+MAX_EPOCH_STEPS = 256
 """Further passes over the new rows end here, so that a long document does not hold an adapter up for an hour."""
 
 RowsOf = Callable[["ReplayEntry"], Sequence[TokenRow] | None]
@@ -50,6 +50,7 @@ class BatchComposition:
         replay_share: Share of a full step that is replayed, 0 to 1.
         general_share: Share of a full step that is general text, 0 to 1.
         epochs: Least number of passes over the new rows, in at most `MAX_EPOCH_STEPS` steps.
+        question_dropout: Share of the tokens of each question that are left out, other ones each time, 0 to 1.
     """
 
     steps: int
@@ -57,6 +58,7 @@ class BatchComposition:
     replay_share: float
     general_share: float
     epochs: int = 1
+    question_dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ def build_schedule(
         rows_of: Returns the rows of an earlier example, None where it must not be replayed.
         general: Draws one row of general text, None where there is none.
         composition: Wanted steps, rows and shares.
-        rng: Random generator. The order of the draws (replayed, new, general step by step) is part of the recipe.
+        rng: Random generator. The order of the draws (replayed, new, then step by step the words of questions to leave
+            out and general rows) is part of the recipe.
     """
     if not new:
         return TrainingSchedule((), 0, 0)
@@ -172,9 +175,34 @@ def build_schedule(
     for step in range(counts.steps):
         rows = list(new_rows[step * counts.new : (step + 1) * counts.new])
         rows += replayed[step * counts.replayed : (step + 1) * counts.replayed]
+        if composition.question_dropout > 0:
+            rows = [drop_words(row, composition.question_dropout, rng) for row in rows]
         rows += [row for row in (general(rng) for _ in range(counts.general)) if row is not None]
         steps.append(tuple(rows))
     return TrainingSchedule(tuple(steps), len(replayed), len(draws) - len(replayed))
+
+
+def drop_words(row: TokenRow, share: float, rng: random.Random) -> TokenRow:
+    """Return a row whose question lacks some of its tokens; a question is never left without any.
+
+    The answer is then learned for other wordings of the question too. Random deletion is one of the operations of EDA
+    (Wei and Zou 2019, arXiv 1901.11196).
+
+    Args:
+        row: The row.
+        share: Probability that a token of the question is left out, 0 to 1.
+        rng: Random generator, from which one number is drawn for each token of the question.
+    """
+    start, end = row.question
+    kept = tuple(token for token in row.ids[start:end] if rng.random() >= share)
+    if not kept:
+        return row
+    return replace(
+        row,
+        ids=(*row.ids[:start], *kept, *row.ids[end:]),
+        train_from=row.train_from - (end - start - len(kept)),
+        question=(start, start + len(kept)),
+    )
 
 
 def _step_counts(new_rows: int, index_size: int, composition: BatchComposition) -> _StepCounts:

@@ -275,6 +275,7 @@ class Updater:
             epochs=self.recipe.epochs,
             replay_share=self.recipe.replay_share * (1 - pressure / 2),
             general_share=general + pressure * max(0.0, GENERAL_SHARE_AT_FULL_PRESSURE - general),
+            question_dropout=self.recipe.question_dropout,
         )
 
     def _schedule(

@@ -66,6 +66,11 @@ class TrainingSettings(SettingsGroup):
         description="weight, per token, of the divergence (KL) of the adapter's predictions from the base's on the general "
         "rows, beside the loss of the other rows; 0: general rows are trained as text",
     )
+    question_dropout: Share = Field(
+        0.0,
+        description="share of the tokens of each question, from 0 to 1, that a training step leaves out at random, so that "
+        "the answer is learned for other wordings too",
+    )
     replay_size: PositiveInt = Field(1_024, description="earlier examples that each adapter keeps for replay")
     clip_norm: PositiveFloat = Field(
         1.0, description="largest norm of the gradient; a larger gradient is scaled down to it"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -15,6 +16,7 @@ from perennial.learner.training.replay_buffer import (
     BatchComposition,
     ReplayEntry,
     build_schedule,
+    drop_words,
     index_from_bytes,
     index_to_bytes,
     seeded_random,
@@ -114,6 +116,45 @@ def test_without_a_past_new_rows_take_the_place_of_replay() -> None:
 
 def test_a_small_batch_is_not_drowned_by_replay() -> None:
     assert shares(steps_of(new=1, index=50)) == [(1, 1, 1)] * 9
+
+
+def question_row(number: int) -> TokenRow:
+    """A frame of two tokens, eight words, a frame of one token, and an answer of three tokens."""
+    return TokenRow((0, 1, *range(100, 108), 2, number, 3, 4), train_from=11, question=(2, 10))
+
+
+def test_words_of_questions_are_left_out_and_nothing_else() -> None:
+    kept: Counter[int] = Counter()
+    for draw in range(400):
+        row = drop_words(question_row(50), 0.25, seeded_random("drop", draw))
+        start, end = row.question
+        assert row.ids[:start] == (0, 1)
+        assert row.ids[end:] == (2, 50, 3, 4)
+        assert row.ids[row.train_from :] == (50, 3, 4)
+        kept.update(row.ids[start:end])
+    assert all(0.68 < kept[word] / 400 < 0.82 for word in range(100, 108))
+
+
+def test_a_question_is_never_left_without_any_word() -> None:
+    row = TokenRow((0, 100, 2, 3), train_from=3, question=(1, 2))
+    assert {drop_words(row, 0.9, seeded_random("drop", draw)) for draw in range(50)} == {row}
+
+
+def test_each_pass_leaves_out_other_words_and_general_rows_keep_theirs() -> None:
+    composition = BatchComposition(
+        steps=3, rows=12, replay_share=0.0, general_share=0.2, epochs=4, question_dropout=0.5
+    )  # fmt: skip
+    new = [question_row(number) for number in range(50, 80)]
+    schedule = build_schedule(new, (), lambda _: None, lambda _: question_row(9), composition, seeded_random("drop", 0))
+    rows = [row for step in schedule.steps for row in step]
+    assert {row for row in rows if 9 in row.ids} == {question_row(9)}
+    shown = {row.ids for row in rows if 50 in row.ids}
+    assert len(shown) == 4, "other words in each of the four passes"
+    untouched = build_schedule(
+        new, (), lambda _: None, lambda _: question_row(9), replace(composition, question_dropout=0.0),
+        seeded_random("drop", 0),
+    )  # fmt: skip
+    assert {row for step in untouched.steps for row in step} == {*new, question_row(9)}
 
 
 def test_the_schedule_follows_from_its_seed() -> None:

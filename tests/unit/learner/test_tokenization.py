@@ -42,6 +42,23 @@ def test_a_correction_has_the_form_that_the_base_was_trained_on() -> None:
     assert CODEC.tokenizer.decode(row.ids[row.train_from :]) == "A test.<|eos|>"
 
 
+@pytest.mark.parametrize("codec", [CODEC, PLAIN])
+@settings(max_examples=60, deadline=None)
+@given(text, st.integers(min_value=16, max_value=400))
+def test_a_row_says_where_the_words_of_its_question_are(codec: ExampleTokenizer, prompt: str, row_tokens: int) -> None:
+    (row, *_) = turn_rows([("user", "Hello."), ("assistant", "Hi."), ("user", prompt)], "Yes.", codec, row_tokens)
+    start, end = row.question
+    words = codec.encode(prompt)
+    assert end - start <= len(words)
+    assert list(row.ids[start:end]) == words[len(words) - (end - start) :]
+    if row_tokens == 400 and len(words) < 300:
+        assert end - start == len(words)
+
+
+def test_a_document_has_no_question() -> None:
+    assert {row.question for row in text_rows("How much is it? It is free.", CODEC, 8)} == {(0, 0)}
+
+
 def test_without_a_chat_template_a_turn_is_plain_text() -> None:
     (row,) = turn_rows([("user", "What?")], "That.", PLAIN, 64)
     assert PLAIN.tokenizer.decode(row.ids) == "<|bos|>User: What?\nAssistant: That.<|eos|>"
