@@ -114,7 +114,8 @@ class DocumentObserved(OutsideEvent):
     expires_at: Time | None = None
     """When to forget the document; the earlier of this and the retention class counts."""
     supersedes: Ids = Field(default_factory=list)
-    """Ids of documents of the same source that this one replaces; they are forgotten."""
+    """Ids of documents of the same source that this one replaces; they are forgotten. A document without a source can
+    replace interactions too, by their ids, because interactions have no source."""
     observed_at: Time | None = None
     """When the document was written or seen."""
 
