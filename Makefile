@@ -9,7 +9,7 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale bench-facts bench-serving vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale bench-facts bench-serving bench-batched vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -23,6 +23,7 @@ help:
 	@echo 'make bench-scale   store calls and seconds over 10^4 versions and 10^5 adapters; memory per adapter'
 	@echo 'make test-vllm     the contract of backends on a real vLLM server; skips where vllm-env was not made'
 	@echo 'make bench-serving 50 swaps in a real vLLM server under load: promoted -> answered, throughput, mixed replies'
+	@echo 'make bench-batched many adapters in one pass against one by one and against Trainer + peft; tests/gpu/run.sh on a GPU'
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
 	@echo 'make lock          requirements.lock and requirements-vllm.lock again from pyproject.toml'
 	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
@@ -74,6 +75,10 @@ bench-serving: $(READY)
 
 bench-scale: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_scale
+
+bench-batched: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_batched --base shipped
+	$(BIN)/python -m tests.benchmarks.bench_batched --base smollm2 --counts 1,4,16
 
 bench-facts: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_facts

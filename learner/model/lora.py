@@ -184,6 +184,10 @@ class Lora:
         """Return a copy of the slot's weights, fp32 on the CPU."""
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.parameters.items()}
 
+    def layers(self) -> dict[str, Any]:
+        """Return PEFT's layers by the name that their tensors have in PEFT's files, without `.lora_A.weight`."""
+        return {f"{_FILE_PREFIX}{path}": layer for path, layer in sorted(_lora_layers(self.model).items())}
+
     def adapter_config(self) -> bytes:
         """Return the bytes of PEFT's `adapter_config.json` for this slot's weights."""
         return adapter_config(self.base.name, self.config, self.shapes)

@@ -113,7 +113,7 @@ def _trained_logits(
     inputs, where, labels = _packed(rows) if packed else _padded(rows, pad)
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     where, labels = where.to(device), labels.to(device)
-    if _head_is_plain(model):
+    if has_plain_head(model):
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state  # (B, T, D)
         logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, where))  # (N, V)
     else:
@@ -164,7 +164,7 @@ def _packs(model: Any) -> bool:
             try:
                 together = _trained_logits(model, rows, device, 0, packed=True)[0]
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                if _is_out_of_memory(error):  # says nothing about the model, and would change the bits of a rebuild
+                if is_out_of_memory(error):  # says nothing about the model, and would change the bits of a rebuild
                     raise
                 known = False
             else:
@@ -185,13 +185,13 @@ def next_token_logits(model: Any, ids: Sequence[int], device: torch.device) -> t
         Tensor (V,) on the device.
     """
     row = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
-    if _head_is_plain(model):
+    if has_plain_head(model):
         hidden = model.base_model(input_ids=row, use_cache=False).last_hidden_state[:, -1]  # (1, D)
         return model.get_output_embeddings()(hidden)[0]  # type: ignore[no-any-return]
     return model(input_ids=row, use_cache=False).logits[0, -1]  # type: ignore[no-any-return]
 
 
-def _head_is_plain(model: Any) -> bool:
+def has_plain_head(model: Any) -> bool:
     """Return True if the logits are the output embedding of the last hidden state.
 
     Some model families scale or cap the logits after it. The answer is measured once and kept on the model.
@@ -300,7 +300,7 @@ def within_memory(attempt: Callable[[int], T], rows: Sequence[TokenRow], max_row
         try:
             return attempt(max_rows), max_rows
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             failure = error
         tried = min(max_rows, len(rows))
@@ -318,7 +318,7 @@ def within_memory(attempt: Callable[[int], T], rows: Sequence[TokenRow], max_row
         max_rows = (tried + 1) // 2
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Return True if the error says that memory ran out. On a CPU torch raises a RuntimeError for that."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or _CPU_ALLOCATOR in str(error)
 

@@ -1,0 +1,1 @@
+"""Many adapters in one pass: rows of several adapters packed into one row, LoRA as stacked tensors."""

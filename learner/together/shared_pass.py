@@ -1,0 +1,210 @@
+"""One forward and backward pass over the packed rows of several adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from perennial.learner.model.lora import Lora
+from perennial.learner.model.loss import autocast, has_plain_head, is_out_of_memory
+from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.together.chunked_head import losses_and_gradient
+from perennial.learner.together.packed_attention import Documents, packed_attention
+from perennial.learner.together.packing import AdapterRows, PackedRows, Size, pack
+from perennial.learner.together.pass_graphs import PassGraphs
+from perennial.learner.together.stacked_lora import StackedLora
+
+_TOLERANCE = 0.02
+"""Largest difference between hidden states, as a share of the largest one, that counts as rounding."""
+
+
+class SharedPass:
+    """Computes losses and gradients of several adapters. One per base, rank and number format: it keeps its tensors.
+
+    On CUDA all passes are filled up to one of few sizes. The second pass of a size is captured as a CUDA graph and
+    replayed from then on: small passes wait for the launching of kernels most of the time.
+
+    Args:
+        lora: Slot whose layers, rank and scale the adapters have.
+        graphs: On CUDA, capture graphs.
+    """
+
+    def __init__(self, lora: Lora, *, graphs: bool) -> None:
+        self._lora = lora
+        self._device = torch.device(lora.base.device)
+        self._on_cuda = self._fills = self._device.type == "cuda"
+        self._graphs = PassGraphs() if graphs and self._on_cuda else None
+        self._stacked: StackedLora | None = None
+
+    @classmethod
+    def of(cls, lora: Lora, *, graphs: bool) -> SharedPass:
+        """Return the object for a slot, which is kept on the model."""
+        kept = lora.model.__dict__.setdefault("_shared_passes", {})
+        key = (lora.config, lora.compute_dtype, graphs)
+        if key not in kept:
+            kept[key] = cls(lora, graphs=graphs)
+        found: SharedPass = kept[key]
+        return found
+
+    def release(self) -> None:
+        """Free the tensors and graphs that are kept between passes."""
+        self._stacked = None
+        if self._graphs is not None:
+            self._graphs.clear()
+        if self._on_cuda:
+            torch.cuda.empty_cache()
+
+    def run(self, weights: torch.Tensor, parts: Sequence[AdapterRows]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the losses of adapters and the gradients of their weights.
+
+        Args:
+            weights: fp32 (n, P), see `Layout`.
+            parts: Rows of the n adapters.
+
+        Returns:
+            Losses (n,) and gradients (n, P), fp32; valid until the next call.
+        """
+        count = len(parts)
+        size = Size.holding(parts) if self._fills else None
+        stacked = self._stacks(size.adapters if size else count)
+        stacked.weights[:count].copy_(weights)
+        inputs = _Inputs.of(parts, size)
+        if self._graphs is None or size is None or not stacked.groups_on_device:
+            losses = _compute(self._lora, stacked, inputs.to(self._device))
+        else:
+            losses = self._graphs.run(inputs, lambda static: _compute(self._lora, stacked, static), self._device)
+        return losses[:count], stacked.gradient[:count]
+
+    def _stacks(self, count: int) -> StackedLora:
+        if self._stacked is None or len(self._stacked) < count:
+            self.release()
+            self._stacked = StackedLora(self._lora, count)
+        return self._stacked
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """The rows of a pass.
+
+    Attributes:
+        packed: Rows of all adapters.
+        teacher: Those with `like_base` alone, which the frozen base reads.
+    """
+
+    packed: PackedRows
+    teacher: PackedRows | None
+
+    @classmethod
+    def of(cls, parts: Sequence[AdapterRows], size: Size | None) -> _Inputs:
+        rows = [row for part in parts for row in part.rows if row.like_base]
+        if not rows:
+            return cls(pack(parts, size), None)
+        alone = [AdapterRows(rows, 0.0, 0.0, parts[0].pad)]
+        of_teacher = None if size is None else replace(Size.holding(alone), like_base=size.like_base)
+        return cls(pack(parts, size), pack(alone, of_teacher))
+
+    def to(self, device: torch.device) -> _Inputs:
+        return _Inputs(self.packed.to(device), self.teacher.to(device) if self.teacher else None)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        of_teacher = self.teacher.tensors() if self.teacher else {}
+        return self.packed.tensors() | {f"teacher.{name}": tensor for name, tensor in of_teacher.items()}
+
+    def shape(self) -> tuple[object, ...]:
+        shapes = tuple(tuple(tensor.shape) for tensor in self.tensors().values())
+        return (*shapes, self.packed.longest, self.teacher.longest if self.teacher else 0)
+
+
+def _compute(lora: Lora, stacked: StackedLora, inputs: _Inputs) -> torch.Tensor:
+    """Compute one pass over rows on the device, and put the gradients into those of the stack.
+
+    Returns:
+        Losses (n,), fp32 on the device.
+    """
+    model: Any = lora.model
+    packed, teacher = inputs.packed, inputs.teacher
+    stacked.gradient[: len(packed.bounds) - 1].zero_()
+    base = None
+    if teacher is not None:
+        with torch.no_grad(), stacked.base_alone():
+            base = _hidden(lora, teacher).index_select(0, teacher.predicting).to(stacked.dtype)
+    with torch.enable_grad(), stacked.active(packed.bounds, packed.ends), _taking_gradients(model):
+        hidden = _hidden(lora, packed)  # (T, d)
+        with torch.no_grad():
+            predicting = hidden.detach().index_select(0, packed.predicting).to(stacked.dtype)  # (N, d)
+            nats, gradient = losses_and_gradient(
+                model.get_output_embeddings(), predicting, base, packed.labels, packed.weights
+            )
+            # Gathered, not scattered: a sum in any order would change the last bits from run to run.
+            gradient = torch.cat([gradient, gradient.new_zeros(1, gradient.shape[1])])
+            gradient = gradient.index_select(0, packed.gathered_from).to(hidden.dtype)
+        hidden.backward(gradient)  # type: ignore[no-untyped-call]
+    adapters = torch.arange(len(packed.bounds) - 1, device=nats.device)
+    # A product with zero would spread one adapter's NaN to all.
+    of_adapter = torch.where(packed.adapters == adapters[:, None], nats * packed.weights, 0.0)  # (n, N)
+    return of_adapter.sum(1)
+
+
+def _hidden(lora: Lora, packed: PackedRows) -> torch.Tensor:
+    """Return the last hidden states (T, d)."""
+    model: Any = lora.model
+    device = torch.device(lora.base.device)
+    documents = Documents(packed.lengths, packed.starts, packed.longest)
+    # A base in bf16 computes in bf16 by itself.
+    casting = autocast(device, lora.compute_dtype if device.type == "cpu" else torch.float32)
+    with packed_attention(model, documents), casting:
+        inputs = {"input_ids": packed.ids[None], "position_ids": packed.positions[None]}
+        return model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _taking_gradients(model: Any) -> Iterator[None]:
+    """Make the hidden states take gradients from the first layer on, for the weights are none of autograd's inputs."""
+
+    def require(_: Any, __: Any, output: torch.Tensor) -> None:
+        output.requires_grad_(True)
+
+    handle = model.get_input_embeddings().register_forward_hook(require)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def packs_together(lora: Lora) -> bool:
+    """Return True if the model computes packed rows, with this package's attention, as it computes each row alone.
+
+    A model with a recurrent state, with an attention that packed attention does not know, or with more than an embedding
+    as its head does not. The answer is measured once and kept on the model.
+    """
+    model: Any = lora.model
+    known = getattr(model, "_packs_together", None)
+    if known is None:
+        model._packs_together = known = has_plain_head(model) and _measure_packing(lora)  # noqa: SLF001
+    return bool(known)
+
+
+def _measure_packing(lora: Lora) -> bool:
+    device = torch.device(lora.base.device)
+    rows = [TokenRow((0, 1, 0, 1, 1, 0, 1)), TokenRow((1, 0, 0, 1))]
+    packed = pack([AdapterRows(rows, 1.0, 1.0, 0)])
+    with lora.disabled(), torch.no_grad():
+        alone = torch.cat(
+            [
+                lora.model.base_model(
+                    input_ids=torch.tensor([row.ids], device=device), use_cache=False
+                ).last_hidden_state[0]
+                for row in rows
+            ]
+        )
+        try:
+            together = _hidden(lora, packed.to(device))[: len(alone)]
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+            if is_out_of_memory(error):
+                raise
+            return False
+    return bool((together - alone).abs().max() <= _TOLERANCE * alone.abs().max())

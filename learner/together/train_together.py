@@ -1,0 +1,265 @@
+"""Train several adapters over one base in the same forward and backward passes.
+
+Each adapter has its own rows, losses, gradient norm, clipping, rate and optimizer state, as if `train` had trained it
+alone; only the products with the frozen base are shared. An adapter whose loss is not finite spoils nothing but its own
+result. What shares a pass decides the last bits, because products of other sizes add up in another order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from perennial.learner.model.lora import Lora, Tensors, check_weights
+from perennial.learner.model.loss import OutOfMemoryError, ignore_step, is_out_of_memory
+from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.together.packing import AdapterRows
+from perennial.learner.together.shared_pass import SharedPass, packs_together
+from perennial.learner.together.stacked_adamw import StackedAdamW, clip
+from perennial.learner.together.stacked_lora import Layout
+from perennial.learner.training.trainer import TrainConfig, TrainResult, steps_taken, train
+
+PASS_TOKENS = 4096
+"""Most tokens of a pass. More gain nothing: a GPU is busy with so many, and activations take memory by the token."""
+
+
+@dataclass(frozen=True)
+class AdapterJob:
+    """What `train` takes for one adapter.
+
+    Attributes:
+        weights: LoRA tensors by name to start from.
+        optimizer: Moments and step count to continue from; None for an adapter's first training.
+        schedule: Rows of each step.
+        config: Rate, clipping and weights. `micro_rows` and `packed_tokens` have no effect: passes are bounded by tokens.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor] | None
+    schedule: Sequence[Sequence[TokenRow]]
+    config: TrainConfig
+
+
+def train_together(
+    lora: Lora,
+    jobs: Sequence[AdapterJob],
+    *,
+    lock: AbstractContextManager[object] | None = None,
+    on_step: Callable[[], None] = ignore_step,
+    pass_tokens: int = PASS_TOKENS,
+    graphs: bool = True,
+) -> list[TrainResult]:
+    """Train adapters of one base and rank, one optimizer step of each per entry of its schedule.
+
+    An adapter with fewer steps than others is finished earlier. Where memory runs out, passes are halved, then the
+    adapters are trained in two parts. A model that does not compute packed rows as it computes each alone gets its
+    adapters trained one by one.
+
+    Args:
+        lora: Slot whose layers, rank and scale all adapters have.
+        jobs: Adapters.
+        lock: Lock on the base, held for each step of all adapters.
+        on_step: Called after each step, without the lock; it has no effect on the result.
+        pass_tokens: Most tokens of a forward and backward pass, but for a single row that has more.
+        graphs: On CUDA, replay passes of the same size as one CUDA graph.
+
+    Returns:
+        One result per job, in the order of the jobs. The losses of an adapter that failed are not finite.
+
+    Raises:
+        AdapterError: The weights of a job do not fit the slot.
+        OutOfMemoryError: A single row does not fit the memory.
+    """
+    for job in jobs:
+        check_weights(job.weights, lora.shapes)
+    with lock or nullcontext():
+        together = packs_together(lora)
+    if not together:
+        return [train(lora, job.weights, job.optimizer, job.schedule, job.config, lock, on_step) for job in jobs]
+    order = sorted(range(len(jobs)), key=lambda index: -len(jobs[index].schedule))
+    results = _within_memory(
+        lora, [jobs[index] for index in order], lock or nullcontext(), on_step, pass_tokens, graphs=graphs
+    )
+    by_job = dict(zip(order, results, strict=True))
+    return [by_job[index] for index in range(len(jobs))]
+
+
+def _within_memory(
+    lora: Lora,
+    jobs: Sequence[AdapterJob],
+    lock: AbstractContextManager[object],
+    on_step: Callable[[], None],
+    pass_tokens: int,
+    *,
+    graphs: bool,
+) -> list[TrainResult]:
+    """Train the jobs, in two parts where their states do not fit the memory at once."""
+    try:
+        return _Together(lora, jobs, pass_tokens, graphs=graphs).run(lock, on_step)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(jobs) < 2:
+            raise
+        error.__traceback__ = None  # it keeps the tensors of the failed attempt alive
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = len(jobs) // 2
+    return [
+        result
+        for part in (jobs[:half], jobs[half:])
+        for result in _within_memory(lora, part, lock, on_step, pass_tokens, graphs=graphs)
+    ]
+
+
+class _Together:
+    """One run: the states of the jobs, stacked, and the steps that change them."""
+
+    def __init__(self, lora: Lora, jobs: Sequence[AdapterJob], pass_tokens: int, *, graphs: bool) -> None:
+        self._lora, self._jobs = lora, jobs
+        self._device = torch.device(lora.base.device)
+        self._layout = Layout.of(lora)
+        self._pass_tokens = pass_tokens
+        self._shared = SharedPass.of(lora, graphs=graphs)
+        self._weights = self._stacked([job.weights for job in jobs], "")
+        self._optimizer = StackedAdamW(self._weights)
+        self._taken = [steps_taken(job.optimizer) for job in jobs]
+        for row, taken in enumerate(self._taken):
+            self._optimizer.set_taken(row, taken)
+        for name, moment in self._optimizer.moments().items():
+            for row, job in enumerate(jobs):
+                if job.optimizer:
+                    moment[row].copy_(self._flat(job.optimizer, f"{name}."))
+        self._gradient = torch.zeros_like(self._weights)
+        self._limits = torch.tensor([job.config.clip_norm for job in jobs], device=self._device)
+
+    def _flat(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor:
+        return torch.cat([tensors[prefix + name].reshape(-1).float() for name in self._layout.names])
+
+    def _stacked(self, states: Sequence[Mapping[str, torch.Tensor]], prefix: str) -> torch.Tensor:
+        rows = torch.empty(len(states), self._layout.width, pin_memory=self._device.type == "cuda")
+        for row, tensors in zip(rows, states, strict=True):
+            torch.cat([tensors[prefix + name].reshape(-1) for name in self._layout.names], out=row)
+        return rows.to(self._device, non_blocking=True)
+
+    def run(self, lock: AbstractContextManager[object], on_step: Callable[[], None]) -> list[TrainResult]:
+        """Take all steps.
+
+        Returns:
+            One result per job.
+        """
+        losses: list[torch.Tensor] = []
+        norms: list[torch.Tensor] = []
+        for step in range(len(self._jobs[0].schedule)):
+            with lock:
+                loss, norm = self._step(step)
+            losses.append(loss)
+            norms.append(norm)
+            on_step()
+        return self._results(losses, norms)
+
+    def _step(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take one step of each adapter that has one.
+
+        Returns:
+            Losses and norms of these adapters, on the device.
+        """
+        active = sum(len(job.schedule) > step for job in self._jobs)
+        parts = [_adapter_rows(job.schedule[step], job.config) for job in self._jobs[:active]]
+        losses = self._accumulate(parts)
+        norms = clip(self._gradient[:active], self._limits[:active])
+        rates = [
+            job.config.learning_rate * min(1.0, (taken + step + 1) / job.config.warmup_steps)
+            for job, taken in zip(self._jobs[:active], self._taken, strict=False)
+        ]
+        betas = [job.config.betas for job in self._jobs[:active]]
+        self._optimizer.step(self._gradient, rates, betas)
+        return losses, norms
+
+    def _accumulate(self, parts: Sequence[AdapterRows]) -> torch.Tensor:
+        """Put the gradient of a step into `_gradient`, with smaller passes where memory runs out."""
+        while True:
+            passes = _passes(parts, self._pass_tokens)
+            try:
+                return self._accumulate_passes(passes, len(parts))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                failure = error
+            largest = max(sum(len(row.ids) for part in of_pass for row in part.rows) for _, of_pass in passes)
+            if all(sum(len(part.rows) for part in of_pass) == 1 for _, of_pass in passes):
+                raise OutOfMemoryError(
+                    got=f"one row at a time, of up to {largest} tokens",
+                    allowed="rows that fit the memory next to the base",
+                    remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
+                ) from failure
+            failure.__traceback__ = None
+            self._shared.release()
+            self._pass_tokens = (min(largest, self._pass_tokens) + 1) // 2
+
+    def _accumulate_passes(self, passes: Sequence[tuple[int, Sequence[AdapterRows]]], count: int) -> torch.Tensor:
+        losses = torch.zeros(count, device=self._device)
+        self._gradient.zero_()
+        for first, of_pass in passes:
+            rows = slice(first, first + len(of_pass))
+            loss, gradient = self._shared.run(self._weights[rows], of_pass)
+            losses[rows] += loss
+            self._gradient[rows] += gradient
+        return losses
+
+    def _results(self, losses: Sequence[torch.Tensor], norms: Sequence[torch.Tensor]) -> list[TrainResult]:
+        host = torch.empty(3, *self._weights.shape, pin_memory=self._device.type == "cuda")
+        moments = self._optimizer.moments()
+        for target, source in zip(host, (self._weights, *moments.values()), strict=True):
+            target.copy_(source, non_blocking=True)
+        of_steps = [(loss.tolist(), norm.tolist()) for loss, norm in zip(losses, norms, strict=True)]
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        results = []
+        for row, job in enumerate(self._jobs):
+            steps = len(job.schedule)
+            optimizer: Tensors = {"step": torch.tensor([float(self._taken[row] + steps)])}
+            for name, moment in zip(moments, host[1:], strict=True):
+                optimizer |= {f"{name}.{tensor}": view for tensor, view in self._layout.views(moment[row]).items()}
+            results.append(
+                TrainResult(
+                    weights=self._layout.views(host[0, row]),
+                    optimizer=optimizer,
+                    losses=tuple(loss[row] for loss, _ in of_steps[:steps]),
+                    norms=tuple(norm[row] for _, norm in of_steps[:steps]),
+                    tokens=sum(row.tokens for rows in job.schedule for row in rows),
+                )
+            )
+        return results
+
+
+def _adapter_rows(rows: Sequence[TokenRow], config: TrainConfig) -> AdapterRows:
+    """Return an adapter's rows of one step, those with `like_base` last and like lengths together, as `train` has them."""
+    text, base = (sum(row.tokens for row in rows if row.like_base is kind) for kind in (False, True))
+    return AdapterRows(
+        rows=sorted(rows, key=lambda row: (row.like_base, len(row.ids))),
+        text_weight=1 / text if text else 0.0,
+        base_weight=config.like_base_weight / base if base else 0.0,
+        pad=config.pad,
+    )
+
+
+def _passes(parts: Sequence[AdapterRows], max_tokens: int) -> list[tuple[int, list[AdapterRows]]]:
+    """Return the rows in passes, in the order of the adapters: the first adapter of each pass, and the rows of each."""
+    passes: list[tuple[int, list[list[TokenRow]]]] = []
+    tokens = 0
+    for adapter, part in enumerate(parts):
+        for row in part.rows:
+            tokens += len(row.ids)
+            if not passes or tokens > max_tokens:
+                passes.append((adapter, []))
+                tokens = len(row.ids)
+            first, of_pass = passes[-1]
+            of_pass.extend([] for _ in range(adapter - first + 1 - len(of_pass)))
+            of_pass[-1].append(row)
+    return [
+        (first, [AdapterRows(rows, part.text_weight, part.base_weight, part.pad)
+                 for rows, part in zip(of_pass, parts[first:], strict=False)])
+        for first, of_pass in passes
+    ]  # fmt: skip

@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Run the tests and the benchmark that need a GPU, in at most four minutes: tests/gpu/run.sh [FOLDER [SHAPE...]]
+# FOLDER (default: out/gpu) gets gpu.json with all figures and log.txt. SHAPE is 135m, 1.2b or 8b (default: all three).
+# Wheels of Python packages that the machine lacks are taken from the folder .whl, if there is one.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+out=${1:-out/gpu}
+shift || true
+mkdir -p "$out" && out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
+if compgen -G '.whl/*.whl' > /dev/null; then
+  "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl || exit 1
+  export PYTHONPATH=/tmp/site:$PWD
+fi
+began=$(date +%s)
+{
+  timeout 75 "$python" -m pytest --noconftest -W ignore -q -p no:xdist --timeout 60 tests/gpu
+  tests=$?
+  for shape in "${@:-135m 1.2b 8b}"; do
+    for one in $shape; do
+      echo "== $one after $(($(date +%s) - began)) s"
+      timeout "${LIMIT_S:-100}" "$python" -m tests.benchmarks.bench_batched --shape "$one" ${BENCH_OPTIONS:-} --out "$out/$one.json"
+    done
+  done
+  echo "== done after $(($(date +%s) - began)) s"
+  "$python" - "$out" "$tests" <<'CODE'
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+made = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json")) if path.stem != "gpu"}
+(folder / "gpu.json").write_text(json.dumps({"tests_exit_code": int(sys.argv[2]), "bases": made}, indent=1) + "\n")
+CODE
+} 2>&1 | tee "$out/log.txt"

@@ -1,0 +1,116 @@
+"""Many adapters in one pass on a CUDA device: as `train` trains each alone, and nothing spreads from one to another."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from perennial.learner.model.base import load_base
+from perennial.learner.model.determinism import make_deterministic
+from perennial.learner.model.lora import Lora, LoraConfig
+from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.together.shared_pass import SharedPass, packs_together
+from perennial.learner.together.train_together import AdapterJob, train_together
+from perennial.learner.training.trainer import TrainConfig, TrainResult, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible to torch"),
+]
+PLAN = TrainConfig(learning_rate=1e-3, clip_norm=1.0, pad=2, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def lora() -> Lora:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    make_deterministic(2)
+    return Lora(load_base("shipped", "cuda", 2), LoraConfig(rank=8, alpha=16))
+
+
+def jobs_over(lora: Lora, count: int, like_base: int = 0) -> list[AdapterJob]:
+    rng = random.Random(5)
+
+    def rows(number: int) -> list[TokenRow]:
+        return [
+            TokenRow(
+                tuple(rng.randrange(8, 4000) for _ in range(rng.randrange(9, 60))), rng.randrange(1, 4),
+                like_base=index >= number - like_base,
+            )
+            for index in range(number)
+        ]  # fmt: skip
+
+    made = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(index)
+        weights = {
+            name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator)
+            for name, tensor in lora.initial_weights(f"a{index}", 0).items()
+        }
+        made.append(AdapterJob(weights, None, [rows(4) for _ in range(3 - index % 2)], PLAN))
+    return made
+
+
+def assert_like(one: TrainResult, other: TrainResult, job: AdapterJob) -> None:
+    """Assert that two runs in bf16 went the same way."""
+    assert one.losses == pytest.approx(other.losses, rel=5e-3)
+    assert one.norms == pytest.approx(other.norms, rel=5e-2)
+    for name, moment in one.optimizer.items():
+        if name.startswith("exp_avg."):
+            assert float((moment - other.optimizer[name]).norm()) <= 0.1 * float(other.optimizer[name].norm()), name
+    for name, start in job.weights.items():
+        assert not torch.equal(one.weights[name], start), f"{name} was not trained"
+
+
+def equal(one: TrainResult, other: TrainResult) -> bool:
+    return one.losses == other.losses and all(
+        torch.equal(tensor, (other.weights | other.optimizer)[name])
+        for name, tensor in (one.weights | one.optimizer).items()
+    )
+
+
+@pytest.mark.parametrize("like_base", [0, 1])
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("count", [1, 5])
+def test_adapters_in_one_pass_are_each_trained_as_alone(lora: Lora, count: int, graphs: bool, like_base: int) -> None:
+    assert packs_together(lora)
+    jobs = jobs_over(lora, count, like_base)
+    for _ in range(3):  # computed, captured, replayed
+        results = train_together(lora, jobs, graphs=graphs)
+    for job, result in zip(jobs, results, strict=True):
+        assert_like(result, train(lora, job.weights, None, job.schedule, job.config), job)
+    again = train_together(lora, jobs, graphs=graphs)
+    assert all(map(equal, results, again))
+
+
+def test_passes_are_captured_as_graphs(lora: Lora) -> None:
+    jobs = jobs_over(lora, 3)
+    results = [train_together(lora, jobs) for _ in range(3)]
+    shared = SharedPass.of(lora, graphs=True)
+    assert shared._graphs is not None
+    assert not shared._graphs._refused
+    assert any(shared._graphs._graphs.values())
+    for one, other in zip(results[0], results[2], strict=True):
+        assert one.losses == pytest.approx(other.losses, rel=1e-3)
+
+
+def test_an_adapter_with_nan_fails_alone(lora: Lora) -> None:
+    jobs = jobs_over(lora, 4)
+    name = next(iter(jobs[1].weights))
+    broken = jobs[1].weights | {name: torch.full_like(jobs[1].weights[name], float("nan"))}
+    for _ in range(3):
+        with_nan = train_together(lora, [jobs[0], replace(jobs[1], weights=broken), *jobs[2:]])
+        without = train_together(lora, jobs)
+    assert all(loss != loss for loss in with_nan[1].losses)  # noqa: PLR0124 - NaN
+    assert [equal(one, other) for one, other in zip(with_nan, without, strict=True)] == [True, False, True, True]
+
+
+def test_sub_passes_change_only_the_last_bits(lora: Lora) -> None:
+    jobs = jobs_over(lora, 4)
+    for job, one, other in zip(
+        jobs, train_together(lora, jobs, pass_tokens=128), train_together(lora, jobs), strict=True
+    ):
+        assert_like(one, other, job)
