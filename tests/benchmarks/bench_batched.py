@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import random
 import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -70,6 +72,7 @@ class Bench:
     lora: Lora
     texts: Callable[[int, int, int], list[TokenRow]]
     quick: bool
+    profile: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -188,6 +191,34 @@ def together(bench: Bench, jobs: Sequence[AdapterJob], *, graphs: bool = True) -
     return train_together(bench.lora, jobs, graphs=graphs)
 
 
+def step_seconds(bench: Bench, jobs: Sequence[AdapterJob]) -> list[float]:
+    """Return the seconds until the first step is done, which holds the loading of the weights, and those of the others."""
+    times = [time.perf_counter()]
+
+    def stop() -> None:
+        bench.wait()
+        times.append(time.perf_counter())
+
+    train_together(bench.lora, jobs, on_step=stop)
+    stop()  # the last entry: copying the results to the host
+    return [after - before for before, after in itertools.pairwise(times)]
+
+
+def kernels(bench: Bench, jobs: Sequence[AdapterJob], most: int = 30) -> list[str]:
+    """Return what the device spends its time with in one pass over the jobs: milliseconds, calls and name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        together(bench, jobs)
+        bench.wait()
+    on_device = [event for event in profiled.key_averages() if str(event.device_type).endswith("CUDA")]
+    ordered = sorted(on_device, key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in on_device)
+    return [f"{total / 1e3:.2f} in all"] + [
+        f"{event.self_device_time_total / 1e3:.2f} {event.count} {event.key[:100]}" for event in ordered[:most]
+    ]
+
+
 def relative_difference(
     jobs: Sequence[AdapterJob], some: Sequence[TrainResult], others: Sequence[TrainResult]
 ) -> float:
@@ -300,11 +331,14 @@ def measure_many(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
             own = [together(bench, [job])[0] for job in jobs[:alone]]
             figures["max_rel_diff_alone"] = relative_difference(jobs[:alone], results[:alone], own)
             figures["max_rel_diff_train"] = relative_difference(jobs[:alone], results[:alone], singles)
+        figures[f"steps_{count}_s"] = step_seconds(bench, some)
         if count in {4, max(counts)} and count < 64:
             figures[f"again_equal_{count}"] = equal_bits(results, together(bench, some))
             took, eager = bench.timed(lambda some=some: together(bench, some, graphs=False), 2)
             figures[f"eager_{count}_s"], figures[f"eager_equal_{count}"] = took, equal_bits(results, eager)
             reset_memory(bench)
+        if bench.profile and count == min(16, max(counts)):
+            figures[f"kernels_{count}"] = kernels(bench, some)
         del results
     figures["real_tokens_per_step_16"] = sum(len(row.ids) for job in jobs[:16] for row in job.schedule[0])
     return figures
@@ -348,7 +382,8 @@ def measure_full(bench: Bench, flops: float) -> dict[str, Any]:
     log(
         bench, f"{count} x {width} full: {LARGE_STEPS * count * width / seconds:,.0f} tokens/s, {share:.1%} of the peak"
     )
-    return {
+    profiled = {"kernels": kernels(bench, [job])} if bench.profile else {}
+    return profiled | {
         "tokens_per_s": LARGE_STEPS * count * width / seconds, "s": seconds, "peak_share": share,
         "peak_gb": memory_gb(bench),
     }  # fmt: skip
@@ -379,24 +414,35 @@ def run(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
     """
     flops = matmul_flops(bench)
     log(bench, f"matrix products: {flops / 1e12:.3g} TFLOP/s")
-    many = measure_many(bench, counts)
-    full = measure_full(bench, flops)
-    small = measure_update(bench, 12, 32 if bench.quick else 128, SMALL_STEPS, flops)
-    large = {} if bench.quick or bench.device.type == "cpu" else measure_update(bench, 16, 1024, LARGE_STEPS, flops)
+    many = attempt(lambda: measure_many(bench, counts))
+    full = attempt(lambda: measure_full(bench, flops))
+    small = attempt(lambda: measure_update(bench, 12, 32 if bench.quick else 128, SMALL_STEPS, flops))
+    large = {}
+    if bench.device.type == "cuda" and not bench.quick:
+        large = attempt(lambda: measure_update(bench, 16, 1024, LARGE_STEPS, flops))
     kind = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     return {
         "device": kind,
         "base": bench.name,
         "together_16": many.get("together_16"),
         "together_64": many.get("together_64"),
-        "vs_trainer": small["vs_trainer"],
+        "vs_trainer": small.get("vs_trainer"),
         "vs_trainer_large": large.get("vs_trainer"),
-        "peak_share": full["peak_share"],
+        "peak_share": full.get("peak_share"),
         "max_rel_diff_alone": many.get("max_rel_diff_alone"),
-        "peak_gb": full["peak_gb"],
+        "peak_gb": full.get("peak_gb"),
         "matmul_tflops": flops / 1e12,
         "figures": {"many": many, "full": full, "small": small, "large": large},
     }
+
+
+def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return what is measured, or the error: the other figures of a lent machine are not to be lost with it."""
+    try:
+        return measure()
+    except (RuntimeError, OutOfMemoryError) as error:
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"[:300]}
 
 
 def missed(summary: dict[str, Any]) -> list[str]:
@@ -406,7 +452,7 @@ def missed(summary: dict[str, Any]) -> list[str]:
         f"{name} {summary[name]} < {goal}" for name, goal in GOALS.get(where, {}).items()
         if summary[name] is None or not summary[name] >= goal
     ]  # fmt: skip
-    if where in MOST_GB and not summary["peak_gb"] <= MOST_GB[where]:
+    if where in MOST_GB and not (summary["peak_gb"] or 1e9) <= MOST_GB[where]:
         found.append(f"peak_gb {summary['peak_gb']} > {MOST_GB[where]}")
     return found
 
@@ -415,6 +461,8 @@ def rounded(value: Any) -> Any:
     """Return the value with its numbers to four digits."""
     if isinstance(value, dict):
         return {name: rounded(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
@@ -425,10 +473,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--counts", default="1,4,16,64", help="adapters in one pass")
     parser.add_argument("--quick", action="store_true", help="short rows, for trying the benchmark")
+    parser.add_argument("--profile", action="store_true", help="also say what a GPU spends its time with")
     parser.add_argument("--out", type=Path, help="file for the JSON")
     options = parser.parse_args()
     make_deterministic(torch.get_num_threads())
     bench = made_bench(options.base, options.shape, options.device, quick=options.quick)
+    bench.profile = options.profile
     summary = rounded(run(bench, [int(count) for count in options.counts.split(",")]))
     if options.out:
         options.out.write_text(json.dumps(summary, indent=1) + "\n")

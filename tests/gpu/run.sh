@@ -6,6 +6,7 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${1:-out/gpu}
 shift || true
+[ $# -gt 0 ] || set -- 135m 1.2b 8b
 mkdir -p "$out" && out=$(cd "$out" && pwd)
 python=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1
@@ -15,13 +16,14 @@ if compgen -G '.whl/*.whl' > /dev/null; then
 fi
 began=$(date +%s)
 {
-  timeout 75 "$python" -m pytest --noconftest -W ignore -q -p no:xdist --timeout 60 tests/gpu
+  timeout 60 "$python" -m pytest --noconftest -W ignore -q -p no:xdist tests/gpu
   tests=$?
-  for shape in "${@:-135m 1.2b 8b}"; do
-    for one in $shape; do
-      echo "== $one after $(($(date +%s) - began)) s"
-      timeout "${LIMIT_S:-100}" "$python" -m tests.benchmarks.bench_batched --shape "$one" ${BENCH_OPTIONS:-} --out "$out/$one.json"
-    done
+  for shape in "$@"; do
+    counts=1,4,16,64
+    [ "$shape" != 8b ] || counts=1,4,16
+    echo "== $shape after $(($(date +%s) - began)) s"
+    timeout "${LIMIT_S:-80}" "$python" -m tests.benchmarks.bench_batched --shape "$shape" --counts $counts \
+      ${BENCH_OPTIONS:-} --out "$out/$shape.json"
   done
   echo "== done after $(($(date +%s) - began)) s"
   "$python" - "$out" "$tests" <<'CODE'
