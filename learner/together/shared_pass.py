@@ -72,6 +72,8 @@ class SharedPass:
         size = Size.holding(parts) if self._fills else None
         stacked = self._stacks(size.adapters if size else count)
         stacked.weights[:count].copy_(weights)
+        if size is not None:  # what fills up computes with zeros, not with what an earlier pass left
+            stacked.weights[count : size.adapters].zero_()
         inputs = _Inputs.of(parts, size)
         if self._graphs is None or size is None or not stacked.groups_on_device:
             losses = _compute(self._lora, stacked, inputs.to(self._device))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,8 +22,12 @@ from perennial.learner.together.stacked_adamw import StackedAdamW, clip
 from perennial.learner.together.stacked_lora import Layout
 from perennial.learner.training.trainer import TrainConfig, TrainResult, steps_taken, train
 
-PASS_TOKENS = 4096
-"""Most tokens of a pass. More gain nothing: a GPU is busy with so many, and activations take memory by the token."""
+PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
+"""Most tokens of a pass. More gain nothing: the device is busy with so many, and activations take memory by the token."""
+ACTIVATION_BYTES = 32 * 2**30
+"""Most memory that the activations of a pass may take on a GPU, as they are estimated, and at most 40 % of its memory."""
+_BYTES_OF_ACTIVATIONS = 1.3
+"""Activations of a Llama in bf16, as a multiple of the inputs and outputs of its linear layers (measured at 8B)."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def train_together(
     *,
     lock: AbstractContextManager[object] | None = None,
     on_step: Callable[[], None] = ignore_step,
-    pass_tokens: int = PASS_TOKENS,
+    pass_tokens: int | None = None,
     graphs: bool = True,
 ) -> list[TrainResult]:
     """Train adapters of one base and rank, one optimizer step of each per entry of its schedule.
@@ -63,7 +67,8 @@ def train_together(
         jobs: Adapters.
         lock: Lock on the base, held for each step of all adapters.
         on_step: Called after each step, without the lock; it has no effect on the result.
-        pass_tokens: Most tokens of a forward and backward pass, but for a single row that has more.
+        pass_tokens: Most tokens of a forward and backward pass, but for a single row that has more; None: as
+            `most_pass_tokens` says.
         graphs: On CUDA, replay passes of the same size as one CUDA graph.
 
     Returns:
@@ -81,10 +86,27 @@ def train_together(
         return [train(lora, job.weights, job.optimizer, job.schedule, job.config, lock, on_step) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: -len(jobs[index].schedule))
     results = _within_memory(
-        lora, [jobs[index] for index in order], lock or nullcontext(), on_step, pass_tokens, graphs=graphs
+        lora,
+        [jobs[index] for index in order],
+        lock or nullcontext(),
+        on_step,
+        pass_tokens or most_pass_tokens(lora),
+        graphs=graphs,
     )
     by_job = dict(zip(order, results, strict=True))
     return [by_job[index] for index in range(len(jobs))]
+
+
+def most_pass_tokens(lora: Lora) -> int:
+    """Return the most tokens of a pass: the same number for one base and kind of device, since it decides bits."""
+    device = torch.device(lora.base.device)
+    if device.type != "cuda":
+        return PASS_TOKENS["cpu"]
+    widths = sum(layer.in_features + layer.out_features for layer in lora.layers().values())
+    by_token = 2 * widths * _BYTES_OF_ACTIVATIONS
+    memory = min(ACTIVATION_BYTES, 0.4 * torch.cuda.get_device_properties(device).total_memory)
+    fitting = max(512, int(memory / by_token))
+    return min(PASS_TOKENS["cuda"], 1 << (fitting.bit_length() - 1))
 
 
 def _within_memory(
@@ -246,20 +268,29 @@ def _adapter_rows(rows: Sequence[TokenRow], config: TrainConfig) -> AdapterRows:
 
 
 def _passes(parts: Sequence[AdapterRows], max_tokens: int) -> list[tuple[int, list[AdapterRows]]]:
-    """Return the rows in passes, in the order of the adapters: the first adapter of each pass, and the rows of each."""
-    passes: list[tuple[int, list[list[TokenRow]]]] = []
-    tokens = 0
-    for adapter, part in enumerate(parts):
-        for row in part.rows:
-            tokens += len(row.ids)
-            if not passes or tokens > max_tokens:
-                passes.append((adapter, []))
-                tokens = len(row.ids)
-            first, of_pass = passes[-1]
-            of_pass.extend([] for _ in range(adapter - first + 1 - len(of_pass)))
-            of_pass[-1].append(row)
+    """Return the rows in few passes of about the same size, in the order of the adapters.
+
+    Returns:
+        The first adapter of each pass, and the rows of each adapter from it on.
+    """
+    rows = [(adapter, row) for adapter, part in enumerate(parts) for row in part.rows]
+    total = sum(len(row.ids) for _, row in rows)
+    for count in range(max(1, -(-total // max_tokens)), len(rows) + 1):
+        passes: list[list[tuple[int, TokenRow]]] = [[] for _ in range(count)]
+        before = 0
+        for adapter, row in rows:
+            passes[(2 * before + len(row.ids)) * count // (2 * total)].append((adapter, row))
+            before += len(row.ids)
+        passes = [of_pass for of_pass in passes if of_pass]
+        if all(len(of_pass) == 1 or sum(len(row.ids) for _, row in of_pass) <= max_tokens for of_pass in passes):
+            break
+    else:
+        passes = [[row] for row in rows]
+    return [(of_pass[0][0], _by_adapter(of_pass, parts)) for of_pass in passes]
+
+
+def _by_adapter(rows: Sequence[tuple[int, TokenRow]], parts: Sequence[AdapterRows]) -> list[AdapterRows]:
     return [
-        (first, [AdapterRows(rows, part.text_weight, part.base_weight, part.pad)
-                 for rows, part in zip(of_pass, parts[first:], strict=False)])
-        for first, of_pass in passes
-    ]  # fmt: skip
+        replace(parts[adapter], rows=[row for owner, row in rows if owner == adapter])
+        for adapter in range(rows[0][0], rows[-1][0] + 1)
+    ]

@@ -101,6 +101,7 @@ class Bench:
         """Return the least seconds of some runs, and the result of the last."""
         seconds = []
         for _ in range(repeat):
+            result = None  # results are kept in pinned memory, which takes long to make
             self.wait()
             began = time.perf_counter()
             result = work()
