@@ -117,14 +117,23 @@ def measure_scoring(base: Base, settings: Settings, seconds: float) -> float:
 
 
 def measure_training(base: Base, settings: Settings, seconds: float) -> float:
-    """Return how many tokens per second a training step takes: rows of the length that is set, and the rank that is set."""
+    """Return how many tokens per second an update trains: with rows, rank and general text as they are set."""
+    from dataclasses import replace
+
     from perennial.learner.model.lora import Lora, LoraConfig
     from perennial.learner.training.trainer import TrainConfig, train
 
+    training = settings.training
     rows = _rows(base, settings)
-    lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="check")
+    if training.general_kl_weight > 0:
+        general = round(len(rows) * training.general_share)
+        rows = [replace(row, like_base=number < general) for number, row in enumerate(rows)]
+    lora = Lora(base, LoraConfig(training.rank, training.alpha), slot="check")
     weights = lora.initial_weights("check", 0)
-    config = TrainConfig(settings.training.learning_rate, settings.training.clip_norm, pad=0)
+    config = TrainConfig(
+        training.learning_rate, training.clip_norm, pad=0, packed_tokens=training.packed_tokens,
+        like_base_weight=training.general_kl_weight,
+    )  # fmt: skip
 
     def once() -> None:
         train(lora, weights, None, [rows], config)
