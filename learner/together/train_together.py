@@ -8,6 +8,7 @@ result. What shares a pass decides the last bits, because products of other size
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -26,6 +27,8 @@ PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
 """Most tokens of a pass. More gain nothing: the device is busy with so many, and activations take memory by the token."""
 ACTIVATION_BYTES = 32 * 2**30
 """Most memory that the activations of a pass may take on a GPU, as they are estimated, and at most 40 % of its memory."""
+COPYING_THREADS = 8
+"""Threads that gather the weights of adapters on the host before they go to a GPU."""
 _BYTES_OF_ACTIVATIONS = 1.3
 """Activations of a Llama in bf16, as a multiple of the inputs and outputs of its linear layers (measured at 8B)."""
 
@@ -160,10 +163,23 @@ class _Together:
         return torch.cat([tensors[prefix + name].reshape(-1).float() for name in self._layout.names])
 
     def _stacked(self, states: Sequence[Mapping[str, torch.Tensor]], prefix: str) -> torch.Tensor:
-        rows = torch.empty(len(states), self._layout.width, pin_memory=self._device.type == "cuda")
-        for row, tensors in zip(rows, states, strict=True):
-            torch.cat([tensors[prefix + name].reshape(-1) for name in self._layout.names], out=row)
-        return rows.to(self._device, non_blocking=True)
+        on_cuda = self._device.type == "cuda"
+        rows = torch.empty(len(states), self._layout.width, pin_memory=on_cuda)
+        stacked = torch.empty_like(rows, device=self._device) if on_cuda else rows
+
+        def load(index: int) -> None:
+            tensors = states[index]
+            torch.cat([tensors[prefix + name].reshape(-1) for name in self._layout.names], out=rows[index])
+            if on_cuda:
+                stacked[index].copy_(rows[index], non_blocking=True)
+
+        if on_cuda:  # one thread fills the bus to a tenth
+            with ThreadPoolExecutor(min(COPYING_THREADS, len(states))) as threads:
+                list(threads.map(load, range(len(states))))
+        else:
+            for index in range(len(states)):
+                load(index)
+        return stacked
 
     def run(self, lock: AbstractContextManager[object], on_step: Callable[[], None]) -> list[TrainResult]:
         """Take all steps.

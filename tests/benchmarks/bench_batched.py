@@ -307,9 +307,8 @@ def _trainer_seconds(bench: Bench, rows: Sequence[TokenRow], steps: int, parts: 
     return seconds
 
 
-def measure_many(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
+def measure_many(bench: Bench, counts: Sequence[int], figures: dict[str, Any], save: Callable[[], None]) -> None:
     """Measure adapters together against one by one."""
-    figures: dict[str, Any] = {}
     jobs = bench.jobs(max(counts))
     alone = min(ALONE, len(jobs))
     one_by_one(bench, jobs[:1])
@@ -338,11 +337,11 @@ def measure_many(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
             took, eager = bench.timed(lambda some=some: together(bench, some, graphs=False), 2)
             figures[f"eager_{count}_s"], figures[f"eager_equal_{count}"] = took, equal_bits(results, eager)
             reset_memory(bench)
+        figures["real_tokens_per_step_16"] = sum(len(row.ids) for job in jobs[:16] for row in job.schedule[0])
+        save()
         if bench.profile and count == min(16, max(counts)):
             figures[f"kernels_{count}"] = kernels(bench, some)
         del results
-    figures["real_tokens_per_step_16"] = sum(len(row.ids) for job in jobs[:16] for row in job.schedule[0])
-    return figures
 
 
 def measure_update(bench: Bench, count: int, most_tokens: int, steps: int, flops: float) -> dict[str, Any]:
@@ -407,20 +406,39 @@ def log(bench: Bench, text: str) -> None:
     print(f"{bench.name} on {bench.device}: {text}", flush=True)
 
 
-def run(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
-    """Measure everything on one base.
+def run(bench: Bench, counts: Sequence[int], out: Path | None) -> dict[str, Any]:
+    """Measure everything on one base, and write the summary after each part: time on a lent machine may end before.
 
     Returns:
         The summary, with all figures under `figures`.
     """
     flops = matmul_flops(bench)
     log(bench, f"matrix products: {flops / 1e12:.3g} TFLOP/s")
-    many = attempt(lambda: measure_many(bench, counts))
-    full = attempt(lambda: measure_full(bench, flops))
-    small = attempt(lambda: measure_update(bench, 12, 32 if bench.quick else 128, SMALL_STEPS, flops))
-    large = {}
-    if bench.device.type == "cuda" and not bench.quick:
-        large = attempt(lambda: measure_update(bench, 16, 1024, LARGE_STEPS, flops))
+    parts: dict[str, dict[str, Any]] = {"many": {}, "full": {}, "small": {}, "large": {}}
+
+    def save() -> None:
+        if out:
+            out.write_text(json.dumps(rounded(summary_of(bench, flops, parts)), indent=1) + "\n")
+
+    def large() -> dict[str, Any]:
+        if bench.device.type != "cuda" or bench.quick:
+            return {}
+        return measure_update(bench, 16, 1024, LARGE_STEPS, flops)
+
+    for name, measure in (
+        ("many", lambda: measure_many(bench, counts, parts["many"], save)),
+        ("small", lambda: measure_update(bench, 12, 32 if bench.quick else 128, SMALL_STEPS, flops)),
+        ("full", lambda: measure_full(bench, flops)),
+        ("large", large),
+    ):
+        parts[name] |= attempt(measure) or {}
+        save()
+    return rounded(summary_of(bench, flops, parts))  # type: ignore[no-any-return]
+
+
+def summary_of(bench: Bench, flops: float, parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the figures that have goals, and all others under `figures`."""
+    many, full, small, large = (parts[name] for name in ("many", "full", "small", "large"))
     kind = torch.cuda.get_device_name() if bench.device.type == "cuda" else "cpu"
     return {
         "device": kind,
@@ -433,11 +451,11 @@ def run(bench: Bench, counts: Sequence[int]) -> dict[str, Any]:
         "max_rel_diff_alone": many.get("max_rel_diff_alone"),
         "peak_gb": full.get("peak_gb"),
         "matmul_tflops": flops / 1e12,
-        "figures": {"many": many, "full": full, "small": small, "large": large},
+        "figures": parts,
     }
 
 
-def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def attempt(measure: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
     """Return what is measured, or the error: the other figures of a lent machine are not to be lost with it."""
     try:
         return measure()
@@ -480,9 +498,7 @@ def main() -> None:
     make_deterministic(torch.get_num_threads())
     bench = made_bench(options.base, options.shape, options.device, quick=options.quick)
     bench.profile = options.profile
-    summary = rounded(run(bench, [int(count) for count in options.counts.split(",")]))
-    if options.out:
-        options.out.write_text(json.dumps(summary, indent=1) + "\n")
+    summary = run(bench, [int(count) for count in options.counts.split(",")], options.out)
     failures = [] if options.quick else missed(summary)
     for failure in failures:
         print(f"missed: {failure}")
