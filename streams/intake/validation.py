@@ -22,10 +22,10 @@ from typing import Any, NamedTuple, TypeAlias
 import orjson
 
 from perennial.storage.errors import PerennialError
-from perennial.streams.events.cloudevents import Envelope, Headers, decode_without_id
+from perennial.streams.events.cloudevents import Headers, decode_event
 from perennial.streams.events.dead_letter import redrive_count
 from perennial.streams.events.event_times import MAX_MS
-from perennial.streams.events.fields import PERMANENT
+from perennial.streams.events.fields import PERMANENT, Event
 from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
 from perennial.streams.events.models import ExampleAccepted, ExampleKind
 from perennial.streams.events.wire_error import Reason, WireError
@@ -159,13 +159,12 @@ class Acceptor:
             )
         self._last_offset = offset
         # A producer's clock may run beyond the year 9999, but later steps could not write such a time as a date.
-        at_ms = min(max(timestamp_ms, 0), MAX_MS)
+        at_ms = timestamp_ms if 0 <= timestamp_ms <= MAX_MS else min(max(timestamp_ms, 0), MAX_MS)
         try:
-            envelope = decode_without_id(value, headers, self._topic)
-            fields, content = _example_of(envelope, self._learn_turns)
-            expires_at = fields.get("expires_at")
-            if expires_at is not None:
-                _require_not_expired(expires_at, at_ms)
+            event, traceparent = decode_event(value, headers, self._topic)
+            fields, content = _example_of(event, self._learn_turns)
+            if "expires_at" in fields:
+                _require_not_expired(fields["expires_at"], at_ms)
         except WireError as error:
             return Refused(error.reason, error.detail)
         adapter, kind, document_id = fields["adapter"], fields["kind"], fields["document_id"]
@@ -193,8 +192,8 @@ class Acceptor:
         if at_ms != self._last_time[0]:  # records of one batch often share their time
             self._last_time = (at_ms, datetime.fromtimestamp(at_ms / 1000, UTC).isoformat().encode())
         out = [*_FIXED_HEADERS, ("ce_id", example_id.encode()), ("ce_time", self._last_time[1])]
-        if envelope.traceparent is not None:
-            out.append(("ce_traceparent", envelope.traceparent.encode()))
+        if traceparent is not None:
+            out.append(("ce_traceparent", traceparent.encode()))
         return Accepted(example_id, adapter.encode(), orjson.dumps(fields), out)
 
     def _was_refused(self, adapter: str, example_id: str, previous_ms: int, at_ms: int) -> bool:
@@ -231,9 +230,8 @@ A plain tuple, because one is made per record.
 """
 
 
-def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], bytes]:
+def _example_of(event: Event, learn_turns: bool) -> tuple[dict[str, Any], bytes]:
     """Return the example's fields without id and origin, and its content: bytes that are equal for equal examples."""
-    event = envelope.event
     if isinstance(event, DocumentObserved):
         text = event.text
         _require_not_blank("text", text)
@@ -250,7 +248,7 @@ def _example_of(envelope: Envelope, learn_turns: bool) -> tuple[dict[str, Any], 
     elif isinstance(event, InteractionObserved):
         fields, content = _interaction(event, learn_turns)
     else:
-        raise WireError("wrong-topic", "type", got=envelope.type, allowed="document.observed, interaction.observed")
+        raise WireError("wrong-topic", "type", got=event.type, allowed="document.observed, interaction.observed")
     if event.subjects:
         fields["subjects"] = event.subjects
     if event.retention_class != PERMANENT:

@@ -16,6 +16,7 @@ from perennial.streams.events.cloudevents import (
     MAX_INSIDE_VALUE_BYTES,
     MAX_VALUE_BYTES,
     decode,
+    decode_event,
     encode,
 )
 from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
@@ -74,6 +75,50 @@ def test_structured_and_plain_events_decode_like_binary_ones(event, event_id, ti
     assert plain.id == decode(json.dumps(data).encode(), [("content-type", b"application/json")], event.topic).id
 
 
+def event_or_error(read):
+    try:
+        return read()
+    except WireError as error:
+        return str(error)
+
+
+def assert_same_event(value, headers, topic):
+    found = event_or_error(lambda: decode_event(value, headers, topic))
+    whole = event_or_error(lambda: decode(value, headers, topic))
+    assert found == (whole if isinstance(whole, str) else (whole.event, whole.traceparent))
+
+
+@given(
+    event_of(DocumentObserved) | event_of(InteractionObserved),
+    st.booleans(),
+    st.sampled_from([None, "x", 7, {"x": []}]),
+)
+def test_decode_event_finds_what_decode_finds(event, binary, unknown):
+    """Its short way for plain events accepts the same records, and refuses others for the same reason."""
+    data = json.loads(event.model_dump_json(by_alias=True))
+    headers = encode(event, event_id="1", source="/s", occurred_at=NOW, traceparent=TRACE).headers if binary else None
+    assert_same_event(json.dumps(data).encode(), headers, event.topic)
+    assert_same_event(b"\xef\xbb\xbf" + json.dumps(data).encode(), headers, event.topic)
+    assert_same_event(json.dumps({**data, "unknown": unknown}).encode(), headers, event.topic)
+    assert_same_event(json.dumps({**data, "adapter": unknown}).encode(), headers, event.topic)
+    assert_same_event(json.dumps(data).encode(), headers, "interactions" if event.topic == "documents" else "documents")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None, b"", b"{}", b"[" * 40 + b"]" * 40, b"[" * 300, value_of(text=[[[]]] * 20), value_of(x=json.loads("[" * 40 + "]" * 40)),
+        value_of(text="x" * (MAX_VALUE_BYTES + 1)), value_of() + b" " * MAX_VALUE_BYTES, value_of(text="{[" * 60),
+        value_of(document_id="a\u202eb"), value_of(source="a\nb"), value_of(text="a\u202eb"),
+    ],
+    ids=range(13),
+)  # fmt: skip
+@pytest.mark.parametrize("topic", ["documents", "interactions", "retention", "examples"])
+def test_decode_event_refuses_what_decode_refuses(value, topic):
+    assert_same_event(value, None, topic)
+    assert_same_event(value, [], topic)
+
+
 def test_the_id_of_a_plain_event_depends_on_its_value():
     first, again, other = (decode(value_of(text=text), [], "documents") for text in ("a", "a", "b"))
     assert first.id == again.id != other.id
@@ -103,6 +148,11 @@ json_like = st.recursive(
 
 
 @settings(max_examples=400)
+@given(st.none() | st.binary(max_size=300) | json_like, st.none() | raw_headers, topics)
+def test_decode_event_and_decode_agree_about_arbitrary_bytes(value, headers, topic):
+    assert_same_event(value, headers, topic)
+
+
 @given(st.none() | st.binary(max_size=300) | json_like, st.none() | raw_headers, topics)
 @example(b'{"adapter":"a","document_id":"1","text":"\\ud800"}', None, "documents")
 @example(b'{"adapter":"a","document_id":"1","text":"x","observed_at":1e999}', None, "documents")
