@@ -10,6 +10,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +126,8 @@ class InputConsumer:
         self._batch_was_full = False
         self._admin = AdminClient(dict(client), logger=client_log)
         self._config = {**client, **CONSUMER_CONFIG, "group.id": group}
+        self._committer = ThreadPoolExecutor(1, "intake-commit")
+        self._commit_under_way: Future[None] | None = None
         self._consumer = self._subscribed()
 
     def _subscribed(self) -> Consumer:
@@ -132,11 +136,18 @@ class InputConsumer:
         return consumer
 
     def close(self) -> None:
-        """Leave the group at once."""
+        """Leave the group as soon as no commit is under way."""
+        with suppress(KafkaException):  # what is not committed is read again
+            self.finish_commit()
+        self._committer.shutdown()
         self._consumer.close()
 
     def consume(self) -> list[Message]:
-        """Read one batch. A single record is returned at once: a batch does not wait until it is full."""
+        """Read one batch. A single record is returned at once: a batch does not wait until it is full.
+
+        Raises:
+            KafkaException: The offsets of the batch before cannot be committed.
+        """
         size = self._settings.intake.intake_batch
         if self._batch_was_full:
             messages = self._consumer.consume(size, _GATHER_S)
@@ -145,6 +156,8 @@ class InputConsumer:
             if messages and size > 1:
                 messages += self._consumer.consume(size - 1, _GATHER_S)
         self._batch_was_full = len(messages) == size
+        if not messages:
+            self.finish_commit()
         return list(messages)
 
     def handle_error(self, error: KafkaError, message: Message) -> None:
@@ -239,10 +252,12 @@ class InputConsumer:
 
         Raises:
             TopicError: A topic does not exist, and was not created again within ten seconds.
+            KafkaException: The offsets cannot be committed.
         """
         log.warning("reading on with a new consumer: %s", self.reposition)
         self.reposition = None
         self._batch_was_full = False
+        self.finish_commit()
         self._consumer.close()
         self.partitions = {}
         deadline_s = time.monotonic() + _TOPIC_WAIT_S
@@ -259,9 +274,13 @@ class InputConsumer:
     def commit(self) -> None:
         """Commit what was read, with the topics' ids and the leader epochs.
 
+        After a full batch, more records wait. Then the commit is only begun, and the next call waits until it is stored.
+        At most one commit is under way, so commits keep their order.
+
         Raises:
-            KafkaException: The offsets cannot be committed.
+            KafkaException: These offsets, or those of the batch before, cannot be committed.
         """
+        self.finish_commit()
         moved = {key: state for key, state in self.partitions.items() if state.next_offset > state.resume_at}
         if not moved:
             return
@@ -269,15 +288,27 @@ class InputConsumer:
             TopicPartition(*key, state.next_offset, commit_metadata(state.topic_id, state.last_epoch))
             for key, state in moved.items()
         ]
+        self._commit_under_way = self._committer.submit(commit_offsets, self._consumer, offsets)
+        for state in moved.values():
+            state.resume_at, state.resume_epoch = state.next_offset, UNKNOWN_EPOCH
+        if not self._batch_was_full:
+            self.finish_commit()
+
+    def finish_commit(self) -> None:
+        """Wait until the commit that is under way, if any, is stored.
+
+        Raises:
+            KafkaException: The offsets cannot be committed.
+        """
+        commit, self._commit_under_way = self._commit_under_way, None
         try:
-            commit_offsets(self._consumer, offsets)
+            if commit is not None:
+                commit.result()
         except KafkaException as error:
             if error.args[0].code() not in LOST_GROUP:
                 raise
             # The member that gets the partitions writes the same results again; downstream roles drop them.
             log.warning("offsets are not committed, the group is rebalancing: %s", error)
-        for state in moved.values():
-            state.resume_at, state.resume_epoch = state.next_offset, UNKNOWN_EPOCH
 
     def observe(self) -> None:
         """Report how many records wait, at most once a second."""
@@ -343,5 +374,9 @@ class InputConsumer:
         return InputPartition(topic, topic_id, acceptor, start.resume_at, start.resume_epoch, start.read_from)
 
     def _on_revoke(self, _: Consumer, __: list[TopicPartition]) -> None:
-        """Forget the partitions. This runs inside `consume`, when the batch before is finished."""
+        """Forget the partitions, once what was read of them is committed.
+
+        This runs inside `consume`: what the batch before wrote is acknowledged, and its commit may be under way.
+        """
+        self.finish_commit()
         self.partitions = {}

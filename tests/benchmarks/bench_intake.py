@@ -213,12 +213,16 @@ def _perennial(settings: Settings, events: int, group: str, watch: Stopwatch) ->
             watch.start()
             super()._produce(messages)
 
+        def finish_commit(self) -> None:
+            self._input.finish_commit()
+
     timed = Timed(settings, Metrics("intake", settings), group)
     spare_garbage_collector()
     stop, consumed = threading.Event(), 0
     while consumed < events:
         consumed += timed.step(stop)
-        watch.lap()
+    timed.finish_commit()
+    watch.lap()
     timed.close()
 
 

@@ -31,6 +31,7 @@ class Kafka:
     assignment: list[tuple[str, int]] = field(default_factory=lambda: [("documents", 0)])
     commits: list[TopicPartition] = field(default_factory=list)
     consumers: int = 0
+    records: list[object] = field(default_factory=list)
 
 
 @pytest.fixture
@@ -46,6 +47,10 @@ def kafka(monkeypatch):
 
         def assign(self, partitions):
             kafka.assigned = partitions
+
+        def consume(self, n, _):
+            read, kafka.records = kafka.records[:n], kafka.records[n:]
+            return read
 
         def close(self):
             pass
@@ -88,8 +93,8 @@ def metrics():
     return RecordedMetrics()
 
 
-def consumer(metrics, known=None, window=20):
-    settings = Settings.of(kafka="127.0.0.1:9", dedupe_window=window, env_file=None)
+def consumer(metrics, known=None, window=20, batch=5_000):
+    settings = Settings.of(kafka="127.0.0.1:9", dedupe_window=window, intake_batch=batch, env_file=None)
     known = known or {"documents": "id-d", "interactions": "id-i"}
     return InputConsumer(settings, metrics, TOPICS, known, None, {}, "intake")
 
@@ -249,3 +254,81 @@ def test_attack_k_no_error_resets_a_position_in_silence(kafka, metrics, caplog):
     assert kafka.assigned[0].offset == 80
     assert metrics.counts["lost", "documents", "deleted"] == 30
     assert "30 offsets that were never read" in caplog.text
+
+
+@pytest.fixture
+def slow_commits(kafka, monkeypatch):
+    """Make commits take until `answered` is set; they raise `error` then, where there is one."""
+    broker = SimpleNamespace(answered=threading.Event(), error=None)
+
+    def commit_offsets(_, offsets):
+        assert broker.answered.wait(20)
+        if broker.error is not None:
+            raise KafkaException(KafkaError(broker.error))
+        kafka.commits.extend(offsets)
+
+    monkeypatch.setattr(input_consumer, "commit_offsets", commit_offsets)
+    yield broker
+    broker.answered.set()
+
+
+def read_batch(kafka, reader, first, size=2):
+    kafka.records = [record(offset) for offset in range(first, first + size)]
+    assert len(reader.consume()) == size
+    reader.partitions["documents", 0].next_offset = first + size
+
+
+def offsets_of(kafka):
+    return [each.offset for each in kafka.commits]
+
+
+def test_the_commit_of_a_full_batch_is_stored_during_the_next_one(kafka, metrics, slow_commits):
+    """`commit` waits for the commit before, so that offsets never go back; a batch that is not full is waited for."""
+    reader = consumer(metrics, batch=2)
+    read_batch(kafka, reader, 0)
+    reader.commit()
+    read_batch(kafka, reader, 2)
+    assert kafka.commits == []
+    threading.Timer(0.1, slow_commits.answered.set).start()
+    reader.commit()
+    assert offsets_of(kafka)[0] == 2
+    read_batch(kafka, reader, 4, size=1)
+    reader.commit()
+    assert offsets_of(kafka) == [2, 4, 5]
+
+
+@pytest.mark.parametrize("end", ["idle", "revoked", "started again", "closed"])
+def test_a_commit_under_way_is_waited_for(kafka, metrics, slow_commits, end):
+    reader = consumer(metrics, batch=2)
+    read_batch(kafka, reader, 0)
+    reader.commit()
+    threading.Timer(0.1, slow_commits.answered.set).start()
+    if end == "idle":
+        assert reader.consume() == []
+    elif end == "revoked":
+        reader._on_revoke(reader._consumer, [])
+    elif end == "started again":
+        reader.start_again()
+    else:
+        reader.close()
+    assert offsets_of(kafka) == [2]
+
+
+def test_a_failed_commit_under_way_ends_the_role(kafka, metrics, slow_commits, caplog):
+    """It is raised at the next call; one of a group that is rebalancing is only logged, as the records come again."""
+    reader = consumer(metrics, batch=2)
+    slow_commits.answered.set()
+    slow_commits.error = KafkaError.ILLEGAL_GENERATION
+    read_batch(kafka, reader, 0)
+    reader.commit()
+    assert reader.consume() == []
+    assert "the group is rebalancing" in caplog.text
+    slow_commits.error = KafkaError.TOPIC_AUTHORIZATION_FAILED
+    read_batch(kafka, reader, 2)
+    reader.commit()
+    with pytest.raises(KafkaException):
+        reader.consume()
+    read_batch(kafka, reader, 4)
+    reader.commit()
+    reader.close()
+    assert kafka.commits == []
