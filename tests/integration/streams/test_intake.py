@@ -327,6 +327,21 @@ def test_a_second_member_takes_over_without_loss(settings, producer):
     assert len(set(digests)) == 400  # what was written twice was written with the same bytes
 
 
+@pytest.mark.parametrize("step", ["consume", "produce", "flush", "commit"])
+def test_a_kill_within_a_backlog_loses_nothing(settings, producer, step):
+    """Batches are full, so that the third begins while the commit of the second is under way."""
+    publish(producer, settings, [document(n) for n in range(200)], partition=0)
+    killed = child(settings, PERENNIAL_INTAKE_BATCH="20", PERENNIAL_FAILPOINT=f"intake.{step}:3")
+    assert killed.wait(WAIT_S) == -signal.SIGKILL
+    done = sum(committed(settings).values())
+    assert 20 <= done <= len(examples(settings))
+    with running(settings.replace(intake_batch=20)):
+        wait_for(lambda: sum(committed(settings).values()) == 200)
+    assert_in_order_without_gaps(settings, {0: 200})
+    digests = [sha256(event.model_dump_json().encode()).hexdigest() for event in examples(settings)]
+    assert len(set(digests)) == 200
+
+
 def test_a_write_that_fails_stops_the_role_and_leaves_no_gap(settings, producer):
     admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
     admin.delete_topics([settings.kafka.topic("examples")])
