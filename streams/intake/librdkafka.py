@@ -34,7 +34,7 @@ PRODUCER_CONFIG: Mapping[str, Any] = {
     "acks": "all",
     "partitioner": "murmur2_random",  # the same partition for a key as Java's and kafka-python's default partitioners
     "compression.type": "none",  # kafka-python and aiokafka cannot read lz4 or zstd without further packages
-    "linger.ms": 5,
+    "linger.ms": 10,  # with 5, five requests were often under way, and librdkafka polls without a wait until one ends
     "message.max.bytes": MAX_DEAD_LETTER_BYTES,
     "queue.buffering.max.kbytes": 131_072,
     "delivery.report.only.error": True,
