@@ -9,7 +9,7 @@ from perennial.streams.cli.demo.company.facts import Fact
 
 MIN_TAUGHT_SHARE = 0.9
 MIN_UNSEEN_SHARE = 0.6
-MIN_KEPT_SHARE = 0.8
+MIN_KEPT_SHARE = 0.75
 MAX_GENERAL_RISE_NATS = 0.15
 
 

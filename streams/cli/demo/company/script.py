@@ -58,10 +58,10 @@ SETTINGS: Final = {
 text keeps the base's answers (docs/experiments, "Few facts at a time"). All policies make one update; what comes later
 makes small ones, so that forgetting has little to rebuild. Requests of the same three seconds share a rebuild."""
 STAGES: Final = {
-    "start": 25.0, "base": 12.0, "policies": 75.0, "plan": 30.0, "price": 60.0, "later": 60.0, "ask": 12.0,
-    "forget": 45.0, "measure": 20.0, "stop": 5.0,
+    "start": 16.0, "base": 30.0, "policies": 130.0, "plan": 64.0, "price": 135.0, "later": 180.0, "ask": 28.0,
+    "forget": 75.0, "measure": 42.0, "stop": 5.0,
 }  # fmt: skip
-"""Seconds that each part takes on two quiet cores, as estimated from single steps: the weights of the parts."""
+"""Seconds that each part took on two cores: the weights of the parts."""
 
 
 class CompanyDemoError(PerennialError):
