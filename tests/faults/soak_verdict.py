@@ -240,13 +240,17 @@ def _read_all(settings: Settings, registry: Any) -> _Seen:
 
 
 def _content(value: bytes) -> str:
-    """Return a record's content without empty fields, because writers may leave those out or not."""
+    """Return what makes a record a repeat of another: its content without `supersedes` and without empty fields.
+
+    Intake knows a document by its text. A text that returned without its `supersedes` is repeated by a late delivery of the
+    first publication, which has it.
+    """
     try:
         fields = json.loads(value)
     except ValueError:
         return value.hex()
     if isinstance(fields, dict):
-        fields = {name: field for name, field in fields.items() if field not in (None, [])}
+        fields = {name: field for name, field in fields.items() if field not in (None, []) and name != "supersedes"}
     return json.dumps(fields, sort_keys=True)
 
 
