@@ -28,6 +28,15 @@ def ignore_step() -> None:
 class OutOfMemoryError(PerennialError):
     """A single row does not fit the memory."""
 
+    @classmethod
+    def of_one_row(cls, tokens: int) -> OutOfMemoryError:
+        """Return the error of passes of one row each, the longest of so many tokens."""
+        return cls(
+            got=f"one row at a time, of up to {tokens} tokens",
+            allowed="rows that fit the memory next to the base",
+            remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
+        )
+
 
 @dataclass(frozen=True)
 class RowLoss:
@@ -306,11 +315,7 @@ def within_memory(attempt: Callable[[int], T], rows: Sequence[TokenRow], max_row
         tried = min(max_rows, len(rows))
         if tried == 1:
             longest = max(len(row.ids) for row in rows)
-            raise OutOfMemoryError(
-                got=f"one row at a time, of up to {longest} tokens",
-                allowed="rows that fit the memory next to the base",
-                remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
-            ) from failure
+            raise OutOfMemoryError.of_one_row(longest) from failure
         # Hazard: the traceback keeps the tensors of the failed pass alive, so it is dropped before the next attempt.
         failure.__traceback__ = None
         if torch.cuda.is_available():

@@ -227,11 +227,7 @@ class _Together:
                 failure = error
             largest = max(sum(len(row.ids) for part in of_pass for row in part.rows) for _, of_pass in passes)
             if all(sum(len(part.rows) for part in of_pass) == 1 for _, of_pass in passes):
-                raise OutOfMemoryError(
-                    got=f"one row at a time, of up to {largest} tokens",
-                    allowed="rows that fit the memory next to the base",
-                    remedy="lower PERENNIAL_ROW_TOKENS, or use a smaller base or a larger machine",
-                ) from failure
+                raise OutOfMemoryError.of_one_row(largest) from failure
             failure.__traceback__ = None
             self._shared.release()
             self._pass_tokens = (min(largest, self._pass_tokens) + 1) // 2
