@@ -33,7 +33,7 @@ class TokenRow:
             row has nothing to be predicted from.
         like_base: True to train towards what the frozen base predicts at each token instead of towards the token.
         question: First position of the user's own words in a turn that is answered, and the position after their last;
-            (0, 0) where there are none.
+            (0, 0) where there are none, or nobody asked for them.
     """
 
     ids: tuple[int, ...]
@@ -221,7 +221,9 @@ def text_rows(text: str, codec: ExampleTokenizer, row_tokens: int) -> list[Token
     return _cut([codec.bos, *codec.encode(text), codec.eos], row_tokens)
 
 
-def turn_rows(turns: Turns, answer: str, codec: ExampleTokenizer, row_tokens: int) -> list[TokenRow]:
+def turn_rows(
+    turns: Turns, answer: str, codec: ExampleTokenizer, row_tokens: int, *, find_question: bool = False
+) -> list[TokenRow]:
     """Return the rows of the last answer in a conversation; only the answer and its end token are trained.
 
     A long conversation loses its oldest turns, a long prompt its beginning. The answer is kept whole: what does not fit
@@ -232,6 +234,7 @@ def turn_rows(turns: Turns, answer: str, codec: ExampleTokenizer, row_tokens: in
         answer: Untrusted text to be learned as the answer.
         codec: Tokenizer of the base.
         row_tokens: Longest row, in tokens.
+        find_question: Say where the words of the last turn are, which encodes them once more.
 
     Raises:
         ExampleError: row_tokens is too small to train anything.
@@ -242,7 +245,8 @@ def turn_rows(turns: Turns, answer: str, codec: ExampleTokenizer, row_tokens: in
     # A chat template may be longer than a row. Its end must stay, because it says that an answer follows.
     asked = codec.chat_ids(turns, room)[-room:] or (codec.bos,)  # the first token of a row is never trained
     first = row_tokens - len(asked)
-    rows = [TokenRow((*asked, *target[:first]), len(asked), question=codec.question_in(turns, asked))]
+    question = codec.question_in(turns, asked) if find_question else (0, 0)
+    rows = [TokenRow((*asked, *target[:first]), len(asked), question=question)]
     if len(target) > first:
         rows += _cut(target[first - 1 :], row_tokens)
     return rows
@@ -265,7 +269,12 @@ def conversation(example: ExampleAccepted, system_prompt: str | None = None) -> 
 
 
 def example_rows(
-    example: ExampleAccepted, codec: ExampleTokenizer, row_tokens: int, system_prompt: str | None = None
+    example: ExampleAccepted,
+    codec: ExampleTokenizer,
+    row_tokens: int,
+    system_prompt: str | None = None,
+    *,
+    find_question: bool = False,
 ) -> list[TokenRow]:
     """Return the rows that train one example, each at most row_tokens long.
 
@@ -275,6 +284,7 @@ def example_rows(
         row_tokens: Longest row, in tokens.
         system_prompt: The adapter's system prompt, for a conversation that has no system turn of its own; None: the one
             that the example's micro-batch records, if any.
+        find_question: Say where the words of the question are, which encodes them once more.
 
     Raises:
         ExampleError: The example has neither a text nor a prompt with an answer, or row_tokens is too small.
@@ -283,7 +293,11 @@ def example_rows(
         return text_rows(example.text, codec, row_tokens)
     if example.prompt and example.answer:
         return turn_rows(
-            conversation(example, system_prompt or example.system_prompt), example.answer, codec, row_tokens
+            conversation(example, system_prompt or example.system_prompt),
+            example.answer,
+            codec,
+            row_tokens,
+            find_question=find_question,
         )
     raise ExampleError(
         got=f"{example.kind} {example.example_id} without its text",

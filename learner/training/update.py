@@ -157,7 +157,7 @@ class Updater:
         Raises:
             ExampleError: The example has nothing to train.
         """
-        return example_rows(example, self.codec, self.recipe.row_tokens)
+        return example_rows(example, self.codec, self.recipe.row_tokens, find_question=self.recipe.question_dropout > 0)
 
     def update(
         self,

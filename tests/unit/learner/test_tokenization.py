@@ -46,7 +46,8 @@ def test_a_correction_has_the_form_that_the_base_was_trained_on() -> None:
 @settings(max_examples=60, deadline=None)
 @given(text, st.integers(min_value=16, max_value=400))
 def test_a_row_says_where_the_words_of_its_question_are(codec: ExampleTokenizer, prompt: str, row_tokens: int) -> None:
-    (row, *_) = turn_rows([("user", "Hello."), ("assistant", "Hi."), ("user", prompt)], "Yes.", codec, row_tokens)
+    turns = [("user", "Hello."), ("assistant", "Hi."), ("user", prompt)]
+    (row, *_) = turn_rows(turns, "Yes.", codec, row_tokens, find_question=True)
     start, end = row.question
     words = codec.encode(prompt)
     assert end - start <= len(words)

@@ -331,3 +331,24 @@ def answer(updater: Updater, prompt: list[int]) -> str:
                 ids.pop()
                 break
     return str(updater.codec.tokenizer.decode(ids[len(prompt) :]))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_words_of_questions_are_left_out_where_the_recipe_says_so(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time that the only row is trained, other words are missing; without a share, none ever are."""
+    updater = make(replace(RECIPE, question_dropout=share, epochs=4, general_share=0.0, replay_share=0.0))
+    example = tiny.correction(1, "How much is the plan that everybody orders in summer?", "It is 7 euros.")
+    trained: list[tuple[int, ...]] = []
+
+    def watched(lora: Lora, weights: Any, optimizer: Any, steps: Any, *rest: Any) -> TrainResult:
+        trained.extend(row.ids for rows in steps for row in rows)
+        return train(lora, weights, optimizer, steps, *rest)
+
+    monkeypatch.setattr(update, "train", watched)
+    run(updater, first(updater), [example])
+    (whole,) = updater.rows(example)
+    assert len(trained) >= 4
+    assert (set(trained) == {whole.ids}) is (share == 0.0)
+    assert len(set(trained)) == (1 if share == 0.0 else len(trained))
