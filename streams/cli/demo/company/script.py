@@ -245,10 +245,10 @@ class CompanyDemo:
     def _forget(self, publisher: Publisher) -> None:
         """Erase the customer and let the offer expire; one rebuild serves both."""
         self._headline(f"The customer {self._customer.name} asks to be forgotten, as with `perennial forget`")
-        erase = self._request(publisher, "erase", Selector(subjects=[self._customer.name]), "shown by the demo")
+        erase = self._request(publisher, "erase", Selector(subjects=[self._customer.name]))
         self._headline(f"The offer {self._offer.name} ends in {OFFER_ENDS_S:.0f} s")
         expire = self._request(
-            publisher, "expire", Selector(subjects=[self._offer.name]), "shown by the demo",
+            publisher, "expire", Selector(subjects=[self._offer.name]),
             due_at=datetime.now(UTC) + timedelta(seconds=OFFER_ENDS_S),
         )  # fmt: skip
         self._await_closed("erase", "forget", f"{self._customer.name} is forgotten", erase)
@@ -256,21 +256,14 @@ class CompanyDemo:
         self._await_served()
         self._done("forget")
 
-    def _request(
-        self, publisher: Publisher, kind: str, selector: Selector, reason: str, due_at: datetime | None = None
-    ) -> str:
+    def _request(self, publisher: Publisher, kind: str, selector: Selector, due_at: datetime | None = None) -> str:
         """Publish a retention request; return its id."""
         request_id = f"{kind}-{uuid4().hex[:8]}"
         due = {"due_at": due_at} if due_at else {}
         publisher.retention(
-            request_id=request_id,
-            kind=kind,
-            adapter=ADAPTER,
-            requested_by="demo",
-            selector=selector,
-            reason=reason,
-            **due,
-        ).result(30)
+            request_id=request_id, kind=kind, adapter=ADAPTER, requested_by="demo", selector=selector,
+            reason="shown by the demo", **due,
+        ).result(30)  # fmt: skip
         return request_id
 
     def _keep_weights(self, title: str) -> None:
