@@ -202,6 +202,7 @@ class UpdateRebuilder:
                 "outcome": "unchanged", "reason": "nothing-to-learn", "code": self._writer.code,
                 "batch": None if removed else recorded.batch, "learned": [], "skipped": skipped,
                 **refs.manifest_fields(), "gate": GateFigures(), "probes": {}, "tokens": 0,
+                "pass_adapters": 1,
                 "published_from_ms": None, "published_to_ms": None,
             }
         )  # fmt: skip
@@ -268,7 +269,8 @@ class UpdateRebuilder:
                 got=recipe.dtype, allowed=", ".join((DEVICE_DTYPE, *DTYPES)),
             )  # fmt: skip
         general = self._writer.general_text_of(recorded)
-        return replace(updater, recipe=recipe, general=general.cut_to(recipe.row_tokens))
+        alone = updater.shared and updater.shared.alone()
+        return replace(updater, recipe=recipe, general=general.cut_to(recipe.row_tokens), shared=alone)
 
     def _train(
         self, job: ForgetRequested, state: TrainingState, update: _RemainingUpdate, updater: Updater
@@ -307,7 +309,7 @@ class UpdateRebuilder:
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
                 "learned": [self._writer.learned_example(example, updater) for example in learned],
                 "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "probes": result.probes,
-                "tokens": result.tokens,
+                "tokens": result.tokens, "pass_adapters": result.pass_adapters,
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),
             }
         )  # fmt: skip

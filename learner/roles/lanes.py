@@ -3,24 +3,26 @@
 Each lane trains in a thread and a LoRA slot of its own. The base is shared: a lane holds the lock for one optimizer
 step at a time. Jobs of one adapter never run in two lanes at once, and they start in their order.
 
-A second job starts only when every running job is long. Short jobs thus run one after the other, which gives each of
-them the whole machine, and a rebuild or an oversized document shares it with one job at a time.
+Updates of several adapters start together, and train in passes that they share (see `together.gathered_passes`). A job
+of another kind starts only when every running job is long, and so does an update beside such a job. Short jobs thus do
+not slow each other down, and a rebuild or an oversized document shares the machine.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from perennial.learner.model.determinism import make_deterministic
-from perennial.learner.roles.passes import PassRunner
+from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.cloudevents import Envelope
+from perennial.streams.events.models import UpdateRequested
 from perennial.streams.kafka.group import ConsumedRecord
 
 LONG_JOB_S = 2.0
@@ -46,21 +48,69 @@ class WaitingJob:
         """The adapter that the job changes."""
         return str(getattr(self.envelope.event, "adapter", ""))
 
+    @property
+    def is_update(self) -> bool:
+        """True if the job trains in passes that other updates share."""
+        return isinstance(self.envelope.event, UpdateRequested)
+
+
+@dataclass(frozen=True)
+class RunningState:
+    """What decides whether another job may start beside a running one.
+
+    Attributes:
+        adapter: the adapter that the job changes.
+        is_update: True if it trains in passes that other updates share.
+        running_s: for how many seconds it has run.
+    """
+
+    adapter: str
+    is_update: bool
+    running_s: float
+
+
+def may_start(job: WaitingJob, running: Sequence[RunningState], lanes: int, pass_adapters: int) -> bool:
+    """Return True if the job may start beside the running ones, whose adapters are others. Pure.
+
+    Args:
+        job: the job.
+        running: the running jobs.
+        lanes: the most jobs that may run at once beside updates.
+        pass_adapters: the most updates that may run at once.
+    """
+    updates = sum(other.is_update for other in running)
+    beside_long = all(other.running_s >= LONG_JOB_S for other in running)
+    if not job.is_update:
+        return beside_long and len(running) - updates < lanes
+    if beside_long and len(running) < lanes:
+        return True
+    return updates < pass_adapters and all(other.is_update or other.running_s >= LONG_JOB_S for other in running)
+
 
 def next_job(
-    waiting: Sequence[WaitingJob], running_s: Collection[float], busy: Collection[str], lanes: int
+    waiting: Sequence[WaitingJob], running: Sequence[RunningState], lanes: int, pass_adapters: int
 ) -> int | None:
     """Return the index of the job to start now; None if none may start. Pure.
 
+    The jobs of an adapter start in their order, one at a time. A job of another kind that may not start yet holds back
+    the updates behind it: otherwise a stream of short updates would keep it waiting for ever.
+
     Args:
         waiting: the waiting jobs in the order in which they were read.
-        running_s: for how many seconds each running job has run.
-        busy: adapters whose job runs.
-        lanes: the most jobs that may run at once.
+        running: the running jobs.
+        lanes: the most jobs that may run at once beside updates.
+        pass_adapters: the most updates that may run at once.
     """
-    if len(running_s) >= lanes or any(seconds < LONG_JOB_S for seconds in running_s):
-        return None
-    return next((index for index, job in enumerate(waiting) if job.adapter not in busy), None)
+    busy = {other.adapter for other in running}
+    for index, job in enumerate(waiting):
+        if job.adapter in busy:
+            continue
+        if may_start(job, running, lanes, pass_adapters):
+            return index
+        if not job.is_update:
+            return None
+        busy.add(job.adapter)
+    return None
 
 
 class CommitOrder:
@@ -124,7 +174,7 @@ class Lane:
         number: from 0; lane 0 trains in the writer's own slot.
         writer: the versions of all adapters, with a slot that no other lane uses.
         runner_of: makes the runner of the lane's jobs from what it calls: with an event that must be published before
-            its job ends, and after each step. See `PassRunner`.
+            its job ends, and after each step. See `JobRunner`.
         publish: called with such an event and the trace context of its job.
         progress: called after each step.
         stop: set when the role must end.
@@ -135,7 +185,7 @@ class Lane:
         self,
         number: int,
         writer: VersionWriter,
-        runner_of: Callable[[Callable[[AdapterUpdate], None], Callable[[], None]], PassRunner],
+        runner_of: Callable[[Callable[[AdapterUpdate], None], Callable[[], None]], JobRunner],
         publish: Callable[[AdapterUpdate, str | None], None],
         progress: Callable[[], None],
         stop: threading.Event,
@@ -148,16 +198,16 @@ class Lane:
         self._stopping_since_s: float | None = None
         self._closing = False
         writer.on_step = self._tick
-        self.passes = runner_of(lambda event: publish(event, self._traceparent), self._tick)
+        self.runner = runner_of(lambda event: publish(event, self._traceparent), self._tick)
         # A fresh thread has torch's own default number of threads.
         self._pool = ThreadPoolExecutor(
             1, f"training-{number}", initializer=make_deterministic, initargs=(writer.threads,)
         )
 
-    def start(self, envelope: Envelope, run: Callable[[PassRunner, Envelope], JobResult]) -> Future[JobResult]:
+    def start(self, envelope: Envelope, run: Callable[[JobRunner, Envelope], JobResult]) -> Future[JobResult]:
         """Run a job in the lane's thread."""
         self._traceparent = envelope.traceparent
-        return self._pool.submit(run, self.passes, envelope)
+        return self._pool.submit(run, self.runner, envelope)
 
     def _tick(self) -> None:
         """Report a step; end a job that would keep a stopping role for too long.

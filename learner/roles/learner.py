@@ -21,9 +21,9 @@ from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.lora import AdapterError
 from perennial.learner.model.loss import OutOfMemoryError
 from perennial.learner.model.turns import FairLock
-from perennial.learner.roles.lanes import CommitOrder, Lane, WaitingJob, next_job
+from perennial.learner.roles.job_runner import JobRunner
+from perennial.learner.roles.lanes import CommitOrder, Lane, RunningState, WaitingJob, next_job
 from perennial.learner.roles.parking import report_parked
-from perennial.learner.roles.passes import PassRunner
 from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter, make_version_writer
@@ -81,7 +81,7 @@ def run_learner(
     store.probe()
     check_installation(settings, store, ROLE_TOPICS["learner"])
     base = base or load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
-    writer = make_version_writer(settings, store, base, lock or FairLock())
+    writer = make_version_writer(settings, store, base, lock or FairLock(), metrics.training_pass)
     with (
         ConfirmingProducer(settings, "learner", metrics, _now) as producer,
         GroupConsumer(settings, TOPIC, "learner", max_records=MAX_WAITING, metrics=metrics) as consumer,
@@ -126,6 +126,7 @@ class Learner:
         origins: OriginCheck,
     ) -> None:
         self._settings = settings
+        self._pass_adapters = settings.model.pass_adapters if settings.training.shared_passes else 1
         self._origins = origins
         self._writer = writer
         self._registry = writer.registry
@@ -215,9 +216,8 @@ class Learner:
         # A partition that was taken away is read by another member from its last commit on.
         self._waiting = [job for job in self._waiting if self._consumer.owns(job.record)]
         now_s = time.monotonic()
-        busy = {running.job.adapter for running in self._running}
-        running_s = [now_s - running.began_s for running in self._running]
-        index = next_job(self._waiting, running_s, busy, self._settings.model.lanes)
+        running = [RunningState(job.job.adapter, job.job.is_update, now_s - job.began_s) for job in self._running]
+        index = next_job(self._waiting, running, self._settings.model.lanes, self._pass_adapters)
         if index is None:
             return False
         job, lane = self._waiting.pop(index), self._free_lane()
@@ -232,8 +232,8 @@ class Learner:
             number = len(self._lanes)
             writer = self._writer.sibling(f"learner{number}") if number else self._writer
 
-            def runner_of(publish: Callable[[AdapterUpdate], None], progress: Callable[[], None]) -> PassRunner:
-                return PassRunner(
+            def runner_of(publish: Callable[[AdapterUpdate], None], progress: Callable[[], None]) -> JobRunner:
+                return JobRunner(
                     writer, self._settings.serving.alias, _now, failpoint, publish, progress, self._stop.is_set
                 )
 
@@ -244,23 +244,23 @@ class Learner:
             self._lanes.append(free)
         return free
 
-    def _run_with_retries(self, passes: PassRunner, envelope: Envelope) -> JobResult:
+    def _run_with_retries(self, runner: JobRunner, envelope: Envelope) -> JobResult:
         """Run the job in a lane's thread, again and again while the store does not answer.
 
         A loop of our own instead of a retry library: the wait ends as soon as the role is asked to stop.
         """
         for delay_s in RETRY_S:
             try:
-                return passes.run(envelope.event)
+                return runner.run(envelope.event)
             except StoreUnavailableError as error:
                 self._metrics.store_error("job")
                 _log.warning("the store does not answer, trying again in %.1f s: %s", delay_s, error)
                 if self._stop.wait(delay_s):
                     raise
         try:
-            return passes.run(envelope.event)
+            return runner.run(envelope.event)
         except NoSpaceError as error:
-            return passes.park(envelope.event, error)
+            return runner.park(envelope.event, error)
 
     def _finish(self, running: _RunningJob) -> None:
         """Publish what the job sends, then commit. A job that can never be done goes to the dead letters instead."""
@@ -273,13 +273,13 @@ class Learner:
             _log.info("%s", error)
             return
         except JobError as error:
-            self._refuse(job.record, error.reason, str(error), job.envelope, running.lane.passes)
+            self._refuse(job.record, error.reason, str(error), job.envelope, running.lane.runner)
             return
         except (IntegrityError, NotFoundError, AdapterError) as error:
-            self._refuse(job.record, "broken-state", str(error), job.envelope, running.lane.passes)
+            self._refuse(job.record, "broken-state", str(error), job.envelope, running.lane.runner)
             return
         except OutOfMemoryError as error:
-            self._refuse(job.record, "out-of-memory", str(error), job.envelope, running.lane.passes)
+            self._refuse(job.record, "out-of-memory", str(error), job.envelope, running.lane.runner)
             return
         if result.event is not None:
             self._publish_latest(result.event, traceparent)
@@ -333,13 +333,13 @@ class Learner:
 
     def _refuse(
         self, record: ConsumedRecord, reason: str, detail: str, envelope: Envelope | None = None,
-        passes: PassRunner | None = None,
+        runner: JobRunner | None = None,
     ) -> None:  # fmt: skip
         """Send a job that can never be done to the dead letters, report a forget job as failed, then commit."""
         _log.warning("job at %s/%d refused: %s: %s", record.partition, record.offset, reason, detail)
         self._producer.send_dead_letter(record, reason, detail)
-        if envelope is not None and passes is not None:
-            passes.give_up(envelope.event)
+        if envelope is not None and runner is not None:
+            runner.give_up(envelope.event)
             if isinstance(envelope.event, ForgetRequested):
                 self._report_failed(envelope.event, f"{reason}: {detail}"[:1024])
         self._producer.flush()

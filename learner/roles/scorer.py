@@ -14,9 +14,9 @@ from uuid import NAMESPACE_URL, uuid4, uuid5
 from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig
-from perennial.learner.model.loss import mean_nats, row_losses
 from perennial.learner.model.tokenization import ExampleError, ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, LiveAdapter
+from perennial.learner.together.measure_together import MeasuredRows, measure_together
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.failpoints import failpoint
 from perennial.storage.objects.factory import open_store
@@ -129,7 +129,6 @@ class Scorer:
         self._system_prompt = system_prompt
         self._codec = ExampleTokenizer(base.tokenizer)
         self._row_tokens = min(settings.model.max_tokens, base.max_positions)
-        self._max_rows = settings.model.score_batch
         self._lock = lock or threading.RLock()
         with self._lock:  # another role may be putting its own slot into the shared base
             self.lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="scorer")
@@ -148,15 +147,19 @@ class Scorer:
         rows = [self._rows(example) for example in examples]
         with_text = [index for index, group in enumerate(rows) if group]
         first_rows = [rows[index][0] for index in with_text]
-        base = dict(zip(with_text, self._losses(first_rows, adapted=False), strict=True))
-        adapted: dict[int, float | None] = {}
+        measured, places = [MeasuredRows(None, first_rows)], [with_text]
         for name in dict.fromkeys(examples[index].adapter for index in with_text):
             state = live.get(name, NO_ADAPTER).state
-            indices = [index for index in with_text if examples[index].adapter == name]
             if state is not None:
-                self.lora.load(state)  # the slot is this thread's own: no lock
-                losses = self._losses([rows[index][0] for index in indices], adapted=True)
-                adapted.update(zip(indices, losses, strict=True))
+                places.append([index for index in with_text if examples[index].adapter == name])
+                measured.append(MeasuredRows(state, [rows[index][0] for index in places[-1]]))
+        of_base, *of_adapters = self._losses(measured)
+        base = dict(zip(with_text, of_base, strict=True))
+        adapted = {
+            index: nats
+            for indices, losses in zip(places[1:], of_adapters, strict=True)
+            for index, nats in zip(indices, losses, strict=True)
+        }
         return [
             ExampleScored(
                 example=example,
@@ -182,13 +185,11 @@ class Scorer:
         except ExampleError:
             return []
 
-    def _losses(self, rows: Sequence[TokenRow], *, adapted: bool) -> list[float | None]:
+    def _losses(self, measured: Sequence[MeasuredRows]) -> list[list[float | None]]:
         """Return the loss of each row in nats per token; None if it is not finite, or out of an event's bounds."""
-        losses = row_losses(
-            self.lora, rows, pad=self._codec.pad, adapted=adapted, max_rows=self._max_rows, lock=self._lock
-        )
-        means = [mean_nats([loss]) for loss in losses]
-        return [nats if abs(nats) <= MAX_LOSS_NATS else None for nats in means]
+        losses = measure_together(self.lora, measured, self._codec.pad, lock=self._lock)
+        means = [[float(nats.mean()) if len(nats) else 0.0 for nats in of_adapter] for of_adapter in losses]
+        return [[nats if abs(nats) <= MAX_LOSS_NATS else None for nats in of_adapter] for of_adapter in means]
 
 
 class Receiver:

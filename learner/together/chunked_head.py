@@ -54,6 +54,28 @@ def losses_and_gradient(
     return nats, gradient
 
 
+@torch.no_grad()
+def token_losses(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Compute the loss of each token.
+
+    Args:
+        head: Output embedding of the base, a linear layer.
+        hidden: Last hidden states (N, d).
+        labels: Token ids (N,).
+
+    Returns:
+        Losses (N,) in nats, fp32.
+    """
+    size = CHUNK_TOKENS["cuda" if hidden.is_cuda else "cpu"]
+    weight: torch.Tensor = head.weight.to(hidden.dtype)
+    bias: torch.Tensor | None = None if head.bias is None else head.bias.to(hidden.dtype)
+    nats = torch.empty(len(hidden), device=hidden.device)
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        nats[part] = cross_entropy(linear(hidden[part], weight, bias).float(), labels[part], reduction="none")
+    return nats
+
+
 def _divergence(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return KL(teacher ‖ logits) (C,) of logits (C, V), and its derivatives by the logits."""
     log_student, log_teacher = logits.log_softmax(-1), teacher.log_softmax(-1)

@@ -12,7 +12,7 @@ import torch
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.loss import autocast, has_plain_head, is_out_of_memory
 from perennial.learner.model.tokenization import TokenRow
-from perennial.learner.together.chunked_head import losses_and_gradient
+from perennial.learner.together.chunked_head import losses_and_gradient, token_losses
 from perennial.learner.together.packed_attention import Documents, packed_attention
 from perennial.learner.together.packing import AdapterRows, PackedRows, Size, pack
 from perennial.learner.together.pass_graphs import PassGraphs
@@ -70,16 +70,43 @@ class SharedPass:
         """
         count = len(parts)
         size = Size.holding(parts) if self._fills else None
-        stacked = self._stacks(size.adapters if size else count)
-        stacked.weights[:count].copy_(weights)
-        if size is not None:  # what fills up computes with zeros, not with what an earlier pass left
-            stacked.weights[count : size.adapters].zero_()
+        stacked = self._filled(weights, size)
         inputs = _Inputs.of(parts, size)
         if self._graphs is None or size is None or not stacked.groups_on_device:
             losses = _compute(self._lora, stacked, inputs.to(self._device))
         else:
             losses = self._graphs.run(inputs, lambda static: _compute(self._lora, stacked, static), self._device)
         return losses[:count], stacked.gradient[:count]
+
+    @torch.no_grad()
+    def measure(self, weights: torch.Tensor, parts: Sequence[AdapterRows]) -> torch.Tensor:
+        """Compute the loss of each trained token, without gradients.
+
+        Args:
+            weights: (n, P), see `Layout`.
+            parts: Rows of the n adapters, none with `like_base`.
+
+        Returns:
+            Losses (N,) in nats, fp32 on the device: adapter by adapter, row by row.
+        """
+        size = Size.holding(parts) if self._fills else None
+        stacked = self._filled(weights, size)
+        packed = pack(parts, size).to(self._device)
+        with stacked.active(packed.bounds, packed.ends):
+            hidden = _hidden(self._lora, packed)  # (T, d)
+        trained = sum(row.tokens for part in parts for row in part.rows)
+        predicting = hidden.index_select(0, packed.predicting[:trained]).to(stacked.dtype)  # (N, d)
+        model: Any = self._lora.model
+        return token_losses(model.get_output_embeddings(), predicting, packed.labels[:trained])
+
+    def _filled(self, weights: torch.Tensor, size: Size | None) -> StackedLora:
+        """Return the stack with the weights; what fills it up are zeros, not what an earlier pass left."""
+        count = len(weights)
+        stacked = self._stacks(size.adapters if size else count)
+        stacked.weights[:count].copy_(weights)
+        if size is not None:
+            stacked.weights[count : size.adapters].zero_()
+        return stacked
 
     def _stacks(self, count: int) -> StackedLora:
         if self._stacked is None or len(self._stacked) < count:

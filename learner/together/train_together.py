@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,18 +19,13 @@ from perennial.learner.model.loss import OutOfMemoryError, ignore_step, is_out_o
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together.packing import AdapterRows
 from perennial.learner.together.shared_pass import SharedPass, packs_together
+from perennial.learner.together.splitting import most_pass_tokens, split_into_passes
 from perennial.learner.together.stacked_adamw import StackedAdamW, clip
 from perennial.learner.together.stacked_lora import Layout
 from perennial.learner.training.trainer import TrainConfig, TrainResult, steps_taken, train
 
-PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
-"""Most tokens of a pass. More gain nothing: the device is busy with so many, and activations take memory by the token."""
-ACTIVATION_BYTES = 32 * 2**30
-"""Most memory that the activations of a pass may take on a GPU, as they are estimated, and at most 40 % of its memory."""
 COPYING_THREADS = 8
 """Threads that gather the weights of adapters on the host before they go to a GPU."""
-_BYTES_OF_ACTIVATIONS = 1.3
-"""Activations of a Llama in bf16, as a multiple of the inputs and outputs of its linear layers (measured at 8B)."""
 
 
 @dataclass(frozen=True)
@@ -98,18 +93,6 @@ def train_together(
     )
     by_job = dict(zip(order, results, strict=True))
     return [by_job[index] for index in range(len(jobs))]
-
-
-def most_pass_tokens(lora: Lora) -> int:
-    """Return the most tokens of a pass: the same number for one base and kind of device, since it decides bits."""
-    device = torch.device(lora.base.device)
-    if device.type != "cuda":
-        return PASS_TOKENS["cpu"]
-    widths = sum(layer.in_features + layer.out_features for layer in lora.layers().values())
-    by_token = 2 * widths * _BYTES_OF_ACTIVATIONS
-    memory = min(ACTIVATION_BYTES, 0.4 * torch.cuda.get_device_properties(device).total_memory)
-    fitting = max(512, int(memory / by_token))
-    return min(PASS_TOKENS["cuda"], 1 << (fitting.bit_length() - 1))
 
 
 def _within_memory(
@@ -218,7 +201,7 @@ class _Together:
     def _accumulate(self, parts: Sequence[AdapterRows]) -> torch.Tensor:
         """Put the gradient of a step into `_gradient`, with smaller passes where memory runs out."""
         while True:
-            passes = _passes(parts, self._pass_tokens)
+            passes = split_into_passes(parts, self._pass_tokens)
             try:
                 return self._accumulate_passes(passes, len(parts))
             except (RuntimeError, MemoryError) as error:
@@ -277,32 +260,3 @@ def _adapter_rows(rows: Sequence[TokenRow], config: TrainConfig) -> AdapterRows:
         base_weight=config.like_base_weight / base if base else 0.0,
         pad=config.pad,
     )
-
-
-def _passes(parts: Sequence[AdapterRows], max_tokens: int) -> list[tuple[int, list[AdapterRows]]]:
-    """Return the rows in few passes of about the same size, in the order of the adapters.
-
-    Returns:
-        The first adapter of each pass, and the rows of each adapter from it on.
-    """
-    rows = [(adapter, row) for adapter, part in enumerate(parts) for row in part.rows]
-    total = sum(len(row.ids) for _, row in rows)
-    for count in range(max(1, -(-total // max_tokens)), len(rows) + 1):
-        passes: list[list[tuple[int, TokenRow]]] = [[] for _ in range(count)]
-        before = 0
-        for adapter, row in rows:
-            passes[(2 * before + len(row.ids)) * count // (2 * total)].append((adapter, row))
-            before += len(row.ids)
-        passes = [of_pass for of_pass in passes if of_pass]
-        if all(len(of_pass) == 1 or sum(len(row.ids) for _, row in of_pass) <= max_tokens for of_pass in passes):
-            break
-    else:
-        passes = [[row] for row in rows]
-    return [(of_pass[0][0], _by_adapter(of_pass, parts)) for of_pass in passes]
-
-
-def _by_adapter(rows: Sequence[tuple[int, TokenRow]], parts: Sequence[AdapterRows]) -> list[AdapterRows]:
-    return [
-        replace(parts[adapter], rows=[row for owner, row in rows if owner == adapter])
-        for adapter in range(rows[0][0], rows[-1][0] + 1)
-    ]

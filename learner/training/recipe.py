@@ -47,6 +47,8 @@ class Recipe:
         question_dropout: Share of the tokens of each question that a step leaves out, other ones each time, 0 to 1.
         dtype: Number format of training and of the gate's measurements: `fp32`, `bf16`, or `device`, which is bf16 on a
             GPU and fp32 on a CPU.
+        shared_passes: Train in packed passes, which other adapters may share; False: alone, with PEFT's layers. A rebuild
+            trains in passes of its own, see docs/decisions/0055.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -74,6 +76,7 @@ class Recipe:
     general_kl_weight: float = 0.0
     question_dropout: float = 0.0
     dtype: str = DEVICE_DTYPE
+    shared_passes: bool = False
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

@@ -57,6 +57,7 @@ class TrainResult:
         losses: Loss of each step's rows before the step changed the weights, nats per token; see `train`.
         norms: Gradient norm of each step before clipping.
         tokens: Number of trained tokens over all steps.
+        adapters: Most adapters that shared a pass of it.
     """
 
     weights: Tensors
@@ -64,12 +65,13 @@ class TrainResult:
     losses: tuple[float, ...]
     norms: tuple[float, ...]
     tokens: int
+    adapters: int = 1
 
     def after(self, earlier: TrainResult) -> TrainResult:
         """Return the result of both runs, of which this one continued the earlier one."""
         return replace(
             self, losses=earlier.losses + self.losses, norms=earlier.norms + self.norms,
-            tokens=earlier.tokens + self.tokens,
+            tokens=earlier.tokens + self.tokens, adapters=max(earlier.adapters, self.adapters),
         )  # fmt: skip
 
 

@@ -19,10 +19,11 @@ import torch
 from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
-from perennial.learner.model.loss import ignore_step, mean_nats, row_token_losses
+from perennial.learner.model.loss import ignore_step, mean_nats
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
 from perennial.learner.training.answers import AnswerCheck
+from perennial.learner.training.compute import Compute, ComputeAlone
 from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import (
@@ -35,7 +36,7 @@ from perennial.learner.training.replay_buffer import (
     update_replay_index,
 )
 from perennial.learner.training.state import TrainingState
-from perennial.learner.training.trainer import TrainConfig, TrainResult, train
+from perennial.learner.training.trainer import TrainConfig, TrainResult
 from perennial.storage.registry.gate_figures import HELD_OUT, SEEN, GateFigures
 from perennial.storage.registry.manifest import Probes
 from perennial.streams.events.models import ExampleAccepted
@@ -46,6 +47,7 @@ CLOSING_STEPS = 1
 MEASURED_ROWS = 8
 """Number of trained rows that are measured before and after, where nothing is held out."""
 GENERAL_SHARE_AT_FULL_PRESSURE = 0.5
+PRESSURE_DECIMALS = 2
 CHECK_STEPS = 8
 """Of an update of several passes, the general loss is measured after each pass, at most every so many steps."""
 
@@ -61,6 +63,7 @@ class UpdateResult:
         gate: What the gate measured.
         tokens: Number of trained tokens over all steps, also where the gate refused.
         probes: What the state predicts after the probe texts; empty where the gate refused.
+        pass_adapters: Most adapters that shared a training pass of the update.
     """
 
     outcome: Literal["promoted", "refused"]
@@ -69,6 +72,7 @@ class UpdateResult:
     gate: GateFigures
     tokens: int
     probes: Probes = field(default_factory=dict)
+    pass_adapters: int = 1
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ class Updater:
         recipe: How to train and what the gate asks.
         lock: Lock on the base, held for each training step and each forward pass; None where nobody shares the base.
         answers: Measures the answers of a version; None where the base has no chat template.
+        shared: Trains and measures where the recipe says `shared_passes`; None where no recipe does.
     """
 
     lora: Lora
@@ -150,6 +155,7 @@ class Updater:
     recipe: Recipe
     lock: AbstractContextManager[object] | None = None
     answers: AnswerCheck | None = None
+    shared: Compute | None = None
 
     def rows(self, example: ExampleAccepted) -> list[TokenRow]:
         """Return the training rows of an example.
@@ -224,16 +230,27 @@ class Updater:
             reason=trial.verdict.reason,
         ).merged(trial.figures)
         if not trial.passed:
-            return UpdateResult("refused", trial.verdict.reason, parent, figures, trial.tokens)
+            return UpdateResult(
+                "refused", trial.verdict.reason, parent, figures, trial.tokens, pass_adapters=trial.trained.adapters
+            )
         index = self._index_after(parent, [example.example_id for example in examples], batch)
         state = TrainingState(trial.trained.weights, trial.trained.optimizer, index)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
-        return UpdateResult("promoted", "ok", state, figures, trial.tokens, probes)
+        return UpdateResult("promoted", "ok", state, figures, trial.tokens, probes, trial.trained.adapters)
 
     @functools.cached_property
     def _computing(self) -> Lora:
         """Return the slot, computing in the recipe's number format."""
         return self.lora.computing_in(DTYPES.get(self.recipe.dtype))
+
+    @property
+    def compute(self) -> Compute:
+        """Return what trains and measures."""
+        if not self.recipe.shared_passes:
+            return ComputeAlone()
+        if self.shared is None:
+            raise RuntimeError("the recipe has shared passes, and the updater has none")
+        return self.shared
 
     # ---- before training
 
@@ -253,14 +270,15 @@ class Updater:
 
     def _measure_before(self, weights: Tensors, rows: _UpdateRows, on_step: Callable[[], None]) -> _LossesBefore:
         anchors_base = mean_nats(self.general.base_losses(self._computing, rows.anchors, self.lock, on_step))
-        self.lora.load(weights)
-        held_out, probe, anchors = self._measure(rows.held_out, rows.probe, rows.anchors, on_step=on_step)
+        held_out, probe, anchors = self._measure(weights, rows.held_out, rows.probe, rows.anchors, on_step=on_step)
         return _LossesBefore(held_out, probe, anchors, anchors_base)
 
     def _pressure(self, rows: _UpdateRows, before: _LossesBefore) -> float:
         if not rows.anchors:
             return 0.0
-        return gate.general_loss_pressure(before.anchors_base, gate.mean(before.anchors), self._limits)
+        pressure = gate.general_loss_pressure(before.anchors_base, gate.mean(before.anchors), self._limits)
+        # In passes, the base and the adapter are measured in different products: a rounding must not add a general row.
+        return round(pressure, PRESSURE_DECIMALS) if self.recipe.shared_passes else pressure
 
     def _composition(self, steps: int, pressure: float) -> BatchComposition:
         """Return the composition of the steps: the higher the pressure, the more general text and the less replay.
@@ -320,18 +338,20 @@ class Updater:
                 break
             more = self._train(trained.weights, trained.optimizer, main.steps[start : start + size], on_step)
             verdict = self._judge_training(more, parent.weights)
-            if verdict.promote and self._has_general_rise(rows, before, on_step):
+            if verdict.promote and self._has_general_rise(more.weights, rows, before, on_step):
                 self.lora.load(trained.weights)
                 break
             trained = more.after(trained)
         return _Trial(trained, trained.tokens, verdict)
 
-    def _has_general_rise(self, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]) -> bool:
-        """Return True if the slot's weights use up `FULL_PRESSURE_SHARE` of a rise that the gate allows.
+    def _has_general_rise(
+        self, weights: Tensors, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
+    ) -> bool:
+        """Return True if the weights, which are in the slot, use up `FULL_PRESSURE_SHARE` of a rise that the gate allows.
 
         These are the rise of the general loss and, for a chat model, that of the loss on the base's own answers.
         """
-        (anchors,) = self._measure(rows.anchors, on_step=on_step)
+        (anchors,) = self._measure(weights, rows.anchors, on_step=on_step)
         limits, share = self._limits, gate.FULL_PRESSURE_SHARE
         if not gate.mean(anchors) - before.anchors_base <= share * limits.max_general_rise_nats:
             return True
@@ -344,7 +364,7 @@ class Updater:
         self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
     ) -> _Trial:
         """Measure the held-out rows while they are still untrained."""
-        gain = gate.gain(before.held_out, *self._measure(rows.held_out, on_step=on_step))
+        gain = gate.gain(before.held_out, *self._measure(trial.trained.weights, rows.held_out, on_step=on_step))
         figures = GateFigures(
             held_out_before=gate.rounded(gain.before_nats),
             held_out_after=gate.rounded(gain.after_nats),
@@ -362,13 +382,14 @@ class Updater:
         """Train on the held-out rows too, so that no example is lost."""
         trained = self._train(trial.trained.weights, trial.trained.optimizer, closing, on_step)
         verdict = self._judge_training(trained, parent.weights)
+        trained = replace(trained, adapters=max(trained.adapters, trial.trained.adapters))
         return replace(trial, trained=trained, tokens=trial.tokens + trained.tokens, verdict=verdict)
 
     def _judge_result(
         self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
     ) -> _Trial:
         """Measure the final weights: the gain where nothing was held out, then the general loss."""
-        probe, anchors = self._measure(rows.probe, rows.anchors, on_step=on_step)
+        probe, anchors = self._measure(trial.trained.weights, rows.probe, rows.anchors, on_step=on_step)
         verdict = trial.verdict
         figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(gate.mean(anchors))))
         if not rows.held_out_examples:
@@ -423,7 +444,7 @@ class Updater:
             recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps,
             packed_tokens=recipe.packed_tokens, like_base_weight=recipe.general_kl_weight,
         )  # fmt: skip
-        return train(self._computing, weights, optimizer, steps, config, self.lock, on_step)
+        return self.compute.train(self._computing, weights, optimizer, steps, config, self.lock, on_step)
 
     def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())
@@ -431,14 +452,12 @@ class Updater:
         finite = is_finite(trained.weights) and is_finite(trained.optimizer)
         return gate.judge_training(trained.norms, trained.losses, finite=finite, noop=noop)
 
-    def _measure(self, *groups: Sequence[TokenRow], on_step: Callable[[], None]) -> list[list[float]]:
-        """Return the loss of each token of each group under the slot's weights, measured in one call over all groups.
+    def _measure(self, weights: Tensors, *groups: Sequence[TokenRow], on_step: Callable[[], None]) -> list[list[float]]:
+        """Return the loss of each token of each group under the weights, measured in one call over all groups.
 
         What is measured together decides the batches, and so the last bits.
         """
         rows = [row for group in groups for row in group]
-        losses = row_token_losses(
-            self._computing, rows, pad=self.codec.pad, adapted=True, lock=self.lock, on_step=on_step
-        )
+        losses = self.compute.token_losses(self._computing, weights, rows, self.codec.pad, self.lock, on_step)
         of_row = iter(losses)
         return [[nats for _ in group for nats in next(of_row).tolist()] for group in groups]

@@ -157,14 +157,15 @@ class UpdateExecutor:
         head = writer.head(job.adapter)
         if head is not None and (_is_covered(job, head) or self._is_named(job, head)):
             return self._repeated(job, alias, head, waits=waiting is not None)
-        stored = read_batch(self._store, job)
-        quarantine = self._quarantines.of(job.adapter)
-        batch = self._leave_out_quarantined(job, stored, quarantine)
-        start = _Start(head, *writer.state_at(head, job.adapter))
-        writer.failpoint("learner.load")
-        loaded = time.perf_counter()
-        replayed: dict[str, ExampleAccepted] = {}
-        trained = self._train(job, batch, start, quarantine, replayed)
+        with writer.updater.compute.joining():
+            stored = read_batch(self._store, job)
+            quarantine = self._quarantines.of(job.adapter)
+            batch = self._leave_out_quarantined(job, stored, quarantine)
+            start = _Start(head, *writer.state_at(head, job.adapter))
+            writer.failpoint("learner.load")
+            loaded = time.perf_counter()
+            replayed: dict[str, ExampleAccepted] = {}
+            trained = self._train(job, batch, start, quarantine, replayed)
         manifest = self._manifest(job, trained)
         writer.failpoint("learner.train")
         trained_at, trained_s = writer.now(), time.perf_counter()
@@ -337,6 +338,7 @@ class UpdateExecutor:
             gate=result.gate if result else GateFigures(),
             probes=result.probes if result else {},
             tokens=result.tokens if result else 0,
+            pass_adapters=result.pass_adapters if result else 1,
             rank=recipe.rank,
             published_from_ms=min(times, default=None),
             published_to_ms=max(times, default=None),

@@ -17,6 +17,7 @@ from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.model.turns import ComputeTurns, FairLock
+from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.general_choice import GeneralTextChoice
 from perennial.learner.training.recipe import Recipe
@@ -264,7 +265,11 @@ class VersionWriter:
 
 
 def make_version_writer(
-    settings: Settings, store: ObjectStore, base: Base, lock: FairLock | None = None
+    settings: Settings,
+    store: ObjectStore,
+    base: Base,
+    lock: FairLock | None = None,
+    report_pass: Callable[[int], None] = lambda _: None,
 ) -> VersionWriter:
     """Build the learner's parts over a store and a base.
 
@@ -273,6 +278,7 @@ def make_version_writer(
         store: where versions are stored.
         base: the frozen model; a LoRA slot is put into it.
         lock: held while the base is changed, and for each training step, where other roles share the base.
+        report_pass: called with the number of adapters of each round of training.
     """
 
     def now() -> datetime:
@@ -294,7 +300,8 @@ def make_version_writer(
         lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha))
     turns = ComputeTurns(lock, settings.model.threads) if lock else None
     answers = AnswerCheck(codec) if codec.has_template else None
-    updater = Updater(lora, codec, general, Recipe.of(settings, base.compute_dtype), turns, answers)
+    passes = GatheredPasses(settings.model.pass_adapters, settings.model.pass_wait_ms / 1000, report=report_pass)
+    updater = Updater(lora, codec, general, Recipe.of(settings, base.compute_dtype), turns, answers, passes)
     return VersionWriter(
         registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint,
         general_choice=choice,

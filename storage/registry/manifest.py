@@ -154,6 +154,8 @@ class Manifest(_Part):
         published_to_ms: latest such timestamp.
         probes: what the version predicts after the texts of `streams.probe_texts`; empty in versions of releases that
             did not record it, and where nothing is served.
+        pass_adapters: most adapters that trained in one pass with this one, itself included. Where there were others,
+            their number and the lengths of their rows decide the last bits of the weights.
     """
 
     schema_version: Literal[1] = 1
@@ -191,6 +193,7 @@ class Manifest(_Part):
     published_from_ms: Int64 | None = None
     published_to_ms: Int64 | None = None
     probes: Probes = {}
+    pass_adapters: Annotated[int, Field(ge=1, le=65_536)] = 1
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -259,7 +262,7 @@ class Manifest(_Part):
             raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
-_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None, "probes": {}, "general": None}
+_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None, "probes": {}, "general": None, "pass_adapters": 1}
 """Fields of a manifest that were added after the first release, with their defaults."""
 
 

@@ -32,6 +32,7 @@ MAX_LABEL_VALUES: Final = 100
 OTHER: Final = "other"
 _SHARED_LABELS: Final = frozenset({"adapter", "topic"})
 _FORGET_BUCKETS_S: Final = (0.1, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86_400, 3 * 86_400, 7 * 86_400, 30 * 86_400)
+_ADAPTER_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STAGE_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
 
@@ -85,7 +86,8 @@ SERIES: Final = (
     Series(Histogram, "stage_seconds", "Time per stage.", ("stage",)),
     Series(Gauge, "loss_nats", "Mean loss per token, before or after.", ("adapter", "which")),
     Series(Counter, "trained_tokens", "Tokens trained on."),
-    Series(Counter, "trained_seconds", "Time spent in training."),
+    Series(Counter, "trained_seconds", "Time spent in training, added up over updates, also those that shared passes."),
+    Series(Histogram, "pass_adapters", "Adapters per round of training.", buckets=_ADAPTER_BUCKETS),
     Series(Gauge, "alias_generation", "Generation of the adapter's alias.", ("adapter",)),
     Series(Gauge, "adapters_parked", "Adapters that wait for an operator.", ("reason",)),
     Series(Gauge, "jobs_waiting", "Update jobs of a parked adapter that wait in the store.", ("adapter",)),
@@ -344,6 +346,10 @@ class Metrics:
         """Count the tokens and the time of an update's training."""
         self._inc("trained_tokens", tokens)
         self._inc("trained_seconds", seconds)
+
+    def training_pass(self, adapters: int) -> None:
+        """Count a round of training and the adapters that shared its passes."""
+        self._observe("pass_adapters", adapters)
 
     def generation(self, adapter: str, n: int) -> None:
         """Set the generation of an adapter's alias."""

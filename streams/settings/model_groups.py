@@ -38,7 +38,19 @@ class ModelSettings(SettingsGroup):
     )
     score_batch: PositiveInt = Field(32, description="scorer: examples per forward pass")
     lanes: PositiveInt = Field(
-        3, description="learner: jobs that may run at once; a second one starts where the first takes long"
+        3,
+        description="learner: jobs that may run at once beside updates; a second one starts where the first takes long",
+    )
+    pass_adapters: PositiveInt = Field(
+        16,
+        le=1024,
+        description="learner: most adapters that train in one pass; each has a thread while its update runs",
+    )
+    pass_wait_ms: int = Field(
+        50,
+        ge=0,
+        le=60_000,
+        description="learner: longest time that a pass waits for adapters whose updates are about to train",
     )
 
 
@@ -82,6 +94,9 @@ class TrainingSettings(SettingsGroup):
         "rows are padded to the longest",
     )
     seed: int = Field(0, description="seed of all random choices in training")
+    shared_passes: bool = Field(
+        True, description="train in packed passes, which several adapters share; false: one adapter at a time, padded"
+    )
 
 
 class GateSettings(SettingsGroup):

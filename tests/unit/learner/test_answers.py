@@ -13,6 +13,7 @@ from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.generation import Decoded
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetensors
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, turn_rows
+from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training import gate
 from perennial.learner.training.answers import QUESTIONS, TRIAL_QUESTIONS, AnswerCheck, TrialAnswers, is_degenerate
 from perennial.learner.training.recipe import Recipe
@@ -137,7 +138,7 @@ def test_a_version_on_its_way_back_passes() -> None:
 
 def run(lora: Lora, check: AnswerCheck | None, recipe: Recipe, answers: Sequence[str]) -> UpdateResult:
     codec = ExampleTokenizer(lora.base.tokenizer)
-    updater = Updater(lora, codec, GeneralText([], [], codec, 48), recipe, answers=check)
+    updater = Updater(lora, codec, GeneralText([], [], codec, 48), recipe, answers=check, shared=GatheredPasses())
     examples = [
         ExampleAccepted(
             adapter="acme/support", example_id=f"{n:032x}", kind="correction", learn=True, prompt=question, answer=answer,

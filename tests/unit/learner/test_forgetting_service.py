@@ -13,7 +13,7 @@ import pytest
 
 from perennial.learner.forgetting import rebuild_progress
 from perennial.learner.forgetting.executor import ForgetExecutor
-from perennial.learner.roles.passes import PassRunner
+from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
 from perennial.storage.objects.directory_store import DirectoryStore
@@ -230,7 +230,7 @@ def run(learner: LocalLearner, job: ForgetRequested, **more: Any) -> JobResult:
 
 
 def test_a_stop_neither_parks_the_adapter_nor_fails_the_request(store: DirectoryStore) -> None:
-    stopping = PassRunner(
+    stopping = JobRunner(
         local_learner(store), "live", now, lambda _: None, lambda _: None, lambda: None, should_stop=lambda: True
     )
     with pytest.raises(JobInterruptedError):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perennial.learner.roles.passes import PassRunner
+from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.versions.job_result import JobResult
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
@@ -39,7 +39,7 @@ def store(tmp_path: Path) -> DirectoryStore:
 
 
 def run(learner: LocalLearner, job: UpdateRequested) -> JobResult:
-    return PassRunner(learner, "live", now, lambda _: None, lambda _: None, lambda: None).run(job)
+    return JobRunner(learner, "live", now, lambda _: None, lambda _: None, lambda: None).run(job)
 
 
 @pytest.mark.parametrize("learned_before", [False, True])

@@ -12,16 +12,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.learner.model.turns import ComputeTurns, FairLock
-from perennial.learner.roles.lanes import LONG_JOB_S, STOP_GRACE_S, CommitOrder, Lane, WaitingJob, next_job
+from perennial.learner.roles.lanes import (
+    LONG_JOB_S,
+    STOP_GRACE_S,
+    CommitOrder,
+    Lane,
+    RunningState,
+    WaitingJob,
+    next_job,
+)
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
+from perennial.streams.events.cloudevents import Envelope
+from perennial.streams.events.models import ForgetRequested, UpdateRequested
 from perennial.streams.kafka.group import ConsumedRecord
 
 SHORT_S, LONG_S = LONG_JOB_S / 2, LONG_JOB_S * 2
 
 
 def waiting(*adapters: str) -> list[WaitingJob]:
-    envelope = lambda adapter: SimpleNamespace(event=SimpleNamespace(adapter=adapter))  # noqa: E731
-    return [WaitingJob(record(n), envelope(adapter)) for n, adapter in enumerate(adapters)]  # type: ignore[arg-type]
+    """Return updates of adapters named by small letters, and forget jobs of those named by capital ones."""
+    return [WaitingJob(record(n), envelope(adapter)) for n, adapter in enumerate(adapters)]
+
+
+def envelope(adapter: str) -> Envelope:
+    job = UpdateRequested if adapter.islower() else ForgetRequested
+    return Envelope("", "", "", None, job.model_construct(adapter=adapter.lower()), None)
+
+
+def running(*jobs: tuple[str, float]) -> list[RunningState]:
+    return [RunningState(adapter.lower(), adapter.islower(), running_s) for adapter, running_s in jobs]
 
 
 def record(offset: int, partition: int = 0, epoch: int = 0) -> ConsumedRecord:
@@ -29,21 +48,43 @@ def record(offset: int, partition: int = 0, epoch: int = 0) -> ConsumedRecord:
 
 
 @pytest.mark.parametrize(
-    ("adapters", "running_s", "busy", "wanted"),
+    ("adapters", "jobs", "wanted"),
     [
-        ("ab", [], "", 0),
-        ("ab", [SHORT_S], "x", None),  # a short job has the machine for itself
-        ("ab", [LONG_S], "x", 0),
-        ("aab", [LONG_S], "a", 2),  # jobs of one adapter stay in order: the second a does not start, either
-        ("aa", [LONG_S], "a", None),
-        ("ab", [LONG_S, SHORT_S], "xy", None),
-        ("ab", [LONG_S, LONG_S], "xy", 0),
-        ("ab", [LONG_S, LONG_S, LONG_S], "xyz", None),
-        ("", [], "", None),
+        ("AB", [], 0),
+        ("AB", [("X", SHORT_S)], None),  # a short job has the machine for itself
+        ("ab", [("X", SHORT_S)], None),
+        ("AB", [("X", LONG_S)], 0),
+        ("ab", [("X", LONG_S)], 0),
+        ("AAB", [("A", LONG_S)], 2),  # jobs of one adapter stay in order: the second a does not start, either
+        ("aa", [("A", LONG_S)], None),
+        ("AB", [("X", LONG_S), ("Y", SHORT_S)], None),
+        ("AB", [("X", LONG_S), ("Y", LONG_S)], 0),
+        ("AB", [("X", LONG_S), ("Y", LONG_S), ("Z", LONG_S)], None),
+        ("", [], None),
     ],
 )
-def test_attack_n_a_job_starts_beside_long_jobs_of_other_adapters_only(adapters, running_s, busy, wanted):
-    assert next_job(waiting(*adapters), running_s, set(busy), lanes=3) == wanted
+def test_attack_n_a_job_starts_beside_long_jobs_of_other_adapters_only(adapters, jobs, wanted):
+    assert next_job(waiting(*adapters), running(*jobs), lanes=3, pass_adapters=4) == wanted
+
+
+@pytest.mark.parametrize(
+    ("adapters", "jobs", "pass_adapters", "wanted"),
+    [
+        ("ab", [("x", SHORT_S)], 4, 0),  # updates train together
+        ("ab", [("x", SHORT_S), ("y", LONG_S), ("z", SHORT_S)], 4, 0),
+        ("ab", [("w", SHORT_S), ("x", SHORT_S), ("y", SHORT_S), ("z", SHORT_S)], 4, None),
+        ("aab", [("a", SHORT_S)], 4, 2),
+        ("aA", [("a", SHORT_S)], 4, None),  # a forget job keeps its place behind its adapter's update
+        ("aAb", [("a", SHORT_S)], 4, 2),
+        ("Ab", [("x", SHORT_S)], 4, None),  # and is not kept waiting by a stream of short updates
+        ("Ab", [("x", LONG_S)], 4, 0),
+        ("ab", [("x", SHORT_S)], 1, None),  # without shared passes short updates run one by one
+        ("ab", [("x", LONG_S)], 1, 0),
+        ("ab", [("X", LONG_S), ("Y", LONG_S), ("Z", LONG_S)], 4, 0),  # forgettings do not take the updates' places
+    ],
+)
+def test_updates_of_several_adapters_start_together(adapters, jobs, pass_adapters, wanted):
+    assert next_job(waiting(*adapters), running(*jobs), lanes=3, pass_adapters=pass_adapters) == wanted
 
 
 @given(st.permutations(range(12)), st.integers(1, 3))

@@ -19,11 +19,13 @@ from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetensors
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
+from perennial.learner.together.gathered_passes import GatheredPasses
+from perennial.learner.together.shared_pass import packs_together
 from perennial.learner.training import gate, update
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
-from perennial.learner.training.trainer import TrainResult, train
+from perennial.learner.training.trainer import TrainResult
 from perennial.learner.training.update import Updater, UpdateResult
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
@@ -40,7 +42,7 @@ def make(recipe: Recipe = RECIPE, anchor: list[str] = GENERAL, base: Base | None
     make_deterministic(1)
     lora = Lora(base or tiny.base(), LoraConfig(recipe.rank, recipe.alpha))
     codec = ExampleTokenizer(lora.base.tokenizer)
-    return Updater(lora, codec, GeneralText(GENERAL, anchor, codec, recipe.row_tokens), recipe)
+    return Updater(lora, codec, GeneralText(GENERAL, anchor, codec, recipe.row_tokens), recipe, shared=GatheredPasses())
 
 
 def first(updater: Updater) -> TrainingState:
@@ -160,9 +162,9 @@ def test_the_rise_that_ends_further_passes_is_that_of_full_pressure(
     updater = replace(make(replace(RECIPE, max_general_rise_nats=0.15, max_answer_rise_nats=1.0)), answers=check)
     monkeypatch.setattr(Updater, "_measure", lambda *_, **__: [[3.0 + general, 3.0 + general]])
     before, rows = update._LossesBefore([], [], [], 3.0), update._UpdateRows([], [], [], [], 0, [])
-    assert updater._has_general_rise(rows, before, ignore_step) is too_far
+    assert updater._has_general_rise({}, rows, before, ignore_step) is too_far
     not_asked = replace(updater, recipe=replace(updater.recipe, max_answer_rise_nats=0.0))
-    assert not_asked._has_general_rise(rows, before, ignore_step) is (not general <= 0.09)
+    assert not_asked._has_general_rise({}, rows, before, ignore_step) is (not general <= 0.09)
 
 
 def test_few_examples_are_judged_by_their_own_fall() -> None:
@@ -173,12 +175,23 @@ def test_few_examples_are_judged_by_their_own_fall() -> None:
     assert "held_out_before" not in done.gate.as_dict()
 
 
-def test_the_same_update_gives_the_same_bytes() -> None:
-    one, two = make(), make()
+@pytest.mark.parametrize("shared_passes", [True, False])
+def test_the_same_update_gives_the_same_bytes(shared_passes: bool) -> None:
+    recipe = replace(RECIPE, shared_passes=shared_passes)
+    one, two = make(recipe), make(recipe)
     first_done, again = run(one, first(one), documents(8)), run(two, first(two), documents(8))
     assert to_safetensors(first_done.state.weights) == to_safetensors(again.state.weights)
     assert first_done.gate == again.gate
     assert run(one, first(one), documents(8)).gate == again.gate
+
+
+def test_an_update_in_passes_learns_as_one_with_pefts_layers() -> None:
+    together, alone = (make(replace(RECIPE, shared_passes=shared)) for shared in (True, False))
+    one, other = (run(updater, first(updater), documents(8)) for updater in (together, alone))
+    assert (one.outcome, one.gate.steps, one.tokens) == (other.outcome, other.gate.steps, other.tokens)
+    assert one.gate.held_out_after == pytest.approx(other.gate.held_out_after, rel=1e-3)
+    assert one.gate.anchor_after == pytest.approx(other.gate.anchor_after, rel=1e-3)
+    assert one.probes.keys() == other.probes.keys()
 
 
 def test_case_12_an_update_reports_its_steps_and_measurements_and_keeps_its_bytes() -> None:
@@ -186,6 +199,7 @@ def test_case_12_an_update_reports_its_steps_and_measurements_and_keeps_its_byte
     quiet, loud = make(), make()
     want = run(quiet, first(quiet), documents(8))
     calls: list[int] = []
+    packs_together(loud.lora)  # otherwise the model is asked between two calls
     with hooked_forward(loud) as passes:
         got = run(loud, first(loud), documents(8), on_step=lambda: calls.append(len(passes)))
     assert to_safetensors(got.state.weights) == to_safetensors(want.state.weights)
@@ -236,9 +250,10 @@ def test_a_training_run_that_is_not_finite_is_refused_and_leaves_the_parent(
     """NaN in the weights, the optimizer's moments or a step's loss is a refusal; nothing of it becomes a state."""
     updater = make()
     parent = first(updater)
+    train = GatheredPasses.train
 
-    def broken_train(*args: Any, **more: Any) -> TrainResult:
-        result = train(*args, **more)
+    def broken_train(*args: Any) -> TrainResult:
+        result = train(*args)
         if broken == "losses":
             return replace(result, losses=(math.nan, *result.losses[1:]))
         tensors = dict(getattr(result, broken))
@@ -246,7 +261,7 @@ def test_a_training_run_that_is_not_finite_is_refused_and_leaves_the_parent(
         tensors[name] = torch.full_like(tensors[name], math.nan)
         return replace(result, **{broken: tensors})
 
-    monkeypatch.setattr(update, "train", broken_train)
+    monkeypatch.setattr(GatheredPasses, "train", broken_train)
     done = run(updater, parent, documents(8))
     assert (done.outcome, done.reason) == ("refused", "not-finite")
     assert done.state is parent
@@ -260,12 +275,12 @@ def test_a_measured_loss_that_is_not_finite_is_refused_and_recorded(
     """One token with an infinite loss, before and after training, is a refusal with a reason and not an exception."""
     updater = make()
     parent = first(updater)
-    measure = update.row_token_losses
+    measure = GatheredPasses.token_losses
 
-    def broken(*args: Any, **more: Any) -> list[torch.Tensor]:
-        return [torch.cat([nats[:-1], torch.tensor([value])]) for nats in measure(*args, **more)]
+    def broken(*args: Any) -> list[torch.Tensor]:
+        return [torch.cat([nats[:-1], torch.tensor([value])]) for nats in measure(*args)]
 
-    monkeypatch.setattr(update, "row_token_losses", broken)
+    monkeypatch.setattr(GatheredPasses, "token_losses", broken)
     done = run(updater, parent, documents(count))
     assert (done.outcome, done.reason, done.gate.reason) == ("refused", "not-finite", "not-finite")
     assert done.state is parent
@@ -342,11 +357,13 @@ def test_words_of_questions_are_left_out_where_the_recipe_says_so(
     example = tiny.correction(1, "How much is the plan that everybody orders in summer?", "It is 7 euros.")
     trained: list[tuple[int, ...]] = []
 
-    def watched(lora: Lora, weights: Any, optimizer: Any, steps: Any, *rest: Any) -> TrainResult:
-        trained.extend(row.ids for rows in steps for row in rows)
-        return train(lora, weights, optimizer, steps, *rest)
+    train = GatheredPasses.train
 
-    monkeypatch.setattr(update, "train", watched)
+    def watched(self: GatheredPasses, lora: Lora, weights: Any, optimizer: Any, steps: Any, *rest: Any) -> TrainResult:
+        trained.extend(row.ids for rows in steps for row in rows)
+        return train(self, lora, weights, optimizer, steps, *rest)
+
+    monkeypatch.setattr(GatheredPasses, "train", watched)
     run(updater, first(updater), [example])
     (whole,) = updater.rows(example)
     assert len(trained) >= 4

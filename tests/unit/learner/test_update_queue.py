@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from perennial.learner.model.loss import OutOfMemoryError
+from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.roles.parking import report_parked
-from perennial.learner.roles.passes import PassRunner
 from perennial.learner.versions.job_result import JobError, JobInterruptedError
 from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.storage.errors import NoSpaceError, StoreUnavailableError
@@ -36,9 +36,9 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store", fsync=False)
 
 
-def runner(learner: LocalLearner, sent: list[AdapterUpdate] | None = None) -> PassRunner:
+def runner(learner: LocalLearner, sent: list[AdapterUpdate] | None = None) -> JobRunner:
     events = [] if sent is None else sent
-    return PassRunner(learner, "live", now, lambda _: None, events.append, lambda: None)
+    return JobRunner(learner, "live", now, lambda _: None, events.append, lambda: None)
 
 
 def cut_of(store: DirectoryStore, cut: int, adapter: str = ADAPTER, per_cut: int = 4) -> UpdateRequested:
@@ -523,7 +523,7 @@ def test_a_stop_while_an_adapter_catches_up_leaves_it_parked(store: DirectorySto
     for job in cuts[2:]:
         assert role.run(job).outcome == "parked"
     stops = iter([False, True, True])
-    stopping = PassRunner(learner, "live", now, lambda _: None, lambda _: None, lambda: None, lambda: next(stops))
+    stopping = JobRunner(learner, "live", now, lambda _: None, lambda _: None, lambda: None, lambda: next(stops))
     with pytest.raises(JobInterruptedError):
         stopping.run(cuts[1])
     assert load_parked(store, ADAPTER) is not None

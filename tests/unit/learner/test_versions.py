@@ -18,6 +18,7 @@ from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.tokenization import ExampleTokenizer
+from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import index_from_bytes
 from perennial.learner.training.update import Updater
@@ -53,7 +54,7 @@ def local_learner(
     updater = Updater(
         Lora(base, LoraConfig(settings.training.rank, settings.training.alpha)), codec,
         GeneralText(GENERAL, GENERAL, codec, settings.training.row_tokens),
-        Recipe.of(settings, DTYPES.get(settings.model.dtype)),
+        Recipe.of(settings, DTYPES.get(settings.model.dtype)), shared=GatheredPasses(),
     )  # fmt: skip
     return LocalLearner(registry, updater, base, threads=1, now=now, failpoint=failpoint or (lambda _: None))
 

@@ -1,8 +1,6 @@
-"""Run the jobs of the learner: the training thread's side, without Kafka.
+"""Run one job of the learner from its beginning to its end: the side of a lane's thread, without Kafka.
 
-Today a pass is one job. To train the jobs of several adapters in one pass, give `PassRunner` a method that takes
-several update jobs and returns one `JobResult` each, and let the job loop (`learner.py`) hand it more than one waiting
-record; publishing and committing stay per job.
+Updates of other lanes may train in the same passes (see `together.gathered_passes`): nothing here notices it.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from perennial.streams.events.models import ForgetRequested, RetentionProgressed
 _log = logging.getLogger("perennial.learner")
 
 
-class PassRunner:
+class JobRunner:
     """Runs jobs over the store and the model.
 
     Args:
