@@ -44,6 +44,7 @@ from perennial.streams.settings.groups import (
 from perennial.streams.settings.model_groups import GateSettings, ModelSettings, TrainingSettings
 from perennial.streams.settings.presets import preset_of, preset_settings
 from perennial.streams.settings.resolver_group import ResolverSettings
+from perennial.streams.settings.tenant_group import TenantSettings
 
 _S = TypeVar("_S", bound="Settings")
 
@@ -72,6 +73,7 @@ class Settings(BaseModel):
     model: ModelSettings = Field(default_factory=ModelSettings)
     training: TrainingSettings = Field(default_factory=TrainingSettings)
     gate: GateSettings = Field(default_factory=GateSettings)
+    tenants: TenantSettings = Field(default_factory=TenantSettings)
     serving: ServingSettings = Field(default_factory=ServingSettings)
     resolver: ResolverSettings = Field(default_factory=ResolverSettings)
     observe: ObserveSettings = Field(default_factory=ObserveSettings)

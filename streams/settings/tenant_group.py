@@ -1,0 +1,115 @@
+"""The group of settings of tenants: their weights and budgets at the learner. See `loading` for how they are set.
+
+A tenant is the first segment of an adapter's name: `acme` of `acme/support`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TypeVar
+
+from pydantic import Field, field_validator
+
+from perennial.streams.settings.groups import SettingsGroup
+
+EVERY_TENANT = "*"
+UNLIMITED = "unlimited"
+MAX_WEIGHT = 1_000_000
+MAX_TOKENS_PER_HOUR = 10**15
+_T = TypeVar("_T")
+_TENANT = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+class TenantSettings(SettingsGroup):
+    """How the learner divides its time among tenants.
+
+    Example:
+        >>> tenants = TenantSettings(tenant_weights="acme=4", tenant_tokens_per_hour="acme=unlimited, *=200000")
+        >>> tenants.weight("acme"), tenants.weight("globex")
+        (4.0, 1.0)
+        >>> tenants.tokens_per_hour("acme"), tenants.tokens_per_hour("globex")
+        (None, 200000)
+    """
+
+    tenant_weights: str = Field(
+        "",
+        description="learner: share of each tenant while several wait, `acme=4,*=1`; a tenant is the first segment of an "
+        "adapter's name, `*` every tenant that is not named; empty: all have the same",
+    )
+    tenant_tokens_per_hour: str = Field(
+        "",
+        description="learner: tokens of micro-batches that each tenant may have trained in any 60 minutes before its jobs "
+        "wait for those of others, `acme=200000,*=1000000`; they wait no longer than until the hour's tokens are below the "
+        "budget again, and not at all while no other tenant's jobs wait; per learner process; empty or `unlimited`: no limit",
+    )
+
+    @field_validator("tenant_weights")
+    @classmethod
+    def _check_weights(cls, text: str) -> str:
+        _weights(text)
+        return text
+
+    @field_validator("tenant_tokens_per_hour")
+    @classmethod
+    def _check_budgets(cls, text: str) -> str:
+        _budgets(text)
+        return text
+
+    def weight(self, tenant: str) -> float:
+        """Return the tenant's weight, 1 where none is set."""
+        weights = _weights(self.tenant_weights)
+        return weights.get(tenant, weights.get(EVERY_TENANT, 1.0))
+
+    def tokens_per_hour(self, tenant: str) -> int | None:
+        """Return the tenant's budget in tokens per hour; None where it has no limit."""
+        budgets = _budgets(self.tenant_tokens_per_hour)
+        return budgets.get(tenant, budgets.get(EVERY_TENANT))
+
+
+@lru_cache(maxsize=8)
+def _weights(text: str) -> Mapping[str, float]:
+    return _by_tenant(text, _weight)
+
+
+@lru_cache(maxsize=8)
+def _budgets(text: str) -> Mapping[str, int | None]:
+    return _by_tenant(text, _budget)
+
+
+def _by_tenant(text: str, parse: Callable[[str], _T]) -> Mapping[str, _T]:
+    """Return the value of each tenant that the text names; a value without a name is that of every tenant."""
+    found: dict[str, _T] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, given, value = (piece.strip() for piece in part.rpartition("="))
+        tenant = name if given else EVERY_TENANT
+        if tenant != EVERY_TENANT and not _TENANT.fullmatch(tenant):
+            raise ValueError(f"tenants as the first segment of an adapter's name, or `*`; got {tenant[:80]!r}")
+        if tenant in found:
+            raise ValueError(f"each tenant once; {tenant[:80]!r} is named twice")
+        found[tenant] = parse(value)
+    return MappingProxyType(found)
+
+
+def _weight(value: str) -> float:
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = math.nan
+    if not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
+        raise ValueError(f"weights from {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}, `acme=4,*=1`; got {value[:80]!r}")
+    return weight
+
+
+def _budget(value: str) -> int | None:
+    if value == UNLIMITED:
+        return None
+    if not (value.isascii() and value.isdigit() and 1 <= len(value) <= 16 and 1 <= int(value) <= MAX_TOKENS_PER_HOUR):
+        raise ValueError(
+            f"whole numbers of tokens from 1 to {MAX_TOKENS_PER_HOUR:g}, or `{UNLIMITED}`, `acme=200000,*=1000000`; "
+            f"got {value[:80]!r}"
+        )
+    return int(value)
