@@ -297,28 +297,34 @@ class FairQueue(Generic[T]):
             tenant.listed = turn
             heapq.heappush(self._turns, turn)
 
-    def next(self, busy: Collection[str], now_s: float, *, updates_only: bool = False) -> QueueEntry[T] | None:
+    def next(
+        self, busy: Collection[str], now_s: float, *, updates: bool = True, others: bool = True, hold: bool = False
+    ) -> QueueEntry[T] | None:
         """Return the job that is to start next; None if none may. It goes on waiting until `start` is called.
 
         Args:
             busy: adapters of which a job runs.
             now_s: monotonic clock, in seconds.
-            updates_only: pass over jobs that forget, roll back or revoke, and over what waits behind them.
+            updates: False where no update may start now.
+            others: False where no job that forgets, rolls back or revokes may start now.
+            hold: such a job may start once what runs has ended: where its turn has come, no update starts before it.
+                Otherwise a stream of short updates could keep it waiting for ever.
         """
         for adapter in [adapter for adapter in self._held if adapter not in busy]:
             self._held.discard(adapter)
             self._offer(adapter)
         self._end_of_waiting_for_budget(now_s)
-        urgent = self._next_urgent(busy, updates_only)
+        urgent = self._next_urgent(busy, updates, others or hold)
         if urgent is not None and not self._turn_of_others:
-            return urgent
-        return self._next_in_turn(busy) or self._next_over(busy) or urgent
+            return urgent if urgent.figures.is_update or others else None
+        fair = self._next_in_turn(busy) or self._next_over(busy) if updates else None
+        return fair or (urgent if urgent is None or urgent.figures.is_update or others else None)
 
-    def _next_urgent(self, busy: Collection[str], updates_only: bool) -> QueueEntry[T] | None:
-        """Return the first job of the adapter whose job that is no update was added first."""
+    def _next_urgent(self, busy: Collection[str], updates: bool, others: bool) -> QueueEntry[T] | None:
+        """Return the first job of the adapter whose job that is no update was added first, of the kinds that may start."""
         for waiting in self._urgent.values():
             first = self._by_adapter[waiting.adapter][0]
-            if waiting.adapter not in busy and (first.figures.is_update or not updates_only):
+            if waiting.adapter not in busy and (updates if first.figures.is_update else others):
                 return first
         return None
 

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.roles.job_runner import JobRunner
@@ -69,48 +70,37 @@ class RunningState:
     running_s: float
 
 
-def may_start(job: WaitingJob, running: Sequence[RunningState], lanes: int, pass_adapters: int) -> bool:
-    """Return True if the job may start beside the running ones, whose adapters are others. Pure.
+class OpenPlaces(NamedTuple):
+    """Which kinds of jobs may start beside the running ones.
+
+    Attributes:
+        updates: True if an update of an adapter that does not run may start.
+        others: True if a job of another kind may.
+        hold: True if such a job may as soon as the short jobs that run have ended.
+    """
+
+    updates: bool
+    others: bool
+    hold: bool
+
+
+def open_places(running: Sequence[RunningState], lanes: int, pass_adapters: int) -> OpenPlaces:
+    """Return which jobs may start now. Pure.
 
     Args:
-        job: the job.
         running: the running jobs.
         lanes: the most jobs that may run at once beside updates.
         pass_adapters: the most updates that may run at once.
     """
-    updates = sum(other.is_update for other in running)
-    beside_long = all(other.running_s >= LONG_JOB_S for other in running)
-    if not job.is_update:
-        return beside_long and len(running) - updates < lanes
-    if beside_long and len(running) < lanes:
-        return True
-    return updates < pass_adapters and all(other.is_update or other.running_s >= LONG_JOB_S for other in running)
-
-
-def next_job(
-    waiting: Sequence[WaitingJob], running: Sequence[RunningState], lanes: int, pass_adapters: int
-) -> int | None:
-    """Return the index of the job to start now; None if none may start. Pure.
-
-    The jobs of an adapter start in their order, one at a time. A job of another kind that may not start yet holds back
-    the updates behind it: otherwise a stream of short updates would keep it waiting for ever.
-
-    Args:
-        waiting: the waiting jobs in the order in which they were read.
-        running: the running jobs.
-        lanes: the most jobs that may run at once beside updates.
-        pass_adapters: the most updates that may run at once.
-    """
-    busy = {other.adapter for other in running}
-    for index, job in enumerate(waiting):
-        if job.adapter in busy:
-            continue
-        if may_start(job, running, lanes, pass_adapters):
-            return index
-        if not job.is_update:
-            return None
-        busy.add(job.adapter)
-    return None
+    updates = sum(job.is_update for job in running)
+    beside_long = all(job.running_s >= LONG_JOB_S for job in running)
+    beside_updates = all(job.is_update or job.running_s >= LONG_JOB_S for job in running)
+    free_lane = len(running) - updates < lanes
+    return OpenPlaces(
+        updates=(beside_long and len(running) < lanes) or (updates < pass_adapters and beside_updates),
+        others=beside_long and free_lane,
+        hold=not beside_long and free_lane,
+    )
 
 
 class CommitOrder:
@@ -151,16 +141,20 @@ class CommitOrder:
             del self._open[partition]
         return last
 
-    def drop_lost(self, owns: Callable[[ConsumedRecord], bool]) -> None:
+    def drop_lost(self, owns: Callable[[ConsumedRecord], bool]) -> bool:
         """Drop what was read of partitions that were taken away: it is never committed here.
 
         Args:
             owns: returns whether the partition is this member's, and was when the record was read.
+
+        Returns:
+            True if there was any.
         """
         lost = {partition for partition, read in self._open.items() if not owns(read[0])}
         if lost:
             self._open = {partition: read for partition, read in self._open.items() if partition not in lost}
             self._completed = {done for done in self._completed if done[:2] not in lost}
+        return bool(lost)
 
     def __len__(self) -> int:
         """Return how many records were read and are not committed yet."""

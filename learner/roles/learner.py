@@ -21,8 +21,9 @@ from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.lora import AdapterError
 from perennial.learner.model.loss import OutOfMemoryError
 from perennial.learner.model.turns import FairLock
+from perennial.learner.roles.fair_queue import FairQueue, figures_of
 from perennial.learner.roles.job_runner import JobRunner
-from perennial.learner.roles.lanes import CommitOrder, Lane, RunningState, WaitingJob, next_job
+from perennial.learner.roles.lanes import CommitOrder, Lane, RunningState, WaitingJob, open_places
 from perennial.learner.roles.parking import report_parked
 from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
@@ -50,8 +51,10 @@ _log = logging.getLogger("perennial.learner")
 TOPIC = "adapter-jobs"
 IDLE_POLL_S = 0.5
 TRAINING_POLL_S = 0.02
-MAX_WAITING = 256
-"""Jobs that may wait in the process for a lane: behind a long job of one adapter there may be many of others."""
+MAX_WAITING = 32_768
+"""Jobs that may wait in the process, about 5 KB each. The order is fair among these; what is in the log behind them waits
+for as long as they do."""
+POLL_RECORDS = 256
 RETRY_S = (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0)
 """Waits between tries on a store that does not answer, half a minute in all; then the role ends with an error."""
 
@@ -84,7 +87,7 @@ def run_learner(
     writer = make_version_writer(settings, store, base, lock or FairLock(), metrics.training_pass)
     with (
         ConfirmingProducer(settings, "learner", metrics, _now) as producer,
-        GroupConsumer(settings, TOPIC, "learner", max_records=MAX_WAITING, metrics=metrics) as consumer,
+        GroupConsumer(settings, TOPIC, "learner", max_records=POLL_RECORDS, metrics=metrics) as consumer,
         report_parked(store, metrics),
         OriginCheck.of(settings, store) as origins,
         closing(Learner(settings, writer, consumer, producer, metrics, stop, origins)) as learner,
@@ -137,7 +140,7 @@ class Learner:
         self._signer = RecordSigner(settings)
         self._pending_events: SimpleQueue[tuple[AdapterUpdate, str | None]] = SimpleQueue()
         self._lanes: list[Lane] = []
-        self._waiting: list[WaitingJob] = []
+        self._waiting: FairQueue[WaitingJob] = FairQueue(settings.tenants.weight, settings.tenants.tokens_per_hour)
         self._running: list[_RunningJob] = []
         self._order = CommitOrder()
 
@@ -152,7 +155,8 @@ class Learner:
                 wait([job.result for job in self._running], TRAINING_POLL_S, FIRST_COMPLETED)
             for record in self._consumer.poll(TRAINING_POLL_S if self._running else IDLE_POLL_S):
                 self._take(record)
-            self._order.drop_lost(self._consumer.owns)
+            if self._order.drop_lost(self._consumer.owns):
+                self._drop_lost()
             self._publish_pending()
             for job in [job for job in self._running if job.result.done()]:
                 self._running.remove(job)
@@ -193,7 +197,11 @@ class Learner:
             self._refuse(record, "internal-error", f"{type(error).__name__}: {error}"[:1024])
             return
         failpoint("learner.receive")
-        self._waiting.append(WaitingJob(record, envelope))
+        self._waiting.add(WaitingJob(record, envelope), figures_of(envelope.event))
+
+    def _drop_lost(self) -> None:
+        """Drop jobs of a partition that was taken away: another member reads them, from its last commit on."""
+        self._waiting.keep(lambda job: self._consumer.owns(job.record))
 
     def _require_plausible(self, job: Event) -> None:
         """Raise WireError for an update with a high-water mark beyond the end of its log; wait while Kafka is away."""
@@ -213,14 +221,18 @@ class Learner:
 
     def _start_next(self) -> bool:
         """Start the next job if one may start now; return False if none may."""
-        # A partition that was taken away is read by another member from its last commit on.
-        self._waiting = [job for job in self._waiting if self._consumer.owns(job.record)]
         now_s = time.monotonic()
         running = [RunningState(job.job.adapter, job.job.is_update, now_s - job.began_s) for job in self._running]
-        index = next_job(self._waiting, running, self._settings.model.lanes, self._pass_adapters)
-        if index is None:
+        places = open_places(running, self._settings.model.lanes, self._pass_adapters)
+        busy = {job.adapter for job in running}
+        while (entry := self._waiting.next(busy, now_s, **places._asdict())) is not None:
+            if self._consumer.owns(entry.job.record):
+                break
+            self._drop_lost()
+        else:
             return False
-        job, lane = self._waiting.pop(index), self._free_lane()
+        self._waiting.start(entry, now_s)
+        job, lane = entry.job, self._free_lane()
         self._running.append(_RunningJob(job, lane, lane.start(job.envelope, self._run_with_retries), now_s))
         return True
 
@@ -365,6 +377,9 @@ class Learner:
         if result.manifest is not None and not forgot:
             self._metrics.trained(result.manifest.tokens, result.stage_s.get("train", 0.0))
             figures = result.manifest.gate
+            if figures.loss_before is not None and figures.loss_after is not None:
+                fall_nats = figures.loss_before - figures.loss_after
+                self._waiting.learned(adapter, fall_nats if result.outcome == "promoted" else 0.0)
             for which, nats in (
                 ("before", figures.loss_before), ("after", figures.loss_after), ("general", figures.anchor_after),
                 ("answer_rise", figures.answer_rise),

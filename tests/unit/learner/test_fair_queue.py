@@ -59,7 +59,7 @@ def one_pass(queue: FairQueue[str], places: int, now_s: float = 0.0) -> list[str
     """Start the jobs of one pass: of different adapters, until it is full."""
     started: dict[str, str] = {}
     while len(started) < places:
-        entry = queue.next(started.keys(), now_s, updates_only=bool(started))
+        entry = queue.next(started.keys(), now_s, others=not started)
         if entry is None:
             break
         queue.start(entry, now_s)
@@ -84,7 +84,7 @@ def steps_of(rng: random.Random) -> list[tuple[Any, ...]]:
         kind = rng.choices(["add", "start", "finish", "forget", "wait", "lose"], [10, 8, 7, 1, 1, 0.3])[0]
         found.append({
             "add": (kind, rng.randrange(8), rng.randint(1, 900), rng.randrange(50)),
-            "start": (kind, rng.random() < 0.3),
+            "start": (kind, rng.random() < 0.9, rng.random() < 0.8, rng.random() < 0.5),
             "finish": (kind, rng.randrange(4)),
             "forget": (kind, rng.randrange(8)),
             "wait": (kind, rng.randint(1, 5_000)),
@@ -115,14 +115,15 @@ def test_every_job_starts_once_in_the_order_of_its_adapter_and_beside_none_of_it
             waiting[adapter].append(number)
             number += 1
         elif kind == "start":
-            entry = queue.next(busy, now_s, updates_only=values[0])
+            updates, others, hold = values
+            entry = queue.next(busy, now_s, updates=updates, others=others, hold=hold)
             startable = [adapter for adapter, numbers in waiting.items() if numbers and adapter not in busy]
-            assert entry is not None or not startable or values[0]
+            assert entry is not None or not startable or not (updates and others)
             if entry is not None:
                 adapter, which = entry.job
                 assert adapter in startable
                 assert waiting[adapter].pop(0) == which
-                assert entry.figures.is_update or not values[0]
+                assert updates if entry.figures.is_update else others
                 queue.start(entry, now_s)
                 busy.append(adapter)
         elif kind == "finish" and len(busy) > values[0]:
@@ -347,6 +348,38 @@ def test_an_update_before_a_forgetting_takes_no_turn_from_those_who_wait():
     assert entry.job == "eager/a#1"
     fill(queue, "new/a", 1)
     assert "new/a#0" in drain(queue)[:2], "the forgetting may come first, the flood may not"
+
+
+def test_a_stream_of_short_updates_does_not_keep_a_forgetting_waiting():
+    """It may start once what runs has ended; until then one update may start, as every other start is an update's."""
+    queue: FairQueue[str] = FairQueue()
+    flood(queue, "acme", 10)
+    wanted = forget(queue, "globex/a")
+    assert queue.next((), 0, others=False, hold=True) is None
+    found = queue.next((), 0, others=False)
+    assert found is not None
+    assert found.job == "acme/0#0", "where all lanes are taken by long jobs, updates go on"
+    first = start(queue)
+    assert first is not None
+    assert first.job == wanted
+    forget(queue, "globex/b")
+    second = queue.next((), 0, others=False, hold=True)
+    assert second is not None
+    queue.start(second, 0)
+    assert queue.next((), 0, others=False, hold=True) is None
+    third = queue.next((), 0, updates=False)
+    assert third is not None
+    assert third.job == "forget globex/b"
+
+
+def test_an_update_that_may_not_start_does_not_hide_a_forgetting_that_may():
+    queue: FairQueue[str] = FairQueue()
+    fill(queue, "acme/a", 1)
+    forget(queue, "acme/a")
+    wanted = forget(queue, "globex/a")
+    found = queue.next((), 0, updates=False)
+    assert found is not None
+    assert found.job == wanted
 
 
 def test_a_pass_is_filled_with_updates_only():

@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.learner.model.turns import ComputeTurns, FairLock
+from perennial.learner.roles.fair_queue import FairQueue, figures_of
 from perennial.learner.roles.lanes import (
     LONG_JOB_S,
     STOP_GRACE_S,
     CommitOrder,
     Lane,
     RunningState,
-    WaitingJob,
-    next_job,
+    open_places,
 )
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
 from perennial.streams.events.cloudevents import Envelope
@@ -29,18 +29,29 @@ from perennial.streams.kafka.group import ConsumedRecord
 SHORT_S, LONG_S = LONG_JOB_S / 2, LONG_JOB_S * 2
 
 
-def waiting(*adapters: str) -> list[WaitingJob]:
-    """Return updates of adapters named by small letters, and forget jobs of those named by capital ones."""
-    return [WaitingJob(record(n), envelope(adapter)) for n, adapter in enumerate(adapters)]
+def next_job(adapters: str, jobs: list[tuple[str, float]], pass_adapters: int) -> int | None:
+    """Return the index of the job that starts next beside the running ones.
+
+    Args:
+        adapters: updates of adapters named by small letters, and forget jobs of those named by capital ones; the oldest
+            example of each is older than that of the next.
+        jobs: running jobs by the same letters, and their seconds.
+        pass_adapters: the most updates that may run at once.
+    """
+    queue: FairQueue[int] = FairQueue()
+    for number, adapter in enumerate(adapters):
+        queue.add(number, figures_of(envelope(adapter).event)._replace(adapter=f"t/{adapter.lower()}", oldest_s=number))
+    running = [RunningState(f"t/{adapter.lower()}", adapter.islower(), running_s) for adapter, running_s in jobs]
+    places = open_places(running, 3, pass_adapters)
+    entry = queue.next({job.adapter for job in running}, 0, **places._asdict())
+    return None if entry is None else entry.job
 
 
 def envelope(adapter: str) -> Envelope:
     job = UpdateRequested if adapter.islower() else ForgetRequested
-    return Envelope("", "", "", None, job.model_construct(adapter=adapter.lower()), None)
-
-
-def running(*jobs: tuple[str, float]) -> list[RunningState]:
-    return [RunningState(adapter.lower(), adapter.islower(), running_s) for adapter, running_s in jobs]
+    return Envelope(
+        "", "", "", None, job.model_construct(adapter=adapter.lower(), tokens=1, oldest_ms=0, drift=None), None
+    )
 
 
 def record(offset: int, partition: int = 0, epoch: int = 0) -> ConsumedRecord:
@@ -64,7 +75,7 @@ def record(offset: int, partition: int = 0, epoch: int = 0) -> ConsumedRecord:
     ],
 )
 def test_attack_n_a_job_starts_beside_long_jobs_of_other_adapters_only(adapters, jobs, wanted):
-    assert next_job(waiting(*adapters), running(*jobs), lanes=3, pass_adapters=4) == wanted
+    assert next_job(adapters, jobs, pass_adapters=4) == wanted
 
 
 @pytest.mark.parametrize(
@@ -81,10 +92,11 @@ def test_attack_n_a_job_starts_beside_long_jobs_of_other_adapters_only(adapters,
         ("ab", [("x", SHORT_S)], 1, None),  # without shared passes short updates run one by one
         ("ab", [("x", LONG_S)], 1, 0),
         ("ab", [("X", LONG_S), ("Y", LONG_S), ("Z", LONG_S)], 4, 0),  # forgettings do not take the updates' places
+        ("Ab", [("X", LONG_S), ("Y", LONG_S), ("Z", LONG_S)], 4, 1),  # also where another one waits for a lane
     ],
 )
 def test_updates_of_several_adapters_start_together(adapters, jobs, pass_adapters, wanted):
-    assert next_job(waiting(*adapters), running(*jobs), lanes=3, pass_adapters=pass_adapters) == wanted
+    assert next_job(adapters, jobs, pass_adapters) == wanted
 
 
 @given(st.permutations(range(12)), st.integers(1, 3))

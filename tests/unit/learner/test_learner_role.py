@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
@@ -13,7 +16,7 @@ from perennial.learner.roles.learner import Learner
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.cli.worker import OneLineFormatter
 from perennial.streams.events.cloudevents import Envelope
-from perennial.streams.events.models import RollbackRequested
+from perennial.streams.events.models import RollbackRequested, UpdateRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConsumedRecord
 from perennial.streams.kafka.topics import KafkaUnavailableError
@@ -105,3 +108,51 @@ def test_case_27_a_learner_keeps_nothing_that_it_read_of_a_lost_partition(monkey
 
 def jobs_event() -> RollbackRequested:
     return RollbackRequested(job_id="r", adapter="a", requested_by="ann")
+
+
+def updates_of(*adapters: str) -> Iterator[Envelope]:
+    """Yield an update of each adapter; each is published later than the one before."""
+    for number, adapter in enumerate(adapters):
+        job = UpdateRequested.model_construct(
+            adapter=adapter, cut=0, tokens=700, oldest_ms=number, drift=None, marks={}, epochs={}
+        )
+        yield Envelope("", "", "", None, job, None)
+
+
+def role_with(monkeypatch: pytest.MonkeyPatch, consumer: MagicMock, *adapters: str) -> tuple[Learner, list[str]]:
+    """Return a learner that has read an update of each adapter, and the list of what it starts."""
+    role = Learner(
+        Settings.of(env_file=None, pass_adapters=3), MagicMock(), consumer, MagicMock(), MagicMock(), threading.Event(),
+        Marks(),
+    )  # fmt: skip
+    started: list[str] = []
+
+    def start(envelope: Envelope, _: object) -> Future[None]:
+        started.append(envelope.event.adapter)  # type: ignore[attr-defined]
+        return Future()
+
+    envelopes = updates_of(*adapters)
+    monkeypatch.setattr(learner_module, "decode", lambda *_: next(envelopes))
+    monkeypatch.setattr(role, "_free_lane", lambda: SimpleNamespace(start=start))
+    for number in range(len(adapters)):
+        role._take(ConsumedRecord("adapter-jobs", number % 2, number, b"a", b"{}", [], 0))
+    return role, started
+
+
+def test_a_learner_fills_its_places_in_turns_of_tenants(monkeypatch):
+    """One tenant's flood was read first; the small batch of another is in the same pass."""
+    role, started = role_with(monkeypatch, MagicMock(), *(f"flood/{n}" for n in range(9)), "small/a")
+    while role._start_next():
+        pass
+    assert started == ["flood/0", "small/a", "flood/1"]
+    assert len(role._waiting) == 7
+
+
+def test_a_job_of_a_lost_partition_is_not_started(monkeypatch):
+    consumer = MagicMock()
+    role, started = role_with(monkeypatch, consumer, "a/0", "b/1", "a/2", "b/3")
+    consumer.owns.side_effect = lambda record: record.partition == 1
+    while role._start_next():
+        pass
+    assert started == ["b/1", "b/3"]
+    assert len(role._waiting) == 0
