@@ -25,6 +25,7 @@ from perennial.learner.roles.fair_queue import FairQueue, figures_of
 from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.roles.lanes import CommitOrder, Lane, RunningState, WaitingJob, open_places
 from perennial.learner.roles.parking import report_parked
+from perennial.learner.roles.tenant_report import TenantReport
 from perennial.learner.versions.alias_events import alias_event, alias_event_id, status_id
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter, make_version_writer
@@ -141,6 +142,7 @@ class Learner:
         self._pending_events: SimpleQueue[tuple[AdapterUpdate, str | None]] = SimpleQueue()
         self._lanes: list[Lane] = []
         self._waiting: FairQueue[WaitingJob] = FairQueue(settings.tenants.weight, settings.tenants.tokens_per_hour)
+        self._tenants = TenantReport(self._waiting, metrics)
         self._running: list[_RunningJob] = []
         self._order = CommitOrder()
 
@@ -176,9 +178,12 @@ class Learner:
 
     def _report(self) -> None:
         self._metrics.lag(TOPIC, self._consumer.lag() + len(self._waiting) + len(self._running))
+        self._tenants.update(time.monotonic())
         jobs = (job.job.envelope.event for job in self._running)
-        oldest_ms = min((job.oldest_ms for job in jobs if isinstance(job, UpdateRequested)), default=None)
-        self._metrics.oldest_age_s(0 if oldest_ms is None else max(0.0, time.time() - oldest_ms / 1000))
+        published_s = [job.oldest_ms / 1000 for job in jobs if isinstance(job, UpdateRequested)]
+        if self._tenants.oldest_s is not None:
+            published_s.append(self._tenants.oldest_s)
+        self._metrics.oldest_age_s(max(0.0, time.time() - min(published_s)) if published_s else 0)
 
     def _take(self, record: ConsumedRecord) -> None:
         """Decode a record that was read, and let its job wait for a lane."""

@@ -30,7 +30,7 @@ from perennial.streams.settings import Settings
 
 MAX_LABEL_VALUES: Final = 100
 OTHER: Final = "other"
-_SHARED_LABELS: Final = frozenset({"adapter", "topic"})
+_SHARED_LABELS: Final = frozenset({"adapter", "tenant", "topic"})
 _FORGET_BUCKETS_S: Final = (0.1, 1, 5, 15, 60, 300, 900, 3600, 4 * 3600, 86_400, 3 * 86_400, 7 * 86_400, 30 * 86_400)
 _ADAPTER_BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _STAGE_BUCKETS_S: Final = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
@@ -91,6 +91,12 @@ SERIES: Final = (
     Series(Gauge, "alias_generation", "Generation of the adapter's alias.", ("adapter",)),
     Series(Gauge, "adapters_parked", "Adapters that wait for an operator.", ("reason",)),
     Series(Gauge, "jobs_waiting", "Update jobs of a parked adapter that wait in the store.", ("adapter",)),
+    Series(Gauge, "tenant_hour_tokens", "Tokens of a tenant's updates that started in the last 60 minutes.", ("tenant",)),
+    Series(Gauge, "tenant_budget_share", "The same, as a share of the tenant's budget.", ("tenant",)),
+    Series(
+        Gauge, "jobs_waiting_for_budget", "Updates behind those of others, because their tenant used up its budget.",
+        ("tenant",),
+    ),
     Series(Counter, "store_errors", "Calls to the object store that failed.", ("op",)),
     # Subscribers.
     Series(Counter, "acks", "Versions that subscribers activated.", ("adapter",)),
@@ -132,7 +138,7 @@ class Metrics:
     """The figures of one role, in a registry of its own, and its health.
 
     Every series has the label `role`. A label takes at most MAX_LABEL_VALUES distinct values in the life of the
-    process, `adapter` as many as the setting says; later values are counted under "other", because each series costs memory here and in Prometheus. `adapter`
+    process, `adapter` as many as the setting says; later values are counted under "other", because each series costs memory here and in Prometheus. `adapter`, `tenant`
     and `topic` take the same values in all metrics. Thread-safe.
 
     Args:
@@ -165,6 +171,7 @@ class Metrics:
         self._refused_runs: dict[str, int] = {}
         self._wrong_marks: set[str] = set()
         self._parked: tuple[frozenset[str], frozenset[str]] = frozenset(), frozenset()  # reasons and adapters
+        self._tenants: dict[str, set[str]] = {}  # label values that each series of tenants has
         self._labels: dict[str, tuple[str, ...]] = {}
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
@@ -375,6 +382,33 @@ class Metrics:
     def jobs_waiting(self, adapter: str, jobs: int) -> None:
         """Set how many update jobs of a parked adapter wait in the store."""
         self._set("jobs_waiting", jobs, adapter=adapter)
+
+    def tenants(
+        self, hour_tokens: Mapping[str, int], budget_share: Mapping[str, float], waiting: Mapping[str, int]
+    ) -> None:
+        """Set the figures of tenants; those that are left out have none any more.
+
+        Args:
+            hour_tokens: tokens that started in the last 60 minutes, by tenant.
+            budget_share: the same as a share of the budget, of tenants that have one.
+            waiting: updates that wait because the budget is used up.
+        """
+        self._set_tenants("tenant_hour_tokens", hour_tokens, sum)
+        self._set_tenants("tenant_budget_share", budget_share, max)
+        self._set_tenants("jobs_waiting_for_budget", waiting, sum)
+
+    def _set_tenants(self, name: str, values: Mapping[str, float], combine: Callable[[list[float]], float]) -> None:
+        """Set a gauge of tenants; combine the values of those that share a label value."""
+        found: dict[str, list[float]] = {}
+        for tenant, value in values.items():
+            found.setdefault(self._bounded(name, "tenant", tenant), []).append(value)
+        with self._lock:
+            gone = self._tenants.get(name, set()) - found.keys()
+            self._tenants[name] = set(found)
+        for tenant in gone:
+            self._set(name, 0, tenant=tenant)
+        for tenant, shared in found.items():
+            self._set(name, combine(shared), tenant=tenant)
 
     def store_error(self, op: str) -> None:
         """Count a call to the object store that failed."""

@@ -68,6 +68,7 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.replicas({"serving": 3, "expired": 2}, {"expired": 1})
     metrics.parked({"acme/a": "no-space"})
     metrics.jobs_waiting("acme/a", 3)
+    metrics.tenants({"acme": 700}, {"acme": 0.7}, {"acme": 2})
     metrics.wrong_marks("acme/other", 0)
     metrics.wrong_marks("acme/support", 2)
     metrics.oldest_age_s(30)
@@ -80,6 +81,9 @@ def test_every_method_moves_the_series_that_dashboards_name():
         ("perennial_quarantined_examples",): 5,
         ("perennial_adapters_parked", ("reason", "no-space")): 1,
         ("perennial_jobs_waiting", ("adapter", "acme/a")): 3,
+        ("perennial_tenant_hour_tokens", ("tenant", "acme")): 700,
+        ("perennial_tenant_budget_share", ("tenant", "acme")): 0.7,
+        ("perennial_jobs_waiting_for_budget", ("tenant", "acme")): 2,
         ("perennial_wrong_high_water_marks", ("adapter", "acme/support")): 2,
         ("perennial_events_in_total", ("topic", "adapter-jobs")): 3,
         ("perennial_events_out_total", ("topic", "adapter-updates")): 1,
