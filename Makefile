@@ -9,7 +9,7 @@ RUNS ?= 2
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale bench-facts bench-serving bench-batched vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -21,6 +21,7 @@ help:
 	@echo 'make bench-forgetting  erasures against training from scratch'
 	@echo 'make bench-facts   made-up facts taught to SmolLM2: questions that were never trained, before and after forgetting'
 	@echo 'make bench-scale   store calls and seconds over 10^4 versions and 10^5 adapters; memory per adapter'
+	@echo 'make sim-fleet     10^3 and 10^5 adapters on simulated time: age at learning, cost per day, with a flooding tenant'
 	@echo 'make test-vllm     the contract of backends on a real vLLM server; skips where vllm-env was not made'
 	@echo 'make bench-serving 50 swaps in a real vLLM server under load: promoted -> answered, throughput, mixed replies'
 	@echo 'make bench-batched many adapters in one pass against one by one and against Trainer + peft; tests/gpu/run.sh on a GPU'
@@ -75,6 +76,9 @@ bench-serving: $(READY)
 
 bench-scale: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_scale
+
+sim-fleet: $(READY)
+	$(BIN)/python -m tests.benchmarks.sim_fleet
 
 bench-batched: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_batched --base shipped
