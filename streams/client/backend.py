@@ -92,6 +92,20 @@ class Deactivates(Protocol):
         """Serve no version to requests that begin from now on, if the version is the active one."""
 
 
+@runtime_checkable
+class HasRoom(Protocol):
+    """A backend that can load a version while it still holds several earlier ones.
+
+    A subscriber then serves a newer version first and unloads afterwards, one version at each look at the alias. Other
+    backends are asked to unload first, because they may have no place for another version before.
+
+    Attributes:
+        has_room: Always True.
+    """
+
+    has_room: bool
+
+
 @dataclass(frozen=True)
 class Current:
     """The version that a subscriber serves now.

@@ -62,8 +62,13 @@ class DirectoryBackend:
             without its revision.
         grace_s: How long a version stays on the disk after another one became active, in seconds, for servers that
             still read it.
+        durable: Whether a version and the file of an alias are flushed to the disk before they appear, which can take
+            seconds on a busy disk. False where a loss of power also ends the servers that read them: what it damages is
+            written again at the next load. A deletion is flushed in any case.
         clock: Monotonic clock in seconds.
     """
+
+    has_room = True
 
     def __init__(
         self,
@@ -72,12 +77,14 @@ class DirectoryBackend:
         base_sha256: str | None = None,
         base_model_name: str | None = None,
         grace_s: float = 0.0,
+        durable: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = Path(path).expanduser()
         self.base_sha256 = base_sha256
         self.base_model_name = base_model_name
         self._grace_s = grace_s
+        self._durable = durable
         self._clock = clock
         self._left_at_s: dict[str, float] = {}
         self.path.mkdir(parents=True, exist_ok=True)
@@ -125,11 +132,11 @@ class DirectoryBackend:
         try:
             staging.chmod(0o755)  # mkdtemp's 0700 would lock out servers of other users
             for file_name, data in files.items():
-                _write_synced(staging / file_name, data)
+                _write_file(staging / file_name, data, self._durable)
             if folder.exists():  # damaged, or this call would have ended above
                 self._remove(folder)
             staging.rename(folder)
-            _sync_folder(folder.parent)
+            self._sync(folder.parent)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
 
@@ -159,12 +166,13 @@ class DirectoryBackend:
         staging = pointer.with_name(f".{pointer.name}.{secrets.token_hex(8)}")  # two containers may have one process id
         pointed = {"name": name, "version": f"sha256:{folder.name[-64:]}", "folder": folder.name}
         try:
-            _write_synced(staging, orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
+            content = orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+            _write_file(staging, content, self._durable)
             staging.replace(pointer)
         except BaseException:  # on a full disk every attempt would leave one
             staging.unlink(missing_ok=True)
             raise
-        _sync_folder(pointer.parent)
+        self._sync(pointer.parent)
         for unfinished in pointer.parent.glob(f".{pointer.name}.*"):  # left by a process that was killed
             if time.time() - unfinished.stat().st_mtime > _STALE_S:
                 unfinished.unlink(missing_ok=True)
@@ -260,6 +268,10 @@ class DirectoryBackend:
             raise BackendError(f"{name} is not held", remedy="load it first")
         return folder
 
+    def _sync(self, folder: Path) -> None:
+        if self._durable:
+            _sync_folder(folder)
+
     def _remove(self, folder: Path) -> None:
         # Rename first, so that a reader sees the whole folder or none of it.
         try:
@@ -311,11 +323,12 @@ def _name_for_servers(base_model: str) -> str:
     return match["id"] if match else base_model
 
 
-def _write_synced(path: Path, data: bytes) -> None:
+def _write_file(path: Path, data: bytes, durable: bool) -> None:
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

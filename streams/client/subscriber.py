@@ -26,7 +26,7 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.client.acknowledgements import Acks
-from perennial.streams.client.backend import Backend, Current, Deactivates
+from perennial.streams.client.backend import Backend, Current, Deactivates, HasRoom
 from perennial.streams.client.failure_kinds import FailureKind, RetryPolicy, failure_kind
 from perennial.streams.client.subscriber_kafka import Updates
 from perennial.streams.client.subscriber_state import Progress, State
@@ -124,6 +124,7 @@ class Subscriber:
         if not 0 < len(self.replica) <= 256 or not self.replica.isprintable():
             raise SubscriberError("not a replica's name", got=self.replica, allowed="1 to 256 printable characters")
         self._backend = backend
+        self._has_room = isinstance(backend, HasRoom) and backend.has_room
         self._metrics = metrics or Metrics("subscriber", self.settings)
         self._on_activate = on_activate
         self._drain_s = drain_s
@@ -285,9 +286,9 @@ class Subscriber:
             _log.log(level, "%s: the alias cannot be read, it is tried again: %s", self.adapter, error)
             self._look_soon(failure_kind(error))
             return
-        if self._progress.leftovers:
-            self._unload_leftovers()
         self._progress = self._progress.saw(alias.generation if alias else 0, self._clock())
+        if not (self._has_room and self._progress.state is State.BEHIND):
+            self._unload_leftovers()
         if alias is not None and self._progress.state is State.BEHIND:
             self._metrics.waiting(True)
             self._apply(alias)
@@ -442,8 +443,7 @@ class Subscriber:
 
     def _acknowledge(self) -> None:
         """Send the acknowledgement that is owed, if there is one."""
-        owed = self._progress.owed
-        if owed is not None:
+        if (owed := self._progress.owed) is not None:
             self._acks.send(owed)
             self._metrics.ack(self.adapter, owed.stage_s)
             self._progress = self._progress.acknowledged()
@@ -451,47 +451,50 @@ class Subscriber:
     def _holds_revoked(self, current: Current | None) -> bool:
         """Return whether the backend holds a revoked version besides the current one, or nobody can say."""
         try:
-            others = self._held(current.name if current else None)
-            return any(self._source.is_revoked(f"sha256:{name[-64:]}") for name in others)
+            return any(self._source.is_revoked(f"sha256:{name[-64:]}") for name in self._held(current))
         except Exception as error:  # noqa: BLE001 - a store or a backend may raise anything; unloading reports it then
             _log.debug("%s: it is not known whether a revoked version is held: %s", self.adapter, error)
             return True
 
     def _unload_leftovers(self) -> None:
-        """Unload every version of this alias that is not served, and check that the backend holds none any more.
+        """Unload the versions of this alias that are not served, and check that the backend holds none any more.
 
         What cannot be unloaded is tried again at the next look. An acknowledgement that is still owed is sent when
-        nothing is left.
+        nothing is left. A backend that has room unloads one version per look, so that a newer one waits for no other.
         """
         current = self.current
-        if current is None and self._progress.served == 0:
+        if not self._progress.leftovers or (current is None and self._progress.served == 0):
             return  # a process before this one may have left a version in service: keep it until there is a newer one
-        kept = current.name if current else None
-        reason = "requests still use it"
-        left: list[str] = []
+        reason, unloaded = "requests still use it", 0
         try:
-            for name in self._held(kept):
-                # A retired adapter has no other version for new requests: while this one is active they use it, and
-                # waiting for them would never end.
-                if kept is None and isinstance(self._backend, Deactivates):
-                    self._backend.deactivate(name)
-                if kept is None or self._backend.drain(name, self._drain_s):
+            left = self._held(current)
+            if current is None and isinstance(self._backend, Deactivates):
+                for name in left:
+                    self._backend.deactivate(name)  # a retired adapter has no other version for new requests
+            for name in left:
+                if current is None or self._backend.drain(name, self._drain_s):
                     self._backend.unload(name)
-            left = self._held(kept)
+                    unloaded += 1
+                    if self._has_room:
+                        break
+            left = self._held(current) if unloaded else left
         except Exception as error:  # noqa: BLE001 - a backend may raise anything; it is reported as adapter.failed
-            reason, left = str(error), ["?"]
+            reason, left, unloaded = str(error), ["?"], 0
         if not left:
             self._progress = self._progress.unloaded()
             self._acknowledge()
             return
+        if self._has_room and unloaded:
+            self._progress = self._progress.look_again(self._clock())
+            return
         level = logging.WARNING if left == ["?"] else logging.DEBUG  # what drains is in order
         _log.log(level, "%s: an earlier version is still held (%s): %s", self.adapter, reason, left)
-        owed, reported = self._progress.owed, self._progress.owed_reported
+        owed = None if self._progress.owed_reported else self._progress.owed
         retry_s = self._clock() + max(RETRY.first_s, self.settings.serving.poll_s / 10)
         self._progress = self._progress.still_held(retry_s)
-        if owed is not None and not reported:
+        if owed is not None:
             held = SubscriberError("an earlier version is still held", got=reason, remedy="it is tried again")
             self._send_failed(owed.generation, owed.version, owed.published_at, owed.stage_s, held)
 
-    def _held(self, kept: str | None) -> list[str]:
-        return [name for name in self._backend.list() if name.startswith(self._prefix) and name != kept]
+    def _held(self, current: Current | None) -> list[str]:
+        return [n for n in self._backend.list() if n.startswith(self._prefix) and not (current and n == current.name)]

@@ -6,6 +6,8 @@ Prints a table of the stages; the last line is JSON:
 
 - promoted_to_answered: from the moment when the alias moved to the first answer by the new version, under load.
 - throughput_ratio: tokens per second of the clients while versions are swapped, against none, in turns.
+- cpu_ratio: the same by the processor time of the server and the subscriber; other programs on the machine change it less.
+- two_versions_ratio: tokens per second of clients that ask two loaded versions, none of which is swapped, against one.
 - mixed_replies: answers whose log-probabilities are not those of the version that they name, by the learner's own code.
 - stale_replies_after_ack: answers by an earlier version to requests that began after a version was acknowledged.
 """
@@ -23,8 +25,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import Any, Self
@@ -40,6 +43,7 @@ PROMPTS = ("The refund for the last order", "Invoices are sent", "The shop opens
 POLL_S = 0.1
 TOKENS = 16
 RIGHT_NATS = 0.12
+SETTLE_S = 3.0
 WAIT_S = 120.0
 _SERVED = re.compile(r"generation (?P<generation>\d+) is served.*\((?P<stages>.*)\)")
 
@@ -87,12 +91,12 @@ class Client:
         """Return the version to ask for."""
         return self._folder.current(ADAPTER)
 
-    def ask(self, prompt: str, tokens: int) -> Reply:
-        """Ask the current version."""
+    def ask(self, prompt: str, tokens: int, name: str | None = None) -> Reply:
+        """Ask a version, or the current one where no name is given."""
         begin_s = time.monotonic()
         if begin_s - self._used_s > 2:  # the server closes a connection that was idle for 5 s
             self._connection.close()
-        name = self.current() or ""
+        name = name or self.current() or ""
         content = {
             "model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "logprobs": 1, "return_tokens_as_token_ids": True,
@@ -111,10 +115,15 @@ class Load:
         clients: Number of clients.
         port: Port of the server.
         folder: Folder of the versions.
+
+    Attributes:
+        replies: All answers.
+        fixed: Names that the clients ask in turn; empty: what is current.
     """
 
     def __init__(self, clients: int, port: int, folder: Path) -> None:
         self.replies: list[Reply] = []
+        self.fixed: tuple[str, ...] = ()
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(Client(port, folder), number)) for number in range(clients)
@@ -123,7 +132,9 @@ class Load:
     def _run(self, client: Client, number: int) -> None:
         turn = number
         while not self._stop.is_set():
-            self.replies.append(client.ask(PROMPTS[turn % len(PROMPTS)], TOKENS))
+            fixed = self.fixed
+            name = fixed[number % len(fixed)] if fixed else None
+            self.replies.append(client.ask(PROMPTS[turn % len(PROMPTS)], TOKENS, name))
             turn += 1
 
     def __enter__(self) -> Self:
@@ -136,10 +147,9 @@ class Load:
         for thread in self._threads:
             thread.join(WAIT_S)
 
-    def rate(self, begin_s: float, end_s: float) -> float:
-        """Return the tokens per second of the answers that ended in an interval."""
-        count = sum(TOKENS for reply in self.replies if begin_s <= reply.end_s < end_s and reply.status == 200)
-        return count / (end_s - begin_s)
+    def tokens(self, begin_s: float, end_s: float) -> int:
+        """Return the number of tokens of the answers that ended in an interval."""
+        return sum(TOKENS for reply in self.replies if begin_s <= reply.end_s < end_s and reply.status == 200)
 
 
 class Subscription:
@@ -182,10 +192,81 @@ class Subscription:
                 raise RuntimeError(f"generation {generation} was not served")
             time.sleep(0.005)
 
+    def cpu_s(self) -> float:
+        """Return the processor time that it has used, in seconds."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def stop(self) -> None:
         """End it as SIGTERM does."""
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(WAIT_S)
+
+
+@dataclass
+class Spent:
+    """What one kind of interval spent.
+
+    Attributes:
+        tokens: Tokens that clients got in each interval.
+        seconds: Length of each interval.
+        cpu_s: Processor time of the server and the subscriber in each interval.
+    """
+
+    tokens: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(self.tokens) / sum(self.seconds)
+
+    @property
+    def tokens_per_cpu_s(self) -> float:
+        return sum(self.tokens) / sum(self.cpu_s)
+
+    @property
+    def rates(self) -> list[int]:
+        """Tokens per second of each interval."""
+        return [round(tokens / seconds) for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+
+
+@contextmanager
+def spent(load: Load, server: VllmServer, subscription: Subscription, into: Spent) -> Iterator[None]:
+    """Measure what the block spends."""
+    begin_s, cpu_s = time.monotonic(), server.cpu_s() + subscription.cpu_s()
+    yield
+    end_s = time.monotonic()
+    into.cpu_s.append(server.cpu_s() + subscription.cpu_s() - cpu_s)
+    into.seconds.append(end_s - begin_s)
+    into.tokens.append(load.tokens(begin_s, end_s))
+
+
+def measure_two(
+    load: Load, server: VllmServer, subscription: Subscription, folder: Path, maker: VersionMaker, rest_s: float
+) -> tuple[float, list[Made]]:
+    """Return the throughput of two versions that stay loaded, against one, and the versions.
+
+    An engine computes two versions in one batch otherwise than one, whatever brought the second.
+    """
+    made = maker.make(folder / "control-store", range(1000, 1002), "acme/control")
+    folders = DirectoryBackend(folder / "control")
+    for each in made:
+        folders.load(*each.loaded)
+        content = {"lora_name": each.name, "lora_path": str(folders.folder_of(each.name))}
+        status, answer = server.call("/v1/load_lora_adapter", content)
+        if status != 200:
+            raise RuntimeError(f"the control's version was not loaded: {answer}")
+    one, two = Spent(), Spent()
+    for _ in range(2):
+        for names, into in ((made[:1], one), (made, two)):
+            load.fixed = tuple(each.name for each in names)
+            time.sleep(1)
+            with spent(load, server, subscription, into):
+                time.sleep(rest_s)
+    load.fixed = ()
+    print(f"tokens per second of one loaded version {one.rates}, of two {two.rates}")
+    return two.tokens_per_s / one.tokens_per_s, made
 
 
 def first_answer_s(client: Client, made: Made) -> float:
@@ -244,49 +325,52 @@ def measure(arguments: argparse.Namespace, python: Path, folder: Path) -> dict[s
         probing = Client(server.port, folder / "served")
         first_answer_s(probing, versions[0])
         answered: list[float] = []
-        calm, swapping = [], []
+        calm, swapping = Spent(), Spent()
         with Load(arguments.clients, server.port, folder / "served") as load:
             time.sleep(arguments.rest_s)  # the first requests compile and fill caches
             for turn in range(arguments.turns):
-                begin_s = time.monotonic()
-                time.sleep(arguments.rest_s)
-                calm.append(load.rate(begin_s, time.monotonic()))
-                begin_s = time.monotonic()
+                with spent(load, server, subscription, calm):
+                    time.sleep(arguments.rest_s)
                 share = len(prepared[1:]) * (turn + 1) // arguments.turns
-                for each in prepared[len(versions) : share + 1]:
-                    due_s = time.monotonic() + arguments.every_s
-                    versions.append(maker.publish_prepared(publisher, *each))
-                    answered.append(first_answer_s(probing, versions[-1]))
-                    time.sleep(max(0.0, due_s - time.monotonic()))
-                swapping.append(load.rate(begin_s, time.monotonic()))
+                with spent(load, server, subscription, swapping):
+                    for each in prepared[len(versions) : share + 1]:
+                        due_s = time.monotonic() + arguments.every_s
+                        versions.append(maker.publish_prepared(publisher, *each))
+                        answered.append(first_answer_s(probing, versions[-1]))
+                        time.sleep(max(0.0, due_s - time.monotonic()))
+                time.sleep(SETTLE_S)  # the last swap's earlier version is unloaded
+            two_versions, control = measure_two(load, server, subscription, folder, maker, arguments.rest_s)
             replies = list(load.replies)
     finally:
         subscription.stop()
         server.stop()
     good = [reply for reply in replies if reply.status == 200]
+    versions_and_control = [*versions, *control]
     order = {each.name: index + 1 for index, each in enumerate(versions)}
     stale = sum(
         any(
-            served_s < reply.begin_s and order[reply.answer["model"]] < generation
+            served_s < reply.begin_s and order.get(reply.answer["model"], 0) < generation
             for generation, served_s in subscription.acknowledged_s.items()
         )
         for reply in good
+        if reply.asked in order
     )
     for stage, seconds in subscription.stages.items():
         p50, p95 = percentiles(seconds)
         print(f"{stage:>10}  p50 {p50:.3f} s  p95 {p95:.3f} s")
     p50, p95 = percentiles(answered)
     load_p50, load_p95 = percentiles(subscription.stages["load"])
-    print(
-        f"tokens per second without swaps {[round(rate) for rate in calm]}, with {[round(rate) for rate in swapping]}"
-    )
+    print(f"tokens per second without swaps {calm.rates}, with {swapping.rates}")
     return {
         "engine": f"vllm {version}", "base": arguments.base, "swaps": len(answered), "clients": arguments.clients, "every_s": arguments.every_s,
         "promoted_to_answered_p50_s": round(p50, 3), "promoted_to_answered_p95_s": round(p95, 3),
         "load_p50_s": round(load_p50, 3), "load_p95_s": round(load_p95, 3),
-        "tokens_per_s": round(fmean(calm), 1), "throughput_ratio": round(fmean(swapping) / fmean(calm), 3),
+        "tokens_per_s": round(calm.tokens_per_s, 1),
+        "throughput_ratio": round(swapping.tokens_per_s / calm.tokens_per_s, 3),
+        "cpu_ratio": round(swapping.tokens_per_cpu_s / calm.tokens_per_cpu_s, 3),
+        "cores": round(sum(calm.cpu_s) / sum(calm.seconds), 2), "two_versions_ratio": round(two_versions, 3),
         "replies": len(replies), "refused_replies": len(replies) - len(good),
-        "mixed_replies": mixed(maker, versions, good), "stale_replies_after_ack": stale,
+        "mixed_replies": mixed(maker, versions_and_control, good), "stale_replies_after_ack": stale,
     }  # fmt: skip
 
 
@@ -296,7 +380,7 @@ def main() -> int:
     parser.add_argument("--swaps", type=int, default=50, help="versions that are swapped in")
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--every-s", type=float, default=2.0, help="least seconds from one version to the next")
-    parser.add_argument("--turns", type=int, default=5, help="times that swaps and none take turns")
+    parser.add_argument("--turns", type=int, default=10, help="times that swaps and none take turns")
     parser.add_argument("--rest-s", type=float, default=8.0, help="seconds without swaps in each turn")
     arguments = parser.parse_args()
     python = vllm_python()

@@ -26,7 +26,7 @@ Backend.unload(self, name: str) -> None
 Backend.warm(self, name: str) -> None
 BackendError(PerennialError)
 Delivery(topic: str, partition: int, offset: int) -> None
-DirectoryBackend(path: Path | str, *, base_sha256: str | None = None, base_model_name: str | None = None, grace_s: float = 0.0, clock: Callable[[], float] = ...) -> None
+DirectoryBackend(path: Path | str, *, base_sha256: str | None = None, base_model_name: str | None = None, grace_s: float = 0.0, durable: bool = True, clock: Callable[[], float] = ...) -> None
 DirectoryBackend.activate(self, name: str) -> None
 DirectoryBackend.current(self, adapter: str, alias: str = live) -> str | None
 DirectoryBackend.deactivate(self, name: str) -> None

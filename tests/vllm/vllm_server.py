@@ -129,6 +129,19 @@ class VllmServer:
         assert status == 200, answer
         return set(answer["results"][0])
 
+    def cpu_s(self) -> float:
+        """Return the processor time that the server and its processes have used, in seconds."""
+        assert self.process is not None
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[2]) == self.process.pid:  # its process group
+                ticks += int(fields[11]) + int(fields[12])
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def anonymous_mib(self) -> float:
         """Return the memory of the server and its processes in MiB, without files that are mapped."""
         assert self.process is not None

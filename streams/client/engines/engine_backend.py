@@ -54,6 +54,8 @@ class EngineBackend:
         clock: Monotonic clock in seconds.
     """
 
+    has_room = True
+
     def __init__(
         self,
         api: EngineApi,

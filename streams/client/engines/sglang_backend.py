@@ -74,8 +74,13 @@ class SglangBackend(EngineBackend):
         super().__init__(
             SglangApi(EngineHttp(url, api_key, timeout_s)),
             DirectoryBackend(
-                path, base_sha256=base_sha256, base_model_name=base_model_name, grace_s=grace_s, clock=clock
-            ),
+                path,
+                base_sha256=base_sha256,
+                base_model_name=base_model_name,
+                grace_s=grace_s,
+                durable=False,
+                clock=clock,
+            ),  # an engine that lost its power has no adapters, and gets what is active from the store
             server_path=server_path,
             tolerance_nats=tolerance_nats,
             max_rank=max_rank,

@@ -94,8 +94,13 @@ class VllmBackend(EngineBackend):
         super().__init__(
             VllmApi(EngineHttp(url, api_key, timeout_s), max_cpu_loras),
             DirectoryBackend(
-                path, base_sha256=base_sha256, base_model_name=base_model_name, grace_s=grace_s, clock=clock
-            ),
+                path,
+                base_sha256=base_sha256,
+                base_model_name=base_model_name,
+                grace_s=grace_s,
+                durable=False,
+                clock=clock,
+            ),  # an engine that lost its power has no adapters, and gets what is active from the store
             server_path=server_path,
             tolerance_nats=tolerance_nats,
             max_rank=max_rank,

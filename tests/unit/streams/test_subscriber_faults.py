@@ -87,14 +87,14 @@ class FailingDisk:
         from perennial.streams.client import directory_backend
 
         self.error: OSError | None = None
-        self._write = directory_backend._write_synced
-        monkeypatch.setattr(directory_backend, "_write_synced", self.write)
+        self._write = directory_backend._write_file
+        monkeypatch.setattr(directory_backend, "_write_file", self.write)
 
-    def write(self, path: Path, data: bytes) -> None:
+    def write(self, path: Path, data: bytes, durable: bool) -> None:
         if self.error is not None:
             path.write_bytes(data[: len(data) // 2])
             raise self.error
-        self._write(path, data)
+        self._write(path, data, durable)
 
 
 @pytest.mark.parametrize(
