@@ -17,7 +17,7 @@ from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.directory_backend import DirectoryBackend, adapter_config
 from perennial.streams.client.engines.engine_api import EngineApi, NonFiniteAnswerError
 from perennial.streams.client.engines.engine_probe import TOLERANCE_NATS, compare
-from perennial.streams.client.engines.zero_adapter import zero_weights
+from perennial.streams.client.engines.zero_adapter import smallest_zero_weights, zero_weights
 from perennial.streams.probe_texts import PROBE_TEXTS
 
 _log = logging.getLogger("perennial.backend")
@@ -79,6 +79,7 @@ class EngineBackend:
         self._clock = clock
         self._lock = threading.RLock()
         self._zero: str | None = None
+        self._spare: str | None = None
         self._loaded: set[str] = set()
         self._drained_s: dict[str, float] = {}
         self._stop = threading.Event()
@@ -312,26 +313,30 @@ class EngineBackend:
             if self._clock() >= end_s:
                 raise _still_used(name)  # their weights must stay readable: the engine may read them again
             self._sleep(_POLL_S)
-        if self._zero is not None:
-            self.api.evict(self._zero_path(self._zero), (self._zero, *self._active_names()))
+        if self._zero is not None and self._spare is not None:
+            self.api.evict(self._zero_path(self._spare), (self._zero, *self._active_names()))
         if name in self.api.served():
             raise BackendError("the engine still serves what it unloaded", got=name, remedy="it is tried again")
         self._folders.unload(name)
 
     def _load_zero(self, weights: bytes, manifest: Manifest, served: dict[str, str]) -> None:
-        """Hold an adapter that changes nothing, of the first version's shapes."""
+        """Hold an adapter that changes nothing, of the first version's shapes, and lay down a small one to displace with."""
         if not self.api.needs_zero:
             return
         zero = self._zero
         if zero is None:
-            zeros = zero_weights(weights)
-            config = adapter_config(zeros, manifest, self._folders.base_model_name)
-            zero = f"zero-{digest_of(zeros + config)[7:23]}"
-            self._folders.write_folder(
-                Path(ZERO_FOLDER) / zero, {"adapter_model.safetensors": zeros, "adapter_config.json": config}
-            )
+            self._spare = self._write_zero("spare", smallest_zero_weights(weights), manifest)
+            zero = self._write_zero("zero", zero_weights(weights), manifest)
         self._load_in_engine(zero, self._zero_path(zero), served)
         self._zero = zero
+
+    def _write_zero(self, kind: str, zeros: bytes, manifest: Manifest) -> str:
+        """Write the folder of an adapter that changes nothing; return its name."""
+        config = adapter_config(zeros, manifest, self._folders.base_model_name)
+        name = f"{kind}-{digest_of(zeros + config)[7:23]}"
+        files = {"adapter_model.safetensors": zeros, "adapter_config.json": config}
+        self._folders.write_folder(Path(ZERO_FOLDER) / name, files)
+        return name
 
     def _active_names(self) -> tuple[str, ...]:
         return tuple(name for name in self._folders.list() if self._folders.is_active(name))

@@ -9,7 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,6 +27,8 @@ from perennial.streams.client.engines.engine_api import (
 from perennial.streams.client.engines.engine_backend import EngineBackend
 from perennial.streams.client.engines.engine_probe import TOLERANCE_NATS
 
+_TOUCHES = 8
+"""Adapters that are used at a time before others are displaced."""
 _TOP = 20
 """vLLM's default of --max-logprobs."""
 _NEVER = re.compile(
@@ -172,15 +174,20 @@ class VllmApi:
         The least recently used adapter makes room. So those that are kept are used first, and zero adapters under names
         of their own take the rest.
         """
-        used = 0
-        for name in kept[: self._max_cpu_loras - 1]:
-            with suppress(BackendError):  # it takes no room then
-                self.next_tokens(name, ["."])
-                used += 1
+        with ThreadPoolExecutor(_TOUCHES) as pool:  # the engine computes requests that wait in one batch
+            used = sum(pool.map(self._use, kept[: self._max_cpu_loras - 1]))
         for _ in range(self._max_cpu_loras - used):
             name = f"evict-{uuid4().hex}"
             self.load(name, path)
             self.unload(name)
+
+    def _use(self, name: str) -> bool:
+        """Let the server use an adapter; return whether it did."""
+        try:
+            self.next_tokens(name, ["."])
+        except BackendError:  # it takes no room then
+            return False
+        return True
 
     def next_tokens(self, name: str, texts: Sequence[str]) -> list[NextTokens]:
         """Return the most probable tokens after each text; see `EngineApi.next_tokens`.

@@ -5,6 +5,7 @@ The contract suite and what only an engine can show are in tests/vllm.
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import time
@@ -16,12 +17,13 @@ import pytest
 
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest, Probes
 from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.engines.engine_backend import EngineBackend
 from perennial.streams.client.engines.sglang_backend import SglangBackend
 from perennial.streams.client.engines.vllm_backend import VllmBackend
-from perennial.streams.client.engines.zero_adapter import zero_weights
+from perennial.streams.client.engines.zero_adapter import smallest_zero_weights, zero_weights
 from perennial.streams.client.failure_kinds import FailureKind, failure_kind
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.client.testing import small_weights
@@ -335,3 +337,26 @@ def test_a_zero_adapter_has_the_shapes_and_changes_nothing():
     assert set(zeros[8 + header_bytes :]) == {0}
     with pytest.raises(IntegrityError):
         zero_weights(b"junk")
+
+
+def test_the_adapter_that_displaces_others_is_one_pair_of_zeros(make: Make, vllm: VllmDouble, versions: list[Version]):
+    """vLLM counts adapters and not bytes: the whole zero adapter of a large base took a tenth of a second to load."""
+    (one, two), backend = versions, make(vllm)
+    tiny = smallest_zero_weights(one[1])
+    check_safetensors(tiny)
+    (header_bytes,) = struct.unpack_from("<Q", tiny)
+    names = list(json.loads(tiny[8 : 8 + header_bytes]))
+    assert [name.rpartition(".lora_")[2] for name in names] == ["A.weight", "B.weight"]
+    assert set(tiny[8 + header_bytes :]) == {0}
+    for each in (one, two):
+        backend.load(*each)
+        backend.activate(each[0])
+    paths: list[str] = []
+    vllm.refuses = lambda name: paths.append(name) if name.startswith("evict-") else None
+    backend.unload(one[0])
+    assert len(paths) == 2
+    assert one[0] not in vllm.resident
+    spares = [folder for folder in (backend._folders.path / ".zero").iterdir() if folder.name.startswith("spare-")]
+    assert [(folder / "adapter_model.safetensors").read_bytes() for folder in spares] == [tiny]
+    with pytest.raises(IntegrityError):
+        smallest_zero_weights(b"junk")
