@@ -295,6 +295,11 @@ FLOW = Dashboard(
             Panel("Learners busy with training",
                   [Query("sum by (instance) (rate(perennial_trained_seconds_total[$__rate_interval]) > 0)", "{{instance}}")],
                   "Share of time. Near 100 %: start more learners, up to one per partition.", unit="percentunit"),
+            Panel("Adapters per pass",
+                  [Query("sum(rate(perennial_pass_adapters_sum[$__rate_interval])) "
+                         "/ sum(rate(perennial_pass_adapters_count[$__rate_interval]))", "adapters")],
+                  "Mean over the rounds of training. Near PERENNIAL_PASS_ADAPTERS while updates wait: raise it, if the "
+                  "device has memory for more."),
             Panel("Published to served", [Query(quantile_of(q, "perennial_ack_stage_seconds", "stage"), f"{{{{stage}}}} {name}")
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
                   "Time that subscribers need for a new version, by stage; publish_to_served is the total.", unit="s"),

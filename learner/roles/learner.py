@@ -380,7 +380,9 @@ class Learner:
         if not forgot:
             self._metrics.update(result.outcome, adapter)
         if result.manifest is not None and not forgot:
-            self._metrics.trained(result.manifest.tokens, result.stage_s.get("train", 0.0))
+            self._metrics.trained(result.manifest.tokens)
+            if not self._settings.training.shared_passes:
+                self._metrics.training_pass(1, result.stage_s.get("train", 0.0))
             figures = result.manifest.gate
             if figures.loss_before is not None and figures.loss_after is not None:
                 fall_nats = figures.loss_before - figures.loss_after

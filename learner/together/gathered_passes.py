@@ -84,7 +84,7 @@ class GatheredPasses:
         most_adapters: Most adapters per round.
         wait_s: Longest time that a request waits for those that are about to come, in seconds.
         clock: Monotonic clock, in seconds.
-        report: Called with the number of adapters of each round that trained.
+        report: Called with the number of adapters of each round that trained, and its seconds.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class GatheredPasses:
         most_adapters: int = 1,
         wait_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
-        report: Callable[[int], None] = lambda _: None,
+        report: Callable[[int, float], None] = lambda *_: None,
     ) -> None:
         self._most_adapters = most_adapters
         self._wait_s = wait_s
@@ -273,11 +273,11 @@ class GatheredPasses:
             most = len(jobs[0].schedule)  # nobody else can join
         count = min(most, *(len(job.schedule) for job in jobs))
         now = [replace(job, schedule=job.schedule[:count]) for job in jobs]
-        for member, job, result in zip(
-            members, jobs, train_together(lora, now, lock=lock, on_step=on_step), strict=True
-        ):
+        began_s = self._clock()
+        results = train_together(lora, now, lock=lock, on_step=on_step)
+        self._report(len(members), self._clock() - began_s)
+        for member, job, result in zip(members, jobs, results, strict=True):
             trained = replace(result, adapters=len(members))
             member.trained = trained.after(member.trained) if member.trained else trained
             member.train = AdapterJob(result.weights, result.optimizer, job.schedule[count:], job.config)
             member.done = count == len(job.schedule)
-        self._report(len(members))

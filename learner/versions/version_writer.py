@@ -269,7 +269,7 @@ def make_version_writer(
     store: ObjectStore,
     base: Base,
     lock: FairLock | None = None,
-    report_pass: Callable[[int], None] = lambda _: None,
+    report_pass: Callable[[int, float], None] = lambda *_: None,
 ) -> VersionWriter:
     """Build the learner's parts over a store and a base.
 
@@ -278,7 +278,7 @@ def make_version_writer(
         store: where versions are stored.
         base: the frozen model; a LoRA slot is put into it.
         lock: held while the base is changed, and for each training step, where other roles share the base.
-        report_pass: called with the number of adapters of each round of training.
+        report_pass: called with the number of adapters of each round of training, and its seconds.
     """
 
     def now() -> datetime:

@@ -86,7 +86,7 @@ SERIES: Final = (
     Series(Histogram, "stage_seconds", "Time per stage.", ("stage",)),
     Series(Gauge, "loss_nats", "Mean loss per token, before or after.", ("adapter", "which")),
     Series(Counter, "trained_tokens", "Tokens trained on."),
-    Series(Counter, "trained_seconds", "Time spent in training, added up over updates, also those that shared passes."),
+    Series(Counter, "trained_seconds", "Time spent in training."),
     Series(Histogram, "pass_adapters", "Adapters per round of training.", buckets=_ADAPTER_BUCKETS),
     Series(Gauge, "alias_generation", "Generation of the adapter's alias.", ("adapter",)),
     Series(Gauge, "adapters_parked", "Adapters that wait for an operator.", ("reason",)),
@@ -349,14 +349,14 @@ class Metrics:
         """
         self._set("loss_nats", nats, adapter=adapter, which=which)
 
-    def trained(self, tokens: int, seconds: float) -> None:
-        """Count the tokens and the time of an update's training."""
+    def trained(self, tokens: int) -> None:
+        """Count the tokens of an update's training."""
         self._inc("trained_tokens", tokens)
-        self._inc("trained_seconds", seconds)
 
-    def training_pass(self, adapters: int) -> None:
-        """Count a round of training and the adapters that shared its passes."""
+    def training_pass(self, adapters: int, seconds: float) -> None:
+        """Count a round of training, the adapters that shared its passes, and the time that it took."""
         self._observe("pass_adapters", adapters)
+        self._inc("trained_seconds", seconds)
 
     def generation(self, adapter: str, n: int) -> None:
         """Set the generation of an adapter's alias."""

@@ -1,8 +1,9 @@
 """Measure the seconds from publish to cut, trained, promoted and served, through every role on a real broker.
 
-`python -m tests.benchmarks.bench_loop [--updates 100] [--per-s 1.5]` publishes documents at a steady rate that does not
-depend on the roles (an open loop, so a slow update cannot hide the wait of those behind it). A subscriber in this
-process loads each version into a model. The last line is JSON.
+`python -m tests.benchmarks.bench_loop [--updates 100] [--per-s 1.5] [--adapters 64]` publishes documents at a steady rate
+that does not depend on the roles (an open loop, so a slow update cannot hide the wait of those behind it). With one
+adapter, a subscriber in this process loads each version into a model. With more, or `--backend directory`, the documents
+are dealt out to the adapters in turn, and a subscriber of each writes its versions into a folder. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from perennial.learner.model.base import load_base
@@ -27,42 +30,43 @@ from perennial.streams.cli.demo.follow import Follower
 from perennial.streams.cli.demo.latency import stage_seconds, summarise
 from perennial.streams.cli.demo.learned_examples import LearnedExamples
 from perennial.streams.cli.demo.texts import package_docstrings
+from perennial.streams.client.backend import Backend
+from perennial.streams.client.directory_backend import DirectoryBackend
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.stack import Stack
 from perennial.streams.events.adapter_events import AdapterPromoted
 from perennial.streams.events.fields import Event
-from perennial.streams.settings import load_settings
-
-ADAPTER = "bench/loop"
+from perennial.streams.settings import Settings, load_settings
 
 
 class Times:
     """Pairs each promoted version's event with the time at which it was served."""
 
     def __init__(self) -> None:
-        self.events: dict[int, AdapterPromoted] = {}
-        self.served: dict[int, datetime] = {}
+        self.events: dict[tuple[str, int], AdapterPromoted] = {}
+        self.served: dict[tuple[str, int], datetime] = {}
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, AdapterPromoted):
-            self.events[event.generation] = event
+            self.events[event.adapter, event.generation] = event
 
-    def on_activate(self, state: AliasState, _stage_s: Mapping[str, float]) -> None:
-        self.served[state.generation] = datetime.now(UTC)
+    def on_activate(self, adapter: str, state: AliasState, _stage_s: Mapping[str, float]) -> None:
+        self.served[adapter, state.generation] = datetime.now(UTC)
 
     def rows(self) -> list[dict[str, float]]:
-        return [
-            stage_seconds({**event.stage_at, "served": self.served[generation]})
-            for generation, event in sorted(self.events.items())
-            if generation in self.served
-        ]
+        """Return the stages of each version, those that were promoted first in front."""
+        found = [key for key in self.events if key in self.served]
+        found.sort(key=lambda key: self.events[key].published_at)
+        return [stage_seconds({**self.events[key].stage_at, "served": self.served[key]}) for key in found]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--updates", type=int, default=100, help="promoted and served updates to measure")
     parser.add_argument("--per-s", type=float, default=1.5, help="documents published per second")
+    parser.add_argument("--adapters", type=int, default=1, help="adapters that the documents are dealt out to")
+    parser.add_argument("--backend", choices=("peft", "directory"), help="default: peft with one adapter")
     parser.add_argument("--limit-s", type=float, default=900.0, help="give up after so many seconds")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
@@ -70,17 +74,20 @@ def main() -> None:
     stack = Stack(settings, folder, on_progress=lambda line: print(line, flush=True))
     times = Times()
     stop = threading.Event()
+    adapters = [f"bench/loop-{number}" for number in range(arguments.adapters)]
+    subscribers: list[Subscriber] = []
     try:
         stack.start()
         settings = stack.settings
-        backend = PeftBackend(
-            load_base(settings.model.base, settings.model.device, 1),
-            LoraConfig(settings.training.rank, settings.training.alpha),
-        )
+        backend = made_backend(settings, folder, arguments.backend or ("directory" if adapters[1:] else "peft"))
         follower = Follower(settings, ("adapter-updates",), times.on_event)
-        subscriber = Subscriber(ADAPTER, backend, settings=settings, replica="bench", on_activate=times.on_activate)
-        subscriber.start()
-        publishing = threading.Thread(target=publish, args=(settings.kafka.bootstrap, arguments.per_s, stop))
+        for adapter in adapters:
+            on_activate = partial(times.on_activate, adapter)
+            subscribers.append(
+                Subscriber(adapter, backend, settings=settings, replica="bench", on_activate=on_activate)
+            )
+            subscribers[-1].start()
+        publishing = threading.Thread(target=publish, args=(settings.kafka.bootstrap, arguments.per_s, adapters, stop))
         publishing.start()
         deadline = time.monotonic() + arguments.limit_s
         reported = 0
@@ -91,35 +98,56 @@ def main() -> None:
                 print(f"{reported} updates served", flush=True)
         stop.set()
         publishing.join()
-        subscriber.close()
+        for subscriber in subscribers:
+            subscriber.close()
         follower.close()
-        ledger = LearnedExamples(open_registry(settings), ADAPTER)
-        ledger.refresh()
+        counts: Counter[str] = Counter()
+        shared: list[int] = []
+        for adapter in adapters:
+            ledger = LearnedExamples(open_registry(settings), adapter)
+            ledger.refresh()
+            counts.update(ledger.counts)
+            shared += shared_passes(settings, adapter)
     finally:
         stop.set()
         stack.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    report(times.rows()[1:], ledger, arguments.per_s)  # the first update is slower, because it warms up
+    report(times.rows()[1:], counts, shared, arguments.per_s)  # the first update is slower, because it warms up
 
 
-def publish(kafka: str, per_s: float, stop: threading.Event) -> None:
-    """Publish each document once, at a steady rate, until `stop` is set."""
+def made_backend(settings: Settings, folder: Path, kind: str) -> Backend:
+    """Return the backend that the subscribers share."""
+    if kind == "directory":
+        return DirectoryBackend(folder / "served")
+    base = load_base(settings.model.base, settings.model.device, 1)
+    return PeftBackend(base, LoraConfig(settings.training.rank, settings.training.alpha))
+
+
+def shared_passes(settings: Settings, adapter: str) -> list[int]:
+    """Return how many adapters shared a pass with each version of the adapter, itself included."""
+    registry = open_registry(settings)
+    return [registry.manifest(adapter, version).pass_adapters for _, version in registry.versions(adapter)]
+
+
+def publish(kafka: str, per_s: float, adapters: Sequence[str], stop: threading.Event) -> None:
+    """Publish each document once, at a steady rate, to one adapter after another, until `stop` is set."""
     texts = package_docstrings("sympy", 4000)
     started = time.monotonic()
     with Publisher(kafka) as publisher:
         for number, (name, text) in enumerate(texts):
             if stop.wait(max(0.0, started + number / per_s - time.monotonic())):
                 return
-            publisher.document(adapter=ADAPTER, document_id=name, text=text)
+            publisher.document(adapter=adapters[number % len(adapters)], document_id=name, text=text)
 
 
-def report(rows: list[dict[str, float]], ledger: LearnedExamples, per_s: float) -> None:
+def report(rows: list[dict[str, float]], counts: Mapping[str, int], shared: Sequence[int], per_s: float) -> None:
     """Print the table and, as the last line, the JSON."""
     summary = summarise(rows)
     print(f"\n{'stage':<24}{'p50 s':>9}{'p95 s':>9}{'n':>6}")
     for name, (p50, p95, n) in summary.items():
         print(f"{name.replace('_to_', ' -> '):<24}{p50:>9.3f}{p95:>9.3f}{n:>6}")
-    print(f"examples: {dict(ledger.counts)}; {per_s} documents/s published; {os.cpu_count()} cores")
+    print(f"examples: {dict(counts)}; {per_s} documents/s published; {os.cpu_count()} cores")
+    print(f"adapters that shared a pass, by version: {dict(sorted(Counter(shared).items()))}")
     p50, p95, n = summary.get("cut_to_served", (0.0, 0.0, 0))
     print(json.dumps({"updates": n, "cut_to_served_p50_s": round(p50, 3), "cut_to_served_p95_s": round(p95, 3)}))
 

@@ -87,6 +87,39 @@ def test_a_job_is_learned_announced_and_committed(given):
     assert metrics.health.report().healthy
 
 
+def test_updates_of_several_adapters_train_in_the_same_passes(given):
+    """Each is announced and committed by itself, in the order of its adapter's cuts; one that is broken fails alone."""
+    names = [f"tenant-{number}/support" for number in range(4)]
+    store, metrics = DirectoryStore(Path(given.store.uri)), Metrics("learner")
+    sent = [
+        jobs.update(store, cut, [tiny.document(4 * cut + n, f"{name} sings {n} at noon", name) for n in range(4)],
+                    adapter=name)
+        for cut in range(1, 4) for name in names
+    ]  # fmt: skip
+    store.delete(blob_key(sent[1].batch.digest))
+    kit.send(given, *sent)
+    with kit.running(lambda stop: run_learner(given, stop, metrics)):
+        kit.wait_until(lambda: kit.committed(given, "adapter-jobs", "learner") == len(sent), "all jobs are committed")
+        events = [envelope.event for envelope in kit.envelopes(given, "adapter-updates", len(sent) - 1)]
+        ((reason, _),) = kit.dead_letters(given, 1)
+    assert reason == "missing-batch"
+    for name in names:
+        generations = [event.generation for event in events if event.adapter == name]
+        assert generations == list(range(1, 3 if name == names[1] else 4))
+    manifests = [
+        registry(given).manifest(name, version) for name in names for _, version in registry(given).versions(name)
+    ]
+    assert sum(len(manifest.learned) for manifest in manifests) == 4 * (len(sent) - 1)
+    assert max(manifest.pass_adapters for manifest in manifests) > 1
+    count, total = (
+        metrics.registry.get_sample_value(f"perennial_pass_adapters_{part}", {"role": "learner"})
+        for part in ("count", "sum")
+    )
+    assert count
+    assert total
+    assert total > count
+
+
 def test_what_cannot_be_done_goes_to_dead_letters_and_the_next_job_is_learned(given):
     missing = job(given, 1, 8, 9)
     DirectoryStore(Path(given.store.uri)).delete(blob_key(missing.batch.digest))

@@ -76,7 +76,7 @@ def test_one_thread_computes_the_same_bits_in_rounds_as_at_once(monkeypatch: pyt
 def test_threads_train_together_and_each_gets_its_own_result() -> None:
     lora = lora_over("llama")
     jobs, rounds = jobs_over(lora), []
-    results = gathered(GatheredPasses(16, WAIT_S, report=rounds.append), lora, jobs)
+    results = gathered(GatheredPasses(16, WAIT_S, report=lambda adapters, _: rounds.append(adapters)), lora, jobs)
     for job, result in zip(jobs, results, strict=True):
         assert isinstance(result, TrainResult)
         assert_like(result, alone(lora, job))
@@ -88,7 +88,9 @@ def test_threads_train_together_and_each_gets_its_own_result() -> None:
 def test_no_round_has_more_adapters_than_allowed() -> None:
     lora = lora_over("llama")
     rounds: list[int] = []
-    results = gathered(GatheredPasses(2, 0.0, report=rounds.append), lora, jobs_over(lora))
+    results = gathered(
+        GatheredPasses(2, 0.0, report=lambda adapters, _: rounds.append(adapters)), lora, jobs_over(lora)
+    )
     assert all(isinstance(result, TrainResult) for result in results)
     assert max(rounds) <= 2
 

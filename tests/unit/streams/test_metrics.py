@@ -54,7 +54,8 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.update("promoted", "acme/support")
     metrics.stage_s("train", 0.3)
     metrics.loss("acme/support", "before", 2.5)
-    metrics.trained(512, 1.5)
+    metrics.trained(512)
+    metrics.training_pass(3, 1.5)
     metrics.generation("acme/support", 4)
     metrics.store_error("get")
     metrics.stalled_partition("examples", "seek")
@@ -100,6 +101,7 @@ def test_every_method_moves_the_series_that_dashboards_name():
         ("perennial_loss_nats", ("adapter", "acme/support"), ("which", "before")): 2.5,
         ("perennial_trained_tokens_total",): 512,
         ("perennial_trained_seconds_total",): 1.5,
+        ("perennial_pass_adapters_sum",): 3,
         ("perennial_alias_generation", ("adapter", "acme/support")): 4,
         ("perennial_store_errors_total", ("op", "get")): 1,
         ("perennial_acks_total", ("adapter", "acme/support")): 1,
