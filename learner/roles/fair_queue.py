@@ -4,8 +4,8 @@ A tenant is the first segment of an adapter's name. The rules, in this order:
 
 1. Jobs of one adapter start in the order in which they were added, which is the order of its cuts, and never while
    another job of the adapter runs.
-2. Jobs that forget, roll back or revoke are not held back: whenever one waits, every other start is its, or the next job
-   of its adapter if updates of that adapter were added before it.
+2. Jobs that forget, roll back or revoke are not held back: between two of them start no more updates than a pass has
+   places. Updates of the same adapter that were added before such a job take every other start, so that it comes soon.
 3. Tenants within their budget come before those that used up theirs in the last 60 minutes. Those wait no longer than
    until the hour's tokens are below the budget again, and not at all while nobody else's job may start.
 4. Among these, tenants take turns by the tokens that they started, divided by their weight (start-time fair queueing:
@@ -27,8 +27,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic, NamedTuple, TypeVar
 
-from perennial.streams.events.fields import Event
-from perennial.streams.events.models import UpdateRequested
+from perennial.learner.roles.job_figures import JobFigures, tenant_of
 
 T = TypeVar("T")
 
@@ -36,52 +35,10 @@ HEAD_START_S_PER_NAT = 30.0
 """A fall of the loss by one nat per token is worth as many seconds of age. Curate lets an example wait as long."""
 MAX_HEAD_START_S = 30.0
 HOUR_MIN = 60
-BYTES_PER_TOKEN = 4
-"""For jobs that name no number of tokens; English text has about four bytes a token."""
-LOSS_SIGNALS = frozenset({"base_loss", "live_loss"})
-"""The signals of drift that are in nats per token."""
 MAX_GAINS = 10_000
 """Adapters whose last gain is remembered."""
 SWEEP_EVERY = 1_024
 """Starts between two searches for tenants that need not be remembered any more."""
-
-
-def tenant_of(adapter: str) -> str:
-    """Return the first segment of an adapter's name.
-
-    Example:
-        >>> tenant_of("acme/support/de"), tenant_of("support")
-        ('acme', 'support')
-    """
-    return adapter.partition("/")[0]
-
-
-class JobFigures(NamedTuple):
-    """What the queue needs to know of a job.
-
-    Attributes:
-        adapter: the adapter that the job changes.
-        tokens: tokens of the micro-batch; 0 for other jobs.
-        oldest_s: when its oldest example was published, in seconds since 1970.
-        drift_nats: by how much the loss rose where drift cut the micro-batch, in nats per token; else 0.
-        is_update: False for a job that forgets, rolls back or revokes.
-    """
-
-    adapter: str
-    tokens: int = 0
-    oldest_s: float = 0.0
-    drift_nats: float = 0.0
-    is_update: bool = True
-
-
-def figures_of(job: Event) -> JobFigures:
-    """Return the figures of a job that was read from `adapter-jobs`."""
-    if not isinstance(job, UpdateRequested):
-        return JobFigures(str(getattr(job, "adapter", "")), is_update=False)
-    drift = job.drift
-    rise = drift.after - drift.before if drift is not None and drift.signal in LOSS_SIGNALS else 0.0
-    tokens = job.tokens or job.batch.size_bytes // BYTES_PER_TOKEN
-    return JobFigures(job.adapter, max(1, tokens), job.oldest_ms / 1000, max(0.0, rise))
 
 
 @dataclass(eq=False, slots=True)
@@ -189,6 +146,7 @@ class FairQueue(Generic[T]):
     Args:
         weight: returns a tenant's weight, above 0.
         tokens_per_hour: returns a tenant's budget; None: no limit.
+        places: updates of a pass: so many may start between two jobs of another kind, if both kinds wait.
 
     Example:
         >>> queue = FairQueue[str]()
@@ -204,6 +162,7 @@ class FairQueue(Generic[T]):
         self,
         weight: Callable[[str], float] = lambda _: 1.0,
         tokens_per_hour: Callable[[str], int | None] = lambda _: None,
+        places: int = 1,
     ) -> None:
         self._weight = weight
         self._tokens_per_hour = tokens_per_hour
@@ -214,7 +173,8 @@ class FairQueue(Generic[T]):
         self._seq = 0
         self._starts = 0
         self._updates = 0
-        self._turn_of_others = False  # an update's turn, where jobs that are no updates wait too
+        self._places = places
+        self._owed = 0  # starts of updates before a job that is no update, or one that stands before it, comes next
         self._clear()
 
     def _clear(self) -> None:
@@ -315,7 +275,7 @@ class FairQueue(Generic[T]):
             self._offer(adapter)
         self._end_of_waiting_for_budget(now_s)
         urgent = self._next_urgent(busy, updates, others or hold)
-        if urgent is not None and not self._turn_of_others:
+        if urgent is not None and not self._owed:
             return urgent if urgent.figures.is_update or others else None
         fair = self._next_in_turn(busy) or self._next_over(busy) if updates else None
         return fair or (urgent if urgent is None or urgent.figures.is_update or others else None)
@@ -387,7 +347,10 @@ class FairQueue(Generic[T]):
         entries.popleft()
         self._size -= 1
         urgent = entry.adapter in self._urgent_adapters
-        self._turn_of_others = urgent
+        if urgent:
+            self._owed = 1 if entry.figures.is_update else self._places
+        else:
+            self._owed = max(0, self._owed - 1)
         if entries:
             self._held.add(entry.adapter)
         else:

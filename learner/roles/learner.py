@@ -21,7 +21,8 @@ from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.lora import AdapterError
 from perennial.learner.model.loss import OutOfMemoryError
 from perennial.learner.model.turns import FairLock
-from perennial.learner.roles.fair_queue import FairQueue, figures_of
+from perennial.learner.roles.fair_queue import FairQueue
+from perennial.learner.roles.job_figures import figures_of
 from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.roles.lanes import CommitOrder, Lane, RunningState, WaitingJob, open_places
 from perennial.learner.roles.parking import report_parked
@@ -141,7 +142,9 @@ class Learner:
         self._signer = RecordSigner(settings)
         self._pending_events: SimpleQueue[tuple[AdapterUpdate, str | None]] = SimpleQueue()
         self._lanes: list[Lane] = []
-        self._waiting: FairQueue[WaitingJob] = FairQueue(settings.tenants.weight, settings.tenants.tokens_per_hour)
+        self._waiting: FairQueue[WaitingJob] = FairQueue(
+            settings.tenants.weight, settings.tenants.tokens_per_hour, self._pass_adapters
+        )
         self._tenants = TenantReport(self._waiting, metrics)
         self._running: list[_RunningJob] = []
         self._order = CommitOrder()

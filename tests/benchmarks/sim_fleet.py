@@ -31,7 +31,8 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from perennial.learner.roles.fair_queue import FairQueue, JobFigures, QueueEntry, tenant_of
+from perennial.learner.roles.fair_queue import FairQueue, QueueEntry
+from perennial.learner.roles.job_figures import JobFigures, tenant_of
 from perennial.streams.settings import Settings
 
 ADAPTERS = (1_000, 100_000)

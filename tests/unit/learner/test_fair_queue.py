@@ -11,16 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perennial.learner.roles.fair_queue import (
-    BYTES_PER_TOKEN,
-    MAX_HEAD_START_S,
-    SWEEP_EVERY,
-    FairQueue,
-    JobFigures,
-    QueueEntry,
-    figures_of,
-    tenant_of,
-)
+from perennial.learner.roles.fair_queue import MAX_HEAD_START_S, SWEEP_EVERY, FairQueue, QueueEntry
+from perennial.learner.roles.job_figures import BYTES_PER_TOKEN, JobFigures, figures_of, tenant_of
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.events.models import BlobRef, DriftDetected, ForgetRequested, RollbackRequested
 from tests import jobs, tiny
@@ -334,6 +326,16 @@ def test_a_flood_of_forgettings_leaves_every_other_start_to_updates():
     started = [entry.job for _ in range(20) if (entry := start(queue)) is not None]
     assert sum(job.startswith("globex") for job in started) == 10
     assert len(drain(queue)) == 10
+
+
+def test_a_flood_of_forgettings_leaves_a_whole_pass_to_updates_between_two_of_them():
+    """With one update at a time, a thousand erasures of one tenant would end the passes of all others."""
+    queue: FairQueue[str] = FairQueue(places=4)
+    for number in range(3):
+        forget(queue, f"acme/{number}")
+    flood(queue, "globex", 6)
+    kinds = ["forget" if job.startswith("forget") else "update" for job in drain(queue)]
+    assert kinds == ["forget", *["update"] * 4, "forget", "update", "update", "forget"]
 
 
 def test_an_update_before_a_forgetting_takes_no_turn_from_those_who_wait():

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perennial.learner.model.turns import ComputeTurns, FairLock
-from perennial.learner.roles.fair_queue import FairQueue, figures_of
+from perennial.learner.roles.fair_queue import FairQueue
+from perennial.learner.roles.job_figures import figures_of
 from perennial.learner.roles.lanes import (
     LONG_JOB_S,
     STOP_GRACE_S,

@@ -6,7 +6,8 @@ import logging
 
 import pytest
 
-from perennial.learner.roles.fair_queue import FairQueue, JobFigures
+from perennial.learner.roles.fair_queue import FairQueue
+from perennial.learner.roles.job_figures import JobFigures
 from perennial.learner.roles.tenant_report import TenantReport
 from perennial.streams.observe.metrics import Metrics
 
