@@ -288,6 +288,8 @@ class Outcome:
         flood_s: the same, of the flooding tenant.
         waited: for each job of the fleet, how many passes began between its cut and its own pass.
         lone: the same, of jobs whose tenant had nothing waiting when they were cut.
+        behind: of the same jobs, how many of these passes trained updates of the flooding tenant.
+        flooded: how many passes did.
     """
 
     busy_s: float = 0.0
@@ -299,6 +301,8 @@ class Outcome:
     flood_s: array[float] = field(default_factory=lambda: array("d"))
     waited: array[int] = field(default_factory=lambda: array("l"))
     lone: array[int] = field(default_factory=lambda: array("l"))
+    behind: array[int] = field(default_factory=lambda: array("l"))
+    flooded: int = 0
 
 
 def run(jobs: Sequence[Job], order: Order, places: int, in_memory: int, seconds_of: Callable[[Sequence[Job]], float],
@@ -313,13 +317,13 @@ def run(jobs: Sequence[Job], order: Order, places: int, in_memory: int, seconds_
         seconds_of: returns how long a pass takes.
     """
     result, now_s, read = Outcome(), 0.0, 0
-    cut_in: dict[tuple[str, float], tuple[int, bool]] = {}  # the pass that ran at a job's cut; whether it was alone
+    cut_in: dict[tuple[str, float], tuple[int, int, bool]] = {}  # passes until a job's cut, flooded ones; was it alone?
     waiting: Counter[str] = Counter()
     noted = 0
     while read < len(jobs) or len(order):
         while noted < len(jobs) and jobs[noted].cut_s <= now_s:
             tenant = tenant_of(jobs[noted].adapter)
-            cut_in[jobs[noted].adapter, jobs[noted].cut_s] = result.passes, not waiting[tenant]
+            cut_in[jobs[noted].adapter, jobs[noted].cut_s] = result.passes, result.flooded, not waiting[tenant]
             waiting[tenant] += 1
             noted += 1
         while read < noted and len(order) < in_memory:
@@ -332,7 +336,7 @@ def run(jobs: Sequence[Job], order: Order, places: int, in_memory: int, seconds_
         seconds = seconds_of(taken)
         now_s += seconds
         for job in taken:
-            began_in, lone = cut_in.pop((job.adapter, job.cut_s))
+            began_in, flooded, lone = cut_in.pop((job.adapter, job.cut_s))
             ages_s, tenant = [now_s - at_s for at_s in job.published], tenant_of(job.adapter)
             waiting[tenant] -= 1
             if tenant == FLOOD:
@@ -342,10 +346,12 @@ def run(jobs: Sequence[Job], order: Order, places: int, in_memory: int, seconds_
             result.waited.append(result.passes - began_in)
             if lone:
                 result.lone.append(result.passes - began_in)
+                result.behind.append(result.flooded - flooded)
             if job.drift_nats:
                 result.drifted_s.extend(ages_s)
         result.busy_s += seconds
         result.passes += 1
+        result.flooded += any(tenant_of(job.adapter) == FLOOD for job in taken)
         result.updates += len(taken)
         result.ended_s = now_s
     return result
@@ -364,6 +370,7 @@ def figures(result: Outcome, adapters: int, places: int, device: Device, duratio
         "age_p50_s": percentile(result.ages_s, 50), "age_p95_s": percentile(result.ages_s, 95),
         "drifted_p50_s": percentile(result.drifted_s, 50), "flood_p95_s": percentile(result.flood_s, 95),
         "waited_p95_passes": percentile(result.waited, 95), "lone_max_passes": percentile(result.lone, 100),
+        "behind_flood_max": percentile(result.behind, 100),
         "places_used": round(result.updates / result.passes / places, 3),
         "device_share": round(result.busy_s / max(duration_s, result.ended_s), 3),
         "device_s_per_adapter_day": round(device_s, 3),
@@ -425,7 +432,7 @@ def report(adapters: int, flood: bool, found: dict[str, dict[str, float]]) -> No
     """Print a table of the runs over one fleet."""
     per_s = found["fair"]["documents_per_s"]
     print(f"\n{adapters:,} adapters, {per_s} documents/s, {'with' if flood else 'without'} a flood")
-    columns = ("age_p50_s", "age_p95_s", "drifted_p50_s", "flood_p95_s", "waited_p95_passes", "lone_max_passes",
+    columns = ("age_p50_s", "age_p95_s", "drifted_p50_s", "flood_p95_s", "waited_p95_passes", "lone_max_passes", "behind_flood_max",
                "places_used", "device_share", "device_s_per_adapter_day", "usd_per_adapter_day")  # fmt: skip
     print("| order | " + " | ".join(columns) + " |")
     print("|---|" + "---|" * len(columns))
