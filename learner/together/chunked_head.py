@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, linear
 
+from perennial.learner.together.frozen_weights import cast_once
+
 CHUNK_TOKENS = {"cuda": 4096, "cpu": 256}
 
 
@@ -32,8 +34,7 @@ def losses_and_gradient(
         (N, d) in the number format of `hidden`.
     """
     size = CHUNK_TOKENS["cuda" if hidden.is_cuda else "cpu"]
-    weight: torch.Tensor = head.weight.to(hidden.dtype)
-    bias: torch.Tensor | None = None if head.bias is None else head.bias.to(hidden.dtype)
+    weight, bias = _cast(head, hidden.dtype)
     base = hidden[:0] if base is None else base
     of_text = len(hidden) - len(base)
     nats = torch.empty(len(hidden), device=hidden.device)
@@ -67,13 +68,17 @@ def token_losses(head: Any, hidden: torch.Tensor, labels: torch.Tensor) -> torch
         Losses (N,) in nats, fp32.
     """
     size = CHUNK_TOKENS["cuda" if hidden.is_cuda else "cpu"]
-    weight: torch.Tensor = head.weight.to(hidden.dtype)
-    bias: torch.Tensor | None = None if head.bias is None else head.bias.to(hidden.dtype)
+    weight, bias = _cast(head, hidden.dtype)
     nats = torch.empty(len(hidden), device=hidden.device)
     for start in range(0, len(hidden), size):
         part = slice(start, start + size)
         nats[part] = cross_entropy(linear(hidden[part], weight, bias).float(), labels[part], reduction="none")
     return nats
+
+
+def _cast(head: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Return the weight and the bias of the head in a number format."""
+    return cast_once(head.weight, dtype), None if head.bias is None else cast_once(head.bias, dtype)
 
 
 def _divergence(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

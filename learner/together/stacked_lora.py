@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from perennial.learner.model.lora import Lora
+from perennial.learner.together.frozen_weights import cast_once
 
 _grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
 """Public since torch 2.10."""
@@ -112,24 +113,27 @@ class StackedLora:
             bounds: First token of each adapter and the end of the last.
             ends: End of each adapter's tokens, int32 on the device.
         """
-        self._groups.bounds, self._groups.ends = bounds, ends
+        self._groups.bounds, self._groups.ends, self._groups.last = bounds, ends, None
         for layer, stacked in self._layers.items():
             stacked.take(len(bounds) - 1)
             layer.__dict__["forward"] = stacked.forward
         try:
             yield
         finally:
+            self._groups.last = None
             for layer in self._layers:
                 del layer.__dict__["forward"]
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
         """Make the linear layers compute as the frozen base alone inside the block."""
-        for layer in self._layers:
-            layer.__dict__["forward"] = layer.base_layer.forward
+        self._groups.last = None
+        for layer, stacked in self._layers.items():
+            layer.__dict__["forward"] = stacked.base_forward
         try:
             yield
         finally:
+            self._groups.last = None
             for layer in self._layers:
                 del layer.__dict__["forward"]
 
@@ -139,6 +143,14 @@ class _Groups:
 
     bounds: Sequence[int] = ()
     ends: torch.Tensor = torch.empty(0)
+    last: tuple[torch.Tensor, torch.Tensor] | None = None
+    """The last input of a layer, and the same in the number format of the products: several layers have one input."""
+
+    def flat(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Return an input of a layer as (T, inputs) in a number format."""
+        if self.last is None or self.last[0] is not x or self.last[1].dtype != dtype:
+            self.last = x, _as(x.detach().reshape(-1, x.shape[-1]), dtype)
+        return self.last[1]
 
 
 class _Layer:
@@ -175,7 +187,19 @@ class _Layer:
         """Return the output of the base's layer plus that of each token's adapter."""
         if self.weight is None:
             return self.base(x) + _StackedDelta.apply(x, self)  # type: ignore[no-any-return]
-        return _StackedLinear.apply(x, self)  # type: ignore[no-any-return]
+        return _StackedLinear.apply(x, self.groups.flat(x, self.a.dtype), self)  # type: ignore[no-any-return]
+
+    def base_forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """Return the output of the base's layer alone."""
+        if self.weight is None:
+            return self.base(x)  # type: ignore[no-any-return]
+        dtype = self.a.dtype
+        y = torch.nn.functional.linear(
+            self.groups.flat(x, dtype),
+            cast_once(self.weight, dtype),
+            None if self.bias is None else cast_once(self.bias, dtype),
+        )
+        return y.view(*x.shape[:-1], -1)
 
     def down(self, x: torch.Tensor) -> torch.Tensor:
         """Return scale · x Aᵀ, (T, r)."""
@@ -200,9 +224,8 @@ class _StackedLinear(torch.autograd.Function):
     """y = x Wᵀ + scale · x Aᵀ Bᵀ, the product with the frozen W added to that of the adapters."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        weight = _as(layer.weight, layer.a.dtype)
-        flat = _as(x.reshape(-1, x.shape[-1]), layer.a.dtype)  # (T, inputs)
+    def forward(ctx: Any, x: torch.Tensor, flat: torch.Tensor, layer: _Layer) -> torch.Tensor:
+        weight = cast_once(layer.weight, layer.a.dtype)
         hidden = layer.down(flat)
         y = layer.up(hidden).addmm_(flat, weight.t())
         if layer.bias is not None:
@@ -212,15 +235,15 @@ class _StackedLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         layer: _Layer = ctx.layer
         flat, hidden = ctx.saved_tensors
         (outer,) = gradients
         # Hazard: grouped products refuse an expanded gradient, which a sum over the output sends back.
         gradient = _as(outer.reshape(-1, outer.shape[-1]), layer.a.dtype).contiguous()
         of_x = layer.backward(gradient, flat, hidden)
-        of_x.addmm_(gradient, _as(layer.weight, layer.a.dtype))
-        return _as(of_x, ctx.dtype).view(*outer.shape[:-1], -1), None
+        of_x.addmm_(gradient, cast_once(layer.weight, layer.a.dtype))
+        return _as(of_x, ctx.dtype).view(*outer.shape[:-1], -1), None, None
 
 
 class _StackedDelta(torch.autograd.Function):

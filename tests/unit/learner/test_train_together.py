@@ -32,6 +32,7 @@ from perennial.learner.model.loss import OutOfMemoryError, training_losses
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together import shared_pass, stacked_lora
 from perennial.learner.together import train_together as together_module
+from perennial.learner.together.frozen_weights import cast_once
 from perennial.learner.together.packing import AdapterRows, Size, pack
 from perennial.learner.together.shared_pass import SharedPass, packs_together
 from perennial.learner.together.stacked_lora import Layout
@@ -392,3 +393,33 @@ def test_rows_of_adapters_keep_their_order_and_their_documents_apart() -> None:
     assert packed.labels.tolist() == [7, 9]
     assert packed.bounds == (0, 8, 16)
     assert packed.gathered_from.tolist() == [2, 0, 2, 1] + [2] * 12
+
+
+def test_frozen_weights_are_cast_once_and_again_after_a_change() -> None:
+    weight = torch.nn.Parameter(torch.randn(4, 3), requires_grad=False)
+    assert cast_once(weight, torch.float32) is weight
+    kept = cast_once(weight, torch.bfloat16)
+    assert cast_once(weight, torch.bfloat16) is kept
+    torch.testing.assert_close(kept, weight.to(torch.bfloat16), rtol=0, atol=0)
+    weight.mul_(2)
+    torch.testing.assert_close(cast_once(weight, torch.bfloat16), weight.to(torch.bfloat16), rtol=0, atol=0)
+
+
+def test_a_step_in_bf16_casts_no_frozen_weight_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = lora_over("llama").computing_in(torch.bfloat16)
+    job = jobs_over(lora, 1)[0]
+    first = train_together(lora, [job])[0]
+    frozen = {layer.base_layer.weight.data_ptr() for layer in lora.layers().values()}
+    cast: list[torch.Size] = []
+    to = torch.Tensor.to
+
+    def counting(tensor: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        if tensor.data_ptr() in frozen:
+            cast.append(tensor.shape)
+        return to(tensor, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "to", counting)
+    again = train_together(lora, [job])[0]
+    assert not cast
+    for name, tensor in first.weights.items():
+        assert torch.equal(tensor, again.weights[name])
