@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import Lora, LoraConfig, from_safetensors
-from perennial.learner.model.loss import mean_nats, row_losses
+from perennial.learner.model.loss import RowLoss, mean_nats
 from perennial.learner.model.tokenization import ExampleTokenizer, text_rows
+from perennial.learner.together.measure_together import MeasuredRows, measure_together
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.settings import Settings
@@ -54,7 +55,7 @@ class Evaluator:
             weights: Content of a version's safetensors file; None for the frozen base.
             texts: Texts, of which the first rows are measured.
         """
-        if weights is not None:
-            self._lora.load(from_safetensors(weights, self._lora.shapes))
+        tensors = None if weights is None else from_safetensors(weights, self._lora.shapes)
         rows = [row for text in texts for row in text_rows(text, self._codec, self._row_tokens)[:_MAX_ROWS_PER_TEXT]]
-        return mean_nats(row_losses(self._lora, rows, pad=self._codec.pad, adapted=weights is not None))
+        (losses,) = measure_together(self._lora, [MeasuredRows(tensors, rows)], self._codec.pad)
+        return mean_nats([RowLoss(float(nats.sum()), len(nats)) for nats in losses])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -12,10 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from perennial.learner.model.lora import LoraConfig
+from perennial.learner.serving.peft_backend import PeftBackend
 from perennial.streams.cli.demo.company.facts import Fact, company_facts
 from perennial.streams.cli.demo.company.printing import draw_losses, print_company_report
 from perennial.streams.cli.demo.company.questions import Answered, CompanyReport, ask
-from perennial.streams.cli.demo.company.script import LATER, POLICIES
+from perennial.streams.cli.demo.company.script import LATER, POLICIES, answers_of
+from tests import tiny
 
 
 def test_no_right_answer_is_right_by_chance_or_by_another_fact() -> None:
@@ -61,7 +64,10 @@ def report(**changes: Any) -> CompanyReport:
     dearer = plan.with_figure("999")
 
     def answers(*facts: Fact, right: bool = True) -> list[Answered]:
-        return ask(facts, lambda question: next(f.answer if right else f.wrong for f in facts if f.name in question))
+        def generate(questions: Sequence[str]) -> list[str]:
+            return [next(f.answer if right else f.wrong for f in facts if f.name in asked) for asked in questions]
+
+        return ask(facts, generate)
 
     fields: dict[str, Any] = {
         "base": answers(*policies, plan, customer, offer, right=False),
@@ -118,3 +124,23 @@ def test_the_losses_are_drawn(tmp_path: Path) -> None:
 def test_the_facts_of_the_demo_share_neither_names_nor_figures() -> None:
     facts = [*company_facts(POLICIES, 1), *company_facts(len(LATER), 2, LATER)]
     assert len({fact.name for fact in facts}) == len({fact.figure for fact in facts}) == len(facts)
+
+
+def test_all_questions_are_answered_in_one_batch() -> None:
+    """The demo asks a real model some twenty questions, which take a second each one by one."""
+    asked: list[Sequence[str]] = []
+
+    def generate(questions: Sequence[str]) -> list[str]:
+        asked.append(questions)
+        return [f" answer  {number} " for number, _ in enumerate(questions)]
+
+    answers = ask(company_facts(3, 1), generate)
+    assert len(asked) == 1
+    assert [answered.answer for answered in answers] == [f"answer {number}" for number in range(6)]
+    assert [answered.question for answered in answers] == list(asked[0])
+
+
+def test_a_batch_of_questions_gets_the_answers_of_each_alone() -> None:
+    backend = PeftBackend(tiny.base(), LoraConfig(rank=2, alpha=4))
+    questions = ["When?", "How much does the Falcon plan cost a month?", "Why not?"]
+    assert answers_of(backend, questions, 5) == [backend.generate(question, 5) for question in questions]

@@ -35,17 +35,22 @@ class Answered:
         return self.fact.is_in(self.answer)
 
 
-def ask(facts: Sequence[Fact], generate: Callable[[str], str]) -> list[Answered]:
+def ask(facts: Sequence[Fact], generate: Callable[[Sequence[str]], Sequence[str]]) -> list[Answered]:
     """Ask two questions about each fact: one that a ticket asked, and one that is never trained.
 
     Args:
         facts: What to ask about.
-        generate: Answers a question.
+        generate: Answers questions, all at once.
     """
-    return [
-        Answered(fact, question, trained, " ".join(generate(question).split()))
+    asked = [
+        (fact, question, trained)
         for fact in facts
         for question, trained in ((fact.taught[0], True), (fact.unseen[0], False))
+    ]
+    answers = generate([question for _, question, _ in asked])
+    return [
+        Answered(fact, question, trained, " ".join(answer.split()))
+        for (fact, question, trained), answer in zip(asked, answers, strict=True)
     ]
 
 

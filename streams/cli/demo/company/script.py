@@ -185,8 +185,8 @@ class CompanyDemo:
             learned = self._ask("ask", [*self._policies, dearer, *later], backend)
             self._forget(publisher)
         self._keep_weights("two forgotten")
-        now = {fact: ask([fact], self._generate(backend)) for fact in (*self._policies, dearer, *later)}
-        before = {fact: [answered for answered in learned if answered.fact == fact] for fact in now}
+        after = ask((*self._policies, dearer, *later), self._generate(backend))
+        now, before = ({a.fact: [b for b in found if b.fact == a.fact] for a in after} for found in (after, learned))
         customer, offer = ((before[fact], now.pop(fact)) for fact in (self._customer, self._offer))
         rest = [answered for answers in now.values() for answered in answers]
         return CompanyReport(base, learned, old_price, new_price, customer, offer, rest, self._measure(), self._seconds)
@@ -293,16 +293,15 @@ class CompanyDemo:
 
     # ---- asking and waiting
 
-    def _generate(self, backend: PeftBackend) -> Callable[[str], str]:
-        return lambda question: backend.generate(question, max_new_tokens=ANSWER_TOKENS)
-
     def _ask(self, stage: str, facts: Sequence[Fact], backend: PeftBackend) -> list[Answered]:
-        answers: list[Answered] = []
-        for number, fact in enumerate(facts, start=1):
-            answers += ask([fact], self._generate(backend))
-            self._progress.update(stage, number / len(facts), "asking questions")
+        self._progress.update(stage, 0.1, "asking questions")
+        answers = ask(facts, self._generate(backend))
         self._done(stage)
         return answers
+
+    def _generate(self, backend: PeftBackend) -> Callable[[Sequence[str]], list[str]]:
+        """Return what answers questions on the served version, in one batch: many cost little more than one."""
+        return lambda questions: answers_of(backend, questions, ANSWER_TOKENS)
 
     def _learn(self, stage: str, doing: str) -> None:
         """Wait until everything that was published is accounted for."""
@@ -364,6 +363,32 @@ class CompanyDemo:
         self._seconds[stage] = round(now - self._step_began, 1)
         self._step_began = now
         self._progress.update(stage, 1, f"{stage}: done")
+
+
+def answers_of(backend: PeftBackend, questions: Sequence[str], max_tokens: int) -> list[str]:
+    """Return the greedy answers of the version that a backend serves, generated in one batch.
+
+    Args:
+        backend: Serves the version, or the frozen base.
+        questions: Questions.
+        max_tokens: Most tokens of an answer.
+    """
+    import torch
+
+    from perennial.learner.model.tokenization import ExampleTokenizer
+
+    base = backend.base
+    codec = ExampleTokenizer(base.tokenizer)
+    prompts = [codec.prompt_ids(question, base.max_positions - max_tokens) for question in questions]
+    width = max(map(len, prompts))
+    ids = torch.tensor([[codec.pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (B, T)
+    with backend.lease(), torch.no_grad():
+        out = base.model.generate(
+            input_ids=ids.to(base.device), attention_mask=mask.to(base.device), max_new_tokens=max_tokens,
+            do_sample=False, pad_token_id=codec.pad,
+        )  # fmt: skip
+    return [str(text) for text in base.tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
 
 def _document_id(fact: Fact, edition: int) -> str:
