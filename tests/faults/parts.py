@@ -48,6 +48,8 @@ _ROLES = {
     "intake": "from perennial.streams.intake import input_consumer as home\nfrom perennial.streams.intake.service import run_intake as run\n"
     "home.CONSUMER_CONFIG = {{**home.CONSUMER_CONFIG, 'session.timeout.ms': {session_ms}}}\n",
     "streams": "from perennial.streams.faust_app import run_streams as run\n",
+    "scorer": "from perennial.streams.kafka import group as home\nfrom perennial.learner.roles.scorer import run_scorer as run\n"
+    "home.SESSION_TIMEOUT_MS = {session_ms}\n",
 }
 
 
@@ -68,7 +70,7 @@ def child(
     """Run a role as a child process with a short session; it is killed at the end.
 
     Args:
-        role: `learner`, `intake` or `streams`.
+        role: `learner`, `scorer`, `intake` or `streams`. SIGTERM lets it finish what it has begun.
         settings: Its settings.
         failpoint: Where it is killed or stopped, as in PERENNIAL_FAILPOINT.
         more: Python code to run before the role.
@@ -82,7 +84,8 @@ def child(
         "from perennial.streams.settings import Settings\n"
         + _ROLES[role].format(session_ms=int(SESSION_S * 1000))
         + more
-        + f"\nrun(Settings.model_validate_json(sys.argv[1]), threading.Event(), Metrics('{role}'))\n"
+        + "\nstop = threading.Event()\nsignal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
+        + f"run(Settings.model_validate_json(sys.argv[1]), stop, Metrics('{role}'))\n"
     )
     env = {**os.environ, **(environment or {}), "PERENNIAL_FAILPOINT": failpoint}
     process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], cwd=ROOT, env=env)

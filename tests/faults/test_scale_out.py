@@ -1,0 +1,140 @@
+"""Learners and scorers share the work by consumer group: one is added, one is drained, one is killed in mid-run."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections import Counter
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.registry import Registry
+from perennial.streams.events.models import ExampleScored, UpdateRequested
+from perennial.streams.kafka.topics import provision
+from perennial.streams.settings import Settings
+from tests import jobs, tiny
+from tests.faults import parts
+from tests.faults.report import Row
+from tests.integration.learner import learner_kit as kit
+from tests.oracle import account
+
+PARTITIONS = 4
+ADAPTERS = [f"tenant-{number}/support" for number in range(8)]
+MAX_CUTS = 60
+PAUSE_S = 0.5
+EXAMPLES_PER_CUT = 2
+
+
+@pytest.fixture
+def given(broker, topic_prefix, tmp_path) -> Settings:
+    made = kit.settings(broker.bootstrap, topic_prefix, tmp_path).replace(partitions=PARTITIONS)
+    provision(made)
+    return made
+
+
+def registry(given: Settings) -> Registry:
+    return Registry(DirectoryStore(Path(given.store.uri)), nonce=lambda: "n", now=lambda: datetime.now(UTC))
+
+
+def versions(given: Settings) -> int:
+    return sum(1 for adapter in ADAPTERS for _ in registry(given).versions(adapter))
+
+
+def drain(process: subprocess.Popen[bytes]) -> None:
+    """Ask a role to end; it finishes what it has begun."""
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+
+
+def jobs_of_cut(given: Settings, cut: int) -> list[UpdateRequested]:
+    """Return a job of each adapter."""
+    numbers = range(EXAMPLES_PER_CUT * cut, EXAMPLES_PER_CUT * (cut + 1))
+    store = DirectoryStore(Path(given.store.uri))
+    return [
+        jobs.update(
+            store, cut, [tiny.document(n, f"{adapter} sings {n} at noon", adapter) for n in numbers], adapter=adapter
+        )
+        for adapter in ADAPTERS
+    ]
+
+
+@pytest.mark.slow(60)
+def test_learners_come_and_go_in_mid_run(given, record_fault):
+    """Whoever leaves, and however: every example is learned once, in the order of its adapter's cuts, and none waits."""
+    cuts = 0
+
+    def send_cut() -> None:
+        nonlocal cuts
+        kit.send(given, *jobs_of_cut(given, cuts))
+        cuts += 1
+
+    with ExitStack() as learners:
+        first = learners.enter_context(parts.child("learner", given, more=parts.FEW_TEXTS))
+        send_cut()
+        kit.wait_until(lambda: versions(given) == len(ADAPTERS), "the first learner learns")
+        # It dies while updates of several adapters share a pass.
+        dying = learners.enter_context(parts.child("learner", given, "learner.train:3", parts.FEW_TEXTS))
+        third = learners.enter_context(parts.child("learner", given, more=parts.FEW_TEXTS))
+        while dying.poll() is None:
+            assert cuts < MAX_CUTS, "the learner that was added gets no work"
+            send_cut()
+            time.sleep(PAUSE_S)
+        for _ in range(4):
+            send_cut()
+        drain(first)
+        began = time.monotonic()
+        kit.wait_until(lambda: versions(given) == cuts * len(ADAPTERS), "the learner that is left does the rest")
+        recovery_s = time.monotonic() - began
+        drain(third)
+    stale = parts.stale_publishes(given, registry(given))
+    # One by one: the adapters' examples have the same positions.
+    learned = {adapter: account(registry(given), [adapter]) for adapter in ADAPTERS}
+    lost = EXAMPLES_PER_CUT * cuts * len(ADAPTERS) - sum(len(of_adapter.learned) for of_adapter in learned.values())
+    twice = sum(len(of_adapter.learned_twice) for of_adapter in learned.values())
+    record_fault(Row("learners added, drained and killed", 3, lost, twice, len(stale), recovery_s))
+    assert (lost, twice, stale) == (0, 0, [])
+    for adapter in ADAPTERS:
+        manifests = [registry(given).manifest(adapter, version) for _, version in registry(given).versions(adapter)]
+        assert [manifest.cut for manifest in manifests] == list(range(cuts - 1, -1, -1))
+
+
+@pytest.mark.slow(30)
+def test_scorers_come_and_go_in_mid_run(given, record_fault):
+    """What a killed scorer had not committed is scored again by another one; the order in each partition stays."""
+    documents = [
+        tiny.document(number, f"the parrot {number} sings at noon", ADAPTERS[number % len(ADAPTERS)])
+        for number in range(160)
+    ]
+    half = len(documents) // 2
+    with ExitStack() as scorers:
+        first = scorers.enter_context(parts.child("scorer", given))
+        kit.send(given, *documents[:half])
+        kit.wait_until(lambda: len(scored(given)) >= half // 4, "the first scorer scores")
+        scorers.enter_context(parts.child("scorer", given, "scorer.produce:2"))
+        third = scorers.enter_context(parts.child("scorer", given))
+        kit.send(given, *documents[half:])
+        drain(first)
+        began = time.monotonic()
+        wanted = {document.example_id for document in documents}
+        kit.wait_until(lambda: {event.example.example_id for event in scored(given)} == wanted, "the rest is scored")
+        recovery_s = time.monotonic() - began
+        drain(third)
+    events = scored(given)
+    record_fault(Row("scorers added, drained and killed", 3, 0, 0, 0, recovery_s))
+    for adapter in ADAPTERS:
+        offsets = [event.example.origin.offset for event in events if event.example.adapter == adapter]
+        first_seen = list(dict.fromkeys(offsets))
+        assert first_seen == sorted(first_seen)
+    losses = {(event.example.example_id, event.base_loss_nats) for event in events}
+    assert max(Counter(example for example, _ in losses).values()) <= 2, "a repetition may differ in the last bits only"
+
+
+def scored(given: Settings) -> list[ExampleScored]:
+    found = [envelope.event for envelope in parts.envelopes(given, "scored-examples")]
+    assert all(isinstance(event, ExampleScored) for event in found)
+    return found  # type: ignore[return-value]
