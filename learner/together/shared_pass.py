@@ -18,8 +18,9 @@ from perennial.learner.together.packing import AdapterRows, PackedRows, Size, pa
 from perennial.learner.together.pass_graphs import PassGraphs
 from perennial.learner.together.stacked_lora import StackedLora
 
-_TOLERANCE = 0.02
-"""Largest difference between hidden states, as a share of the largest one, that counts as rounding."""
+_TOLERANCE, _COARSE_TOLERANCE = 0.02, 0.2
+"""Largest difference between hidden states, as a share of their norm, that counts as rounding: in fp32, and in a coarser
+format. In bf16 those of SmolLM2 differ by .03 to .1, and by .9 where the rows see each other."""
 
 
 class SharedPass:
@@ -238,4 +239,5 @@ def _measure_packing(lora: Lora) -> bool:
             if is_out_of_memory(error):
                 raise
             return False
-    return bool((together - alone).abs().max() <= _TOLERANCE * alone.abs().max())
+    tolerance = _TOLERANCE if alone.dtype == torch.float32 else _COARSE_TOLERANCE
+    return bool((together - alone).float().norm() <= tolerance * alone.float().norm())

@@ -365,6 +365,18 @@ def test_rounding_to_bf16_is_no_reason_to_train_one_by_one() -> None:
     assert packs_together(Lora(base, LoraConfig(4, 8)))
 
 
+@pytest.mark.parametrize(("share", "wanted"), [(0.1, True), (0.5, False)])
+def test_a_base_in_bf16_may_differ_by_its_rounding_and_by_no_more(
+    share: float, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where rows of a real model that see each other differ by .9 of their norm."""
+    made = tiny.base(dtype=torch.bfloat16)
+    lora = Lora(made, LoraConfig(4, 8))
+    hidden = shared_pass._hidden
+    monkeypatch.setattr(shared_pass, "_hidden", lambda *given: hidden(*given) * (1 + share))
+    assert packs_together(lora) is wanted
+
+
 def test_a_filled_pass_has_the_shapes_of_its_size() -> None:
     rng = random.Random(9)
     parts = [AdapterRows(ragged(count, rng, 1), 0.5, 0.25, 2) for count in (3, 2, 5)]
