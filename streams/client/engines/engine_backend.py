@@ -191,7 +191,8 @@ class EngineBackend:
             if self._clock() - self._drained_s.pop(name, -_DRAINED_S) >= _DRAINED_S and self.api.in_use(name):
                 raise _still_used(name)
             self._folders.deactivate(name)
-            self._remove(name)
+            self._loaded.discard(name)
+        self._remove(name)  # without the lock: versions of other adapters are loaded meanwhile
 
     def list(self) -> list[str]:
         """Return the names that the engine serves from the folder, and those that have a folder there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.client.backend import HasRoom
 from perennial.streams.client.engines.vllm_backend import VllmBackend
 from perennial.streams.client.subscriber import Subscriber
+from perennial.streams.client.testing import small_weights
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend
 from tests.engine_doubles import Reply, VllmDouble
@@ -97,6 +99,37 @@ def test_a_newer_version_waits_for_one_unloading_at_most(
             assert subscriber._progress.due_s <= subscriber._clock(), "it goes on at once"
     assert backend.list() == [names[-1]]
     assert not subscriber._progress.leftovers
+
+
+def test_the_version_of_another_adapter_does_not_wait_for_an_unloading(
+    engine: RecordingDouble, backend: VllmBackend, tmp_path: Path
+):
+    loaded = []
+    for adapter in ("acme/support", "acme/sales"):
+        publisher = VersionPublisher(DirectoryStore(tmp_path / "store", fsync=False), adapter)
+        weights = small_weights(1)
+        version = publisher.publish(weights).version
+        loaded.append((f"{adapter}@{version[7:]}", weights, publisher.registry.manifest(adapter, version)))
+    backend.load(*loaded[0])
+    unloading, go_on = threading.Event(), threading.Event()
+
+    def refuse(name: str) -> Reply | None:
+        if name.startswith("evict-"):
+            unloading.set()
+            assert go_on.wait(30)
+        return None
+
+    engine.refuses = refuse
+    thread = threading.Thread(target=backend.unload, args=(loaded[0][0],))
+    thread.start()
+    try:
+        assert unloading.wait(30)
+        backend.load(*loaded[1])
+        backend.activate(loaded[1][0])
+    finally:
+        go_on.set()
+        thread.join(30)
+    assert backend.list() == [loaded[1][0]]
 
 
 def test_a_retired_adapter_is_answered_by_none_of_its_versions_at_once(
