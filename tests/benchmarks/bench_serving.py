@@ -18,6 +18,7 @@ import argparse
 import http.client
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -101,11 +102,18 @@ class Client:
             "model": name, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True,
             "logprobs": 1, "return_tokens_as_token_ids": True,
         }  # fmt: skip
+        try:
+            status, answer = self._post(content)
+        except (ConnectionError, http.client.RemoteDisconnected):  # closed between the check and the request
+            self._connection.close()
+            status, answer = self._post(content)
+        self._used_s = time.monotonic()
+        return Reply(begin_s, self._used_s, name, status, answer, prompt)
+
+    def _post(self, content: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         self._connection.request("POST", "/v1/completions", json.dumps(content), {"Content-Type": "application/json"})
         response = self._connection.getresponse()
-        answer = json.loads(response.read())
-        self._used_s = time.monotonic()
-        return Reply(begin_s, self._used_s, name, response.status, answer, prompt)
+        return response.status, json.loads(response.read())
 
 
 class Load:
@@ -119,11 +127,13 @@ class Load:
     Attributes:
         replies: All answers.
         fixed: Names that the clients ask in turn; empty: what is current.
+        errors: What ended clients.
     """
 
     def __init__(self, clients: int, port: int, folder: Path) -> None:
         self.replies: list[Reply] = []
         self.fixed: tuple[str, ...] = ()
+        self.errors: list[Exception] = []
         self._stop = threading.Event()
         self._threads = [
             threading.Thread(target=self._run, args=(Client(port, folder), number)) for number in range(clients)
@@ -131,11 +141,14 @@ class Load:
 
     def _run(self, client: Client, number: int) -> None:
         turn = number
-        while not self._stop.is_set():
-            fixed = self.fixed
-            name = fixed[number % len(fixed)] if fixed else None
-            self.replies.append(client.ask(PROMPTS[turn % len(PROMPTS)], TOKENS, name))
-            turn += 1
+        try:
+            while not self._stop.is_set():
+                fixed = self.fixed
+                name = fixed[number % len(fixed)] if fixed else None
+                self.replies.append(client.ask(PROMPTS[turn % len(PROMPTS)], TOKENS, name))
+                turn += 1
+        except Exception as error:  # noqa: BLE001 - the main thread raises it
+            self.errors.append(error)
 
     def __enter__(self) -> Self:
         for thread in self._threads:
@@ -146,6 +159,8 @@ class Load:
         self._stop.set()
         for thread in self._threads:
             thread.join(WAIT_S)
+        if self.errors:  # fewer clients than it says would have made the load
+            raise RuntimeError("a client ended before the others") from self.errors[0]
 
     def tokens(self, begin_s: float, end_s: float) -> int:
         """Return the number of tokens of the answers that ended in an interval."""
@@ -326,6 +341,7 @@ def measure(arguments: argparse.Namespace, python: Path, folder: Path) -> dict[s
         first_answer_s(probing, versions[0])
         answered: list[float] = []
         calm, swapping = Spent(), Spent()
+        intervals = random.Random(0)  # equal ones meet the end of the grace time always or never
         with Load(arguments.clients, server.port, folder / "served") as load:
             time.sleep(arguments.rest_s)  # the first requests compile and fill caches
             for turn in range(arguments.turns):
@@ -334,7 +350,7 @@ def measure(arguments: argparse.Namespace, python: Path, folder: Path) -> dict[s
                 share = len(prepared[1:]) * (turn + 1) // arguments.turns
                 with spent(load, server, subscription, swapping):
                     for each in prepared[len(versions) : share + 1]:
-                        due_s = time.monotonic() + arguments.every_s
+                        due_s = time.monotonic() + arguments.every_s * intervals.uniform(0.5, 1.5)
                         versions.append(maker.publish_prepared(publisher, *each))
                         answered.append(first_answer_s(probing, versions[-1]))
                         time.sleep(max(0.0, due_s - time.monotonic()))
@@ -379,7 +395,7 @@ def main() -> int:
     parser.add_argument("--base", default="shipped", help="name or folder of the base")
     parser.add_argument("--swaps", type=int, default=50, help="versions that are swapped in")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--every-s", type=float, default=2.0, help="least seconds from one version to the next")
+    parser.add_argument("--every-s", type=float, default=2.0, help="seconds from one version to the next, in the mean")
     parser.add_argument("--turns", type=int, default=10, help="times that swaps and none take turns")
     parser.add_argument("--rest-s", type=float, default=8.0, help="seconds without swaps in each turn")
     arguments = parser.parse_args()
