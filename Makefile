@@ -69,6 +69,7 @@ bench-loop: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_loop
 
 bench-forgetting: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_forgetting --examples 160 --per-cut 16 --requests 6 --sharing 3
 	$(BIN)/python -m tests.benchmarks.bench_forgetting
 
 bench-serving: $(READY)

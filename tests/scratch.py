@@ -31,6 +31,7 @@ class Scratch:
         replay: Digest of the final replay index, None if there is none.
         outcomes: The gate's outcome of every update, in order.
         state: The final state.
+        states: The state after each update, by its cut number.
     """
 
     weights: str
@@ -38,6 +39,7 @@ class Scratch:
     replay: str | None
     outcomes: tuple[str, ...]
     state: TrainingState
+    states: Mapping[int, TrainingState]
 
     def equals(self, manifest: Manifest) -> bool:
         """Return whether a version has exactly this state."""
@@ -45,39 +47,54 @@ class Scratch:
         return tuple(ref.digest if ref else None for ref in refs) == (self.weights, self.optimizer, self.replay)
 
 
-def train(updater: Updater, store: ObjectStore, adapter: str, cuts: Mapping[int, Sequence[ExampleAccepted]]) -> Scratch:
+def train(
+    updater: Updater,
+    store: ObjectStore,
+    adapter: str,
+    cuts: Mapping[int, Sequence[ExampleAccepted]],
+    start: TrainingState | None = None,
+) -> Scratch:
     """Learn micro-batches in the order given.
 
     Args:
         updater: Trains one update.
-        store: Keeps the micro-batches; use a store of its own.
+        store: Keeps the micro-batches; use a store of its own, or the one that has those of `start`.
         adapter: The adapter's name.
         cuts: Examples of each micro-batch, by its cut number; an empty micro-batch is left out.
+        start: State to train from; None for that of an adapter that has learned nothing.
     """
     batches = {
         cut: Batch(adapter=adapter, cut=cut, examples=list(examples), skipped=[])
         for cut, examples in cuts.items() if examples
     }  # fmt: skip
-    return train_batches(updater, store, adapter, batches)
+    return train_batches(updater, store, adapter, batches, start)
 
 
-def train_batches(updater: Updater, store: ObjectStore, adapter: str, batches: Mapping[int, Batch]) -> Scratch:
+def train_batches(
+    updater: Updater,
+    store: ObjectStore,
+    adapter: str,
+    batches: Mapping[int, Batch],
+    start: TrainingState | None = None,
+) -> Scratch:
     """Learn micro-batches in the order given, by their cut number; see `train`."""
-    state = TrainingState(updater.lora.initial_weights(adapter, updater.recipe.seed))
+    state = start or TrainingState(updater.lora.initial_weights(adapter, updater.recipe.seed))
     rows = BatchRows(store, updater.rows)
-    outcomes = []
+    outcomes, states = [], {}
     for cut, batch in batches.items():
         digest = put_blob(store, batch.model_dump_json(by_alias=True).encode())
         found = updater.update(state, batch.examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
         outcomes.append(found.outcome)
         if found.outcome == "promoted":
             state = found.state
+        states[cut] = state
     return Scratch(
         weights=_digest(to_safetensors(state.weights)),
         optimizer=_digest(to_safetensors(state.optimizer)) if state.optimizer else None,
         replay=_digest(index_to_bytes(state.replay_index)) if state.replay_index else None,
         outcomes=tuple(outcomes),
         state=state,
+        states=states,
     )
 
 

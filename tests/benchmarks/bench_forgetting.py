@@ -5,6 +5,10 @@ in micro-batches with the shipped base, through the learner's own code over a fo
 half of the stream requests come in between. After each request the weights, optimizer state and replay index must have
 the digests of a training from scratch on the remaining examples. The cost of a request is its time divided by that
 training's, which is timed right after it. The last line is JSON.
+
+With `--sharing 3`, two other adapters train in the same passes. Then only the number of rows beside the adapter's own
+decides the last bits, so the comparison starts from the recorded state before the first use of what is forgotten, and
+replays the adapter's updates alone.
 """
 
 from __future__ import annotations
@@ -18,22 +22,29 @@ import shutil
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.model.base import load_base
+from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.loss import mean_nats, row_losses
 from perennial.learner.model.tokenization import ExampleError, TokenRow
+from perennial.learner.model.turns import FairLock
+from perennial.learner.together.gathered_passes import GatheredPasses
+from perennial.learner.training.state import TrainingState
 from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.learner.versions.version_writer import VersionWriter, make_version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import put_blob
+from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.storage.registry.registry import Head
 from perennial.streams.cli.demo.texts import package_docstrings
@@ -92,20 +103,21 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=20, help="erasures and expiries")
     parser.add_argument("--per-cut", type=int, default=32, help="documents per micro-batch")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of the model")
+    parser.add_argument("--sharing", type=int, default=1, help="adapters that train in the same passes")
     parser.add_argument("--seed", type=int, default=0, help="determines the requests")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
     settings = load_settings(
         steps=2, rows=64, row_tokens=24, anchor_rows=4, replay_share=0.3, general_share=0.1, device="cpu",
-        threads=arguments.threads,
+        threads=arguments.threads, pass_adapters=arguments.sharing, pass_wait_ms=1_000,
     )  # fmt: skip
     try:
-        bench = Bench(settings, folder, arguments.examples, arguments.per_cut, arguments.seed)
+        bench = Bench(settings, folder, arguments.examples, arguments.per_cut, arguments.seed, arguments.sharing)
         outcomes = bench.run(arguments.requests)
         readable = bench.readable()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    report(outcomes, bench.outcomes, readable)
+    report(outcomes, bench.outcomes, readable, bench.pass_adapters)
     if readable or not all(outcome.is_equal for outcome in outcomes):
         sys.exit(1)
 
@@ -119,15 +131,19 @@ class Bench:
         examples: Documents in the stream.
         per_cut: Documents per micro-batch.
         seed: Determines documents and requests.
+        sharing: Adapters that train in the same passes.
     """
 
-    def __init__(self, settings: Settings, folder: Path, examples: int, per_cut: int, seed: int) -> None:
+    def __init__(self, settings: Settings, folder: Path, examples: int, per_cut: int, seed: int, sharing: int) -> None:
         self.rng = random.Random(f"forgetting {seed}")
         self.folder = folder
         self.store = DirectoryStore(folder / "store")
         self.writer: VersionWriter = make_version_writer(
-            settings, self.store, load_base(settings.model.base, "cpu", settings.model.threads)
+            settings, self.store, load_base(settings.model.base, "cpu", settings.model.threads), FairLock()
         )
+        self.others = [self.writer.sibling(f"other-{number}") for number in range(1, sharing)]
+        self.states: dict[int, TrainingState] = {}
+        self.pass_adapters: Counter[int] = Counter()
         self.forgetter = ForgetExecutor(self.writer, _now, lambda _: None)
         found = package_docstrings(PACKAGE, examples + HELD_OUT)
         texts = [(name, f"{name}: {text}"[:TEXT_CHARS]) for name, text in found]
@@ -165,8 +181,10 @@ class Bench:
         done: list[Outcome] = []
         first = len(self.cuts) // 2
         for cut, examples in self.cuts.items():
-            manifest = UpdateExecutor(self.writer).update(self.job(cut, examples), "live").manifest
-            self.outcomes[manifest.outcome if manifest else "repeated"] += 1
+            manifest = self.learn(cut, examples)
+            self.outcomes[manifest.outcome] += 1
+            self.pass_adapters[manifest.pass_adapters] += 1
+            self.states[cut] = self.writer.state_at(self.writer.head(ADAPTER), ADAPTER)[0]
             self.learned += examples
             due = requests * (cut - first + 1) // (len(self.cuts) - first) if cut >= first else 0
             while len(done) < due:
@@ -174,12 +192,31 @@ class Bench:
                 print(table_row(len(done), done[-1]), flush=True)
         return done
 
-    def job(self, cut: int, examples: Sequence[ExampleAccepted]) -> UpdateRequested:
+    def learn(self, cut: int, examples: Sequence[ExampleAccepted]) -> Manifest:
+        """Learn a micro-batch, at the same time as the other adapters learn theirs."""
+        together = threading.Barrier(1 + len(self.others))
+
+        def of_thread(writer: VersionWriter, adapter: str) -> Manifest | None:
+            make_deterministic(writer.threads)
+            own = examples if adapter == ADAPTER else [of_other(example, adapter) for example in examples]
+            job = self.job(cut, own, adapter)
+            with writer.updater.compute.joining():
+                together.wait()
+                return UpdateExecutor(writer).update(job, "live").manifest
+
+        adapters = [ADAPTER, *(f"{ADAPTER}-{number}" for number in range(len(self.others)))]
+        with ThreadPoolExecutor(len(adapters)) as threads:
+            made, *_ = threads.map(of_thread, [self.writer, *self.others], adapters)
+        if made is None:
+            raise RuntimeError(f"cut {cut} was learned before")
+        return made
+
+    def job(self, cut: int, examples: Sequence[ExampleAccepted], adapter: str) -> UpdateRequested:
         """Return the job of an update as curate would."""
-        batch = Batch(adapter=ADAPTER, cut=cut, examples=list(examples), skipped=[])
+        batch = Batch(adapter=adapter, cut=cut, examples=list(examples), skipped=[])
         body = batch.model_dump_json(by_alias=True).encode()
         return UpdateRequested(
-            job_id=f"cut-{cut}", adapter=ADAPTER, cut=cut, examples=len(examples), skipped=0, tokens=0, reason="size",
+            job_id=f"{adapter}-{cut}", adapter=adapter, cut=cut, examples=len(examples), skipped=0, tokens=0, reason="size",
             batch=BlobRef(digest=put_blob(self.store, body), size_bytes=len(body)),
             marks={examples[-1].origin.partition_key(): examples[-1].origin.offset},
             oldest_ms=examples[0].origin.timestamp_ms, newest_ms=examples[-1].origin.timestamp_ms, cut_at=_now(),
@@ -223,7 +260,7 @@ class Bench:
         forget_s = time.perf_counter() - began
         after_nats = self.held_out_nats()
         self.forgotten |= matched
-        scratch_s, made = self.scratch(number, self.forgotten)
+        scratch_s, made = self.replay(matched) if self.others else self.scratch(number, self.forgotten)
         head = self.writer.registry.head(ADAPTER)
         return Outcome(
             kind, len(matched), self.replayed(), len(made.outcomes), forget_s, scratch_s,
@@ -238,6 +275,23 @@ class Bench:
         began = time.perf_counter()
         made = scratch.train(self.writer.updater_of(None), store, ADAPTER, cuts)
         return time.perf_counter() - began, made
+
+    def replay(self, matched: Collection[str]) -> tuple[float, scratch.Scratch]:
+        """Train on from the recorded state before the first use of the documents; return seconds and result."""
+        learned_by = {example.document_id for example in self.learned}
+        cuts = {cut: examples for cut, examples in self.cuts.items() if examples[0].document_id in learned_by}
+        first = min(cut for cut, examples in cuts.items() if any(e.document_id in matched for e in examples))
+        later = {
+            cut: [e for e in examples if e.document_id not in self.forgotten]
+            for cut, examples in cuts.items() if cut >= first
+        }  # fmt: skip
+        updater = self.writer.updater_of(None)
+        alone = replace(updater, shared=GatheredPasses())
+        began = time.perf_counter()
+        made = scratch.train(alone, self.store, ADAPTER, later, self.states.get(first - 1))
+        seconds = time.perf_counter() - began
+        self.states |= made.states
+        return seconds, made
 
     def replayed(self) -> int:
         """Return how many updates the newest forgetting rebuilt."""
@@ -278,6 +332,11 @@ class Bench:
         return sum(any(needle in blob for blob in blobs) for needle in needles)
 
 
+def of_other(example: ExampleAccepted, adapter: str) -> ExampleAccepted:
+    """Return the example as a document of another adapter, with a name of its own."""
+    return example.model_copy(update={"adapter": adapter, "document_id": f"{adapter}/{example.document_id}"})
+
+
 def table_row(number: int, outcome: Outcome) -> str:
     """Return one row of the table."""
     return (
@@ -287,13 +346,15 @@ def table_row(number: int, outcome: Outcome) -> str:
     )
 
 
-def report(outcomes: Sequence[Outcome], learned: Counter[str], readable: int) -> None:
+def report(outcomes: Sequence[Outcome], learned: Counter[str], readable: int, pass_adapters: Counter[int]) -> None:
     """Print the summary and, as the last line, the JSON."""
-    print(f"updates: {dict(learned)}; {os.cpu_count()} cores")
+    print(f"updates: {dict(learned)}; adapters per pass: {dict(pass_adapters)}; {os.cpu_count()} cores")
     for kind in KINDS:
         ratios = [o.forget_s / o.scratch_s for o in outcomes if o.kind == kind]
         if ratios:
-            print(f"{kind:<10} median cost {statistics.median(ratios):.3f} of training from scratch, n {len(ratios)}")
+            print(
+                f"{kind:<10} median cost {statistics.median(ratios):.3f} of the training compared with, n {len(ratios)}"
+            )
     kept = statistics.fmean(o.after_nats / o.before_nats for o in outcomes)
     print(
         json.dumps(
@@ -303,6 +364,7 @@ def report(outcomes: Sequence[Outcome], learned: Counter[str], readable: int) ->
                 "median_cost_ratio": round(statistics.median(o.forget_s / o.scratch_s for o in outcomes), 3),
                 "kept_loss_pct": round(100 * kept, 2),
                 "readable": readable,
+                "pass_adapters": max(pass_adapters),
             }
         )
     )
