@@ -8,6 +8,7 @@ own attention takes several times as long there, most of it in its backward pass
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -108,24 +109,30 @@ def _plan(lengths: Sequence[int], window: int) -> tuple[list[_Together], torch.T
     return made, place_of
 
 
-_current: list[Documents] = []
+class _Current(threading.local):
+    """The documents that this thread computes."""
+
+    documents: Documents | None = None
+
+
+_current = _Current()
 
 
 @contextmanager
 def packed_attention(model: Any, documents: Documents) -> Iterator[None]:
-    """Make a model's attention see the documents of a packed row inside the block.
+    """Make a model's attention see the documents of a packed row inside the block, in this thread.
 
-    Hazard: the choice is made on the model and in this module, so one thread computes at a time.
+    Hazard: that the model uses this attention is set on the model, so its threads compute inside a block of their caller.
     """
     configs = {id(config): config for config in (model.config, model.config.get_text_config())}
     before = [(config, config._attn_implementation) for config in configs.values()]  # noqa: SLF001
     for config, _ in before:
         config._attn_implementation = NAME  # noqa: SLF001
-    _current.append(documents)
+    outer, _current.documents = _current.documents, documents
     try:
         yield
     finally:
-        _current.pop()
+        _current.documents = outer
         for config, implementation in before:
             config._attn_implementation = implementation  # noqa: SLF001
 
@@ -145,7 +152,8 @@ def _attend(
     unknown = sorted(name for name, given in more.items() if given is not None and name not in _IGNORED)
     if unknown or dropout or query.shape[0] != 1 or not getattr(module, "is_causal", True):
         raise UnknownAttentionError(f"packed attention does not know {unknown or 'this use'}")
-    documents = _current[-1]
+    documents = _current.documents
+    assert documents is not None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, d), (T, K, d)
     if documents.on_cpu:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import concurrent.futures
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -16,11 +18,16 @@ from perennial.learner.together.chunked_head import losses_and_gradient, token_l
 from perennial.learner.together.packed_attention import Documents, packed_attention
 from perennial.learner.together.packing import AdapterRows, PackedRows, Size, pack
 from perennial.learner.together.pass_graphs import PassGraphs
-from perennial.learner.together.stacked_lora import StackedLora
+from perennial.learner.together.stacked_lora import StackedLora, compute_as
 
 _TOLERANCE, _COARSE_TOLERANCE = 0.02, 0.2
 """Largest difference between hidden states, as a share of their norm, that counts as rounding: in fp32, and in a coarser
 format. In bf16 those of SmolLM2 differ by .03 to .1, and by .9 where the rows see each other."""
+
+
+_HALVES: Final = 2
+_LEAST_PARAMETERS: Final = 50_000_000
+"""Least size of a base whose passes two threads share: with a small one they would wait for Python's own lock."""
 
 
 class SharedPass:
@@ -39,7 +46,7 @@ class SharedPass:
         self._device = torch.device(lora.base.device)
         self._on_cuda = self._fills = self._device.type == "cuda"
         self._graphs = PassGraphs() if graphs and self._on_cuda else None
-        self._stacked: StackedLora | None = None
+        self._stacked: dict[int, StackedLora] = {}
 
     @classmethod
     def of(cls, lora: Lora, *, graphs: bool) -> SharedPass:
@@ -53,7 +60,7 @@ class SharedPass:
 
     def release(self) -> None:
         """Free the tensors and graphs that are kept between passes."""
-        self._stacked = None
+        self._stacked = {}
         if self._graphs is not None:
             self._graphs.clear()
         if self._on_cuda:
@@ -71,6 +78,8 @@ class SharedPass:
         """
         count = len(parts)
         size = Size.holding(parts) if self._fills else None
+        if (halves := self._halves(parts)) is not None:
+            return self._run_halves(weights, halves)
         stacked = self._filled(weights, size)
         inputs = _Inputs.of(parts, size)
         if self._graphs is None or size is None or not stacked.groups_on_device:
@@ -93,27 +102,82 @@ class SharedPass:
         size = Size.holding(parts) if self._fills else None
         stacked = self._filled(weights, size)
         packed = pack(parts, size).to(self._device)
-        with stacked.active(packed.bounds, packed.ends):
+        stacked.take(packed.bounds, packed.ends)
+        with stacked.computing(adapted=True):
             hidden = _hidden(self._lora, packed)  # (T, d)
         trained = sum(row.tokens for part in parts for row in part.rows)
         predicting = hidden.index_select(0, packed.predicting[:trained]).to(stacked.dtype)  # (N, d)
         model: Any = self._lora.model
         return token_losses(model.get_output_embeddings(), predicting, packed.labels[:trained])
 
-    def _filled(self, weights: torch.Tensor, size: Size | None) -> StackedLora:
-        """Return the stack with the weights; what fills it up are zeros, not what an earlier pass left."""
+    def _halves(self, parts: Sequence[AdapterRows]) -> list[list[AdapterRows]] | None:
+        """Return every other row of each adapter, and the rest, for two threads; None where one thread computes all.
+
+        Most operations of a small pass are too short to be shared by threads, so a second core is idle most of the time.
+        """
+        rows = sum(len(part.rows) for part in parts)
+        if self._on_cuda or torch.get_num_threads() < _HALVES or rows < 2 * _HALVES or not self._is_large:
+            return None
+        return [
+            [replace(part, rows=part.rows[(half + index) % _HALVES :: _HALVES]) for index, part in enumerate(parts)]
+            for half in range(_HALVES)
+        ]
+
+    @functools.cached_property
+    def _is_large(self) -> bool:
+        parameters: int = sum(weight.numel() for weight in self._lora.model.parameters())
+        return parameters >= _LEAST_PARAMETERS
+
+    def _run_halves(
+        self, weights: torch.Tensor, halves: Sequence[Sequence[AdapterRows]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the halves of a pass in two threads, and add their gradients up in a fixed order."""
         count = len(weights)
-        stacked = self._stacks(size.adapters if size else count)
+        first, second = stacks = (self._filled(weights, None), self._filled(weights, None, second=True))
+        threads = torch.get_num_threads()
+        inputs = [_Inputs.of(half, None) for half in halves]
+
+        def both(compute: Callable[[int], torch.Tensor | None]) -> list[torch.Tensor | None]:
+            other = self._second_thread.submit(_as_thread, 1, threads - threads // 2, compute)
+            try:
+                own = _as_thread(0, threads // 2, compute)
+            finally:
+                concurrent.futures.wait([other])  # it computes with what is taken off the model below
+                torch.set_num_threads(threads)
+            return [own, other.result()]
+
+        # The outer block keeps the attention on the model until both threads are done.
+        with packed_attention(self._lora.model, Documents((), torch.empty(0), 0)):
+            with first.computing(second, adapted=False):
+                bases = both(lambda half: _of_teacher(self._lora, stacks[half], inputs[half]))
+            with first.computing(second, adapted=True), _taking_gradients(self._lora.model):
+                losses = both(lambda half: _with_gradients(self._lora, stacks[half], inputs[half], bases[half]))
+        assert losses[0] is not None
+        assert losses[1] is not None
+        gradient = first.gradient[:count]
+        gradient += second.gradient[:count]
+        return losses[0] + losses[1], gradient
+
+    @functools.cached_property
+    def _second_thread(self) -> concurrent.futures.ThreadPoolExecutor:
+        return concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="half-pass")
+
+    def _filled(self, weights: torch.Tensor, size: Size | None, *, second: bool = False) -> StackedLora:
+        """Return a stack with the weights; what fills it up are zeros, not what an earlier pass left."""
+        count = len(weights)
+        stacked = self._stacks(size.adapters if size else count, int(second))
         stacked.weights[:count].copy_(weights)
         if size is not None:
             stacked.weights[count : size.adapters].zero_()
         return stacked
 
-    def _stacks(self, count: int) -> StackedLora:
-        if self._stacked is None or len(self._stacked) < count:
-            self.release()
-            self._stacked = StackedLora(self._lora, count)
-        return self._stacked
+    def _stacks(self, count: int, number: int) -> StackedLora:
+        kept = self._stacked.get(number)
+        if kept is None or len(kept) < count:
+            if number == 0:
+                self.release()
+            kept = self._stacked[number] = StackedLora(self._lora, count)
+        return kept
 
 
 @dataclass(frozen=True)
@@ -155,14 +219,28 @@ def _compute(lora: Lora, stacked: StackedLora, inputs: _Inputs) -> torch.Tensor:
     Returns:
         Losses (n,), fp32 on the device.
     """
+    with stacked.computing(adapted=False):
+        base = _of_teacher(lora, stacked, inputs)
+    with stacked.computing(adapted=True), _taking_gradients(lora.model):
+        return _with_gradients(lora, stacked, inputs, base)
+
+
+def _of_teacher(lora: Lora, stacked: StackedLora, inputs: _Inputs) -> torch.Tensor | None:
+    """Return the frozen base's hidden states (M, d) where a token of a row with `like_base` is predicted."""
+    teacher = inputs.teacher
+    if teacher is None:
+        return None
+    with torch.no_grad():
+        return _hidden(lora, teacher).index_select(0, teacher.predicting).to(stacked.dtype)
+
+
+def _with_gradients(lora: Lora, stacked: StackedLora, inputs: _Inputs, base: torch.Tensor | None) -> torch.Tensor:
+    """Put the gradients of a pass into those of the stack, and return its losses (n,); arguments as for `_compute`."""
     model: Any = lora.model
-    packed, teacher = inputs.packed, inputs.teacher
+    packed = inputs.packed
     stacked.gradient[: len(packed.bounds) - 1].zero_()
-    base = None
-    if teacher is not None:
-        with torch.no_grad(), stacked.base_alone():
-            base = _hidden(lora, teacher).index_select(0, teacher.predicting).to(stacked.dtype)
-    with torch.enable_grad(), stacked.active(packed.bounds, packed.ends), _taking_gradients(model):
+    stacked.take(packed.bounds, packed.ends)
+    with torch.enable_grad():
         hidden = _hidden(lora, packed)  # (T, d)
         with torch.no_grad():
             predicting = hidden.detach().index_select(0, packed.predicting).to(stacked.dtype)  # (N, d)
@@ -177,6 +255,13 @@ def _compute(lora: Lora, stacked: StackedLora, inputs: _Inputs) -> torch.Tensor:
     # A product with zero would spread one adapter's NaN to all.
     of_adapter = torch.where(packed.adapters == adapters[:, None], nats * packed.weights, 0.0)  # (n, N)
     return of_adapter.sum(1)
+
+
+def _as_thread(number: int, threads: int, compute: Callable[[int], torch.Tensor | None]) -> torch.Tensor | None:
+    """Compute one half of a pass in this thread, with so many threads per operation."""
+    compute_as(number)
+    torch.set_num_threads(threads)
+    return compute(number)
 
 
 def _hidden(lora: Lora, packed: PackedRows) -> torch.Tensor:

@@ -10,7 +10,8 @@ copied, and other slots are as they were afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -105,37 +106,54 @@ class StackedLora:
         """True if no product needs the bounds of the adapters on the host, so that a pass can be captured."""
         return len(self) == 1 or all(layer.groups_on_device for layer in self._layers.values())
 
-    @contextmanager
-    def active(self, bounds: Sequence[int], ends: torch.Tensor) -> Iterator[None]:
-        """Make the base's linear layers compute with the first adapters' weights inside the block.
+    def take(self, bounds: Sequence[int], ends: torch.Tensor) -> None:
+        """Compute with the first adapters' weights from now on.
 
         Args:
             bounds: First token of each adapter and the end of the last.
             ends: End of each adapter's tokens, int32 on the device.
         """
         self._groups.bounds, self._groups.ends, self._groups.last = bounds, ends, None
-        for layer, stacked in self._layers.items():
+        for stacked in self._layers.values():
             stacked.take(len(bounds) - 1)
-            layer.__dict__["forward"] = stacked.forward
-        try:
-            yield
-        finally:
-            self._groups.last = None
-            for layer in self._layers:
-                del layer.__dict__["forward"]
 
     @contextmanager
-    def base_alone(self) -> Iterator[None]:
-        """Make the linear layers compute as the frozen base alone inside the block."""
-        self._groups.last = None
-        for layer, stacked in self._layers.items():
-            layer.__dict__["forward"] = stacked.base_forward
+    def computing(self, *others: StackedLora, adapted: bool) -> Iterator[None]:
+        """Make the base's linear layers compute with these weights inside the block.
+
+        Args:
+            others: Weights for further threads: thread n, as `compute_as` says, computes with the n-th of them.
+            adapted: True to add the products of the adapters, False for the frozen base alone.
+        """
+        stacks = (self, *others)
+        for layer in self._layers:
+            forwards = [stack._layers[layer].of_kind(adapted=adapted) for stack in stacks]  # noqa: SLF001
+            layer.__dict__["forward"] = forwards[0] if len(forwards) == 1 else _by_thread(forwards)
         try:
             yield
         finally:
-            self._groups.last = None
             for layer in self._layers:
                 del layer.__dict__["forward"]
+            for stack in stacks:
+                stack._groups.last = None  # noqa: SLF001
+
+
+class _Thread(threading.local):
+    """Which of several stacks this thread computes with."""
+
+    number = 0
+
+
+_thread = _Thread()
+
+
+def compute_as(number: int) -> None:
+    """Let this thread compute with the stack of a number; see `StackedLora.computing`."""
+    _thread.number = number
+
+
+def _by_thread(forwards: Sequence[Callable[..., torch.Tensor]]) -> Callable[..., torch.Tensor]:
+    return lambda x, *_, **__: forwards[_thread.number](x)
 
 
 class _Groups:
@@ -182,6 +200,10 @@ class _Layer:
         """Compute with the first so many adapters."""
         if len(self.a) != count:
             self.a, self.b, self.a_gradient, self.b_gradient = (tensor[:count] for tensor in self._all)
+
+    def of_kind(self, *, adapted: bool) -> Callable[..., torch.Tensor]:
+        """Return the forward method with or without the adapters' products."""
+        return self.forward if adapted else self.base_forward
 
     def forward(self, x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         """Return the output of the base's layer plus that of each token's adapter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -199,7 +200,8 @@ def test_hidden_states_are_those_of_peft(name: str) -> None:
     for row in range(3):
         weights = trained_weights(lora, f"a{row}")
         stacked.weights[row] = torch.cat([weights[key].flatten() for key in stacked.layout.names])
-    with torch.no_grad(), stacked.active(packed.bounds, packed.ends):
+    stacked.take(packed.bounds, packed.ends)
+    with torch.no_grad(), stacked.computing(adapted=True):
         hidden = shared_pass._hidden(lora, packed)
     start = 0
     for row, of_adapter in enumerate(rows):
@@ -435,3 +437,64 @@ def test_a_step_in_bf16_casts_no_frozen_weight_again(monkeypatch: pytest.MonkeyP
     assert not cast
     for name, tensor in first.weights.items():
         assert torch.equal(tensor, again.weights[name])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_halves_of_a_pass_in_two_threads_change_only_the_last_bits(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = lora_over("llama")
+    jobs = jobs_over(lora, 3)[-count:]  # a pass of three rows is computed whole
+    whole = train_together(lora, jobs)
+    monkeypatch.setattr(shared_pass, "_LEAST_PARAMETERS", 0)
+    lora.model.__dict__.pop("_shared_passes")
+    make_deterministic(2)
+    try:
+        halves = train_together(lora, jobs)
+        assert len(SharedPass.of(lora, graphs=True)._stacked) == 2
+        again = train_together(lora, jobs)
+        assert torch.get_num_threads() == 2
+    finally:
+        make_deterministic(1)
+    for one, other, third in zip(whole, halves, again, strict=True):
+        assert_like(other, one)
+        assert third.losses == other.losses
+        for name, tensor in other.weights.items():
+            assert torch.equal(tensor, third.weights[name])
+    assert not any("forward" in layer.__dict__ for layer in lora.layers().values())
+
+
+def test_an_error_in_one_half_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = lora_over("llama")
+    job = jobs_over(lora, 3)[-1]
+    monkeypatch.setattr(shared_pass, "_LEAST_PARAMETERS", 0)
+    attention = lora.model.config._attn_implementation
+    compute = shared_pass._with_gradients
+
+    def failing(over: Lora, stacked: Any, inputs: Any, base: torch.Tensor | None) -> torch.Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            raise ArithmeticError("the second half")
+        return compute(over, stacked, inputs, base)
+
+    monkeypatch.setattr(shared_pass, "_with_gradients", failing)
+    lora.model.__dict__.pop("_shared_passes", None)
+    make_deterministic(2)
+    try:
+        with pytest.raises(ArithmeticError):
+            train_together(lora, [job])
+        assert torch.get_num_threads() == 2
+    finally:
+        make_deterministic(1)
+    assert lora.model.config._attn_implementation == attention
+    assert not any("forward" in layer.__dict__ for layer in lora.layers().values())
+
+
+def test_adapters_of_one_row_each_are_spread_over_both_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_pass, "_LEAST_PARAMETERS", 0)
+    parts = [AdapterRows(ragged(1, random.Random(index)), 1.0, 1.0, 2) for index in range(4)]
+    run = SharedPass(lora_over("llama"), graphs=False)
+    make_deterministic(2)
+    try:
+        halves = run._halves(parts)
+    finally:
+        make_deterministic(1)
+    assert halves is not None
+    assert [[len(part.rows) for part in half] for half in halves] == [[1, 0, 1, 0], [0, 1, 0, 1]]
