@@ -107,6 +107,7 @@ class AnswerCheck:
         lora: Lora,
         lock: AbstractContextManager[object] | None = None,
         on_step: Callable[[], None] = ignore_step,
+        measure: Callable[[Sequence[TokenRow]], Sequence[torch.Tensor]] | None = None,
     ) -> list[float]:
         """Return by how much the loss on the base's answer to each question is above the base's, nats per token.
 
@@ -117,9 +118,15 @@ class AnswerCheck:
             lora: Slot with the version's weights.
             lock: Lock on the base, held for each forward pass.
             on_step: Called after each forward pass, without the lock.
+            measure: Returns the loss of each trained token of rows under the version; None: measured in the slot.
         """
         base = self._base(lora, lock, on_step)
-        losses = row_token_losses(lora, base.rows, pad=self.codec.pad, adapted=True, lock=lock, on_step=on_step)
+        if measure is None:
+            losses: Sequence[torch.Tensor] = row_token_losses(
+                lora, base.rows, pad=self.codec.pad, adapted=True, lock=lock, on_step=on_step
+            )
+        else:
+            losses = measure(base.rows)
         return [float(nats.mean()) - before for nats, before in zip(losses, base.nats, strict=True)]
 
     def trial(

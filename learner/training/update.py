@@ -357,7 +357,7 @@ class Updater:
             return True
         if self.answers is None or limits.max_answer_rise_nats == 0:
             return False
-        rise = gate.mean(self.answers.rises(self._computing, self.lock, on_step))
+        rise = self._answer_rise(weights, self.answers, on_step)
         return not rise <= share * limits.max_answer_rise_nats
 
     def _judge_held_out(
@@ -414,18 +414,27 @@ class Updater:
         verdict = gate.judge_trial(asked.asked, asked.degenerate, finite=asked.finite)
         figures = trial.figures.merged(GateFigures(degenerate_answers=asked.degenerate))
         if verdict.promote:
-            rise = gate.mean(answers.rises(self._computing, self.lock, on_step))
+            rise = self._answer_rise(trial.trained.weights, answers, on_step)
             figures = figures.merged(GateFigures(answer_rise=gate.rounded(rise)))
 
             def rise_before() -> float:
                 self.lora.load(parent.weights)
                 try:
-                    return gate.mean(answers.rises(self._computing, self.lock, on_step))
+                    return self._answer_rise(parent.weights, answers, on_step)
                 finally:
                     self.lora.load(trial.trained.weights)
 
             verdict = gate.judge_answers(rise, rise_before, self._limits)
         return replace(trial, verdict=verdict, figures=figures)
+
+    def _answer_rise(self, weights: Tensors, answers: AnswerCheck, on_step: Callable[[], None]) -> float:
+        """Return the mean rise of the loss on the base's own answers under the weights, which are in the slot."""
+
+        def measure(rows: Sequence[TokenRow]) -> list[torch.Tensor]:
+            return self.compute.token_losses(self._computing, weights, rows, self.codec.pad, self.lock, on_step)
+
+        shared = measure if self.recipe.shared_passes else None  # as versions before it were measured
+        return gate.mean(answers.rises(self._computing, self.lock, on_step, shared))
 
     @property
     def _limits(self) -> gate.GateLimits:

@@ -12,6 +12,7 @@ from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.generation import Decoded
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetensors
+from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, turn_rows
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training import gate
@@ -77,6 +78,20 @@ def test_an_adapter_that_does_nothing_answers_as_the_base(lora: Lora, check: Ans
     assert check.trial(lora) == TrialAnswers(len(KNOWN), 0, finite=True)
     assert check.rises(lora) == pytest.approx([0.0] * len(KNOWN), abs=1e-5)
     assert judged(lora, check, lora.initial_weights("a", 0)) == "ok"
+
+
+def test_answers_are_measured_in_the_passes_that_updates_share(lora: Lora, check: AnswerCheck) -> None:
+    """One row at a time in the slot, or as packed rows: the same rise, but for the last bits."""
+    weights = taught(lora, {**KNOWN, "price of a parrot?": "9 euros"}, 10)
+    lora.load(weights)
+    in_slot = check.rises(lora)
+    lora.load(lora.initial_weights("a", 0))  # the passes do not read the slot
+    passes = GatheredPasses()
+    shared = check.rises(
+        lora, measure=lambda rows: passes.token_losses(lora, weights, rows, check.codec.pad, None, ignore_step)
+    )
+    assert shared == pytest.approx(in_slot, abs=1e-4)
+    assert shared != pytest.approx([0.0] * len(KNOWN), abs=1e-3)
 
 
 def test_an_adapter_that_learns_something_else_passes(lora: Lora, check: AnswerCheck) -> None:
