@@ -121,6 +121,7 @@ def measure_training(base: Base, settings: Settings, seconds: float) -> float:
     from dataclasses import replace
 
     from perennial.learner.model.lora import Lora, LoraConfig
+    from perennial.learner.together.train_together import AdapterJob, train_together
     from perennial.learner.training.trainer import TrainConfig, train
 
     training = settings.training
@@ -136,7 +137,10 @@ def measure_training(base: Base, settings: Settings, seconds: float) -> float:
     )  # fmt: skip
 
     def once() -> None:
-        train(lora, weights, None, [rows], config)
+        if training.shared_passes:
+            train_together(lora, [AdapterJob(weights, None, [rows], config)])
+        else:
+            train(lora, weights, None, [rows], config)
 
     return _rate(once, sum(len(row.ids) for row in rows), seconds)
 

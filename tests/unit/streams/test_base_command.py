@@ -11,10 +11,13 @@ import pytest
 
 from perennial.learner.bases.base_model_error import BaseModelError
 from perennial.learner.model.base import load_base
-from perennial.streams.cli.base.base_check import check_base, describe, recommended
+from perennial.learner.together import train_together
+from perennial.learner.training import trainer
+from perennial.streams.cli.base.base_check import check_base, describe, measure_training, recommended
 from perennial.streams.cli.base.base_rows import import_base, list_bases
-from perennial.streams.settings import Settings
+from perennial.streams.settings import Settings, load_settings
 from perennial.streams.settings.presets import NAMED_BASES
+from tests import tiny
 
 
 def test_the_list_has_every_named_base_and_how_to_get_it(capsys: pytest.CaptureFixture[str], tmp_path, monkeypatch):
@@ -65,3 +68,13 @@ def test_an_unknown_base_is_an_error_without_a_traceback():
     assert done.returncode == 1
     assert "remedy:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_training_is_timed_in_the_passes_that_updates_train_in(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    for module, name in ((train_together, "train_together"), (trainer, "train")):
+        monkeypatch.setattr(module, name, lambda *_, name=name: timed.append(name))
+    settings = load_settings(base="shipped", row_tokens=16, shared_passes=shared)
+    assert measure_training(tiny.base(), settings, 0.0) > 0
+    assert set(timed) == {"train_together" if shared else "train"}
