@@ -82,6 +82,7 @@ sim-fleet: $(READY)
 	$(BIN)/python -m tests.benchmarks.sim_fleet
 
 bench-batched: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_updates
 	$(BIN)/python -m tests.benchmarks.bench_batched --base shipped
 	$(BIN)/python -m tests.benchmarks.bench_batched --base smollm2 --counts 1,4,16
 
