@@ -11,6 +11,7 @@ import pytest
 
 from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.model.turns import ComputeTurns, FairLock
+from perennial.learner.together import shared_pass
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.state import StateRefs, TrainingState, load_state
 from perennial.learner.versions.job_result import JobResult
@@ -39,11 +40,12 @@ def cut_of(adapter: str, cut: int, *numbers: int) -> list[ExampleAccepted]:
     return [tiny.document(n, f"{adapter} says {n} and {cut} at noon", adapter) for n in numbers]
 
 
-def sharing(learner: LocalLearner, adapters: int) -> list[VersionWriter]:
+def sharing(learner: LocalLearner, adapters: int, cores: int = 1) -> list[VersionWriter]:
     """Return writers for so many threads, whose updates train together."""
     lock = FairLock()
     passes = GatheredPasses(adapters, WAIT_S)
-    learner.updater = replace(learner.updater, lock=ComputeTurns(lock, 1), shared=passes)
+    learner.threads = cores
+    learner.updater = replace(learner.updater, lock=ComputeTurns(lock, cores), shared=passes)
     return [learner, *(learner.sibling(f"slot{number}") for number in range(1, adapters))]
 
 
@@ -116,11 +118,14 @@ def test_an_update_that_shared_passes_is_rebuilt_as_an_independent_replay_from_t
         assert moment.equal(found.optimizer[name]), name
 
 
+@pytest.mark.parametrize("cores", [1, 2])
 def test_forgetting_in_the_first_cut_gives_the_bits_of_a_run_alone_that_never_saw_the_example(
-    store: DirectoryStore, tmp_path: Path
+    store: DirectoryStore, tmp_path: Path, cores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where two threads compute half of each pass, as with a large base."""
+    monkeypatch.setattr(shared_pass, "_LEAST_PARAMETERS", 0)
     learner = local_learner(store)
-    writers = sharing(learner, 3)
+    writers = sharing(learner, 3, cores)
     cuts = {cut: cut_of(ADAPTER, cut, *range(4 * cut, 4 * cut + 4)) for cut in (1, 2)}
     for cut, examples in cuts.items():
         others = {name: (cut, cut_of(name, cut, *range(4 * cut, 4 * cut + 4))) for name in OTHERS}
