@@ -58,8 +58,8 @@ SETTINGS: Final = {
 text keeps the base's answers (docs/experiments, "Few facts at a time"). All policies make one update; what comes later
 makes small ones, so that forgetting has little to rebuild. Requests of the same three seconds share a rebuild."""
 STAGES: Final = {
-    "start": 16.0, "base": 30.0, "policies": 130.0, "plan": 64.0, "price": 135.0, "later": 180.0, "ask": 28.0,
-    "forget": 75.0, "measure": 42.0, "stop": 5.0,
+    "start": 15.0, "base": 5.0, "policies": 93.0, "plan": 51.0, "price": 102.0, "later": 124.0, "ask": 6.0,
+    "forget": 46.0, "measure": 17.0, "stop": 5.0,
 }  # fmt: skip
 """Seconds that each part took on two cores: the weights of the parts."""
 
