@@ -153,7 +153,7 @@ class Learner:
         """Run jobs until `stop` is set and no job is running.
 
         While jobs train, polling goes on: the consumer group sees a live member however long the training takes. The
-        partitions are paused once `MAX_WAITING` jobs wait here.
+        partitions are paused once `MAX_WAITING` jobs wait here or are not committed.
         """
         while self._running or not self._stop.is_set():
             if self._running:
@@ -168,7 +168,8 @@ class Learner:
                 self._finish(job)
             while not self._stop.is_set() and self._start_next():
                 pass
-            if len(self._waiting) >= MAX_WAITING or self._stop.is_set():
+            # Behind a job that waits or takes long, records stay in memory until it is committed.
+            if max(len(self._waiting), len(self._order)) >= MAX_WAITING or self._stop.is_set():
                 self._consumer.pause()  # also partitions that a rebalance has just assigned
             else:
                 self._consumer.resume()

@@ -155,6 +155,7 @@ class GatheredPasses:
         measured = MeasuredRows(weights, rows)
         request = _Request(lora, lock, on_step, self._clock(), measure=measured, pad=pad)
         self._compute(request)
+        lora.load(weights)  # a model whose rows cannot be packed measures all adapters in one thread's slot
         return request.losses or []
 
     # ---- waiting
@@ -191,8 +192,9 @@ class GatheredPasses:
                 if not self._leading:
                     self._leading = True
                     return True
-                seen = self._steps
-            request.on_step()
+                moved, seen = self._steps != seen, self._steps
+            if moved:  # a thread that hangs must not look healthy because others wait for it
+                request.on_step()
 
     def _gathered(self) -> list[_Request]:
         """Return the requests of the next round, after waiting for those that are about to come."""
@@ -220,7 +222,11 @@ class GatheredPasses:
         with self._changed:
             for member in members:
                 member.queued_s = now_s
-            self._waiting = [member for member in self._waiting if not member.done]
+            # To the end of the queue: where more wait than a round takes, they take turns.
+            self._waiting = [
+                *(waiting for waiting in self._waiting if waiting not in members),
+                *(member for member in members if member in self._waiting and not member.done),
+            ]
 
     def _steps_of(self, request: _Request) -> Callable[[], None]:
         """Return what is called after each step: it wakes the other threads, and ends the round if this one is to stop."""
@@ -243,16 +249,21 @@ class GatheredPasses:
         on_step: Callable[[], None],
     ) -> None:
         """Compute a round; if it fails, compute each request by itself, so that the one at fault alone gets the error."""
+        failure: Exception | None = None
         try:
             self._round(members, lock, on_step)
         except _InterruptedError:
             raise
         except Exception as error:  # noqa: BLE001 - handed over to the thread whose request failed
-            if len(members) == 1:
-                members[0].error, members[0].done = error, True
-                return
-            for member in members:
-                self._round_or_parts([member], lock, on_step)
+            failure = error
+        if failure is None:
+            return
+        if len(members) == 1:
+            members[0].error, members[0].done = failure, True
+            return
+        failure.__traceback__ = None  # it keeps the tensors of the failed round alive
+        for member in members:
+            self._round_or_parts([member], lock, on_step)
 
     def _round(
         self,
@@ -269,8 +280,6 @@ class GatheredPasses:
             return
         jobs = [member.train for member in members if member.train is not None]
         most = ROUND_STEPS["cuda" if torch.device(lora.base.device).type == "cuda" else "cpu"]
-        if len(members) == self._most_adapters == 1:
-            most = len(jobs[0].schedule)  # nobody else can join
         count = min(most, *(len(job.schedule) for job in jobs))
         now = [replace(job, schedule=job.schedule[:count]) for job in jobs]
         began_s = self._clock()
@@ -281,3 +290,12 @@ class GatheredPasses:
             member.trained = trained.after(member.trained) if member.trained else trained
             member.train = AdapterJob(result.weights, result.optimizer, job.schedule[count:], job.config)
             member.done = count == len(job.schedule)
+            if member.done:
+                member.trained = _own_memory(member.trained)
+
+
+def _own_memory(result: TrainResult) -> TrainResult:
+    """Return the result with tensors of its own: those of a round keep the memory of all its adapters."""
+    copies = ({name: tensor.clone() for name, tensor in part.items()} for part in (result.weights, result.optimizer))
+    weights, optimizer = copies
+    return replace(result, weights=weights, optimizer=optimizer)

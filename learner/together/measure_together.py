@@ -61,13 +61,13 @@ def measure_together(
     for part in measured:
         if part.weights is not None:
             check_weights(part.weights, lora.shapes)
-    with lock or nullcontext():
-        together = packs_together(lora)
+    with lock or nullcontext():  # another thread may put a slot into the model
+        together, pass_tokens = packs_together(lora), pass_tokens or most_pass_tokens(lora)
     if not together:
         return [_in_the_slot(lora, part, pad, lock, on_step) for part in measured]
     weights = _stacked(lora, measured)
     parts = [AdapterRows([replace(row, like_base=False) for row in part.rows], 1.0, 0.0, pad) for part in measured]
-    passes = split_into_passes(parts, pass_tokens or most_pass_tokens(lora))
+    passes = split_into_passes(parts, pass_tokens)
     shared = SharedPass.of(lora, graphs=True)
     losses: list[list[torch.Tensor]] = [[] for _ in measured]
     while passes:
@@ -78,7 +78,8 @@ def measure_together(
         except (RuntimeError, MemoryError) as error:
             passes[:1] = _halves(first, of_pass, error)
             error.__traceback__ = None  # it keeps the tensors of the failed pass alive
-            shared.release()
+            with lock or nullcontext():
+                shared.release()
             continue
         passes.pop(0)
         rows = iter(torch.split(nats, [row.tokens for part in of_pass for row in part.rows]))
@@ -122,6 +123,7 @@ def _halves(first: int, of_pass: Sequence[AdapterRows], error: Exception) -> lis
         raise error
     lengths = [len(row.ids) for part in of_pass for row in part.rows]
     if len(lengths) == 1:
+        error.__traceback__ = None  # it keeps the tensors of the failed attempt alive
         raise OutOfMemoryError.of_one_row(max(lengths)) from error
     halves = split_into_passes(of_pass, max(1, (sum(lengths) + 1) // 2))
     return [(first + start, part) for start, part in halves]

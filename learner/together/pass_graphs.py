@@ -94,7 +94,8 @@ class PassGraphs:
             with torch.cuda.stream(stream):
                 compute(static)
             torch.cuda.current_stream(device).wait_stream(stream)
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # Other threads may wait for the device meanwhile, or allocate memory.
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 losses = compute(static)
         except torch.OutOfMemoryError:
             raise

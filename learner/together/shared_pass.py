@@ -125,7 +125,9 @@ class SharedPass:
 
     @functools.cached_property
     def _is_large(self) -> bool:
-        parameters: int = sum(weight.numel() for weight in self._lora.model.parameters())
+        # Without the slots, whose number depends on what the process has run.
+        weights = (weight for name, weight in self._lora.model.named_parameters() if ".lora_" not in name)
+        parameters: int = sum(weight.numel() for weight in weights)
         return parameters >= _LEAST_PARAMETERS
 
     def _run_halves(

@@ -78,8 +78,8 @@ def train_together(
     """
     for job in jobs:
         check_weights(job.weights, lora.shapes)
-    with lock or nullcontext():
-        together = packs_together(lora)
+    with lock or nullcontext():  # another thread may put a slot into the model
+        together, pass_tokens = packs_together(lora), pass_tokens or most_pass_tokens(lora)
     if not together:
         return [train(lora, job.weights, job.optimizer, job.schedule, job.config, lock, on_step) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda index: -len(jobs[index].schedule))
@@ -88,7 +88,7 @@ def train_together(
         [jobs[index] for index in order],
         lock or nullcontext(),
         on_step,
-        pass_tokens or most_pass_tokens(lora),
+        pass_tokens,
         graphs=graphs,
     )
     by_job = dict(zip(order, results, strict=True))
@@ -210,6 +210,7 @@ class _Together:
                 failure = error
             largest = max(sum(len(row.ids) for part in of_pass for row in part.rows) for _, of_pass in passes)
             if all(sum(len(part.rows) for part in of_pass) == 1 for _, of_pass in passes):
+                failure.__traceback__ = None  # it keeps the tensors of the failed attempt alive
                 raise OutOfMemoryError.of_one_row(largest) from failure
             failure.__traceback__ = None
             self._shared.release()
@@ -232,7 +233,7 @@ class _Together:
             target.copy_(source, non_blocking=True)
         of_steps = [(loss.tolist(), norm.tolist()) for loss, norm in zip(losses, norms, strict=True)]
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         results = []
         for row, job in enumerate(self._jobs):
             steps = len(job.schedule)

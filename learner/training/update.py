@@ -340,6 +340,7 @@ class Updater:
             verdict = self._judge_training(more, parent.weights)
             if verdict.promote and self._has_general_rise(more.weights, rows, before, on_step):
                 self.lora.load(trained.weights)
+                trained = replace(trained, adapters=max(trained.adapters, more.adapters))
                 break
             trained = more.after(trained)
         return _Trial(trained, trained.tokens, verdict)

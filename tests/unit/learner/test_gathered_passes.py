@@ -15,7 +15,7 @@ import torch
 from perennial.learner.model.lora import AdapterError, Lora
 from perennial.learner.model.loss import row_token_losses
 from perennial.learner.model.turns import ComputeTurns, FairLock
-from perennial.learner.together import gathered_passes
+from perennial.learner.together import gathered_passes, shared_pass
 from perennial.learner.together import measure_together as measuring
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.together.measure_together import MeasuredRows, measure_together
@@ -141,6 +141,73 @@ def test_a_thread_that_is_to_stop_leaves_the_others_to_go_on() -> None:
         result = results[number]
         assert isinstance(result, TrainResult)
         assert_like(result, alone(lora, jobs[number]), 1e-4)
+
+
+def test_more_adapters_than_a_round_takes_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short update does not wait for the end of a long one, also where a round takes only one adapter."""
+    lora = lora_over("llama")
+    long, short = jobs_over(lora)[:2]
+    long = replace(long, schedule=list(long.schedule) * 15)
+    monkeypatch.setitem(gathered_passes.ROUND_STEPS, "cpu", 1)
+    ended: list[str] = []
+    passes, lock, barrier = GatheredPasses(1, 0.0), FairLock(), threading.Barrier(2)
+    slots = [Lora(lora.base, lora.config, f"slot{number}") for number in range(2)]
+
+    def of_thread(number: int, name: str, job: AdapterJob) -> None:
+        with passes.joining():
+            barrier.wait(WAIT_S)
+            turns = ComputeTurns(lock, 1)
+            passes.train(slots[number], job.weights, job.optimizer, job.schedule, job.config, turns, lambda: None)
+            ended.append(name)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(of_thread, (0, 1), ("long", "short"), (long, short)))
+    assert ended == ["short", "long"]
+
+
+def test_a_result_keeps_no_memory_of_other_adapters() -> None:
+    lora = lora_over("llama")
+    for result in gathered(GatheredPasses(16, WAIT_S), lora, jobs_over(lora)):
+        assert isinstance(result, TrainResult)
+        for tensor in (*result.weights.values(), *result.optimizer.values()):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("packs", [True, False])
+def test_a_slot_holds_its_own_adapter_after_a_shared_measurement(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate then asks the slot: a model that cannot be packed measures all adapters in the slot of one thread."""
+    monkeypatch.setattr(measuring, "packs_together", lambda _: packs)
+    lora = lora_over("llama")
+    passes, lock, barrier = GatheredPasses(2, WAIT_S), FairLock(), threading.Barrier(2)
+    weights = [trained_weights(lora, name, number) for number, name in enumerate("ab")]
+    rows = ragged(3, random.Random(7))
+    slots = [Lora(lora.base, lora.config, f"slot{number}") for number in range(2)]
+
+    def of_thread(number: int) -> list[torch.Tensor]:
+        with passes.joining():
+            barrier.wait(WAIT_S)
+            turns = ComputeTurns(lock, 1)
+            return passes.token_losses(slots[number], weights[number], rows, 2, turns, lambda: None)
+
+    with ThreadPoolExecutor(2) as pool:
+        losses = list(pool.map(of_thread, range(2)))
+    for number, slot in enumerate(slots):
+        assert all(torch.equal(weights[number][name], tensor) for name, tensor in slot.weights().items())
+        lora.load(weights[number])
+        wanted = row_token_losses(lora, rows, pad=2, adapted=True)
+        torch.testing.assert_close(torch.cat(losses[number]), torch.cat(wanted), rtol=1e-4, atol=1e-4)
+
+
+def test_the_slots_of_a_process_do_not_decide_whether_two_threads_share_a_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That would give the same update other bits in another process."""
+    lora = lora_over("llama")
+    own = sum(weight.numel() for name, weight in lora.model.named_parameters() if ".lora_" not in name)
+    Lora(lora.base, lora.config, "another")
+    for least, wanted in ((own, True), (own + 1, False)):
+        monkeypatch.setattr(shared_pass, "_LEAST_PARAMETERS", least)
+        assert shared_pass.SharedPass(lora, graphs=False)._is_large is wanted
 
 
 def test_a_round_waits_for_those_that_are_about_to_come_but_not_for_ever() -> None:
