@@ -23,7 +23,9 @@ from perennial.learner.together.train_together import AdapterJob, train_together
 from perennial.learner.training.trainer import TrainConfig, TrainResult
 
 ROUND_STEPS = {"cpu": 4, "cuda": 16}
-"""Most optimizer steps of a round: so long an adapter may wait before it joins. On a GPU, a round moves all weights."""
+"""Optimizer steps of a round, if the schedules have so many. On a GPU, a round moves all weights."""
+ROUND_S = 0.25
+"""Seconds that a round with more steps may take: so long an adapter may wait before it joins. Rounds change no bits."""
 WAKE_S = 0.5
 """Seconds after which a waiting thread looks whether it is to stop."""
 
@@ -103,6 +105,7 @@ class GatheredPasses:
         self._joined = 0
         self._leading = False
         self._steps = 0
+        self._step_s: float | None = None
 
     @contextmanager
     def joining(self) -> Iterator[None]:
@@ -280,11 +283,15 @@ class GatheredPasses:
             return
         jobs = [member.train for member in members if member.train is not None]
         most = ROUND_STEPS["cuda" if torch.device(lora.base.device).type == "cuda" else "cpu"]
+        if self._step_s:
+            most = max(most, int(ROUND_S / self._step_s))
         count = min(most, *(len(job.schedule) for job in jobs))
         now = [replace(job, schedule=job.schedule[:count]) for job in jobs]
         began_s = self._clock()
         results = train_together(lora, now, lock=lock, on_step=on_step)
-        self._report(len(members), self._clock() - began_s)
+        seconds = self._clock() - began_s
+        self._step_s = seconds / count
+        self._report(len(members), seconds)
         for member, job, result in zip(members, jobs, results, strict=True):
             trained = replace(result, adapters=len(members))
             member.trained = trained.after(member.trained) if member.trained else trained

@@ -110,9 +110,9 @@ class Flow:
         """Wait until the condition holds, restart roles that end meanwhile, and return the seconds it took."""
         return parts.seconds_until(condition, timeout_s, f"{what}; logs in {self.folder}", self.crew.tend)
 
-    def settle(self) -> float:
+    def settle(self, timeout_s: float = SETTLED_S) -> float:
         """Wait until every acknowledged document is in a manifest, and return the seconds it took."""
-        return self.until(lambda: not self.missing(), "every acknowledged document is in a manifest")
+        return self.until(lambda: not self.missing(), "every acknowledged document is in a manifest", timeout_s)
 
     def command(self, *arguments: str) -> str:
         """Run `perennial ...` while the roles go on, and return what it printed."""

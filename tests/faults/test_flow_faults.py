@@ -36,6 +36,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
 ]
 
+LONG_S = 600.0
+"""Seconds that a document of a thousand steps may take beside other tests."""
 FAR = 2**63 - 1
 LONG = "x" * 2_000
 
@@ -201,10 +203,10 @@ def test_case_12_an_oversized_document_beside_small_ones(flow, check):
     flow.until(lambda: bool(list(list_jobs(flow.store, "other"))), "the oversized document is cut")
     small = set(flow.publish(24, "acme/a"))
     began = time.monotonic()
-    flow.until(lambda: small.isdisjoint(flow.missing()), "the small documents are learned")
+    flow.until(lambda: small.isdisjoint(flow.missing()), "the small documents are learned", LONG_S)
     recovery_s = time.monotonic() - began
     assert big[0] in flow.missing(), "the small ones did not overtake it"
-    flow.settle()
+    flow.settle(LONG_S)
     check("oversized document beside small ones", recovery_s)
 
 
