@@ -26,8 +26,6 @@ ROUND_STEPS = {"cpu": 4, "cuda": 16}
 """Optimizer steps of a round, if the schedules have so many. On a GPU, a round moves all weights."""
 ROUND_S = 0.25
 """Seconds that a round with more steps may take: so long an adapter may wait before it joins. Rounds change no bits."""
-WAKE_S = 0.5
-"""Seconds after which a waiting thread looks whether it is to stop."""
 
 
 @dataclass(eq=False)
@@ -189,7 +187,7 @@ class GatheredPasses:
         while True:
             with self._changed:
                 if not request.done and self._leading and self._steps == seen:
-                    self._changed.wait(WAKE_S)
+                    self._changed.wait()
                 if request.done:
                     return False
                 if not self._leading:

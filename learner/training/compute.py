@@ -41,7 +41,7 @@ class Compute(Protocol):
         lock: AbstractContextManager[object] | None,
         on_step: Callable[[], None],
     ) -> list[torch.Tensor]:
-        """Return the loss of each trainable token of each row, as `row_token_losses` does."""
+        """Return the losses of rows as `row_token_losses` does; afterwards the slot holds the weights."""
 
     def joining(self) -> AbstractContextManager[object]:
         """Return a context in which the thread is about to train: passes wait for it, for a bounded time."""
