@@ -1,0 +1,121 @@
+"""Compare what the service learns and forgets with what practitioners would do.
+
+`python -m tests.benchmarks.learning [--form short|full|tune] [--arms a,b] [--set name=value] …`; docs/learning says what is
+measured. Finished runs are kept, so the same command goes on where it was stopped. The last line is JSON; the exit code
+is 0 also where goals are missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any, Final
+
+from tests.benchmarks.learning import report
+from tests.benchmarks.learning.arms import ARMS, FULL, RATES_FILE, SHORT, Arm, changed
+from tests.benchmarks.learning.comparison import Comparison, Records, Size
+from tests.benchmarks.learning.figures import average_loss, loss_matrix
+from tests.benchmarks.learning.results import Results
+from tests.benchmarks.learning.world import World
+
+FOLDER: Final = Path(__file__).parents[3] / "out" / "learning"
+TUNED: Final = ("sequential", "replay", "joint", "replay+ema", "replay+reptile")
+RATES: Final = ("5e-4", "1e-3", "2e-3", "4e-3")
+GENERAL_TEXTS: Final = 64
+
+
+def arguments() -> argparse.Namespace:
+    """Return the parsed arguments."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--form", choices=("short", "full", "tune"), default="short")
+    parser.add_argument("--arms", help=f"of {', '.join(ARMS)}; default: those of the form")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,…",
+                        help="an arm more: ours with these settings, or average=, reptile=")  # fmt: skip
+    parser.add_argument("--seeds", type=int, help="number of seeds; short 2, full 5, tune 1")
+    parser.add_argument("--orders", type=int, help="number of orders; short 1, full 2, tune 1")
+    parser.add_argument("--stream", default="domains", choices=("domains",))
+    parser.add_argument("--batches", type=int, default=8, help="micro-batches per block")
+    parser.add_argument("--held-out", type=int, default=24, help="held-out documents per domain")
+    parser.add_argument("--base", default="shipped", help="the base, as PERENNIAL_BASE")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of the model")
+    parser.add_argument("--at-once", type=int, default=5, help="runs at the same time, in shared passes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so many minutes")
+    parser.add_argument("--results", type=Path, default=FOLDER / "runs.jsonl", help="file of finished runs")
+    parser.add_argument("--plots", type=Path, default=FOLDER, help="folder for the plots")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run what the arguments ask for."""
+    given = arguments()
+    began = time.monotonic()
+    tuning = given.form == "tune"
+    seeds, orders = {"short": (2, 1), "full": (5, 2), "tune": (1, 1)}[given.form]
+    size = Size(
+        given.batches, given.held_out, tuple(range(given.seeds or seeds)), tuple(range(1, (given.orders or orders) + 1))
+    )
+    arms = _arms(given, tuning=tuning)
+    world = World(given.base, given.threads, given.at_once, GENERAL_TEXTS)
+    comparison = Comparison(
+        world, Results(given.results), "tuning" if tuning else given.stream, arms, size, given.at_once,
+        began + 60 * given.minutes, lambda line: print(line, flush=True),
+    )  # fmt: skip
+    records = comparison.run()
+    unfinished = len({arm.name for arm in arms}) * len(size.seeds) * len(size.orders) - len(records)
+    found = report.means(records)
+    print(report.table(found))
+    for line in report.intervals(records, [arm.name for arm in arms]):
+        print(line)
+    if tuning:
+        print(json.dumps(_choose_rates(records, given.base, write=not unfinished)))
+        return
+    for path in report.plot(records, given.plots):
+        print(f"plot: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
+    more: dict[str, Any] = {
+        "seeds": len(size.seeds), "orders": len(size.orders), "base": given.base, "form": given.form,
+        "seconds": round(time.monotonic() - began), "unfinished": unfinished,
+    }  # fmt: skip
+    print(json.dumps(report.last_line(records, found, more)))
+
+
+def _arms(given: argparse.Namespace, *, tuning: bool) -> list[Arm]:
+    """Return the arms to run, with the frozen base and `ours`, which the figures need."""
+    if tuning:
+        names = given.arms.split(",") if given.arms else [*TUNED, "ours"]
+        found = [changed(f"learning_rate={rate}", ARMS[name]) for name in names for rate in RATES]
+    else:
+        names = given.arms.split(",") if given.arms else list(FULL if given.form == "full" else SHORT)
+        unknown = [name for name in names if name not in ARMS]
+        if unknown:
+            sys.exit(f"no such arm: {', '.join(unknown)}; allowed: {', '.join(ARMS)}")
+        found = [ARMS[name] for name in names] + [changed(text) for text in given.set]
+    needed = [ARMS[name] for name in ("frozen", "ours") if name not in {arm.name for arm in found}]
+    return [*needed, *found]
+
+
+def _choose_rates(records: Records, base: str, *, write: bool) -> dict[str, Any]:
+    """Return for each arm the rate with the lowest loss over all domains at the end, and keep it if all runs are done."""
+    losses: dict[str, dict[str, list[float]]] = {}
+    for (name, _, _), record in records.items():
+        arm, _, rate = name.partition(" learning_rate=")
+        if rate:
+            losses.setdefault(arm, {}).setdefault(rate, []).append(average_loss(loss_matrix(record)))
+    means = {arm: {rate: round(sum(found) / len(found), 4) for rate, found in of.items()} for arm, of in losses.items()}
+    chosen = {arm: float(min(of, key=of.__getitem__)) for arm, of in means.items()}
+    if "joint" in chosen:
+        chosen["cumulative"] = chosen["joint"]
+    if write and chosen:
+        kept = json.loads(RATES_FILE.read_text("utf-8")) if RATES_FILE.exists() else {"rates": {}, "losses": {}}
+        kept["rates"].setdefault(base, {}).update({arm: rate for arm, rate in chosen.items() if arm != "ours"})
+        kept["losses"].setdefault(base, {}).update(means)
+        kept["command"] = shlex.join(["python", "-m", "tests.benchmarks.learning", *sys.argv[1:]])
+        RATES_FILE.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
+    return {"rates": chosen, "losses": means, "written": write}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The arms: who learns the stream, and how. Each is a small description; `runs` does what it says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from perennial.learner.training.recipe import Recipe
+from perennial.streams.settings import Settings, load_settings
+
+RATES_FILE: Final = Path(__file__).with_name("rates.json")
+"""Learning rates that `--form tune` chose, with the command that did."""
+DEFAULT_RATE: Final = 1e-3
+
+Learns = Literal["nothing", "stream", "joint", "cumulative", "retrieval"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How one arm learns.
+
+    Attributes:
+        name: Name in the report.
+        changes: Settings by flat names that differ from the defaults of the service.
+        learns: `stream`: block after block; `joint`: all blocks shuffled into one; `cumulative`: at the end of each
+            block from zero on all blocks so far; `nothing`: the frozen base; `retrieval`: the frozen base with the
+            nearest trained document in front.
+        gated: False to promote every update, without general pressure and without examples that are held out.
+        matched: True to take as many steps as spend the backward tokens that `ours` spent.
+        tuned: True to take the learning rate of `RATES_FILE`.
+        average: Share of the slow average of ΔW that an update keeps; 0: the trained weights are served.
+        reptile: Share of an update's change that is kept (Reptile's outer step); 0: all of it.
+    """
+
+    name: str
+    changes: Mapping[str, str] = field(default_factory=dict)
+    learns: Learns = "stream"
+    gated: bool = True
+    matched: bool = False
+    tuned: bool = False
+    average: float = 0.0
+    reptile: float = 0.0
+
+    def settings(self, base: str) -> Settings:
+        """Return the settings of the service for this arm."""
+        changes = dict(self.changes)
+        if self.tuned and "learning_rate" not in changes:
+            changes["learning_rate"] = str(tuned_rate(base, self.name))
+        return load_settings(base=base, env_file=None, **changes)
+
+    def recipe(self, settings: Settings, dtype: torch.dtype | None) -> Recipe:
+        """Return the recipe of the settings, with a gate that refuses nothing where the arm has none."""
+        recipe = Recipe.of(settings, dtype)
+        if self.gated:
+            return recipe
+        return replace(
+            recipe, held_out_share=0.0, anchor_rows=0, min_gain_nats=-1e9, max_general_rise_nats=1e9,
+            max_answer_rise_nats=0.0,
+        )  # fmt: skip
+
+
+_PLAIN: Final = {"replay_share": "0", "general_share": "0", "general_kl_weight": "0"}
+_REPLAY: Final = {**_PLAIN, "replay_share": "0.5"}
+
+OURS: Final = Arm("ours")
+ARMS: Final[Mapping[str, Arm]] = {
+    arm.name: arm
+    for arm in (
+        Arm("frozen", learns="nothing"),
+        OURS,
+        Arm("sequential", _PLAIN, gated=False, matched=True, tuned=True),
+        Arm("replay", _REPLAY, gated=False, matched=True, tuned=True),
+        Arm("joint", _PLAIN, learns="joint", gated=False, matched=True, tuned=True),
+        Arm("replay+ema", _REPLAY, gated=False, matched=True, tuned=True, average=0.8),
+        Arm("replay+reptile", _REPLAY, gated=False, matched=True, tuned=True, reptile=0.5),
+        Arm("ours-replay", {"replay_share": "0"}, matched=True),
+        Arm("ours-general", {"general_share": "0"}, matched=True),
+        Arm("ours-gate", gated=False, matched=True),
+        Arm("cumulative", _PLAIN, learns="cumulative", gated=False, matched=True, tuned=True),
+        Arm("retrieval", learns="retrieval"),
+    )
+}
+SHORT: Final = ("frozen", "sequential", "replay", "ours", "joint")
+FULL: Final = tuple(ARMS)
+
+
+def changed(text: str, of: Arm = OURS) -> Arm:
+    """Return an arm with some values changed, named by the change.
+
+    Args:
+        text: `name=value` pairs, separated by commas: settings by flat names, or `average` and `reptile`.
+        of: The arm to change.
+
+    Raises:
+        ValueError: A pair has no `=`.
+    """
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(equals and name for name, equals, _ in pairs):
+        raise ValueError(f"--set takes name=value pairs, not {text}")
+    values = {name.strip(): value.strip() for name, _, value in pairs}
+    average, reptile = (float(values.pop(name, getattr(of, name))) for name in ("average", "reptile"))
+    changes = {**of.changes, **values}
+    return replace(of, name=f"{of.name} {text}", changes=changes, average=average, reptile=reptile)
+
+
+def tuned_rate(base: str, arm: str, path: Path = RATES_FILE) -> float:
+    """Return the learning rate that was chosen for an arm on a base; `DEFAULT_RATE` where none was."""
+    try:
+        chosen = json.loads(path.read_text("utf-8"))["rates"]
+    except FileNotFoundError:
+        return DEFAULT_RATE
+    return float(chosen.get(base, {}).get(arm, DEFAULT_RATE))

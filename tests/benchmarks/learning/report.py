@@ -1,0 +1,214 @@
+"""The report of a comparison: a table, intervals, plots and the last line, from the records of the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from tests.benchmarks.learning import figures
+from tests.benchmarks.learning.comparison import Record, Records
+
+GOALS: Final[Mapping[str, tuple[float, float]]] = {
+    "general_recovery": (0.9, np.inf),
+    "bwt_pct": (-2.3, 2.3),
+    "over_replay_low": (0.0, np.inf),
+    "general_rise_nats": (-np.inf, 0.05),
+    "stale_pct": (0.0, 5.0),
+    "refused_for_good_pct": (0.0, 1.0),
+}
+"""Smallest and largest value that meets a goal."""
+COLUMNS: Final = (
+    ("AA", "average_loss", 3), ("BWT", "bwt", 3), ("BWT %", "bwt_pct", 1), ("F", "forgetting", 3), ("FWT", "fwt", 3),
+    ("dip", "worst_dip", 3), ("preq.", "prequential", 3), ("general", "general_rise", 3), ("GR", "recovery", 2),
+    ("learned %", "learned_pct", 1), ("p>.5 %", "learned_tokens_pct", 1), ("refused %", "refused_pct", 1),
+    ("tokens", "tokens", 0), ("s", "seconds", 0),
+)  # fmt: skip
+
+
+def figures_of(record: Record, frozen: Record) -> dict[str, float]:
+    """Return the figures of one run; those that its way of learning does not have are left out.
+
+    Args:
+        record: The run.
+        frozen: The run of the frozen base on the same stream.
+    """
+    r = figures.loss_matrix(record)
+    start = figures.loss_matrix(frozen)[-1]
+    start = [dict(zip(frozen["domains"], start, strict=True))[domain] for domain in record["domains"]]
+    updates = record["updates"]
+    found = {
+        "average_loss": figures.average_loss(r),
+        "general_rise": figures.mean_loss(record["stages"][-1]["general"])
+        - figures.mean_loss(frozen["stages"][-1]["general"]),
+        "tokens": float(sum(update["tokens"] for update in updates)),
+        "seconds": float(record["seconds"]),
+    }
+    if len(r) == len(record["domains"]):
+        found |= {
+            "bwt": figures.backward_transfer(r),
+            "gain_of_blocks": figures.gain_of_blocks(r, start),
+            "forgetting": figures.forgetting(r),
+            "fwt": figures.forward_transfer(r, start),
+        }
+    if updates and all("block" in update for update in updates):
+        examples = sum(update["examples"] for update in updates)
+        found |= {
+            "worst_dip": figures.worst_dip(
+                record["domains"], [update["watched"] for update in updates], [update["block"] for update in updates]
+            ),
+            "prequential": figures.prequential_loss(updates),
+            "learned_pct": 100 * sum(u["learned"] for u in updates) / examples,
+            "learned_tokens_pct": 100
+            * sum(u["learned_tokens"] for u in updates)
+            / sum(u["text_tokens"] for u in updates),
+            "refused_pct": 100 * sum(u["examples"] for u in updates if u["outcome"] == "refused") / examples,
+        }
+    return found
+
+
+def means(records: Records) -> dict[str, dict[str, float]]:
+    """Return the mean of each figure over seeds and orders, by arm, with the number of runs as `runs`.
+
+    Ratios are ratios of these means.
+    """
+    by_arm: dict[str, dict[tuple[int, int], dict[str, float]]] = {}
+    for (arm, seed, order), record in records.items():
+        frozen = records.get(("frozen", seed, order))
+        if frozen is not None:
+            by_arm.setdefault(arm, {})[seed, order] = figures_of(record, frozen)
+    found: dict[str, dict[str, float]] = {}
+    for arm, runs in by_arm.items():
+        names = dict.fromkeys(name for run in runs.values() for name in run)
+        found[arm] = {"runs": len(runs)} | {name: _mean(runs.values(), name) for name in names}
+        if "bwt" in names:
+            found[arm]["bwt_pct"] = figures.backward_transfer_pct(found[arm]["bwt"], found[arm]["gain_of_blocks"])
+        ends = [by_arm.get(name, {}) for name in ("sequential", "joint")]
+        common = [pair for pair in runs if all(pair in end for end in ends)]
+        if common:
+            losses = [_mean([end[pair] for pair in common], "average_loss") for end in (runs, *ends)]
+            found[arm]["recovery"] = figures.general_recovery(*losses)
+    return found
+
+
+def _mean(runs: Iterable[Mapping[str, float]], name: str) -> float:
+    return float(np.mean([run[name] for run in runs if name in run]))
+
+
+def compared(records: Records, one: str, other: str, *, general: bool = False) -> tuple[float, float, float] | None:
+    """Return by how much the loss of one arm at the end is above that of another: mean and 95 % interval, nats per token.
+
+    Args:
+        records: Runs.
+        one: Name of an arm.
+        other: Name of the other.
+        general: True for the general texts, False for the held-out documents of the domains.
+
+    Returns:
+        Mean, lower and upper end; None where no seed and order was run by both.
+    """
+    pairs = [(seed, order) for arm, seed, order in records if arm == one and (other, seed, order) in records]
+    if not pairs:
+        return None
+    differ = figures.general_differences if general else figures.differences
+    return figures.paired_bootstrap([differ(records[one, *pair], records[other, *pair]) for pair in sorted(pairs)])
+
+
+def table(found: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the figures as a Markdown table, one arm a line."""
+    lines = [
+        "| arm | runs | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
+        "|---" * (len(COLUMNS) + 2) + "|",
+    ]
+    for arm, values in found.items():
+        cells = [f"{values[name]:.{digits}f}" if name in values else "" for _, name, digits in COLUMNS]
+        lines.append(f"| {arm} | {values['runs']:.0f} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def last_line(records: Records, found: Mapping[str, Mapping[str, float]], more: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures that the last line shows, with the goals that are missed.
+
+    Args:
+        records: Runs on the domains.
+        found: Means by arm.
+        more: Figures of other streams, and what was run.
+    """
+    ours = found.get("ours", {})
+    over = compared(records, "replay", "ours")
+    line: dict[str, Any] = {
+        "general_recovery": ours.get("recovery"), "bwt_pct": ours.get("bwt_pct"),
+        "over_replay_low": over[1] if over else None, "over_replay_high": over[2] if over else None,
+        "general_rise_nats": ours.get("general_rise"), "learned_pct": ours.get("learned_pct"),
+    }  # fmt: skip
+    line = {name: None if value is None else round(value, 3) for name, value in line.items()} | dict(more)
+    line["missed"] = [
+        name for name, (low, high) in GOALS.items() if line.get(name) is not None and not low <= line[name] <= high
+    ]
+    return line
+
+
+def intervals(records: Records, arms: Sequence[str]) -> list[str]:
+    """Return one line per arm with its losses at the end minus those of `ours`, on held-out documents and general text."""
+    lines = []
+    for arm in arms:
+        held_out, general = (compared(records, arm, "ours", general=general) for general in (False, True))
+        if arm == "ours" or held_out is None or general is None:
+            continue
+        (mean, low, high), (rise, rise_low, rise_high) = held_out, general
+        verdict = "ours is better" if low > 0 else "ours is worse" if high < 0 else "no difference shown"
+        lines.append(
+            f"{arm} - ours: held-out {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats ({verdict}), "
+            f"general {rise:+.4f} [{rise_low:+.4f}, {rise_high:+.4f}]"
+        )
+    return lines
+
+
+def plot(records: Records, folder: Path) -> list[Path]:
+    """Draw R of each arm as a heat map, and loss against general rise; return the files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    folder.mkdir(parents=True, exist_ok=True)
+    by_arm: dict[str, list[Record]] = {}
+    for (arm, _, order), record in sorted(records.items()):
+        if order == 1 and len(record["stages"]) == len(record["domains"]):
+            by_arm.setdefault(arm, []).append(record)
+    paths = []
+    if by_arm:
+        figure, axes = plt.subplots(1, len(by_arm), figsize=(2.6 * len(by_arm), 3), squeeze=False)
+        r = {arm: np.mean([figures.loss_matrix(record) for record in runs], axis=0) for arm, runs in by_arm.items()}
+        low, high = min(m.min() for m in r.values()), max(m.max() for m in r.values())
+        for axis, (arm, matrix) in zip(axes[0], r.items(), strict=True):
+            axis.imshow(matrix, vmin=low, vmax=high, cmap="viridis_r")
+            for (row, column), value in np.ndenumerate(matrix):
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", color="white", fontsize=7)
+            domains = by_arm[arm][0]["domains"]
+            axis.set_title(arm, fontsize=8)
+            axis.set_xticks(range(len(domains)), domains, rotation=60, fontsize=7)
+            axis.set_yticks(range(len(domains)), [f"after {domain}" for domain in domains], fontsize=6)
+        figure.suptitle("R[i,j]: held-out loss of domain j after block i, nats per token, order 1", fontsize=9)
+        figure.tight_layout()
+        paths.append(folder / "matrix.png")
+        figure.savefig(paths[-1], dpi=130)
+        plt.close(figure)
+    found = means(records)
+    if found:
+        figure, axis = plt.subplots(figsize=(6, 4))
+        for arm, values in found.items():
+            axis.scatter(values["general_rise"], values["average_loss"], s=25)
+            axis.annotate(
+                arm, (values["general_rise"], values["average_loss"]), fontsize=7, xytext=(4, 2),
+                textcoords="offset points",
+            )  # fmt: skip
+        axis.set_xlabel("rise of the loss on general text, nats per token")
+        axis.set_ylabel("held-out loss of all domains at the end")
+        figure.tight_layout()
+        paths.append(folder / "tradeoff.png")
+        figure.savefig(paths[-1], dpi=130)
+        plt.close(figure)
+    return paths

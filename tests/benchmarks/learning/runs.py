@@ -1,0 +1,295 @@
+"""One run: one arm learns one stream with the service's own code, and is measured after every block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+import numpy as np
+
+from perennial.learner.model.lora import Tensors
+from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.training import gate
+from perennial.learner.training.recipe import Recipe
+from perennial.learner.training.replay_buffer import BatchComposition, ReplayEntry, build_schedule, seeded_random
+from perennial.learner.training.state import TrainingState
+from perennial.learner.training.update import Updater
+from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.events.models import ExampleAccepted
+from tests.benchmarks.learning.arms import Arm
+from tests.benchmarks.learning.averages import average_products, reptile_step
+from tests.benchmarks.learning.retrieval import after_context, nearest
+from tests.benchmarks.learning.streams import Block, Stream, micro_batches, shuffled
+from tests.benchmarks.learning.world import LEARNED_NATS, Losses, World
+
+WATCHED: Final = 4
+"""Held-out texts per domain whose first row is measured after every update, to find the worst dip."""
+MOST_STEPS: Final = 64
+DECIMALS: Final = 4
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The backward tokens that an arm may spend.
+
+    Attributes:
+        shares: Share of the stream's text that had arrived by each update of the reference, 0 to 1.
+        spent: Backward tokens that the reference had spent by then.
+    """
+
+    shares: tuple[float, ...]
+    spent: tuple[float, ...]
+
+    @classmethod
+    def of_run(cls, record: dict[str, Any]) -> Budget:
+        """Return what a run has spent."""
+        texts = np.cumsum([update["text_tokens"] for update in record["updates"]])
+        spent = np.cumsum([update["tokens"] for update in record["updates"]])
+        return cls((0.0, *(texts / texts[-1]).tolist()), (0.0, *map(float, spent)))
+
+    def at(self, share: float) -> float:
+        """Return the tokens to have spent once this share of the text has arrived."""
+        return float(np.interp(share, self.shares, self.spent))
+
+    @property
+    def total(self) -> float:
+        """Tokens of the whole stream."""
+        return self.spent[-1]
+
+
+@dataclass
+class Learner:
+    """One adapter that learns.
+
+    Args:
+        world: Base and passes.
+        arm: How it learns.
+        updater: Trains its updates.
+        seed: Decides the initial weights and all draws, the same for every arm.
+    """
+
+    world: World
+    arm: Arm
+    updater: Updater
+    seed: str
+    state: TrainingState = field(init=False)
+    served: Tensors = field(init=False)
+    updates: list[dict[str, Any]] = field(default_factory=list)
+    spent: int = 0
+    _rows: dict[str, list[TokenRow]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.state = TrainingState(self.updater.lora.initial_weights(self.seed, self.updater.recipe.seed))
+        self.served = self.state.weights
+
+    def learn(self, examples: Sequence[ExampleAccepted], wanted: float | None, watched: dict[str, Any]) -> None:
+        """Learn one micro-batch and record what it did.
+
+        Args:
+            examples: The micro-batch.
+            wanted: Backward tokens to have spent after it; None: as many as the recipe takes.
+            watched: Groups of rows by domain that are measured afterwards.
+        """
+        cut = len(self.updates)
+        groups = [self.updater.rows(example) for example in examples]
+        before = self.world.losses(self.updater, self.served, groups)
+        updater = self.updater if wanted is None else self._paced(examples, groups, wanted)
+        batch = f"sha256:{cut:064x}"
+        result = updater.update(
+            self.state, examples, adapter=self.seed, cut=cut, batch=batch, replayed=self._replayed,
+        )  # fmt: skip
+        self._rows |= {example.example_id: rows for example, rows in zip(examples, groups, strict=True)}
+        self._take(result.state)
+        self.spent += result.tokens
+        after = self.world.token_losses(self.updater, self.served, [*groups, *watched.values()])
+        learned = [bool((nats < LEARNED_NATS).all()) for nats in after[: len(groups)]]
+        self.updates.append(
+            {
+                "examples": len(examples), "text_tokens": sum(tokens for _, tokens in before),
+                "before": round(sum(nats for nats, _ in before), DECIMALS),
+                "after": round(float(sum(nats.sum() for nats in after[: len(groups)])), DECIMALS),
+                "learned": sum(learned),
+                "learned_tokens": sum(int((nats < LEARNED_NATS).sum()) for nats in after[: len(groups)]),
+                "outcome": result.outcome, "reason": result.reason, "tokens": result.tokens, "steps": result.gate.steps,
+                "pressure": result.gate.strain,
+                "watched": {
+                    domain: round(float(nats.mean()), DECIMALS)
+                    for domain, nats in zip(watched, after[len(groups) :], strict=True)
+                },
+            }
+        )  # fmt: skip
+
+    def _take(self, state: TrainingState) -> None:
+        """Adopt the state after an update, with the arm's changes of the weights."""
+        if state is not self.state and self.arm.reptile:
+            state = replace(state, weights=reptile_step(self.state.weights, state.weights, self.arm.reptile))
+        if state is not self.state and self.arm.average:
+            self.served = average_products(self.served, state.weights, self.arm.average)
+        elif not self.arm.average:
+            self.served = state.weights
+        self.state = state
+
+    def _replayed(self, entry: ReplayEntry) -> Sequence[TokenRow] | None:
+        return self._rows.get(entry.example_id)
+
+    def _paced(
+        self, examples: Sequence[ExampleAccepted], groups: Sequence[Sequence[TokenRow]], wanted: float
+    ) -> Updater:
+        """Return the updater with as many steps as come nearest to the tokens that are wanted."""
+        recipe, missing = self.updater.recipe, wanted - self.spent
+        best, nearest = 1, float("inf")
+        for steps in range(1, MOST_STEPS + 1):
+            tokens = self._planned_tokens(replace(recipe, steps=steps), examples, groups)
+            if abs(tokens - missing) < nearest:
+                best, nearest = steps, abs(tokens - missing)
+            if tokens > missing:
+                break
+        return replace(self.updater, recipe=replace(recipe, steps=best))
+
+    def _planned_tokens(
+        self, recipe: Recipe, examples: Sequence[ExampleAccepted], groups: Sequence[Sequence[TokenRow]]
+    ) -> int:
+        """Return the tokens that an update of this recipe trains, without training it."""
+        held_out = gate.hold_out([example.document_id for example in examples], recipe.held_out_share)
+        rng = seeded_random("planned", len(self.updates))
+        parts = [
+            ([row for n, group in enumerate(groups) if (n in held_out) is last for row in group], steps)
+            for last, steps in ((False, recipe.steps), (True, 1))
+        ]
+        return sum(
+            row.tokens
+            for rows, steps in parts
+            for step in build_schedule(
+                rows, self.state.replay_index, self._replayed, self.updater.general.draw,
+                BatchComposition(
+                    steps, recipe.rows, recipe.replay_share, recipe.general_share, recipe.epochs, recipe.question_dropout
+                ), rng,
+            ).steps
+            for row in step
+        )  # fmt: skip
+
+
+@dataclass
+class Run:
+    """One arm on one stream.
+
+    Args:
+        world: Base and passes.
+        arm: The arm.
+        stream: The stream.
+        worker: Number of the thread, which has a slot of its own.
+        budget: Tokens that the arm may spend; None: as many as its recipe takes.
+    """
+
+    world: World
+    arm: Arm
+    stream: Stream
+    worker: int
+    budget: Budget | None
+
+    def run(self) -> dict[str, Any]:
+        """Learn and measure, and return the record of it."""
+        began = time.monotonic()
+        updater = self.world.updater(self.arm, self.worker)
+        self._updater = updater
+        self._held_out = {
+            domain: [self.world.text_rows(text) for text in texts] for domain, texts in self.stream.held_out.items()
+        }
+        self._watched = {
+            domain: [row for group in groups[:WATCHED] for row in group[:1]]
+            for domain, groups in self._held_out.items()
+        }
+        seed = f"bench/{self.stream.name}-{self.stream.seed}"
+        with updater.compute.joining():
+            learner = Learner(self.world, self.arm, updater, seed)
+            stages = {
+                "nothing": self._nothing, "stream": self._in_blocks, "joint": self._joint,
+                "cumulative": self._cumulative, "retrieval": self._retrieval,
+            }[self.arm.learns](learner)  # fmt: skip
+        return {
+            "domains": list(self.stream.domains), "stages": stages, "updates": learner.updates,
+            "seconds": round(time.monotonic() - began, 1),
+        }  # fmt: skip
+
+    # ---- ways to learn
+
+    def _nothing(self, learner: Learner) -> list[dict[str, Any]]:
+        return [self._stage("frozen", learner)]
+
+    def _in_blocks(self, learner: Learner) -> list[dict[str, Any]]:
+        stages, batcher = [], self._batcher()
+        total, arrived = self._text_tokens(self.stream.blocks), 0
+        for block in self.stream.blocks:
+            for examples in micro_batches(batcher, block.examples, self.world.tokens_of):
+                arrived += sum(map(self.world.tokens_of, examples))
+                wanted = self.budget.at(arrived / total) if self.budget else None
+                learner.learn(examples, wanted, self._watched)
+                learner.updates[-1]["block"] = block.domain
+            stages.append(self._stage(block.domain, learner))
+        return stages
+
+    def _joint(self, learner: Learner) -> list[dict[str, Any]]:
+        self._learn_shuffled(learner, self.stream.blocks, {})
+        return [self._stage("joint", learner)]
+
+    def _cumulative(self, learner: Learner) -> list[dict[str, Any]]:
+        """Train from zero on all blocks so far, with the tokens that the reference spent on them."""
+        stages = []
+        for count in range(1, len(self.stream.blocks) + 1):
+            fresh = Learner(self.world, self.arm, self._updater, learner.seed)
+            self._learn_shuffled(fresh, self.stream.blocks[:count], {})
+            learner.updates += fresh.updates
+            stages.append(self._stage(self.stream.blocks[count - 1].domain, fresh))
+        return stages
+
+    def _learn_shuffled(self, learner: Learner, blocks: Sequence[Block], watched: dict[str, Any]) -> None:
+        block = shuffled(blocks, self.stream.seed)
+        total, arrived = self._text_tokens([block]), 0
+        share = total / self._text_tokens(self.stream.blocks)
+        for examples in micro_batches(self._batcher(), block.examples, self.world.tokens_of):
+            arrived += sum(map(self.world.tokens_of, examples))
+            wanted = self.budget.at(share) * arrived / total if self.budget else None
+            learner.learn(examples, wanted, watched)
+
+    def _retrieval(self, learner: Learner) -> list[dict[str, Any]]:
+        """Put the nearest document of the whole stream in front of each held-out text, under the frozen base."""
+        documents = [str(example.text) for block in self.stream.blocks for example in block.examples if example.text]
+        room = self.world.base.max_positions
+        for domain, texts in self.stream.held_out.items():
+            contexts = [self.world.codec.encode(documents[found]) for found in nearest(texts, documents)]
+            self._held_out[domain] = [
+                [after_context(row, context, room) for row in rows]
+                for rows, context in zip(self._held_out[domain], contexts, strict=True)
+            ]
+        return [self._stage("retrieval", learner)]
+
+    # ---- measuring
+
+    def _batcher(self) -> MicroBatcher[None]:
+        return MicroBatcher(learner_name(self.stream), CutPolicy.of(self.arm.settings(self.world.base_name)))
+
+    def _text_tokens(self, blocks: Sequence[Block]) -> int:
+        return sum(self.world.tokens_of(example) for block in blocks for example in block.examples)
+
+    def _stage(self, label: str, learner: Learner) -> dict[str, Any]:
+        """Return the losses of all held-out texts under what is served now."""
+        groups = [*self._held_out.values(), self.world.general_rows]
+        flat = [group for texts in groups for group in texts]
+        found = iter(self.world.losses(learner.updater, learner.served, flat))
+        losses: list[Losses] = [[next(found) for _ in texts] for texts in groups]
+        return {
+            "after": label,
+            "held_out": dict(zip(self._held_out, map(_rounded, losses), strict=False)),
+            "general": _rounded(losses[-1]),
+        }
+
+
+def _rounded(losses: Losses) -> list[list[float]]:
+    return [[round(nats, DECIMALS), tokens] for nats, tokens in losses]
+
+
+def learner_name(stream: Stream) -> str:
+    """Return the adapter that the stream's examples are for."""
+    return stream.blocks[0].examples[0].adapter

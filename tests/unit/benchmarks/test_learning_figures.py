@@ -1,0 +1,160 @@
+"""The figures of the learning benchmark against values worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.benchmarks.learning import figures
+from tests.benchmarks.learning.averages import average_products, reptile_step
+from tests.benchmarks.learning.results import Results, RunKey
+from tests.benchmarks.learning.retrieval import after_context, nearest
+from tests.benchmarks.learning.runs import Budget
+
+START = [5.0, 6.0, 7.0]
+R = [
+    [4.0, 5.9, 7.0],  # after the first block
+    [4.5, 4.0, 6.8],
+    [4.4, 4.4, 5.0],
+]
+
+
+def test_average_loss_is_the_mean_of_the_last_row():
+    assert figures.average_loss(R) == pytest.approx((4.4 + 4.4 + 5.0) / 3)
+
+
+def test_backward_transfer_is_negative_where_later_blocks_raised_the_loss():
+    transfer = figures.backward_transfer(R)
+    assert transfer == pytest.approx(-0.4)  # (4.0 - 4.4 + 4.0 - 4.4) / 2
+    assert figures.gain_of_blocks(R, START) == pytest.approx(1.5)  # (1.0 + 2.0) / 2
+    assert figures.backward_transfer_pct(transfer, 1.5) == pytest.approx(-100 * 0.4 / 1.5)
+
+
+def test_backward_transfer_of_one_block_is_zero():
+    assert figures.backward_transfer([[4.0]]) == 0
+    assert figures.backward_transfer_pct(0.0, figures.gain_of_blocks([[4.0]], [5.0])) == 0
+
+
+def test_forgetting_counts_from_the_best_since_the_own_block():
+    r = [[4.0, 6.0, 7.0], [3.8, 4.0, 7.0], [4.4, 4.1, 5.0]]
+    assert figures.forgetting(r) == pytest.approx(((4.4 - 3.8) + (4.1 - 4.0)) / 2)
+
+
+def test_forward_transfer_is_what_earlier_blocks_did_for_a_domain():
+    assert figures.forward_transfer(R, START) == pytest.approx(((6.0 - 5.9) + (7.0 - 6.8)) / 2)
+
+
+def test_general_recovery_is_zero_as_sequential_and_one_as_joint():
+    assert figures.general_recovery(4.4, sequential=4.4, joint=4.0) == 0
+    assert figures.general_recovery(4.0, sequential=4.4, joint=4.0) == pytest.approx(1)
+    assert figures.general_recovery(4.1, sequential=4.4, joint=4.0) == pytest.approx(0.75)
+
+
+def test_worst_dip_sees_a_rise_between_two_measurements():
+    updates = [{"a": 5.0, "b": 6.0}, {"a": 4.0, "b": 6.0}, {"a": 4.7, "b": 5.0}, {"a": 4.1, "b": 4.5}]
+    assert figures.worst_dip(["a", "b"], updates, ["a", "a", "b", "b"]) == pytest.approx(0.7)
+
+
+def test_prequential_loss_is_per_token():
+    updates = [{"before": 20.0, "text_tokens": 5}, {"before": 10.0, "text_tokens": 5}]
+    assert figures.prequential_loss(updates) == pytest.approx(3.0)
+
+
+def test_loss_matrix_weighs_texts_by_their_tokens():
+    record = {"domains": ["a"], "stages": [{"held_out": {"a": [[10.0, 10], [60.0, 20]]}}]}
+    assert figures.loss_matrix(record) == [[pytest.approx(70 / 30)]]
+
+
+def test_a_bootstrap_of_equal_differences_has_no_width():
+    assert figures.paired_bootstrap([[[0.5, 0.5], [0.5]], [[0.5], [0.5]]]) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_a_bootstrap_weighs_domains_alike_and_holds_its_mean():
+    mean, low, high = figures.paired_bootstrap([[[1.0, 1.0, 1.0, 1.0], [0.0]], [[1.0], [0.2]]])
+    assert mean == pytest.approx((0.5 + 0.6) / 2)
+    assert low == pytest.approx(0.5)
+    assert high == pytest.approx(0.6)
+
+
+def test_a_bootstrap_covers_the_mean_at_about_its_level():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(60):
+        runs = (torch.randn(6, 3, 12, generator=generator) + 0.3).tolist()
+        _, low, high = figures.paired_bootstrap(runs, resamples=400)
+        covered += low <= 0.3 <= high
+    assert covered >= 48
+
+
+def test_differences_pair_documents_whatever_the_order_of_the_domains():
+    one = {"domains": ["a", "b"], "stages": [{"held_out": {"a": [[4.0, 2]], "b": [[9.0, 3]]}, "general": [[2.0, 1]]}]}
+    other = {"domains": ["b", "a"], "stages": [{"held_out": {"b": [[6.0, 3]], "a": [[2.0, 2]]}, "general": [[1.0, 1]]}]}
+    assert figures.differences(one, other) == [[1.0], [1.0]]
+    assert figures.general_differences(one, other) == [[1.0]]
+
+
+def lora(rank: int, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "x.lora_A.weight": torch.randn(rank, 7, generator=generator),
+        "x.lora_B.weight": torch.randn(5, rank, generator=generator),
+    }
+
+
+def product(weights: dict[str, torch.Tensor]) -> torch.Tensor:
+    return weights["x.lora_B.weight"] @ weights["x.lora_A.weight"]
+
+
+def test_the_average_is_that_of_the_products_truncated_to_the_rank():
+    slow, fast = lora(2, 0), lora(2, 1)
+    averaged = average_products(slow, fast, 0.8)
+    wanted = 0.8 * product(slow) + 0.2 * product(fast)  # rank 4
+    u, singular, v = torch.linalg.svd(wanted)
+    assert averaged["x.lora_A.weight"].shape == (2, 7)
+    assert torch.allclose(product(averaged), u[:, :2] * singular[:2] @ v[:2], atol=1e-4)
+
+
+def test_an_average_of_rank_r_is_exact():
+    slow = lora(2, 0)
+    zero = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in slow.items()}
+    assert torch.allclose(product(average_products(zero, slow, 0.75)), 0.25 * product(slow), atol=1e-5)
+
+
+def test_reptile_goes_a_share_of_the_way():
+    start, end = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
+    assert reptile_step(start, end, 0.5)["w"].item() == 2.0
+
+
+def test_the_nearest_document_shares_the_rare_words():
+    documents = ["return the graph and the nodes", "return the matrix inverse", "return the symbol"]
+    assert nearest(["inverse of the matrix", "the nodes of a graph"], documents) == [1, 0]
+
+
+def test_a_context_is_read_and_not_measured():
+    from perennial.learner.model.tokenization import TokenRow
+
+    row = after_context(TokenRow((0, 5, 6), 1), [7, 8, 9], room=5)
+    assert row == TokenRow((0, 7, 8, 5, 6), 3)
+
+
+def test_a_budget_follows_what_the_reference_had_spent():
+    record = {"updates": [{"text_tokens": 100, "tokens": 400}, {"text_tokens": 300, "tokens": 600}]}
+    budget = Budget.of_run(record)
+    assert budget.total == 1000
+    assert budget.at(0.25) == 400
+    assert budget.at(1.0) == 1000
+    assert budget.at(0.625) == pytest.approx(700)
+
+
+def test_finished_runs_outlive_a_line_that_was_cut_off(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    key = RunKey("ours", "domains", 0, 1, "tiny", "abc")
+    Results(path).add(key, {"stages": []})
+    with path.open("a") as file:
+        file.write('{"key": {"arm"')
+    results = Results(path)
+    assert results.find(key)["stages"] == []
+    other = RunKey("replay", "domains", 0, 1, "tiny", "abc")
+    results.add(other, {"stages": [1]})
+    assert Results(path).find(other)["stages"] == [1]
+    assert Results(path).find(RunKey("ours", "domains", 1, 1, "tiny", "abc")) is None
