@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from tests.benchmarks.learning import report
 from tests.benchmarks.learning.arms import ARMS, FULL, RATES_FILE, SHORT, Arm, changed
-from tests.benchmarks.learning.comparison import Comparison, Records, Size
+from tests.benchmarks.learning.comparison import STREAMS, Comparison, Records, Size
 from tests.benchmarks.learning.figures import average_loss, loss_matrix
 from tests.benchmarks.learning.results import Results
 from tests.benchmarks.learning.world import World
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
                         help="an arm more: ours with these settings, or average=, reptile=")  # fmt: skip
     parser.add_argument("--seeds", type=int, help="number of seeds; short 2, full 5, tune 1")
     parser.add_argument("--orders", type=int, help="number of orders; short 1, full 2, tune 1")
-    parser.add_argument("--stream", default="domains", choices=("domains",))
+    parser.add_argument("--stream", default=",".join(STREAMS), help=f"of {', '.join(STREAMS)}; default: all")
     parser.add_argument("--batches", type=int, default=8, help="micro-batches per block")
     parser.add_argument("--held-out", type=int, default=24, help="held-out documents per domain")
     parser.add_argument("--base", default="shipped", help="the base, as PERENNIAL_BASE")
@@ -59,27 +59,36 @@ def main() -> None:
         given.batches, given.held_out, tuple(range(given.seeds or seeds)), tuple(range(1, (given.orders or orders) + 1))
     )
     arms = _arms(given, tuning=tuning)
-    world = World(given.base, given.threads, given.at_once, GENERAL_TEXTS)
-    comparison = Comparison(
-        world, Results(given.results), "tuning" if tuning else given.stream, arms, size, given.at_once,
-        began + 60 * given.minutes, lambda line: print(line, flush=True),
-    )  # fmt: skip
-    records = comparison.run()
-    unfinished = len({arm.name for arm in arms}) * len(size.seeds) * len(size.orders) - len(records)
-    found = report.means(records)
-    print(report.table(found))
-    for line in report.intervals(records, [arm.name for arm in arms]):
-        print(line)
+    streams = ["tuning"] if tuning else given.stream.split(",")
+    unknown = [name for name in streams if name not in (*STREAMS, "tuning")]
+    if unknown:
+        sys.exit(f"no such stream: {', '.join(unknown)}; allowed: {', '.join(STREAMS)}")
+    world, results = World.load(given.base, given.threads, given.at_once, GENERAL_TEXTS), Results(given.results)
+    until_s = began + 60 * given.minutes
+    by_stream: dict[str, Records] = {}
+    unfinished = 0
+    for stream in streams:
+        comparison = Comparison(world, results, stream, arms, size, given.at_once, until_s, _say)
+        by_stream[stream] = records = comparison.run()
+        unfinished += comparison.unfinished
+        print(f"\n{stream}\n{report.table(report.means(records))}")
+        for line in report.intervals(records, [arm.name for arm in arms]):
+            print(line)
+        print(flush=True)
     if tuning:
-        print(json.dumps(_choose_rates(records, given.base, write=not unfinished)))
+        print(json.dumps(_choose_rates(by_stream["tuning"], given.base, write=not unfinished)))
         return
-    for path in report.plot(records, given.plots):
+    for path in report.plot(by_stream["domains"], given.plots) if "domains" in by_stream else ():
         print(f"plot: {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")
     more: dict[str, Any] = {
         "seeds": len(size.seeds), "orders": len(size.orders), "base": given.base, "form": given.form,
         "seconds": round(time.monotonic() - began), "unfinished": unfinished,
     }  # fmt: skip
-    print(json.dumps(report.last_line(records, found, more)))
+    print(json.dumps(report.last_line(by_stream, more)))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def _arms(given: argparse.Namespace, *, tuning: bool) -> list[Arm]:

@@ -34,6 +34,7 @@ class Arm:
         matched: True to take as many steps as spend the backward tokens that `ours` spent.
         tuned: True to take the learning rate of `RATES_FILE`.
         average: Share of the slow average of ΔW that an update keeps; 0: the trained weights are served.
+        serviced: True where the service itself learns: a document that was superseded is then not replayed any more.
         reptile: Share of an update's change that is kept (Reptile's outer step); 0: all of it.
     """
 
@@ -45,6 +46,7 @@ class Arm:
     tuned: bool = False
     average: float = 0.0
     reptile: float = 0.0
+    serviced: bool = False
 
     def settings(self, base: str) -> Settings:
         """Return the settings of the service for this arm."""
@@ -67,7 +69,7 @@ class Arm:
 _PLAIN: Final = {"replay_share": "0", "general_share": "0", "general_kl_weight": "0"}
 _REPLAY: Final = {**_PLAIN, "replay_share": "0.5"}
 
-OURS: Final = Arm("ours")
+OURS: Final = Arm("ours", serviced=True)
 ARMS: Final[Mapping[str, Arm]] = {
     arm.name: arm
     for arm in (
@@ -78,9 +80,9 @@ ARMS: Final[Mapping[str, Arm]] = {
         Arm("joint", _PLAIN, learns="joint", gated=False, matched=True, tuned=True),
         Arm("replay+ema", _REPLAY, gated=False, matched=True, tuned=True, average=0.8),
         Arm("replay+reptile", _REPLAY, gated=False, matched=True, tuned=True, reptile=0.5),
-        Arm("ours-replay", {"replay_share": "0"}, matched=True),
-        Arm("ours-general", {"general_share": "0"}, matched=True),
-        Arm("ours-gate", gated=False, matched=True),
+        Arm("ours-replay", {"replay_share": "0"}, matched=True, serviced=True),
+        Arm("ours-general", {"general_share": "0"}, matched=True, serviced=True),
+        Arm("ours-gate", gated=False, matched=True, serviced=True),
         Arm("cumulative", _PLAIN, learns="cumulative", gated=False, matched=True, tuned=True),
         Arm("retrieval", learns="retrieval"),
     )

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from perennial.streams.curate.batcher import CutPolicy
 from tests.benchmarks.learning.arms import OURS, Arm
+from tests.benchmarks.learning.generated import revision_stream, ticket_stream
 from tests.benchmarks.learning.results import Results, RunKey
 from tests.benchmarks.learning.runs import Budget, Run
 from tests.benchmarks.learning.streams import DOMAINS, TUNING_DOMAINS, Stream, domain_stream
@@ -20,6 +21,7 @@ Record = dict[str, Any]
 Records = dict[tuple[str, int, int], Record]
 """Records by arm, seed and order."""
 PACKAGES: Final = {"domains": DOMAINS, "tuning": TUNING_DOMAINS}
+STREAMS: Final = ("domains", "templates", "revisions")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class Comparison:
         at_once: Runs at the same time.
         until_s: Monotonic time from which no run is begun.
         say: Called with a line for people.
+
+    Attributes:
+        unfinished: Runs that were not done because the time was over.
     """
 
     world: World
@@ -64,7 +69,7 @@ class Comparison:
     say: Callable[[str], None] = print
     _streams: dict[tuple[int, int], Stream] = field(default_factory=dict)
     _began_s: float = field(default_factory=time.monotonic)
-    _ended: int = 0
+    unfinished: int = 0
     _done: float = 0.0
     _all: float = 0.0
 
@@ -73,7 +78,7 @@ class Comparison:
         pairs = [(seed, order) for seed in self.size.seeds for order in self.size.orders]
         for seed, order in pairs:
             self._streams[seed, order] = self._make_stream(seed, order)
-        arms = [OURS, *(arm for arm in self.arms if arm.name != OURS.name)]
+        arms = [OURS, *(arm for arm in self.arms if arm.name != OURS.name and self._fits(arm))]
         # Runs without a budget first: the others wait for those of `OURS`, which are begun before them.
         planned = [
             (arm, *pair) for matched in (False, True) for pair in pairs for arm in arms if arm.matched is matched
@@ -88,10 +93,19 @@ class Comparison:
                 reference = futures.get((OURS.name, seed, order)) if arm.matched else None
                 futures[arm.name, seed, order] = threads.submit(self._one, arm, seed, order, reference, workers)
             found = {key: future.result() for key, future in futures.items()}
+        self.unfinished = sum(record is None for record in found.values())
         return {key: record for key, record in found.items() if record is not None}
 
+    def _fits(self, arm: Arm) -> bool:
+        """Return True if the arm says something about the stream: what is revised must come in its order."""
+        return self.stream in PACKAGES or arm.learns in {"stream", "nothing"}
+
     def _make_stream(self, seed: int, order: int) -> Stream:
-        policy = CutPolicy.of(OURS.settings(self.world.base_name))
+        if self.stream == "templates":
+            return ticket_stream(seed, order)
+        if self.stream == "revisions":
+            return revision_stream(seed, order)
+        policy = CutPolicy.of(OURS.settings(self.world.base.name))
         return domain_stream(
             self.stream, PACKAGES[self.stream], seed, order, self.world.tokens_of, policy, self.size.batches,
             self.size.held_out,
@@ -126,17 +140,17 @@ class Comparison:
 
     def key(self, arm: Arm, stream: Stream, budget: Budget | None) -> RunKey:
         """Return what identifies a run of an arm on a stream."""
-        settings = arm.settings(self.world.base_name)
+        settings = arm.settings(self.world.base.name)
         recipe = arm.recipe(settings, self.world.base.compute_dtype)
         digest = RunKey.digest_of(
             self.world.code, self.world.base.digest, recipe.config(), asdict(CutPolicy.of(settings)), arm.learns,
             arm.average, arm.reptile, stream.digest, len(self.world.general_rows), asdict(budget) if budget else None,
         )  # fmt: skip
-        return RunKey(arm.name, stream.name, stream.seed, stream.order, self.world.base_name, digest)
+        return RunKey(arm.name, stream.name, stream.seed, stream.order, self.world.base.name, digest)
 
     def _cost(self, arm: Arm) -> float:
         """Return the cost of a run, in runs of one pass over the stream."""
-        blocks = len(PACKAGES[self.stream])
+        blocks = len(PACKAGES.get(self.stream, ()))
         return {"nothing": 0.1, "retrieval": 0.15, "cumulative": (blocks + 1) / 2}.get(arm.learns, 1.0)
 
     def _say_done(self, arm: Arm, key: RunKey, record: Record) -> None:

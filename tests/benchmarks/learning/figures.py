@@ -146,3 +146,22 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[list[f
     domains = sorted(one["domains"])
     pairs = zip(document_losses(one["stages"][-1], domains), document_losses(other["stages"][-1], domains), strict=True)
     return [[a - b for a, b in zip(left, right, strict=True)] for left, right in pairs]
+
+
+def stale_share(asked: Sequence[Mapping[str, Any]], wording: str) -> float | None:
+    """Return the share of questions in which an earlier value has a lower loss than the current one.
+
+    Args:
+        asked: Losses of the choices by question: the current value, the `earlier` ones, those of other facts.
+        wording: `answers` or `documents`.
+
+    Returns:
+        A share, 0 to 1; None where nothing that had an earlier value was asked.
+    """
+    found = [(a[wording][0], a[wording][1 : 1 + a["earlier"]]) for a in asked if a["earlier"]]
+    return float(np.mean([min(earlier) < current for current, earlier in found])) if found else None
+
+
+def right_share(asked: Sequence[Mapping[str, Any]], wording: str) -> float | None:
+    """Return the share of questions in which the current value has the lowest loss of all choices; None for none."""
+    return float(np.mean([a[wording][0] <= min(a[wording]) for a in asked])) if asked else None

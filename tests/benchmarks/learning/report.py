@@ -23,50 +23,72 @@ GOALS: Final[Mapping[str, tuple[float, float]]] = {
 COLUMNS: Final = (
     ("AA", "average_loss", 3), ("BWT", "bwt", 3), ("BWT %", "bwt_pct", 1), ("F", "forgetting", 3), ("FWT", "fwt", 3),
     ("dip", "worst_dip", 3), ("preq.", "prequential", 3), ("general", "general_rise", 3), ("GR", "recovery", 2),
+    ("stale %", "stale_pct", 1), ("stale end %", "stale_end_pct", 1), ("right %", "right_pct", 1),
+    ("right end %", "right_end_pct", 1),
     ("learned %", "learned_pct", 1), ("p>.5 %", "learned_tokens_pct", 1), ("refused %", "refused_pct", 1),
     ("tokens", "tokens", 0), ("s", "seconds", 0),
 )  # fmt: skip
+WORDING: Final = "documents"
+"""Wording in which revised facts are asked for: that of the documents, or `answers`, which no document has."""
 
 
 def figures_of(record: Record, frozen: Record) -> dict[str, float]:
-    """Return the figures of one run; those that its way of learning does not have are left out.
+    """Return the figures of one run; those that its stream or its way of learning does not have are left out.
 
     Args:
         record: The run.
         frozen: The run of the frozen base on the same stream.
     """
-    r = figures.loss_matrix(record)
-    start = figures.loss_matrix(frozen)[-1]
-    start = [dict(zip(frozen["domains"], start, strict=True))[domain] for domain in record["domains"]]
     updates = record["updates"]
     found = {
-        "average_loss": figures.average_loss(r),
         "general_rise": figures.mean_loss(record["stages"][-1]["general"])
         - figures.mean_loss(frozen["stages"][-1]["general"]),
         "tokens": float(sum(update["tokens"] for update in updates)),
         "seconds": float(record["seconds"]),
     }
+    if record["domains"]:
+        found |= _of_held_out(record, frozen)
+    if updates and all("block" in update for update in updates):
+        found |= _of_updates(updates)
+        if record["domains"]:
+            found["worst_dip"] = figures.worst_dip(
+                record["domains"], [update["watched"] for update in updates], [update["block"] for update in updates]
+            )
+    found |= _of_questions([asked for update in updates for asked in update["asked"]], "")
+    found |= _of_questions(record["stages"][-1].get("asked", ()), "_end")
+    return found
+
+
+def _of_held_out(record: Record, frozen: Record) -> dict[str, float]:
+    r = figures.loss_matrix(record)
+    start = dict(zip(frozen["domains"], figures.loss_matrix(frozen)[-1], strict=True))
+    found = {"average_loss": figures.average_loss(r)}
     if len(r) == len(record["domains"]):
+        of_blocks = [start[domain] for domain in record["domains"]]
         found |= {
             "bwt": figures.backward_transfer(r),
-            "gain_of_blocks": figures.gain_of_blocks(r, start),
+            "gain_of_blocks": figures.gain_of_blocks(r, of_blocks),
             "forgetting": figures.forgetting(r),
-            "fwt": figures.forward_transfer(r, start),
-        }
-    if updates and all("block" in update for update in updates):
-        examples = sum(update["examples"] for update in updates)
-        found |= {
-            "worst_dip": figures.worst_dip(
-                record["domains"], [update["watched"] for update in updates], [update["block"] for update in updates]
-            ),
-            "prequential": figures.prequential_loss(updates),
-            "learned_pct": 100 * sum(u["learned"] for u in updates) / examples,
-            "learned_tokens_pct": 100
-            * sum(u["learned_tokens"] for u in updates)
-            / sum(u["text_tokens"] for u in updates),
-            "refused_pct": 100 * sum(u["examples"] for u in updates if u["outcome"] == "refused") / examples,
+            "fwt": figures.forward_transfer(r, of_blocks),
         }
     return found
+
+
+def _of_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    examples = sum(update["examples"] for update in updates)
+    tokens = sum(update["text_tokens"] for update in updates)
+    refused = sum(update["examples"] for update in updates if update["outcome"] == "refused")
+    return {
+        "prequential": figures.prequential_loss(updates),
+        "learned_pct": 100 * sum(update["learned"] for update in updates) / examples,
+        "learned_tokens_pct": 100 * sum(update["learned_tokens"] for update in updates) / tokens,
+        "refused_pct": 100 * refused / examples,
+    }
+
+
+def _of_questions(asked: Sequence[Mapping[str, Any]], when: str) -> dict[str, float]:
+    shares = {"stale": figures.stale_share(asked, WORDING), "right": figures.right_share(asked, WORDING)}
+    return {f"{name}{when}_pct": 100 * share for name, share in shares.items() if share is not None}
 
 
 def means(records: Records) -> dict[str, dict[str, float]]:
@@ -110,38 +132,43 @@ def compared(records: Records, one: str, other: str, *, general: bool = False) -
         Mean, lower and upper end; None where no seed and order was run by both.
     """
     pairs = [(seed, order) for arm, seed, order in records if arm == one and (other, seed, order) in records]
-    if not pairs:
+    if not pairs or not (general or records[one, *pairs[0]]["domains"]):
         return None
     differ = figures.general_differences if general else figures.differences
     return figures.paired_bootstrap([differ(records[one, *pair], records[other, *pair]) for pair in sorted(pairs)])
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the figures as a Markdown table, one arm a line."""
+    """Return the figures as a Markdown table, one arm a line; columns that no arm has are left out."""
+    columns = [column for column in COLUMNS if any(column[1] in values for values in found.values())]
     lines = [
-        "| arm | runs | " + " | ".join(title for title, _, _ in COLUMNS) + " |",
-        "|---" * (len(COLUMNS) + 2) + "|",
+        "| arm | runs | " + " | ".join(title for title, _, _ in columns) + " |",
+        "|---" * (len(columns) + 2) + "|",
     ]
     for arm, values in found.items():
-        cells = [f"{values[name]:.{digits}f}" if name in values else "" for _, name, digits in COLUMNS]
+        cells = [f"{values[name]:.{digits}f}" if name in values else "" for _, name, digits in columns]
         lines.append(f"| {arm} | {values['runs']:.0f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def last_line(records: Records, found: Mapping[str, Mapping[str, float]], more: Mapping[str, Any]) -> dict[str, Any]:
+def last_line(by_stream: Mapping[str, Records], more: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures that the last line shows, with the goals that are missed.
 
     Args:
-        records: Runs on the domains.
-        found: Means by arm.
-        more: Figures of other streams, and what was run.
+        by_stream: Runs by stream.
+        more: What was run.
     """
-    ours = found.get("ours", {})
-    over = compared(records, "replay", "ours")
+    ours = {stream: means(records).get("ours", {}) for stream, records in by_stream.items()}
+    domains = ours.get("domains", {})
+    over = compared(by_stream.get("domains", {}), "replay", "ours")
+    refused = [found["refused_pct"] for found in ours.values() if "refused_pct" in found]
     line: dict[str, Any] = {
-        "general_recovery": ours.get("recovery"), "bwt_pct": ours.get("bwt_pct"),
+        "general_recovery": domains.get("recovery"), "bwt_pct": domains.get("bwt_pct"),
         "over_replay_low": over[1] if over else None, "over_replay_high": over[2] if over else None,
-        "general_rise_nats": ours.get("general_rise"), "learned_pct": ours.get("learned_pct"),
+        "general_rise_nats": domains.get("general_rise"), "learned_pct": domains.get("learned_pct"),
+        "stale_pct": ours.get("revisions", {}).get("stale_pct"),
+        # The worst stream: a mean over streams would hide that one kind of text is refused.
+        "refused_for_good_pct": max(refused) if refused else None,
     }  # fmt: skip
     line = {name: None if value is None else round(value, 3) for name, value in line.items()} | dict(more)
     line["missed"] = [
@@ -154,15 +181,15 @@ def intervals(records: Records, arms: Sequence[str]) -> list[str]:
     """Return one line per arm with its losses at the end minus those of `ours`, on held-out documents and general text."""
     lines = []
     for arm in arms:
-        held_out, general = (compared(records, arm, "ours", general=general) for general in (False, True))
-        if arm == "ours" or held_out is None or general is None:
-            continue
-        (mean, low, high), (rise, rise_low, rise_high) = held_out, general
-        verdict = "ours is better" if low > 0 else "ours is worse" if high < 0 else "no difference shown"
-        lines.append(
-            f"{arm} - ours: held-out {mean:+.4f} [{low:+.4f}, {high:+.4f}] nats ({verdict}), "
-            f"general {rise:+.4f} [{rise_low:+.4f}, {rise_high:+.4f}]"
-        )
+        parts = []
+        for name, general in (("held-out", False), ("general", True)):
+            found = None if arm == "ours" else compared(records, arm, "ours", general=general)
+            if found is not None:
+                mean, low, high = found
+                verdict = "ours is better" if low > 0 else "ours is worse" if high < 0 else "no difference shown"
+                parts.append(f"{name} {mean:+.4f} [{low:+.4f}, {high:+.4f}] ({verdict})")
+        if parts:
+            lines.append(f"{arm} - ours, nats: {', '.join(parts)}")
     return lines
 
 
@@ -176,7 +203,7 @@ def plot(records: Records, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     by_arm: dict[str, list[Record]] = {}
     for (arm, _, order), record in sorted(records.items()):
-        if order == 1 and len(record["stages"]) == len(record["domains"]):
+        if order == 1 and len(record["stages"]) == len(record["domains"]) > 1:
             by_arm.setdefault(arm, []).append(record)
     paths = []
     if by_arm:

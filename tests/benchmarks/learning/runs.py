@@ -21,7 +21,7 @@ from perennial.streams.events.models import ExampleAccepted
 from tests.benchmarks.learning.arms import Arm
 from tests.benchmarks.learning.averages import average_products, reptile_step
 from tests.benchmarks.learning.retrieval import after_context, nearest
-from tests.benchmarks.learning.streams import Block, Stream, micro_batches, shuffled
+from tests.benchmarks.learning.streams import Block, Question, Stream, micro_batches, shuffled
 from tests.benchmarks.learning.world import LEARNED_NATS, Losses, World
 
 WATCHED: Final = 4
@@ -68,12 +68,14 @@ class Learner:
         arm: How it learns.
         updater: Trains its updates.
         seed: Decides the initial weights and all draws, the same for every arm.
+        stream: What is asked of the examples, and which of them supersede others.
     """
 
     world: World
     arm: Arm
     updater: Updater
     seed: str
+    stream: Stream
     state: TrainingState = field(init=False)
     served: Tensors = field(init=False)
     updates: list[dict[str, Any]] = field(default_factory=list)
@@ -103,7 +105,13 @@ class Learner:
         self._rows |= {example.example_id: rows for example, rows in zip(examples, groups, strict=True)}
         self._take(result.state)
         self.spent += result.tokens
-        after = self.world.token_losses(self.updater, self.served, [*groups, *watched.values()])
+        self._drop_superseded(examples)
+        questions = [self.stream.questions[e.example_id] for e in examples if e.example_id in self.stream.questions]
+        choices = [self.world.choice_rows(question) for question in questions]
+        after = self.world.token_losses(
+            self.updater, self.served, [*groups, *watched.values(), *(rows for found in choices for rows in found)]
+        )
+        asked = iter(after[len(groups) + len(watched) :])
         learned = [bool((nats < LEARNED_NATS).all()) for nats in after[: len(groups)]]
         self.updates.append(
             {
@@ -116,8 +124,12 @@ class Learner:
                 "pressure": result.gate.strain,
                 "watched": {
                     domain: round(float(nats.mean()), DECIMALS)
-                    for domain, nats in zip(watched, after[len(groups) :], strict=True)
+                    for domain, nats in zip(watched, after[len(groups) :], strict=False)
                 },
+                "asked": [
+                    _asked(question, [float(next(asked).sum()) for _ in rows])
+                    for question, rows in zip(questions, choices, strict=True)
+                ],
             }
         )  # fmt: skip
 
@@ -130,6 +142,16 @@ class Learner:
         elif not self.arm.average:
             self.served = state.weights
         self.state = state
+
+    def _drop_superseded(self, examples: Sequence[ExampleAccepted]) -> None:
+        """Take superseded examples out of the replay index, as the forgetting that follows in the service does.
+
+        That forgetting also rebuilds the weights without them, which is not done here.
+        """
+        gone = {self.stream.replaces.get(example.example_id) for example in examples} - {None}
+        if self.arm.serviced and gone:
+            index = tuple(entry for entry in self.state.replay_index if entry.example_id not in gone)
+            self.state = replace(self.state, replay_index=index)
 
     def _replayed(self, entry: ReplayEntry) -> Sequence[TokenRow] | None:
         return self._rows.get(entry.example_id)
@@ -203,13 +225,13 @@ class Run:
         }
         seed = f"bench/{self.stream.name}-{self.stream.seed}"
         with updater.compute.joining():
-            learner = Learner(self.world, self.arm, updater, seed)
+            learner = Learner(self.world, self.arm, updater, seed, self.stream)
             stages = {
                 "nothing": self._nothing, "stream": self._in_blocks, "joint": self._joint,
                 "cumulative": self._cumulative, "retrieval": self._retrieval,
             }[self.arm.learns](learner)  # fmt: skip
         return {
-            "domains": list(self.stream.domains), "stages": stages, "updates": learner.updates,
+            "domains": [domain for domain in self.stream.domains if domain in self.stream.held_out], "stages": stages, "updates": learner.updates,
             "seconds": round(time.monotonic() - began, 1),
         }  # fmt: skip
 
@@ -238,7 +260,7 @@ class Run:
         """Train from zero on all blocks so far, with the tokens that the reference spent on them."""
         stages = []
         for count in range(1, len(self.stream.blocks) + 1):
-            fresh = Learner(self.world, self.arm, self._updater, learner.seed)
+            fresh = Learner(self.world, self.arm, self._updater, learner.seed, self.stream)
             self._learn_shuffled(fresh, self.stream.blocks[:count], {})
             learner.updates += fresh.updates
             stages.append(self._stage(self.stream.blocks[count - 1].domain, fresh))
@@ -268,7 +290,7 @@ class Run:
     # ---- measuring
 
     def _batcher(self) -> MicroBatcher[None]:
-        return MicroBatcher(learner_name(self.stream), CutPolicy.of(self.arm.settings(self.world.base_name)))
+        return MicroBatcher(learner_name(self.stream), CutPolicy.of(self.arm.settings(self.world.base.name)))
 
     def _text_tokens(self, blocks: Sequence[Block]) -> int:
         return sum(self.world.tokens_of(example) for block in blocks for example in block.examples)
@@ -279,15 +301,37 @@ class Run:
         flat = [group for texts in groups for group in texts]
         found = iter(self.world.losses(learner.updater, learner.served, flat))
         losses: list[Losses] = [[next(found) for _ in texts] for texts in groups]
-        return {
+        stage = {
             "after": label,
             "held_out": dict(zip(self._held_out, map(_rounded, losses), strict=False)),
             "general": _rounded(losses[-1]),
         }
+        questions = self._current_questions(label)
+        if questions:
+            rows = [self.world.choice_rows(question) for question in questions]
+            nats = iter(self.world.losses(learner.updater, learner.served, [row for group in rows for row in group]))
+            stage["asked"] = [
+                _asked(question, [next(nats)[0] for _ in group])
+                for question, group in zip(questions, rows, strict=True)
+            ]
+        return stage
+
+    def _current_questions(self, label: str) -> list[Question]:
+        """Return the questions of a block; those of the last one where there is no such block."""
+        blocks = [block for block in self.stream.blocks if block.domain == label] or self.stream.blocks[-1:]
+        found = [self.stream.questions.get(example.example_id) for example in blocks[0].examples]
+        return [question for question in found if question is not None]
 
 
 def _rounded(losses: Losses) -> list[list[float]]:
     return [[round(nats, DECIMALS), tokens] for nats, tokens in losses]
+
+
+def _asked(question: Question, nats: Sequence[float]) -> dict[str, Any]:
+    """Return the loss of each choice of a question, in nats per sentence."""
+    count = len(question.answers)
+    found = [round(value, DECIMALS) for value in nats]
+    return {"earlier": question.earlier, "answers": found[:count], "documents": found[count:]}
 
 
 def learner_name(stream: Stream) -> str:

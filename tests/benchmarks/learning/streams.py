@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 
 import orjson
@@ -39,6 +39,23 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Question:
+    """A forced choice about a fact that a document states.
+
+    Attributes:
+        prompt: A question that is never taught.
+        answers: The sentence that answers it with each value: the current one, the earlier ones, those of other facts.
+        documents: The document with each value, in the same order.
+        earlier: Number of earlier values.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    documents: tuple[str, ...]
+    earlier: int
+
+
+@dataclass(frozen=True)
 class Stream:
     """What one run learns, and what it is measured on.
 
@@ -48,6 +65,8 @@ class Stream:
         order: Decides the order of the blocks.
         blocks: The blocks in order.
         held_out: Texts by domain that are measured and never learned.
+        questions: What is asked once an example was learned, by its id.
+        replaces: Id of the example that an example supersedes, by its id.
     """
 
     name: str
@@ -55,6 +74,8 @@ class Stream:
     order: int
     blocks: tuple[Block, ...]
     held_out: Mapping[str, tuple[str, ...]]
+    questions: Mapping[str, Question] = field(default_factory=dict)
+    replaces: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -67,6 +88,8 @@ class Stream:
         content = [
             [[block.domain, [[e.text, e.prompt, e.answer] for e in block.examples]] for block in self.blocks],
             sorted((domain, list(texts)) for domain, texts in self.held_out.items()),
+            sorted((name, asdict(question)) for name, question in self.questions.items()),
+            sorted(self.replaces.items()),
         ]
         return hashlib.sha256(orjson.dumps(content)).hexdigest()
 
@@ -125,7 +148,7 @@ def domain_stream(
         examples = [document(n, text, f"{package}-{_id(text)}") for n, text in enumerate(texts)]
         blocks.append(Block(package, tuple(_first_batches(examples, tokens_of, policy, batches))))
     ordered = _in_order(blocks, seed, order)
-    return Stream(name, seed, order, _numbered(ordered), measured)
+    return Stream(name, seed, order, numbered(ordered), measured)
 
 
 def _first_batches(
@@ -148,7 +171,7 @@ def _in_order(blocks: Sequence[Block], seed: int, order: int) -> list[Block]:
     return found
 
 
-def _numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
+def numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
     """Return the blocks with offsets that rise from example to example."""
     numbers = iter(range(10**9))
     return tuple(
@@ -167,7 +190,7 @@ def shuffled(blocks: Sequence[Block], seed: int) -> Block:
     """Return the examples of several blocks in one block, in an order that the seed draws."""
     examples = [example for block in blocks for example in block.examples]
     random.Random(f"shuffled {seed}").shuffle(examples)
-    return _numbered([Block("+".join(dict.fromkeys(block.domain for block in blocks)), tuple(examples))])[0]
+    return numbered([Block("+".join(dict.fromkeys(block.domain for block in blocks)), tuple(examples))])[0]
 
 
 def micro_batches(

@@ -14,11 +14,11 @@ from typing import Final
 import torch
 
 from perennial.learner.bases.sources import SHIPPED_NAME
-from perennial.learner.model.base import load_base
+from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.general_items import GeneralItem, GeneralItems, item_rows
 from perennial.learner.model.general_text import general_texts
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors
-from perennial.learner.model.tokenization import TokenRow, text_rows
+from perennial.learner.model.tokenization import TokenRow, text_rows, turn_rows
 from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.update import Updater
@@ -27,8 +27,9 @@ from perennial.learner.versions.version_writer import make_version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import get_blob
 from perennial.streams.events.models import ExampleAccepted
-from perennial.streams.settings import load_settings
+from perennial.streams.settings import Settings, load_settings
 from tests.benchmarks.learning.arms import Arm
+from tests.benchmarks.learning.streams import Question
 
 ROWS_PER_TEXT: Final = 2
 """Rows of a held-out text that are measured, from its beginning."""
@@ -36,7 +37,7 @@ LEARNED_NATS: Final = math.log(2)
 """Loss of a token that has a probability of one half."""
 _LEARNER_ROOM: Final = Path(__file__).parents[3]
 _CURATE: Final = ("streams/curate/batcher.py", "streams/curate/drift.py")
-_HARNESS: Final = ("texts.py", "retrieval.py", "streams.py", "averages.py", "world.py", "runs.py")
+_HARNESS: Final = ("texts.py", "retrieval.py", "streams.py", "generated.py", "averages.py", "world.py", "runs.py")
 
 Losses = list[tuple[float, int]]
 """Sum of nats and number of tokens, by text."""
@@ -46,20 +47,18 @@ class World:
     """The base and everything around it.
 
     Args:
-        base: Name of the base.
-        threads: CPU threads of the model.
+        base: The base.
+        settings: Of the service, for this base.
         runs: Most runs at the same time, whose passes are shared.
         general: Held-out general texts to measure.
-        row_tokens: Longest row of what is measured, in tokens: the same for every arm.
 
     Attributes:
+        row_tokens: Longest row of what is measured, in tokens: the same for every arm.
         code: Digest of the code that decides the figures.
     """
 
-    def __init__(self, base: str, threads: int, runs: int, general: int) -> None:
-        settings = load_settings(base=base, env_file=None, device="cpu", threads=threads, pass_adapters=runs)
-        self.base_name = base
-        self.base = load_base(settings.model.base, "cpu", settings.model.threads, settings.model.dtype)
+    def __init__(self, base: Base, settings: Settings, runs: int, general: int) -> None:
+        self.base = base
         self.lock = FairLock()
         self._store = DirectoryStore(Path(tempfile.mkdtemp(prefix="perennial-learning-")))
         writer = make_version_writer(settings, self._store, self.base, self.lock)
@@ -74,6 +73,20 @@ class World:
         self._slots: dict[tuple[int, LoraConfig], Lora] = {}
         self._mutex = threading.Lock()
 
+    @classmethod
+    def load(cls, base: str, threads: int, runs: int, general: int) -> World:
+        """Return the world of a base by its name.
+
+        Args:
+            base: Name of the base.
+            threads: CPU threads of the model.
+            runs: Most runs at the same time.
+            general: Held-out general texts to measure.
+        """
+        settings = load_settings(base=base, env_file=None, device="cpu", threads=threads)
+        loaded = load_base(settings.model.base, "cpu", settings.model.threads, settings.model.dtype)
+        return cls(loaded, settings, runs, general)
+
     def _general_rows(self, count: int) -> list[list[TokenRow]]:
         """Return the first row of each general text that is neither trained nor measured by the gate."""
         ref = self._updater.general.ref
@@ -87,7 +100,7 @@ class World:
 
     def updater(self, arm: Arm, worker: int) -> Updater:
         """Return the service's updater with the recipe of an arm, in the slot of one of the threads."""
-        settings = arm.settings(self.base_name)
+        settings = arm.settings(self.base.name)
         recipe = arm.recipe(settings, self.base.compute_dtype)
         lora = self._slot(worker, LoraConfig(recipe.rank, recipe.alpha))
         return replace(
@@ -114,6 +127,18 @@ class World:
     def text_rows(self, text: str) -> list[TokenRow]:
         """Return the rows of a held-out text that are measured."""
         return text_rows(text, self.codec, self.row_tokens)[:ROWS_PER_TEXT]
+
+    def choice_rows(self, question: Question) -> list[list[TokenRow]]:
+        """Return the rows of all choices of a question, first as answers, then as documents.
+
+        A chat model is asked in its template; another one is given the sentence alone, because it cannot answer.
+        """
+        if self.codec.has_template:
+            turns = [("user", question.prompt)]
+            answers = [turn_rows(turns, answer, self.codec, self.row_tokens) for answer in question.answers]
+        else:
+            answers = [text_rows(answer, self.codec, self.row_tokens) for answer in question.answers]
+        return [*answers, *(text_rows(text, self.codec, self.row_tokens) for text in question.documents)]
 
     def losses(self, updater: Updater, weights: Tensors, groups: Sequence[Sequence[TokenRow]]) -> Losses:
         """Return the loss of each group of rows under the weights."""

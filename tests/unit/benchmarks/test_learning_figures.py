@@ -158,3 +158,16 @@ def test_finished_runs_outlive_a_line_that_was_cut_off(tmp_path):
     results.add(other, {"stages": [1]})
     assert Results(path).find(other)["stages"] == [1]
     assert Results(path).find(RunKey("ours", "domains", 1, 1, "tiny", "abc")) is None
+
+
+def test_a_stale_answer_is_one_whose_earlier_value_has_the_lower_loss():
+    asked = [
+        {"earlier": 2, "documents": [5.0, 6.0, 4.9, 1.0]},  # an earlier value is likelier
+        {"earlier": 1, "documents": [5.0, 6.0, 4.0]},  # only another fact's value is likelier
+        {"earlier": 1, "documents": [5.0, 6.0, 7.0]},
+        {"earlier": 0, "documents": [5.0, 4.0]},  # no earlier value
+    ]
+    assert figures.stale_share(asked, "documents") == pytest.approx(1 / 3)
+    assert figures.right_share(asked, "documents") == pytest.approx(1 / 4)
+    assert figures.stale_share(asked[3:], "documents") is None
+    assert figures.right_share([], "documents") is None
