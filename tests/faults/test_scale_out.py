@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import time
-from collections import Counter
+from collections import defaultdict
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,6 +29,7 @@ SLOW_S = 500.0
 """Seconds that three processes may take to start and to share some work beside other tests."""
 PAUSE_S = 0.5
 EXAMPLES_PER_CUT = 2
+SAME_NATS = 1e-4
 
 
 @pytest.fixture
@@ -137,8 +138,11 @@ def test_scorers_come_and_go_in_mid_run(given, record_fault):
         offsets = [event.example.origin.offset for event in events if event.example.adapter == adapter]
         first_seen = list(dict.fromkeys(offsets))
         assert first_seen == sorted(first_seen)
-    losses = {(event.example.example_id, event.base_loss_nats) for event in events}
-    assert max(Counter(example for example, _ in losses).values()) <= 2, "a repetition may differ in the last bits only"
+    losses = defaultdict(list)
+    for event in events:
+        losses[event.example.example_id].append(event.base_loss_nats)
+    for of_example in losses.values():  # each of the three may have scored it: what shares a pass decides the last bits
+        assert max(of_example) - min(of_example) < SAME_NATS
 
 
 def scored(given: Settings) -> list[ExampleScored]:
