@@ -49,6 +49,10 @@ class Recipe:
             GPU and fp32 on a CPU.
         shared_passes: Train in packed passes, which other adapters may share; False: alone, with PEFT's layers. A rebuild
             trains in passes of its own, see docs/decisions/0055.
+        anchors_in_proportion: Measure as many anchor rows as an update has new rows, at least 4, and all of `anchor_rows`
+            where the general loss is near its limit; False: always all.
+        gentler_tries: How often an update that the gate refused is tried again, each time at a lower rate and with more
+            general text.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -77,6 +81,8 @@ class Recipe:
     question_dropout: float = 0.0
     dtype: str = DEVICE_DTYPE
     shared_passes: bool = False
+    anchors_in_proportion: bool = False
+    gentler_tries: int = 0
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

@@ -1,13 +1,13 @@
 """One update: from an adapter's state and a micro-batch to a candidate version.
 
 The phases are: split the examples, measure before, schedule the rows, train on the new ones, judge the held-out ones,
-train on those too, judge the result, and, where the recipe asks for it, judge the answers of a chat model. On a CPU the
-same state, examples and recipe give the same bits; forgetting relies on this when it makes the recorded updates again.
+train on those too, judge the result, and, where the recipe asks for it, judge the answers of a chat model. Where the gate
+refuses the result, the update is tried again with a gentler mix. On a CPU the same state, examples and recipe give the
+same bits; forgetting relies on this when it makes the recorded updates again.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -19,11 +19,18 @@ import torch
 from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.model.general_text import GeneralText
 from perennial.learner.model.lora import Lora, Tensors, is_finite, is_noop
-from perennial.learner.model.loss import ignore_step, mean_nats
+from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
 from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.compute import Compute, ComputeAlone
+from perennial.learner.training.measuring import (
+    MEASURED_ROWS,
+    LossesBefore,
+    Measurer,
+    UpdateRows,
+    measured_anchors,
+)
 from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import (
@@ -44,12 +51,12 @@ from perennial.streams.probe_texts import PROBE_TEXTS
 
 CLOSING_STEPS = 1
 """Least number of steps that train on the held-out examples, after they were measured."""
-MEASURED_ROWS = 8
-"""Number of trained rows that are measured before and after, where nothing is held out."""
 GENERAL_SHARE_AT_FULL_PRESSURE = 0.5
 PRESSURE_DECIMALS = 2
 CHECK_STEPS = 8
 """Of an update of several passes, the general loss is measured after each pass, at most every so many steps."""
+GENTLER_RATE = 0.4
+"""Learning rate of a further try, as a share of the rate of the try before it."""
 
 
 @dataclass(frozen=True)
@@ -76,44 +83,6 @@ class UpdateResult:
 
 
 @dataclass(frozen=True)
-class _UpdateRows:
-    """The rows of one update by what they are used for.
-
-    Attributes:
-        new: Rows that are trained first.
-        held_out: Rows that are measured after that, and trained last.
-        probe: Rows out of `new` that are measured instead where nothing is held out.
-        anchors: Rows of general text that are only measured.
-        held_out_examples: Number of examples held out.
-        new_ids: Ids of the examples that are trained first.
-    """
-
-    new: list[TokenRow]
-    held_out: list[TokenRow]
-    probe: list[TokenRow]
-    anchors: list[TokenRow]
-    held_out_examples: int
-    new_ids: list[str]
-
-
-@dataclass(frozen=True)
-class _LossesBefore:
-    """Losses before training, nats.
-
-    Attributes:
-        held_out: Loss of each token of the held-out rows under the parent.
-        probe: Loss of each token of the probe rows under the parent.
-        anchors: Loss of each token of the anchor rows under the parent.
-        anchors_base: Mean loss of the anchor rows under the frozen base, per token.
-    """
-
-    held_out: list[float]
-    probe: list[float]
-    anchors: list[float]
-    anchors_base: float
-
-
-@dataclass(frozen=True)
 class _Trial:
     """The result of the training so far, and the verdict of the last check.
 
@@ -121,7 +90,7 @@ class _Trial:
         trained: Weights and optimizer after the last training run.
         tokens: Number of tokens trained over all runs.
         verdict: Verdict of the last check.
-        figures: Figures measured after training.
+        figures: Figures measured after training, and what was trained.
     """
 
     trained: TrainResult
@@ -195,53 +164,29 @@ class Updater:
         """
         # The order of the draws from `rng` (probe, anchors, main schedule, closing schedule) decides the bits.
         rng = seeded_random("update", adapter, cut, self.recipe.seed)
-        rows = self._split(examples, rng)
-        before = self._measure_before(parent.weights, rows, on_step)
-        pressure = self._pressure(rows, before)
-        main = self._schedule(
-            rows.new, parent.replay_index, replayed, self._composition(self.recipe.steps, pressure), rng
+        lora = self.lora.computing_in(DTYPES.get(self.recipe.dtype))
+        measurer = Measurer(
+            lora, self.codec.pad, self.general, self.recipe, self.compute, self.answers, self.lock, on_step
         )
-        # Several passes over the held-out rows alone would push out what was trained just before them.
-        rehearsed = self._index_after(parent, rows.new_ids, batch) if self.recipe.epochs > 1 else parent.replay_index
-        closing = self._schedule(rows.held_out, rehearsed, replayed, self._composition(CLOSING_STEPS, pressure), rng)
+        rows, before = measurer.before(parent.weights, self._split(examples, rng))
+        run = _Run(self, measurer, parent, rows, before, batch, replayed)
+        trial = run.attempt(rng, run.pressure(), 1.0)
+        tries, tokens, adapters = 1, trial.tokens, trial.trained.adapters
+        while tries <= self.recipe.gentler_tries and trial.verdict.reason not in {"ok", "no-op"}:
+            tries += 1
+            rng = seeded_random("update", adapter, cut, self.recipe.seed, tries)
+            trial = run.attempt(rng, 1.0, GENTLER_RATE ** (tries - 1))
+            tokens, adapters = tokens + trial.tokens, max(adapters, trial.trained.adapters)
 
-        trial = self._train_new(parent, main, rows, before, on_step)
-        main_steps = len(trial.trained.losses)
-        # As many passes as over the other rows; with one pass this is all of them.
-        closing_steps = closing.steps[: -(-len(closing.steps) * main_steps // max(1, len(main.steps)))]
-        if trial.passed and rows.held_out_examples:
-            trial = self._judge_held_out(trial, rows, before, on_step)
-        if trial.passed and closing_steps:
-            trial = self._train_held_out(trial, parent, closing_steps, on_step)
-        if trial.passed:
-            trial = self._judge_result(trial, rows, before, on_step)
-        if trial.passed and self.answers is not None and self.recipe.max_answer_rise_nats > 0:
-            trial = self._judge_answers(trial, parent, self.answers, on_step)
-
-        figures = GateFigures(
-            basis=HELD_OUT if rows.held_out_examples else SEEN,
-            held_out_examples=rows.held_out_examples,
-            anchor_base=gate.rounded(before.anchors_base),
-            anchor_before=gate.rounded(gate.mean(before.anchors)),
-            replayed_rows=main.replayed + closing.replayed,
-            replay_missing=main.missing + closing.missing,
-            strain=gate.rounded(pressure),
-            steps=main_steps + len(closing_steps),
-            reason=trial.verdict.reason,
-        ).merged(trial.figures)
+        figures = trial.figures.merged(GateFigures(reason=trial.verdict.reason))
+        if tries > 1:
+            figures = figures.merged(GateFigures(tries=tries))
         if not trial.passed:
-            return UpdateResult(
-                "refused", trial.verdict.reason, parent, figures, trial.tokens, pass_adapters=trial.trained.adapters
-            )
-        index = self._index_after(parent, [example.example_id for example in examples], batch)
+            return UpdateResult("refused", trial.verdict.reason, parent, figures, tokens, pass_adapters=adapters)
+        index = run.index_after([example.example_id for example in examples])
         state = TrainingState(trial.trained.weights, trial.trained.optimizer, index)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
-        return UpdateResult("promoted", "ok", state, figures, trial.tokens, probes, trial.trained.adapters)
-
-    @functools.cached_property
-    def _computing(self) -> Lora:
-        """Return the slot, computing in the recipe's number format."""
-        return self.lora.computing_in(DTYPES.get(self.recipe.dtype))
+        return UpdateResult("promoted", "ok", state, figures, tokens, probes, adapters)
 
     @property
     def compute(self) -> Compute:
@@ -252,33 +197,99 @@ class Updater:
             raise RuntimeError("the recipe has shared passes, and the updater has none")
         return self.shared
 
-    # ---- before training
-
-    def _split(self, examples: Sequence[ExampleAccepted], rng: Random) -> _UpdateRows:
+    def _split(self, examples: Sequence[ExampleAccepted], rng: Random) -> UpdateRows:
         held_out = gate.hold_out([example.document_id for example in examples], self.recipe.held_out_share)
         rows = [self.rows(example) for example in examples]
         new = [row for index, group in enumerate(rows) if index not in held_out for row in group]
-        return _UpdateRows(
+        # A batch too small to hold anything out is judged on rows that it trains.
+        probe = [] if held_out else rng.sample(new, min(MEASURED_ROWS, len(new)))
+        anchors = self.general.anchors(rng, self.recipe.anchor_rows)
+        measured = measured_anchors(anchors, sum(map(len, rows)), self.recipe)
+        return UpdateRows(
             new=new,
             held_out=[row for index, group in enumerate(rows) if index in held_out for row in group],
-            # A batch too small to hold anything out is judged on rows that it trains.
-            probe=[] if held_out else rng.sample(new, min(MEASURED_ROWS, len(new))),
-            anchors=self.general.anchors(rng, self.recipe.anchor_rows),
+            probe=probe,
+            anchors=anchors[:measured],
+            spare_anchors=anchors[measured:],
             held_out_examples=len(held_out),
             new_ids=[example.example_id for index, example in enumerate(examples) if index not in held_out],
         )
 
-    def _measure_before(self, weights: Tensors, rows: _UpdateRows, on_step: Callable[[], None]) -> _LossesBefore:
-        anchors_base = mean_nats(self.general.base_losses(self._computing, rows.anchors, self.lock, on_step))
-        held_out, probe, anchors = self._measure(weights, rows.held_out, rows.probe, rows.anchors, on_step=on_step)
-        return _LossesBefore(held_out, probe, anchors, anchors_base)
 
-    def _pressure(self, rows: _UpdateRows, before: _LossesBefore) -> float:
-        if not rows.anchors:
+@dataclass(frozen=True)
+class _Run:
+    """One update, whose rows are split and measured under the parent. It is tried once or, more gently, again.
+
+    Attributes:
+        updater: Recipe, slot, tokenizer and general text.
+        measurer: Measures versions for the gate.
+        parent: State to train from.
+        rows: Rows of the update.
+        before: Their losses under the parent.
+        batch: Digest of the micro-batch blob.
+        replayed: Returns the rows of an earlier example, None where it must not be replayed.
+    """
+
+    updater: Updater
+    measurer: Measurer
+    parent: TrainingState
+    rows: UpdateRows
+    before: LossesBefore
+    batch: str
+    replayed: RowsOf
+
+    @property
+    def _recipe(self) -> Recipe:
+        return self.updater.recipe
+
+    def attempt(self, rng: Random, pressure: float, rate: float) -> _Trial:
+        """Train and judge once.
+
+        Args:
+            rng: Decides what is replayed and which general rows are mixed in.
+            pressure: Pressure of the general loss, 0 to 1: the more of it, the more general text and the less replay.
+            rate: Learning rate, as a share of the recipe's.
+        """
+        rows, before = self.rows, self.before
+        main = self._schedule(rows.new, self.parent.replay_index, self._composition(self._recipe.steps, pressure), rng)
+        # Several passes over the held-out rows alone would push out what was trained just before them.
+        rehearsed = self.index_after(rows.new_ids) if self._recipe.epochs > 1 else self.parent.replay_index
+        closing = self._schedule(rows.held_out, rehearsed, self._composition(CLOSING_STEPS, pressure), rng)
+
+        trial = self._train_new(main, rate)
+        main_steps = len(trial.trained.losses)
+        # As many passes as over the other rows; with one pass this is all of them.
+        closing_steps = closing.steps[: -(-len(closing.steps) * main_steps // max(1, len(main.steps)))]
+        if trial.passed and rows.held_out_examples:
+            trial = self.judge_held_out(trial)
+        if trial.passed and closing_steps:
+            trial = self._train_held_out(trial, closing_steps, rate)
+        if trial.passed:
+            trial = self._judge_result(trial)
+        if trial.passed and self.measurer.asks_answers:
+            trial = self._judge_answers(trial)
+        figures = GateFigures(
+            basis=HELD_OUT if rows.held_out_examples else SEEN,
+            held_out_examples=rows.held_out_examples,
+            anchor_base=gate.rounded(before.anchors_base),
+            anchor_before=gate.rounded(gate.mean(before.anchors)),
+            replayed_rows=main.replayed + closing.replayed,
+            replay_missing=main.missing + closing.missing,
+            strain=gate.rounded(pressure),
+            steps=main_steps + len(closing_steps),
+        )
+        return replace(trial, figures=figures.merged(trial.figures))
+
+    # ---- before training
+
+    def pressure(self) -> float:
+        """Return the pressure of the general loss before training, 0 to 1."""
+        if not self.rows.anchors:
             return 0.0
-        pressure = gate.general_loss_pressure(before.anchors_base, gate.mean(before.anchors), self._limits)
+        before, limits = self.before, self.measurer.limits
+        pressure = gate.general_loss_pressure(before.anchors_base, gate.mean(before.anchors), limits)
         # In passes, the base and the adapter are measured in different products: a rounding must not add a general row.
-        return round(pressure, PRESSURE_DECIMALS) if self.recipe.shared_passes else pressure
+        return round(pressure, PRESSURE_DECIMALS) if self._recipe.shared_passes else pressure
 
     def _composition(self, steps: int, pressure: float) -> BatchComposition:
         """Return the composition of the steps: the higher the pressure, the more general text and the less replay.
@@ -286,116 +297,91 @@ class Updater:
         A stream that pulls the adapter away from general text thus meets a growing counterweight before the gate has
         to refuse.
         """
-        general = self.recipe.general_share
+        recipe = self._recipe
         return BatchComposition(
             steps,
-            self.recipe.rows,
-            epochs=self.recipe.epochs,
-            replay_share=self.recipe.replay_share * (1 - pressure / 2),
-            general_share=general + pressure * max(0.0, GENERAL_SHARE_AT_FULL_PRESSURE - general),
-            question_dropout=self.recipe.question_dropout,
+            recipe.rows,
+            epochs=recipe.epochs,
+            replay_share=recipe.replay_share * (1 - pressure / 2),
+            general_share=recipe.general_share
+            + pressure * max(0.0, GENERAL_SHARE_AT_FULL_PRESSURE - recipe.general_share),
+            question_dropout=recipe.question_dropout,
         )
 
     def _schedule(
-        self,
-        new: Sequence[TokenRow],
-        index: Sequence[ReplayEntry],
-        replayed: RowsOf,
-        composition: BatchComposition,
-        rng: Random,
+        self, new: Sequence[TokenRow], index: Sequence[ReplayEntry], composition: BatchComposition, rng: Random
     ) -> TrainingSchedule:
-        return build_schedule(new, index, replayed, self._draw_general, composition, rng)
+        return build_schedule(new, index, self.replayed, self._draw_general, composition, rng)
 
     def _draw_general(self, rng: Random) -> TokenRow | None:
-        row = self.general.draw(rng)
-        return replace(row, like_base=True) if row is not None and self.recipe.general_kl_weight > 0 else row
+        row = self.updater.general.draw(rng)
+        return replace(row, like_base=True) if row is not None and self._recipe.general_kl_weight > 0 else row
 
-    def _index_after(self, parent: TrainingState, learned: Sequence[str], batch: str) -> tuple[ReplayEntry, ...]:
+    def index_after(self, learned: Sequence[str]) -> tuple[ReplayEntry, ...]:
         """Return the replay index with these examples of the micro-batch."""
-        entries = (ReplayEntry(example_id, batch) for example_id in learned)
-        return update_replay_index(parent.replay_index, entries, self.recipe.replay_size, self.recipe.seed)
+        entries = (ReplayEntry(example_id, self.batch) for example_id in learned)
+        return update_replay_index(self.parent.replay_index, entries, self._recipe.replay_size, self._recipe.seed)
 
     # ---- training and judging
 
-    def _train_new(
-        self,
-        parent: TrainingState,
-        main: TrainingSchedule,
-        rows: _UpdateRows,
-        before: _LossesBefore,
-        on_step: Callable[[], None],
-    ) -> _Trial:
+    def _train_new(self, main: TrainingSchedule, rate: float) -> _Trial:
         """Train on the new rows, and take back the last pass if the general loss has risen too far.
 
         The gate would refuse the whole update otherwise, and nothing of it would be learned.
         """
-        several = self.recipe.epochs > 1 and bool(rows.anchors)
-        size = max(CHECK_STEPS, -(-len(main.steps) // self.recipe.epochs)) if several else max(1, len(main.steps))
-        trained = self._train(parent.weights, parent.optimizer, main.steps[:size], on_step)
-        verdict = self._judge_training(trained, parent.weights)
+        rows, before, measurer = self.rows, self.before, self.measurer
+        several = self._recipe.epochs > 1 and bool(rows.anchors)
+        size = max(CHECK_STEPS, -(-len(main.steps) // self._recipe.epochs)) if several else max(1, len(main.steps))
+        trained = self._train(self.parent.weights, self.parent.optimizer, main.steps[:size], rate)
+        verdict = self._judge_training(trained)
         for start in range(size, len(main.steps), size):
             if not verdict.promote:
                 break
-            more = self._train(trained.weights, trained.optimizer, main.steps[start : start + size], on_step)
-            verdict = self._judge_training(more, parent.weights)
-            if verdict.promote and self._has_general_rise(more.weights, rows, before, on_step):
-                self.lora.load(trained.weights)
+            more = self._train(trained.weights, trained.optimizer, main.steps[start : start + size], rate)
+            verdict = self._judge_training(more)
+            if verdict.promote and measurer.has_general_rise(more.weights, rows, before):
+                self.updater.lora.load(trained.weights)
                 trained = replace(trained, adapters=max(trained.adapters, more.adapters))
                 break
             trained = more.after(trained)
         return _Trial(trained, trained.tokens, verdict)
 
-    def _has_general_rise(
-        self, weights: Tensors, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
-    ) -> bool:
-        """Return True if the weights, which are in the slot, use up `FULL_PRESSURE_SHARE` of a rise that the gate allows.
-
-        These are the rise of the general loss and, for a chat model, that of the loss on the base's own answers.
-        """
-        (anchors,) = self._measure(weights, rows.anchors, on_step=on_step)
-        limits, share = self._limits, gate.FULL_PRESSURE_SHARE
-        if not gate.mean(anchors) - before.anchors_base <= share * limits.max_general_rise_nats:
-            return True
-        if self.answers is None or limits.max_answer_rise_nats == 0:
-            return False
-        rise = self._answer_rise(weights, self.answers, on_step)
-        return not rise <= share * limits.max_answer_rise_nats
-
-    def _judge_held_out(
-        self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
-    ) -> _Trial:
+    def judge_held_out(self, trial: _Trial) -> _Trial:
         """Measure the held-out rows while they are still untrained."""
-        gain = gate.gain(before.held_out, *self._measure(trial.trained.weights, rows.held_out, on_step=on_step))
+        after = self.measurer.losses(trial.trained.weights, self.rows.held_out)
+        gain = gate.gain(self.before.held_out, *after)
         figures = GateFigures(
             held_out_before=gate.rounded(gain.before_nats),
             held_out_after=gate.rounded(gain.after_nats),
             held_out_error=gate.rounded(gain.error_nats),
         )
-        return replace(trial, verdict=gate.judge_gain(gain, self._limits), figures=figures)
+        return replace(trial, verdict=gate.judge_gain(gain, self.measurer.limits), figures=figures)
 
-    def _train_held_out(
-        self,
-        trial: _Trial,
-        parent: TrainingState,
-        closing: Sequence[Sequence[TokenRow]],
-        on_step: Callable[[], None],
-    ) -> _Trial:
+    def _train_held_out(self, trial: _Trial, closing: Sequence[Sequence[TokenRow]], rate: float) -> _Trial:
         """Train on the held-out rows too, so that no example is lost."""
-        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing, on_step)
-        verdict = self._judge_training(trained, parent.weights)
+        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing, rate)
+        verdict = self._judge_training(trained)
         trained = replace(trained, adapters=max(trained.adapters, trial.trained.adapters))
         return replace(trial, trained=trained, tokens=trial.tokens + trained.tokens, verdict=verdict)
 
-    def _judge_result(
-        self, trial: _Trial, rows: _UpdateRows, before: _LossesBefore, on_step: Callable[[], None]
-    ) -> _Trial:
+    def _judge_result(self, trial: _Trial) -> _Trial:
         """Measure the final weights: the gain where nothing was held out, then the general loss."""
-        probe, anchors = self._measure(trial.trained.weights, rows.probe, rows.anchors, on_step=on_step)
+        measurer, rows, before, weights = self.measurer, self.rows, self.before, trial.trained.weights
+        probe, anchors = measurer.losses(weights, rows.probe, rows.anchors)
+        if rows.spare_anchors and measurer.near_limit(before, anchors):
+            rows, before = measurer.with_all_anchors(self.parent.weights, rows, before)
+            (anchors,) = measurer.losses(weights, rows.anchors)  # this also puts the weights back into the slot
         verdict = trial.verdict
-        figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(gate.mean(anchors))))
+        figures = trial.figures.merged(
+            GateFigures(
+                anchor_base=gate.rounded(before.anchors_base),
+                anchor_before=gate.rounded(gate.mean(before.anchors)),
+                anchor_after=gate.rounded(gate.mean(anchors)),
+            )
+        )
         if not rows.held_out_examples:
             gain = gate.gain(before.probe, probe)
-            verdict = gate.judge_gain(gain, self._limits)
+            verdict = gate.judge_gain(gain, measurer.limits)
             figures = figures.merged(
                 GateFigures(
                     new_before=gate.rounded(gain.before_nats),
@@ -404,70 +390,42 @@ class Updater:
                 )
             )
         if verdict.promote and rows.anchors:
-            verdict = gate.judge_general(before.anchors_base, gate.gain(before.anchors, anchors), self._limits)
+            verdict = gate.judge_general(before.anchors_base, gate.gain(before.anchors, anchors), measurer.limits)
         return replace(trial, verdict=verdict, figures=figures)
 
-    def _judge_answers(
-        self, trial: _Trial, parent: TrainingState, answers: AnswerCheck, on_step: Callable[[], None]
-    ) -> _Trial:
+    def _judge_answers(self, trial: _Trial) -> _Trial:
         """Let the new version answer fixed questions, then measure how far it left the base's own answers."""
-        asked = answers.trial(self._computing, self.lock, on_step)
+        measurer, weights = self.measurer, trial.trained.weights
+        asked = measurer.trial()
         verdict = gate.judge_trial(asked.asked, asked.degenerate, finite=asked.finite)
         figures = trial.figures.merged(GateFigures(degenerate_answers=asked.degenerate))
         if verdict.promote:
-            rise = self._answer_rise(trial.trained.weights, answers, on_step)
+            rise = measurer.answer_rise(weights)
             figures = figures.merged(GateFigures(answer_rise=gate.rounded(rise)))
 
             def rise_before() -> float:
-                self.lora.load(parent.weights)
+                self.updater.lora.load(self.parent.weights)
                 try:
-                    return self._answer_rise(parent.weights, answers, on_step)
+                    return measurer.answer_rise(self.parent.weights)
                 finally:
-                    self.lora.load(trial.trained.weights)
+                    self.updater.lora.load(weights)
 
-            verdict = gate.judge_answers(rise, rise_before, self._limits)
+            verdict = gate.judge_answers(rise, rise_before, measurer.limits)
         return replace(trial, verdict=verdict, figures=figures)
 
-    def _answer_rise(self, weights: Tensors, answers: AnswerCheck, on_step: Callable[[], None]) -> float:
-        """Return the mean rise of the loss on the base's own answers under the weights, which are in the slot."""
-
-        def measure(rows: Sequence[TokenRow]) -> list[torch.Tensor]:
-            return self.compute.token_losses(self._computing, weights, rows, self.codec.pad, self.lock, on_step)
-
-        shared = measure if self.recipe.shared_passes else None  # as versions before it were measured
-        return gate.mean(answers.rises(self._computing, self.lock, on_step, shared))
-
-    @property
-    def _limits(self) -> gate.GateLimits:
-        recipe = self.recipe
-        return gate.GateLimits(recipe.min_gain_nats, recipe.max_general_rise_nats, recipe.max_answer_rise_nats)
-
     def _train(
-        self,
-        weights: Tensors,
-        optimizer: Tensors | None,
-        steps: Sequence[Sequence[TokenRow]],
-        on_step: Callable[[], None],
+        self, weights: Tensors, optimizer: Tensors | None, steps: Sequence[Sequence[TokenRow]], rate: float
     ) -> TrainResult:
-        recipe = self.recipe
+        recipe, measurer = self._recipe, self.measurer
         config = TrainConfig(
-            recipe.learning_rate, recipe.clip_norm, self.codec.pad, recipe.warmup_steps,
+            recipe.learning_rate * rate, recipe.clip_norm, measurer.pad, recipe.warmup_steps,
             packed_tokens=recipe.packed_tokens, like_base_weight=recipe.general_kl_weight,
         )  # fmt: skip
-        return self.compute.train(self._computing, weights, optimizer, steps, config, self.lock, on_step)
+        return measurer.compute.train(measurer.lora, weights, optimizer, steps, config, measurer.lock, measurer.on_step)
 
-    def _judge_training(self, trained: TrainResult, before: Tensors) -> gate.GateVerdict:
+    def _judge_training(self, trained: TrainResult) -> gate.GateVerdict:
+        before = self.parent.weights
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())
         noop = unchanged or is_noop(trained.weights)
         finite = is_finite(trained.weights) and is_finite(trained.optimizer)
         return gate.judge_training(trained.norms, trained.losses, finite=finite, noop=noop)
-
-    def _measure(self, weights: Tensors, *groups: Sequence[TokenRow], on_step: Callable[[], None]) -> list[list[float]]:
-        """Return the loss of each token of each group under the weights, measured in one call over all groups.
-
-        What is measured together decides the batches, and so the last bits.
-        """
-        rows = [row for group in groups for row in group]
-        losses = self.compute.token_losses(self._computing, weights, rows, self.codec.pad, self.lock, on_step)
-        of_row = iter(losses)
-        return [[nats for _ in group for nats in next(of_row).tolist()] for group in groups]

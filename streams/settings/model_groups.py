@@ -107,7 +107,19 @@ class GateSettings(SettingsGroup):
         description="share of a micro-batch, from 0 to 1, that is held out: measured first, and trained on after that",
     )
     anchor_rows: PositiveInt = Field(
-        12, description="rows of general text on which the gate measures each update; other rows each time"
+        12, description="most rows of general text on which the gate measures each update; other rows each time"
+    )
+    anchors_in_proportion: bool = Field(
+        True,
+        description="measure small updates on as many rows of general text as they have new rows, at least 4, and on all "
+        "where the general loss is near its limit; false: always on all",
+    )
+    gentler_tries: int = Field(
+        2,
+        ge=0,
+        le=8,
+        description="how often an update that the gate refused is tried again, each time at a lower learning rate and with "
+        "more general text, before its examples are set aside",
     )
     max_general_rise_nats: PositiveFloat = Field(
         0.15,

@@ -54,7 +54,7 @@ def _history_row(row: dict[str, Any]) -> list[str | Text]:
     losses = f"{before:.3f} → {after:.3f}" if before is not None and after is not None else "-"
     return [
         str(row["seq"]), row["version"], _served(row), row["kind"], row["outcome"],
-        row["reason"], str(row["examples"]), str(row["tokens"]), losses,
+        f"{row['reason']}, {gate.tries} tries" if gate.tries else row["reason"], str(row["examples"]), str(row["tokens"]), losses,
         _difference(gate.anchor_after, gate.anchor_base),
     ]  # fmt: skip
 

@@ -22,6 +22,7 @@ from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, tex
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.together.shared_pass import packs_together
 from perennial.learner.training import gate, update
+from perennial.learner.training.measuring import LossesBefore, Measurer, UpdateRows
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
@@ -33,7 +34,7 @@ from tests import tiny
 
 RECIPE = replace(
     Recipe.of(Settings.of()), rank=4, alpha=8, learning_rate=5e-3, warmup_steps=2, steps=6, rows=8, row_tokens=32,
-    replay_size=16, anchor_rows=4, max_general_rise_nats=10.0, held_out_share=0.25,
+    replay_size=16, anchor_rows=4, max_general_rise_nats=10.0, held_out_share=0.25, gentler_tries=0, anchors_in_proportion=False,
 )  # fmt: skip
 GENERAL = [f"plain words number {number} about nothing" for number in range(12)]
 
@@ -121,16 +122,16 @@ def test_a_pass_that_raises_the_general_loss_too_far_is_taken_back(
     updater, examples, seen = make(replace(RECIPE, epochs=4, rows=4)), documents(16), []
     whole = run(updater, first(updater), examples)
 
-    def has_general_rise(self: Updater, *_: object) -> bool:
+    def has_general_rise(self: Measurer, *_: object) -> bool:
         seen.append({name: tensor.clone() for name, tensor in self.lora.weights().items()})
         return len(seen) == rises_at
 
-    monkeypatch.setattr(Updater, "_has_general_rise", has_general_rise)
+    monkeypatch.setattr(Measurer, "has_general_rise", has_general_rise)
     measured: list[Tensors] = []
-    judged = Updater._judge_held_out
+    judged = update._Run.judge_held_out
     monkeypatch.setattr(
-        Updater, "_judge_held_out",
-        lambda self, trial, *rest: (measured.append(self.lora.weights()), judged(self, trial, *rest))[1],
+        update._Run, "judge_held_out",
+        lambda self, trial: (measured.append(self.updater.lora.weights()), judged(self, trial))[1],
     )  # fmt: skip
     done = run(updater, first(updater), examples)
     assert done.outcome == "promoted"
@@ -159,12 +160,15 @@ def test_the_rise_that_ends_further_passes_is_that_of_full_pressure(
 ) -> None:
     """Of the general loss and of the loss on a chat model's own answers, for the gate refuses for either."""
     check = SimpleNamespace(rises=lambda *_: [answers, answers])
-    updater = replace(make(replace(RECIPE, max_general_rise_nats=0.15, max_answer_rise_nats=1.0)), answers=check)
-    monkeypatch.setattr(Updater, "_measure", lambda *_, **__: [[3.0 + general, 3.0 + general]])
-    before, rows = update._LossesBefore([], [], [], 3.0), update._UpdateRows([], [], [], [], 0, [])
-    assert updater._has_general_rise({}, rows, before, ignore_step) is too_far
-    not_asked = replace(updater, recipe=replace(updater.recipe, max_answer_rise_nats=0.0))
-    assert not_asked._has_general_rise({}, rows, before, ignore_step) is (not general <= 0.09)
+    updater = make(replace(RECIPE, max_general_rise_nats=0.15, max_answer_rise_nats=1.0))
+    measurer = Measurer(
+        updater.lora, 0, updater.general, updater.recipe, updater.compute, check, updater.lock, ignore_step  # type: ignore[arg-type]
+    )  # fmt: skip
+    monkeypatch.setattr(Measurer, "losses", lambda *_: [[3.0 + general, 3.0 + general]])
+    before, rows = LossesBefore([], [], [], 3.0), UpdateRows([], [], [], [], [], 0, [])
+    assert measurer.has_general_rise({}, rows, before) is too_far
+    not_asked = replace(measurer, recipe=replace(updater.recipe, max_answer_rise_nats=0.0))
+    assert not_asked.has_general_rise({}, rows, before) is (not general <= 0.09)
 
 
 def test_few_examples_are_judged_by_their_own_fall() -> None:
@@ -369,3 +373,55 @@ def test_words_of_questions_are_left_out_where_the_recipe_says_so(
     assert len(trained) >= 4
     assert (set(trained) == {whole.ids}) is (share == 0.0)
     assert len(set(trained)) == (1 if share == 0.0 else len(trained))
+
+
+def test_a_refused_update_is_tried_again_more_gently() -> None:
+    """A rate that raises the general loss too far would otherwise throw the examples away."""
+    harsh = replace(RECIPE, max_general_rise_nats=0.25, learning_rate=2e-2, general_share=0.0, gentler_tries=4)
+    updater = make(harsh, base=tiny.trained(GENERAL))
+    parent = first(updater)
+    at_once = run(replace(updater, recipe=replace(harsh, gentler_tries=0)), parent, documents(8))
+    assert (at_once.outcome, at_once.reason, at_once.gate.tries) == ("refused", "general-rise", None)
+    done = run(updater, parent, documents(8))
+    assert (done.outcome, done.reason) == ("promoted", "ok")
+    assert done.gate.tries is not None
+    assert 2 <= done.gate.tries <= 5
+    assert done.gate.held_out_after < done.gate.held_out_before
+    assert done.gate.anchor_after - done.gate.anchor_base <= harsh.max_general_rise_nats
+    assert done.gate.strain == 1, "with as much general text as there may be"
+    assert done.tokens > at_once.tokens, "the tokens of all tries count"
+    assert digest_of(run(updater, parent, documents(8))) == digest_of(done)
+
+
+def test_an_update_that_no_gentler_try_mends_is_refused_with_its_last_figures() -> None:
+    updater = make(replace(RECIPE, min_gain_nats=50.0, gentler_tries=2))
+    parent = first(updater)
+    done = run(updater, parent, documents(8))
+    assert (done.outcome, done.reason, done.gate.tries) == ("refused", "no-gain", 3)
+    assert done.state is parent
+
+
+@pytest.mark.parametrize(("count", "limit", "measured"), [(1, 10.0, 4), (3, 10.0, 6), (1, 1e-9, 9), (16, 10.0, 9)])
+def test_a_small_update_is_measured_on_few_anchors_unless_the_general_loss_is_near_its_limit(
+    monkeypatch: pytest.MonkeyPatch, count: int, limit: float, measured: int
+) -> None:
+    recipe = replace(RECIPE, anchors_in_proportion=True, anchor_rows=9, max_general_rise_nats=limit)
+    updater = make(recipe)
+    asked: list[int] = []
+    base_nats = Measurer.base_nats
+
+    def watched(self: Measurer, anchors: list[TokenRow]) -> float:
+        asked.append(len(anchors))
+        return base_nats(self, anchors)
+
+    monkeypatch.setattr(Measurer, "base_nats", watched)
+    done = run(updater, first(updater), documents(count))
+    assert asked[-1] == measured
+    assert digest_of(run(updater, first(updater), documents(count))) == digest_of(done)
+    if limit == 10.0:
+        assert done.outcome == "promoted"
+        return
+    whole = run(replace(updater, recipe=replace(recipe, anchors_in_proportion=False)), first(updater), documents(count))
+    assert done.outcome == whole.outcome
+    assert done.gate.anchor_base == whole.gate.anchor_base, "judged on the same rows"
+    assert done.gate.anchor_after == pytest.approx(whole.gate.anchor_after, abs=1e-5)

@@ -1,0 +1,218 @@
+"""The measurements of an update, on which the gate decides: of new rows, of general text, of a chat model's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+
+import torch
+
+from perennial.learner.model.general_text import GeneralText
+from perennial.learner.model.lora import Lora, Tensors
+from perennial.learner.model.loss import mean_nats
+from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.training import gate
+from perennial.learner.training.answers import AnswerCheck, TrialAnswers
+from perennial.learner.training.compute import Compute
+from perennial.learner.training.recipe import Recipe
+
+MEASURED_ROWS = 8
+"""Number of trained rows that are measured before and after, where nothing is held out."""
+LEAST_ANCHORS = 4
+"""Number of anchor rows of the smallest updates, where their number follows the update's."""
+ALL_ANCHORS_SHARE = 0.5
+"""Share of the allowed rise of the general loss above which all anchor rows are measured, whatever the update's size."""
+
+
+@dataclass(frozen=True)
+class UpdateRows:
+    """The rows of one update by what they are used for.
+
+    Attributes:
+        new: Rows that are trained first.
+        held_out: Rows that are measured after that, and trained last.
+        probe: Rows out of `new` that are measured instead where nothing is held out.
+        anchors: Rows of general text that are only measured.
+        spare_anchors: Further anchor rows, which are measured where the rise of the general loss is near its limit.
+        held_out_examples: Number of examples held out.
+        new_ids: Ids of the examples that are trained first.
+    """
+
+    new: list[TokenRow]
+    held_out: list[TokenRow]
+    probe: list[TokenRow]
+    anchors: list[TokenRow]
+    spare_anchors: list[TokenRow]
+    held_out_examples: int
+    new_ids: list[str]
+
+
+@dataclass(frozen=True)
+class LossesBefore:
+    """Losses before training, nats.
+
+    Attributes:
+        held_out: Loss of each token of the held-out rows under the parent.
+        probe: Loss of each token of the probe rows under the parent.
+        anchors: Loss of each token of the anchor rows under the parent.
+        anchors_base: Mean loss of the anchor rows under the frozen base, per token.
+    """
+
+    held_out: list[float]
+    probe: list[float]
+    anchors: list[float]
+    anchors_base: float
+
+
+def measured_anchors(anchors: Sequence[TokenRow], new_rows: int, recipe: Recipe) -> int:
+    """Return how many of the anchor rows an update measures at first: as many as it has new rows, at least 4.
+
+    One document cannot move the general loss far, and rows that are measured before and after cost a third of its
+    update. The gate measures all of them where the general loss is near its limit.
+
+    Args:
+        anchors: Anchor rows of the update.
+        new_rows: Number of its new rows.
+        recipe: Says whether the number follows the update's at all.
+    """
+    return min(len(anchors), max(LEAST_ANCHORS, new_rows)) if recipe.anchors_in_proportion else len(anchors)
+
+
+@dataclass(frozen=True)
+class Measurer:
+    """Measures versions for the gate.
+
+    Attributes:
+        lora: Slot that computes in the recipe's number format.
+        pad: Token id to fill up with.
+        general: General text.
+        recipe: Limits of the gate.
+        compute: Measures losses.
+        answers: Measures the answers of a version; None where the base has no chat template.
+        lock: Lock on the base.
+        on_step: Called after each forward pass.
+    """
+
+    lora: Lora
+    pad: int
+    general: GeneralText
+    recipe: Recipe
+    compute: Compute
+    answers: AnswerCheck | None
+    lock: AbstractContextManager[object] | None
+    on_step: Callable[[], None]
+
+    @property
+    def limits(self) -> gate.GateLimits:
+        """Return the limits of the gate."""
+        recipe = self.recipe
+        return gate.GateLimits(recipe.min_gain_nats, recipe.max_general_rise_nats, recipe.max_answer_rise_nats)
+
+    def losses(self, weights: Tensors, *groups: Sequence[TokenRow]) -> list[list[float]]:
+        """Return the loss of each token of each group under the weights, measured in one call over all groups.
+
+        What is measured together decides the batches, and so the last bits.
+        """
+        of_row = iter(self.row_losses(weights, [row for group in groups for row in group]))
+        return [[nats for _ in group for nats in next(of_row).tolist()] for group in groups]
+
+    def row_losses(self, weights: Tensors, rows: Sequence[TokenRow]) -> list[torch.Tensor]:
+        """Return the loss of each trained token of each row under the weights, which are in the slot afterwards."""
+        return self.compute.token_losses(self.lora, weights, rows, self.pad, self.lock, self.on_step)
+
+    def base_nats(self, anchors: Sequence[TokenRow]) -> float:
+        """Return the mean loss of the frozen base on anchor rows, nats per token."""
+        return mean_nats(self.general.base_losses(self.lora, anchors, self.lock, self.on_step))
+
+    # ---- before training
+
+    def before(self, weights: Tensors, rows: UpdateRows) -> tuple[UpdateRows, LossesBefore]:
+        """Measure what an update starts from.
+
+        Args:
+            weights: The parent's.
+            rows: Rows of the update.
+
+        Returns:
+            The rows, with all anchors where the parent's general loss is near the limit, and the losses.
+        """
+        base = self.base_nats(rows.anchors)
+        held_out, probe, anchors = self.losses(weights, rows.held_out, rows.probe, rows.anchors)
+        before = LossesBefore(held_out, probe, anchors, base)
+        return self.with_all_anchors(weights, rows, before) if self.near_limit(before, anchors) else (rows, before)
+
+    def near_limit(self, before: LossesBefore, anchors: Sequence[float]) -> bool:
+        """Return True if the loss of the anchors under a version is near the largest that the gate allows.
+
+        Args:
+            before: What the frozen base loses on the same anchors.
+            anchors: Loss of each of their tokens under the version, nats.
+        """
+        return not gate.mean(anchors) - before.anchors_base <= ALL_ANCHORS_SHARE * self.recipe.max_general_rise_nats
+
+    def with_all_anchors(
+        self, weights: Tensors, rows: UpdateRows, before: LossesBefore
+    ) -> tuple[UpdateRows, LossesBefore]:
+        """Return the rows and the losses before training with the spare anchors among the anchors.
+
+        Args:
+            weights: The parent's.
+            rows: Rows of the update.
+            before: What was measured of them under the parent.
+        """
+        if not rows.spare_anchors:
+            return rows, before
+        anchors = [*rows.anchors, *rows.spare_anchors]
+        (spare,) = self.losses(weights, rows.spare_anchors)
+        return (
+            replace(rows, anchors=anchors, spare_anchors=[]),
+            replace(before, anchors=[*before.anchors, *spare], anchors_base=self.base_nats(anchors)),
+        )
+
+    # ---- after training
+
+    def has_general_rise(self, weights: Tensors, rows: UpdateRows, before: LossesBefore) -> bool:
+        """Return True if the weights, which are in the slot, use up `FULL_PRESSURE_SHARE` of a rise that the gate allows.
+
+        These are the rise of the general loss and, for a chat model, that of the loss on the base's own answers.
+        """
+        (anchors,) = self.losses(weights, rows.anchors)
+        share = gate.FULL_PRESSURE_SHARE
+        if not gate.mean(anchors) - before.anchors_base <= share * self.recipe.max_general_rise_nats:
+            return True
+        if not self.asks_answers:
+            return False
+        return not self.answer_rise(weights) <= share * self.recipe.max_answer_rise_nats
+
+    @property
+    def asks_answers(self) -> bool:
+        """True if the gate looks at the answers of a version."""
+        return self.answers is not None and self.recipe.max_answer_rise_nats > 0
+
+    def answer_rise(self, weights: Tensors) -> float:
+        """Return the mean rise of the loss on the base's own answers under the weights, which are in the slot.
+
+        Raises:
+            RuntimeError: The base has no chat template.
+        """
+
+        def measure(rows: Sequence[TokenRow]) -> list[torch.Tensor]:
+            return self.row_losses(weights, rows)
+
+        shared = measure if self.recipe.shared_passes else None  # as versions before it were measured
+        return gate.mean(self._check.rises(self.lora, self.lock, self.on_step, shared))
+
+    def trial(self) -> TrialAnswers:
+        """Let the version in the slot answer some questions.
+
+        Raises:
+            RuntimeError: The base has no chat template.
+        """
+        return self._check.trial(self.lora, self.lock, self.on_step)
+
+    @property
+    def _check(self) -> AnswerCheck:
+        if self.answers is None:
+            raise RuntimeError("the answers of a base without a chat template")
+        return self.answers
