@@ -10,6 +10,7 @@ import socket
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any, cast
@@ -46,6 +47,7 @@ from perennial.storage.registry.waiting_jobs import (
 )
 from perennial.streams.cli.tables import Column, print_facts, print_table, short_time, short_version, shown_version
 from perennial.streams.cli.terminal.printable import printable_lines
+from perennial.streams.cli.versions.example_counts import counted_examples
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import (
@@ -166,15 +168,20 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
             raise
         alias, manifest = None, None  # the parked record says what is damaged
         parked_facts["newest version"] = f"unreadable: {error}"
+    counts = counted_examples(registry, adapter) if manifest is not None else None
     if as_json:
         shown = None if manifest is None else json.loads(manifest.to_bytes())
         record = None if parked is None else parked.model_dump(mode="json")
         print(json.dumps(
-            {"alias": _alias_facts(alias), "manifest": shown, "parked": record, "jobs_waiting": waiting}
+            {
+                "alias": _alias_facts(alias), "manifest": shown, "parked": record, "jobs_waiting": waiting,
+                "examples": None if counts is None else asdict(counts),
+            }
         ))  # fmt: skip
         return 0
     version_facts = {**_alias_facts(alias), **_facts(manifest)} if manifest is not None else {}
-    print_facts({"adapter": adapter, **parked_facts, **version_facts})
+    count_facts = {} if counts is None else {"examples": str(counts)}
+    print_facts({"adapter": adapter, **parked_facts, **count_facts, **version_facts})
     return 0
 
 

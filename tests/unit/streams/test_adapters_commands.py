@@ -14,6 +14,7 @@ from perennial.learner.versions.alias_events import alias_event_id
 from perennial.storage.errors import IntegrityError, NotFoundError, StoreError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.recovery.rollback import RollbackError
+from perennial.storage.registry.manifest import LearnedExample, SkippedExample
 from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_adapter, unpark_adapter
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.storage.registry.records import manifest_key
@@ -24,6 +25,7 @@ from perennial.streams.client.base_publisher import Delivery, PublishError
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import BlobRef, ForgetRequested, RollbackRequested, UpdateRequested
 from perennial.streams.kafka.topics import TOPICS
+from perennial.testing import small_weights
 from tests import jobs
 from tests.versions import VersionPublisher
 
@@ -117,6 +119,30 @@ def test_park_is_recorded_and_shown(store, capsys):
     out = capsys.readouterr().out
     assert "a bad source" in out
     assert "perennial adapters unpark acme/support" in out
+
+
+def test_what_became_of_every_example_is_counted(store, capsys):
+    """An example counts by its newest version; a repeat says nothing about what became of the first one."""
+    publisher = VersionPublisher(store, ADAPTER)
+    fates: list[tuple[list[str], dict[str, str]]] = [
+        (["a", "b"], {"c": "general-rise", "d": "no-gain", "e": "no-text"}),
+        (["c"], {"a": "duplicate", "d": "quarantined"}),
+    ]
+    for learned, skipped in fates:
+        found = publisher.manifest(weights := small_weights(len(learned)))
+        position = {"partition": "documents:0", "offset": 0}
+        manifest = found.model_copy(
+            update={
+                "learned": [LearnedExample(example_id=name, tokens=5, **position) for name in learned],
+                "skipped": [SkippedExample(example_id=name, reason=why, **position) for name, why in skipped.items()],
+            }
+        )
+        publisher.registry.publish(manifest, [weights], lambda _: None)
+    adapters.show_adapter(ADAPTER, as_json=True)
+    counted = json.loads(capsys.readouterr().out)["examples"]
+    assert counted == {"learned": 3, "forgotten": 0, "skipped": {"quarantined": 1, "no-text": 1}, "versions": 2}
+    adapters.show_adapter(ADAPTER, as_json=False)
+    assert "3 learned; not learned: 1 no-text, 1 quarantined" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_parked_adapter_without_a_version_is_shown(store, capsys):

@@ -1,0 +1,76 @@
+"""Count what became of the examples of an adapter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from perennial.storage.errors import IntegrityError, NotFoundError
+from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.registry import Registry
+
+COUNTED_VERSIONS = 1_000
+"""Newest versions whose manifests are read; each takes a call to the store."""
+
+
+@dataclass(frozen=True)
+class ExampleCounts:
+    """What became of the examples in some versions of an adapter; an example counts by its newest version.
+
+    Attributes:
+        learned: Number of examples that a version learned.
+        forgotten: Number of examples that requests removed again.
+        skipped: Number of the others by reason: `duplicate`, `signal`, `no-text`, `quarantined`, `expired`, or why the
+            gate refused the last update with them.
+        versions: Number of versions counted.
+    """
+
+    learned: int
+    forgotten: int
+    skipped: dict[str, int]
+    versions: int
+
+    def __str__(self) -> str:
+        """Return the counts for people."""
+        skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
+        parts = [f"{self.learned} learned"]
+        if self.forgotten:
+            parts.append(f"{self.forgotten} of them forgotten")
+        parts.append(f"not learned: {skipped}" if skipped else "none left out")
+        within = f" (newest {self.versions} versions)" if self.versions == COUNTED_VERSIONS else ""
+        return "; ".join(parts) + within
+
+
+def count_examples(manifests: Iterable[Manifest]) -> ExampleCounts:
+    """Count what became of examples.
+
+    Args:
+        manifests: Versions of one adapter, newest first.
+    """
+    fate: dict[str, str] = {}
+    forgotten = versions = 0
+    for manifest in manifests:
+        versions += 1
+        forgotten += manifest.gate.forgotten_examples or 0
+        for example in manifest.learned:
+            fate.setdefault(example.example_id, "")
+        for skipped in manifest.skipped:
+            # A redelivery or a second publication says nothing about what became of the first one.
+            if skipped.reason != "duplicate":
+                fate.setdefault(skipped.example_id, skipped.reason)
+    reasons = Counter(fate.values())
+    return ExampleCounts(reasons.pop("", 0), forgotten, dict(reasons), versions)
+
+
+def counted_examples(registry: Registry, adapter: str) -> ExampleCounts:
+    """Count what became of the examples in the newest `COUNTED_VERSIONS` versions of an adapter, unreadable ones left out."""
+
+    def manifests() -> Iterable[Manifest]:
+        for _, version in registry.versions(adapter, newest_first=True, limit=COUNTED_VERSIONS):
+            try:
+                yield registry.manifest(adapter, version)
+            except (NotFoundError, IntegrityError):  # collected meanwhile, or damaged
+                continue
+
+    return count_examples(manifests())
