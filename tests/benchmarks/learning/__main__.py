@@ -33,6 +33,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--form", choices=("short", "full", "tune"), default="short")
     parser.add_argument("--arms", help=f"of {', '.join(ARMS)}; default: those of the form")
+    parser.add_argument("--rates", default=",".join(RATES), help="learning rates to try in the form `tune`")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,…",
                         help="an arm more: ours with these settings, or average=, reptile=")  # fmt: skip
     parser.add_argument("--seeds", type=int, help="number of seeds; short 2, full 5, tune 1")
@@ -94,8 +95,8 @@ def _say(line: str) -> None:
 def _arms(given: argparse.Namespace, *, tuning: bool) -> list[Arm]:
     """Return the arms to run, with the frozen base and `ours`, which the figures need."""
     if tuning:
-        names = given.arms.split(",") if given.arms else [*TUNED, "ours"]
-        found = [changed(f"learning_rate={rate}", ARMS[name]) for name in names for rate in RATES]
+        names = given.arms.split(",") if given.arms else list(TUNED)
+        found = [changed(f"learning_rate={rate}", ARMS[name]) for name in names for rate in given.rates.split(",")]
     else:
         names = given.arms.split(",") if given.arms else list(FULL if given.form == "full" else SHORT)
         unknown = [name for name in names if name not in ARMS]

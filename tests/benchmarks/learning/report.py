@@ -13,7 +13,7 @@ from tests.benchmarks.learning.comparison import Record, Records
 
 GOALS: Final[Mapping[str, tuple[float, float]]] = {
     "general_recovery": (0.9, np.inf),
-    "bwt_pct": (-2.3, 2.3),
+    "bwt_pct": (-2.3, np.inf),  # a rise of what was learned before is no forgetting
     "over_replay_low": (0.0, np.inf),
     "general_rise_nats": (-np.inf, 0.05),
     "stale_pct": (0.0, 5.0),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -184,13 +183,6 @@ def numbered(blocks: Iterable[Block]) -> tuple[Block, ...]:
         )
         for block in blocks
     )  # fmt: skip
-
-
-def shuffled(blocks: Sequence[Block], seed: int) -> Block:
-    """Return the examples of several blocks in one block, in an order that the seed draws."""
-    examples = [example for block in blocks for example in block.examples]
-    random.Random(f"shuffled {seed}").shuffle(examples)
-    return numbered([Block("+".join(dict.fromkeys(block.domain for block in blocks)), tuple(examples))])[0]
 
 
 def micro_batches(

@@ -10,12 +10,12 @@ import pytest
 from perennial.streams.curate.batcher import CutPolicy
 from perennial.streams.settings import load_settings
 from tests import tiny
-from tests.benchmarks.learning import report
+from tests.benchmarks.learning import comparison, report
 from tests.benchmarks.learning.arms import ARMS, Arm, changed, tuned_rate
 from tests.benchmarks.learning.comparison import Comparison, Size
 from tests.benchmarks.learning.generated import revision_stream, ticket_stream
 from tests.benchmarks.learning.results import Results
-from tests.benchmarks.learning.streams import domain_stream, shuffled
+from tests.benchmarks.learning.streams import domain_stream
 from tests.benchmarks.learning.texts import is_held_out, package_texts
 from tests.benchmarks.learning.world import World
 
@@ -60,6 +60,19 @@ def test_every_arm_spends_what_ours_spends_and_no_run_is_done_twice(world, tmp_p
     again = compare(world, tmp_path / "runs.jsonl", "templates", names, lines)
     assert again.run() == records
     assert len(lines) == len(names)
+
+
+@pytest.mark.slow(20)
+def test_joint_training_spends_the_same_and_cumulative_training_once_per_block(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(comparison.PACKAGES, "domains", ("networkx", "sympy"))
+    records = compare(
+        world, tmp_path / "runs.jsonl", "domains", ["frozen", "joint", "cumulative", "retrieval"], []
+    ).run()
+    spent = {arm: [u["tokens"] for u in record["updates"]] for (arm, _, _), record in records.items()}
+    assert spent["joint"] == [pytest.approx(sum(spent["ours"]), rel=0.1)]
+    assert spent["cumulative"] == pytest.approx([spent["ours"][0], sum(spent["ours"])], rel=0.15)
+    assert [len(records[arm, 0, 1]["stages"]) for arm in ("joint", "cumulative", "retrieval")] == [1, 2, 1]
+    assert len(report.plot(records, tmp_path)) == 2
 
 
 @pytest.mark.slow(10)
@@ -127,8 +140,6 @@ def test_a_domain_stream_has_the_micro_batches_that_the_service_cuts():
         assert offsets == list(range(len(offsets)))
     first, second = ({e.example_id for b in stream.blocks for e in b.examples} for stream in streams)
     assert first == second
-    joint = shuffled(streams[0].blocks, 0)
-    assert {example.example_id for example in joint.examples} == first
 
 
 def test_tickets_share_one_template_and_none_is_learned_and_measured():
