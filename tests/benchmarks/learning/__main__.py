@@ -12,9 +12,11 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
+from perennial.learner.bases.sources import SHIPPED_NAME
 from tests.benchmarks.learning import report
 from tests.benchmarks.learning.arms import ARMS, FULL, RATES_FILE, SHORT, Arm, changed
 from tests.benchmarks.learning.comparison import STREAMS, Comparison, Records, Size
@@ -36,11 +38,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rates", default=",".join(RATES), help="learning rates to try in the form `tune`")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,…",
                         help="an arm more: ours with these settings, or average=, reptile=")  # fmt: skip
-    parser.add_argument("--seeds", type=int, help="number of seeds; short 2, full 5, tune 1")
+    parser.add_argument("--seeds", type=int, help="number of seeds; short 2, full 5, tune 1, of other bases 1")
     parser.add_argument("--orders", type=int, help="number of orders; short 1, full 2, tune 1")
     parser.add_argument("--stream", default=",".join(STREAMS), help=f"of {', '.join(STREAMS)}; default: all")
-    parser.add_argument("--batches", type=int, default=8, help="micro-batches per block")
-    parser.add_argument("--held-out", type=int, default=24, help="held-out documents per domain")
+    parser.add_argument("--batches", type=int, help="micro-batches per block; default 8, of other bases 1")
+    parser.add_argument("--held-out", type=int, help="held-out documents per domain; default 24, of other bases 6")
     parser.add_argument("--base", default="shipped", help="the base, as PERENNIAL_BASE")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the model")
     parser.add_argument("--at-once", type=int, default=5, help="runs at the same time, in shared passes")
@@ -56,9 +58,7 @@ def main() -> None:
     began = time.monotonic()
     tuning = given.form == "tune"
     seeds, orders = {"short": (2, 1), "full": (5, 2), "tune": (1, 1)}[given.form]
-    size = Size(
-        given.batches, given.held_out, tuple(range(given.seeds or seeds)), tuple(range(1, (given.orders or orders) + 1))
-    )
+    size = _size(given, seeds, orders)
     arms = _arms(given, tuning=tuning)
     streams = ["tuning"] if tuning else given.stream.split(",")
     unknown = [name for name in streams if name not in (*STREAMS, "tuning")]
@@ -88,6 +88,17 @@ def main() -> None:
     print(json.dumps(report.last_line(by_stream, more)))
 
 
+def _size(given: argparse.Namespace, seeds: int, orders: int) -> Size:
+    """Return the size of the form; it is smaller on other bases, whose steps take seconds."""
+    small = given.base != SHIPPED_NAME
+    batches, held_out = (1, 6) if small else (8, 24)
+    size = Size(
+        given.batches or batches, given.held_out or held_out,
+        tuple(range(given.seeds or (1 if small else seeds))), tuple(range(1, 1 + (given.orders or orders))),
+    )  # fmt: skip
+    return replace(size, tickets=12, facts=8, revisions=2) if small else size
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -114,17 +125,19 @@ def _choose_rates(records: Records, base: str, *, write: bool) -> dict[str, Any]
         arm, _, rate = name.partition(" learning_rate=")
         if rate:
             losses.setdefault(arm, {}).setdefault(rate, []).append(average_loss(loss_matrix(record)))
-    means = {arm: {rate: round(sum(found) / len(found), 4) for rate, found in of.items()} for arm, of in losses.items()}
-    chosen = {arm: float(min(of, key=of.__getitem__)) for arm, of in means.items()}
+    kept = json.loads(RATES_FILE.read_text("utf-8")) if RATES_FILE.exists() else {}
+    tried = kept.setdefault("losses", {}).setdefault(base, {})
+    for arm, of in losses.items():
+        tried.setdefault(arm, {}).update({rate: round(sum(found) / len(found), 4) for rate, found in of.items()})
+    chosen = {arm: float(min(of, key=of.__getitem__)) for arm, of in tried.items() if arm != "ours"}
     if "joint" in chosen:
         chosen["cumulative"] = chosen["joint"]
-    if write and chosen:
-        kept = json.loads(RATES_FILE.read_text("utf-8")) if RATES_FILE.exists() else {"rates": {}, "losses": {}}
-        kept["rates"].setdefault(base, {}).update({arm: rate for arm, rate in chosen.items() if arm != "ours"})
-        kept["losses"].setdefault(base, {}).update(means)
-        kept["command"] = shlex.join(["python", "-m", "tests.benchmarks.learning", *sys.argv[1:]])
-        RATES_FILE.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
-    return {"rates": chosen, "losses": means, "written": write}
+    kept.setdefault("rates", {})[base] = chosen
+    if write and losses:
+        command = shlex.join(["python", "-m", "tests.benchmarks.learning", *sys.argv[1:]])
+        kept["commands"] = [*kept.get("commands", []), command]
+        RATES_FILE.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    return {"rates": chosen, "losses": tried, "written": write}
 
 
 if __name__ == "__main__":

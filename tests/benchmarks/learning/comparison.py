@@ -33,12 +33,18 @@ class Size:
         held_out: Held-out documents per domain.
         seeds: Seeds.
         orders: Orders of the blocks.
+        tickets: Tickets of one template.
+        facts: Facts that are revised.
+        revisions: Times that each fact is revised.
     """
 
     batches: int
     held_out: int
     seeds: tuple[int, ...]
     orders: tuple[int, ...]
+    tickets: int = 36
+    facts: int = 24
+    revisions: int = 4
 
 
 @dataclass
@@ -102,9 +108,9 @@ class Comparison:
 
     def _make_stream(self, seed: int, order: int) -> Stream:
         if self.stream == "templates":
-            return ticket_stream(seed, order)
+            return ticket_stream(seed, order, self.size.tickets)
         if self.stream == "revisions":
-            return revision_stream(seed, order)
+            return revision_stream(seed, order, self.size.facts, self.size.revisions)
         policy = CutPolicy.of(OURS.settings(self.world.base.name))
         return domain_stream(
             self.stream, PACKAGES[self.stream], seed, order, self.world.tokens_of, policy, self.size.batches,
