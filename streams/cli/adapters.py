@@ -45,9 +45,9 @@ from perennial.storage.registry.waiting_jobs import (
     load_given_up,
     load_job,
 )
+from perennial.streams.cli.example_counts import counted_examples
 from perennial.streams.cli.tables import Column, print_facts, print_table, short_time, short_version, shown_version
 from perennial.streams.cli.terminal.printable import printable_lines
-from perennial.streams.cli.versions.example_counts import counted_examples
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import (
