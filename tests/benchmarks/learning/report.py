@@ -63,7 +63,7 @@ def _of_held_out(record: Record, frozen: Record) -> dict[str, float]:
     r = figures.loss_matrix(record)
     start = dict(zip(frozen["domains"], figures.loss_matrix(frozen)[-1], strict=True))
     found = {"average_loss": figures.average_loss(r)}
-    if len(r) == len(record["domains"]):
+    if len(r) == len(record["domains"]) > 1:
         of_blocks = [start[domain] for domain in record["domains"]]
         found |= {
             "bwt": figures.backward_transfer(r),

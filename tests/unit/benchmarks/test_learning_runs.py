@@ -162,3 +162,9 @@ def test_a_fact_never_has_one_value_twice_and_each_revision_replaces_the_last():
     for question in stream.questions.values():
         assert len(set(question.documents)) == len(question.documents)
         assert len(question.answers) == len(question.documents) > question.earlier
+
+
+def test_the_documentation_names_every_arm_and_every_figure_of_the_last_line():
+    text = (Path(__file__).parents[3] / "docs" / "learning" / "README.md").read_text("utf-8")
+    assert [name for name in ARMS if f"`{name}`" not in text] == []
+    assert [name for name in report.last_line({}, {}) if name != "missed" and f"`{name}`" not in text] == []
