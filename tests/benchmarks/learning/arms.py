@@ -111,9 +111,12 @@ def changed(text: str, of: Arm = OURS) -> Arm:
 
 
 def tuned_rate(base: str, arm: str, path: Path = RATES_FILE) -> float:
-    """Return the learning rate that was chosen for an arm on a base; `DEFAULT_RATE` where none was."""
+    """Return the learning rate that was chosen for an arm on a base.
+
+    Where none was, an arm `a+b` has the rate of `a`, and others have `DEFAULT_RATE`.
+    """
     try:
-        chosen = json.loads(path.read_text("utf-8"))["rates"]
+        chosen = json.loads(path.read_text("utf-8"))["rates"].get(base, {})
     except FileNotFoundError:
         return DEFAULT_RATE
-    return float(chosen.get(base, {}).get(arm, DEFAULT_RATE))
+    return float(chosen.get(arm, chosen.get(arm.partition("+")[0], DEFAULT_RATE)))

@@ -106,6 +106,10 @@ def test_a_change_names_an_arm_and_keeps_the_rest():
 
 def test_a_rate_that_nobody_chose_is_the_default(tmp_path):
     assert tuned_rate("shipped", "replay", tmp_path / "none.json") == 1e-3
+    chosen = tmp_path / "rates.json"
+    chosen.write_text('{"rates": {"shipped": {"replay": 0.004}}}')
+    assert tuned_rate("shipped", "replay+ema", chosen) == 0.004
+    assert tuned_rate("shipped", "joint", chosen) == tuned_rate("smollm2", "replay", chosen) == 1e-3
 
 
 def test_no_gate_refuses_nothing():
