@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -19,10 +19,6 @@ from perennial.learner.training.recipe import Recipe
 
 MEASURED_ROWS = 8
 """Number of trained rows that are measured before and after, where nothing is held out."""
-LEAST_ANCHORS = 4
-"""Number of anchor rows of the smallest updates, where their number follows the update's."""
-ALL_ANCHORS_SHARE = 0.5
-"""Share of the allowed rise of the general loss above which all anchor rows are measured, whatever the update's size."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +30,8 @@ class UpdateRows:
         held_out: Rows that are measured after that, and trained last.
         probe: Rows out of `new` that are measured instead where nothing is held out.
         anchors: Rows of general text that are only measured.
-        spare_anchors: Further anchor rows, which are measured where the rise of the general loss is near its limit.
         held_out_examples: Number of examples held out.
+        corrected: Rows of corrections among the new and the held-out ones.
         new_ids: Ids of the examples that are trained first.
     """
 
@@ -43,8 +39,8 @@ class UpdateRows:
     held_out: list[TokenRow]
     probe: list[TokenRow]
     anchors: list[TokenRow]
-    spare_anchors: list[TokenRow]
     held_out_examples: int
+    corrected: frozenset[TokenRow]
     new_ids: list[str]
 
 
@@ -63,20 +59,6 @@ class LossesBefore:
     probe: list[float]
     anchors: list[float]
     anchors_base: float
-
-
-def measured_anchors(anchors: Sequence[TokenRow], new_rows: int, recipe: Recipe) -> int:
-    """Return how many of the anchor rows an update measures at first: as many as it has new rows, at least 4.
-
-    One document cannot move the general loss far, and rows that are measured before and after cost a third of its
-    update. The gate measures all of them where the general loss is near its limit.
-
-    Args:
-        anchors: Anchor rows of the update.
-        new_rows: Number of its new rows.
-        recipe: Says whether the number follows the update's at all.
-    """
-    return min(len(anchors), max(LEAST_ANCHORS, new_rows)) if recipe.anchors_in_proportion else len(anchors)
 
 
 @dataclass(frozen=True)
@@ -121,54 +103,18 @@ class Measurer:
         """Return the loss of each trained token of each row under the weights, which are in the slot afterwards."""
         return self.compute.token_losses(self.lora, weights, rows, self.pad, self.lock, self.on_step)
 
-    def base_nats(self, anchors: Sequence[TokenRow]) -> float:
-        """Return the mean loss of the frozen base on anchor rows, nats per token."""
-        return mean_nats(self.general.base_losses(self.lora, anchors, self.lock, self.on_step))
-
     # ---- before training
 
-    def before(self, weights: Tensors, rows: UpdateRows) -> tuple[UpdateRows, LossesBefore]:
+    def before(self, weights: Tensors, rows: UpdateRows) -> LossesBefore:
         """Measure what an update starts from.
 
         Args:
             weights: The parent's.
             rows: Rows of the update.
-
-        Returns:
-            The rows, with all anchors where the parent's general loss is near the limit, and the losses.
         """
-        base = self.base_nats(rows.anchors)
+        base = mean_nats(self.general.base_losses(self.lora, rows.anchors, self.lock, self.on_step))
         held_out, probe, anchors = self.losses(weights, rows.held_out, rows.probe, rows.anchors)
-        before = LossesBefore(held_out, probe, anchors, base)
-        return self.with_all_anchors(weights, rows, before) if self.near_limit(before, anchors) else (rows, before)
-
-    def near_limit(self, before: LossesBefore, anchors: Sequence[float]) -> bool:
-        """Return True if the loss of the anchors under a version is near the largest that the gate allows.
-
-        Args:
-            before: What the frozen base loses on the same anchors.
-            anchors: Loss of each of their tokens under the version, nats.
-        """
-        return not gate.mean(anchors) - before.anchors_base <= ALL_ANCHORS_SHARE * self.recipe.max_general_rise_nats
-
-    def with_all_anchors(
-        self, weights: Tensors, rows: UpdateRows, before: LossesBefore
-    ) -> tuple[UpdateRows, LossesBefore]:
-        """Return the rows and the losses before training with the spare anchors among the anchors.
-
-        Args:
-            weights: The parent's.
-            rows: Rows of the update.
-            before: What was measured of them under the parent.
-        """
-        if not rows.spare_anchors:
-            return rows, before
-        anchors = [*rows.anchors, *rows.spare_anchors]
-        (spare,) = self.losses(weights, rows.spare_anchors)
-        return (
-            replace(rows, anchors=anchors, spare_anchors=[]),
-            replace(before, anchors=[*before.anchors, *spare], anchors_base=self.base_nats(anchors)),
-        )
+        return LossesBefore(held_out, probe, anchors, base)
 
     # ---- after training
 

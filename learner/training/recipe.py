@@ -49,8 +49,8 @@ class Recipe:
             GPU and fp32 on a CPU.
         shared_passes: Train in packed passes, which other adapters may share; False: alone, with PEFT's layers. A rebuild
             trains in passes of its own, see docs/decisions/0055.
-        anchors_in_proportion: Measure as many anchor rows as an update has new rows, at least 4, and all of `anchor_rows`
-            where the general loss is near its limit; False: always all.
+        correction_passes: Most further passes over the corrections of an update that are not learned yet; see
+            `learned.is_learned`.
         gentler_tries: How often an update that the gate refused is tried again, each time at a lower rate and with more
             general text.
 
@@ -81,8 +81,8 @@ class Recipe:
     question_dropout: float = 0.0
     dtype: str = DEVICE_DTYPE
     shared_passes: bool = False
-    anchors_in_proportion: bool = False
     gentler_tries: int = 0
+    correction_passes: int = 0
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

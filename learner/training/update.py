@@ -24,13 +24,8 @@ from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, exa
 from perennial.learner.training import gate
 from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.compute import Compute, ComputeAlone
-from perennial.learner.training.measuring import (
-    MEASURED_ROWS,
-    LossesBefore,
-    Measurer,
-    UpdateRows,
-    measured_anchors,
-)
+from perennial.learner.training.learned import is_learned
+from perennial.learner.training.measuring import MEASURED_ROWS, LossesBefore, Measurer, UpdateRows
 from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import (
@@ -89,12 +84,14 @@ class _Trial:
     Attributes:
         trained: Weights and optimizer after the last training run.
         tokens: Number of tokens trained over all runs.
+        steps: Number of optimizer steps over all runs.
         verdict: Verdict of the last check.
         figures: Figures measured after training, and what was trained.
     """
 
     trained: TrainResult
     tokens: int
+    steps: int
     verdict: gate.GateVerdict
     figures: GateFigures = field(default_factory=GateFigures)
 
@@ -168,14 +165,14 @@ class Updater:
         measurer = Measurer(
             lora, self.codec.pad, self.general, self.recipe, self.compute, self.answers, self.lock, on_step
         )
-        rows, before = measurer.before(parent.weights, self._split(examples, rng))
-        run = _Run(self, measurer, parent, rows, before, batch, replayed)
-        trial = run.attempt(rng, run.pressure(), 1.0)
+        rows = self._split(examples, rng)
+        run = _Run(self, measurer, parent, rows, measurer.before(parent.weights, rows), batch, replayed)
+        trial = run.attempt(_Try(rng, run.pressure(), 1.0))
         tries, tokens, adapters = 1, trial.tokens, trial.trained.adapters
         while tries <= self.recipe.gentler_tries and trial.verdict.reason not in {"ok", "no-op"}:
             tries += 1
             rng = seeded_random("update", adapter, cut, self.recipe.seed, tries)
-            trial = run.attempt(rng, 1.0, GENTLER_RATE ** (tries - 1))
+            trial = run.attempt(_Try(rng, 1.0, GENTLER_RATE ** (tries - 1)))
             tokens, adapters = tokens + trial.tokens, max(adapters, trial.trained.adapters)
 
         figures = trial.figures.merged(GateFigures(reason=trial.verdict.reason))
@@ -201,19 +198,36 @@ class Updater:
         held_out = gate.hold_out([example.document_id for example in examples], self.recipe.held_out_share)
         rows = [self.rows(example) for example in examples]
         new = [row for index, group in enumerate(rows) if index not in held_out for row in group]
-        # A batch too small to hold anything out is judged on rows that it trains.
-        probe = [] if held_out else rng.sample(new, min(MEASURED_ROWS, len(new)))
-        anchors = self.general.anchors(rng, self.recipe.anchor_rows)
-        measured = measured_anchors(anchors, sum(map(len, rows)), self.recipe)
         return UpdateRows(
             new=new,
             held_out=[row for index, group in enumerate(rows) if index in held_out for row in group],
-            probe=probe,
-            anchors=anchors[:measured],
-            spare_anchors=anchors[measured:],
+            # A batch too small to hold anything out is judged on rows that it trains.
+            probe=[] if held_out else rng.sample(new, min(MEASURED_ROWS, len(new))),
+            anchors=self.general.anchors(rng, self.recipe.anchor_rows),
             held_out_examples=len(held_out),
+            corrected=frozenset(
+                row
+                for example, group in zip(examples, rows, strict=True)
+                if example.kind == "correction"
+                for row in group
+            ),
             new_ids=[example.example_id for index, example in enumerate(examples) if index not in held_out],
         )
+
+
+@dataclass(frozen=True)
+class _Try:
+    """How an update is tried.
+
+    Attributes:
+        rng: Decides what is replayed and which general rows are mixed in.
+        pressure: Pressure of the general loss, 0 to 1: the more of it, the more general text and the less replay.
+        rate: Learning rate, as a share of the recipe's.
+    """
+
+    rng: Random
+    pressure: float
+    rate: float
 
 
 @dataclass(frozen=True)
@@ -242,28 +256,26 @@ class _Run:
     def _recipe(self) -> Recipe:
         return self.updater.recipe
 
-    def attempt(self, rng: Random, pressure: float, rate: float) -> _Trial:
-        """Train and judge once.
-
-        Args:
-            rng: Decides what is replayed and which general rows are mixed in.
-            pressure: Pressure of the general loss, 0 to 1: the more of it, the more general text and the less replay.
-            rate: Learning rate, as a share of the recipe's.
-        """
+    def attempt(self, how: _Try) -> _Trial:
+        """Train and judge once."""
         rows, before = self.rows, self.before
-        main = self._schedule(rows.new, self.parent.replay_index, self._composition(self._recipe.steps, pressure), rng)
+        recipe, known = self._recipe, self.parent.replay_index
+        main = self._schedule(rows.new, known, self._composition(recipe.steps, how.pressure), how.rng)
         # Several passes over the held-out rows alone would push out what was trained just before them.
-        rehearsed = self.index_after(rows.new_ids) if self._recipe.epochs > 1 else self.parent.replay_index
-        closing = self._schedule(rows.held_out, rehearsed, self._composition(CLOSING_STEPS, pressure), rng)
+        rehearsed = self.index_after(rows.new_ids) if recipe.epochs > 1 else known
+        closing = self._schedule(rows.held_out, rehearsed, self._composition(CLOSING_STEPS, how.pressure), how.rng)
 
-        trial = self._train_new(main, rate)
-        main_steps = len(trial.trained.losses)
-        # As many passes as over the other rows; with one pass this is all of them.
-        closing_steps = closing.steps[: -(-len(closing.steps) * main_steps // max(1, len(main.steps)))]
+        trial = self._train_new(main, how.rate)
+        # As many passes as over the other rows; with one pass this is all of them. So no example is lost.
+        closing_steps = closing.steps[: -(-len(closing.steps) * trial.steps // max(1, len(main.steps)))]
+        if trial.passed:
+            trial = self._train_corrections(trial, rows.new, known, how)
         if trial.passed and rows.held_out_examples:
             trial = self.judge_held_out(trial)
         if trial.passed and closing_steps:
-            trial = self._train_held_out(trial, closing_steps, rate)
+            trial = self._continued(trial, closing_steps, how.rate)
+        if trial.passed and rows.held_out_examples:
+            trial = self._train_corrections(trial, rows.held_out, self.index_after(rows.new_ids), how)
         if trial.passed:
             trial = self._judge_result(trial)
         if trial.passed and self.measurer.asks_answers:
@@ -275,8 +287,8 @@ class _Run:
             anchor_before=gate.rounded(gate.mean(before.anchors)),
             replayed_rows=main.replayed + closing.replayed,
             replay_missing=main.missing + closing.missing,
-            strain=gate.rounded(pressure),
-            steps=main_steps + len(closing_steps),
+            strain=gate.rounded(how.pressure),
+            steps=trial.steps,
         )
         return replace(trial, figures=figures.merged(trial.figures))
 
@@ -344,7 +356,7 @@ class _Run:
                 trained = replace(trained, adapters=max(trained.adapters, more.adapters))
                 break
             trained = more.after(trained)
-        return _Trial(trained, trained.tokens, verdict)
+        return _Trial(trained, trained.tokens, len(trained.losses), verdict)
 
     def judge_held_out(self, trial: _Trial) -> _Trial:
         """Measure the held-out rows while they are still untrained."""
@@ -357,28 +369,51 @@ class _Run:
         )
         return replace(trial, verdict=gate.judge_gain(gain, self.measurer.limits), figures=figures)
 
-    def _train_held_out(self, trial: _Trial, closing: Sequence[Sequence[TokenRow]], rate: float) -> _Trial:
-        """Train on the held-out rows too, so that no example is lost."""
-        trained = self._train(trial.trained.weights, trial.trained.optimizer, closing, rate)
+    def _continued(self, trial: _Trial, steps: Sequence[Sequence[TokenRow]], rate: float) -> _Trial:
+        """Train on, and judge what the training alone shows."""
+        trained = self._train(trial.trained.weights, trial.trained.optimizer, steps, rate)
         verdict = self._judge_training(trained)
         trained = replace(trained, adapters=max(trained.adapters, trial.trained.adapters))
-        return replace(trial, trained=trained, tokens=trial.tokens + trained.tokens, verdict=verdict)
+        tokens, count = trial.tokens + trained.tokens, trial.steps + len(steps)
+        return replace(trial, trained=trained, tokens=tokens, steps=count, verdict=verdict)
+
+    def _train_corrections(
+        self, trial: _Trial, rows: Sequence[TokenRow], index: Sequence[ReplayEntry], how: _Try
+    ) -> _Trial:
+        """Train on what people corrected until it is learned, the same correction once per pass.
+
+        The last pass is taken back if the general loss has risen too far.
+
+        Args:
+            trial: What is trained so far.
+            rows: Rows of which those of corrections are trained.
+            index: Earlier examples to mix in.
+            how: Decides what is mixed in, and the learning rate.
+        """
+        measurer = self.measurer
+        left = list(dict.fromkeys(row for row in rows if row in self.rows.corrected))
+        for _ in range(self._recipe.correction_passes if left else 0):
+            losses = measurer.row_losses(trial.trained.weights, left)
+            left = [row for row, nats in zip(left, losses, strict=True) if not is_learned(nats)]
+            if not left:
+                break
+            composition = replace(self._composition(1, how.pressure), epochs=1)
+            more = self._continued(trial, self._schedule(left, index, composition, how.rng).steps, how.rate)
+            measured = more.passed and bool(self.rows.anchors)
+            if measured and measurer.has_general_rise(more.trained.weights, self.rows, self.before):
+                break
+            trial = more
+            if not trial.passed:
+                return trial
+        self.updater.lora.load(trial.trained.weights)
+        return trial
 
     def _judge_result(self, trial: _Trial) -> _Trial:
         """Measure the final weights: the gain where nothing was held out, then the general loss."""
         measurer, rows, before, weights = self.measurer, self.rows, self.before, trial.trained.weights
         probe, anchors = measurer.losses(weights, rows.probe, rows.anchors)
-        if rows.spare_anchors and measurer.near_limit(before, anchors):
-            rows, before = measurer.with_all_anchors(self.parent.weights, rows, before)
-            (anchors,) = measurer.losses(weights, rows.anchors)  # this also puts the weights back into the slot
         verdict = trial.verdict
-        figures = trial.figures.merged(
-            GateFigures(
-                anchor_base=gate.rounded(before.anchors_base),
-                anchor_before=gate.rounded(gate.mean(before.anchors)),
-                anchor_after=gate.rounded(gate.mean(anchors)),
-            )
-        )
+        figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(gate.mean(anchors))))
         if not rows.held_out_examples:
             gain = gate.gain(before.probe, probe)
             verdict = gate.judge_gain(gain, measurer.limits)

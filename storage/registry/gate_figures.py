@@ -43,7 +43,7 @@ class GateFigures(BaseModel):
         replay_missing: Number of replay draws that gave no row, because the example was erased or is quarantined.
         strain: General-loss pressure before training, 0 to 1: the share of the allowed rise of general loss that was
             used up. The higher it was, the more general text was mixed in.
-        steps: Number of optimizer steps scheduled in the last try.
+        steps: Number of optimizer steps that the last try took.
         tries: Number of tries, where there was more than one.
         reason: The verdict: `ok`, or why the version was refused (`learner.training.gate.GateReason`).
         forgotten_examples: Number of examples that the version forgot; only on versions of kind `forget`.

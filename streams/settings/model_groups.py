@@ -93,6 +93,13 @@ class TrainingSettings(SettingsGroup):
         description="most tokens of a forward pass of training, in which rows lie one behind the other without padding; 0: "
         "rows are padded to the longest",
     )
+    correction_passes: int = Field(
+        16,
+        ge=0,
+        le=100,
+        description="most further passes of an update over corrections whose answers the model would not give yet, each as far "
+        "as the general loss allows; 0: corrections are trained as often as documents",
+    )
     seed: int = Field(0, description="seed of all random choices in training")
     shared_passes: bool = Field(
         True, description="train in packed passes, which several adapters share; false: one adapter at a time, padded"
@@ -107,12 +114,7 @@ class GateSettings(SettingsGroup):
         description="share of a micro-batch, from 0 to 1, that is held out: measured first, and trained on after that",
     )
     anchor_rows: PositiveInt = Field(
-        12, description="most rows of general text on which the gate measures each update; other rows each time"
-    )
-    anchors_in_proportion: bool = Field(
-        True,
-        description="measure small updates on as many rows of general text as they have new rows, at least 4, and on all "
-        "where the general loss is near its limit; false: always on all",
+        12, description="rows of general text on which the gate measures each update; other rows each time"
     )
     gentler_tries: int = Field(
         2,

@@ -34,7 +34,7 @@ from tests import tiny
 
 RECIPE = replace(
     Recipe.of(Settings.of()), rank=4, alpha=8, learning_rate=5e-3, warmup_steps=2, steps=6, rows=8, row_tokens=32,
-    replay_size=16, anchor_rows=4, max_general_rise_nats=10.0, held_out_share=0.25, gentler_tries=0, anchors_in_proportion=False,
+    replay_size=16, anchor_rows=4, max_general_rise_nats=10.0, held_out_share=0.25, gentler_tries=0,
 )  # fmt: skip
 GENERAL = [f"plain words number {number} about nothing" for number in range(12)]
 
@@ -165,7 +165,7 @@ def test_the_rise_that_ends_further_passes_is_that_of_full_pressure(
         updater.lora, 0, updater.general, updater.recipe, updater.compute, check, updater.lock, ignore_step  # type: ignore[arg-type]
     )  # fmt: skip
     monkeypatch.setattr(Measurer, "losses", lambda *_: [[3.0 + general, 3.0 + general]])
-    before, rows = LossesBefore([], [], [], 3.0), UpdateRows([], [], [], [], [], 0, [])
+    before, rows = LossesBefore([], [], [], 3.0), UpdateRows([], [], [], [], 0, frozenset(), [])
     assert measurer.has_general_rise({}, rows, before) is too_far
     not_asked = replace(measurer, recipe=replace(updater.recipe, max_answer_rise_nats=0.0))
     assert not_asked.has_general_rise({}, rows, before) is (not general <= 0.09)
@@ -399,29 +399,3 @@ def test_an_update_that_no_gentler_try_mends_is_refused_with_its_last_figures() 
     done = run(updater, parent, documents(8))
     assert (done.outcome, done.reason, done.gate.tries) == ("refused", "no-gain", 3)
     assert done.state is parent
-
-
-@pytest.mark.parametrize(("count", "limit", "measured"), [(1, 10.0, 4), (3, 10.0, 6), (1, 1e-9, 9), (16, 10.0, 9)])
-def test_a_small_update_is_measured_on_few_anchors_unless_the_general_loss_is_near_its_limit(
-    monkeypatch: pytest.MonkeyPatch, count: int, limit: float, measured: int
-) -> None:
-    recipe = replace(RECIPE, anchors_in_proportion=True, anchor_rows=9, max_general_rise_nats=limit)
-    updater = make(recipe)
-    asked: list[int] = []
-    base_nats = Measurer.base_nats
-
-    def watched(self: Measurer, anchors: list[TokenRow]) -> float:
-        asked.append(len(anchors))
-        return base_nats(self, anchors)
-
-    monkeypatch.setattr(Measurer, "base_nats", watched)
-    done = run(updater, first(updater), documents(count))
-    assert asked[-1] == measured
-    assert digest_of(run(updater, first(updater), documents(count))) == digest_of(done)
-    if limit == 10.0:
-        assert done.outcome == "promoted"
-        return
-    whole = run(replace(updater, recipe=replace(recipe, anchors_in_proportion=False)), first(updater), documents(count))
-    assert done.outcome == whole.outcome
-    assert done.gate.anchor_base == whole.gate.anchor_base, "judged on the same rows"
-    assert done.gate.anchor_after == pytest.approx(whole.gate.anchor_after, abs=1e-5)
