@@ -134,10 +134,20 @@ def _choose_rates(records: Records, base: str, *, write: bool) -> dict[str, Any]
         chosen["cumulative"] = chosen["joint"]
     kept.setdefault("rates", {})[base] = chosen
     if write and losses:
-        command = shlex.join(["python", "-m", "tests.benchmarks.learning", *sys.argv[1:]])
+        command = shlex.join(["python", "-m", "tests.benchmarks.learning", *_without_places(sys.argv[1:])])
         kept["commands"] = [*kept.get("commands", []), command]
         RATES_FILE.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     return {"rates": chosen, "losses": tried, "written": write}
+
+
+def _without_places(given: list[str]) -> list[str]:
+    """Return command line arguments without those that say where files are."""
+    places = {"--results", "--plots"}
+    return [
+        argument
+        for before, argument in zip(["", *given], given, strict=False)
+        if before not in places and argument.partition("=")[0] not in places
+    ]
 
 
 if __name__ == "__main__":
