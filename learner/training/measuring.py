@@ -131,6 +131,39 @@ class Measurer:
             return False
         return not self.answer_rise(weights) <= share * self.recipe.max_answer_rise_nats
 
+    def rises(self, weights: Tensors, rows: UpdateRows, before: LossesBefore) -> tuple[float, float]:
+        """Measure how far a version left the base.
+
+        Args:
+            weights: The version's, which are in the slot.
+            rows: Rows of the update.
+            before: What the frozen base loses on the anchors.
+
+        Returns:
+            The rise of the general loss and that of the loss on the base's own answers, nats per token; 0 for what is
+            not looked at.
+        """
+        general = 0.0
+        if rows.anchors:
+            (anchors,) = self.losses(weights, rows.anchors)
+            general = gate.mean(anchors) - before.anchors_base
+        return general, self.answer_rise(weights) if self.asks_answers else 0.0
+
+    def too_far(self, rises: tuple[float, float], earlier: tuple[float, float]) -> bool:
+        """Return True if a pass raised a loss past `FULL_PRESSURE_SHARE` of what the gate allows; NaN is too far.
+
+        A pass that lowers a loss which is past it already helps, and is not too far.
+
+        Args:
+            rises: As `rises` returns them, after the pass.
+            earlier: The same before the pass.
+        """
+        allowed = (self.recipe.max_general_rise_nats, self.recipe.max_answer_rise_nats)
+        return not all(
+            now <= gate.FULL_PRESSURE_SHARE * limit or now <= was
+            for now, was, limit in zip(rises, earlier, allowed, strict=True)
+        )
+
     @property
     def asks_answers(self) -> bool:
         """True if the gate looks at the answers of a version."""

@@ -50,6 +50,8 @@ GENERAL_SHARE_AT_FULL_PRESSURE = 0.5
 PRESSURE_DECIMALS = 2
 CHECK_STEPS = 8
 """Of an update of several passes, the general loss is measured after each pass, at most every so many steps."""
+MAX_CORRECTION_STEPS = 128
+"""Corrections that are not learned by then, as two that contradict each other, hold the adapter up no longer."""
 GENTLER_RATE = 0.4
 """Learning rate of a further try, as a share of the rate of the try before it."""
 
@@ -85,6 +87,8 @@ class _Trial:
         trained: Weights and optimizer after the last training run.
         tokens: Number of tokens trained over all runs.
         steps: Number of optimizer steps over all runs.
+        replayed: Number of replayed rows that were scheduled.
+        missing: Number of replay draws that gave no row, because the example was erased or is quarantined.
         verdict: Verdict of the last check.
         figures: Figures measured after training, and what was trained.
     """
@@ -92,6 +96,8 @@ class _Trial:
     trained: TrainResult
     tokens: int
     steps: int
+    replayed: int
+    missing: int
     verdict: gate.GateVerdict
     figures: GateFigures = field(default_factory=GateFigures)
 
@@ -168,14 +174,17 @@ class Updater:
         rows = self._split(examples, rng)
         run = _Run(self, measurer, parent, rows, measurer.before(parent.weights, rows), batch, replayed)
         trial = run.attempt(_Try(rng, run.pressure(), 1.0))
-        tries, tokens, adapters = 1, trial.tokens, trial.trained.adapters
+        tries, tokens, missing, adapters = 1, trial.tokens, trial.missing, trial.trained.adapters
         while tries <= self.recipe.gentler_tries and trial.verdict.reason not in {"ok", "no-op"}:
             tries += 1
             rng = seeded_random("update", adapter, cut, self.recipe.seed, tries)
             trial = run.attempt(_Try(rng, 1.0, GENTLER_RATE ** (tries - 1)))
-            tokens, adapters = tokens + trial.tokens, max(adapters, trial.trained.adapters)
+            tokens, missing = tokens + trial.tokens, missing + trial.missing
+            adapters = max(adapters, trial.trained.adapters)
 
-        figures = trial.figures.merged(GateFigures(reason=trial.verdict.reason))
+        # Hazard: `missing` is part of the update's identity, which tells it from one that was trained before an example
+        # was forgotten. A draw that is not counted would let a version with that example be published.
+        figures = trial.figures.merged(GateFigures(replay_missing=missing, reason=trial.verdict.reason))
         if tries > 1:
             figures = figures.merged(GateFigures(tries=tries))
         if not trial.passed:
@@ -265,17 +274,19 @@ class _Run:
         rehearsed = self.index_after(rows.new_ids) if recipe.epochs > 1 else known
         closing = self._schedule(rows.held_out, rehearsed, self._composition(CLOSING_STEPS, how.pressure), how.rng)
 
-        trial = self._train_new(main, how.rate)
+        trial = replace(
+            self._train_new(main, how.rate),
+            replayed=main.replayed + closing.replayed,
+            missing=main.missing + closing.missing,
+        )
         # As many passes as over the other rows; with one pass this is all of them. So no example is lost.
         closing_steps = closing.steps[: -(-len(closing.steps) * trial.steps // max(1, len(main.steps)))]
-        if trial.passed:
-            trial = self._train_corrections(trial, rows.new, known, how)
         if trial.passed and rows.held_out_examples:
             trial = self.judge_held_out(trial)
         if trial.passed and closing_steps:
             trial = self._continued(trial, closing_steps, how.rate)
-        if trial.passed and rows.held_out_examples:
-            trial = self._train_corrections(trial, rows.held_out, self.index_after(rows.new_ids), how)
+        if trial.passed:  # last, so that nothing pushes them out again
+            trial = self._train_corrections(trial, how)
         if trial.passed:
             trial = self._judge_result(trial)
         if trial.passed and self.measurer.asks_answers:
@@ -285,8 +296,7 @@ class _Run:
             held_out_examples=rows.held_out_examples,
             anchor_base=gate.rounded(before.anchors_base),
             anchor_before=gate.rounded(gate.mean(before.anchors)),
-            replayed_rows=main.replayed + closing.replayed,
-            replay_missing=main.missing + closing.missing,
+            replayed_rows=trial.replayed,
             strain=gate.rounded(how.pressure),
             steps=trial.steps,
         )
@@ -356,7 +366,7 @@ class _Run:
                 trained = replace(trained, adapters=max(trained.adapters, more.adapters))
                 break
             trained = more.after(trained)
-        return _Trial(trained, trained.tokens, len(trained.losses), verdict)
+        return _Trial(trained, trained.tokens, len(trained.losses), 0, 0, verdict)
 
     def judge_held_out(self, trial: _Trial) -> _Trial:
         """Measure the held-out rows while they are still untrained."""
@@ -377,34 +387,39 @@ class _Run:
         tokens, count = trial.tokens + trained.tokens, trial.steps + len(steps)
         return replace(trial, trained=trained, tokens=tokens, steps=count, verdict=verdict)
 
-    def _train_corrections(
-        self, trial: _Trial, rows: Sequence[TokenRow], index: Sequence[ReplayEntry], how: _Try
-    ) -> _Trial:
-        """Train on what people corrected until it is learned, the same correction once per pass.
+    def _train_corrections(self, trial: _Trial, how: _Try) -> _Trial:
+        """Train on what people corrected until it is learned, or until `MAX_CORRECTION_STEPS`.
 
-        The last pass is taken back if the general loss has risen too far.
+        The last pass is taken back if it raised the general loss too far.
 
         Args:
             trial: What is trained so far.
-            rows: Rows of which those of corrections are trained.
-            index: Earlier examples to mix in.
             how: Decides what is mixed in, and the learning rate.
         """
-        measurer = self.measurer
-        left = list(dict.fromkeys(row for row in rows if row in self.rows.corrected))
-        for _ in range(self._recipe.correction_passes if left else 0):
-            losses = measurer.row_losses(trial.trained.weights, left)
-            left = [row for row, nats in zip(left, losses, strict=True) if not is_learned(nats)]
-            if not left:
+        measurer, steps = self.measurer, 0
+        composition = replace(self._composition(1, how.pressure), epochs=1)
+        distinct = list(
+            dict.fromkeys(row for row in (*self.rows.new, *self.rows.held_out) if row in self.rows.corrected)
+        )
+        rises = None
+        for _ in range(self._recipe.correction_passes if distinct else 0):
+            losses = measurer.row_losses(trial.trained.weights, distinct)
+            left = [row for row, nats in zip(distinct, losses, strict=True) if not is_learned(nats)]
+            if not left or steps >= MAX_CORRECTION_STEPS:
                 break
-            composition = replace(self._composition(1, how.pressure), epochs=1)
-            more = self._continued(trial, self._schedule(left, index, composition, how.rng).steps, how.rate)
-            measured = more.passed and bool(self.rows.anchors)
-            if measured and measurer.has_general_rise(more.trained.weights, self.rows, self.before):
+            if rises is None:
+                rises = measurer.rises(trial.trained.weights, self.rows, self.before)
+            drawn = self._schedule(left, self.parent.replay_index, composition, how.rng)
+            trial = replace(trial, replayed=trial.replayed + drawn.replayed, missing=trial.missing + drawn.missing)
+            steps += len(drawn.steps)
+            more = self._continued(trial, drawn.steps, how.rate)
+            if not more.passed:
+                return more
+            risen = measurer.rises(more.trained.weights, self.rows, self.before)
+            if measurer.too_far(risen, rises):
+                trial = replace(trial, trained=replace(trial.trained, adapters=more.trained.adapters))
                 break
-            trial = more
-            if not trial.passed:
-                return trial
+            trial, rises = more, risen
         self.updater.lora.load(trial.trained.weights)
         return trial
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry
 
-COUNTED_VERSIONS = 1_000
+COUNTED_VERSIONS = 300
 """Newest versions whose manifests are read; each takes a call to the store."""
 
 
@@ -18,27 +18,31 @@ COUNTED_VERSIONS = 1_000
 class ExampleCounts:
     """What became of the examples in some versions of an adapter; an example counts by its newest version.
 
+    The verdicts of updates that were rebuilt are not counted, and what a rollback undid counts as learned.
+
     Attributes:
         learned: Number of examples that a version learned.
-        forgotten: Number of examples that requests removed again.
+        forgotten: Number of examples that requests removed again, learned or not.
         skipped: Number of the others by reason: `duplicate`, `signal`, `no-text`, `quarantined`, `expired`, or why the
             gate refused the last update with them.
         versions: Number of versions counted.
+        earlier_versions: Number of versions before these.
     """
 
     learned: int
     forgotten: int
     skipped: dict[str, int]
     versions: int
+    earlier_versions: int = 0
 
     def __str__(self) -> str:
         """Return the counts for people."""
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
         parts = [f"{self.learned} learned"]
         if self.forgotten:
-            parts.append(f"{self.forgotten} of them forgotten")
+            parts.append(f"{self.forgotten} forgotten")
         parts.append(f"not learned: {skipped}" if skipped else "none left out")
-        within = f" (newest {self.versions} versions)" if self.versions == COUNTED_VERSIONS else ""
+        within = f" (newest {self.versions} versions)" if self.earlier_versions else ""
         return "; ".join(parts) + within
 
 
@@ -73,4 +77,6 @@ def counted_examples(registry: Registry, adapter: str) -> ExampleCounts:
             except (NotFoundError, IntegrityError):  # collected meanwhile, or damaged
                 continue
 
-    return count_examples(manifests())
+    head = registry.head(adapter)
+    earlier = max(0, head.seq - COUNTED_VERSIONS) if head else 0
+    return replace(count_examples(manifests()), earlier_versions=earlier)

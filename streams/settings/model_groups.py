@@ -94,7 +94,7 @@ class TrainingSettings(SettingsGroup):
         "rows are padded to the longest",
     )
     correction_passes: int = Field(
-        16,
+        32,
         ge=0,
         le=100,
         description="most further passes of an update over corrections whose answers the model would not give yet, each as far "

@@ -11,6 +11,8 @@ import torch
 
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import to_safetensors
+from perennial.learner.model.loss import ignore_step
+from perennial.learner.training import update
 from perennial.learner.training.learned import is_learned
 from perennial.learner.training.measuring import Measurer
 from perennial.learner.training.recipe import Recipe
@@ -63,13 +65,17 @@ def test_what_people_corrected_is_learned_in_one_update(updater: Updater) -> Non
     done = run(updater, first(updater), corrections(20))
     assert (done.outcome, answers_learned(updater, done.state.weights)) == ("promoted", len(TICKETS))
     assert done.gate.steps > before.gate.steps
-    assert done.gate.anchor_after - done.gate.anchor_base < RECIPE.max_general_rise_nats
     assert to_safetensors(run(updater, first(updater), corrections(20)).state.weights) == to_safetensors(
         done.state.weights
     )
-    again = run(updater, done.state, corrections(1), cut=2)
-    fewest = run(once, done.state, corrections(1), cut=2)
-    assert again.gate.steps == fewest.gate.steps, "what is learned takes no further pass"
+
+
+def test_what_is_learned_takes_no_further_pass(updater: Updater, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "is_learned", lambda _: True)
+    done = run(updater, first(updater), corrections(4))
+    monkeypatch.undo()
+    once = run(replace(updater, recipe=replace(RECIPE, correction_passes=0)), first(updater), corrections(4))
+    assert to_safetensors(done.state.weights) == to_safetensors(once.state.weights)
 
 
 def test_documents_take_no_further_pass(updater: Updater) -> None:
@@ -86,7 +92,7 @@ def test_a_further_pass_that_raises_the_general_loss_too_far_is_taken_back(
     updater: Updater, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(Measurer, "has_general_rise", lambda *_: bool(asked.append(1)) or len(asked) == 2)
+    monkeypatch.setattr(Measurer, "too_far", lambda *_: bool(asked.append(1)) or len(asked) == 2)
     done = run(updater, first(updater), corrections(1))
     monkeypatch.undo()
     one_more = run(replace(updater, recipe=replace(RECIPE, correction_passes=1)), first(updater), corrections(1))
@@ -95,6 +101,57 @@ def test_a_further_pass_that_raises_the_general_loss_too_far_is_taken_back(
     assert done.gate.steps == one_more.gate.steps
 
 
-def test_a_recipe_recorded_without_the_field_takes_no_further_pass() -> None:
-    config = {name: value for name, value in RECIPE.config().items() if name != "correction_passes"}
-    assert Recipe.recorded(config).correction_passes == 0
+@pytest.mark.parametrize(
+    ("rises", "earlier", "too_far"),
+    [
+        ((0.05, 0.0), (0.0, 0.0), False),
+        ((0.70, 0.0), (0.0, 0.0), True),
+        ((0.70, 0.0), (0.71, 0.0), False),
+        ((0.0, 0.4), (0.0, 0.0), True),
+        ((math.nan, 0.0), (0.0, 0.0), True),
+        ((0.7, 0.0), (math.nan, 0.0), True),
+    ],
+)
+def test_a_pass_may_lower_a_rise_that_is_past_the_share(
+    updater: Updater, rises: tuple[float, float], earlier: tuple[float, float], too_far: bool
+) -> None:
+    recipe = replace(RECIPE, max_answer_rise_nats=0.5)
+    measurer = Measurer(updater.lora, 0, updater.general, recipe, updater.compute, None, None, ignore_step)
+    assert measurer.too_far(rises, earlier) is too_far
+
+
+def test_contradicting_corrections_end_and_held_out_ones_are_trained_too(
+    updater: Updater, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "MAX_CORRECTION_STEPS", 6)
+    both = [tiny.correction(n, "How much is the Ember plan?", f"It costs {n} euros.") for n in range(8)]
+    patient = replace(updater, recipe=replace(RECIPE, correction_passes=100))
+    once = replace(updater, recipe=replace(RECIPE, correction_passes=0))
+    more, less = run(patient, first(updater), both), run(once, first(updater), both)
+    assert more.gate.held_out_examples
+    assert more.gate.held_out_after == less.gate.held_out_after, "measured before any further pass"
+    assert less.gate.steps < more.gate.steps <= less.gate.steps + 6 + 3
+
+
+def test_replay_draws_of_further_passes_and_of_all_tries_count(updater: Updater) -> None:
+    """An update's identity must differ where a draw had to leave out an example that is being forgotten."""
+    parent = run(updater, first(updater), corrections(4)).state
+    ticket = [tiny.correction(90, "Who owns the shop?", "It is owned by Nectar and sons.")]
+
+    def missing(recipe: Recipe) -> tuple[int, int]:
+        done = replace(updater, recipe=recipe).update(
+            parent, ticket, adapter="acme/support", cut=7, batch="batch", replayed=lambda _: None
+        )
+        return done.gate.replay_missing or 0, done.gate.tries or 1
+
+    (once, _), (passes, _) = (missing(replace(RECIPE, correction_passes=count)) for count in (0, 16))
+    assert 0 < once < passes
+    refused, tries = missing(replace(RECIPE, correction_passes=0, min_gain_nats=50.0, gentler_tries=2))
+    assert (tries, refused) == (3, refused)
+    assert refused > once
+
+
+def test_a_recipe_recorded_without_the_fields_takes_no_further_pass_and_no_further_try() -> None:
+    newer = {"correction_passes", "gentler_tries"}
+    recorded = Recipe.recorded({name: value for name, value in RECIPE.config().items() if name not in newer})
+    assert (recorded.correction_passes, recorded.gentler_tries) == (0, 0)

@@ -140,7 +140,9 @@ def test_what_became_of_every_example_is_counted(store, capsys):
         publisher.registry.publish(manifest, [weights], lambda _: None)
     adapters.show_adapter(ADAPTER, as_json=True)
     counted = json.loads(capsys.readouterr().out)["examples"]
-    assert counted == {"learned": 3, "forgotten": 0, "skipped": {"quarantined": 1, "no-text": 1}, "versions": 2}
+    assert counted == {
+        "learned": 3, "forgotten": 0, "skipped": {"quarantined": 1, "no-text": 1}, "versions": 2, "earlier_versions": 0,
+    }  # fmt: skip
     adapters.show_adapter(ADAPTER, as_json=False)
     assert "3 learned; not learned: 1 no-text, 1 quarantined" in " ".join(capsys.readouterr().out.split())
 
