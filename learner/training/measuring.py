@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -123,13 +124,8 @@ class Measurer:
 
         These are the rise of the general loss and, for a chat model, that of the loss on the base's own answers.
         """
-        (anchors,) = self.losses(weights, rows.anchors)
-        share = gate.FULL_PRESSURE_SHARE
-        if not gate.mean(anchors) - before.anchors_base <= share * self.recipe.max_general_rise_nats:
-            return True
-        if not self.asks_answers:
-            return False
-        return not self.answer_rise(weights) <= share * self.recipe.max_answer_rise_nats
+        nothing_before = (-math.inf, -math.inf)
+        return self.too_far(self.rises(weights, rows, before), nothing_before)
 
     def rises(self, weights: Tensors, rows: UpdateRows, before: LossesBefore) -> tuple[float, float]:
         """Measure how far a version left the base.

@@ -165,7 +165,7 @@ def test_the_rise_that_ends_further_passes_is_that_of_full_pressure(
         updater.lora, 0, updater.general, updater.recipe, updater.compute, check, updater.lock, ignore_step  # type: ignore[arg-type]
     )  # fmt: skip
     monkeypatch.setattr(Measurer, "losses", lambda *_: [[3.0 + general, 3.0 + general]])
-    before, rows = LossesBefore([], [], [], 3.0), UpdateRows([], [], [], [], 0, frozenset(), [])
+    before, rows = LossesBefore([], [], [], 3.0), UpdateRows([], [], [], [TokenRow((0, 1))], 0, frozenset(), [])
     assert measurer.has_general_rise({}, rows, before) is too_far
     not_asked = replace(measurer, recipe=replace(updater.recipe, max_answer_rise_nats=0.0))
     assert not_asked.has_general_rise({}, rows, before) is (not general <= 0.09)
