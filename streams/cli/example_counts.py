@@ -69,14 +69,14 @@ def count_examples(manifests: Iterable[Manifest]) -> ExampleCounts:
 
 def counted_examples(registry: Registry, adapter: str) -> ExampleCounts:
     """Count what became of the examples in the newest `COUNTED_VERSIONS` versions of an adapter, unreadable ones left out."""
+    newest = list(registry.versions(adapter, newest_first=True, limit=COUNTED_VERSIONS))
 
     def manifests() -> Iterable[Manifest]:
-        for _, version in registry.versions(adapter, newest_first=True, limit=COUNTED_VERSIONS):
+        for _, version in newest:
             try:
                 yield registry.manifest(adapter, version)
             except (NotFoundError, IntegrityError):  # collected meanwhile, or damaged
                 continue
 
-    head = registry.head(adapter)
-    earlier = max(0, head.seq - COUNTED_VERSIONS) if head else 0
+    earlier = newest[-1][0] - 1 if newest else 0
     return replace(count_examples(manifests()), earlier_versions=earlier)

@@ -52,9 +52,10 @@ def _history_row(row: dict[str, Any]) -> list[str | Text]:
     gate = GateFigures.model_validate(row["gate"])
     before, after = gate.held_out_before, gate.held_out_after
     losses = f"{before:.3f} → {after:.3f}" if before is not None and after is not None else "-"
+    tries = f", {gate.tries} tries" if gate.tries else ""
     return [
         str(row["seq"]), row["version"], _served(row), row["kind"], row["outcome"],
-        f"{row['reason']}, {gate.tries} tries" if gate.tries else row["reason"], str(row["examples"]), str(row["tokens"]), losses,
+        f"{row['reason']}{tries}", str(row["examples"]), str(row["tokens"]), losses,
         _difference(gate.anchor_after, gate.anchor_base),
     ]  # fmt: skip
 

@@ -12,6 +12,7 @@ import numpy as np
 from perennial.learner.model.lora import Tensors
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.training import gate
+from perennial.learner.training.learned import KNOWN_NATS, is_learned
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import BatchComposition, ReplayEntry, build_schedule, seeded_random
 from perennial.learner.training.state import TrainingState
@@ -22,7 +23,7 @@ from tests.benchmarks.learning.arms import Arm
 from tests.benchmarks.learning.averages import average_products, reptile_step
 from tests.benchmarks.learning.retrieval import after_context, nearest
 from tests.benchmarks.learning.streams import Block, Question, Stream, micro_batches
-from tests.benchmarks.learning.world import LEARNED_NATS, Losses, World
+from tests.benchmarks.learning.world import Losses, World
 
 WATCHED: Final = 4
 """Held-out texts per domain whose first row is measured after every update, to find the worst dip."""
@@ -112,14 +113,14 @@ class Learner:
             self.updater, self.served, [*groups, *watched.values(), *(rows for found in choices for rows in found)]
         )
         asked = iter(after[len(groups) + len(watched) :])
-        learned = [bool((nats < LEARNED_NATS).all()) for nats in after[: len(groups)]]
+        learned = [is_learned(nats) for nats in after[: len(groups)]]
         self.updates.append(
             {
                 "examples": len(examples), "text_tokens": sum(tokens for _, tokens in before),
                 "before": round(sum(nats for nats, _ in before), DECIMALS),
                 "after": round(float(sum(nats.sum() for nats in after[: len(groups)])), DECIMALS),
                 "learned": sum(learned),
-                "learned_tokens": sum(int((nats < LEARNED_NATS).sum()) for nats in after[: len(groups)]),
+                "learned_tokens": sum(int((nats < KNOWN_NATS).sum()) for nats in after[: len(groups)]),
                 "outcome": result.outcome, "reason": result.reason, "tokens": result.tokens, "steps": result.gate.steps,
                 "pressure": result.gate.strain,
                 "watched": {

@@ -101,14 +101,6 @@ def document(number: int, text: str, document_id: str) -> ExampleAccepted:
     )  # fmt: skip
 
 
-def correction(number: int, prompt: str, answer: str, document_id: str) -> ExampleAccepted:
-    """Return a corrected interaction as intake accepts it; its number is its offset."""
-    return ExampleAccepted(
-        adapter=ADAPTER, example_id=_id(f"{document_id}\n{prompt}\n{answer}"), kind="correction",
-        document_id=document_id, learn=True, prompt=prompt, answer=answer, origin=_origin(number),
-    )  # fmt: skip
-
-
 def _id(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -33,8 +32,6 @@ from tests.benchmarks.learning.streams import Question
 
 ROWS_PER_TEXT: Final = 2
 """Rows of a held-out text that are measured, from its beginning."""
-LEARNED_NATS: Final = math.log(2)
-"""Loss of a token that has a probability of one half."""
 _LEARNER_ROOM: Final = Path(__file__).parents[3]
 _CURATE: Final = ("streams/curate/batcher.py", "streams/curate/drift.py")
 _HARNESS: Final = ("texts.py", "retrieval.py", "streams.py", "generated.py", "averages.py", "world.py", "runs.py")
