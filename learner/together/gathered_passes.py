@@ -12,18 +12,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together.measure_together import MeasuredRows, measure_together
-from perennial.learner.together.train_together import AdapterJob, train_together
+from perennial.learner.together.shared_pass import SharedPass
+from perennial.learner.together.stacked_lora import Layout
+from perennial.learner.together.train_together import AdapterJob, to_host, train_together
 from perennial.learner.training.trainer import TrainConfig, TrainResult
 
 ROUND_STEPS = {"cpu": 4, "cuda": 16}
-"""Optimizer steps of a round, if the schedules have so many. On a GPU, a round moves all weights."""
+"""Optimizer steps of a round, if the schedules have so many. A round gathers the weights of its adapters."""
 ROUND_S = 0.25
 """Seconds that a round with more steps may take: so long an adapter may wait before it joins. Rounds change no bits."""
 
@@ -41,6 +43,7 @@ class _Request:
         measure: Rows to measure; None for training.
         pad: Token id to fill up with.
         trained: Result of the steps so far.
+        for_slot: The weights of the result, where the base is.
         losses: Losses of the measured rows.
         error: What the request failed with.
         done: True once there is a result or an error.
@@ -54,6 +57,7 @@ class _Request:
     measure: MeasuredRows | None = None
     pad: int = 0
     trained: TrainResult | None = None
+    for_slot: Mapping[str, torch.Tensor] = field(default_factory=dict)
     losses: list[torch.Tensor] | None = None
     error: Exception | None = None
     done: bool = False
@@ -133,14 +137,14 @@ class GatheredPasses:
     ) -> TrainResult:
         """See `Compute.train`. The result counts the adapters that shared a pass."""
         job = AdapterJob(weights, optimizer, steps, config)
+        request = _Request(lora, lock, on_step, self._clock(), train=job, pad=config.pad)
         if not steps:
             (trained,) = train_together(lora, [job], lock=lock, on_step=on_step)
         else:
-            request = _Request(lora, lock, on_step, self._clock(), train=job, pad=config.pad)
             self._compute(request)
             assert request.trained is not None
             trained = request.trained
-        lora.load(trained.weights)
+        lora.load(request.for_slot if steps else trained.weights)
         return trained
 
     def token_losses(
@@ -286,7 +290,7 @@ class GatheredPasses:
         count = min(most, *(len(job.schedule) for job in jobs))
         now = [replace(job, schedule=job.schedule[:count]) for job in jobs]
         began_s = self._clock()
-        results = train_together(lora, now, lock=lock, on_step=on_step)
+        results = train_together(lora, now, lock=lock, on_step=on_step, on_device=True)
         seconds = self._clock() - began_s
         self._step_s = seconds / count
         self._report(len(members), seconds)
@@ -294,13 +298,11 @@ class GatheredPasses:
             trained = replace(result, adapters=len(members))
             member.trained = trained.after(member.trained) if member.trained else trained
             member.train = AdapterJob(result.weights, result.optimizer, job.schedule[count:], job.config)
-            member.done = count == len(job.schedule)
-            if member.done:
-                member.trained = _own_memory(member.trained)
-
-
-def _own_memory(result: TrainResult) -> TrainResult:
-    """Return the result with tensors of its own: those of a round keep the memory of all its adapters."""
-    copies = ({name: tensor.clone() for name, tensor in part.items()} for part in (result.weights, result.optimizer))
-    weights, optimizer = copies
-    return replace(result, weights=weights, optimizer=optimizer)
+        ended = [member for member, job in zip(members, jobs, strict=True) if count == len(job.schedule)]
+        results = [member.trained for member in ended if member.trained]
+        if not ended:
+            return
+        hosted = to_host(results, Layout.of(lora), SharedPass.of(lora, graphs=True).hot)
+        for member, result in zip(ended, hosted, strict=True):
+            member.for_slot = member.trained.weights if member.trained else {}
+            member.trained, member.done = result, True

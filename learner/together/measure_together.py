@@ -11,6 +11,7 @@ import torch
 from perennial.learner.model.lora import Lora, check_weights
 from perennial.learner.model.loss import OutOfMemoryError, ignore_step, is_out_of_memory, row_token_losses
 from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.together.device_states import stacked_rows
 from perennial.learner.together.packing import AdapterRows
 from perennial.learner.together.shared_pass import SharedPass, packs_together
 from perennial.learner.together.splitting import most_pass_tokens, split_into_passes
@@ -65,10 +66,12 @@ def measure_together(
         together, pass_tokens = packs_together(lora), pass_tokens or most_pass_tokens(lora)
     if not together:
         return [_in_the_slot(lora, part, pad, lock, on_step) for part in measured]
-    weights = _stacked(lora, measured)
     parts = [AdapterRows([replace(row, like_base=False) for row in part.rows], 1.0, 0.0, pad) for part in measured]
     passes = split_into_passes(parts, pass_tokens)
     shared = SharedPass.of(lora, graphs=True)
+    # The frozen base has zeros, whose products add nothing.
+    device, states = torch.device(lora.base.device), [part.weights for part in measured]
+    weights = stacked_rows(Layout.of(lora), states, "", device, shared.hot)  # (n, P)
     losses: list[list[torch.Tensor]] = [[] for _ in measured]
     while passes:
         first, of_pass = passes[0]
@@ -100,16 +103,6 @@ def _in_the_slot(
         lora.load(part.weights)
     adapted = part.weights is not None
     return row_token_losses(lora, part.rows, pad=pad, adapted=adapted, lock=lock, on_step=on_step)
-
-
-def _stacked(lora: Lora, measured: Sequence[MeasuredRows]) -> torch.Tensor:
-    """Return the weights (n, P) on the host; the frozen base has zeros, whose products add nothing."""
-    layout = Layout.of(lora)
-    stacked = torch.zeros(len(measured), layout.width)
-    for row, part in zip(stacked, measured, strict=True):
-        if part.weights is not None:
-            torch.cat([part.weights[name].reshape(-1) for name in layout.names], out=row)
-    return stacked
 
 
 def _halves(first: int, of_pass: Sequence[AdapterRows], error: Exception) -> list[tuple[int, list[AdapterRows]]]:

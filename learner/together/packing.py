@@ -11,6 +11,7 @@ import torch
 
 from perennial.learner.model.tokenization import TokenRow
 
+_LARGE = 4096
 ALIGNMENT = 8
 """Grouped matrix products on a GPU read 16 bytes at a time, which are 8 numbers in bf16."""
 
@@ -96,7 +97,10 @@ class Size:
 
     @classmethod
     def holding(cls, parts: Sequence[AdapterRows]) -> Size:
-        """Return a size that the rows of adapters fit into, one of few: at most an eighth of it is filled up."""
+        """Return a size that the rows of adapters fit into, one of few: at most an eighth of it is filled up.
+
+        Of a large pass, which waits less for launches and is computed more often without a graph, at most a sixteenth.
+        """
         adapters = _power_of_two(len(parts))
         used = [sum(len(row.ids) for row in part.rows) for part in parts] + [0] * (adapters - len(parts))
         tokens = _eighths(sum(-(-max(1, number) // ALIGNMENT) * ALIGNMENT for number in used))
@@ -113,8 +117,12 @@ def _power_of_two(number: int) -> int:
 
 
 def _eighths(number: int) -> int:
-    """Return the least multiple of an eighth of the power of two below the number, and of 64, that is at least it."""
-    step = max(64, (_power_of_two(number + 1) // 2) // 8)
+    """Return the least multiple of an eighth of the power of two below the number, and of 64, that is at least it.
+
+    From `_LARGE` on of a sixteenth.
+    """
+    below = _power_of_two(number + 1) // 2
+    step = max(64, below // (8 if below < _LARGE else 16))
     return -(-number // step) * step
 
 

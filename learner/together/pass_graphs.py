@@ -87,6 +87,8 @@ class PassGraphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        # Hazard: memory that passes without a graph have left is not returned during a capture, which then runs out of it.
+        torch.cuda.empty_cache()
         try:
             # The libraries set up their work space for a stream with the first kernel on it, which no graph can hold.
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -94,6 +96,7 @@ class PassGraphs:
             with torch.cuda.stream(stream):
                 compute(static)
             torch.cuda.current_stream(device).wait_stream(stream)
+            torch.cuda.empty_cache()
             # Other threads may wait for the device meanwhile, or allocate memory.
             with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 losses = compute(static)

@@ -15,6 +15,7 @@ from perennial.learner.model.lora import Lora
 from perennial.learner.model.loss import autocast, has_plain_head, is_out_of_memory
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together.chunked_head import losses_and_gradient, token_losses
+from perennial.learner.together.device_states import HotStates, hot_states
 from perennial.learner.together.packed_attention import Documents, packed_attention
 from perennial.learner.together.packing import AdapterRows, PackedRows, Size, pack
 from perennial.learner.together.pass_graphs import PassGraphs
@@ -39,10 +40,14 @@ class SharedPass:
     Args:
         lora: Slot whose layers, rank and scale the adapters have.
         graphs: On CUDA, capture graphs.
+
+    Attributes:
+        hot: States of adapters that are on the device.
     """
 
     def __init__(self, lora: Lora, *, graphs: bool) -> None:
         self._lora = lora
+        self.hot: HotStates = hot_states(torch.device(lora.base.device))
         self._device = torch.device(lora.base.device)
         self._on_cuda = self._fills = self._device.type == "cuda"
         self._graphs = PassGraphs() if graphs and self._on_cuda else None
@@ -60,6 +65,10 @@ class SharedPass:
 
     def release(self) -> None:
         """Free the tensors and graphs that are kept between passes."""
+        self.hot.clear()
+        self._release_stacks()
+
+    def _release_stacks(self) -> None:
         self._stacked = {}
         if self._graphs is not None:
             self._graphs.clear()
@@ -177,7 +186,7 @@ class SharedPass:
         kept = self._stacked.get(number)
         if kept is None or len(kept) < count:
             if number == 0:
-                self.release()
+                self._release_stacks()
             kept = self._stacked[number] = StackedLora(self._lora, count)
         return kept
 

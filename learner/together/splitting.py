@@ -15,8 +15,9 @@ PASS_TOKENS = {"cpu": 4096, "cuda": 16_384}
 """Most tokens of a pass. More gain nothing: the device is busy with so many, and activations take memory by the token."""
 ACTIVATION_BYTES = 32 * 2**30
 """Most memory that the activations of a pass may take on a GPU, as they are estimated, and at most 40 % of its memory."""
-_BYTES_OF_ACTIVATIONS = 1.3
+_BYTES_OF_ACTIVATIONS = 1.0
 """Activations of a Llama in bf16, as a multiple of the inputs and outputs of its linear layers (measured at 8B)."""
+_STEP_TOKENS = 1024
 
 
 def most_pass_tokens(lora: Lora) -> int:
@@ -24,11 +25,18 @@ def most_pass_tokens(lora: Lora) -> int:
     device = torch.device(lora.base.device)
     if device.type != "cuda":
         return PASS_TOKENS["cpu"]
+    kept: dict[object, int] = lora.model.__dict__.setdefault("_most_pass_tokens", {})
+    if device not in kept:
+        kept[device] = _most_on_cuda(lora, device)
+    return kept[device]
+
+
+def _most_on_cuda(lora: Lora, device: torch.device) -> int:
     widths = sum(layer.in_features + layer.out_features for layer in lora.layers().values())
     by_token = 2 * widths * _BYTES_OF_ACTIVATIONS
     memory = min(ACTIVATION_BYTES, 0.4 * torch.cuda.get_device_properties(device).total_memory)
-    fitting = max(512, int(memory / by_token))
-    return min(PASS_TOKENS["cuda"], 1 << (fitting.bit_length() - 1))
+    fitting = int(memory / by_token) // _STEP_TOKENS * _STEP_TOKENS
+    return min(PASS_TOKENS["cuda"], max(_STEP_TOKENS // 2, fitting))
 
 
 def split_into_passes(parts: Sequence[AdapterRows], max_tokens: int) -> list[tuple[int, list[AdapterRows]]]:

@@ -20,25 +20,19 @@ class StackedAdamW:
 
     Args:
         weights: fp32 (n, P), one row per adapter; changed in place.
-
-    Attributes:
-        exp_avg: First moments (n, P).
-        exp_avg_sq: Second moments (n, P).
+        exp_avg: First moments (n, P); changed in place.
+        exp_avg_sq: Second moments (n, P); changed in place.
     """
 
-    def __init__(self, weights: torch.Tensor) -> None:
+    def __init__(self, weights: torch.Tensor, exp_avg: torch.Tensor, exp_avg_sq: torch.Tensor) -> None:
         self.weights = weights
-        self.exp_avg = torch.zeros_like(weights)
-        self.exp_avg_sq = torch.zeros_like(weights)
+        self.exp_avg = exp_avg
+        self.exp_avg_sq = exp_avg_sq
         self._taken = [torch.zeros((), device=weights.device) for _ in range(len(weights))]
 
     def set_taken(self, row: int, steps: int) -> None:
         """Set the number of steps that an adapter has had."""
         self._taken[row].fill_(float(steps))
-
-    def moments(self) -> dict[str, torch.Tensor]:
-        """Return the moments (n, P) by the names that they are stored under."""
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
     def step(self, gradient: torch.Tensor, rates: Sequence[float], betas: Sequence[tuple[float, float]]) -> None:
         """Take one step of the first adapters, as many as there are rates.

@@ -8,15 +8,15 @@ result. What shares a pass decides the last bits, because products of other size
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from perennial.learner.model.lora import Lora, Tensors, check_weights
 from perennial.learner.model.loss import OutOfMemoryError, ignore_step, is_out_of_memory
 from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.together.device_states import Fetching, HotStates, stacked_rows
 from perennial.learner.together.packing import AdapterRows
 from perennial.learner.together.shared_pass import SharedPass, packs_together
 from perennial.learner.together.splitting import most_pass_tokens, split_into_passes
@@ -24,8 +24,7 @@ from perennial.learner.together.stacked_adamw import StackedAdamW, clip
 from perennial.learner.together.stacked_lora import Layout
 from perennial.learner.training.trainer import TrainConfig, TrainResult, steps_taken, train
 
-COPYING_THREADS = 8
-"""Threads that gather the weights of adapters on the host before they go to a GPU."""
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class AdapterJob:
     """What `train` takes for one adapter.
 
     Attributes:
-        weights: LoRA tensors by name to start from.
+        weights: LoRA tensors by name to start from, on the host or on the base's device.
         optimizer: Moments and step count to continue from; None for an adapter's first training.
         schedule: Rows of each step.
         config: Rate, clipping and weights. `micro_rows` and `packed_tokens` have no effect: passes are bounded by tokens.
@@ -53,6 +52,7 @@ def train_together(
     on_step: Callable[[], None] = ignore_step,
     pass_tokens: int | None = None,
     graphs: bool = True,
+    on_device: bool = False,
 ) -> list[TrainResult]:
     """Train adapters of one base and rank, one optimizer step of each per entry of its schedule.
 
@@ -68,6 +68,7 @@ def train_together(
         pass_tokens: Most tokens of a forward and backward pass, but for a single row that has more; None: as
             `most_pass_tokens` says.
         graphs: On CUDA, replay passes of the same size as one CUDA graph.
+        on_device: Leave the tensors of the results on the base's device, as views of tensors that all results share.
 
     Returns:
         One result per job, in the order of the jobs. The losses of an adapter that failed are not finite.
@@ -90,6 +91,7 @@ def train_together(
         on_step,
         pass_tokens,
         graphs=graphs,
+        on_device=on_device,
     )
     by_job = dict(zip(order, results, strict=True))
     return [by_job[index] for index in range(len(jobs))]
@@ -103,10 +105,11 @@ def _within_memory(
     pass_tokens: int,
     *,
     graphs: bool,
+    on_device: bool,
 ) -> list[TrainResult]:
     """Train the jobs, in two parts where their states do not fit the memory at once."""
     try:
-        return _Together(lora, jobs, pass_tokens, graphs=graphs).run(lock, on_step)
+        return _Together(lora, jobs, pass_tokens, graphs=graphs, on_device=on_device).run(lock, on_step)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) or len(jobs) < 2:
             raise
@@ -117,52 +120,33 @@ def _within_memory(
     return [
         result
         for part in (jobs[:half], jobs[half:])
-        for result in _within_memory(lora, part, lock, on_step, pass_tokens, graphs=graphs)
+        for result in _within_memory(lora, part, lock, on_step, pass_tokens, graphs=graphs, on_device=on_device)
     ]
 
 
 class _Together:
     """One run: the states of the jobs, stacked, and the steps that change them."""
 
-    def __init__(self, lora: Lora, jobs: Sequence[AdapterJob], pass_tokens: int, *, graphs: bool) -> None:
+    def __init__(
+        self, lora: Lora, jobs: Sequence[AdapterJob], pass_tokens: int, *, graphs: bool, on_device: bool
+    ) -> None:
         self._lora, self._jobs = lora, jobs
         self._device = torch.device(lora.base.device)
+        self._on_host = self._device.type == "cuda" and not on_device
         self._layout = Layout.of(lora)
         self._pass_tokens = pass_tokens
         self._shared = SharedPass.of(lora, graphs=graphs)
-        self._weights = self._stacked([job.weights for job in jobs], "")
-        self._optimizer = StackedAdamW(self._weights)
+        parts: list[tuple[Sequence[Mapping[str, torch.Tensor] | None], str]] = [([job.weights for job in jobs], "")]
+        parts += [([job.optimizer for job in jobs], f"{name}.") for name in _MOMENTS]
+        weights, exp_avg, exp_avg_sq = (
+            stacked_rows(self._layout, states, prefix, self._device, self._shared.hot) for states, prefix in parts
+        )
+        self._weights = weights
+        self._optimizer = StackedAdamW(weights, exp_avg, exp_avg_sq)
         self._taken = [steps_taken(job.optimizer) for job in jobs]
         for row, taken in enumerate(self._taken):
             self._optimizer.set_taken(row, taken)
-        for name, moment in self._optimizer.moments().items():
-            for row, job in enumerate(jobs):
-                if job.optimizer:
-                    moment[row].copy_(self._flat(job.optimizer, f"{name}."))
-        self._gradient = torch.zeros_like(self._weights)
         self._limits = torch.tensor([job.config.clip_norm for job in jobs], device=self._device)
-
-    def _flat(self, tensors: Mapping[str, torch.Tensor], prefix: str) -> torch.Tensor:
-        return torch.cat([tensors[prefix + name].reshape(-1).float() for name in self._layout.names])
-
-    def _stacked(self, states: Sequence[Mapping[str, torch.Tensor]], prefix: str) -> torch.Tensor:
-        on_cuda = self._device.type == "cuda"
-        rows = torch.empty(len(states), self._layout.width, pin_memory=on_cuda)
-        stacked = torch.empty_like(rows, device=self._device) if on_cuda else rows
-
-        def load(index: int) -> None:
-            tensors = states[index]
-            torch.cat([tensors[prefix + name].reshape(-1) for name in self._layout.names], out=rows[index])
-            if on_cuda:
-                stacked[index].copy_(rows[index], non_blocking=True)
-
-        if on_cuda:  # one thread fills the bus to a tenth
-            with ThreadPoolExecutor(min(COPYING_THREADS, len(states))) as threads:
-                list(threads.map(load, range(len(states))))
-        else:
-            for index in range(len(states)):
-                load(index)
-        return stacked
 
     def run(self, lock: AbstractContextManager[object], on_step: Callable[[], None]) -> list[TrainResult]:
         """Take all steps.
@@ -188,18 +172,22 @@ class _Together:
         """
         active = sum(len(job.schedule) > step for job in self._jobs)
         parts = [_adapter_rows(job.schedule[step], job.config) for job in self._jobs[:active]]
-        losses = self._accumulate(parts)
-        norms = clip(self._gradient[:active], self._limits[:active])
+        losses, gradient = self._accumulate(parts)
+        norms = clip(gradient, self._limits[:active])
         rates = [
             job.config.learning_rate * min(1.0, (taken + step + 1) / job.config.warmup_steps)
             for job, taken in zip(self._jobs[:active], self._taken, strict=False)
         ]
         betas = [job.config.betas for job in self._jobs[:active]]
-        self._optimizer.step(self._gradient, rates, betas)
+        self._optimizer.step(gradient, rates, betas)
         return losses, norms
 
-    def _accumulate(self, parts: Sequence[AdapterRows]) -> torch.Tensor:
-        """Put the gradient of a step into `_gradient`, with smaller passes where memory runs out."""
+    def _accumulate(self, parts: Sequence[AdapterRows]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute a step, with smaller passes where memory runs out.
+
+        Returns:
+            Losses (n,) and gradients (n, P), fp32 on the device; valid until the next step.
+        """
         while True:
             passes = split_into_passes(parts, self._pass_tokens)
             try:
@@ -216,33 +204,40 @@ class _Together:
             self._shared.release()
             self._pass_tokens = (min(largest, self._pass_tokens) + 1) // 2
 
-    def _accumulate_passes(self, passes: Sequence[tuple[int, Sequence[AdapterRows]]], count: int) -> torch.Tensor:
+    def _accumulate_passes(
+        self, passes: Sequence[tuple[int, Sequence[AdapterRows]]], count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(passes) == 1 and len(passes[0][1]) == count:
+            losses, gradients = self._shared.run(self._weights[:count], passes[0][1])
+            return losses.clone(), gradients  # the next pass overwrites both
         losses = torch.zeros(count, device=self._device)
-        self._gradient.zero_()
+        gradients = torch.zeros_like(self._weights[:count])
         for first, of_pass in passes:
             rows = slice(first, first + len(of_pass))
             loss, gradient = self._shared.run(self._weights[rows], of_pass)
             losses[rows] += loss
-            self._gradient[rows] += gradient
-        return losses
+            gradients[rows] += gradient
+        return losses, gradients
 
     def _results(self, losses: Sequence[torch.Tensor], norms: Sequence[torch.Tensor]) -> list[TrainResult]:
-        host = torch.empty(3, *self._weights.shape, pin_memory=self._device.type == "cuda")
-        moments = self._optimizer.moments()
-        for target, source in zip(host, (self._weights, *moments.values()), strict=True):
-            target.copy_(source, non_blocking=True)
+        stacks = (self._weights, self._optimizer.exp_avg, self._optimizer.exp_avg_sq)
+        rows = [stack[row] for row in range(len(self._jobs)) for stack in stacks]
+        fetching = Fetching(rows) if self._on_host else None
+        # Thousands of views are made while the device computes.
+        views = [self._layout.views(row) for row in (fetching.copies if fetching else rows)]
         of_steps = [(loss.tolist(), norm.tolist()) for loss, norm in zip(losses, norms, strict=True)]
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
+        if fetching:
+            fetching.wait()
         results = []
         for row, job in enumerate(self._jobs):
             steps = len(job.schedule)
             optimizer: Tensors = {"step": torch.tensor([float(self._taken[row] + steps)])}
-            for name, moment in zip(moments, host[1:], strict=True):
-                optimizer |= {f"{name}.{tensor}": view for tensor, view in self._layout.views(moment[row]).items()}
+            weights, *moments = views[3 * row : 3 * row + 3]
+            for name, moment in zip(_MOMENTS, moments, strict=True):
+                optimizer |= {f"{name}.{tensor}": view for tensor, view in moment.items()}
             results.append(
                 TrainResult(
-                    weights=self._layout.views(host[0, row]),
+                    weights=weights,
                     optimizer=optimizer,
                     losses=tuple(loss[row] for loss, _ in of_steps[:steps]),
                     norms=tuple(norm[row] for _, norm in of_steps[:steps]),
@@ -261,3 +256,36 @@ def _adapter_rows(rows: Sequence[TokenRow], config: TrainConfig) -> AdapterRows:
         base_weight=config.like_base_weight / base if base else 0.0,
         pad=config.pad,
     )
+
+
+def to_host(results: Sequence[TrainResult], layout: Layout, hot: HotStates) -> list[TrainResult]:
+    """Return results of `train_together` with tensors of their own on the host, and keep copies on the device.
+
+    Results share the memory of all adapters of a round until then. All are fetched in one call of one thread: every thread
+    that makes thousands of views holds up the one that launches the next round.
+
+    Args:
+        results: Results whose tensors are on the base's device, which may be the host.
+        layout: Where each tensor is stored in a row.
+        hot: Where the rows on the device are kept.
+    """
+    prefixes = ("", *(f"{name}." for name in _MOMENTS))
+    rows = []
+    for result in results:
+        of_names = result.weights | result.optimizer
+        rows += [torch.cat([of_names[prefix + name].reshape(-1) for name in layout.names]) for prefix in prefixes]
+    fetching = Fetching(rows) if rows[0].is_cuda else None
+    views = [layout.views(row) for row in (fetching.copies if fetching else rows)]
+    if fetching:
+        fetching.wait()
+        for row, of_row in zip(rows, views, strict=True):
+            hot.put(list(of_row.values()), row)
+    made = []
+    for number, result in enumerate(results):
+        weights, first, second = (
+            {f"{prefix}{name}": view for name, view in of_row.items()}
+            for prefix, of_row in zip(prefixes, views[3 * number : 3 * number + 3], strict=True)
+        )
+        optimizer = {"step": result.optimizer["step"], **first, **second}
+        made.append(replace(result, weights=weights, optimizer=optimizer))
+    return made

@@ -13,6 +13,7 @@ from perennial.learner.model.base import load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.together.shared_pass import SharedPass, packs_together
 from perennial.learner.together.train_together import AdapterJob, train_together
 from perennial.learner.training.trainer import TrainConfig, TrainResult, train
@@ -114,3 +115,31 @@ def test_sub_passes_change_only_the_last_bits(lora: Lora) -> None:
         jobs, train_together(lora, jobs, pass_tokens=128), train_together(lora, jobs), strict=True
     ):
         assert_like(one, other, job)
+
+
+def test_states_stay_on_the_device_and_results_are_on_the_host(lora: Lora) -> None:
+    job = jobs_over(lora, 1, like_base=1)[0]
+    passes = GatheredPasses()
+
+    def trained(weights: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor] | None) -> TrainResult:
+        return passes.train(lora, weights, optimizer, job.schedule, job.config, None, lambda: None)
+
+    for _ in range(3):  # computed, captured, replayed
+        first = trained(dict(job.weights), None)
+    assert {tensor.device.type for tensor in (first.weights | first.optimizer).values()} == {"cpu"}
+    assert equal(first, train_together(lora, [job])[0])
+    hot = SharedPass.of(lora, graphs=True).hot
+    assert hot.get([first.weights[name] for name in sorted(first.weights)]) is not None
+    from_device = trained(first.weights, first.optimizer)
+    copies = [{name: tensor.clone() for name, tensor in part.items()} for part in (first.weights, first.optimizer)]
+    from_host = trained(copies[0], copies[1])
+    assert equal(from_device, from_host)
+    rows = job.schedule[0]
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(
+            passes.token_losses(lora, first.weights, rows, 2, None, lambda: None),
+            passes.token_losses(lora, copies[0], rows, 2, None, lambda: None),
+            strict=True,
+        )
+    )

@@ -175,17 +175,17 @@ def test_gradients_are_those_of_peft(name: str, grouped: bool) -> None:
     ]
     run = together_module._Together(
         lora, [AdapterJob(own, None, [rows], PLAN) for own, rows in zip(weights, of_adapter, strict=True)],
-        4096, graphs=True,
+        4096, graphs=True, on_device=False,
     )  # fmt: skip
     parts = [together_module._adapter_rows(rows, PLAN) for rows in of_adapter]
     if grouped:
         with as_on_a_gpu(lora):
-            losses = run._accumulate(parts)
+            losses, gradients_of_all = run._accumulate(parts)
     else:
-        losses = run._accumulate(parts)
+        losses, gradients_of_all = run._accumulate(parts)
     assert losses.tolist() == pytest.approx([loss for loss, _ in expected], rel=1e-5)
     for row, (_, gradients) in enumerate(expected):
-        views = Layout.of(lora).views(run._gradient[row])
+        views = Layout.of(lora).views(gradients_of_all[row])
         assert gradients.keys() == views.keys()
         for key, gradient in gradients.items():
             assert_near(views[key], gradient, 1e-4)
@@ -334,10 +334,10 @@ def test_memory_that_runs_out_halves_the_passes_and_then_the_adapters(monkeypatc
     most["tokens"] = 10_000
     stacked = together_module.StackedAdamW
 
-    def of_two(weights: torch.Tensor) -> Any:
+    def of_two(weights: torch.Tensor, *moments: torch.Tensor) -> Any:
         if len(weights) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return stacked(weights)
+        return stacked(weights, *moments)
 
     monkeypatch.setattr(together_module, "StackedAdamW", of_two)
     for one, other in zip(train_together(lora, jobs), whole, strict=True):
