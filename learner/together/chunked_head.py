@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from perennial.learner.together.frozen_weights import cast_once
+from perennial.learner.together.head_kernels import cross_entropy_, divergence_, has_kernels
 
 CHUNK_TOKENS = {"cuda": 4096, "cpu": 256}
 
@@ -39,8 +40,14 @@ def losses_and_gradient(
     of_text = len(hidden) - len(base)
     nats = torch.empty(len(hidden), device=hidden.device)
     gradient = torch.empty_like(hidden)
+    in_place = hidden.is_cuda and has_kernels()
     for start in range(0, of_text, size):
         part = slice(start, min(start + size, of_text))
+        if in_place:
+            slopes = linear(hidden[part], weight, bias)
+            cross_entropy_(slopes, labels[part], weights[part], nats[part])
+            torch.mm(slopes, weight, out=gradient[part])
+            continue
         logits = linear(hidden[part], weight, bias).float().requires_grad_()
         with torch.enable_grad():
             of_part = cross_entropy(logits, labels[part], reduction="none")
@@ -49,8 +56,13 @@ def losses_and_gradient(
         torch.mm(slopes.to(hidden.dtype), weight, out=gradient[part])
     for start in range(of_text, len(hidden), size):
         part = slice(start, start + size)
-        teacher = linear(base[start - of_text : start - of_text + size], weight, bias).float()
-        nats[part], slopes = _divergence(linear(hidden[part], weight, bias).float(), teacher)
+        teacher = linear(base[start - of_text : start - of_text + size], weight, bias)
+        if in_place:
+            slopes = linear(hidden[part], weight, bias)
+            divergence_(slopes, teacher, weights[part], nats[part])
+            torch.mm(slopes, weight, out=gradient[part])
+            continue
+        nats[part], slopes = _divergence(linear(hidden[part], weight, bias).float(), teacher.float())
         torch.mm(slopes.mul_(weights[part, None]).to(hidden.dtype), weight, out=gradient[part])
     return nats, gradient
 

@@ -16,6 +16,7 @@ from perennial.learner.model.loss import autocast, has_plain_head, is_out_of_mem
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together.chunked_head import losses_and_gradient, token_losses
 from perennial.learner.together.device_states import HotStates, hot_states
+from perennial.learner.together.fused_kernels import fused_layers
 from perennial.learner.together.packed_attention import Documents, packed_attention
 from perennial.learner.together.packing import AdapterRows, PackedRows, Size, pack
 from perennial.learner.together.pass_graphs import PassGraphs
@@ -112,7 +113,7 @@ class SharedPass:
         stacked = self._filled(weights, size)
         packed = pack(parts, size).to(self._device)
         stacked.take(packed.bounds, packed.ends)
-        with stacked.computing(adapted=True):
+        with fused_layers(self._lora.model, self._device), stacked.computing(adapted=True):
             hidden = _hidden(self._lora, packed)  # (T, d)
         trained = sum(row.tokens for part in parts for row in part.rows)
         predicting = hidden.index_select(0, packed.predicting[:trained]).to(stacked.dtype)  # (N, d)
@@ -230,10 +231,11 @@ def _compute(lora: Lora, stacked: StackedLora, inputs: _Inputs) -> torch.Tensor:
     Returns:
         Losses (n,), fp32 on the device.
     """
-    with stacked.computing(adapted=False):
-        base = _of_teacher(lora, stacked, inputs)
-    with stacked.computing(adapted=True), _taking_gradients(lora.model):
-        return _with_gradients(lora, stacked, inputs, base)
+    with fused_layers(lora.model, torch.device(lora.base.device)):
+        with stacked.computing(adapted=False):
+            base = _of_teacher(lora, stacked, inputs)
+        with stacked.computing(adapted=True), _taking_gradients(lora.model):
+            return _with_gradients(lora, stacked, inputs, base)
 
 
 def _of_teacher(lora: Lora, stacked: StackedLora, inputs: _Inputs) -> torch.Tensor | None:
