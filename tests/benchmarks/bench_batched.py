@@ -17,6 +17,7 @@ import random
 import shutil
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -33,6 +34,7 @@ from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.loss import OutOfMemoryError, is_out_of_memory
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, text_rows
+from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.together.train_together import AdapterJob, train_together
 from perennial.learner.training.trainer import TrainConfig, TrainResult, train
 
@@ -192,6 +194,47 @@ def together(bench: Bench, jobs: Sequence[AdapterJob], *, graphs: bool = True) -
     return train_together(bench.lora, jobs, graphs=graphs)
 
 
+def service_seconds(bench: Bench, jobs: Sequence[AdapterJob], together: int, updates: int) -> float:
+    """Return the seconds per adapter of updates that the threads of a learner make one behind the other.
+
+    There are more adapters than share a pass, as in a learner under load: while some train, the results of others go to
+    the host. An adapter's next update starts from its result; what is still on the device is used.
+    """
+    passes = GatheredPasses(most_adapters=together, wait_s=1.0)
+    ready = threading.Barrier(len(jobs) + 1)
+    errors: list[BaseException] = []
+
+    def work(job: AdapterJob) -> None:
+        weights, optimizer = job.weights, job.optimizer
+        try:
+            with passes.joining():  # as an update does, until it ends: rounds wait for it
+                for update in range(updates + 2):
+                    if update in {0, 2}:  # the first two are not timed: the second pass of a size is captured
+                        ready.wait()
+                    result = passes.train(bench.lora, weights, optimizer, job.schedule, job.config, None, lambda: None)
+                    weights, optimizer = result.weights, result.optimizer
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread of the benchmark
+            errors.append(error)
+            ready.abort()
+
+    threads = [threading.Thread(target=work, args=(job,)) for job in jobs]
+    for thread in threads:
+        thread.start()
+    try:
+        ready.wait()
+        ready.wait()
+        began = time.perf_counter()
+    except threading.BrokenBarrierError:
+        began = float("nan")
+    for thread in threads:
+        thread.join()
+    bench.wait()
+    took = time.perf_counter() - began
+    if errors:
+        raise errors[0]
+    return took / updates / len(jobs)
+
+
 def step_seconds(bench: Bench, jobs: Sequence[AdapterJob]) -> list[float]:
     """Return the seconds until the first step is done, which holds the loading of the weights, and those of the others."""
     times = [time.perf_counter()]
@@ -332,7 +375,15 @@ def measure_many(bench: Bench, counts: Sequence[int], figures: dict[str, Any], s
             figures["max_rel_diff_alone"] = relative_difference(jobs[:alone], results[:alone], own)
             figures["max_rel_diff_train"] = relative_difference(jobs[:alone], results[:alone], singles)
         figures[f"steps_{count}_s"] = step_seconds(bench, some)
-        if count in {4, max(counts)} and count < 64:
+        if count == min(16, max(counts)):
+            del results
+            took = service_seconds(bench, bench.jobs(2 * count), count, 4)
+            figures["service_s_per_adapter"], figures["service"] = took, per_adapter / took
+            log(
+                bench, f"{2 * count} adapters in a learner, {count} together: {per_adapter / took:.1f} times one by one"
+            )
+            results = together(bench, some)
+        if count == min(16, max(counts)):
             figures[f"again_equal_{count}"] = equal_bits(results, together(bench, some))
             took, eager = bench.timed(lambda some=some: together(bench, some, graphs=False), 2)
             figures[f"eager_{count}_s"], figures[f"eager_equal_{count}"] = took, equal_bits(results, eager)
@@ -445,6 +496,7 @@ def summary_of(bench: Bench, flops: float, parts: dict[str, dict[str, Any]]) -> 
         "base": bench.name,
         "together_16": many.get("together_16"),
         "together_64": many.get("together_64"),
+        "service": many.get("service"),
         "vs_trainer": small.get("vs_trainer"),
         "vs_trainer_large": large.get("vs_trainer"),
         "peak_share": full.get("peak_share"),
