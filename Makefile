@@ -6,11 +6,12 @@ READY  := $(VENV)/.ready
 MINUTES ?= 10
 RUNS ?= 2
 FORM ?= short
+UPDATES ?= 1000
 # OpenMP threads that spin while they wait triple a training step's time where processes share cores.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -27,6 +28,7 @@ help:
 	@echo 'make bench-serving 50 swaps in a real vLLM server under load: promoted -> answered, throughput, mixed replies'
 	@echo 'make bench-batched many adapters in one pass against one by one and against Trainer + peft; tests/gpu/run.sh on a GPU'
 	@echo 'make bench-learning what is learned and forgotten, against replay, joint training and others; FORM=full, ARGS='
+	@echo 'make bench-long    1,000 updates of one adapter: does an update cost more, does the store grow; UPDATES='
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
 	@echo 'make lock          requirements.lock and requirements-vllm.lock again from pyproject.toml'
 	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
@@ -96,6 +98,9 @@ bench-facts: $(READY)
 
 bench-intake: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_intake
+
+bench-long: $(READY)
+	$(BIN)/python -m tests.benchmarks.bench_long --updates $(UPDATES)
 
 vllm-env: $(READY)
 	$(BIN)/python -m tools.vllm_env
