@@ -17,6 +17,7 @@ from perennial.learner.training import gate
 from perennial.learner.training.answers import AnswerCheck, TrialAnswers
 from perennial.learner.training.compute import Compute
 from perennial.learner.training.recipe import Recipe
+from perennial.storage.registry.gate_figures import GateFigures
 
 MEASURED_ROWS = 8
 """Number of trained rows that are measured before and after, where nothing is held out."""
@@ -185,6 +186,33 @@ class Measurer:
             RuntimeError: The base has no chat template.
         """
         return self._check.trial(self.lora, self.lock, self.on_step)
+
+    def judge_answers(self, before: Tensors, weights: Tensors) -> tuple[gate.GateVerdict, GateFigures]:
+        """Let a version answer fixed questions, then measure how far it left the base's own answers.
+
+        Args:
+            before: The parent's weights.
+            weights: The version's, which are in the slot before and after.
+
+        Raises:
+            RuntimeError: The base has no chat template.
+        """
+        asked = self.trial()
+        verdict = gate.judge_trial(asked.asked, asked.degenerate, finite=asked.finite)
+        figures = GateFigures(degenerate_answers=asked.degenerate)
+        if not verdict.promote:
+            return verdict, figures
+
+        def rise_before() -> float:
+            self.lora.load(before)
+            try:
+                return self.answer_rise(before)
+            finally:
+                self.lora.load(weights)
+
+        rise = self.answer_rise(weights)
+        figures = figures.merged(GateFigures(answer_rise=gate.rounded(rise)))
+        return gate.judge_answers(rise, rise_before, self.limits), figures
 
     @property
     def _check(self) -> AnswerCheck:

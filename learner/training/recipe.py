@@ -53,6 +53,8 @@ class Recipe:
             `learned.is_learned`.
         gentler_tries: How often an update that the gate refused is tried again, each time at a lower rate and with more
             general text.
+        slow_average: Share of the average of the trained weights that an update keeps; the average is served, and the
+            next update trains from the trained weights. 0: the trained weights are served.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -83,6 +85,7 @@ class Recipe:
     shared_passes: bool = False
     gentler_tries: int = 0
     correction_passes: int = 0
+    slow_average: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

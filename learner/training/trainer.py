@@ -15,6 +15,7 @@ import torch
 from perennial.learner.model.lora import Lora, Tensors, load_tensors
 from perennial.learner.model.loss import autocast, ignore_step, training_losses, within_memory
 from perennial.learner.model.tokenization import TokenRow
+from perennial.learner.training.averaging.slow_average import AVERAGED, check_count, stored_shapes
 from perennial.storage.errors import IntegrityError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -92,14 +93,17 @@ def optimizer_from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> 
     """
     state = load_tensors(data)
     expected = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in _MOMENTS} | {_STEP: (1,)}
+    if AVERAGED in state:
+        expected |= stored_shapes(shapes)
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if got != expected:
         raise IntegrityError(
             "an optimizer state belongs to another adapter",
             got=sorted(got.items() ^ expected.items())[:2],
-            allowed=f"two moments for each of {len(shapes)} tensors",
+            allowed=f"two moments for each of {len(shapes)} tensors, and its fast weights where updates are averaged",
             remedy="use the base and the rank that the adapter's manifest names",
         )
+    check_count(state)
     return state
 
 

@@ -23,6 +23,7 @@ from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
 from perennial.learner.training.answers import AnswerCheck
+from perennial.learner.training.averaging.slow_average import SlowAverage, moved
 from perennial.learner.training.compute import Compute, ComputeAlone
 from perennial.learner.training.learned import is_learned
 from perennial.learner.training.measuring import MEASURED_ROWS, LossesBefore, Measurer, UpdateRows
@@ -84,7 +85,8 @@ class _Trial:
     """The result of the training so far, and the verdict of the last check.
 
     Attributes:
-        trained: Weights and optimizer after the last training run.
+        trained: Weights and optimizer after the last training run. These weights are the fast ones.
+        served: Weights that are judged, and served if the update is promoted: the slow average, or the trained ones.
         tokens: Number of tokens trained over all runs.
         steps: Number of optimizer steps over all runs.
         replayed: Number of replayed rows that were scheduled.
@@ -94,6 +96,7 @@ class _Trial:
     """
 
     trained: TrainResult
+    served: Tensors
     tokens: int
     steps: int
     replayed: int
@@ -172,7 +175,8 @@ class Updater:
             lora, self.codec.pad, self.general, self.recipe, self.compute, self.answers, self.lock, on_step
         )
         rows = self._split(examples, rng)
-        run = _Run(self, measurer, parent, rows, measurer.before(parent.weights, rows), batch, replayed)
+        average = SlowAverage.of(parent.weights, parent.optimizer, self.recipe.slow_average)
+        run = _Run(self, measurer, parent, average, rows, measurer.before(parent.weights, rows), batch, replayed)
         trial = run.attempt(_Try(rng, run.pressure(), 1.0))
         tries, tokens, missing, adapters = 1, trial.tokens, trial.missing, trial.trained.adapters
         while tries <= self.recipe.gentler_tries and trial.verdict.reason not in {"ok", "no-op"}:
@@ -190,7 +194,8 @@ class Updater:
         if not trial.passed:
             return UpdateResult("refused", trial.verdict.reason, parent, figures, tokens, pass_adapters=adapters)
         index = run.index_after([example.example_id for example in examples])
-        state = TrainingState(trial.trained.weights, trial.trained.optimizer, index)
+        optimizer = average.stored(trial.trained.weights, trial.trained.optimizer)
+        state = TrainingState(trial.served, optimizer, index)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
         return UpdateResult("promoted", "ok", state, figures, tokens, probes, adapters)
 
@@ -247,6 +252,7 @@ class _Run:
         updater: Recipe, slot, tokenizer and general text.
         measurer: Measures versions for the gate.
         parent: State to train from.
+        average: Its slow average, and the weights that training begins with.
         rows: Rows of the update.
         before: Their losses under the parent.
         batch: Digest of the micro-batch blob.
@@ -256,6 +262,7 @@ class _Run:
     updater: Updater
     measurer: Measurer
     parent: TrainingState
+    average: SlowAverage
     rows: UpdateRows
     before: LossesBefore
     batch: str
@@ -354,23 +361,23 @@ class _Run:
         rows, before, measurer = self.rows, self.before, self.measurer
         several = self._recipe.epochs > 1 and bool(rows.anchors)
         size = max(CHECK_STEPS, -(-len(main.steps) // self._recipe.epochs)) if several else max(1, len(main.steps))
-        trained = self._train(self.parent.weights, self.parent.optimizer, main.steps[:size], rate)
+        trained = self._train(self.average.fast, self.parent.optimizer, main.steps[:size], rate)
         verdict = self._judge_training(trained)
         for start in range(size, len(main.steps), size):
             if not verdict.promote:
                 break
             more = self._train(trained.weights, trained.optimizer, main.steps[start : start + size], rate)
             verdict = self._judge_training(more)
-            if verdict.promote and measurer.has_general_rise(more.weights, rows, before):
+            if verdict.promote and measurer.has_general_rise(self._served(more), rows, before):
                 self.updater.lora.load(trained.weights)
                 trained = replace(trained, adapters=max(trained.adapters, more.adapters))
                 break
             trained = more.after(trained)
-        return _Trial(trained, trained.tokens, len(trained.losses), 0, 0, verdict)
+        return _Trial(trained, self._served(trained), trained.tokens, len(trained.losses), 0, 0, verdict)
 
     def judge_held_out(self, trial: _Trial) -> _Trial:
         """Measure the held-out rows while they are still untrained."""
-        after = self.measurer.losses(trial.trained.weights, self.rows.held_out)
+        after = self.measurer.losses(trial.served, self.rows.held_out)
         gain = gate.gain(self.before.held_out, *after)
         figures = GateFigures(
             held_out_before=gate.rounded(gain.before_nats),
@@ -379,13 +386,28 @@ class _Run:
         )
         return replace(trial, verdict=gate.judge_gain(gain, self.measurer.limits), figures=figures)
 
-    def _continued(self, trial: _Trial, steps: Sequence[Sequence[TokenRow]], rate: float) -> _Trial:
-        """Train on, and judge what the training alone shows."""
-        trained = self._train(trial.trained.weights, trial.trained.optimizer, steps, rate)
+    def _continued(
+        self, trial: _Trial, steps: Sequence[Sequence[TokenRow]], rate: float, *, of_served: bool = False
+    ) -> _Trial:
+        """Train on, and judge what the training alone shows.
+
+        Args:
+            trial: What is trained so far.
+            steps: Rows of each step.
+            rate: Learning rate, as a share of the recipe's.
+            of_served: True to train the served weights, so that they show at once what is learned, and to change the
+                fast weights by as much; False to train the fast weights.
+        """
+        fast, served = trial.trained.weights, trial.served
+        trained = self._train(served if of_served else fast, trial.trained.optimizer, steps, rate)
         verdict = self._judge_training(trained)
+        if of_served:
+            served, trained = trained.weights, replace(trained, weights=moved(fast, served, trained.weights))
+        else:
+            served = self._served(trained)
         trained = replace(trained, adapters=max(trained.adapters, trial.trained.adapters))
         tokens, count = trial.tokens + trained.tokens, trial.steps + len(steps)
-        return replace(trial, trained=trained, tokens=tokens, steps=count, verdict=verdict)
+        return replace(trial, trained=trained, served=served, tokens=tokens, steps=count, verdict=verdict)
 
     def _train_corrections(self, trial: _Trial, how: _Try) -> _Trial:
         """Train on what people corrected until it is learned, or until `MAX_CORRECTION_STEPS`.
@@ -403,29 +425,29 @@ class _Run:
         )
         rises = None
         for _ in range(self._recipe.correction_passes if distinct else 0):
-            losses = measurer.row_losses(trial.trained.weights, distinct)
+            losses = measurer.row_losses(trial.served, distinct)
             left = [row for row, nats in zip(distinct, losses, strict=True) if not is_learned(nats)]
             if not left or steps >= MAX_CORRECTION_STEPS:
                 break
             if rises is None:
-                rises = measurer.rises(trial.trained.weights, self.rows, self.before)
+                rises = measurer.rises(trial.served, self.rows, self.before)
             drawn = self._schedule(left, self.parent.replay_index, composition, how.rng)
             trial = replace(trial, replayed=trial.replayed + drawn.replayed, missing=trial.missing + drawn.missing)
             steps += len(drawn.steps)
-            more = self._continued(trial, drawn.steps, how.rate)
+            more = self._continued(trial, drawn.steps, how.rate, of_served=True)
             if not more.passed:
                 return more
-            risen = measurer.rises(more.trained.weights, self.rows, self.before)
+            risen = measurer.rises(more.served, self.rows, self.before)
             if measurer.too_far(risen, rises):
                 trial = replace(trial, trained=replace(trial.trained, adapters=more.trained.adapters))
                 break
             trial, rises = more, risen
-        self.updater.lora.load(trial.trained.weights)
+        self.updater.lora.load(trial.served)
         return trial
 
     def _judge_result(self, trial: _Trial) -> _Trial:
         """Measure the final weights: the gain where nothing was held out, then the general loss."""
-        measurer, rows, before, weights = self.measurer, self.rows, self.before, trial.trained.weights
+        measurer, rows, before, weights = self.measurer, self.rows, self.before, trial.served
         probe, anchors = measurer.losses(weights, rows.probe, rows.anchors)
         verdict = trial.verdict
         figures = trial.figures.merged(GateFigures(anchor_after=gate.rounded(gate.mean(anchors))))
@@ -445,23 +467,8 @@ class _Run:
 
     def _judge_answers(self, trial: _Trial) -> _Trial:
         """Let the new version answer fixed questions, then measure how far it left the base's own answers."""
-        measurer, weights = self.measurer, trial.trained.weights
-        asked = measurer.trial()
-        verdict = gate.judge_trial(asked.asked, asked.degenerate, finite=asked.finite)
-        figures = trial.figures.merged(GateFigures(degenerate_answers=asked.degenerate))
-        if verdict.promote:
-            rise = measurer.answer_rise(weights)
-            figures = figures.merged(GateFigures(answer_rise=gate.rounded(rise)))
-
-            def rise_before() -> float:
-                self.updater.lora.load(self.parent.weights)
-                try:
-                    return measurer.answer_rise(self.parent.weights)
-                finally:
-                    self.updater.lora.load(weights)
-
-            verdict = gate.judge_answers(rise, rise_before, measurer.limits)
-        return replace(trial, verdict=verdict, figures=figures)
+        verdict, figures = self.measurer.judge_answers(self.parent.weights, trial.served)
+        return replace(trial, verdict=verdict, figures=trial.figures.merged(figures))
 
     def _train(
         self, weights: Tensors, optimizer: Tensors | None, steps: Sequence[Sequence[TokenRow]], rate: float
@@ -473,8 +480,15 @@ class _Run:
         )  # fmt: skip
         return measurer.compute.train(measurer.lora, weights, optimizer, steps, config, measurer.lock, measurer.on_step)
 
+    def _served(self, trained: TrainResult) -> Tensors:
+        """Return what would be served after this training, and put it into the slot."""
+        served = self.average.with_update(trained.weights)
+        if served is not trained.weights:
+            self.updater.lora.load(served)
+        return served
+
     def _judge_training(self, trained: TrainResult) -> gate.GateVerdict:
-        before = self.parent.weights
+        before = self.average.fast
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in trained.weights.items())
         noop = unchanged or is_noop(trained.weights)
         finite = is_finite(trained.weights) and is_finite(trained.optimizer)

@@ -100,6 +100,13 @@ class TrainingSettings(SettingsGroup):
         description="most further passes of an update over corrections whose answers the model would not give yet, each as far "
         "as the general loss allows; 0: corrections are trained as often as documents",
     )
+    slow_average: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="share of the average of the trained weights that an update keeps; the average is what is served, and "
+        "the next update trains from the trained weights; 0: the trained weights are served",
+    )
     seed: int = Field(0, description="seed of all random choices in training")
     shared_passes: bool = Field(
         True, description="train in packed passes, which several adapters share; false: one adapter at a time, padded"

@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arms", help=f"of {', '.join(ARMS)}; default: those of the form")
     parser.add_argument("--rates", default=",".join(RATES), help="learning rates to try in the form `tune`")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE,…",
-                        help="an arm more: ours with these settings, or average=, reptile=")  # fmt: skip
+                        help="an arm more: ours with these settings, or reptile=")  # fmt: skip
     parser.add_argument("--seeds", type=int, help="number of seeds; short 2, full 5, tune 1, of other bases 1")
     parser.add_argument("--orders", type=int, help="number of orders; short 1, full 2, tune 1")
     parser.add_argument("--stream", default=",".join(STREAMS), help=f"of {', '.join(STREAMS)}; default: all")

@@ -33,7 +33,6 @@ class Arm:
         gated: False to promote every update, without general pressure and without examples that are held out.
         matched: True to take as many steps as spend the backward tokens that `ours` spent.
         tuned: True to take the learning rate of `RATES_FILE`.
-        average: Share of the slow average of ΔW that an update keeps; 0: the trained weights are served.
         serviced: True where the service itself learns: a document that was superseded is then not replayed any more.
         reptile: Share of an update's change that is kept (Reptile's outer step); 0: all of it.
     """
@@ -44,7 +43,6 @@ class Arm:
     gated: bool = True
     matched: bool = False
     tuned: bool = False
-    average: float = 0.0
     reptile: float = 0.0
     serviced: bool = False
 
@@ -66,7 +64,7 @@ class Arm:
         )  # fmt: skip
 
 
-_PLAIN: Final = {"replay_share": "0", "general_share": "0", "general_kl_weight": "0"}
+_PLAIN: Final = {"replay_share": "0", "general_share": "0", "general_kl_weight": "0", "slow_average": "0"}
 _REPLAY: Final = {**_PLAIN, "replay_share": "0.5"}
 
 OURS: Final = Arm("ours", serviced=True)
@@ -78,7 +76,7 @@ ARMS: Final[Mapping[str, Arm]] = {
         Arm("sequential", _PLAIN, gated=False, matched=True, tuned=True),
         Arm("replay", _REPLAY, gated=False, matched=True, tuned=True),
         Arm("joint", _PLAIN, learns="joint", gated=False, matched=True, tuned=True),
-        Arm("replay+ema", _REPLAY, gated=False, matched=True, tuned=True, average=0.8),
+        Arm("replay+ema", {**_REPLAY, "slow_average": "0.8"}, gated=False, matched=True, tuned=True),
         Arm("replay+reptile", _REPLAY, gated=False, matched=True, tuned=True, reptile=0.5),
         Arm("ours-replay", {"replay_share": "0"}, matched=True, serviced=True),
         Arm("ours-general", {"general_share": "0"}, matched=True, serviced=True),
@@ -95,7 +93,7 @@ def changed(text: str, of: Arm = OURS) -> Arm:
     """Return an arm with some values changed, named by the change.
 
     Args:
-        text: `name=value` pairs, separated by commas: settings by flat names, or `average` and `reptile`.
+        text: `name=value` pairs, separated by commas: settings by flat names, or `reptile`.
         of: The arm to change.
 
     Raises:
@@ -105,9 +103,9 @@ def changed(text: str, of: Arm = OURS) -> Arm:
     if not all(equals and name for name, equals, _ in pairs):
         raise ValueError(f"--set takes name=value pairs, not {text}")
     values = {name.strip(): value.strip() for name, _, value in pairs}
-    average, reptile = (float(values.pop(name, getattr(of, name))) for name in ("average", "reptile"))
+    reptile = float(values.pop("reptile", of.reptile))
     changes = {**of.changes, **values}
-    return replace(of, name=f"{of.name} {text}", changes=changes, average=average, reptile=reptile)
+    return replace(of, name=f"{of.name} {text}", changes=changes, reptile=reptile)
 
 
 def tuned_rate(base: str, arm: str, path: Path = RATES_FILE) -> float:

@@ -20,7 +20,6 @@ from perennial.learner.training.update import Updater
 from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
 from perennial.streams.events.models import ExampleAccepted
 from tests.benchmarks.learning.arms import Arm
-from tests.benchmarks.learning.averages import average_products, reptile_step
 from tests.benchmarks.learning.retrieval import after_context, nearest
 from tests.benchmarks.learning.streams import Block, Question, Stream, micro_batches
 from tests.benchmarks.learning.world import Losses, World
@@ -78,14 +77,17 @@ class Learner:
     seed: str
     stream: Stream
     state: TrainingState = field(init=False)
-    served: Tensors = field(init=False)
     updates: list[dict[str, Any]] = field(default_factory=list)
     spent: int = 0
     _rows: dict[str, list[TokenRow]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.updater.lora.initial_weights(self.seed, self.updater.recipe.seed))
-        self.served = self.state.weights
+
+    @property
+    def served(self) -> Tensors:
+        """Weights that the adapter serves."""
+        return self.state.weights
 
     def learn(self, examples: Sequence[ExampleAccepted], wanted: float | None, watched: dict[str, Any]) -> None:
         """Learn one micro-batch and record what it did.
@@ -137,11 +139,7 @@ class Learner:
     def _take(self, state: TrainingState) -> None:
         """Adopt the state after an update, with the arm's changes of the weights."""
         if state is not self.state and self.arm.reptile:
-            state = replace(state, weights=reptile_step(self.state.weights, state.weights, self.arm.reptile))
-        if state is not self.state and self.arm.average:
-            self.served = average_products(self.served, state.weights, self.arm.average)
-        elif not self.arm.average:
-            self.served = state.weights
+            state = replace(state, weights=_reptile_step(self.state.weights, state.weights, self.arm.reptile))
         self.state = state
 
     def _drop_superseded(self, examples: Sequence[ExampleAccepted]) -> None:
@@ -330,6 +328,17 @@ def _asked(question: Question, nats: Sequence[float]) -> dict[str, Any]:
     count = len(question.answers)
     found = [round(value, DECIMALS) for value in nats]
     return {"earlier": question.earlier, "answers": found[:count], "documents": found[count:]}
+
+
+def _reptile_step(start: Tensors, end: Tensors, share: float) -> Tensors:
+    """Return θ0 + share · (θK - θ0), the outer step of Reptile (Nichol et al. 2018, arXiv 1803.02999).
+
+    Args:
+        start: Weights before the update.
+        end: Weights after it.
+        share: Size of the step, 0 to 1.
+    """
+    return {name: start[name] + share * (end[name] - start[name]) for name in start}
 
 
 def learner_name(stream: Stream) -> str:

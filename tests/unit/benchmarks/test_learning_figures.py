@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from tests.benchmarks.learning import figures
-from tests.benchmarks.learning.averages import average_products, reptile_step
 from tests.benchmarks.learning.results import Results, RunKey
 from tests.benchmarks.learning.retrieval import after_context, nearest
 from tests.benchmarks.learning.runs import Budget
@@ -91,38 +90,6 @@ def test_differences_pair_documents_whatever_the_order_of_the_domains():
     other = {"domains": ["b", "a"], "stages": [{"held_out": {"b": [[6.0, 3]], "a": [[2.0, 2]]}, "general": [[1.0, 1]]}]}
     assert figures.differences(one, other) == [[1.0], [1.0]]
     assert figures.general_differences(one, other) == [[1.0]]
-
-
-def lora(rank: int, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "x.lora_A.weight": torch.randn(rank, 7, generator=generator),
-        "x.lora_B.weight": torch.randn(5, rank, generator=generator),
-    }
-
-
-def product(weights: dict[str, torch.Tensor]) -> torch.Tensor:
-    return weights["x.lora_B.weight"] @ weights["x.lora_A.weight"]
-
-
-def test_the_average_is_that_of_the_products_truncated_to_the_rank():
-    slow, fast = lora(2, 0), lora(2, 1)
-    averaged = average_products(slow, fast, 0.8)
-    wanted = 0.8 * product(slow) + 0.2 * product(fast)  # rank 4
-    u, singular, v = torch.linalg.svd(wanted)
-    assert averaged["x.lora_A.weight"].shape == (2, 7)
-    assert torch.allclose(product(averaged), u[:, :2] * singular[:2] @ v[:2], atol=1e-4)
-
-
-def test_an_average_of_rank_r_is_exact():
-    slow = lora(2, 0)
-    zero = {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in slow.items()}
-    assert torch.allclose(product(average_products(zero, slow, 0.75)), 0.25 * product(slow), atol=1e-5)
-
-
-def test_reptile_goes_a_share_of_the_way():
-    start, end = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
-    assert reptile_step(start, end, 0.5)["w"].item() == 2.0
 
 
 def test_the_nearest_document_shares_the_rare_words():

@@ -96,9 +96,9 @@ def test_a_run_that_is_not_begun_in_time_is_counted(world, tmp_path):
 
 
 def test_a_change_names_an_arm_and_keeps_the_rest():
-    arm = changed("replay_share=0.3, average=0.8")
-    assert arm.name == "ours replay_share=0.3, average=0.8"
-    assert arm.average == 0.8
+    arm = changed("replay_share=0.3, reptile=0.8")
+    assert arm.name == "ours replay_share=0.3, reptile=0.8"
+    assert arm.reptile == 0.8
     assert arm.settings("shipped").training.replay_share == 0.3
     with pytest.raises(ValueError, match="name=value"):
         changed("replay_share")

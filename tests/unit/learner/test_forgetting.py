@@ -120,11 +120,15 @@ def store(tmp_path: Path) -> DirectoryStore:
     return DirectoryStore(tmp_path / "store", fsync=False)
 
 
-@pytest.mark.parametrize("emergency", [False, True])
+@pytest.mark.parametrize(
+    ("emergency", "slow_average", "shared_passes"),
+    [(False, 0.8, True), (True, 0.8, True), (False, 0.8, False), (False, 0.0, True)],
+)
 def test_forgetting_gives_the_same_bytes_as_a_run_that_never_saw_the_example(
-    store: DirectoryStore, tmp_path: Path, emergency: bool
+    store: DirectoryStore, tmp_path: Path, emergency: bool, slow_average: float, shared_passes: bool
 ) -> None:
-    learner, cuts = local_learner(store), documents(1, 20)
+    learner = local_learner(store, slow_average=slow_average, shared_passes=shared_passes)
+    cuts = documents(1, 20)
     learned = [done.manifest for done in learn(learner, cuts)]
     done, published = forget(learner, quarantined(store, erase("r1", 9, emergency=emergency)))
     oracle = never_saw(learner, tmp_path, cuts, {9})
@@ -154,15 +158,15 @@ def test_versions_from_before_a_field_of_the_recipe_are_rebuilt_with_its_default
     store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest that does not name the passes over new rows is from a time when there was one, whatever is set now."""
-    learner, cuts = local_learner(store), documents(5, 12)
-    newer = {"epochs", "packed_tokens", "general_kl_weight", "question_dropout", "dtype"}
+    learner, cuts = local_learner(store, general_kl_weight=0.0, slow_average=0.0), documents(5, 12)
+    newer = {"epochs", "packed_tokens", "general_kl_weight", "question_dropout", "dtype", "slow_average"}
     whole = Recipe.config
     with monkeypatch.context() as older:
         older.setattr(Recipe, "config", lambda recipe: {k: v for k, v in whole(recipe).items() if k not in newer})
         learned = [done.manifest for done in learn(learner, cuts)]
     assert not newer & learned[0].config.keys()
     now_set = local_learner(
-        store, epochs=7, packed_tokens=64, general_kl_weight=2.0, question_dropout=0.5, dtype="bf16"
+        store, epochs=7, packed_tokens=64, general_kl_weight=2.0, question_dropout=0.5, dtype="bf16", slow_average=0.9
     )
     done, _ = forget(now_set, quarantined(store, erase("r1", 5)))
     assert never_saw(learner, tmp_path, cuts, {5}).equals(done.manifest)

@@ -76,10 +76,11 @@ def erase(learner: LocalLearner, *numbers: int) -> None:
     complete(learner.registry.store, ForgetExecutor(learner, now, lambda _: None, lambda _: None).forget(job, "live"))
 
 
+@pytest.mark.parametrize("slow_average", [0.0, 0.8])
 def test_an_update_that_shared_passes_is_rebuilt_as_an_independent_replay_from_the_state_before(
-    store: DirectoryStore, tmp_path: Path
+    store: DirectoryStore, tmp_path: Path, slow_average: float
 ) -> None:
-    learner = local_learner(store)
+    learner = local_learner(store, slow_average=slow_average)
     writers = sharing(learner, 3)
     first = learn_together(writers, {name: (1, cut_of(name, 1, 0, 1, 2, 3)) for name in (ADAPTER, *OTHERS)})
     before = first[ADAPTER].manifest
@@ -114,6 +115,8 @@ def test_an_update_that_shared_passes_is_rebuilt_as_an_independent_replay_from_t
         assert weights.equal(found.weights[name]), name
     assert replayed.state.optimizer is not None
     assert found.optimizer is not None
+    assert replayed.state.optimizer.keys() == found.optimizer.keys()
+    assert any(name.startswith("fast.") for name in found.optimizer) is (slow_average > 0)
     for name, moment in replayed.state.optimizer.items():
         assert moment.equal(found.optimizer[name]), name
 

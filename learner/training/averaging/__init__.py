@@ -1,0 +1,1 @@
+"""Averages of what updates trained."""
