@@ -23,7 +23,7 @@ from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer, TokenRow, example_rows
 from perennial.learner.training import gate
 from perennial.learner.training.answers import AnswerCheck
-from perennial.learner.training.averaging.slow_average import SlowAverage, moved
+from perennial.learner.training.averaging.slow_average import SlowAverage
 from perennial.learner.training.compute import Compute, ComputeAlone
 from perennial.learner.training.learned import is_learned
 from perennial.learner.training.measuring import MEASURED_ROWS, LossesBefore, Measurer, UpdateRows
@@ -194,7 +194,7 @@ class Updater:
         if not trial.passed:
             return UpdateResult("refused", trial.verdict.reason, parent, figures, tokens, pass_adapters=adapters)
         index = run.index_after([example.example_id for example in examples])
-        optimizer = average.stored(trial.trained.weights, trial.trained.optimizer)
+        optimizer = average.stored(trial.served, trial.trained.weights, trial.trained.optimizer)
         state = TrainingState(trial.served, optimizer, index)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
         return UpdateResult("promoted", "ok", state, figures, tokens, probes, adapters)
@@ -387,24 +387,12 @@ class _Run:
         return replace(trial, verdict=gate.judge_gain(gain, self.measurer.limits), figures=figures)
 
     def _continued(
-        self, trial: _Trial, steps: Sequence[Sequence[TokenRow]], rate: float, *, of_served: bool = False
+        self, trial: _Trial, steps: Sequence[Sequence[TokenRow]], rate: float, *, averaged: bool = True
     ) -> _Trial:
-        """Train on, and judge what the training alone shows.
-
-        Args:
-            trial: What is trained so far.
-            steps: Rows of each step.
-            rate: Learning rate, as a share of the recipe's.
-            of_served: True to train the served weights, so that they show at once what is learned, and to change the
-                fast weights by as much; False to train the fast weights.
-        """
-        fast, served = trial.trained.weights, trial.served
-        trained = self._train(served if of_served else fast, trial.trained.optimizer, steps, rate)
+        """Train on, and judge what the training alone shows; not `averaged`: the trained weights would be served."""
+        trained = self._train(trial.trained.weights, trial.trained.optimizer, steps, rate)
         verdict = self._judge_training(trained)
-        if of_served:
-            served, trained = trained.weights, replace(trained, weights=moved(fast, served, trained.weights))
-        else:
-            served = self._served(trained)
+        served = self._served(trained) if averaged else trained.weights
         trained = replace(trained, adapters=max(trained.adapters, trial.trained.adapters))
         tokens, count = trial.tokens + trained.tokens, trial.steps + len(steps)
         return replace(trial, trained=trained, served=served, tokens=tokens, steps=count, verdict=verdict)
@@ -412,7 +400,8 @@ class _Run:
     def _train_corrections(self, trial: _Trial, how: _Try) -> _Trial:
         """Train on what people corrected until it is learned, or until `MAX_CORRECTION_STEPS`.
 
-        The last pass is taken back if it raised the general loss too far.
+        Where the average does not show the corrections, the trained weights are served in its place, so that they are
+        seen at once. The last pass is taken back if it raised the general loss too far.
 
         Args:
             trial: What is trained so far.
@@ -423,10 +412,17 @@ class _Run:
         distinct = list(
             dict.fromkeys(row for row in (*self.rows.new, *self.rows.held_out) if row in self.rows.corrected)
         )
-        rises = None
-        for _ in range(self._recipe.correction_passes if distinct else 0):
+
+        def unlearned() -> list[TokenRow]:
             losses = measurer.row_losses(trial.served, distinct)
-            left = [row for row, nats in zip(distinct, losses, strict=True) if not is_learned(nats)]
+            return [row for row, nats in zip(distinct, losses, strict=True) if not is_learned(nats)]
+
+        rises = None
+        passes = self._recipe.correction_passes if distinct else 0
+        if passes and trial.served is not trial.trained.weights and unlearned():
+            trial = replace(trial, served=trial.trained.weights)
+        for _ in range(passes):
+            left = unlearned()
             if not left or steps >= MAX_CORRECTION_STEPS:
                 break
             if rises is None:
@@ -434,7 +430,7 @@ class _Run:
             drawn = self._schedule(left, self.parent.replay_index, composition, how.rng)
             trial = replace(trial, replayed=trial.replayed + drawn.replayed, missing=trial.missing + drawn.missing)
             steps += len(drawn.steps)
-            more = self._continued(trial, drawn.steps, how.rate, of_served=True)
+            more = self._continued(trial, drawn.steps, how.rate, averaged=False)
             if not more.passed:
                 return more
             risen = measurer.rises(more.served, self.rows, self.before)

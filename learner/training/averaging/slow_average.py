@@ -74,30 +74,18 @@ class SlowAverage:
             return fast
         return {name: kept * self.served[name].to(new.device) + (1 - kept) * new for name, new in fast.items()}
 
-    def stored(self, fast: Tensors, optimizer: Tensors) -> Tensors:
+    def stored(self, served: Tensors, fast: Tensors, optimizer: Tensors) -> Tensors:
         """Return the optimizer state after an update, with the fast weights where the recipe averages.
 
         Args:
+            served: Weights that are served after the update; `fast` itself where the average begins anew with it.
             fast: Weights that the update trained.
             optimizer: Moments and step count.
         """
         if not self.share:
             return optimizer
-        count = torch.tensor([float(self.updates + 1)])
+        count = torch.tensor([1.0 if served is fast else float(self.updates + 1)])
         return {**optimizer, **{FAST + name: tensor for name, tensor in fast.items()}, AVERAGED: count}
-
-
-def moved(fast: Tensors, before: Tensors, after: Tensors) -> Tensors:
-    """Return the fast weights with the change that training made to the served ones.
-
-    Args:
-        fast: Fast weights.
-        before: Served weights before the change; may be `fast`.
-        after: Served weights after it.
-    """
-    if fast is before:
-        return after
-    return {name: tensor + (after[name] - before[name].to(tensor.device)) for name, tensor in fast.items()}
 
 
 def stored_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
