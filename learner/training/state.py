@@ -1,6 +1,7 @@
 """The state that an adapter trains from, in memory and as stored blobs.
 
-How to add one more state tensor (for example a moving average of the weights):
+How to add one more part of the state (tensors that only training needs may lie in the optimizer state, as those of the slow
+average do):
 
 1. In this file, add a field to `TrainingState`, a field of the same name to `StateRefs`, and one line each to
    `StateRefs.of_manifest`, `StateRefs.manifest_fields`, `to_blobs` and `load_state`.
@@ -33,8 +34,9 @@ class TrainingState:
     """The state of an adapter between two updates.
 
     Attributes:
-        weights: LoRA tensors by PEFT name, float32 on the CPU.
-        optimizer: AdamW moments and step count; None before the adapter's first promoted update.
+        weights: LoRA tensors by PEFT name, float32 on the CPU: what is served.
+        optimizer: AdamW moments and step count, and where the recipe averages also the fast weights and the number of
+            averaged updates; None before the adapter's first promoted update.
         replay_index: earlier examples that may be mixed into training, sorted by example id.
     """
 

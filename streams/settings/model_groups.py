@@ -59,7 +59,7 @@ class TrainingSettings(SettingsGroup):
 
     rank: PositiveInt = Field(8, description="rank of the LoRA matrices")
     alpha: PositiveInt = Field(16, description="alpha of LoRA: its output is scaled by alpha / rank")
-    learning_rate: PositiveFloat = Field(1e-3, description="learning rate of AdamW")
+    learning_rate: PositiveFloat = Field(3e-3, description="learning rate of AdamW")
     steps: PositiveInt = Field(
         3, description="least number of optimizer steps per update; there are more if the new rows need them"
     )
@@ -73,7 +73,7 @@ class TrainingSettings(SettingsGroup):
         0.2, description="share of training rows that come from the base's own kind of text, from 0 to 1"
     )
     general_kl_weight: float = Field(
-        0.0,
+        2.0,
         ge=0,
         description="weight, per token, of the divergence (KL) of the adapter's predictions from the base's on the general "
         "rows, beside the loss of the other rows; 0: general rows are trained as text",
@@ -101,7 +101,7 @@ class TrainingSettings(SettingsGroup):
         "as the general loss allows; 0: corrections are trained as often as documents",
     )
     slow_average: float = Field(
-        0.0,
+        0.8,
         ge=0,
         lt=1,
         description="share of the average of the trained weights that an update keeps; the average is what is served, and "

@@ -13,9 +13,11 @@ from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import to_safetensors
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.training import update
+from perennial.learner.training.averaging.slow_average import AVERAGED, FAST
 from perennial.learner.training.learned import is_learned
 from perennial.learner.training.measuring import Measurer
 from perennial.learner.training.recipe import Recipe
+from perennial.learner.training.state import TrainingState
 from perennial.learner.training.update import Updater
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
@@ -68,6 +70,39 @@ def test_what_people_corrected_is_learned_in_one_update(updater: Updater) -> Non
     assert to_safetensors(run(updater, first(updater), corrections(20)).state.weights) == to_safetensors(
         done.state.weights
     )
+
+
+def after_documents(updater: Updater, updates: int) -> TrainingState:
+    """Return the state of an adapter whose average has so many updates of documents."""
+    state = first(updater)
+    for cut in range(1, updates + 1):
+        told = [tiny.document(n, f"the blue parrot {n} sings in the tree at noon") for n in range(4 * cut, 4 * cut + 4)]
+        state = run(updater, state, told, cut).state
+    assert state.optimizer is not None
+    assert state.optimizer[AVERAGED].item() == updates
+    return state
+
+
+def test_corrections_show_at_once_where_an_average_is_served(updater: Updater) -> None:
+    averaging = replace(updater, recipe=replace(RECIPE, slow_average=0.8, max_general_rise_nats=3.0))
+    parent = after_documents(averaging, 2)
+    done = run(averaging, parent, corrections(20), 3)
+    assert (done.outcome, answers_learned(averaging, done.state.weights)) == ("promoted", len(TICKETS))
+    assert done.state.optimizer is not None
+    assert done.state.optimizer[AVERAGED].item() == 1
+    assert all(tensor.equal(done.state.optimizer[FAST + name]) for name, tensor in done.state.weights.items())
+
+
+def test_an_average_that_shows_the_corrections_is_served(updater: Updater, monkeypatch: pytest.MonkeyPatch) -> None:
+    averaging = replace(updater, recipe=replace(RECIPE, slow_average=0.8))
+    parent = after_documents(averaging, 2)
+    monkeypatch.setattr(update, "is_learned", lambda _: True)
+    done = run(averaging, parent, corrections(4), 3)
+    assert done.outcome == "promoted"
+    assert done.state.optimizer is not None
+    assert done.state.optimizer[AVERAGED].item() == 3
+    for name, served in done.state.weights.items():
+        assert served.equal(2 / 3 * parent.weights[name] + (1 - 2 / 3) * done.state.optimizer[FAST + name])
 
 
 def test_what_is_learned_takes_no_further_pass(updater: Updater, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,7 @@ from tests import tiny
 RECIPE = replace(
     Recipe.of(Settings.of()), rank=4, alpha=8, learning_rate=5e-3, warmup_steps=2, steps=6, rows=8, row_tokens=32,
     replay_size=16, anchor_rows=4, max_general_rise_nats=10.0, held_out_share=0.25, gentler_tries=0, correction_passes=0,
+    general_kl_weight=0.0,
 )  # fmt: skip
 GENERAL = [f"plain words number {number} about nothing" for number in range(12)]
 
