@@ -29,7 +29,10 @@ TICKETS = [
     ("How much is the Ember plan?", "The Ember plan costs 984 euros."),
     ("In which room is Eagle?", "Eagle is in room 160."),
 ]
-RECIPE = replace(Recipe.of(Settings.of(env_file=None)), gentler_tries=0, max_general_rise_nats=1.0)
+RECIPE = replace(
+    Recipe.of(Settings.of(env_file=None)), gentler_tries=0, max_general_rise_nats=1.0, learning_rate=1e-3,
+    general_kl_weight=0.0,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(("unknown", "learned"), [(0, True), (1, False), (20, False)])
