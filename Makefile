@@ -11,7 +11,7 @@ UPDATES ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long bench-drift vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -29,6 +29,7 @@ help:
 	@echo 'make bench-batched many adapters in one pass against one by one and against Trainer + peft; tests/gpu/run.sh on a GPU'
 	@echo 'make bench-learning what is learned and forgotten, against replay, joint training and others; FORM=full, ARGS='
 	@echo 'make bench-long    1,000 updates of one adapter: does an update cost more, does the store grow; UPDATES='
+	@echo 'make bench-drift   how soon a change of the losses is found, and how often one is reported where there is none'
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
 	@echo 'make lock          requirements.lock and requirements-vllm.lock again from pyproject.toml'
 	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
@@ -92,6 +93,9 @@ bench-batched: $(READY)
 
 bench-learning: $(READY)
 	$(BIN)/python -m tests.benchmarks.learning --form $(FORM) $(ARGS)
+
+bench-drift: $(READY)
+	$(BIN)/python -m tests.benchmarks.drift $(ARGS)
 
 bench-facts: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_facts

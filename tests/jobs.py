@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.object_store import ObjectStore, put_blob
 from perennial.storage.registry.waiting_jobs import curate_state_key, put_job
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import Batch, BatchSkip, BlobRef, ExampleAccepted, UpdateRequested
 from perennial.streams.settings import Settings
 from tests import tiny

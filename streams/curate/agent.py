@@ -41,12 +41,13 @@ from perennial.storage.prompts.system_prompts import load_system_prompt
 from perennial.storage.registry.quarantine import Quarantine, update_quarantine
 from perennial.storage.registry.refused_examples import add_refused_examples
 from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
-from perennial.streams.curate.batcher import Cut, CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import Cut, MicroBatcher
 from perennial.streams.curate.curate_output import CurateOutput
 from perennial.streams.curate.cut_store import delete_uncommitted, write_cut
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.curate.origin_guard import OriginGuard
-from perennial.streams.curate.refusals import breaks_a_cut, internal_error, out_of_order_error
+from perennial.streams.curate.refusals import UnfilterableError, breaks_a_cut, internal_error, out_of_order_error
 from perennial.streams.curate.session import Delivery, LoadedAdapter, Session
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.models import CutReason, ExampleScored
@@ -65,18 +66,6 @@ TICK_S: Final = 0.25
 
 _Rest: TypeAlias = tuple[list[tuple[ExampleScored, Delivery]], list[Delivery]]
 """Deliveries to be offered again, and handles of their redeliveries."""
-
-
-class _UnfilterableError(Exception):
-    """Examples that the quarantine's filter fails at.
-
-    Args:
-        errors: what each raised, by example id.
-    """
-
-    def __init__(self, errors: dict[str, Exception]) -> None:
-        super().__init__(f"the filter fails at {len(errors)} examples")
-        self.errors = errors
 
 
 class CurateAgent:
@@ -264,7 +253,7 @@ class CurateAgent:
         try:
             blocked = await asyncio.to_thread(self._blocked, adapter.batcher)
             prompt = await asyncio.to_thread(self._system_prompt, adapter.batcher.adapter)
-        except _UnfilterableError as unfilterable:
+        except UnfilterableError as unfilterable:
             errors = unfilterable.errors
             return await self._without(adapter, lambda scored: errors.get(scored.example.example_id))
         return await self._store_cut(adapter, lambda: adapter.batcher.cut(_now(), reason, blocked, prompt))
@@ -342,7 +331,7 @@ class CurateAgent:
         text. This method therefore suppresses the text of every blocked example that is to be erased.
 
         Raises:
-            _UnfilterableError: the filter fails at examples.
+            UnfilterableError: the filter fails at examples.
             StoreError: the quarantine cannot be read.
         """
         quarantine_filter = self._quarantines.of(batcher.adapter)
@@ -359,7 +348,7 @@ class CurateAgent:
             except PURE_ERRORS as error:
                 errors[example.example_id] = error
         if errors:
-            raise _UnfilterableError(errors)
+            raise UnfilterableError(errors)
         if blocked:
             update_quarantine(
                 self._store, batcher.adapter, lambda found: reduce(lambda q, change: change(q), suppressions, found)

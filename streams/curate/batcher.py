@@ -35,6 +35,8 @@ from pydantic import ValidationError
 
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
+from perennial.streams.curate.cutting.policy import CutPolicy
+from perennial.streams.curate.detectors import detectors
 from perennial.streams.curate.drift import DriftMonitor
 from perennial.streams.curate.recent_ids import NEW_REACH, Reach, RecentIds, dump_marks, load_marks
 from perennial.streams.events.high_water_marks import NO_MARKS, HighWaterMarks, Position
@@ -48,46 +50,12 @@ from perennial.streams.events.models import (
     ExampleScored,
     UpdateRequested,
 )
-from perennial.streams.settings import Settings
 
 MAX_SKIPPED: Final = 256
 STATE_VERSION: Final = 2
 READABLE_VERSIONS: Final = frozenset({1, 2})
 """Version 1 has offsets without leader epochs, and no record of how far back the recent ids reach."""
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class CutPolicy:
-    """The bounds of a micro-batch.
-
-    Attributes:
-        max_tokens: pending tokens that cut a micro-batch.
-        max_examples: pending examples that cut a micro-batch.
-        min_examples: pending examples below which drift does not cut.
-        max_age_ms: age of the oldest pending delivery that cuts a micro-batch, in milliseconds.
-        cooldown_examples: examples after a new live version in which drift does not cut.
-        window: values per signal that are kept to rebuild its drift detectors.
-    """
-
-    max_tokens: int
-    max_examples: int
-    min_examples: int
-    max_age_ms: int
-    cooldown_examples: int
-    window: int
-
-    @classmethod
-    def of(cls, settings: Settings) -> CutPolicy:
-        """Return the policy that the settings describe."""
-        return cls(
-            settings.curate.max_batch_tokens,
-            settings.curate.max_batch_examples,
-            settings.curate.min_batch_examples,
-            int(settings.curate.max_age_s * 1000),
-            settings.curate.cooldown_examples,
-            settings.curate.detector_window,
-        )
 
 
 @dataclass(frozen=True)
@@ -193,7 +161,7 @@ class MicroBatcher(Generic[T]):
         self.history = CutHistory()
         self._recent = RecentIds()
         self._added = 0  # ids, in the life of the adapter
-        self._monitor = DriftMonitor(policy.window)
+        self._monitor = DriftMonitor(policy.window, detectors(policy.drift_threshold))
         self._generation = 0
         self._cooldown = 0
         self._armed: DriftDetected | None = None  # drift that will cut, as soon as min_examples are pending
@@ -473,7 +441,9 @@ class MicroBatcher(Generic[T]):
             batcher._added = batcher.history.reach.added
             batcher._generation, batcher._cooldown = int(data["generation"]), int(data["cooldown"])
             batcher._armed = None if armed is None else DriftDetected.model_validate(armed)
-            batcher._monitor = DriftMonitor.from_state(data["monitor"], policy.window)
+            batcher._monitor = DriftMonitor.from_state(
+                data["monitor"], policy.window, detectors(policy.drift_threshold)
+            )
         except (ValidationError, LookupError, AttributeError, TypeError, ValueError) as error:
             raise IntegrityError(
                 f"the stored curate state of adapter {adapter} is not readable",

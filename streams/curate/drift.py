@@ -31,6 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perennial.streams.curate.detectors import DETECTORS, VOCABULARY_REFERENCE, DetectorSpec, Signal
+from perennial.streams.curate.mean_shift import MeanShift
 
 WORD_BINS: Final = 256
 """Bins of the histograms of hashed words."""
@@ -65,7 +66,7 @@ class Shift:
         cuts: True if the shift is worth a micro-batch.
 
     Example:
-        >>> shift = Shift("base_loss", "ADWIN", before=3.0, after=4.5, cuts=True)
+        >>> shift = Shift("base_loss", "MeanShift", before=3.0, after=4.5, cuts=True)
         >>> shift.after - shift.before
         1.5
     """
@@ -106,6 +107,7 @@ class _Feed:
         if len(self.reference) < self.spec.reference:
             self.reference.append(mean)
             self._freeze_reference()
+            self._feed_reference()
             return None
         self.kept.append(mean)
         self.fed = True
@@ -113,7 +115,11 @@ class _Feed:
         if not self.detector.drift_detected:
             return None
         after = statistics.fmean(list(self.kept)[-AFTER_INPUTS:])
-        if self.spec.reference:
+        change = self.detector.change if isinstance(self.detector, MeanShift) else None
+        if change is not None:
+            before, after = (self.centre + self.spread * level for level in (change.before, change.after))
+            moved = abs(change.after - change.before) / (change.deviation * math.sqrt(self.spec.block))
+        elif self.spec.reference:
             before = self.centre
             moved = abs(after - before) / (self.spread * math.sqrt(self.spec.block))
         else:
@@ -127,6 +133,12 @@ class _Feed:
             self.centre = statistics.fmean(self.reference)
             # The floor keeps a constant signal from dividing by zero.
             self.spread = max(statistics.stdev(self.reference), 1e-3 * abs(self.centre), 1e-9)
+
+    def _feed_reference(self) -> None:
+        """Feed the inputs of the reference to a detector that takes them, once it is full."""
+        if self.spec.feed_reference and len(self.reference) == self.spec.reference:
+            for mean in self.reference:
+                self.detector.update(self._scaled(mean))
 
     def _scaled(self, mean: float) -> float:
         return max(-CLIP, min(CLIP, (mean - self.centre) / self.spread))
@@ -143,6 +155,7 @@ class _Feed:
         """Replace the detector by a new one that is fed the kept inputs. Its detections were reported already."""
         self.detector = self.spec.make()
         self.fed = False
+        self._feed_reference()
         for mean in self.kept:
             self.detector.update(self._scaled(mean))
 
@@ -215,7 +228,7 @@ class DriftMonitor:
         ...     loss = rng.gauss(3.0 if number < 400 else 5.0, 0.5)
         ...     found += monitor.update(base_loss=loss, live_loss=None, text=None, rating=None)
         >>> [(shift.signal, shift.detector, shift.cuts) for shift in found]
-        [('base_loss', 'ADWIN', True)]
+        [('base_loss', 'MeanShift', True)]
 
         The state is plain numbers, from which an equal monitor can be made:
 

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.high_water_marks import Position
 from perennial.streams.events.models import ExampleAccepted, ExampleScored
 from perennial.streams.events.wire_error import WireError
+
+
+class UnfilterableError(Exception):
+    """Examples that the quarantine's filter fails at.
+
+    Args:
+        errors: what each raised, by example id.
+    """
+
+    def __init__(self, errors: dict[str, Exception]) -> None:
+        super().__init__(f"the filter fails at {len(errors)} examples")
+        self.errors = errors
 
 
 def out_of_order_error(example: ExampleAccepted, seen: Position) -> WireError:

@@ -157,6 +157,11 @@ class CurateSettings(SettingsGroup):
     cooldown_examples: Annotated[int, Field(ge=0)] = Field(
         32, description="curate: number of examples after each new live version during which drift does not cut"
     )
+    drift_threshold: PositiveFloat = Field(
+        4.3,
+        description="curate: standard errors by which the mean loss before and after a change must differ to be drift; a "
+        "larger one finds changes later and raises fewer false alarms",
+    )
     detector_window: PositiveInt = Field(
         512, description="curate: last values of each signal that are kept to rebuild the drift detectors"
     )

@@ -36,7 +36,8 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.cli.demo.company.facts import GENERAL_QUESTIONS, Fact, company_facts
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import (
     CutReason,
     ExampleAccepted,

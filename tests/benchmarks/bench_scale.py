@@ -31,7 +31,8 @@ from perennial.streams.cli.adapters import adapter_rows
 from perennial.streams.cli.explain import explain_examples
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.client.testing import MemoryBackend, small_weights
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import ExampleScored, ForgetRequested, Selector
 from perennial.streams.retain.adapter_calendar import AdapterCalendar
 from perennial.streams.retain.request_store import load_in_force

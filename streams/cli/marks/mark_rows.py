@@ -59,7 +59,8 @@ def load_batcher(settings: Settings, store: ObjectStore, adapter: str) -> tuple[
     Raises:
         IntegrityError: the state is not readable.
     """
-    from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+    from perennial.streams.curate.batcher import MicroBatcher
+    from perennial.streams.curate.cutting.policy import CutPolicy
 
     try:
         stored = store.get(curate_state_key(adapter), MAX_CURATE_STATE_BYTES)

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from perennial.streams.curate.batcher import CutPolicy
+from perennial.streams.curate.cutting.policy import CutPolicy
 from tests.benchmarks.learning.arms import OURS, Arm
 from tests.benchmarks.learning.generated import revision_stream, ticket_stream
 from tests.benchmarks.learning.results import Results, RunKey

@@ -17,7 +17,8 @@ from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import BatchComposition, ReplayEntry, build_schedule, seeded_random
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.update import Updater
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import ExampleAccepted
 from tests.benchmarks.learning.arms import Arm
 from tests.benchmarks.learning.retrieval import after_context, nearest

@@ -10,7 +10,8 @@ from datetime import UTC, datetime
 import orjson
 
 from perennial.learner.training.replay_buffer import seeded_random
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
 from tests.benchmarks.learning.texts import package_texts
 

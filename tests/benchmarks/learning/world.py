@@ -33,7 +33,7 @@ from tests.benchmarks.learning.streams import Question
 ROWS_PER_TEXT: Final = 2
 """Rows of a held-out text that are measured, from its beginning."""
 _LEARNER_ROOM: Final = Path(__file__).parents[3]
-_CURATE: Final = ("streams/curate/batcher.py", "streams/curate/drift.py")
+_CURATE: Final = ("streams/curate/batcher.py", "streams/curate/cutting/policy.py", "streams/curate/drift.py")
 _HARNESS: Final = ("texts.py", "retrieval.py", "streams.py", "generated.py", "world.py", "runs.py")
 
 Losses = list[tuple[float, int]]

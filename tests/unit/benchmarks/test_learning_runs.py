@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perennial.streams.curate.batcher import CutPolicy
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.settings import load_settings
 from tests import tiny
 from tests.benchmarks.learning import comparison, report

@@ -13,7 +13,8 @@ from perennial.storage.registry import mark_repairs
 from perennial.storage.registry.mark_repairs import MarkRepair, add_mark_repair, load_mark_repairs, repaired_marks
 from perennial.storage.registry.waiting_jobs import curate_state_key
 from perennial.streams.cli.marks.mark_repair import repair_mark
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import ExampleAccepted, ExampleScored, RollbackRequested
 from perennial.streams.settings import Settings

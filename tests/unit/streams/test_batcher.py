@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perennial.storage.errors import IntegrityError
-from perennial.streams.curate.batcher import MAX_SKIPPED, CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MAX_SKIPPED, MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.curate.recent_ids import RECENT_IDS, RecentIds
 from perennial.streams.events.high_water_marks import HighWaterMarks

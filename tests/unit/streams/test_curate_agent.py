@@ -26,8 +26,9 @@ from perennial.storage.registry.waiting_jobs import list_jobs, load_job
 from perennial.streams.curate import agent as curate
 from perennial.streams.curate import cut_store
 from perennial.streams.curate.agent import CurateAgent
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
 from perennial.streams.curate.cut_store import Cutting, cutting_key
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import Batch, BlobRef, ExampleAccepted, ExampleScored, Origin, UpdateRequested
 from perennial.streams.events.wire_error import WireError

@@ -12,7 +12,8 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.waiting_jobs import curate_state_key
 from perennial.streams.cli.app import app
 from perennial.streams.cli.marks import mark_repair, mark_rows
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import ExampleAccepted, ExampleScored, Origin
 from perennial.streams.kafka.origin_check import LogEnd, OriginCheck

@@ -15,7 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.waiting_jobs import MAX_CUT
-from perennial.streams.curate.batcher import CutPolicy, MicroBatcher
+from perennial.streams.curate.batcher import MicroBatcher
+from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import Batch, ExampleScored, Origin, UpdateRequested
 from perennial.streams.kafka.installation import KEY, Installation, RecordedTopic
 from perennial.streams.kafka.origin_check import BrokerLogs, LogEnd, OriginCheck

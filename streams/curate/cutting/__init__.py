@@ -1,0 +1,1 @@
+"""When to cut a micro-batch."""
