@@ -258,7 +258,8 @@ class MicroBatcher(Generic[T]):
         self._cooldown = max(0, self._cooldown - 1)
         shifts = self._monitor.update(
             base_loss=scored.base_loss_nats,
-            live_loss=scored.live_loss_nats,
+            # A scorer that has not noticed the swap yet measures under the version before.
+            live_loss=scored.live_loss_nats if scored.live_generation == self._generation else None,
             text=example.text or example.answer,
             rating=example.rating,
         )

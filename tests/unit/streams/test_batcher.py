@@ -184,6 +184,34 @@ def test_drift_does_not_cut_in_the_cool_down_after_a_swap():
     assert {drift.signal for drift in found} >= {"base_loss"}
 
 
+def swapped(batcher, losses_of, count, seed=0):
+    """Offer examples with (base loss, live loss, generation) and return the signals of the drift that is found."""
+    rng = random.Random(seed)
+    found = []
+    for n in range(count):
+        base, live, generation = losses_of(n)
+        each = scored(n, loss=rng.gauss(base, 0.3), generation=generation)
+        offer = batcher.offer(each.model_copy(update={"live_loss_nats": rng.gauss(live, 0.3)}), n, 0)
+        found += [drift.signal for drift in offer.drifts]
+        if n % 12 == 11 or offer.reason:
+            batcher.apply(batcher.cut(NOW, offer.reason or "age"))
+    return found
+
+
+@pytest.mark.parametrize("gain", [0.3, 1.0, -0.5])
+def test_swaps_that_move_the_live_loss_are_no_drift(gain):
+    """Each version is better than the one before by the gain, in nats; after a rollback (a negative gain) it is worse."""
+    moved = swapped(MicroBatcher("a", BIG), lambda n: (3.0, 3.0 - gain * (n // 400), 1 + n // 400), 2000)
+    assert moved == []
+
+
+def test_losses_under_a_version_that_was_live_before_are_no_drift():
+    """After a rebalance a scorer may hold the version before for some seconds: its losses come after those of the new one."""
+    late = range(700, 760)
+    moved = swapped(MicroBatcher("a", BIG), lambda n: (3.0, 3.0, 1) if n < 300 or n in late else (3.0, 1.5, 2), 1000)
+    assert moved == []
+
+
 def test_a_restored_batcher_goes_on_like_the_live_one():
     live = MicroBatcher("a", POLICY)
     for n in range(5):
