@@ -31,6 +31,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import reduce
 from typing import Any, Final, Literal, TypeAlias
+from uuid import uuid4
 
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
 
@@ -40,10 +41,12 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.prompts.system_prompts import load_system_prompt
 from perennial.storage.registry.quarantine import Quarantine, update_quarantine
 from perennial.storage.registry.refused_examples import add_refused_examples
+from perennial.storage.registry.registry import Registry
 from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
 from perennial.streams.curate.batcher import Cut, MicroBatcher
 from perennial.streams.curate.curate_output import CurateOutput
 from perennial.streams.curate.cut_store import delete_uncommitted, write_cut
+from perennial.streams.curate.cutting.drift_trust import newest_updates_without_gain
 from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.curate.offsets import OffsetTracker
 from perennial.streams.curate.origin_guard import OriginGuard
@@ -95,6 +98,7 @@ class CurateAgent:
         self._settings = settings
         self._metrics = metrics
         self._store = store
+        self._registry = Registry(store, nonce=lambda: uuid4().hex, now=_now)  # it is only read
         self._refused_ms = RefusedExamplesLookup(store)
         self._quarantines = QuarantineFilters(store)
         self._guard = OriginGuard(origins, metrics)
@@ -219,7 +223,9 @@ class CurateAgent:
             self._session.waiting.setdefault(name)
             for drift in offer.drifts:
                 await self._output.send_drift(drift)
-            rest = None if offer.reason is None else await self._cut(adapter, offer.reason)
+            if offer.reason is None or not await self._may_cut(adapter, offer.reason):
+                continue
+            rest = await self._cut(adapter, offer.reason)
             if rest is not None:
                 queue.extendleft(reversed(rest[0]))
                 repeated += rest[1]
@@ -229,6 +235,14 @@ class CurateAgent:
                 self._acknowledge(repeated)
             else:
                 batcher.add_redelivered(repeated)
+
+    async def _may_cut(self, adapter: LoadedAdapter, reason: CutReason) -> bool:
+        """Return False for drift of an adapter whose last updates learned nothing, while it has too few examples."""
+        if reason != "drift":
+            return True
+        batcher = adapter.batcher
+        without_gain = await asyncio.to_thread(newest_updates_without_gain, self._registry, batcher.adapter)
+        return batcher.weigh_drift(without_gain)
 
     def _marked_if_refused(self, scored: ExampleScored) -> ExampleScored:
         """Mark a repeat of an example that was refused before the repeat was published: it is to be learned.

@@ -35,6 +35,7 @@ from pydantic import ValidationError
 
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
+from perennial.streams.curate.cutting.drift_trust import examples_for_drift
 from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.curate.detectors import detectors
 from perennial.streams.curate.drift import DriftMonitor
@@ -164,7 +165,8 @@ class MicroBatcher(Generic[T]):
         self._monitor = DriftMonitor(policy.window, detectors(policy.drift_threshold))
         self._generation = 0
         self._cooldown = 0
-        self._armed: DriftDetected | None = None  # drift that will cut, as soon as min_examples are pending
+        self._armed: DriftDetected | None = None  # drift that will cut, as soon as enough examples are pending
+        self._drift_examples = policy.min_examples  # how many these are
         self._pending: _Pending[T] = _Pending()
 
     @property
@@ -253,6 +255,7 @@ class MicroBatcher(Generic[T]):
             self._generation = scored.live_generation
             self._cooldown = self.policy.cooldown_examples
             self._armed = None
+            self._drift_examples = self.policy.min_examples
             self._monitor.reset_live()
         cooling = self._cooldown > 0
         self._cooldown = max(0, self._cooldown - 1)
@@ -281,7 +284,22 @@ class MicroBatcher(Generic[T]):
         skipped = len(self.history.carried) + len(pending.skipped)
         if pending.tokens >= self.policy.max_tokens or examples >= self.policy.max_examples or skipped >= MAX_SKIPPED:
             return "size"
-        return "drift" if self._armed is not None and examples >= self.policy.min_examples else None
+        return "drift" if self._armed is not None and examples >= self._drift_examples else None
+
+    def weigh_drift(self, updates_without_gain: int) -> bool:
+        """Decide whether the drift that is due to cut may do so, or has to wait for more examples.
+
+        Args:
+            updates_without_gain: newest updates of the adapter in a row that learned nothing.
+
+        Returns:
+            True: cut now. False: a later `offer` asks again, once there are enough examples.
+        """
+        policy = self.policy
+        self._drift_examples = examples_for_drift(
+            updates_without_gain, policy.min_examples, policy.max_examples, policy.drift_patience
+        )
+        return len(self._pending.examples) >= self._drift_examples
 
     def due(self, now_ms: int) -> Literal["age", "flush"] | None:
         """Return what to do because the oldest pending delivery has waited for `max_age_ms`.
@@ -413,6 +431,7 @@ class MicroBatcher(Generic[T]):
         self.history = cut.history
         if cut.job is not None:
             self._armed = None
+            self._drift_examples = self.policy.min_examples
         self._monitor.canonicalise()
         return tokens
 

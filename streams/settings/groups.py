@@ -162,6 +162,11 @@ class CurateSettings(SettingsGroup):
         description="curate: standard errors by which the mean loss before and after a change must differ to be drift; a "
         "larger one finds changes later and raises fewer false alarms",
     )
+    drift_patience_updates: PositiveInt = Field(
+        3,
+        description="curate: updates in a row that the gate refuses or that gain nothing, from which drift needs twice the "
+        "pending examples to cut, and twice as many again with each further one",
+    )
     detector_window: PositiveInt = Field(
         512, description="curate: last values of each signal that are kept to rebuild the drift detectors"
     )

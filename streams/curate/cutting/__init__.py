@@ -1,1 +1,1 @@
-"""When to cut a micro-batch."""
+"""When to cut a micro-batch: the bounds, and how far drift of an adapter is trusted."""

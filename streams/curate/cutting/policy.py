@@ -20,6 +20,7 @@ class CutPolicy:
         cooldown_examples: examples after a new live version in which drift does not cut.
         window: values per signal that are kept to rebuild its drift detectors.
         drift_threshold: standard errors from which a change of a loss is drift.
+        drift_patience: updates without a gain from which drift needs more pending examples to cut.
     """
 
     max_tokens: int
@@ -29,6 +30,7 @@ class CutPolicy:
     cooldown_examples: int
     window: int
     drift_threshold: float = LOSS_THRESHOLD
+    drift_patience: int = 3
 
     @classmethod
     def of(cls, settings: Settings) -> CutPolicy:
@@ -41,4 +43,5 @@ class CutPolicy:
             settings.curate.cooldown_examples,
             settings.curate.detector_window,
             settings.curate.drift_threshold,
+            settings.curate.drift_patience_updates,
         )

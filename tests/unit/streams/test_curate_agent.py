@@ -75,7 +75,11 @@ def delivery(
 
 def delivery_of(given: ExampleAccepted, acknowledged: list[int] | None, offset: int) -> SimpleNamespace:
     event = ExampleScored(example=given, tokens=1, base_loss_nats=3.0, live_loss_nats=3.0)
-    record = encode(event, event_id=given.example_id, source="test", occurred_at=curate._now())
+    return delivery_of_scored(event, acknowledged, offset)
+
+
+def delivery_of_scored(event: ExampleScored, acknowledged: list[int] | None, offset: int) -> SimpleNamespace:
+    record = encode(event, event_id=event.example.example_id, source="test", occurred_at=curate._now())
     message = SimpleNamespace(
         generation_id=1, tp=TopicPartition("scored-examples", 0), offset=offset,
         partition=0, key=record.key, value=record.value, headers=record.headers,
