@@ -45,6 +45,7 @@ from perennial.storage.registry.waiting_jobs import (
     load_given_up,
     load_job,
 )
+from perennial.streams.cli.cuts.next_cut import read_next_cut
 from perennial.streams.cli.example_counts import counted_examples
 from perennial.streams.cli.tables import Column, print_facts, print_table, short_time, short_version, shown_version
 from perennial.streams.cli.terminal.printable import printable_lines
@@ -169,19 +170,20 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
         alias, manifest = None, None  # the parked record says what is damaged
         parked_facts["newest version"] = f"unreadable: {error}"
     counts = counted_examples(registry, adapter) if manifest is not None else None
+    cut = read_next_cut(registry, settings, adapter)
     if as_json:
         shown = None if manifest is None else json.loads(manifest.to_bytes())
         record = None if parked is None else parked.model_dump(mode="json")
         print(json.dumps(
             {
                 "alias": _alias_facts(alias), "manifest": shown, "parked": record, "jobs_waiting": waiting,
-                "examples": None if counts is None else asdict(counts),
-            }
+                "examples": None if counts is None else asdict(counts), "next_cut": asdict(cut),
+            }, default=str,
         ))  # fmt: skip
         return 0
     version_facts = {**_alias_facts(alias), **_facts(manifest)} if manifest is not None else {}
     count_facts = {} if counts is None else {"examples": str(counts)}
-    print_facts({"adapter": adapter, **parked_facts, **count_facts, **version_facts})
+    print_facts({"adapter": adapter, **parked_facts, **count_facts, **cut.facts(), **version_facts})
     return 0
 
 

@@ -300,7 +300,7 @@ def adapters_ls(json_: Json = False) -> None:
 
 @adapters_app.command("show")
 def adapters_show(adapter: AdapterName, json_: Json = False) -> None:
-    """Show one adapter: its live version, the measurements of its gate, and why it is parked."""
+    """Show one adapter: its live version, what its gate measured, why it is parked, and what cuts its next update."""
     from perennial.streams.cli.adapters import show_adapter
 
     raise typer.Exit(show_adapter(adapter, as_json=json_))

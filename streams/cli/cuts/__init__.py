@@ -1,0 +1,1 @@
+"""What `perennial adapters show` says of the cuts of an adapter."""
