@@ -83,6 +83,11 @@ class GateFigures(BaseModel):
         """Loss under the new version, on what the gain was measured on, nats per token."""
         return self.held_out_after if self.basis == HELD_OUT else self.new_after
 
+    @property
+    def loss_error(self) -> float | None:
+        """Standard error of the mean fall from before to after, nats per token."""
+        return self.held_out_error if self.basis == HELD_OUT else self.new_error
+
     def as_dict(self) -> dict[str, Scalar]:
         """Return the figures that are present, by JSON key, sorted by key."""
         fields = {name: getattr(self, name) for name in self.model_fields_set & type(self).model_fields.keys()}

@@ -13,18 +13,25 @@ from collections.abc import Iterable, Iterator
 from typing import Final
 
 from perennial.storage.errors import IntegrityError, NotFoundError
+from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry
 
 LOOK_BACK: Final = 16
 """Newest versions that are read, at most. After so many updates without a gain every bound is reached."""
+GAIN_ERRORS: Final = 2.0
+"""Standard errors by which the loss on new text must fall to count as a gain."""
+MIN_GAIN_NATS: Final = 0.01
+"""Fall of the loss, in nats per token, that it must exceed as well. Random letters fall by less once their frequencies are
+learned; docstrings by several times as much."""
 
 
 def updates_without_gain(manifests: Iterable[Manifest]) -> int:
     """Count the newest updates that learned nothing, up to the first that was promoted with a gain.
 
-    An update learned nothing if the gate refused it, or if the loss on its new text did not fall. Versions of other kinds,
-    and updates that had nothing to learn, say nothing about drift and are left out.
+    An update learned nothing if the gate refused it, or if the loss on its new text did not fall by more than
+    `MIN_GAIN_NATS` and `GAIN_ERRORS` standard errors: the gate passes what chance explains, and every other such update
+    would look like a gain. Versions of other kinds, and updates that had nothing to learn, are left out.
 
     Args:
         manifests: versions of one adapter, newest first.
@@ -33,12 +40,16 @@ def updates_without_gain(manifests: Iterable[Manifest]) -> int:
     for manifest in manifests:
         if manifest.kind != "update" or manifest.outcome == "unchanged":
             continue
-        before, after = manifest.gate.loss_before, manifest.gate.loss_after
-        gained = before is None or after is None or after < before
-        if manifest.outcome == "promoted" and gained:
+        if manifest.outcome == "promoted" and _gained(manifest.gate):
             break
         count += 1
     return count
+
+
+def _gained(gate: GateFigures) -> bool:
+    """Return True if the loss on the new text fell noticeably, and where it was not measured."""
+    before, after, error = gate.loss_before, gate.loss_after, gate.loss_error
+    return before is None or after is None or before - after > max(MIN_GAIN_NATS, GAIN_ERRORS * (error or 0.0))
 
 
 def examples_for_drift(without_gain: int, min_examples: int, max_examples: int, patience: int) -> int:

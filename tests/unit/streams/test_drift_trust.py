@@ -29,8 +29,11 @@ from perennial.streams.settings import Settings
 from tests.unit.streams.test_curate_agent import ADAPTER, App, delivery_of_scored, example
 from tests.versions import VersionPublisher
 
+PATIENCE = Settings.of(env_file=None).curate.drift_patience_updates
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-GAIN = GateFigures(basis="held-out", held_out_before=4.0, held_out_after=3.8, reason="ok")
+GAIN = GateFigures(basis="held-out", held_out_before=4.0, held_out_after=3.8, held_out_error=0.05, reason="ok")
+TINY = GateFigures(basis="held-out", held_out_before=4.0, held_out_after=3.995, held_out_error=0.001, reason="ok")
+CHANCE = GateFigures(basis="held-out", held_out_before=4.0, held_out_after=3.95, held_out_error=0.05, reason="ok")
 NO_GAIN = GateFigures(basis="held-out", held_out_before=4.0, held_out_after=4.1, reason="ok")
 REFUSED = GateFigures(basis="held-out", held_out_before=4.0, held_out_after=3.9, reason="general-rise")
 
@@ -44,10 +47,12 @@ OUTCOMES = {
     "learned": LEARNED,
     "refused": version("refused", REFUSED),
     "no gain": version("promoted", NO_GAIN),
+    "chance": version("promoted", CHANCE),
+    "tiny": version("promoted", TINY),
     "nothing to learn": version("unchanged", GateFigures()),
     "rolled back": version("promoted", GateFigures(), kind="rollback"),
 }
-COUNTED = {"refused", "no gain"}
+COUNTED = {"refused", "no gain", "chance", "tiny"}
 names = st.lists(st.sampled_from(sorted(OUTCOMES)), max_size=30)
 
 
@@ -77,8 +82,7 @@ def test_drift_is_trusted_until_patience_ends(count, extra, low, high, patience)
 
 @given(low=st.integers(1, 300), high=st.integers(1, 300))
 def test_what_is_read_reaches_the_bound_at_the_default_patience(low, high):
-    patience = Settings.of(env_file=None).curate.drift_patience_updates
-    assert examples_for_drift(LOOK_BACK, low, high, patience) == max(low, high)
+    assert examples_for_drift(LOOK_BACK, low, high, PATIENCE) == max(low, high)
 
 
 def publish(store: DirectoryStore, outcome: str, gate: GateFigures, number: int) -> None:
