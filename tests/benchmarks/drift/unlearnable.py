@@ -1,7 +1,7 @@
 """What the gate says of text that cannot be learned, and from which update on drift is distrusted for it.
 
-`python -m tests.benchmarks.drift.unlearnable [--updates 10] [--base shipped]`. Each kind of text is learned by an adapter of its own, 8
-documents an update, with the service's settings and code; plain docstrings are the control.
+`python -m tests.benchmarks.drift.unlearnable [--updates 16] [--base shipped]`. Each kind of text is learned by an adapter of its
+own, 8 documents an update, with the service's settings and code; plain docstrings are the control.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ KINDS: dict[str, Callable[[random.Random, str], str]] = {
 def main() -> None:
     """Print a row for each kind of text."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--updates", type=int, default=10)
+    parser.add_argument("--updates", type=int, default=16)
     parser.add_argument("--base", default="shipped")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {', '.join(KINDS)}")
     given = parser.parse_args()
