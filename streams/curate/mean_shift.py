@@ -100,7 +100,7 @@ class MeanShift:
 
     Args:
         threshold: standard errors from which a difference of means is drift. A larger one means fewer and later alarms.
-        window: number of latest inputs that are looked at. A test takes 30 to 50 microseconds at 128.
+        window: number of latest inputs that are looked at. A test takes 50 microseconds at 128.
 
     Example:
         >>> detector = MeanShift(threshold=4.2, window=128)
