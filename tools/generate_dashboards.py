@@ -300,6 +300,21 @@ FLOW = Dashboard(
                          "/ sum(rate(perennial_pass_adapters_count[$__rate_interval]))", "adapters")],
                   "Mean over the rounds of training. Near PERENNIAL_PASS_ADAPTERS while updates wait: raise it, if the "
                   "device has memory for more."),
+            Panel("Cost of an update",
+                  [Query("sum(rate(perennial_update_device_seconds_total[$__rate_interval])) "
+                         '/ sum(rate(perennial_stage_seconds_count{role="learner",stage="train"}[$__rate_interval]))',
+                         "device seconds per update")],
+                  "Mean time of the device per update, the gate's measurements included; `perennial economics` has each update.",
+                  unit="s"),
+            Panel("Operations per second",
+                  [Query("sum(rate(perennial_update_flops_total[$__rate_interval])) "
+                         "/ sum(rate(perennial_update_device_seconds_total[$__rate_interval]))", "operations a second")],
+                  "Floating-point operations of updates, by formula, per second of the device.", unit="flops"),
+            Panel("Power during updates",
+                  [Query("sum by (source) (rate(perennial_update_joules_total[$__rate_interval])) "
+                         "/ on () group_left () sum(rate(perennial_update_device_seconds_total[$__rate_interval]))", "{{source}}")],
+                  "Energy of the device per second of updates, idle power included. None where neither NVML nor RAPL can be "
+                  "read.", unit="watt", zero="not measured"),
             Panel("Published to served", [Query(quantile_of(q, "perennial_ack_stage_seconds", "stage"), f"{{{{stage}}}} {name}")
                                           for q, name in ((0.5, "50 %"), (0.95, "95 %"))],
                   "Time that subscribers need for a new version, by stage; publish_to_served is the total.", unit="s"),

@@ -383,6 +383,11 @@ class Learner:
         forgot = isinstance(envelope.event, ForgetRequested)
         if not forgot:
             self._metrics.update(result.outcome, adapter)
+        if result.cost is not None:
+            cost = result.cost
+            self._metrics.update_cost(
+                cost.training_flops + cost.measuring_flops, cost.seconds, cost.joules, cost.energy_source
+            )
         if result.manifest is not None and not forgot:
             self._metrics.trained(result.manifest.tokens)
             if not self._settings.training.shared_passes:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from perennial.learner.costs.device_use import DeviceUse, Reading, add_use
+from perennial.learner.costs.operations import WeightCounts, measuring_flops, training_flops
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together.measure_together import MeasuredRows, measure_together
@@ -45,6 +47,7 @@ class _Request:
         trained: Result of the steps so far.
         for_slot: The weights of the result, where the base is.
         losses: Losses of the measured rows.
+        used: Its share of the rounds that computed it.
         error: What the request failed with.
         done: True once there is a result or an error.
     """
@@ -59,6 +62,7 @@ class _Request:
     trained: TrainResult | None = None
     for_slot: Mapping[str, torch.Tensor] = field(default_factory=dict)
     losses: list[torch.Tensor] | None = None
+    used: DeviceUse = field(default_factory=DeviceUse)
     error: Exception | None = None
     done: bool = False
 
@@ -182,6 +186,7 @@ class GatheredPasses:
             with self._changed:
                 if request in self._waiting:  # its thread is to stop
                     self._waiting.remove(request)
+            add_use(request.used)
         if request.error is not None:
             raise request.error
 
@@ -276,12 +281,17 @@ class GatheredPasses:
         lock: AbstractContextManager[object] | None,
         on_step: Callable[[], None],
     ) -> None:
-        lora, pad = members[0].lora, members[0].pad
+        lora, pad, device = members[0].lora, members[0].pad, members[0].lora.base.device
+        began = Reading.now(device)
         measured = [member.measure for member in members if member.measure is not None]
         if measured:
             losses = measure_together(lora, measured, pad, lock=lock, on_step=on_step)
             for member, of_member in zip(members, losses, strict=True):
                 member.losses, member.done = of_member, True
+            counts = WeightCounts.of(lora)
+            used, flops = began.until_now(device), [measuring_flops(counts, job.rows) for job in measured]
+            for member, own in zip(members, flops, strict=True):
+                member.used += used.share(own / max(1.0, sum(flops)), measuring_flops=own)
             return
         jobs = [member.train for member in members if member.train is not None]
         most = ROUND_STEPS["cuda" if torch.device(lora.base.device).type == "cuda" else "cpu"]
@@ -294,6 +304,10 @@ class GatheredPasses:
         seconds = self._clock() - began_s
         self._step_s = seconds / count
         self._report(len(members), seconds)
+        counts, used = WeightCounts.of(lora), began.until_now(device)
+        flops = [sum(training_flops(counts, rows) for rows in job.schedule) for job in now]
+        for member, own in zip(members, flops, strict=True):
+            member.used += used.share(own / max(1.0, sum(flops)), training_flops=own)
         for member, job, result in zip(members, jobs, results, strict=True):
             trained = replace(result, adapters=len(members))
             member.trained = trained.after(member.trained) if member.trained else trained

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from perennial.learner.costs.device_use import Reading, add_use
+from perennial.learner.costs.operations import WeightCounts, measuring_flops, training_flops
 from perennial.learner.model.lora import Lora
 from perennial.learner.model.loss import row_token_losses
 from perennial.learner.model.tokenization import TokenRow
@@ -64,7 +66,12 @@ class ComputeAlone:
         on_step: Callable[[], None],
     ) -> TrainResult:
         """See `Compute.train`."""
-        return train(lora, weights, optimizer, steps, config, lock, on_step)
+        began = Reading.now(lora.base.device)
+        trained = train(lora, weights, optimizer, steps, config, lock, on_step)
+        counts = WeightCounts.of(lora)
+        flops = sum(training_flops(counts, rows) for rows in steps)
+        add_use(began.until_now(lora.base.device).share(1.0, training_flops=flops))
+        return trained
 
     def token_losses(
         self,
@@ -76,8 +83,12 @@ class ComputeAlone:
         on_step: Callable[[], None],
     ) -> list[torch.Tensor]:
         """See `Compute.token_losses`."""
+        began = Reading.now(lora.base.device)
         lora.load(weights)
-        return row_token_losses(lora, rows, pad=pad, adapted=True, lock=lock, on_step=on_step)
+        losses = row_token_losses(lora, rows, pad=pad, adapted=True, lock=lock, on_step=on_step)
+        flops = measuring_flops(WeightCounts.of(lora), rows)
+        add_use(began.until_now(lora.base.device).share(1.0, measuring_flops=flops))
+        return losses
 
     def joining(self) -> AbstractContextManager[object]:
         """See `Compute.joining`: nothing waits."""

@@ -8,6 +8,7 @@ from typing import Literal
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.history.update_costs import UpdateCost
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.pending_deletes import clear_pending_deletes
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
@@ -86,6 +87,7 @@ class JobResult:
         stage_s: seconds that each stage took, by stage.
         statuses: progress of retention requests, to be published after the event.
         completion: to be recorded when everything that was published is confirmed.
+        cost: what the update cost; None if this run trained nothing.
     """
 
     outcome: Literal["promoted", "refused", "unchanged", "repeated", "held", "parked"]
@@ -94,3 +96,4 @@ class JobResult:
     stage_s: dict[str, float] = field(default_factory=dict)
     statuses: tuple[RetentionProgressed, ...] = ()
     completion: Completion | None = None
+    cost: UpdateCost | None = None

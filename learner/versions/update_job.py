@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from perennial.learner.costs.device_use import DeviceUse, take_use
+from perennial.learner.costs.energy_meter import meter_of
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.update import UpdateResult
 from perennial.learner.versions.alias_events import alias_event
@@ -29,9 +32,10 @@ from perennial.learner.versions.micro_batches import (
 )
 from perennial.learner.versions.rollback_job import take_back_interrupted
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
+from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.history.update_costs import UpdateCost, record_cost
 from perennial.storage.registry.manifest import BlobRef, Manifest, Outcome, update_id
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,
@@ -47,6 +51,8 @@ from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, UpdateRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, QuarantineFilters
+
+_log = logging.getLogger("perennial.learner")
 
 
 @dataclass(frozen=True)
@@ -157,6 +163,7 @@ class UpdateExecutor:
         head = writer.head(job.adapter)
         if head is not None and (_is_covered(job, head) or self._is_named(job, head)):
             return self._repeated(job, alias, head, waits=waiting is not None)
+        take_use()  # of another job, or of an attempt that found a conflict
         with writer.updater.compute.joining():
             stored = read_batch(self._store, job)
             quarantine = self._quarantines.of(job.adapter)
@@ -166,17 +173,34 @@ class UpdateExecutor:
             loaded = time.perf_counter()
             replayed: dict[str, ExampleAccepted] = {}
             trained = self._train(job, batch, start, quarantine, replayed)
+            used = take_use()
         manifest = self._manifest(job, trained)
         writer.failpoint("learner.train")
         trained_at, trained_s = writer.now(), time.perf_counter()
         self._recheck_quarantine(job, batch.allowed, replayed)
         publication = self._publish(job, alias, manifest, trained)
         self._settle(job, publication.manifest, waits=waiting is not None)
+        cost = self._record_cost(publication, used) if publication.was_new and trained.result else None
         stage_s = {
             "load": loaded - began, "train": trained_s - loaded, "publish": time.perf_counter() - trained_s,
         }  # fmt: skip
         event = self._event(job, publication, received, trained_at)
-        return JobResult(publication.manifest.outcome, publication.manifest, event, stage_s)
+        return JobResult(publication.manifest.outcome, publication.manifest, event, stage_s, cost=cost)
+
+    def _record_cost(self, publication: Publication, used: DeviceUse) -> UpdateCost:
+        """Record what the update cost. Nothing depends on the record, so a store that fails does not fail the job."""
+        manifest, device = publication.manifest, self._writer.base.device
+        meter = meter_of(device)
+        cost = UpdateCost(
+            version=publication.version, seq=manifest.seq, outcome=manifest.outcome, tokens=manifest.tokens,
+            training_flops=used.training_flops, measuring_flops=used.measuring_flops, seconds=used.seconds,
+            joules=used.joules, energy_source=meter.source if meter is not None else "", device=device.type,
+        )  # fmt: skip
+        try:
+            record_cost(self._store, manifest.adapter, cost)
+        except StoreError as error:
+            _log.warning("the cost of version %d of %s is not recorded: %s", manifest.seq, manifest.adapter, error)
+        return cost
 
     def _is_named(self, job: UpdateRequested, head: Head) -> bool:
         """Return whether a version names a job of an earlier cut: a mark that it had raised may be repaired since."""

@@ -87,6 +87,9 @@ SERIES: Final = (
     Series(Gauge, "loss_nats", "Mean loss per token, before or after.", ("adapter", "which")),
     Series(Counter, "trained_tokens", "Tokens trained on."),
     Series(Counter, "trained_seconds", "Time spent in training."),
+    Series(Counter, "update_flops", "Floating-point operations of updates, by formula: training and the gate's measurements."),
+    Series(Counter, "update_device_seconds", "Time of the device for updates: training and the gate's measurements."),
+    Series(Counter, "update_joules", "Energy of the device in that time, where it is measured.", ("source",)),
     Series(Histogram, "pass_adapters", "Adapters per round of training.", buckets=_ADAPTER_BUCKETS),
     Series(Gauge, "alias_generation", "Generation of the adapter's alias.", ("adapter",)),
     Series(Gauge, "adapters_parked", "Adapters that wait for an operator.", ("reason",)),
@@ -179,9 +182,8 @@ class Metrics:
         for series in SERIES:
             self._register(series)
         self._gauges["oldest_unlearned_event_age_seconds"].labels(role).set_function(self._oldest_now_s)
-        self._inc("trained_tokens", 0)  # so that a role that has not trained shows 0
-        self._inc("trained_seconds", 0)
-        self._inc("forget_exceptions", 0)
+        for name in ("trained_tokens", "trained_seconds", "update_flops", "update_device_seconds", "forget_exceptions"):
+            self._inc(name, 0)  # so that a role that has not trained shows 0
 
     def _register(self, series: Series) -> None:
         name, labels = f"perennial_{series.name}", ("role", *series.labels)
@@ -357,6 +359,13 @@ class Metrics:
         """Count a round of training, the adapters that shared its passes, and the time that it took."""
         self._observe("pass_adapters", adapters)
         self._inc("trained_seconds", seconds)
+
+    def update_cost(self, flops: float, device_s: float, joules: float | None, source: str) -> None:
+        """Count what an update used of the device: operations, seconds, and joules (None: not measured) by `source`."""
+        self._inc("update_flops", flops)
+        self._inc("update_device_seconds", device_s)
+        if joules is not None:
+            self._inc("update_joules", joules, source=source)
 
     def generation(self, adapter: str, n: int) -> None:
         """Set the generation of an adapter's alias."""

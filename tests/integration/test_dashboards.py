@@ -372,6 +372,7 @@ def test_every_panel_and_alert_has_data_in_a_run_that_produces_it(broker, topic_
                     served.serving_stale("acme/a", time.time() - 3600)
                     served.parked({"acme/a": "missing-object"})
                     served.jobs_waiting("acme/a", 2)
+                    served.update_cost(1e9, 0.5, 60.0, "nvml")
                     served.tenants({"acme": 900}, {"acme": 1.5}, {"acme": 2})
                     states = dict.fromkeys(("serving", "failing", "expired", "left"), 1)
                     served.replicas(states, states)

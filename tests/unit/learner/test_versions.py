@@ -27,6 +27,7 @@ from perennial.storage.errors import ConflictError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, get_blob
+from perennial.storage.registry.history.update_costs import costs_key, load_costs
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRolledBack
 from perennial.streams.events.models import ExampleAccepted, RollbackRequested, UpdateRequested
@@ -94,6 +95,32 @@ def test_an_update_makes_a_version_with_a_complete_manifest(store: DirectoryStor
     assert event.weights_uri.endswith(blob_key(manifest.weights.digest))
     assert list(event.stage_at) == ["published", "cut", "received", "trained", "promoted"]
     assert done.stage_s.keys() == {"load", "train", "publish"}
+
+
+def test_an_update_records_what_it_cost_beside_its_manifest(store: DirectoryStore) -> None:
+    learner = local_learner(store)
+    for cut, numbers in ((1, (0, 1, 2, 3)), (2, (4, 5))):
+        done = learner.update(job(store, cut, *numbers), "live")
+        assert done.manifest is not None
+        recorded = load_costs(store, ADAPTER).updates
+        assert recorded[-1] == done.cost
+        assert (recorded[-1].version, recorded[-1].seq) == (done.manifest.digest(), cut)
+        assert recorded[-1].tokens == done.manifest.tokens
+        assert recorded[-1].device == "cpu"
+        assert min(recorded[-1].training_flops, recorded[-1].measuring_flops, recorded[-1].seconds) > 0
+    again = learner.update(job(store, 2, 4, 5), "live")
+    assert (again.outcome, again.cost) == ("repeated", None)
+    assert [cost.seq for cost in load_costs(store, ADAPTER).updates] == [1, 2]
+
+
+def test_a_cost_that_cannot_be_recorded_fails_no_update(
+    store: DirectoryStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    store.compare_and_swap(costs_key(ADAPTER), b"damaged", None)
+    done = local_learner(store).update(job(store, 1, 0, 1), "live")
+    assert done.outcome == "promoted"
+    assert done.cost is not None
+    assert "the cost of version 1 of acme/support is not recorded" in caplog.text
 
 
 def test_each_version_follows_the_one_before(store: DirectoryStore) -> None:

@@ -69,6 +69,7 @@ def test_every_method_moves_the_series_that_dashboards_name():
     metrics.replicas({"serving": 3, "expired": 2}, {"expired": 1})
     metrics.parked({"acme/a": "no-space"})
     metrics.jobs_waiting("acme/a", 3)
+    metrics.update_cost(4e9, 0.25, 90.0, "nvml")
     metrics.tenants({"acme": 700}, {"acme": 0.7}, {"acme": 2})
     metrics.wrong_marks("acme/other", 0)
     metrics.wrong_marks("acme/support", 2)
@@ -102,6 +103,9 @@ def test_every_method_moves_the_series_that_dashboards_name():
         ("perennial_trained_tokens_total",): 512,
         ("perennial_trained_seconds_total",): 1.5,
         ("perennial_pass_adapters_sum",): 3,
+        ("perennial_update_flops_total",): 4e9,
+        ("perennial_update_device_seconds_total",): 0.25,
+        ("perennial_update_joules_total", ("source", "nvml")): 90,
         ("perennial_alias_generation", ("adapter", "acme/support")): 4,
         ("perennial_store_errors_total", ("op", "get")): 1,
         ("perennial_acks_total", ("adapter", "acme/support")): 1,

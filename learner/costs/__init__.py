@@ -1,0 +1,1 @@
+"""What updates use of the device: seconds, joules and floating-point operations."""
