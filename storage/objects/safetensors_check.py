@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 from perennial.storage.errors import IntegrityError
 
@@ -40,6 +41,20 @@ def check_safetensors(data: bytes) -> None:
     Raises:
         IntegrityError: The bytes are not safetensors.
     """
+    _checked_header(data)
+
+
+def safetensors_shapes(data: bytes) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor by name.
+
+    Raises:
+        IntegrityError: The bytes are not safetensors.
+    """
+    return {name: tuple(entry["shape"]) for name, entry in _checked_header(data).items()}
+
+
+def _checked_header(data: bytes) -> dict[str, Any]:
+    """Return the header without its metadata, once it and the data passed all checks."""
     if len(data) < 8:
         raise _refused("shorter than its own length field")
     (header_bytes,) = struct.unpack_from("<Q", data)
@@ -58,6 +73,7 @@ def check_safetensors(data: bytes) -> None:
         end = stop
     if end != body_bytes:
         raise _refused("its tensors do not fill it")
+    return header
 
 
 def _parsed(header: bytes) -> dict[str, object]:

@@ -35,12 +35,13 @@ from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
 from perennial.streams.cli.base.base_app import base_app
 from perennial.streams.cli.chat.chat_commands import ask, system_prompt
+from perennial.streams.cli.economics.economics_command import economics
 from perennial.streams.cli.forget.commands import forget_app
 from perennial.streams.cli.marks.marks_app import marks_app
 from perennial.streams.cli.replicas.replicas_app import replicas_app
 from perennial.streams.cli.subscribe.subscribe_command import subscribe
 from perennial.streams.cli.terminal.printable import printable_lines
-from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number
+from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number, rate_of, tcp_port
 from perennial.streams.cli.terminal.terminal_encoding import write_any_character
 
 app = typer.Typer(
@@ -69,6 +70,7 @@ app.add_typer(marks_app, name="marks")
 app.add_typer(replicas_app, name="replicas")
 app.command()(subscribe)
 app.command()(ask)
+app.command()(economics)
 adapters_app.command("system-prompt")(system_prompt)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -91,20 +93,6 @@ MaxReplays = Annotated[
     ),
 ]
 errors = Console(stderr=True)
-
-
-def _port(value: int | None) -> int | None:
-    """Refuse a number that is no TCP port. A callback, for `min` and `max` would widen the help over 80 columns."""
-    if value is not None and not 0 < value < 65536:
-        raise typer.BadParameter(f"{value} is not in the range 1<=x<=65535")
-    return value
-
-
-def _rate(value: float) -> float:
-    """Refuse a rate at which the pause between two records has no end."""
-    if 0 < number(value) < 0.001:
-        raise typer.BadParameter(f"{value} is neither 0 nor at least 0.001")
-    return value
 
 
 def print_error(error: PerennialError) -> None:
@@ -174,7 +162,7 @@ def up(
     data_dir: Annotated[Path | None, typer.Option(help="Folder for topics, objects and logs.")] = None,
     port: Annotated[
         int | None,
-        typer.Option(callback=_port, help="Port of the embedded broker; default: the last one, or a free one."),
+        typer.Option(callback=tcp_port, help="Port of the embedded broker; default: the last one, or a free one."),
     ] = None,
     shared_model: Annotated[
         bool, typer.Option(help="Run scorer and learner in one process that loads the base model once.")
@@ -412,7 +400,7 @@ def dlq_show(
 def dlq_replay(
     reason: Reason = "", stage: Stage = "", topic: Source = "", adapter: AdapterPattern = "", since: Since = "",
     dry_run: Annotated[bool, typer.Option(help="Send nothing; count by reason what would be sent.")] = False,
-    rate: Annotated[float, typer.Option(min=0, callback=_rate, help="Records per second, at least 0.001; 0 for no limit.")] = 50,
+    rate: Annotated[float, typer.Option(min=0, callback=rate_of, help="Records per second, at least 0.001; 0 for no limit.")] = 50,
     limit: Annotated[int, typer.Option(min=0, max=MAX_ROWS, help="Most records to send; 0 for all.")] = 0,
     max_replays: MaxReplays = 3, json_: Json = False,
 ) -> None:  # fmt: skip
