@@ -33,6 +33,7 @@ from rich.text import Text
 
 from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
+from perennial.streams.cli.adapter_page.page_command import report
 from perennial.streams.cli.base.base_app import base_app
 from perennial.streams.cli.chat.chat_commands import ask, system_prompt
 from perennial.streams.cli.economics.economics_command import economics
@@ -72,6 +73,7 @@ app.command()(subscribe)
 app.command()(ask)
 app.command()(economics)
 adapters_app.command("system-prompt")(system_prompt)
+adapters_app.command()(report)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]

@@ -1,0 +1,1 @@
+"""`perennial adapters report`: the history of an adapter as one HTML page that needs nothing else."""
