@@ -48,12 +48,13 @@ th { font-weight: 600; text-align: left; }
   background: var(--accent); }
 .list { width: 100%; font-size: 13px; } .list th, .list td { padding: 4px 8px; border-bottom: 1px solid var(--line);
   vertical-align: top; } .list thead th { color: var(--faint); white-space: nowrap; }
-.number { text-align: right; white-space: nowrap; } .reason { overflow-wrap: anywhere; min-width: 90px; max-width: 220px; }
+.number { text-align: right; white-space: nowrap; } .reason { overflow-wrap: anywhere; min-width: 110px; max-width: 240px; }
 .outcome.promoted { color: var(--good); } .outcome.refused { color: var(--bad); font-weight: 600; }
 .tag { display: inline-block; margin-left: 6px; padding: 0 6px; border: 1px solid var(--line); border-radius: 8px; font-size: 11px;
   color: var(--faint); white-space: nowrap; } .tag.live { color: var(--good); border-color: var(--good); } .tag.drift { color: var(--mark); border-color: var(--mark); }
 .empty { padding: 14px 16px; background: var(--panel); border: 1px dashed var(--line); border-radius: 6px; color: var(--faint); }
-code { overflow-wrap: anywhere; font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; }
+p code { overflow-wrap: anywhere; } td code { white-space: nowrap; }
+code { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: 12px; }
 footer { margin-top: 32px; color: var(--faint); font-size: 13px; }
 @media print { body { max-width: none; } .scrolled { overflow: visible; } }
 """
