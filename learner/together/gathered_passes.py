@@ -304,19 +304,20 @@ class GatheredPasses:
         seconds = self._clock() - began_s
         self._step_s = seconds / count
         self._report(len(members), seconds)
+        trained = [
+            done.after(member.trained) if member.trained else done
+            for member, done in zip(
+                members, (replace(result, adapters=len(members)) for result in results), strict=True
+            )
+        ]
+        ended = [number for number, job in enumerate(jobs) if count == len(job.schedule)]
+        hosted = to_host([trained[number] for number in ended], Layout.of(lora), SharedPass.of(lora, graphs=True).hot)
         counts, used = WeightCounts.of(lora), began.until_now(device)
         flops = [sum(training_flops(counts, rows) for rows in job.schedule) for job in now]
-        for member, own in zip(members, flops, strict=True):
+        # Hazard: from here on nothing may fail, or the round would be computed again from its own results.
+        for member, job, result, done, own in zip(members, jobs, results, trained, flops, strict=True):
             member.used += used.share(own / max(1.0, sum(flops)), training_flops=own)
-        for member, job, result in zip(members, jobs, results, strict=True):
-            trained = replace(result, adapters=len(members))
-            member.trained = trained.after(member.trained) if member.trained else trained
             member.train = AdapterJob(result.weights, result.optimizer, job.schedule[count:], job.config)
-        ended = [member for member, job in zip(members, jobs, strict=True) if count == len(job.schedule)]
-        results = [member.trained for member in ended if member.trained]
-        if not ended:
-            return
-        hosted = to_host(results, Layout.of(lora), SharedPass.of(lora, graphs=True).hot)
-        for member, result in zip(ended, hosted, strict=True):
-            member.for_slot = member.trained.weights if member.trained else {}
-            member.trained, member.done = result, True
+            member.trained, member.for_slot = done, done.weights
+        for number, result in zip(ended, hosted, strict=True):
+            members[number].trained, members[number].done = result, True

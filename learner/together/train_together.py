@@ -270,11 +270,11 @@ def to_host(results: Sequence[TrainResult], layout: Layout, hot: HotStates) -> l
         hot: Where the rows on the device are kept.
     """
     prefixes = ("", *(f"{name}." for name in _MOMENTS))
-    rows = []
+    rows: list[torch.Tensor] = []
     for result in results:
         of_names = result.weights | result.optimizer
         rows += [torch.cat([of_names[prefix + name].reshape(-1) for name in layout.names]) for prefix in prefixes]
-    fetching = Fetching(rows) if rows[0].is_cuda else None
+    fetching = Fetching(rows) if rows and rows[0].is_cuda else None
     views = [layout.views(row) for row in (fetching.copies if fetching else rows)]
     if fetching:
         fetching.wait()
