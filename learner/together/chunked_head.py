@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 
 from perennial.learner.together.frozen_weights import cast_once
-from perennial.learner.together.head_kernels import cross_entropy_, divergence_, has_kernels
+from perennial.learner.together.kernels.head_losses import cross_entropy_, divergence_, has_kernels
 
 CHUNK_TOKENS = {"cuda": 4096, "cpu": 256}
 

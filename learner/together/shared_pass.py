@@ -16,7 +16,7 @@ from perennial.learner.model.loss import autocast, has_plain_head, is_out_of_mem
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together.chunked_head import losses_and_gradient, token_losses
 from perennial.learner.together.device_states import HotStates, hot_states
-from perennial.learner.together.fused_kernels import fused_layers
+from perennial.learner.together.kernels.fused_layers import fused_layers
 from perennial.learner.together.packed_attention import Documents, packed_attention
 from perennial.learner.together.packing import AdapterRows, PackedRows, Size, pack
 from perennial.learner.together.pass_graphs import PassGraphs

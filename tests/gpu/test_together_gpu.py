@@ -13,8 +13,8 @@ from perennial.learner.model.base import load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.tokenization import TokenRow
-from perennial.learner.together import fused_kernels
 from perennial.learner.together.gathered_passes import GatheredPasses
+from perennial.learner.together.kernels import fused_layers
 from perennial.learner.together.shared_pass import SharedPass, packs_together
 from perennial.learner.together.train_together import AdapterJob, train_together
 from perennial.learner.training.trainer import TrainConfig, TrainResult, train
@@ -150,8 +150,8 @@ def test_fused_layers_compute_what_the_layers_compute(lora: Lora, monkeypatch: p
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     jobs = jobs_over(lora, 3, like_base=1)
     fused = train_together(lora, jobs, graphs=False)
-    kinds = {type(module).__name__.removeprefix("Llama") for module, _ in lora.model.__dict__[fused_kernels._KEPT]}
+    kinds = {type(module).__name__.removeprefix("Llama") for module, _ in lora.model.__dict__[fused_layers._KEPT]}
     assert kinds == {"RMSNorm", "MLP"}
-    monkeypatch.setattr(fused_kernels, "_liger", dict)
+    monkeypatch.setattr(fused_layers, "_liger", dict)
     for job, one, other in zip(jobs, fused, train_together(lora, jobs, graphs=False), strict=True):
         assert_like(one, other, job)

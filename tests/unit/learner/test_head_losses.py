@@ -11,7 +11,7 @@ import pytest
 
 PROGRAM = """
 import torch
-from perennial.learner.together.head_kernels import cross_entropy_, divergence_
+from perennial.learner.together.kernels.head_losses import cross_entropy_, divergence_
 
 torch.manual_seed(3)
 tokens, words = 5, 9001  # three blocks, the last one not full

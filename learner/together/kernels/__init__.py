@@ -1,0 +1,1 @@
+"""What a GPU computes as single kernels."""
