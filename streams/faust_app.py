@@ -33,6 +33,7 @@ from perennial.streams.kafka.aiokafka_headers import read_any_header_name
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, load_installation
 from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.repartition import forget_offsets
+from perennial.streams.kafka.security.options import aiokafka_options
 from perennial.streams.kafka.topic_guard import TopicGuard
 from perennial.streams.kafka.topics import admin_client, identify
 from perennial.streams.observe.metrics import Metrics
@@ -129,11 +130,12 @@ def build_app(
         The application, not yet started.
 
     Raises:
-        SettingsError: No brokers are set.
+        SettingsError: No brokers are set, or a file of TLS or SASL cannot be used.
     """
     app = faust.App(
         settings.kafka.topic("curate"),
         broker=[f"kafka://{server.strip()}" for server in settings.kafka.require_bootstrap().split(",")],
+        broker_credentials=_credentials(settings),
         store="memory://",
         datadir=str(folder),
         web_enabled=False,
@@ -156,6 +158,26 @@ def build_app(
     _add_curate(app, CurateAgent(app, settings, metrics, store, topics, origins), settings, guards.curate)
     _add_retain(app, RetainAgent(app, settings, metrics, store, topics), settings, guards.retain)
     return app
+
+
+def _credentials(settings: Settings) -> Any:
+    """Return Faust's form of aiokafka's options of TLS and SASL; None for plaintext.
+
+    Raises:
+        SettingsError: A file of TLS or SASL cannot be used.
+    """
+    options = aiokafka_options(settings.kafka_security)
+    if not options:
+        return None
+    context = options.get("ssl_context")
+    if "sasl_oauth_token_provider" in options:
+        return faust.OAuthCredentials(oauth_cb=options["sasl_oauth_token_provider"], ssl_context=context)
+    if "sasl_mechanism" in options:
+        return faust.SASLCredentials(
+            username=options["sasl_plain_username"], password=options["sasl_plain_password"], ssl_context=context,
+            mechanism=options["sasl_mechanism"],
+        )  # fmt: skip
+    return faust.SSLCredentials(context)
 
 
 def _add_retain(app: Any, agent: RetainAgent, settings: Settings, guard: Guard) -> None:

@@ -43,8 +43,8 @@ from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
 from perennial.streams.kafka.origin_check import OriginCheck
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.signing import RecordSigner
-from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 

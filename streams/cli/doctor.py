@@ -69,13 +69,18 @@ def _jars(_: Settings) -> Finding:
 def _broker(settings: Settings) -> Finding:
     from kafka import KafkaAdminClient
 
+    from perennial.streams.kafka.connect import secured
+
     bootstrap = settings.kafka.require_bootstrap()
-    admin = KafkaAdminClient(bootstrap_servers=bootstrap.split(","), bootstrap_timeout_ms=5000)
+    with secured(settings, 5) as options:
+        admin = KafkaAdminClient(bootstrap_servers=bootstrap.split(","), bootstrap_timeout_ms=5000, **options)
     try:
         cluster = admin.describe_cluster()
     finally:
         admin.close()
-    return Finding("broker", True, f"{bootstrap}, cluster {cluster.get('cluster_id')}")
+    return Finding(
+        "broker", True, f"{bootstrap}, cluster {cluster.get('cluster_id')}, {settings.kafka_security.describe()}"
+    )
 
 
 def _topics(settings: Settings) -> Finding:

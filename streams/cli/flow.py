@@ -18,6 +18,7 @@ from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.parked import list_parked
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
+from perennial.streams.kafka.connect import secured
 from perennial.streams.kafka.group_offsets import group_offsets
 from perennial.streams.kafka.topics import TOPICS
 from perennial.streams.replicas.replica_status import ReplicaTable
@@ -31,6 +32,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 """Consumer group of each role and the topics that it reads."""
 
+_CONNECT_S = 5.0
+_CONNECT_MS = 5000
 _MAX_ADAPTERS = 20
 
 
@@ -98,19 +101,22 @@ class FlowReader:
 
     Raises:
         BrokerUnreachableError: The broker does not answer.
+        KafkaSecurityError: The broker and the settings of TLS and SASL do not agree.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         bootstrap = settings.kafka.require_bootstrap().split(",")
         try:
-            self.consumer = KafkaConsumer(
-                bootstrap_servers=bootstrap,
-                enable_auto_commit=False,
-                bootstrap_timeout_ms=5000,
-                request_timeout_ms=15000,
-            )
-            self.admin = KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=5000)
+            with secured(settings, _CONNECT_S) as options:
+                self.consumer = KafkaConsumer(
+                    bootstrap_servers=bootstrap,
+                    enable_auto_commit=False,
+                    bootstrap_timeout_ms=_CONNECT_MS,
+                    request_timeout_ms=15000,
+                    **options,
+                )
+                self.admin = KafkaAdminClient(bootstrap_servers=bootstrap, bootstrap_timeout_ms=_CONNECT_MS, **options)
         except (KafkaError, ValueError, OSError) as error:  # ValueError: an address that is not host:port
             raise BrokerUnreachableError(
                 got=f"{settings.kafka.bootstrap}: {error}",

@@ -13,7 +13,7 @@ from perennial.storage.objects.factory import open_store
 from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.installation import provision_recorded
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 
 _PAUSE_S = 1.0
 _T = TypeVar("_T")

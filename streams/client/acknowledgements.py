@@ -20,6 +20,7 @@ from perennial.streams.client.subscriber_kafka import RECONNECT_S, TIMEOUT_MS
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.kafka.connect import close_producer, connect
+from perennial.streams.settings.kafka_security_group import KafkaSecuritySettings
 
 _log = logging.getLogger("perennial.subscriber")
 
@@ -39,6 +40,7 @@ class Acks:
 
     Args:
         bootstrap: Bootstrap servers; empty: there is no broker, and acknowledgements are dropped.
+        security: TLS and SASL.
         topic: Returns the full name of a topic.
         now: The wall clock.
         lease_s: Length of a lease, in seconds.
@@ -48,12 +50,14 @@ class Acks:
     def __init__(
         self,
         bootstrap: str,
+        security: KafkaSecuritySettings,
         topic: Callable[[str], str],
         now: Callable[[], datetime],
         lease_s: float,
         clock: Callable[[], float],
     ) -> None:
         self._bootstrap = bootstrap
+        self._security = security
         self._topic = topic(AdapterActivated.topic)
         self._now = now
         self._lease_s = lease_s
@@ -128,6 +132,7 @@ class Acks:
             KafkaProducer,
             self._bootstrap,
             TIMEOUT_MS / 1000,
+            security=self._security,
             acks="all",
             max_block_ms=TIMEOUT_MS,
             request_timeout_ms=TIMEOUT_MS,

@@ -22,6 +22,7 @@ from perennial.streams.events.fields import Event
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
 from perennial.streams.kafka.installation import ORDERED_TOPICS, load_installation, open_store_of
 from perennial.streams.kafka.maintenance import MaintenanceError, allowed_counts
+from perennial.streams.kafka.security.access_errors import KafkaSecurityError
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting
 from perennial.streams.settings import Settings, load_settings
@@ -82,7 +83,7 @@ class Publisher(BasePublisher):
 
     Raises:
         SettingsError: No broker is set.
-        PublishError: No broker answers.
+        PublishError: No broker answers, or the broker and the settings of TLS and SASL do not agree.
     """
 
     def __init__(
@@ -113,6 +114,7 @@ class Publisher(BasePublisher):
                 KafkaProducer,
                 self._bootstrap,
                 self._timeout_s,
+                security=self._settings.kafka_security,
                 client_id="perennial-sdk",
                 acks="all",
                 enable_idempotence=True,
@@ -122,6 +124,8 @@ class Publisher(BasePublisher):
                 request_timeout_ms=timeout_ms,
                 delivery_timeout_ms=timeout_ms + 10,  # must be above request_timeout_ms + linger_ms
             )
+        except KafkaSecurityError as error:
+            raise _refused(error) from error
         except (KafkaError, ValueError, OSError) as error:
             raise self._unreachable(error) from error
 
@@ -174,7 +178,9 @@ class Publisher(BasePublisher):
 
     def _not_taken(self, topic: str, error: BaseException) -> PublishError:
         try:
-            require_listener(self._bootstrap, self._timeout_s)
+            require_listener(self._bootstrap, self._timeout_s, self._settings.kafka_security)
+        except KafkaSecurityError as refused:
+            return _refused(refused)
         except (KafkaError, ValueError) as unreachable:
             return self._unreachable(unreachable)
         missing = isinstance(error, KafkaTimeoutError)  # the only sign of a topic that is not there
@@ -259,6 +265,12 @@ class Publisher(BasePublisher):
                 got=_describe(error) if error else "no acknowledgement in time",
                 remedy="publish them again: a repeat is dropped by its content",
             ) from error
+
+
+def _refused(error: KafkaSecurityError) -> PublishError:
+    refused = PublishError(error.message, got=error.got, allowed=error.allowed, remedy=error.remedy)
+    refused.exit_code = error.exit_code
+    return refused
 
 
 def _describe(error: BaseException) -> str:

@@ -128,8 +128,7 @@ class Subscriber:
         self._metrics = metrics or Metrics("subscriber", self.settings)
         self._on_activate = on_activate
         self._drain_s = drain_s
-        self._clock = clock
-        self._now = now
+        self._clock, self._now = clock, now
         if store is None or isinstance(store, str):
             store = open_store(store or self.settings.store.require_uri(), self.settings.s3)
         self._registry = Registry(store, nonce=lambda: uuid4().hex, now=now)
@@ -137,8 +136,9 @@ class Subscriber:
         self._bootstrap = bootstrap = kafka or self.settings.kafka.bootstrap
         owner = f"{adapter}#{self.alias}"
         self._prefix = f"{adapter if self.alias == 'live' else owner}@"
-        self._updates = Updates(bootstrap, self.settings.kafka.topic("adapter-updates"), owner, self._metrics)
-        self._acks = Acks(bootstrap, self.settings.kafka.topic, now, self.settings.serving.replica_lease_s, clock)
+        security, topic = self.settings.kafka_security, self.settings.kafka.topic
+        self._updates = Updates(bootstrap, security, topic("adapter-updates"), owner, self._metrics)
+        self._acks = Acks(bootstrap, security, topic, now, self.settings.serving.replica_lease_s, clock)
 
         self._changed = threading.Condition()
         self._current: Current | None = None

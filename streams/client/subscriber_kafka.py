@@ -19,6 +19,7 @@ from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import connect
 from perennial.streams.observe.metrics import Metrics
+from perennial.streams.settings.kafka_security_group import KafkaSecuritySettings
 
 _log = logging.getLogger("perennial.subscriber")
 
@@ -31,13 +32,15 @@ class Updates:
 
     Args:
         bootstrap: Bootstrap servers; empty: there is no broker.
+        security: TLS and SASL.
         topic: Full name of the topic.
         key: Record key of the alias, `<adapter>#<alias>`.
         metrics: Where to count.
     """
 
-    def __init__(self, bootstrap: str, topic: str, key: str, metrics: Metrics) -> None:
+    def __init__(self, bootstrap: str, security: KafkaSecuritySettings, topic: str, key: str, metrics: Metrics) -> None:
         self._bootstrap = bootstrap
+        self._security = security
         self._topic = topic
         self._key = key.encode()
         self._metrics = metrics
@@ -77,6 +80,7 @@ class Updates:
                 KafkaConsumer,
                 self._bootstrap,
                 TIMEOUT_MS / 1000,
+                security=self._security,
                 group_id=None,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",

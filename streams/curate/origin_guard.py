@@ -14,7 +14,7 @@ from perennial.storage.errors import StoreUnavailableError
 from perennial.streams.curate.batcher import MicroBatcher
 from perennial.streams.events.models import Origin
 from perennial.streams.kafka.origin_check import OriginCheck
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 
 log = logging.getLogger("perennial.curate")

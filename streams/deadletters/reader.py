@@ -34,7 +34,8 @@ from perennial.streams.deadletters.redrive_plan import (
 )
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
 from perennial.streams.kafka.connect import connect
-from perennial.streams.kafka.topics import KafkaUnavailableError, identify, missing_topics_error
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
+from perennial.streams.kafka.topics import identify, missing_topics_error
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings
 
@@ -274,6 +275,7 @@ def make_consumer(settings: Settings, batch: int) -> Any:
             KafkaConsumer,
             settings.kafka.require_bootstrap(),
             CONNECT_S,
+            security=settings.kafka_security,
             client_id=settings.kafka.topic("dlq"),
             group_id=None,
             enable_auto_commit=False,

@@ -178,6 +178,7 @@ def _make_producer(settings: Settings) -> Any:
             KafkaProducer,
             settings.kafka.require_bootstrap(),
             CONNECT_S,
+            security=settings.kafka_security,
             client_id=settings.kafka.topic("dlq"),
             acks="all",
             # An idempotent producer cannot go on after one record that is too large for its topic. Without idempotence

@@ -79,6 +79,7 @@ class Stack:
         Raises:
             PerennialError: something did not start. Call `stop` then.
         """
+        _require_plaintext(self.settings)
         self.supervisor = Supervisor(
             self.settings, self.data_dir / "logs", self.roles, self.environment or {}, on_event=self.on_progress
         )
@@ -222,6 +223,17 @@ def _run(settings: Settings, port: int | None, console: Console, *, shared_model
         stack.stop()
         console.print(Text(f"stopped; everything learned is kept in {settings.store.data_dir}"), soft_wrap=True)
     return 0
+
+
+def _require_plaintext(settings: Settings) -> None:
+    """Raise SettingsError where clients would speak TLS or SASL to the embedded broker, which has neither."""
+    if not settings.kafka.bootstrap and settings.kafka_security.protocol != "plaintext":
+        raise SettingsError(
+            "the embedded broker has neither TLS nor SASL",
+            got=f"PERENNIAL_KAFKA_SECURITY={settings.kafka_security.protocol}, and PERENNIAL_KAFKA is not set",
+            allowed="PERENNIAL_KAFKA_SECURITY=plaintext, or a broker of your own",
+            remedy="set PERENNIAL_KAFKA to that broker, or unset PERENNIAL_KAFKA_SECURITY",
+        )
 
 
 def _choose_store(settings: Settings, store: str | None) -> tuple[Settings, bool]:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient
 
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.intake.intake_metrics import IntakeMetrics
@@ -32,6 +31,7 @@ from perennial.streams.intake.librdkafka import (
     is_temporary,
     log,
     log_bounds,
+    make_admin,
     raise_unless_recovering,
     topic_ids,
 )
@@ -124,7 +124,7 @@ class InputConsumer:
         self._look_back: dict[tuple[str, int], int] = {}
         self._observed_s = 0.0
         self._batch_was_full = False
-        self._admin = AdminClient(dict(client), logger=client_log)
+        self._admin = make_admin(client)
         self._config = {**client, **CONSUMER_CONFIG, "group.id": group}
         self._committer = ThreadPoolExecutor(1, "intake-commit")
         self._commit_under_way: Future[None] | None = None
@@ -173,7 +173,7 @@ class InputConsumer:
         elif error.code() in REPOSITION:
             self.reposition = f"{error.name()}: {error.str()}"
         else:
-            raise_unless_recovering(error)
+            raise_unless_recovering(error, self._settings)
 
     def was_handled(self, state: InputPartition, message: Message, epoch: int) -> bool:
         """Return whether a record below `resume_at` was handled before; report records that replaced such ones."""
@@ -316,6 +316,7 @@ class InputConsumer:
         if now_s - self._observed_s < _OBSERVE_S:
             return
         self._observed_s = now_s
+        self._admin.poll(0)  # see make_admin
         waiting = dict.fromkeys(self._topics.values(), 0)
         oldest_ms = now_s * 1000
         for (topic, number), state in self.partitions.items():

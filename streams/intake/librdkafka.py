@@ -11,12 +11,15 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
+import kafka.errors
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient
 
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
-from perennial.streams.kafka.topics import ClusterIds, KafkaUnavailableError, missing_topics_error, topic_id
+from perennial.streams.kafka.connect import secured
+from perennial.streams.kafka.security.access_errors import KafkaSecurityError, KafkaUnavailableError
+from perennial.streams.kafka.topics import ClusterIds, missing_topics_error, topic_id
 from perennial.streams.settings import Settings
 
 log = logging.getLogger("perennial.intake")
@@ -72,6 +75,8 @@ _RECOVERING = frozenset({
     KafkaError._MAX_POLL_EXCEEDED,  # noqa: SLF001  # the rebalance that follows assigns the partitions anew
 })  # fmt: skip
 """Codes of a consumer error from which librdkafka recovers by itself."""
+MAY_BE_REFUSED = frozenset({KafkaError._AUTHENTICATION, KafkaError._SSL})  # noqa: SLF001
+"""Codes of an error that may mean that the broker refuses the settings of TLS and SASL."""
 _TEMPORARY = frozenset({
     KafkaError.NOT_LEADER_FOR_PARTITION, KafkaError.LEADER_NOT_AVAILABLE, KafkaError.NOT_COORDINATOR,
     KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS, KafkaError.REQUEST_TIMED_OUT,
@@ -99,6 +104,18 @@ Hazard: for such a name confluent-kafka 2.12 returns tuples with a null pointer 
 CPython's specialised method call does not check for a pending exception, so `message.headers()` would crash the process
 or raise at some later line. `methodcaller` uses the checked call, which raises SystemError at once.
 """
+
+
+def make_admin(config: Mapping[str, Any]) -> AdminClient:
+    """Return an AdminClient of this configuration.
+
+    Hazard: librdkafka asks for a token (OAUTHBEARER) by a callback that an AdminClient runs only in `poll`. Until the
+    first one is there it opens no connection, and it asks again before a token expires: call `poll` from time to time.
+    """
+    admin = AdminClient(dict(config), logger=client_log)
+    if "oauth_cb" in config:
+        admin.poll(CALL_TIMEOUT_S)
+    return admin
 
 
 def cluster_ids(admin: AdminClient, names: Sequence[str]) -> ClusterIds:
@@ -205,12 +222,17 @@ def _retry(call: Callable[[], Answer]) -> Answer:
             time.sleep(_RETRY_WAIT_S)
 
 
-def raise_unless_recovering(error: KafkaError) -> None:
+def raise_unless_recovering(error: KafkaError, settings: Settings) -> None:
     """Log a consumer error from which librdkafka recovers by itself, and raise any other.
 
     Raises:
+        KafkaSecurityError: The broker refuses the settings of TLS and SASL.
         ConsumeError: Any other error.
     """
+    if error.code() in MAY_BE_REFUSED:
+        raise_if_refused(settings)
+        log.warning("reading from Kafka: %s", error)
+        return
     if error.code() in _RECOVERING or error.retriable():
         log.warning("reading from Kafka: %s", error)
         return
@@ -228,8 +250,25 @@ def delivery_error(error: KafkaError) -> DeliveryError:
     )
 
 
+def raise_if_refused(settings: Settings) -> None:
+    """Raise KafkaSecurityError where the broker refuses the settings of TLS and SASL.
+
+    librdkafka reports the code of a refused authentication also where the broker ended in the middle of one. So the
+    refusal is confirmed by kafka-python, which also gives it the text that all other roles give it.
+    """
+    try:
+        with secured(settings, CALL_TIMEOUT_S):
+            pass
+    except kafka.errors.KafkaError as error:
+        log.warning("TLS and SASL cannot be tried: %s", error)
+
+
 def unavailable_error(settings: Settings, error: KafkaException) -> KafkaUnavailableError:
-    """Return the error that reports a broker that does not answer."""
+    """Return the error that reports a broker that does not answer, or that refuses TLS or SASL as set."""
+    try:
+        raise_if_refused(settings)
+    except KafkaSecurityError as refused:
+        return refused
     return KafkaUnavailableError(
         got=str(error), allowed=f"a broker at {settings.kafka.bootstrap}", remedy="check that the broker runs"
     )

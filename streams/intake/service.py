@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
-from confluent_kafka.admin import AdminClient
 
 from perennial.storage.failpoints import failpoint
 from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, Headers
@@ -29,15 +28,19 @@ from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.intake.input_consumer import InputConsumer
 from perennial.streams.intake.intake_metrics import IntakeMetrics
 from perennial.streams.intake.librdkafka import (
+    MAY_BE_REFUSED,
     PRODUCER_CONFIG,
     client_log,
     cluster_ids,
     delivery_error,
+    make_admin,
     message_headers,
+    raise_if_refused,
     unavailable_error,
 )
 from perennial.streams.intake.validation import Accepted, Refused
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, load_installation, open_store_of
+from perennial.streams.kafka.security.options import librdkafka_options
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import TopicGuard
 from perennial.streams.settings import Settings
@@ -102,20 +105,27 @@ class Intake:
         TopicError: A topic does not exist.
         InstallationError: A topic is not the one that the installation recorded.
         KafkaUnavailableError: Kafka does not answer.
-        SettingsError: No brokers are set.
+        KafkaSecurityError: The broker refuses the settings of TLS and SASL.
+        SettingsError: No brokers are set, or a file of TLS or SASL cannot be used.
     """
 
     def __init__(self, settings: Settings, metrics: IntakeMetrics, group: str | None = None) -> None:
         self._settings = settings
         self._metrics = metrics
         self._failure: KafkaError | None = None
+        self._may_be_refused = False
         self._handled: Counter[str] = Counter()  # since the last commit: records read per source, examples written
         self._refused: Counter[str] = Counter()  # since the last commit: dead letters written, by reason
         self._examples = settings.kafka.topic(EXAMPLES)
         self._dead_letters = settings.kafka.topic(DEAD_LETTERS)
         self._signer = RecordSigner(settings)
         topics = {settings.kafka.topic(name): name for name in SOURCES}
-        common = {"bootstrap.servers": settings.kafka.require_bootstrap(), "client.id": settings.kafka.topic("intake")}
+        common = {
+            "bootstrap.servers": settings.kafka.require_bootstrap(),
+            "client.id": settings.kafka.topic("intake"),
+            **librdkafka_options(settings.kafka_security),
+        }
+        raise_if_refused(settings)  # the constructors below would only say after a timeout that nobody answers
         store = open_store_of(settings)
         before = None
         if store is not None:
@@ -125,7 +135,7 @@ class Intake:
         # By the recorded count, whatever count librdkafka knows by now.
         self._partition_of = self._topic_guard.routing.partitions(EXAMPLES)
         try:
-            admin = AdminClient(common, logger=client_log)
+            admin = make_admin(common)
             known = dict(cluster_ids(admin, [*topics, self._examples, self._dead_letters]).topic_ids)
         except KafkaException as error:
             raise unavailable_error(settings, error) from error
@@ -133,7 +143,8 @@ class Intake:
             # Of a topic that was created again while no intake ran, the id that was known before.
             if before is not None and name in before.topics and known[topic] not in before.known_topic_ids(name):
                 known[topic] = before.topics[name].topic_id
-        self._producer = Producer({**common, **PRODUCER_CONFIG, "on_delivery": self._on_delivery}, logger=client_log)
+        callbacks = {"on_delivery": self._on_delivery, "error_cb": self._on_error}
+        self._producer = Producer({**common, **PRODUCER_CONFIG, **callbacks}, logger=client_log)
         group = group or settings.kafka.topic("intake")
         self._input = InputConsumer(settings, metrics, topics, known, store, common, group)
 
@@ -175,6 +186,7 @@ class Intake:
             if self._input.reposition is not None:
                 self._input.start_again()
         self._input.observe()
+        self._producer.poll(0)  # an idle producer, too, must renew its token and report what the broker refuses
         return len(messages)
 
     def close(self) -> None:
@@ -267,6 +279,9 @@ class Intake:
         return True
 
     def _raise_failure(self) -> None:
+        if self._may_be_refused:
+            self._may_be_refused = False
+            raise_if_refused(self._settings)
         if self._failure is not None:
             raise delivery_error(self._failure)
 
@@ -284,6 +299,9 @@ class Intake:
         self._refused.clear()
         self._metrics.progress()
         self._metrics.waiting(False)
+
+    def _on_error(self, error: KafkaError) -> None:
+        self._may_be_refused = self._may_be_refused or error.code() in MAY_BE_REFUSED
 
     def _on_delivery(self, error: KafkaError | None, _: Message) -> None:
         if error is not None and self._failure is None:

@@ -25,7 +25,9 @@ from perennial.streams.events.models import Origin
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import require_listener
 from perennial.streams.kafka.installation import Installation, load_installation
-from perennial.streams.kafka.topics import BOOTSTRAP_TIMEOUT_MS, KafkaUnavailableError, topic_id
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
+from perennial.streams.kafka.security.options import kafka_python_options
+from perennial.streams.kafka.topics import BOOTSTRAP_TIMEOUT_MS, topic_id
 from perennial.streams.settings import Settings
 
 ORIGIN_TOPICS = ("documents", "interactions")
@@ -160,10 +162,11 @@ class BrokerLogs:
         try:
             if self._admin is None:
                 # kafka-python 3.0.12 leaks a socket with every refused attempt, and this is tried again and again.
-                listening = require_listener(servers, BOOTSTRAP_TIMEOUT_MS / 1000)
+                security = self._settings.kafka_security
+                listening = require_listener(servers, BOOTSTRAP_TIMEOUT_MS / 1000, security)
                 self._admin = KafkaAdminClient(
                     bootstrap_servers=listening, client_id=self._settings.kafka.topic("origins"),
-                    bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
+                    bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS, **kafka_python_options(security),
                 )  # fmt: skip
             return question(self._admin)
         except (KafkaError, OSError) as error:

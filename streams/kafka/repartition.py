@@ -23,7 +23,8 @@ from perennial.streams.kafka.installation import (
     record_partitions,
 )
 from perennial.streams.kafka.maintenance import LEASE_S, POLL_S, MaintenanceLease
-from perennial.streams.kafka.topics import TOPICS, KafkaUnavailableError, TopicError, admin_client, identify
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
+from perennial.streams.kafka.topics import TOPICS, TopicError, admin_client, identify
 from perennial.streams.settings import Settings
 
 GRACE_S: Final = 3 * POLL_S

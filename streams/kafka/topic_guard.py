@@ -29,9 +29,9 @@ from perennial.streams.kafka.installation import (
     record_found,
 )
 from perennial.streams.kafka.maintenance import allowed_counts
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.topics import (
     ClusterIds,
-    KafkaUnavailableError,
     TopicError,
     connect_admin,
     identify,

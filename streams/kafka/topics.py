@@ -18,6 +18,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
 from perennial.streams.events.models import EVENTS
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.settings import Settings
 
 _UNCOMPRESSED = {"compression.type": "uncompressed"}
@@ -38,12 +39,6 @@ Cleanup = Literal["delete", "compact"]
 
 class TopicError(PerennialError):
     """A topic is missing, or cannot be created as specified."""
-
-
-class KafkaUnavailableError(PerennialError):
-    """Kafka does not answer."""
-
-    exit_code = 3
 
 
 @dataclass(frozen=True)
@@ -252,15 +247,20 @@ def connect_admin(settings: Settings) -> Any:
 
     Raises:
         KafkaError: Kafka does not answer.
-        SettingsError: No brokers are set.
+        KafkaSecurityError: The broker and the settings of TLS and SASL do not agree.
+        SettingsError: No brokers are set, or a file of TLS or SASL cannot be used.
     """
     from kafka.admin import KafkaAdminClient
 
-    return KafkaAdminClient(
-        bootstrap_servers=settings.kafka.require_bootstrap().split(","),
-        client_id=settings.kafka.topic("topics"),
-        bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
-    )
+    from perennial.streams.kafka.connect import secured
+
+    with secured(settings, BOOTSTRAP_TIMEOUT_MS / 1000) as options:
+        return KafkaAdminClient(
+            bootstrap_servers=settings.kafka.require_bootstrap().split(","),
+            client_id=settings.kafka.topic("topics"),
+            bootstrap_timeout_ms=BOOTSTRAP_TIMEOUT_MS,
+            **options,
+        )
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from kafka.errors import KafkaError
 
 from perennial.streams.events.adapter_events import AdapterActivated
 from perennial.streams.kafka.connect import close_producer, connect
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.replicas.replica_status import ReplicaStatus, ReplicaTable
 from perennial.streams.settings import Settings
 
@@ -124,7 +124,8 @@ class AckReader:
         producer: Any = None
         try:
             producer = connect(
-                KafkaProducer, self._settings.kafka.require_bootstrap(), _TIMEOUT_S, acks="all",
+                KafkaProducer, self._settings.kafka.require_bootstrap(), _TIMEOUT_S,
+                security=self._settings.kafka_security, acks="all",
                 delivery_timeout_ms=int(_TIMEOUT_S * 1000), request_timeout_ms=int(_TIMEOUT_S * 1000),
             )  # fmt: skip
             topic = self._settings.kafka.topic(_TOPIC)
@@ -142,7 +143,8 @@ class AckReader:
         topic = self._settings.kafka.topic(_TOPIC)
         if self._consumer is None:
             self._consumer = connect(
-                KafkaConsumer, self._settings.kafka.require_bootstrap(), _TIMEOUT_S, group_id=None,
+                KafkaConsumer, self._settings.kafka.require_bootstrap(), _TIMEOUT_S,
+                security=self._settings.kafka_security, group_id=None,
                 enable_auto_commit=False, auto_offset_reset="earliest",
             )  # fmt: skip
             self._count = 0

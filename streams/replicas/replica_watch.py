@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from perennial.storage.errors import StoreError
 from perennial.storage.registry.registry import Registry
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.replicas.replica_status import REPLICA_STATES, ReplicaStatus
 

@@ -23,7 +23,7 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.recovery.rollback import revoke
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import ForgetRequested, RetentionRequested, RollbackRequested
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.clock import ClockGuard
 from perennial.streams.retain.ledger import STATES, RequestRecord, epoch_ms

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Annotated, ClassVar, Final, Literal
 from urllib.parse import urlsplit
 
 from pydantic import AliasChoices, Field, SecretStr, field_validator
@@ -38,8 +38,13 @@ def expanded(path: str | Path) -> Path:
 
 
 class SettingsGroup(BaseSettings):
-    """A group of settings: each field is set by its environment variable or a line in `.env`."""
+    """A group of settings: each field is set by its environment variable or a line in `.env`.
 
+    Attributes:
+        secret_fields: Fields that are shown nowhere and that `Settings.environment()` leaves out.
+    """
+
+    secret_fields: ClassVar[frozenset[str]] = frozenset()
     model_config = SettingsConfigDict(
         env_prefix=ENV_PREFIX,
         env_file=".env",
@@ -202,6 +207,7 @@ class SecuritySettings(SettingsGroup):
     """Secrets of the roles: shown nowhere, left out of `Settings.environment()`. An empty variable counts as not set."""
 
     model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True)
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"internal_key", "internal_key_previous"})
 
     internal_key: Secret | None = Field(
         None,

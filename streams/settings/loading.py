@@ -1,12 +1,12 @@
 """All settings, in groups. An environment variable or a line in `.env` sets each field.
 
 The variable of a field is PERENNIAL_ and the field's name in capitals: PERENNIAL_MAX_AGE_S sets
-`settings.curate.max_age_s`. Two fields have another variable, because their names say too little without the group:
-`kafka.bootstrap` is set by PERENNIAL_KAFKA and `store.uri` by PERENNIAL_STORE. `Settings.of` and `Settings.replace`
-take fields by their flat names. A flat name is the variable in small letters without the prefix: `max_age_s`, `kafka`,
+`settings.curate.max_age_s`. Some fields have another variable, because their names say too little without the group:
+`kafka.bootstrap` is set by PERENNIAL_KAFKA, `store.uri` by PERENNIAL_STORE, and those of the group `kafka_security` by
+PERENNIAL_KAFKA_…, its `protocol` by PERENNIAL_KAFKA_SECURITY. `Settings.of` and `Settings.replace` take fields by their flat names. A flat name is the variable in small letters without the prefix: `max_age_s`, `kafka`,
 `store`. Flat names are unique over all groups.
 
-The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials, and the group `security` holds keys. They are read from the
+The group `s3` (PERENNIAL_S3_…, AWS_…) holds credentials, and some groups have `secret_fields`. They are read from the
 same two places. They are not shown or dumped, and `Settings.environment()` leaves them out.
 
 To add a setting: add a field with a description to its group, then run `make schema`, which writes it into the README.
@@ -41,6 +41,7 @@ from perennial.streams.settings.groups import (
     SettingsGroup,
     StoreSettings,
 )
+from perennial.streams.settings.kafka_security_group import KafkaSecuritySettings
 from perennial.streams.settings.model_groups import GateSettings, ModelSettings, TrainingSettings
 from perennial.streams.settings.presets import preset_of, preset_settings
 from perennial.streams.settings.resolver_group import ResolverSettings
@@ -66,6 +67,7 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
+    kafka_security: KafkaSecuritySettings = Field(default_factory=KafkaSecuritySettings)
     store: StoreSettings = Field(default_factory=StoreSettings)
     intake: IntakeSettings = Field(default_factory=IntakeSettings)
     curate: CurateSettings = Field(default_factory=CurateSettings)
@@ -120,8 +122,8 @@ class Settings(BaseModel):
         return {
             f"{ENV_PREFIX}{flat.upper()}": str(value)
             for name, model in _groups()
-            if model is not SecuritySettings
             for flat, field in _flat_fields(model)
+            if field not in model.secret_fields
             for value in [getattr(self, name).model_dump(mode="json")[field]]
         }
 
@@ -211,7 +213,7 @@ def load_settings(**values: Any) -> Settings:
         variable = _variable_at(str(first["loc"][0]) if first["loc"] else "")
         raise SettingsError(
             f"{variable} is not usable",
-            got="a secret" if (first["loc"] or ("",))[0] in SecuritySettings.model_fields else first.get("input"),
+            got="a secret" if variable in _secret_variables() else first.get("input"),
             allowed=first["msg"].removeprefix("Value error, "),
             remedy=f"correct or unset {variable}",
         ) from error
@@ -229,6 +231,10 @@ def _variable_at(location: str) -> str:
         if location in model.model_fields:
             return variable_of(location, model.model_fields[location])
     return location
+
+
+def _secret_variables() -> set[str]:
+    return {variable_of(field, model.model_fields[field]) for _, model in _groups() for field in model.secret_fields}
 
 
 @lru_cache(maxsize=1)

@@ -270,7 +270,12 @@ def _committed(settings: Settings) -> dict[tuple[str, int], int]:
     found: dict[tuple[str, int], int] = {}
     for group in set(_GROUPS.values()):
         consumer = connect(
-            KafkaConsumer, settings.kafka.bootstrap, 10, group_id=settings.kafka.topic(group), enable_auto_commit=False
+            KafkaConsumer,
+            settings.kafka.bootstrap,
+            10,
+            security=settings.kafka_security,
+            group_id=settings.kafka.topic(group),
+            enable_auto_commit=False,
         )
         try:
             for topic in (name for name, theirs in _GROUPS.items() if theirs == group):

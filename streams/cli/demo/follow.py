@@ -11,7 +11,10 @@ from kafka import KafkaConsumer, TopicPartition
 from perennial.streams.events import cloudevents as wire
 from perennial.streams.events.fields import Event
 from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.connect import secured
 from perennial.streams.settings import Settings
+
+_CONNECT_S = 10.0
 
 
 class Follower:
@@ -28,11 +31,13 @@ class Follower:
         self._names = {settings.kafka.topic(name): name for name in topics}
         self._on_event = on_event
         self._stop = threading.Event()
-        self._consumer: Any = KafkaConsumer(
-            bootstrap_servers=settings.kafka.require_bootstrap().split(","),
-            enable_auto_commit=False,
-            auto_offset_reset="earliest",
-        )
+        with secured(settings, _CONNECT_S) as options:
+            self._consumer: Any = KafkaConsumer(
+                bootstrap_servers=settings.kafka.require_bootstrap().split(","),
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                **options,
+            )
         partitions = [
             TopicPartition(topic, number)
             for topic in self._names

@@ -133,7 +133,8 @@ class StatusReader:
     def __init__(self, settings: Settings) -> None:
         try:
             self._consumer: Any = connect(
-                KafkaConsumer, settings.kafka.require_bootstrap(), _CONNECT_S, group_id=None, enable_auto_commit=False,
+                KafkaConsumer, settings.kafka.require_bootstrap(), _CONNECT_S,
+                security=settings.kafka_security, group_id=None, enable_auto_commit=False,
                 auto_offset_reset="earliest",
             )  # fmt: skip
             topic = settings.kafka.topic(_TOPIC)

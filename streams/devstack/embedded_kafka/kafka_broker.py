@@ -214,7 +214,7 @@ class EmbeddedBroker:
 
     def _launch(self, folder: Path, classpath: list[Path], java: Path, controller_port: int, lock: int) -> None:
         properties = folder / "server.properties"
-        lines = render_properties(server_properties(folder, self._port, controller_port, self._settings))
+        lines = render_properties(self._properties(folder, controller_port))
         properties.write_text(lines, encoding="ascii")
         (folder / "log4j2.properties").write_text(LOG4J, encoding="ascii")
         command = [str(java), *_JVM, "-cp", os.pathsep.join(map(str, classpath))]
@@ -239,6 +239,10 @@ class EmbeddedBroker:
                 remove=folder if self._data_dir is None else None,
             )
         self._java_pid = command_pid(self._process)
+
+    def _properties(self, folder: Path, controller_port: int) -> dict[str, str]:
+        """Return the lines of server.properties."""
+        return server_properties(folder, self._port, controller_port, self._settings)
 
     def _await_ready(self, deadline: float, timeout_s: float) -> None:
         while not serves(self._port):

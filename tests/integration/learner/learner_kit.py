@@ -42,7 +42,7 @@ def send(given: Settings, *events: Event | tuple[str, bytes], traceparent: str |
     """Publish events; (topic, bytes) is sent as it is."""
     from datetime import UTC, datetime
 
-    producer = connect(KafkaProducer, given.kafka.bootstrap, 10, acks="all")
+    producer = connect(KafkaProducer, given.kafka.bootstrap, 10, security=given.kafka_security, acks="all")
     try:
         for event in events:
             if isinstance(event, tuple):
@@ -62,7 +62,9 @@ def send(given: Settings, *events: Event | tuple[str, bytes], traceparent: str |
 
 def read(given: Settings, topic: str, count: int, timeout_s: float = 180) -> list[Any]:
     """The first records of a one-partition topic; fewer where the time runs out."""
-    consumer = connect(KafkaConsumer, given.kafka.bootstrap, 10, group_id=None, enable_auto_commit=False)
+    consumer = connect(
+        KafkaConsumer, given.kafka.bootstrap, 10, security=given.kafka_security, group_id=None, enable_auto_commit=False
+    )
     records: list[Any] = []
     try:
         partition = TopicPartition(given.kafka.topic(topic), 0)
@@ -91,7 +93,12 @@ def dead_letters(given: Settings, count: int) -> list[tuple[str, bytes | None]]:
 
 def committed(given: Settings, topic: str, group: str) -> int:
     consumer = connect(
-        KafkaConsumer, given.kafka.bootstrap, 10, group_id=given.kafka.topic(group), enable_auto_commit=False
+        KafkaConsumer,
+        given.kafka.bootstrap,
+        10,
+        security=given.kafka_security,
+        group_id=given.kafka.topic(group),
+        enable_auto_commit=False,
     )
     try:
         return consumer.committed(TopicPartition(given.kafka.topic(topic), 0)) or 0

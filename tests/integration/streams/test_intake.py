@@ -30,7 +30,8 @@ from perennial.streams.intake import librdkafka
 from perennial.streams.intake.librdkafka import DeliveryError
 from perennial.streams.intake.service import run_intake
 from perennial.streams.intake.validation import Acceptor
-from perennial.streams.kafka.topics import KafkaUnavailableError, TopicError, identify, provision
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
+from perennial.streams.kafka.topics import TopicError, identify, provision
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 

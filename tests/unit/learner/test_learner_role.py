@@ -19,7 +19,7 @@ from perennial.streams.events.cloudevents import Envelope
 from perennial.streams.events.models import RollbackRequested, UpdateRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConsumedRecord
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.settings import Settings
 from tests import jobs, tiny
 

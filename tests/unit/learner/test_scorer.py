@@ -23,8 +23,8 @@ from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, encode
 from perennial.streams.events.models import ExampleAccepted, Origin
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.group import ConsumedRecord
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.signing import RecordSigner
-from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 from tests import tiny

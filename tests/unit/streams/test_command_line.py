@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from perennial.storage.errors import IntegrityError, NotFoundError, PerennialError, StoreUnavailableError
 from perennial.streams.cli.flow import BrokerUnreachableError
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.settings import SettingsError
 
 command_line = importlib.import_module("perennial.streams.cli.app")  # the package has an attribute of the same name

@@ -32,8 +32,8 @@ from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import Batch, BlobRef, ExampleAccepted, ExampleScored, Origin, UpdateRequested
 from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.signing import RecordSigner
-from perennial.streams.kafka.topics import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings

@@ -65,7 +65,7 @@ def kafka(monkeypatch):
         return [TopicPartition(each.topic, each.partition, *kafka.committed) for each in partitions]
 
     monkeypatch.setattr(input_consumer, "Consumer", FakeConsumer)
-    monkeypatch.setattr(input_consumer, "AdminClient", lambda *_, **__: None)
+    monkeypatch.setattr(input_consumer, "make_admin", lambda _: None)
     monkeypatch.setattr(input_consumer, "cluster_ids", cluster_ids)
     monkeypatch.setattr(input_consumer, "committed_offsets", committed_offsets)
     monkeypatch.setattr(input_consumer, "log_bounds", lambda *_: kafka.bounds)

@@ -20,7 +20,7 @@ from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import Batch, ExampleScored, Origin, UpdateRequested
 from perennial.streams.kafka.installation import KEY, Installation, RecordedTopic
 from perennial.streams.kafka.origin_check import BrokerLogs, LogEnd, OriginCheck
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.settings import Settings
 from tests.unit.streams.event_strategies import event_of
 

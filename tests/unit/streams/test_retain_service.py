@@ -14,7 +14,7 @@ from perennial.storage.objects.keys import blob_key, digest_of, stored_name
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
-from perennial.streams.kafka.topics import KafkaUnavailableError
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.request_store import load_requests
 from perennial.streams.retain.service import RetainService

@@ -29,6 +29,7 @@ from perennial.streams.events.adapter_events import AdapterActivated, AdapterFai
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
+from perennial.streams.settings.kafka_security_group import KafkaSecuritySettings
 from perennial.testing import MemoryBackend
 from tests.versions import VersionPublisher
 
@@ -392,7 +393,7 @@ class FakeBroker:
 
 
 def acks_at(now_s: list[float]) -> Acks:
-    return Acks("broker:9092", str, lambda: AT, 60.0, lambda: now_s[0])
+    return Acks("broker:9092", KafkaSecuritySettings(_env_file=None), str, lambda: AT, 60.0, lambda: now_s[0])
 
 
 def activated(generation: int = 1) -> AdapterActivated:
