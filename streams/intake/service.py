@@ -164,6 +164,7 @@ class Intake:
             TopicError: A topic was deleted and not created again within ten seconds.
             InstallationError: The topic `examples` is not the one that the installation recorded.
             KafkaException: The offsets cannot be committed.
+            KafkaSecurityError: The broker refuses TLS or SASL as set, after a change of either side.
         """
         self._metrics.tick("intake")
         messages = self._input.consume()
@@ -187,6 +188,7 @@ class Intake:
                 self._input.start_again()
         self._input.observe()
         self._producer.poll(0)  # an idle producer, too, must renew its token and report what the broker refuses
+        self._raise_failure()
         return len(messages)
 
     def close(self) -> None:
