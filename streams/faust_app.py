@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import faust
+from kafka.errors import KafkaError
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
@@ -30,10 +31,11 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.curate import agent as curate_agent
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.kafka.aiokafka_headers import read_any_header_name
+from perennial.streams.kafka.connect import check_access
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, load_installation
 from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.repartition import forget_offsets
-from perennial.streams.kafka.security.options import aiokafka_options
+from perennial.streams.kafka.security.options import aiokafka_options, with_password
 from perennial.streams.kafka.topic_guard import TopicGuard
 from perennial.streams.kafka.topics import admin_client, identify
 from perennial.streams.observe.metrics import Metrics
@@ -44,6 +46,7 @@ from perennial.streams.settings import Settings
 COMMIT_INTERVAL_S: Final = 1.0
 SESSION_S: Final = 10.0
 STOP_S: Final = 5.0
+ACCESS_CHECK_S: Final = 30.0
 METADATA_AGE_MS: Final = 30_000
 _POLL_S: Final = 0.05
 
@@ -230,12 +233,14 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
         metrics: Where the agents report what they do.
 
     Raises:
+        KafkaSecurityError: The broker refuses TLS or SASL as set, at the start or later.
         PerennialError: A topic is not the one that the installation recorded, an agent cannot go on, or the application ended by itself. Nothing is lost: a restart continues
             at the last commit.
     """
     for name in ("faust", "mode", "aiokafka"):
         logging.getLogger(name).setLevel(logging.ERROR)
     read_any_header_name()
+    settings = with_password(settings)
     store = open_store(settings.store.require_uri(), settings.s3)
     _forget_old_positions(settings, store)
     check_installation(settings, store, ROLE_TOPICS["streams"])
@@ -247,7 +252,7 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
         tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder,
     ):
         build = partial(build_app, settings, metrics, store, folder=Path(folder), topics=topics, origins=origins)
-        asyncio.run(_run(stop, build))
+        asyncio.run(_run(stop, build, settings))
 
 
 def _forget_old_positions(settings: Settings, store: ObjectStore) -> None:
@@ -265,13 +270,29 @@ def _forget_old_positions(settings: Settings, store: ObjectStore) -> None:
             forget_offsets(admin, settings, "curate", retain_agent.TOPIC, found.partitions[name])
 
 
-async def _run(stop: threading.Event, build: Callable[..., Any]) -> None:
+async def _watch_access(settings: Settings) -> None:
+    """Try TLS and SASL from time to time, because aiokafka repeats a refused connection for ever and tells nobody.
+
+    Raises:
+        KafkaSecurityError: The broker refuses them.
+    """
+    while settings.kafka_security.protocol != "plaintext":
+        await asyncio.sleep(ACCESS_CHECK_S)
+        with suppress(KafkaError):  # a broker that is away comes back
+            await asyncio.to_thread(check_access, settings, STOP_S)
+    await asyncio.Event().wait()
+
+
+async def _run(stop: threading.Event, build: Callable[..., Any], settings: Settings) -> None:
     guards = Guards()
     app = build(guards=guards)
     app.finalize()
     starting = asyncio.ensure_future(app.start())
+    access = asyncio.ensure_future(_watch_access(settings))
     try:
         while not stop.is_set() and guards.failure is None and not app.should_stop:
+            if access.done():
+                access.result()
             if starting.done():
                 starting.result()
             await asyncio.sleep(_POLL_S)
@@ -279,6 +300,7 @@ async def _run(stop: threading.Event, build: Callable[..., Any]) -> None:
         with suppress(TimeoutError, asyncio.CancelledError):
             await asyncio.wait_for(app.stop(), STOP_S)
         starting.cancel()
+        access.cancel()
     failure = guards.failure
     if failure is not None and not (stop.is_set() and isinstance(failure, InterruptedStepError)):
         if isinstance(failure, PerennialError):

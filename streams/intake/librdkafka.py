@@ -17,7 +17,7 @@ from confluent_kafka.admin import AdminClient
 
 from perennial.storage.errors import PerennialError
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
-from perennial.streams.kafka.connect import secured
+from perennial.streams.kafka.connect import check_access
 from perennial.streams.kafka.security.access_errors import KafkaSecurityError, KafkaUnavailableError
 from perennial.streams.kafka.topics import ClusterIds, missing_topics_error, topic_id
 from perennial.streams.settings import Settings
@@ -257,8 +257,7 @@ def raise_if_refused(settings: Settings) -> None:
     refusal is confirmed by kafka-python, which also gives it the text that all other roles give it.
     """
     try:
-        with secured(settings, CALL_TIMEOUT_S):
-            pass
+        check_access(settings, CALL_TIMEOUT_S)
     except kafka.errors.KafkaError as error:
         log.warning("TLS and SASL cannot be tried: %s", error)
 

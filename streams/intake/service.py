@@ -40,7 +40,7 @@ from perennial.streams.intake.librdkafka import (
 )
 from perennial.streams.intake.validation import Accepted, Refused
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, load_installation, open_store_of
-from perennial.streams.kafka.security.options import librdkafka_options
+from perennial.streams.kafka.security.options import librdkafka_options, with_password
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import TopicGuard
 from perennial.streams.settings import Settings
@@ -110,7 +110,7 @@ class Intake:
     """
 
     def __init__(self, settings: Settings, metrics: IntakeMetrics, group: str | None = None) -> None:
-        self._settings = settings
+        settings = self._settings = with_password(settings)
         self._metrics = metrics
         self._failure: KafkaError | None = None
         self._may_be_refused = False

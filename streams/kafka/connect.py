@@ -93,14 +93,29 @@ def secured(settings: Settings, timeout_s: float) -> Iterator[dict[str, Any]]:
     """
     security, servers = settings.kafka_security, kafka_servers(settings.kafka.require_bootstrap())
     options = kafka_python_options(security)
-    if options:
-        with suppress(KafkaConnectionError):  # nobody listens: the client's own timeout is how long it may wait
-            require_listener(",".join(servers), timeout_s, security)
+    with suppress(KafkaConnectionError):  # nobody listens: the client's own timeout is how long it may wait
+        check_access(settings, timeout_s)
     try:
         yield options
     except KafkaError:
         _raise_if_refused(servers, security, timeout_s)
         raise
+
+
+def check_access(settings: Settings, timeout_s: float) -> None:
+    """Try TLS and SASL on a broker that listens; plaintext is not tried.
+
+    Args:
+        settings: Names the brokers, TLS and SASL.
+        timeout_s: Seconds that the trial may take.
+
+    Raises:
+        KafkaSecurityError: The broker and the settings of TLS and SASL do not agree.
+        KafkaError: No broker answers in time.
+        SettingsError: No broker is set, or a file of TLS or SASL cannot be used.
+    """
+    if settings.kafka_security.protocol != "plaintext":
+        require_listener(settings.kafka.require_bootstrap(), timeout_s, settings.kafka_security)
 
 
 def _raise_if_refused(servers: list[str], security: KafkaSecuritySettings, timeout_s: float) -> None:

@@ -15,7 +15,9 @@ import ssl
 import time
 from typing import Any, Final
 
-from perennial.streams.settings import SettingsError
+from pydantic import SecretStr
+
+from perennial.streams.settings import Settings, SettingsError
 from perennial.streams.settings.kafka_security_group import KafkaSecuritySettings
 
 _OPAQUE_TOKEN_S: Final = 300.0
@@ -35,6 +37,22 @@ class HiddenText(str):
 
     def __repr__(self) -> str:
         return "'**********'"
+
+
+def with_password(settings: Settings) -> Settings:
+    """Return settings that keep the Kafka password which its file holds at this moment.
+
+    For roles whose client keeps the password that it was created with. Their trials must use that one too, or a role
+    with the password from before would not notice that the broker refuses it.
+
+    Raises:
+        SettingsError: The file cannot be read, or is empty.
+    """
+    security = settings.kafka_security
+    if not security.password_file:
+        return settings
+    kept = security.model_copy(update={"password": SecretStr(security.read_password())})
+    return settings.model_copy(update={"kafka_security": kept})
 
 
 def librdkafka_options(security: KafkaSecuritySettings) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import subprocess
 import threading
 import time
 import uuid
@@ -19,6 +21,7 @@ from confluent_kafka import Consumer, KafkaException, Producer
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import ScramMechanism, UserScramCredentialDeletion, UserScramCredentialUpsertion
 
+from perennial.streams import faust_app
 from perennial.streams.cli import doctor
 from perennial.streams.cli.flow import FlowReader
 from perennial.streams.client.directory_backend import DirectoryBackend
@@ -38,6 +41,7 @@ from perennial.streams.replicas.acks import AckReader
 from perennial.streams.settings import Settings
 from tests.oracle import wait_until
 from tests.secure_broker import PASSWORD, USER, Authority, Certificate, SecureBroker, unsigned_token
+from tests.services import missing_service
 
 SMALL = {
     "max_batch_examples": 4, "max_age_s": 3, "steps": 1, "rows": 4, "row_tokens": 48, "max_tokens": 48, "threads": 1,
@@ -257,26 +261,72 @@ def test_every_client_is_refused_at_once_and_the_setting_is_named(site: Site, na
     assert PASSWORD not in caplog.text
 
 
+def test_kcat_publishes_as_docs_operations_says(site: Site, topic_prefix: str):
+    if not shutil.which("kcat"):
+        missing_service("kcat is not installed (Debian package kcat)")
+    settings = site.sasl("SCRAM-SHA-512", topic_prefix)
+    provision(settings)
+    options = {
+        "security.protocol": "sasl_ssl", "ssl.ca.location": site.authority.ca_file, "sasl.mechanism": "SCRAM-SHA-512",
+        "sasl.username": USER, "sasl.password": PASSWORD,
+    }  # fmt: skip
+    given = [part for name, value in options.items() for part in ("-X", f"{name}={value}")]
+    topic = settings.kafka.topic("documents")
+    command = ["kcat", "-b", settings.kafka.bootstrap, "-t", topic, "-P", *given]
+    subprocess.run(command, input='{"adapter":"acme/support"}', text=True, check=True, timeout=60)
+    consumer = connect(KafkaConsumer, settings.kafka.bootstrap, 10, security=settings.kafka_security, group_id=None)
+    try:
+        assert sum(consumer.end_offsets([TopicPartition(topic, 0)]).values()) == 1
+    finally:
+        consumer.close()
+
+
 def test_a_plain_client_learns_that_the_listener_wants_more(site: Site):
     for listener in ("SECURE", "SASLONLY"):
         with pytest.raises(KafkaSecurityError, match=r"does not take plaintext connections.*KAFKA_SECURITY"):
             connect(KafkaProducer, site.broker.address(listener), 1, security=Settings.of(env_file=None).kafka_security)
 
 
-def test_intake_ends_when_its_user_is_removed(site: Site, topic_prefix: str):
-    user = f"u-{uuid.uuid4().hex[:8]}"
-    set_password(site.broker, user, "for a while")
-    settings = site.sasl("SCRAM-SHA-512", topic_prefix, username=user, password="for a while")
+def test_roles_end_when_their_password_is_changed_and_start_with_the_new_one(
+    site: Site, topic_prefix: str, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(faust_app, "ACCESS_CHECK_S", 1.0)
+    user, password = f"u-{uuid.uuid4().hex[:8]}", tmp_path / "password"
+    password.write_text("the first")
+    password.chmod(0o600)
+    set_password(site.broker, user, "the first")
+    settings = site.sasl("SCRAM-SHA-512", topic_prefix, username=user, password="", password_file=password)
     provision(settings)
+    ended: list[BaseException] = []
+    stop = threading.Event()
+
+    def run() -> None:
+        try:
+            run_streams(settings, stop, Metrics("streams", settings))
+        except KafkaSecurityError as error:
+            ended.append(error)
+
+    streams = threading.Thread(target=run)
+    streams.start()
     intake = Intake(settings, Metrics("intake", settings))
     try:
-        set_password(site.broker, user, None)
+        while not intake._input.partitions:
+            intake.step(stop)
+        password.write_text("the second")
+        set_password(site.broker, user, "the second")
         site.broker.stop()
         site.broker.start()
-        with pytest.raises(KafkaSecurityError, match="PERENNIAL_KAFKA_USERNAME"):
+        with pytest.raises(KafkaSecurityError, match="PERENNIAL_KAFKA_USERNAME and PERENNIAL_KAFKA_PASSWORD_FILE"):
             step_for(intake, 60)
+        wait_until(lambda: bool(ended), 60, "the end of streams")
+        assert "PERENNIAL_KAFKA_PASSWORD_FILE" in str(ended[0])
     finally:
+        stop.set()
+        streams.join(60)
         intake.close()
+    again = Intake(settings, Metrics("intake", settings))
+    again.step(threading.Event())
+    again.close()
 
 
 def step_for(intake: Intake, limit_s: float) -> None:
