@@ -199,6 +199,11 @@ class KafkaSecuritySettings(SettingsGroup):
         else:
             complete = bool(self.username) and (self.password is not None) != bool(self.password_file)
             needed = f"{_PREFIX}USERNAME, and either {_PREFIX}PASSWORD or {_PREFIX}PASSWORD_FILE"
+        if self.sasl_mechanism.startswith("SCRAM") and set(self.username) & set(",="):
+            raise _not_together(  # they have to be escaped in SCRAM's messages, which kafka-python 3.0.12 does not do
+                f"{_PREFIX}USERNAME cannot be used with SCRAM", got=self.username, allowed="a name without `,` and `=`",
+                remedy="give the user another name, or use another mechanism",
+            )  # fmt: skip
         if not complete:
             found = [_PREFIX + name for name in names if name != "SASL_MECHANISM"]
             raise _not_together(

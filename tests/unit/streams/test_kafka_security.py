@@ -102,6 +102,7 @@ def test_children_get_the_settings_but_not_the_password(monkeypatch):
             {"security": "sasl_ssl", "sasl_mechanism": "OAUTHBEARER", "token_file": "/t", "username": "ann"},
             "PERENNIAL_KAFKA_USERNAME is set, and OAUTHBEARER does not use it",
         ),
+        (SCRAM | {"username": "cn=ann,o=x"}, "PERENNIAL_KAFKA_USERNAME cannot be used with SCRAM; got: cn=ann,o=x"),
         ({"username": "ann"}, "PERENNIAL_KAFKA_USERNAME is set, and no client would use it; got: .*=plaintext"),
         ({"security": "ssl", "password": PASSWORD}, "PERENNIAL_KAFKA_PASSWORD is set, and no client would use it"),
         ({"ca_file": "/ca"}, "PERENNIAL_KAFKA_CA_FILE is set, and no connection would be encrypted"),
