@@ -67,8 +67,9 @@ class Reading:
     def until_now(self, device: torch.device) -> DeviceUse:
         """Return what was used since this reading."""
         now = Reading.now(device)
-        unknown = self.joules is None or now.joules is None
-        return DeviceUse(now.at_s - self.at_s, None if unknown else (now.joules or 0.0) - (self.joules or 0.0))
+        used = None if self.joules is None or now.joules is None else now.joules - self.joules
+        # A counter that was set back in between tells nothing.
+        return DeviceUse(now.at_s - self.at_s, None if used is None or used < 0 else used)
 
 
 class _Total(threading.local):

@@ -22,7 +22,7 @@ from perennial.learner.together.stacked_lora import Layout
 COPYING_THREADS: Final = 8
 """Threads that gather the weights of adapters on the host before they go to a GPU: one fills the bus to a tenth."""
 HOT_SHARE: Final = 0.1
-"""Most of a GPU's memory that the states of adapters may take between their updates."""
+"""Share of a GPU's memory that the states of adapters may take between their updates, for each rank and number format."""
 
 MOST_PINNED_BYTES: Final = 16 * 2**30
 """Most page-locked memory on the host that results may take; further results are in ordinary memory."""
@@ -48,8 +48,8 @@ class _Hot:
 class HotStates:
     """Copies on a device of the host tensors that were used last, within a number of bytes. Thread-safe.
 
-    A copy is found only with the very tensors that it was made of, unchanged, and is freed with them: an adapter whose
-    state is dropped from memory, because an example of it is to be forgotten, leaves nothing on the device.
+    A copy is found only with the very tensors that it was made of, unchanged, and is freed with them, so it lives no longer
+    than an adapter's state on the host. Freed memory is not overwritten, there as here.
 
     Args:
         most_bytes: Most bytes of all copies.
@@ -145,8 +145,8 @@ class PinnedRows:
             elif self._size_bytes + 4 * width > self._most_bytes:
                 return torch.empty(width)
             else:
-                self._size_bytes += 4 * width
                 memory = torch.empty(width, pin_memory=pin)
+                self._size_bytes += 4 * width
         # A tensor made of an array holds the array for as long as a view of the tensor lives.
         lease = memory.numpy().view()
         weakref.finalize(lease, self._put_back, memory).atexit = False
@@ -187,7 +187,7 @@ def stacked_rows(
         row = hot.get(of_state) if on_cuda else None
         if row is not None:
             rows[index].copy_(row)
-        elif of_state[0].device == device:
+        elif of_state[0].device.type == device.type:  # "cuda" and "cuda:0" are not equal, and the same
             torch.cat([tensor.reshape(-1).float() for tensor in of_state], out=rows[index])
         else:
             from_host.append(index)
@@ -200,10 +200,11 @@ def stacked_rows(
         if row is None:
             row = pinned_rows.row(layout.width)
             torch.cat([tensor.reshape(-1).float() for tensor in of_state], out=row)
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        rows[index].copy_(row, non_blocking=True)
-        copied.record()
-        copied.synchronize()  # the memory of the row is used again
+        with torch.cuda.device(device):  # a thread of a pool begins with the first GPU
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            rows[index].copy_(row, non_blocking=True)
+            copied.record()
+            copied.synchronize()  # the memory of the row is used again
 
     with ThreadPoolExecutor(min(COPYING_THREADS, len(from_host))) as threads:
         list(threads.map(load, from_host))
@@ -221,6 +222,8 @@ def _pinned_row(layout: Layout, tensors: Sequence[torch.Tensor]) -> torch.Tensor
 
 class Fetching:
     """Rows of a GPU on their way to the host, beside the device's further work.
+
+    Hazard: call `wait` even after an error, or the memory of the copies is used again while they are written.
 
     Args:
         rows: Rows (P,) on a GPU.

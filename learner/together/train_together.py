@@ -223,11 +223,13 @@ class _Together:
         stacks = (self._weights, self._optimizer.exp_avg, self._optimizer.exp_avg_sq)
         rows = [stack[row] for row in range(len(self._jobs)) for stack in stacks]
         fetching = Fetching(rows) if self._on_host else None
-        # Thousands of views are made while the device computes.
-        views = [self._layout.views(row) for row in (fetching.copies if fetching else rows)]
-        of_steps = [(loss.tolist(), norm.tolist()) for loss, norm in zip(losses, norms, strict=True)]
-        if fetching:
-            fetching.wait()
+        try:
+            # Thousands of views are made while the device computes.
+            views = [self._layout.views(row) for row in (fetching.copies if fetching else rows)]
+            of_steps = [(loss.tolist(), norm.tolist()) for loss, norm in zip(losses, norms, strict=True)]
+        finally:
+            if fetching:
+                fetching.wait()
         results = []
         for row, job in enumerate(self._jobs):
             steps = len(job.schedule)
@@ -275,9 +277,12 @@ def to_host(results: Sequence[TrainResult], layout: Layout, hot: HotStates) -> l
         of_names = result.weights | result.optimizer
         rows += [torch.cat([of_names[prefix + name].reshape(-1) for name in layout.names]) for prefix in prefixes]
     fetching = Fetching(rows) if rows and rows[0].is_cuda else None
-    views = [layout.views(row) for row in (fetching.copies if fetching else rows)]
+    try:
+        views = [layout.views(row) for row in (fetching.copies if fetching else rows)]
+    finally:
+        if fetching:
+            fetching.wait()
     if fetching:
-        fetching.wait()
         for row, of_row in zip(rows, views, strict=True):
             hot.put(list(of_row.values()), row)
     made = []

@@ -146,6 +146,11 @@ class Measurer:
             general = gate.mean(anchors) - before.anchors_base
         return general, self.answer_rise(weights) if self.asks_answers else 0.0
 
+    def refused(self, rises: tuple[float, float]) -> bool:
+        """Return True if the gate would refuse a version for these rises; see `rises`."""
+        allowed = (self.recipe.max_general_rise_nats, self.recipe.max_answer_rise_nats)
+        return not all(rise <= limit for rise, limit in zip(rises, allowed, strict=True))
+
     def too_far(self, rises: tuple[float, float], earlier: tuple[float, float]) -> bool:
         """Return True if a pass raised a loss past `FULL_PRESSURE_SHARE` of what the gate allows; NaN is too far.
 

@@ -420,7 +420,12 @@ class _Run:
         rises = None
         passes = self._recipe.correction_passes if distinct else 0
         if passes and trial.served is not trial.trained.weights and unlearned():
-            trial = replace(trial, served=trial.trained.weights)
+            self.updater.lora.load(trial.trained.weights)
+            rises = measurer.rises(trial.trained.weights, self.rows, self.before)
+            if measurer.refused(rises):  # the gate would refuse the whole update, and the documents in it
+                rises, passes = None, 0
+            else:
+                trial = replace(trial, served=trial.trained.weights)
         for _ in range(passes):
             left = unlearned()
             if not left or steps >= MAX_CORRECTION_STEPS:

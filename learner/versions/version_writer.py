@@ -76,7 +76,7 @@ class VersionWriter:
         self.threads = threads
         self.now = now
         self.failpoint = failpoint
-        self.code = code_digest()
+        self.code = code_digest(on_gpu=base.device.type == "cuda")
         self.rows = rows or BatchRows(registry.store, updater.rows)
         self._states = states or StateCache()
         self._general_choice = general_choice

@@ -117,7 +117,11 @@ class _Feed:
         after = statistics.fmean(list(self.kept)[-AFTER_INPUTS:])
         change = self.detector.change if isinstance(self.detector, MeanShift) else None
         if change is not None:
-            before, after = (self.centre + self.spread * level for level in (change.before, change.after))
+            # The detector's inputs are clipped, and a large change would look like the largest that is let through.
+            before, after = (
+                self.centre + self.spread * change.before,
+                statistics.fmean(list(self.kept)[-change.inputs :]),
+            )
             moved = abs(change.after - change.before) / (change.deviation * math.sqrt(self.spec.block))
         elif self.spec.reference:
             before = self.centre

@@ -33,12 +33,14 @@ class MeanChange:
         before: mean of the inputs before.
         after: mean of the inputs after.
         deviation: standard deviation of one input around these means.
+        inputs: number of inputs after the place.
     """
 
     errors: float
     before: float
     after: float
     deviation: float
+    inputs: int
 
 
 def largest_change(inputs: NDArray[np.float64]) -> MeanChange | None:
@@ -89,8 +91,9 @@ def largest_change(inputs: NDArray[np.float64]) -> MeanChange | None:
     place = int(np.argmax(errors))
     cut = int(first[place])
     return MeanChange(
-        float(errors[place]), float(inputs[:cut].mean()), float(inputs[cut:].mean()), math.sqrt(float(variance[place]))
-    )
+        float(errors[place]), float(inputs[:cut].mean()), float(inputs[cut:].mean()),
+        math.sqrt(float(variance[place])), n - cut,
+    )  # fmt: skip
 
 
 class MeanShift:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -155,3 +156,22 @@ def test_fused_layers_compute_what_the_layers_compute(lora: Lora, monkeypatch: p
     monkeypatch.setattr(fused_layers, "_liger", dict)
     for job, one, other in zip(jobs, fused, train_together(lora, jobs, graphs=False), strict=True):
         assert_like(one, other, job)
+
+
+def test_schedules_of_several_rounds_and_of_unequal_lengths(lora: Lora) -> None:
+    """States go from round to round on the device; an adapter with fewer steps leaves, the others go on."""
+    jobs = [
+        replace(job, schedule=[job.schedule[0]] * steps)
+        for job, steps in zip(jobs_over(lora, 3), (20, 3, 5), strict=True)
+    ]
+    passes = GatheredPasses(most_adapters=3, wait_s=5.0)
+
+    def of_thread(job: AdapterJob) -> TrainResult:
+        with passes.joining():
+            return passes.train(lora, job.weights, None, job.schedule, job.config, None, lambda: None)
+
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(of_thread, jobs))
+    for job, result in zip(jobs, results, strict=True):
+        assert len(result.losses) == len(job.schedule)
+        assert result.losses == pytest.approx(train_together(lora, [job])[0].losses, rel=2e-2)

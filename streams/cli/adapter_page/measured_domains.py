@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import ValidationError
+
 from perennial.extras import require_extra
 from perennial.storage.errors import IntegrityError, NotFoundError
+from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.history.collected import load_collected
 from perennial.storage.registry.manifest import Manifest
@@ -64,7 +67,9 @@ def _promoted(registry: Registry, adapter: str) -> list[Manifest]:
             manifest = registry.manifest(adapter, version)
         except (NotFoundError, IntegrityError):
             continue
-        if manifest.outcome == "promoted" and version not in collected:
+        if manifest.outcome != "promoted" or version in collected:
+            continue
+        if registry.store.exists(blob_key(manifest.weights.digest)):  # a forgetting deletes weights too
             found.append(manifest)
     return found[::-1]
 
@@ -84,22 +89,19 @@ def _examples_by_domain(registry: Registry, adapter: str) -> dict[str, list[Exam
         if item.learned and item.example.learn:
             wanted.setdefault(domain_of(item), []).append((item.version, item.example.example_id))
     found: dict[str, list[ExampleAccepted]] = {}
-    bodies: dict[str, dict[str, ExampleAccepted]] = {}
     for domain, places in list(wanted.items())[:MEASURED_DOMAINS]:
         step = max(1, len(places) // MEASURED_EXAMPLES)
         for version, example_id in places[::step][:MEASURED_EXAMPLES]:
-            if version not in bodies:
-                bodies[version] = _examples_of(registry, registry.manifest(adapter, version))
-            if example_id in bodies[version]:
-                found.setdefault(domain, []).append(bodies[version][example_id])
-    return found
+            found.setdefault(domain, []).extend(_examples_of(registry, adapter, version, example_id))
+    return {domain: examples for domain, examples in found.items() if examples}
 
 
-def _examples_of(registry: Registry, manifest: Manifest) -> dict[str, ExampleAccepted]:
-    if manifest.batch is None:
-        return {}
+def _examples_of(registry: Registry, adapter: str, version: str, example_id: str) -> list[ExampleAccepted]:
+    """Return the example, if its micro-batch is still stored and readable; micro-batches are read one at a time."""
     try:
-        body = get_blob(registry.store, manifest.batch.digest)
-    except NotFoundError:  # erased meanwhile
-        return {}
-    return {example.example_id: example for example in Batch.model_validate_json(body).examples}
+        manifest = registry.manifest(adapter, version)
+        body = get_blob(registry.store, manifest.batch.digest) if manifest.batch else b""
+        batch = Batch.model_validate_json(body) if body else None
+    except (NotFoundError, IntegrityError, ValidationError):  # erased meanwhile, or damaged
+        return []
+    return [example for example in batch.examples if example.example_id == example_id] if batch else []

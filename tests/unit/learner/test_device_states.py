@@ -6,8 +6,10 @@ import gc
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from perennial.learner.together.device_states import HotStates, PinnedRows
+from perennial.learner.together.device_states import HotStates, PinnedRows, stacked_rows
+from perennial.learner.together.stacked_lora import Layout
 
 ROW_BYTES = 4 * 6
 
@@ -91,3 +93,12 @@ def test_rows_beyond_the_budget_are_in_ordinary_memory() -> None:
     held = [rows.row(6, pin=False) for _ in range(3)]
     assert rows.size_bytes == ROW_BYTES
     assert len({row.data_ptr() for row in held}) == 3
+
+
+def test_rows_are_taken_from_where_the_tensors_are() -> None:
+    """The device of a base is `cuda`, that of a tensor there `cuda:0`; nothing may be copied through the host."""
+    device, layout = torch.device("cuda"), Layout(("a", "b"), ((2, 2), (2, 3)), (0, 4), 10)
+    with FakeTensorMode():
+        state = layout.views(torch.empty(10, device=device))
+        rows = stacked_rows(layout, [state, None], "", device, HotStates(0))
+    assert (rows.device.type, tuple(rows.shape)) == ("cuda", (2, 10))

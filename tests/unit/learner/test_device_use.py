@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from perennial.learner.costs import energy_meter
-from perennial.learner.costs.device_use import DeviceUse, add_use, take_use
+from perennial.learner.costs.device_use import DeviceUse, Reading, add_use, take_use
 from perennial.learner.costs.energy_meter import NvmlMeter, RaplMeter, joules_of, meter_of
 from perennial.learner.costs.operations import WeightCounts, measuring_flops, training_flops
 from perennial.learner.costs.prefill import prefill_seconds
@@ -240,3 +240,9 @@ def test_adapters_that_share_a_pass_share_its_time_by_their_operations(monkeypat
 def test_the_time_of_a_prefill_is_the_median_without_the_first_pass():
     times = iter([0.0, 1.0, 1.5, 1.6, 2.0, 4.0, 12.0])
     assert prefill_seconds(tiny.base(), 8, 10.0, clock=lambda: next(times)) == pytest.approx(1.25)
+
+
+def test_an_energy_counter_that_was_set_back_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = iter([100.0, 3.0])
+    monkeypatch.setattr("perennial.learner.costs.device_use.joules_of", lambda _: next(readings))
+    assert Reading.now(torch.device("cpu")).until_now(torch.device("cpu")).joules is None

@@ -193,3 +193,15 @@ def test_a_recipe_recorded_without_the_fields_takes_no_further_pass_and_no_furth
     newer = {"correction_passes", "gentler_tries"}
     recorded = Recipe.recorded({name: value for name, value in RECIPE.config().items() if name not in newer})
     assert (recorded.correction_passes, recorded.gentler_tries) == (0, 0)
+
+
+def test_corrections_keep_the_average_where_the_gate_would_refuse_the_trained_weights(
+    updater: Updater, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    averaging = replace(updater, recipe=replace(RECIPE, slow_average=0.8, max_general_rise_nats=3.0))
+    parent = after_documents(averaging, 2)
+    monkeypatch.setattr(Measurer, "refused", lambda *_: True)
+    done = run(averaging, parent, corrections(20), 3)
+    assert done.outcome == "promoted"
+    assert done.state.optimizer is not None
+    assert done.state.optimizer[AVERAGED].item() == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from perennial.streams.cli.adapter_page import measured_domains
 from perennial.streams.cli.adapter_page.adapter_history import adapter_history
 from perennial.streams.cli.adapter_page.measured_domains import measure_domains
 from tests import jobs, tiny
+from tests.unit.learner.test_forgetting import erase, forget, quarantined
 from tests.unit.learner.test_versions import ADAPTER, SETTINGS, local_learner
 
 BIRDS = "the blue parrot sings at noon"
@@ -53,3 +55,16 @@ def test_an_adapter_whose_texts_are_gone_has_nothing_to_measure(store):
     for key in list(store.list("history/")):
         store.delete(key)
     assert measure_domains(SETTINGS, learner.registry, ADAPTER) is None
+
+
+def test_versions_whose_weights_a_forgetting_deleted_are_left_out(store):
+    learner = local_learner(store)
+    for cut in range(1, 5):
+        documents = [tiny.document(4 * cut + number, f"{BIRDS} {cut} {number}", domain="birds") for number in range(4)]
+        learner.update(jobs.update(store, cut, documents), "live")
+    assert forget(learner, quarantined(store, erase("r1", 9)))[0].outcome == "promoted"
+    found = measure_domains(SETTINGS, learner.registry, ADAPTER)
+    assert found is not None
+    assert found.columns[0] == 0
+    assert found.columns[-1] == learner.registry.head(ADAPTER).manifest.seq
+    assert all(math.isfinite(nats) for nats in found.nats[0])

@@ -192,3 +192,12 @@ def test_a_detector_that_is_added_starts_empty_on_an_earlier_state_and_reports_b
     found = {(shift.signal, shift.detector) for _, shift in feed(more, 120, loss=6.0, seed=2)}
     assert found >= {("base_loss", "MeanShift"), ("base_loss", "Eager"), ("live_loss", "MeanShift")}
     assert DriftMonitor.from_state(more.state(), WINDOW).state()["signals"].keys() == monitor.state()["signals"].keys()
+
+
+def test_a_large_change_is_reported_in_its_own_size():
+    monitor = DriftMonitor(WINDOW)
+    assert feed(monitor, 600, spread=0.1) == []
+    found = feed(monitor, 120, loss=8.0, spread=0.1, seed=1)
+    first = next(shift for _, shift in found if shift.signal == "base_loss")
+    assert first.before == pytest.approx(3.0, abs=0.2)
+    assert first.after > 5.0, "at least half of the inputs after the place are new"
