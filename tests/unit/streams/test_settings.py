@@ -51,6 +51,7 @@ def test_flat_names_are_unique_and_every_variable_sets_its_field(monkeypatch):
             "dtype": "bf16",
             "log_level": "debug",
             "learn_turns": "true",
+            "slow_average": "0.5",
             "bootstrap": "a:1",
             "maven_url": "https://mirror",
             "internal_key": SECRET * 3,
