@@ -43,27 +43,21 @@ def losses_and_gradient(
     in_place = hidden.is_cuda and has_kernels()
     for start in range(0, of_text, size):
         part = slice(start, min(start + size, of_text))
+        slopes = linear(hidden[part], weight, bias)
         if in_place:
-            slopes = linear(hidden[part], weight, bias)
             cross_entropy_(slopes, labels[part], weights[part], nats[part])
-            torch.mm(slopes, weight, out=gradient[part])
-            continue
-        logits = linear(hidden[part], weight, bias).float().requires_grad_()
-        with torch.enable_grad():
-            of_part = cross_entropy(logits, labels[part], reduction="none")
-        (slopes,) = torch.autograd.grad(of_part, logits, weights[part])
-        nats[part] = of_part.detach()
+        else:
+            nats[part], slopes = _cross_entropy(slopes.float(), labels[part], weights[part])
         torch.mm(slopes.to(hidden.dtype), weight, out=gradient[part])
     for start in range(of_text, len(hidden), size):
         part = slice(start, start + size)
         teacher = linear(base[start - of_text : start - of_text + size], weight, bias)
+        slopes = linear(hidden[part], weight, bias)
         if in_place:
-            slopes = linear(hidden[part], weight, bias)
             divergence_(slopes, teacher, weights[part], nats[part])
-            torch.mm(slopes, weight, out=gradient[part])
-            continue
-        nats[part], slopes = _divergence(linear(hidden[part], weight, bias).float(), teacher.float())
-        torch.mm(slopes.mul_(weights[part, None]).to(hidden.dtype), weight, out=gradient[part])
+        else:
+            nats[part], slopes = _divergence(slopes.float(), teacher.float(), weights[part])
+        torch.mm(slopes.to(hidden.dtype), weight, out=gradient[part])
     return nats, gradient
 
 
@@ -93,9 +87,22 @@ def _cast(head: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | N
     return cast_once(head.weight, dtype), None if head.bias is None else cast_once(head.bias, dtype)
 
 
-def _divergence(logits: torch.Tensor, teacher: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return KL(teacher ‖ logits) (C,) of logits (C, V), and its derivatives by the logits."""
+def _cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cross-entropy (C,) of logits (C, V), and the derivatives of its weighted sum by the logits."""
+    logits = logits.requires_grad_()
+    with torch.enable_grad():
+        nats = cross_entropy(logits, labels, reduction="none")
+    (slopes,) = torch.autograd.grad(nats, logits, weights)
+    return nats.detach(), slopes
+
+
+def _divergence(
+    logits: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return KL(teacher ‖ logits) (C,) of logits (C, V), and the derivatives of its weighted sum by the logits."""
     log_student, log_teacher = logits.log_softmax(-1), teacher.log_softmax(-1)
     probabilities = log_teacher.exp()
     nats = (probabilities * (log_teacher - log_student)).sum(-1)
-    return nats, log_student.exp_().sub_(probabilities)
+    return nats, log_student.exp_().sub_(probabilities).mul_(weights[:, None])

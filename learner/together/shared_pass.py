@@ -48,8 +48,8 @@ class SharedPass:
 
     def __init__(self, lora: Lora, *, graphs: bool) -> None:
         self._lora = lora
-        self.hot: HotStates = hot_states(torch.device(lora.base.device))
         self._device = torch.device(lora.base.device)
+        self.hot: HotStates = hot_states(self._device)
         self._on_cuda = self._fills = self._device.type == "cuda"
         self._graphs = PassGraphs() if graphs and self._on_cuda else None
         self._stacked: dict[int, StackedLora] = {}

@@ -148,8 +148,7 @@ class Measurer:
 
     def refused(self, rises: tuple[float, float]) -> bool:
         """Return True if the gate would refuse a version for these rises; see `rises`."""
-        allowed = (self.recipe.max_general_rise_nats, self.recipe.max_answer_rise_nats)
-        return not all(rise <= limit for rise, limit in zip(rises, allowed, strict=True))
+        return not all(rise <= limit for rise, limit in zip(rises, self._allowed_rises, strict=True))
 
     def too_far(self, rises: tuple[float, float], earlier: tuple[float, float]) -> bool:
         """Return True if a pass raised a loss past `FULL_PRESSURE_SHARE` of what the gate allows; NaN is too far.
@@ -160,11 +159,14 @@ class Measurer:
             rises: As `rises` returns them, after the pass.
             earlier: The same before the pass.
         """
-        allowed = (self.recipe.max_general_rise_nats, self.recipe.max_answer_rise_nats)
         return not all(
             now <= gate.FULL_PRESSURE_SHARE * limit or now <= was
-            for now, was, limit in zip(rises, earlier, allowed, strict=True)
+            for now, was, limit in zip(rises, earlier, self._allowed_rises, strict=True)
         )
+
+    @property
+    def _allowed_rises(self) -> tuple[float, float]:
+        return self.recipe.max_general_rise_nats, self.recipe.max_answer_rise_nats
 
     @property
     def asks_answers(self) -> bool:

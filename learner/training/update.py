@@ -423,7 +423,7 @@ class _Run:
             self.updater.lora.load(trial.trained.weights)
             rises = measurer.rises(trial.trained.weights, self.rows, self.before)
             if measurer.refused(rises):  # the gate would refuse the whole update, and the documents in it
-                rises, passes = None, 0
+                passes = 0
             else:
                 trial = replace(trial, served=trial.trained.weights)
         for _ in range(passes):

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from perennial.learner.costs.operations import WeightCounts, training_flops
 from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig
@@ -177,12 +178,7 @@ def update_flops(bench: Bench, rows: Sequence[TokenRow]) -> float:
 
     Attention and everything computed twice are left out. The frozen weights need no gradient: 4 operations per weight.
     """
-    tokens, trained = sum(len(row.ids) for row in rows), sum(row.tokens for row in rows)
-    layers = bench.lora.layers().values()
-    frozen = sum(layer.in_features * layer.out_features for layer in layers)
-    lora = sum(parameter.numel() for parameter in bench.lora.parameters.values())
-    head = bench.lora.model.get_output_embeddings().weight.numel()
-    return float(tokens * (4 * frozen + 6 * lora) + trained * 4 * head)
+    return training_flops(WeightCounts.of(bench.lora), rows)
 
 
 def one_by_one(bench: Bench, jobs: Sequence[AdapterJob]) -> list[TrainResult]:
