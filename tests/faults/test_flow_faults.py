@@ -26,7 +26,8 @@ from tests.faults import parts
 from tests.faults.flow import Flow, started
 from tests.faults.report import Row
 from tests.faults.service_watch import ServiceWatch, start_replica
-from tests.integration.streams.test_intake_logs import create_again, cut_tail
+from tests.integration.streams.test_intake_logs import cut_tail
+from tests.integration.streams.topic_kit import create_again
 from tests.integration.test_exactly_once import ADAPTERS
 
 pytestmark = [
@@ -74,7 +75,7 @@ def test_case_10_the_input_topic_is_created_again_under_load(flow, check):
     flow.until(
         lambda: before <= {event.document_id for event in flow.examples()}, "intake has read what is deleted next"
     )
-    create_again(flow.settings, 2)
+    create_again(flow.settings, "documents", 2)
     flow.publish(80)
     recovery_s = flow.settle()
     new = identify(flow.settings).topic_ids[name]

@@ -34,6 +34,7 @@ from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.topics import TopicError, identify, provision
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
+from tests.integration.streams.topic_kit import create_again
 
 WAIT_S = 180
 
@@ -344,13 +345,7 @@ def test_a_kill_within_a_backlog_loses_nothing(settings, producer, step):
 
 
 def test_a_write_that_fails_stops_the_role_and_leaves_no_gap(settings, producer):
-    admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
-    admin.delete_topics([settings.kafka.topic("examples")])
-    while settings.kafka.topic("examples") in admin.list_topics():
-        time.sleep(0.05)
-    options = {"num_partitions": 1, "replication_factor": 1, "configs": {"max.message.bytes": "30000"}}
-    admin.create_topics({settings.kafka.topic("examples"): options}, wait_for_metadata=True)
-    admin.close()
+    create_again(settings, "examples", 1, {"max.message.bytes": "30000"})
     noise = "".join(chr(0x4E00 + n * 7919 % 20000) for n in range(20_000))  # does not compress below the limit
     publish(producer, settings, [document(n) for n in range(10)], partition=0)
     with running(settings) as metrics:

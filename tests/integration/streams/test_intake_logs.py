@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from confluent_kafka import KafkaException
-from confluent_kafka.admin import AdminClient, NewPartitions, NewTopic
+from confluent_kafka.admin import AdminClient, NewPartitions
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
@@ -29,6 +27,7 @@ from tests.integration.streams.test_intake import (
     running,
     wait_for,
 )
+from tests.integration.streams.topic_kit import create_again
 
 
 @pytest.fixture
@@ -55,23 +54,6 @@ def sockets():
     gc.collect()
 
 
-def create_again(settings, partitions=4):
-    admin = AdminClient({"bootstrap.servers": settings.kafka.bootstrap})
-    topic = settings.kafka.topic("documents")
-    for future in admin.delete_topics([topic]).values():
-        future.result()
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            for future in admin.create_topics([NewTopic(topic, partitions, 1)]).values():
-                future.result()
-        except KafkaException:
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        else:
-            return
-
-
 def origins(settings):
     return Counter((each.origin.topic_id, each.origin.partition, each.origin.offset) for each in examples(settings))
 
@@ -93,7 +75,7 @@ def test_case_10_a_topic_created_again_under_a_running_intake_loses_nothing(sett
     metrics = RecordedMetrics()
     with running(settings, metrics):
         wait_for(lambda: metrics.counts["out", "examples"] == 40)
-        create_again(settings)
+        create_again(settings, "documents", 4)
         publish_to_all(settings, 10_000, 40)
         new_id = identify(settings).topic_ids[settings.kafka.topic("documents")]
         wait_for(lambda: sum(topic_id == new_id for topic_id, _, _ in origins(settings)) == 160)
@@ -116,7 +98,7 @@ def test_case_10_a_topic_created_again_while_intake_is_down_loses_nothing(settin
     publish_to_all(settings, 0, 30)
     with running(settings) as metrics:
         wait_for(lambda: metrics.counts["out", "examples"] == 120)
-    create_again(settings)
+    create_again(settings, "documents", 4)
     publish_to_all(settings, 10_000, 40)
     metrics = RecordedMetrics()
     with running(settings, metrics):

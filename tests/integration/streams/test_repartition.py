@@ -35,6 +35,7 @@ from perennial.streams.kafka.repartition import RepartitionError, adopt, plan_re
 from perennial.streams.kafka.topic_guard import KeyPartitions, TopicGuard
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
+from tests.integration.streams.topic_kit import create_again
 
 ROOT = Path(__file__).parents[3]
 ADAPTERS = [f"acme/a{n}" for n in range(9)]
@@ -58,16 +59,6 @@ def store_of(settings):
 def alter(settings, topic, partitions):
     admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
     admin.create_partitions({settings.kafka.topic(topic): partitions})
-    admin.close()
-
-
-def create_again(settings, topic, partitions=3):
-    admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
-    name = settings.kafka.topic(topic)
-    admin.delete_topics([name])
-    while name in admin.list_topics():
-        time.sleep(0.05)
-    admin.create_topics({name: {"num_partitions": partitions, "replication_factor": 1}}, wait_for_metadata=True)
     admin.close()
 
 
@@ -233,7 +224,7 @@ def test_a_topic_created_again_under_a_reader_is_noticed_at_the_first_batch(sett
     """Case 10's kind, internal topics: ids were looked up at the start only."""
     guard = TopicGuard(settings, ["examples"], store_of(settings))
     guard.verify()
-    create_again(settings, "examples")
+    create_again(settings, "examples", 3)
     with pytest.raises(InstallationError, match="deleted and created again") as refused:
         guard.verify()
     guard.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 import uuid
 
 import pytest
@@ -12,6 +11,7 @@ from kafka.admin import KafkaAdminClient
 
 from perennial.streams.kafka.topics import TOPICS, TopicError, identify, provision
 from perennial.streams.settings import Settings
+from tests.integration.streams.topic_kit import create_again
 
 
 @pytest.fixture
@@ -51,12 +51,7 @@ def test_a_recreated_topic_has_another_id(settings):
     assert set(identify(settings).topic_ids) == {settings.kafka.topic(name) for name in TOPICS}
 
     name = settings.kafka.topic("documents")
-    admin = KafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap)
-    admin.delete_topics([name])
-    while name in admin.list_topics():
-        time.sleep(0.05)
-    admin.create_topics({name: {"num_partitions": 1, "replication_factor": 1}}, wait_for_metadata=True)
-    admin.close()
+    create_again(settings, "documents", 1)
     after = identify(settings, ["documents"])
     assert after.cluster_id == before.cluster_id
     assert after.topic_ids[name] != before.topic_ids[name]
