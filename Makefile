@@ -11,12 +11,13 @@ UPDATES ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long bench-drift vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults test-security soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long bench-drift vllm-env test-vllm lock schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
 	@echo 'make test          linters, types, import contracts, all tests, one kill per failpoint (a real Apache Kafka)'
 	@echo 'make test-faults   kill -9 at every failpoint RUNS=2 times, and every other fault; a table'
+	@echo 'make test-security  every act that a role must not do, tried at a real broker and a real MinIO; the last line is JSON'
 	@echo 'make soak          MINUTES=10 of load, random faults and erasures; what became of every event, by SEED='
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
@@ -62,6 +63,10 @@ unit: $(READY)
 
 test-faults: $(READY)
 	$(BIN)/python -m tests.faults --runs $(RUNS)
+
+# `make test` runs these tests too.
+test-security: $(READY)
+	$(BIN)/python -m tests.security
 
 # One run for all: the unit tests compute while the fault tests wait for sessions to end and processes to start.
 test-all: $(READY)

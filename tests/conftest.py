@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import pytest
 from perennial.streams.devstack.embedded_kafka.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
 from perennial.streams.devstack.embedded_kafka.kafka_jars import java_path
 from tests.scheduling import LongestFirst, longest_first
+from tests.security.acts import Acts
 
 _started: list[EmbeddedBroker] = []  # kept until the process ends: the other workers may still use the broker
 
@@ -99,6 +100,14 @@ def broker(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def topic_prefix() -> str:
     """Return a prefix for topics and groups that no other test uses."""
     return f"t{uuid.uuid4().hex[:10]}-"
+
+
+@pytest.fixture
+def acts(record_property: Callable[[str, object], None]) -> Iterator[Acts]:
+    """Return a counter of the acts that a security test tries; `make test-security` prints the sums of all tests."""
+    counted = Acts()
+    yield counted
+    record_property(*counted.as_property())
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -30,11 +31,13 @@ class Certificate:
         cert: The certificate.
         key: The private key, not encrypted.
         both: One file with both.
+        name: The common name.
     """
 
     cert: Path
     key: Path
     both: Path
+    name: str
 
 
 class Authority:
@@ -69,7 +72,7 @@ class Authority:
         for path, content in zip(paths, (cert, private, private + cert), strict=True):
             path.write_bytes(content)
             path.chmod(0o600)
-        return Certificate(*paths)
+        return Certificate(*paths, name)
 
     def _build(
         self, subject: x509.Name, public_key: ec.EllipticCurvePublicKey, *, authority: bool
@@ -108,9 +111,14 @@ class SecureBroker(EmbeddedBroker):
         data_dir: The broker's data folder.
         certificate: The broker's certificate.
         ca_file: The authority of the clients' certificates.
+        super_users: With any, the broker refuses what no ACL allows, except to these, and to itself. It then speaks
+            mutual TLS with itself, so that nobody on the plain listener has its rights.
     """
 
-    def __init__(self, data_dir: Path, certificate: Certificate, ca_file: Path) -> None:
+    def __init__(
+        self, data_dir: Path, certificate: Certificate, ca_file: Path, super_users: Sequence[str] = ()
+    ) -> None:
+        self._guarded = bool(super_users)
         self._listeners = {"SECURE": "SASL_SSL", "MUTUAL": "SSL", "SASLONLY": "SASL_PLAINTEXT"}
         self._ports = {name: free_port() for name in self._listeners}
         stores = {
@@ -125,9 +133,13 @@ class SecureBroker(EmbeddedBroker):
             "oauthbearer": f'{_LOGIN}.oauthbearer.OAuthBearerLoginModule required unsecuredLoginStringClaim_sub="b";',
         }
         settings = {"ssl.client.auth": "none"}
-        for name in ("secure", "mutual"):
+        for name in ("secure", "mutual", *(["controller"] if super_users else [])):
             settings |= {f"listener.name.{name}.{key}": value for key, value in stores.items()}
         settings["listener.name.mutual.ssl.client.auth"] = "required"
+        if super_users:
+            settings["listener.name.controller.ssl.client.auth"] = "required"
+            settings["authorizer.class.name"] = "org.apache.kafka.metadata.authorizer.StandardAuthorizer"
+            settings["super.users"] = ";".join([f"User:CN={certificate.name}", *super_users])
         for name, offered in (("secure", list(mechanisms)), ("saslonly", ["scram-sha-256"])):
             settings[f"listener.name.{name}.sasl.enabled.mechanisms"] = ",".join(offered).upper()
             for mechanism in offered:
@@ -141,12 +153,13 @@ class SecureBroker(EmbeddedBroker):
     def _properties(self, folder: Path, controller_port: int) -> dict[str, str]:
         properties = super()._properties(folder, controller_port)
         more = ",".join(f"{name}://{HOST}:{port}" for name, port in self._ports.items())
-        protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": "PLAINTEXT", **self._listeners}
+        own = "SSL" if self._guarded else "PLAINTEXT"
+        protocols = {"PLAINTEXT": "PLAINTEXT", "CONTROLLER": own, **self._listeners}
         return properties | {
             "listeners": f"{properties['listeners']},{more}",
             "advertised.listeners": f"{properties['advertised.listeners']},{more}",
             "listener.security.protocol.map": ",".join(f"{name}:{kind}" for name, kind in protocols.items()),
-            "inter.broker.listener.name": "PLAINTEXT",
+            "inter.broker.listener.name": "MUTUAL" if self._guarded else "PLAINTEXT",
         }
 
 

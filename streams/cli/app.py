@@ -33,6 +33,8 @@ from rich.text import Text
 
 from perennial.extras import MissingExtraError, extra_of, missing_extra
 from perennial.storage.errors import PerennialError
+from perennial.streams.cli.access.acls_command import acls
+from perennial.streams.cli.access.store_app import store_app
 from perennial.streams.cli.adapter_page.page_command import report
 from perennial.streams.cli.base.base_app import base_app
 from perennial.streams.cli.chat.chat_commands import ask, system_prompt
@@ -69,6 +71,8 @@ app.add_typer(base_app, name="base")
 app.add_typer(forget_app, name="forget")
 app.add_typer(marks_app, name="marks")
 app.add_typer(replicas_app, name="replicas")
+app.add_typer(store_app, name="store")
+app.command()(acls)
 app.command()(subscribe)
 app.command()(ask)
 app.command()(economics)

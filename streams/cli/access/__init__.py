@@ -1,0 +1,1 @@
+"""Commands that say and set who may do what: ACLs of the broker, policies of the store."""
