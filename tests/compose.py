@@ -16,7 +16,10 @@ ENTRYPOINT = ("perennial",)
 """Entrypoint of the project's image, as deploy/Dockerfile sets it."""
 ROLE_SERVICES = ("intake", "streams", "scorer", "learner")
 
-_VARIABLE = re.compile(r"\$\{(?P<name>[A-Z0-9_]+)(?::-(?P<default>[^}]*))?\}")
+CREDENTIALS_SCRIPT = ROOT / "deploy/credentials.sh"
+"""Writes the passwords that the file cannot do without."""
+
+_VARIABLE = re.compile(r"\$\{(?P<name>[A-Z0-9_]+)(?::-(?P<default>[^}]*)|:\?(?P<demand>[^}]*))?\}")
 
 
 def variables(text: str) -> dict[str, str | None]:
@@ -24,11 +27,16 @@ def variables(text: str) -> dict[str, str | None]:
     return {match["name"]: match["default"] for match in _VARIABLE.finditer(text)}
 
 
+def demanded(text: str) -> dict[str, str]:
+    """Return the environment variables without which Compose refuses the text, with what it then says."""
+    return {match["name"]: match["demand"] for match in _VARIABLE.finditer(text) if match["demand"]}
+
+
 def load(env: Mapping[str, str] | None = None, path: Path = COMPOSE) -> dict[str, Any]:
     """Return a parsed compose file with its variables filled in.
 
     Args:
-        env: Values of the variables.
+        env: Values of the variables. A variable that is demanded and not given is its own name in small letters.
         path: The file.
 
     Raises:
@@ -37,7 +45,8 @@ def load(env: Mapping[str, str] | None = None, path: Path = COMPOSE) -> dict[str
     values = env or {}
 
     def fill(match: re.Match[str]) -> str:
-        given = values.get(match["name"]) or match["default"]
+        stand_in = match["name"].lower() if match["demand"] else match["default"]
+        given = values.get(match["name"]) or stand_in
         if given is None:
             raise KeyError(match["name"])
         return given

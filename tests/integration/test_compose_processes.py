@@ -182,7 +182,10 @@ class Services:
 
 @pytest.fixture
 def services(tmp_path) -> Iterator[Services]:
-    made = Services(tmp_path)
+    file = tmp_path / "credentials.env"
+    subprocess.run(["sh", str(compose.CREDENTIALS_SCRIPT), str(file)], check=True, timeout=60, capture_output=True)
+    passwords = dict(line.split("=") for line in file.read_text("utf-8").splitlines())
+    made = Services(tmp_path, file=compose.load(passwords))
     yield made
     for process in made.processes.values():
         process.kill()
@@ -254,6 +257,9 @@ def test_every_service_becomes_healthy_and_an_adapter_learns(services, monkeypat
         services.addresses["0.0.0.0"] = "127.0.0.1"
         wait_for(lambda: services.healthy("minio"), 180, lambda: services.log("minio"))
 
+        for _ in range(2):
+            assert services.spawn("accounts", services.command("accounts")).wait(300) == 0, services.log("accounts")
+        del services.processes["accounts"]
         for made in (True, False):  # a second `docker compose up` finds everything there
             assert services.spawn("init", [*services.command("init"), "--json"]).wait(300) == 0, services.log("init")
             report = json.loads(services.log("init").splitlines()[-1])

@@ -18,8 +18,10 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from perennial.learner.bases.sources import SHIPPED_FOLDER
+from perennial.storage.access.store_table import ROLES as STORE_ROLES
 from perennial.storage.objects.s3 import open_minio
 from perennial.storage.objects.s3_settings import S3Settings
+from perennial.streams.cli.access.store_app import secret_variable
 from perennial.streams.cli.app import app
 from perennial.streams.client.vllm_plugin import registration
 from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
@@ -39,8 +41,10 @@ VLLM_DOCKERFILE = (DEPLOY / "vllm.Dockerfile").read_text("utf-8")
 FILE = compose.load()
 SERVICES = FILE["services"]
 OURS = sorted(name for name, service in SERVICES.items() if compose.is_ours(service))
-LONG_RUNNING = sorted(set(SERVICES) - {"init"})
-NAMES = {"kafka", "minio", "init", "prometheus", "grafana", *ROLES}
+ONE_SHOT = {"accounts", "init"}
+LONG_RUNNING = sorted(set(SERVICES) - ONE_SHOT)
+NAMES = {"kafka", "minio", "accounts", "init", "prometheus", "grafana", *ROLES}
+PASSWORDS = {"MINIO_ROOT_PASSWORD", "GRAFANA_ADMIN_PASSWORD", *map(secret_variable, STORE_ROLES)}
 UID = "perennial-prometheus"
 
 
@@ -73,7 +77,7 @@ def test_commands_of_our_services_exist(name):
     found, _, rest = command.resolve_command(context, words)
     arguments = command.commands[found].make_context(found, rest).params
     assert set(arguments.get("roles", ())) <= set(ROLES)
-    if name != "init":
+    if name not in ONE_SHOT:
         assert tuple(arguments["roles"]) == (name.removesuffix("-gpu"),)
     assert f"ENTRYPOINT {json.dumps(list(compose.ENTRYPOINT))}" in DOCKERFILE
 
@@ -82,8 +86,12 @@ def test_commands_of_our_services_exist(name):
 def test_variables_of_our_services_are_settings_or_the_stores(name):
     fields = {variable for _, variable, _ in all_fields()}
     environment = compose.environment(SERVICES[name])
-    of_store = {key: value for key, value in environment.items() if key.startswith("PERENNIAL_S3_")}
-    assert set(environment) - set(of_store) <= fields
+    of_store = {
+        key: value
+        for key, value in environment.items()
+        if key.startswith("PERENNIAL_S3_") and key not in PASSWORDS
+    }  # fmt: skip
+    assert set(environment) - set(of_store) - PASSWORDS <= fields
     given = {key: value for key, value in environment.items() if key in fields and value}  # empty: not set
     values = {key.removeprefix("PERENNIAL_").lower(): value for key, value in given.items()}
     settings = Settings.of(env_file=None, **values)
@@ -98,24 +106,59 @@ def advertised() -> list[str]:
     return [entry.split("://")[1] for entry in listeners.split(",")]
 
 
-def test_no_secret_stands_in_the_file_but_as_a_default_that_a_variable_replaces():
-    assert set(compose.variables(compose.COMPOSE.read_text("utf-8"))) == {
-        "PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY", "GRAFANA_ADMIN_PASSWORD",
-        "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_BASE", "VLLM_MODEL",
+def test_no_secret_stands_in_the_file_or_has_a_default():
+    text = compose.COMPOSE.read_text("utf-8")
+    assert compose.demanded(text) == dict.fromkeys(PASSWORDS, "run deploy/credentials.sh")
+    assert set(compose.variables(text)) - PASSWORDS == {
+        "GRAFANA_ANONYMOUS", "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_BASE", "VLLM_MODEL",
     }  # fmt: skip
-    mine = {
-        "PERENNIAL_S3_ACCESS_KEY": "me", "PERENNIAL_S3_SECRET_KEY": "mine", "GRAFANA_ADMIN_PASSWORD": "also",
-        "PERENNIAL_INTERNAL_KEY": "k" * 32,
-    }  # fmt: skip
-    filled = compose.load(mine)["services"]
+    filled = compose.load({"PERENNIAL_INTERNAL_KEY": "k" * 32})["services"]
     for name in OURS:
-        assert compose.environment(filled[name])["PERENNIAL_S3_SECRET_KEY"] == "mine"
         assert compose.environment(filled[name])["PERENNIAL_INTERNAL_KEY"] == "k" * 32
-    assert compose.environment(filled["vllm"])["PERENNIAL_S3_SECRET_KEY"] == "mine"
-    assert compose.environment(filled["minio"])["MINIO_ROOT_PASSWORD"] == "mine"
-    assert compose.environment(filled["minio"])["MINIO_ROOT_USER"] == "me"
-    assert compose.environment(filled["grafana"])["GF_SECURITY_ADMIN_PASSWORD"] == "also"
-    assert "perennial-dev" not in json.dumps(filled)
+    grafana = compose.environment(filled["grafana"])
+    assert grafana["GF_SECURITY_ADMIN_PASSWORD"] == "grafana_admin_password"
+    assert grafana["GF_AUTH_ANONYMOUS_ENABLED"] == "false"
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_every_service_has_an_account_of_its_own_and_no_other_password(name):
+    environment = compose.environment(SERVICES[name])
+    role = {"init": "provisioner", "vllm": "subscriber"}.get(name, name.removesuffix("-gpu"))
+    if name == "accounts":
+        assert environment["PERENNIAL_S3_ACCESS_KEY"] == compose.environment(SERVICES["minio"])["MINIO_ROOT_USER"]
+        assert environment["PERENNIAL_S3_SECRET_KEY"] == "minio_root_password"
+        assert {each for each in PASSWORDS if environment.get(each)} == {secret_variable(role) for role in STORE_ROLES}
+        return
+    if role in STORE_ROLES:
+        assert environment["PERENNIAL_S3_ACCESS_KEY"] == f"perennial-{role}"
+        assert environment["PERENNIAL_S3_SECRET_KEY"] == secret_variable(role).lower()
+    given = {value for value in environment.values() if value.upper() in PASSWORDS}
+    assert len(given) == (name not in {"kafka", "prometheus"})
+    if "env_file" in SERVICES[name]:  # .env holds every password, and what the file sets takes precedence
+        assert {environment[each] for each in PASSWORDS} == {""}
+
+
+def test_the_script_makes_the_passwords_once_and_keeps_them_private(tmp_path):
+    assert (
+        set(re.findall(r"(?:MINIO|GRAFANA|PERENNIAL)_[A-Z0-9_]+", compose.CREDENTIALS_SCRIPT.read_text())) == PASSWORDS
+    )
+    file = tmp_path / "env"
+    file.write_text("PERENNIAL_STEPS=2\nGRAFANA_ADMIN_PASSWORD=mine\nMINIO_ROOT_PASSWORD=")
+    file.chmod(0o644)
+
+    def run() -> str:
+        command = ["sh", str(compose.CREDENTIALS_SCRIPT), str(file)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    shown = dict(line.split("=") for line in run().splitlines())
+    assert set(shown) == PASSWORDS - {"GRAFANA_ADMIN_PASSWORD"}
+    assert all(re.fullmatch("[0-9a-f]{48}", value) for value in shown.values())
+    assert len(set(shown.values())) == len(shown)
+    assert file.stat().st_mode & 0o777 == 0o600
+    kept = dict(line.split("=") for line in file.read_text().splitlines())
+    assert kept == {"PERENNIAL_STEPS": "2", "GRAFANA_ADMIN_PASSWORD": "mine", **shown}
+    assert run() == ""
+    assert dict(line.split("=") for line in file.read_text().splitlines()) == kept
 
 
 def test_images_are_pinned_and_kafka_is_the_tested_one():
@@ -161,10 +204,12 @@ def test_up_wait_means_ready(name):
 def test_init_comes_after_healthy_servers_and_is_waited_for_to_its_end():
     # A one-shot service makes `up --wait` fail unless another service waits for its success.
     assert {name: on["condition"] for name, on in SERVICES["init"]["depends_on"].items()} == {
-        "kafka": "service_healthy", "minio": "service_healthy",
+        "kafka": "service_healthy", "accounts": "service_completed_successfully",
     }  # fmt: skip
-    assert SERVICES["init"]["healthcheck"] == {"disable": True}
-    assert SERVICES["init"]["restart"] == "no"
+    assert SERVICES["accounts"]["depends_on"] == {"minio": {"condition": "service_healthy"}}
+    for name in ONE_SHOT:
+        assert SERVICES[name]["healthcheck"] == {"disable": True}
+        assert SERVICES[name]["restart"] == "no"
     for service in SERVICES.values():
         assert set(service.get("depends_on", {})) <= set(SERVICES)
 
@@ -207,7 +252,7 @@ def test_ports_agree():
         assert SERVICES[name]["expose"] in ([port], [])
     scraped = yaml.safe_load((DEPLOY / "prometheus/prometheus.yml").read_text("utf-8"))["scrape_configs"][0]
     (discovery,) = scraped["dns_sd_configs"]
-    assert set(discovery["names"]) == set(OURS) - {"init"}
+    assert set(discovery["names"]) == set(OURS) - ONE_SHOT
     assert {str(discovery["port"])} == {compose.environment(SERVICES[name])["PERENNIAL_METRICS_PORT"] for name in OURS}
     inside = {port for entry in advertised() for port in [entry.split(":")[1]]}
     assert SERVICES["kafka"]["ports"][0].split(":")[2] in inside
@@ -246,9 +291,9 @@ def test_the_vllm_service_serves_the_base_of_the_learners_from_their_store():
     assert set(settings) - {name for name in settings if name.startswith("PERENNIAL_S3_")} <= {
         variable for _, variable, _ in all_fields()
     }
-    shared = set(settings) & set(learner)
+    shared = set(settings) & set(learner) - {"PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY"}
     assert {name: settings[name] for name in shared} == {name: learner[name] for name in shared}
-    assert {"PERENNIAL_STORE", "PERENNIAL_S3_SECRET_KEY"} <= shared
+    assert {"PERENNIAL_STORE", "PERENNIAL_S3_ENDPOINT"} <= shared
     assert settings["PERENNIAL_SERVED_BASE"] == Settings.of(env_file=None).model.base
     other = compose.load({"PERENNIAL_BASE": "owner/model", "VLLM_MODEL": "owner/model"})["services"]["vllm"]
     assert compose.environment(other)["PERENNIAL_SERVED_BASE"] == "owner/model"

@@ -28,7 +28,9 @@ def test_it_runs_our_image_with_the_stacks_addresses(name):
     service, ours = SERVICES[name], SERVICES["learner"]
     assert service["image"] == ours["image"]
     environment, theirs = compose.environment(service), compose.environment(ours)
-    assert {key: theirs[key] for key in environment} == environment
+    account = {key: environment[key] for key in ("PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY")}
+    assert {**{key: theirs[key] for key in environment}, **account} == environment
+    assert account["PERENNIAL_S3_ACCESS_KEY"] == "perennial-subscriber"
     fields = {variable for _, variable, _ in all_fields()}
     of_store = {key: value for key, value in environment.items() if key.startswith("PERENNIAL_S3_")}
     assert set(environment) - set(of_store) <= fields
@@ -76,10 +78,10 @@ def test_it_waits_for_services_that_exist(name):
     assert waits["init"]["condition"] == "service_completed_successfully"
 
 
-def test_secrets_have_defaults_that_variables_replace():
-    assert set(compose.variables(compose.OVERLAY.read_text("utf-8"))) == {
-        "ADAPTER", "PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY",
-    }  # fmt: skip
-    filled = compose.load({"PERENNIAL_S3_SECRET_KEY": "mine", "ADAPTER": "acme/search"}, compose.OVERLAY)
+def test_the_password_is_demanded_and_the_adapter_is_a_variable():
+    text = compose.OVERLAY.read_text("utf-8")
+    assert set(compose.variables(text)) == {"ADAPTER", "PERENNIAL_S3_SECRET_KEY_SUBSCRIBER"}
+    assert compose.demanded(text) == {"PERENNIAL_S3_SECRET_KEY_SUBSCRIBER": "run deploy/credentials.sh"}
+    filled = compose.load({"PERENNIAL_S3_SECRET_KEY_SUBSCRIBER": "mine", "ADAPTER": "acme/search"}, compose.OVERLAY)
     assert compose.environment(filled["services"]["subscriber"])["PERENNIAL_S3_SECRET_KEY"] == "mine"
     assert filled["services"]["subscriber"]["command"][0] == "acme/search"
