@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -53,6 +54,13 @@ _REFUSALS: Final = frozenset({
     KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.GROUP_AUTHORIZATION_FAILED,
     KafkaError.CLUSTER_AUTHORIZATION_FAILED,
 })  # fmt: skip
+_NO_COORDINATOR = frozenset({
+    KafkaError.NOT_COORDINATOR, KafkaError.COORDINATOR_NOT_AVAILABLE, KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+})  # fmt: skip
+_PASSED = _NO_COORDINATOR | {
+    KafkaError.TOPIC_ALREADY_EXISTS, KafkaError.GROUP_ID_NOT_FOUND, KafkaError.NON_EMPTY_GROUP,
+}  # fmt: skip
+"""Codes of what the broker looks at after it has asked its authorizer."""
 _FetchTopic = FetchRequest.FetchTopic
 _FetchPartition = _FetchTopic.FetchPartition
 _Futures = Mapping[Any, Future[Any]]
@@ -164,11 +172,29 @@ class Trier:
         found = {}
         for name in names:
             if operation == "Read":
-                answer = self._admin.alter_consumer_group_offsets([ConsumerGroupTopicPartitions(name, [position])])
+                found[name] = self._commits(ConsumerGroupTopicPartitions(name, [position]))
             else:
-                answer = self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(name)])
-            found |= _allowed(answer)
+                found |= _allowed(self._admin.list_consumer_group_offsets([ConsumerGroupTopicPartitions(name)]))
         return found
+
+    def _commits(self, offsets: ConsumerGroupTopicPartitions) -> bool:
+        """Commit an offset, once the broker leads the group; the first commits of a young broker find no leader."""
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            answer = self._admin.alter_consumer_group_offsets([offsets])
+            try:
+                codes = {
+                    each.error.code()
+                    for each in answer[offsets.group_id].result(LIMIT_S).topic_partitions
+                    if each.error
+                }
+            except KafkaException as error:
+                codes = {error.args[0].code()}
+            if not codes & _NO_COORDINATOR:
+                assert codes <= _REFUSALS, codes
+                return KafkaError.GROUP_AUTHORIZATION_FAILED not in codes  # without Read on the topic comes another
+            assert time.monotonic() < deadline, "the group has no coordinator"
+            time.sleep(0.1)
 
     def cluster(self) -> dict[str, bool]:
         """Try what only an administrator may do; return for each act whether it was allowed."""
@@ -253,19 +279,18 @@ def _allowed(answers: _Futures) -> dict[str, bool]:
     found = {}
     for name, future in answers.items():
         try:
-            answer = future.result(LIMIT_S)
+            future.result(LIMIT_S)
         except KafkaException as error:
             found[name] = not _is_refusal(error.args[0])
         else:
-            errors = [each.error for each in getattr(answer, "topic_partitions", None) or ()]
-            found[name] = not any(error and error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED for error in errors)
+            found[name] = True
     return found
 
 
 def _is_refusal(error: KafkaError | None) -> bool:
-    """Return whether the authorizer refused. An error without an answer of the broker is neither, so it is raised."""
-    if error is None:
+    """Return whether the authorizer refused; raise an error that says neither this nor that it let the act pass."""
+    if error is None or error.code() in _PASSED:
         return False
-    if error.code() < 0:  # librdkafka's own, such as a time that ran out
+    if error.code() not in _REFUSALS:
         raise KafkaException(error)
-    return error.code() in _REFUSALS
+    return True
