@@ -6,9 +6,17 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Final, TypeVar
 
-from perennial.storage.errors import ConflictError
+from perennial.storage.errors import ConflictError, NotFoundError
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.records import AliasKind, AliasState, alias_key
+from perennial.storage.registry.records import (
+    MAX_RECORD_BYTES,
+    AliasKind,
+    AliasState,
+    GenerationFloor,
+    alias_key,
+    generation_floor_key,
+    parse_record,
+)
 
 ATTEMPTS: Final = 64
 
@@ -85,7 +93,7 @@ class AliasWriter:
         successor = AliasState(
             adapter=adapter,
             alias=alias,
-            generation=state.generation + 1 if state else 1,
+            generation=(state.generation if state else self._floor(adapter, alias)) + 1,
             version=version,
             seq=seq,
             kind=kind,
@@ -94,9 +102,47 @@ class AliasWriter:
             published_at=self._now(),
             nonce=self._nonce(),
         )
-        key = alias_key(adapter, alias)
+        return self._write(successor, state.etag if state else None)
+
+    def resume(self, state: AliasState, etag: str | None) -> AliasState | None:
+        """Write an alias of a restored store with the generation that it has, and return it; None after a conflict.
+
+        Args:
+            state: the alias as it is to be; it gets a nonce, and the time.
+            etag: what a compare-and-swap expects; None if the alias must not be there.
+        """
+        return self._write(state.model_copy(update={"nonce": self._nonce(), "published_at": self._now()}), etag)
+
+    def raise_floor(self, adapter: str, alias: str, generation: int) -> None:
+        """Let an alias that is not there begin above a generation.
+
+        Raises:
+            ConflictError: other writers were first at every attempt.
+        """
+
+        def load() -> tuple[GenerationFloor, str | None]:
+            return self._load_floor(adapter, alias)
+
+        def raised(found: GenerationFloor) -> GenerationFloor:
+            return GenerationFloor(generation=max(found.generation, generation))
+
+        update_object(self._store, generation_floor_key(adapter, alias), load, raised, GenerationFloor.to_bytes)
+
+    def _floor(self, adapter: str, alias: str) -> int:
+        return self._load_floor(adapter, alias)[0].generation
+
+    def _load_floor(self, adapter: str, alias: str) -> tuple[GenerationFloor, str | None]:
+        key = generation_floor_key(adapter, alias)
         try:
-            etag = self._store.compare_and_swap(key, successor.to_bytes(), state.etag if state else None)
+            stored = self._store.get(key, MAX_RECORD_BYTES)
+        except NotFoundError:
+            return GenerationFloor(generation=0), None
+        return parse_record(GenerationFloor, key, stored.data), stored.etag
+
+    def _write(self, successor: AliasState, etag: str | None) -> AliasState | None:
+        key = alias_key(successor.adapter, successor.alias)
+        try:
+            etag = self._store.compare_and_swap(key, successor.to_bytes(), etag)
         except ConflictError:
             return None
         return successor.model_copy(update={"etag": etag})

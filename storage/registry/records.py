@@ -67,6 +67,16 @@ class AliasState(RegistryRecord):
     etag: str = ""
 
 
+class GenerationFloor(RegistryRecord):
+    """The generation above which an alias that the store does not have begins: subscribers have seen that far.
+
+    Attributes:
+        generation: the highest generation that was ever announced of the alias.
+    """
+
+    generation: int = Field(ge=0)
+
+
 class Revocation(RegistryRecord):
     """A version that must not be served any more.
 
@@ -103,6 +113,11 @@ def revocation_key(adapter: str, seq: int) -> str:
 def alias_key(adapter: str, alias: str) -> str:
     """Return the key of an alias."""
     return f"aliases/{check_adapter(adapter)}/{check_name(_alias_name, alias)}"
+
+
+def generation_floor_key(adapter: str, alias: str) -> str:
+    """Return the key of the generation above which an alias begins; only a restored store has such an object."""
+    return f"generations/{check_adapter(adapter)}/{check_name(_alias_name, alias)}"
 
 
 def check_name(kind: TypeAdapter[str], name: str) -> str:

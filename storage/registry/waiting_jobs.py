@@ -127,7 +127,20 @@ def committed_cuts(store: ObjectStore, adapter: str) -> int:
         stored = store.get(key, MAX_CURATE_STATE_BYTES)
     except NotFoundError:
         return 0
-    return parse_record(_CurateState, key, stored.data).cuts
+    return cuts_of_state(key, stored.data)
+
+
+def cuts_of_state(key: str, data: bytes) -> int:
+    """Return how many cuts a stored state of curate counts.
+
+    Args:
+        key: the state's key, for the error.
+        data: the state.
+
+    Raises:
+        IntegrityError: the state is not readable.
+    """
+    return parse_record(_CurateState, key, data).cuts
 
 
 class _CurateState(BaseModel):

@@ -13,9 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import islice
-from typing import Any, cast
+from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
@@ -37,10 +36,8 @@ from perennial.storage.registry.parked import (
 from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.storage.registry.waiting_jobs import (
-    committed_cuts,
     count_jobs,
     give_up_cut,
-    job_key,
     list_jobs,
     load_given_up,
     load_job,
@@ -52,12 +49,9 @@ from perennial.streams.cli.terminal.printable import printable_lines
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import (
-    ForgetRequested,
-    RetentionKind,
     RollbackRequested,
-    Selector,
-    UpdateRequested,
 )
+from perennial.streams.recovery.waiting_work import cuts_in_store, open_forget_jobs, waiting_updates
 from perennial.streams.retention.example_rows import history_index
 from perennial.streams.settings import Settings
 
@@ -382,18 +376,18 @@ def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool)
     registry = open_registry(settings)
     store = registry.store
     parked = load_parked(store, adapter)
-    cuts, uncommitted = _committed(store, adapter)
+    cuts, uncommitted = cuts_in_store(store, adapter)
     if parked is None and not (cuts or uncommitted):
         require_adapter(registry, adapter)
-    jobs = _waiting_jobs(store, adapter, cuts)
-    forgets = _open_forget_jobs(store, adapter)
+    jobs = waiting_updates(store, adapter, cuts)
+    forgets = open_forget_jobs(store, adapter, "sent again when the adapter was unparked")
     given_up = _give_up_missing(registry, adapter, cuts) if without_missing else []
     # The record goes first: a job that a learner reads while it is there is committed without being run.
     unpark_adapter(store, adapter)
     # A learner may have committed such a job since they were listed. Its object was in the store before its record.
     known = set(cuts)
-    cuts, uncommitted = _committed(store, adapter)
-    jobs += _waiting_jobs(store, adapter, [cut for cut in cuts if cut not in known])
+    cuts, uncommitted = cuts_in_store(store, adapter)
+    jobs += waiting_updates(store, adapter, [cut for cut in cuts if cut not in known])
     with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
         for job in (*forgets, *jobs):
             publisher.publish(job).result(_DELIVERY_TIMEOUT_S)
@@ -427,43 +421,6 @@ def unpark(adapter: str, *, without_missing: bool, wait_s: float, as_json: bool)
                 "waiting jobs", soft_wrap=True, markup=False,
             )  # fmt: skip
     return 1 if again is not None or (wait_s and not tried) else 0
-
-
-def _committed(store: ObjectStore, adapter: str) -> tuple[list[int], list[int]]:
-    """Return the cuts whose jobs are in the store: those that curate committed, and the others."""
-    cuts = list(list_jobs(store, adapter))
-    committed = committed_cuts(store, adapter)
-    return [cut for cut in cuts if cut < committed], [cut for cut in cuts if cut >= committed]
-
-
-def _waiting_jobs(store: ObjectStore, adapter: str, cuts: list[int]) -> list[UpdateRequested]:
-    jobs = []
-    for cut in cuts:
-        stored = load_job(store, adapter, cut)
-        if stored is None:  # it was settled in the meantime
-            continue
-        try:
-            jobs.append(UpdateRequested.model_validate_json(stored.data))
-        except ValidationError as error:
-            raise IntegrityError(
-                f"{job_key(adapter, cut)} does not hold a job", got=f"{len(stored.data)} bytes",
-                allowed="an update job", remedy="restore the object from a copy, then run the command again",
-            ) from error  # fmt: skip
-    return jobs
-
-
-def _open_forget_jobs(store: ObjectStore, adapter: str) -> list[ForgetRequested]:
-    """Return the jobs of the requests to forget that were accepted and are not carried out."""
-    return [
-        ForgetRequested(
-            job_id=entry.job_id, request_id=entry.request_id, kind=cast("RetentionKind", entry.kind), adapter=adapter,
-            selector=None if entry.selector is None else Selector.model_validate(entry.selector),
-            example_ids=entry.example_ids, until_ms=entry.until_ms, suppress=entry.suppress,
-            reason="sent again when the adapter was unparked",
-        )
-        for entry in load_quarantine(store, adapter).entries
-        if entry.done is None
-    ]  # fmt: skip
 
 
 def _give_up_missing(registry: Registry, adapter: str, cuts: list[int]) -> list[int]:

@@ -36,6 +36,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.cli.access.acls_command import acls
 from perennial.streams.cli.access.store_app import store_app
 from perennial.streams.cli.adapter_page.page_command import report
+from perennial.streams.cli.backup.backup_app import backup_app
 from perennial.streams.cli.base.base_app import base_app
 from perennial.streams.cli.chat.chat_commands import ask, system_prompt
 from perennial.streams.cli.economics.economics_command import economics
@@ -67,6 +68,7 @@ app.add_typer(topics_app, name="topics")
 app.add_typer(publish_app, name="publish")
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(dlq_app, name="dlq")
+app.add_typer(backup_app, name="backup")
 app.add_typer(base_app, name="base")
 app.add_typer(forget_app, name="forget")
 app.add_typer(marks_app, name="marks")

@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from perennial.storage.errors import IntegrityError, NotFoundError, PerennialError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.recovery.restored_store import load_restored
 from perennial.storage.registry.compare_and_swap import update_object
 from perennial.streams.kafka.maintenance import allowed_counts
 from perennial.streams.kafka.topics import TOPICS, ClusterIds, TopicReport, identify, provision
@@ -152,12 +153,25 @@ def check_installation(settings: Settings, store: ObjectStore, names: Sequence[s
         The record, which then holds these topics.
 
     Raises:
-        InstallationError: Another cluster, another id or partition count of an internal topic.
+        InstallationError: Another cluster, another id or partition count of an internal topic; or the store was restored
+            from a backup and is not reconciled with Kafka.
         TopicError: A topic does not exist.
         KafkaUnavailableError: Kafka does not answer.
         StoreError: The store does not answer.
     """
+    require_reconciled(store)
     return record_found(settings, store, identify(settings, names), names, allowed_counts(store), by_reader=True)
+
+
+def require_reconciled(store: ObjectStore) -> None:
+    """Raise InstallationError where the store was restored and Kafka's offsets are still those from before."""
+    restored = load_restored(store)
+    if restored is not None:
+        raise InstallationError(
+            "the store was restored and is not reconciled with Kafka: examples would be lost, and erased texts learned",
+            got=f"backup {restored.backup_id} of {restored.began_at:%Y-%m-%d %H:%M:%S %Z}", allowed="no object restored/backup",
+            remedy="run `perennial backup reconcile`; if objects are still being copied, `perennial backup restore` first",
+        )  # fmt: skip
 
 
 def record_found(

@@ -25,6 +25,7 @@ from perennial.streams.client.base_publisher import Delivery, PublishError
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import BlobRef, ForgetRequested, RollbackRequested, UpdateRequested
 from perennial.streams.kafka.topics import TOPICS
+from perennial.streams.recovery import waiting_work
 from perennial.testing import small_weights
 from tests import jobs
 from tests.versions import VersionPublisher
@@ -256,13 +257,13 @@ def test_case_23_unpark_gives_up_no_cut_that_curate_is_still_to_make(store, kafk
 
 def test_case_23_unpark_passes_over_a_job_that_is_settled_meanwhile(store, kafka, capsys, monkeypatch):
     waiting(store, 1, 2)
-    real = adapters.committed_cuts
+    real = waiting_work.committed_cuts
 
     def settled_meanwhile(*given: Any) -> int:
         delete_job(store, ADAPTER, 1)
         return real(*given)
 
-    monkeypatch.setattr(adapters, "committed_cuts", settled_meanwhile)
+    monkeypatch.setattr(waiting_work, "committed_cuts", settled_meanwhile)
     assert unpark(wait_s=0) == 0
     assert [event.cut for event in kafka.sent] == [2]
 

@@ -1,0 +1,86 @@
+"""Where the consumer groups stood when a backup was made; the backup keeps it as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from kafka import TopicPartition
+from pydantic import BaseModel, ConfigDict
+
+from perennial.streams.kafka.group_offsets import ReaderPosition, reader_positions
+from perennial.streams.kafka.repartition import READERS
+from perennial.streams.kafka.topics import admin_client, identify
+from perennial.streams.settings import Settings
+
+
+class KafkaPositions(BaseModel):
+    """Positions and ids of a Kafka cluster at one moment.
+
+    Attributes:
+        schema_version: Version of this format.
+        cluster_id: The cluster.
+        topic_ids: Topic ids by name without the prefix.
+        offsets: What the group that reads a topic had committed, by topic without the prefix and partition. A partition
+            of which nothing was committed has the first offset of its log.
+        generations: The highest generation that was announced, by `adapter#alias`.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = 1
+    cluster_id: str
+    topic_ids: dict[str, str]
+    offsets: dict[str, dict[int, int]]
+    generations: dict[str, int] = {}
+
+    def recorded(self, topic: str, topic_id: str | None, cluster_id: str) -> Mapping[int, int]:
+        """Return the committed offsets in a topic; none where it is another topic by now, or in another cluster."""
+        same = self.cluster_id == cluster_id and self.topic_ids.get(topic) == topic_id
+        return self.offsets.get(topic, {}) if same else {}
+
+
+def read_logs(settings: Settings, admin: Any, counts: Mapping[str, int]) -> dict[str, list[ReaderPosition]]:
+    """Return the position of its reader in every partition of every topic that a role reads.
+
+    Args:
+        settings: Name the topic prefix.
+        admin: A KafkaAdminClient.
+        counts: Partition counts by topic with the prefix.
+    """
+    found = {}
+    for topic, group in READERS.items():
+        full = settings.kafka.topic(topic)
+        found[topic] = reader_positions(admin, settings.kafka.topic(group), full, counts.get(full, 0))
+    return found
+
+
+def read_positions(settings: Settings, generations: Mapping[str, int]) -> KafkaPositions:
+    """Return where the consumer groups stand now.
+
+    Read it before the store is copied: what is committed by then is in the store.
+
+    Args:
+        settings: Name the brokers and the topic prefix.
+        generations: The highest generation that was announced, by `adapter#alias`.
+
+    Raises:
+        KafkaUnavailableError: Kafka does not answer.
+    """
+    ids = identify(settings)
+    with admin_client(settings) as admin:
+        logs = read_logs(settings, admin, ids.partitions)
+    return KafkaPositions(
+        cluster_id=ids.cluster_id,
+        topic_ids={topic: ids.topic_ids[settings.kafka.topic(topic)] for topic in logs if logs[topic]},
+        offsets={
+            topic: {each.partition.partition: max(each.committed, each.begin) for each in positions}
+            for topic, positions in logs.items()
+        },
+        generations=dict(generations),
+    )
+
+
+def partition_of(settings: Settings, topic: str, number: int) -> TopicPartition:
+    """Return a partition of a topic that is named without the prefix."""
+    return TopicPartition(settings.kafka.topic(topic), number)
