@@ -30,7 +30,7 @@ PREFIX: Final = "backups/"
 PAGE_ENTRIES: Final = 4096
 _MAX_PAGE_BYTES: Final = 8 << 20
 _MAX_HEADER_BYTES: Final = 32 << 20
-_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{4}")
+_ID = re.compile(r"\d{8}T\d{9}Z-[0-9a-f]{4}")
 _Count = Annotated[int, Field(ge=0)]
 
 
@@ -83,8 +83,8 @@ class BackupHeader(RegistryRecord):
 
 
 def new_backup_id(now: datetime) -> str:
-    """Return an id for a backup that begins now."""
-    return f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(2)}"
+    """Return an id for a backup that begins now: the time to the millisecond, and four random digits."""
+    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03d}Z-{secrets.token_hex(2)}"
 
 
 def header_key(backup_id: str) -> str:

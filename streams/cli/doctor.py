@@ -206,6 +206,20 @@ def _store(settings: Settings) -> Finding:
     return Finding("store", True, f"{store.uri}: create-if-absent and compare-and-swap hold")
 
 
+def _age_of_store(settings: Settings) -> Finding:
+    """Compare the store with what Kafka announced: a store that was set back loses examples and revives erased texts."""
+    from perennial.streams.recovery.announced import read_announced
+    from perennial.streams.recovery.reconcile import evidence_of_age
+
+    announced = read_announced(settings)
+    evidence = evidence_of_age(open_store(settings.store.require_uri(), settings.s3), announced)
+    return Finding(
+        "age of the store", not evidence,
+        "; ".join(evidence) or f"it has every generation that was announced, of {len(announced.generations)} aliases",
+        "stop all roles and run `perennial backup reconcile` (docs/operations.md, A bucket that was set back)",
+    )  # fmt: skip
+
+
 def _parked(settings: Settings) -> Finding:
     store = open_store(settings.store.require_uri(), settings.s3)
     parked, waiting = list(list_parked(store)), count_jobs(store)
@@ -254,6 +268,7 @@ def _device(settings: Settings) -> Finding:
 CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "python": _python, "disk": _disk, "embedded broker": _jars, "broker": _broker, "topics": _topics,
     "durability": _durability, "offsets": _offsets, "store": _store, "recorded topics": _recorded_topics,
+    "age of the store": _age_of_store,
     "jobs": _parked, "device": _device, "base": _base,
 }  # fmt: skip
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from kafka import TopicPartition
+from kafka.errors import CoordinatorNotAvailableError
 from pydantic import BaseModel, ConfigDict
 
 from perennial.streams.kafka.group_offsets import ReaderPosition, reader_positions
-from perennial.streams.kafka.repartition import READERS
+from perennial.streams.kafka.repartition import READERS, group_members
+from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.topics import admin_client, identify
 from perennial.streams.settings import Settings
+
+GROUPS: Final = ("intake", "scorer", "curate", "learner")
+"""The consumer groups of the roles, without the prefix."""
+COORDINATOR_S: Final = 60.0
+LOOK_S: Final = 0.5
 
 
 class KafkaPositions(BaseModel):
@@ -38,6 +46,29 @@ class KafkaPositions(BaseModel):
         """Return the committed offsets in a topic; none where it is another topic by now, or in another cluster."""
         same = self.cluster_id == cluster_id and self.topic_ids.get(topic) == topic_id
         return self.offsets.get(topic, {}) if same else {}
+
+
+def members_of(settings: Settings, group: str) -> int:
+    """Return how many processes are members of a consumer group.
+
+    A cluster on which no group was ever used first makes the topic of its groups, which takes seconds.
+
+    Args:
+        settings: Name the brokers and the topic prefix.
+        group: The group without the prefix.
+
+    Raises:
+        KafkaUnavailableError: Kafka does not answer.
+    """
+    deadline_s = time.monotonic() + COORDINATOR_S
+    while True:
+        try:
+            with admin_client(settings) as admin:
+                return group_members(admin, settings.kafka.topic(group))
+        except KafkaUnavailableError as error:
+            if not isinstance(error.__cause__, CoordinatorNotAvailableError) or time.monotonic() > deadline_s:
+                raise
+        time.sleep(LOOK_S)
 
 
 def read_logs(settings: Settings, admin: Any, counts: Mapping[str, int]) -> dict[str, list[ReaderPosition]]:
@@ -68,6 +99,8 @@ def read_positions(settings: Settings, generations: Mapping[str, int]) -> KafkaP
         KafkaUnavailableError: Kafka does not answer.
     """
     ids = identify(settings)
+    for group in GROUPS:
+        members_of(settings, group)
     with admin_client(settings) as admin:
         logs = read_logs(settings, admin, ids.partitions)
     return KafkaPositions(

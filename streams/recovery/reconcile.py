@@ -43,12 +43,11 @@ from perennial.streams.events.models import ForgetRequested, UpdateRequested
 from perennial.streams.kafka.group import ConfirmingProducer
 from perennial.streams.kafka.group_offsets import ReaderPosition
 from perennial.streams.kafka.installation import first_difference, load_installation
-from perennial.streams.kafka.repartition import group_members
 from perennial.streams.kafka.topics import TOPICS, ClusterIds, admin_client, identify
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.recovery.alias_plan import WAITS, resumed_alias
 from perennial.streams.recovery.announced import Announced, read_announced
-from perennial.streams.recovery.kafka_positions import KafkaPositions, partition_of, read_logs
+from perennial.streams.recovery.kafka_positions import GROUPS, KafkaPositions, members_of, partition_of, read_logs
 from perennial.streams.recovery.log_reader import merge_by_time, read_range
 from perennial.streams.recovery.offset_plan import LogRange, OffsetPlan, plan_offsets
 from perennial.streams.recovery.replay_requests import ReplayReport, replay_requests
@@ -58,7 +57,6 @@ from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 from perennial.streams.settings import Settings
 
-GROUPS: Final = ("intake", "scorer", "curate", "learner")
 REQUESTS_MARGIN_MS: Final = 7 * 24 * 3_600_000
 """Where nobody knows how far requests were read, they are read from so long before the store's newest trace."""
 
@@ -220,9 +218,7 @@ def _registry(store: ObjectStore) -> Registry:
 
 def require_stopped(settings: Settings) -> None:
     """Raise ReconcileError where a consumer group of the roles has a member."""
-    with admin_client(settings) as admin:
-        members = {group: group_members(admin, settings.kafka.topic(group)) for group in GROUPS}
-    running = {group: count for group, count in members.items() if count}
+    running = {group: count for group in GROUPS if (count := members_of(settings, group))}
     if running:
         raise ReconcileError(
             "roles are running", got=", ".join(f"{count} processes in the group {group}" for group, count in running.items()),
