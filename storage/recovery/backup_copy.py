@@ -171,8 +171,11 @@ class _Copier:
         """Copy aliases, curate's states, jobs and versions; an adapter that was cut meanwhile is copied again."""
         for prefix in _IN_STEP:
             self._copy(prefix, self._store.list(prefix))
-        for state in list(self._index.keys_below("state/curate/")):
-            adapter = state.removeprefix("state/curate/")
+        adapters = {key.removeprefix("state/curate/") for key in self._index.keys_below("state/curate/")}
+        for prefix in ("jobs/", "versions/"):  # also of an adapter whose first state came after states were read
+            adapters |= {key.removeprefix(prefix).rpartition("/")[0] for key in self._index.keys_below(prefix)}
+        for adapter in sorted(adapters):
+            state = f"state/curate/{adapter}"
             for _ in range(_STEP_ATTEMPTS):
                 if self._is_current(state):
                     break
@@ -188,9 +191,10 @@ class _Copier:
         """Return whether an object is as it was copied, and no object where none was copied."""
         found = self._index.get(key)
         try:
-            return found is not None and digest_of(self._store.get(key).data) == found.digest
+            data = self._store.get(key).data
         except NotFoundError:
             return found is None
+        return found is not None and digest_of(data) == found.digest
 
     def _copy_adapter(self, adapter: str) -> None:
         """Copy the aliases, the state, the jobs and the versions of one adapter again, in this order."""

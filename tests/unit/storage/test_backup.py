@@ -237,6 +237,21 @@ def test_an_adapter_that_is_cut_meanwhile_is_read_again(now: Clock) -> None:
     assert len(list(restored.list("versions/"))) == 2
 
 
+def test_an_adapter_that_curate_cuts_for_the_first_time_meanwhile_comes_with_its_state(now: Clock) -> None:
+    """Without the state curate would begin with cut 0 again, which the versions have behind them."""
+    store, place = Interrupting(), Memory()
+
+    def begin() -> None:
+        jobs.commit(store, ADAPTER, 0)
+        add_versions(store, ADAPTER, 1)
+
+    store.hooks["jobs/"] = begin
+    keys = keys_of(place, create_backup(store, place, now))
+    assert {key for key in keys if key.startswith(("state/", "versions/"))} == {
+        "state/curate/acme/support", "versions/acme/support/000000000001",
+    }  # fmt: skip
+
+
 def test_the_pages_of_suppressed_texts_and_their_key_are_looked_for(now: Clock) -> None:
     store, place = Memory(), Memory()
     add_versions(store, ADAPTER, 1)
