@@ -80,6 +80,7 @@ def test_a_store_that_is_restored_to_yesterday_loses_nothing_and_revives_nothing
     with Subscriber(
         "acme/a", MemoryBackend(None), settings=flow.settings, store=flow.store, replica="watch"
     ) as follower:
+        flow.publish(40)  # the backup is made while they are cut and learned
         made = said(flow, "backup", "create", place)
         assert made["positions"]["offsets"]["scored-examples"]
         assert readable(Path(place), [OLD]) != []
