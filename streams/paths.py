@@ -48,3 +48,8 @@ def default_data_dir() -> Path:
 def cache_dir() -> Path:
     """Return the folder for downloads: jars and server binaries."""
     return _home("XDG_CACHE_HOME", ".cache")
+
+
+def state_dir() -> Path:
+    """Return the folder for what a process must remember after a restart, and nobody edits."""
+    return _home("XDG_STATE_HOME", ".local/state")

@@ -9,6 +9,7 @@ from uuid import uuid4
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import Manifest, Probes
 from perennial.storage.registry.registry import AliasState, Registry
+from perennial.storage.signing.trust import Trust
 from perennial.streams.client.testing import BASE_SHA256, next_manifest, small_weights
 
 _serial = itertools.count()
@@ -17,11 +18,17 @@ _serial = itertools.count()
 class VersionPublisher:
     """Publishes versions of one adapter the way a learner does."""
 
-    def __init__(self, store: ObjectStore, adapter: str = "acme/support", base_sha256: str = BASE_SHA256) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        adapter: str = "acme/support",
+        base_sha256: str = BASE_SHA256,
+        trust: Trust | None = None,
+    ) -> None:
         self.store = store
         self.adapter = adapter
         self.base_sha256 = base_sha256
-        self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
+        self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC), trust=trust)
 
     def manifest(
         self, weights: bytes, kind: str = "update", rank: int = 2, alpha: int = 4, probes: Probes | None = None

@@ -28,6 +28,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import AdapterName, Digest
 from perennial.storage.registry.records import RegistryRecord, check_adapter, manifest_key, parse_record
 from perennial.storage.registry.registry import Registry
+from perennial.storage.signing.version_statements import signature_key
 
 KEEP_PROGRESS = timedelta(days=7)
 """Progress that no job has used for so long is given up: its expiry was cancelled, or its job is lost."""
@@ -168,6 +169,7 @@ def sweep_steps(
         for key, step in swept:
             if step.rebuilt not in manifests:
                 registry.store.delete(manifest_key(adapter, step.rebuilt))
+                registry.store.delete(signature_key(adapter, step.rebuilt))
             registry.store.delete(key)
     return kept
 

@@ -68,7 +68,7 @@ def run_scorer(
     check_installation(settings, store, ROLE_TOPICS["scorer"])
     base = base or load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     make_deterministic(settings.model.threads)
-    registry = Registry(store, nonce=lambda: uuid4().hex, now=_now)
+    registry = Registry(store, nonce=lambda: uuid4().hex, now=_now, trust=settings.signing.readers_trust())
     scorer = Scorer(base, settings, lock, SystemPrompts(store))
     with (
         AdapterCache(

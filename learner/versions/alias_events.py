@@ -18,6 +18,7 @@ from perennial.streams.events.adapter_events import (
     Learned,
 )
 from perennial.streams.events.models import RetentionProgressed
+from perennial.streams.kafka.event_signatures import signed_event
 
 _EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | AdapterRetired]] = {
     "promoted": AdapterPromoted,
@@ -28,7 +29,7 @@ _EVENTS: dict[str, type[AdapterPromoted | AdapterRolledBack | AdapterRevoked | A
 
 
 def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, datetime] | None = None) -> AdapterUpdate:
-    """Return the event that says where an alias points.
+    """Return the event that says where an alias points, signed where the registry has a key.
 
     Args:
         registry: holds the manifest of the alias's version.
@@ -37,7 +38,7 @@ def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, da
             trained and promoted; None where these times are not known.
     """
     manifest = registry.manifest(state.adapter, state.version)
-    return _EVENTS[state.kind](
+    event = _EVENTS[state.kind](
         adapter=state.adapter,
         alias=state.alias,
         generation=state.generation,
@@ -61,6 +62,7 @@ def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, da
         stage_at=dict(stage_at or {}),
         published_at=state.published_at,
     )
+    return signed_event(event, registry.trust)
 
 
 def alias_event_id(event: AdapterUpdate) -> str:

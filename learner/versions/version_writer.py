@@ -285,7 +285,9 @@ def make_version_writer(
         return datetime.now(UTC)
 
     make_deterministic(settings.model.threads)
-    registry = Registry(store, nonce=lambda: uuid4().hex, now=now, failpoint=default_failpoint)
+    registry = Registry(
+        store, nonce=lambda: uuid4().hex, now=now, failpoint=default_failpoint, trust=settings.signing.trust()
+    )
     codec = ExampleTokenizer(base.tokenizer)
     row_tokens = settings.training.row_tokens
 

@@ -17,6 +17,7 @@ from perennial.storage.registry.records import (
     generation_floor_key,
     parse_record,
 )
+from perennial.storage.signing.trust import Trust
 
 ATTEMPTS: Final = 64
 
@@ -69,9 +70,11 @@ class AliasWriter:
         store: where the aliases are stored.
         nonce: returns a string that was never returned before, so that no two states of an alias have equal bytes.
         now: wall clock.
+        trust: signs the aliases, where it has a key.
     """
 
-    def __init__(self, store: ObjectStore, nonce: Callable[[], str], now: Callable[[], datetime]) -> None:
+    def __init__(self, store: ObjectStore, nonce: Callable[[], str], now: Callable[[], datetime], trust: Trust) -> None:
+        self._trust = trust
         self._store = store
         self._nonce = nonce
         self._now = now
@@ -140,6 +143,7 @@ class AliasWriter:
         return parse_record(GenerationFloor, key, stored.data), stored.etag
 
     def _write(self, successor: AliasState, etag: str | None) -> AliasState | None:
+        successor = successor.signed(self._trust)
         key = alias_key(successor.adapter, successor.alias)
         try:
             etag = self._store.compare_and_swap(key, successor.to_bytes(), etag)

@@ -1,7 +1,8 @@
-"""The registry's small records and their keys: claims, aliases, revocations."""
+"""The registry's small records and their keys: claims, aliases, revocations; and what it returns of versions."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import orjson
@@ -9,9 +10,11 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, V
 
 from perennial.storage.errors import IntegrityError, StoreError
 from perennial.storage.objects.keys import hex_of
-from perennial.storage.registry.manifest import AdapterName, AliasName, Digest, Seq
+from perennial.storage.registry.manifest import AdapterName, AliasName, Digest, Manifest, Seq
+from perennial.storage.signing.trust import Trust
 
 AliasKind = Literal["promoted", "rolled_back", "revoked", "retired"]
+ALIAS_PAYLOAD = "application/vnd.perennial.alias.v1+json"
 MAX_RECORD_BYTES = 64 << 10
 SEQ_DIGITS = 12
 _adapter_name: TypeAdapter[str] = TypeAdapter(AdapterName)
@@ -51,6 +54,7 @@ class AliasState(RegistryRecord):
         reason: why it was changed, for people.
         published_at: when it was changed.
         nonce: keeps the bytes, and so the etags, of any two states apart.
+        signature: who wrote it, over all fields before; None, and not stored, where the writer had no key.
         etag: what a compare-and-swap expects; not stored.
     """
 
@@ -64,7 +68,29 @@ class AliasState(RegistryRecord):
     reason: str
     published_at: AwareDatetime
     nonce: str
+    signature: str | None = Field(default=None, max_length=256)
     etag: str = ""
+
+    def to_bytes(self) -> bytes:
+        """Return the alias as canonical JSON, without its etag, and without a signature that it does not have."""
+        return self._json({"etag"} if self.signature else {"etag", "signature"})
+
+    def signed(self, trust: Trust) -> AliasState:
+        """Return the alias with a signature; unchanged where there is no key to sign with."""
+        signature = trust.sign(ALIAS_PAYLOAD, self._json({"etag", "signature"}))
+        return self.model_copy(update={"signature": signature}) if signature else self
+
+    def check_signature(self, trust: Trust) -> None:
+        """Check that a trusted key signed the alias; does nothing where no signature is asked for.
+
+        Raises:
+            SignatureError: no trusted key signed it.
+        """
+        what = f"alias {self.adapter}#{self.alias} at generation {self.generation}"
+        trust.check(ALIAS_PAYLOAD, self._json({"etag", "signature"}), self.signature, what)
+
+    def _json(self, without: set[str]) -> bytes:
+        return orjson.dumps(self.model_dump(mode="json", exclude=without), option=orjson.OPT_SORT_KEYS)
 
 
 class GenerationFloor(RegistryRecord):
@@ -93,6 +119,39 @@ class Revocation(RegistryRecord):
     seq: Seq
     reason: str
     revoked_at: AwareDatetime
+
+
+@dataclass(frozen=True)
+class Head:
+    """The newest version of an adapter.
+
+    Attributes:
+        seq: its sequence number, from 1.
+        version: its id.
+        manifest: what it consists of.
+    """
+
+    seq: int
+    version: str
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Publication:
+    """The result of a publish.
+
+    Attributes:
+        version: the version that was published for the update; another publisher's, if that one was first.
+        manifest: its manifest.
+        alias_state: the alias afterwards; None if the version is not promoted, or if it was revoked before the alias was
+            ever set.
+        was_new: True if this call claimed the sequence number.
+    """
+
+    version: str
+    manifest: Manifest
+    alias_state: AliasState | None
+    was_new: bool
 
 
 def manifest_key(adapter: str, version: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from datetime import datetime
 
 from cachetools import LRUCache
@@ -27,6 +26,8 @@ from perennial.storage.registry.records import (
     AliasKind,
     AliasState,
     Claim,
+    Head,
+    Publication,
     Revocation,
     alias_key,
     check_adapter,
@@ -36,6 +37,8 @@ from perennial.storage.registry.records import (
     version_key,
 )
 from perennial.storage.registry.waiting_jobs import load_job_versions, record_job_version
+from perennial.storage.signing.trust import Trust
+from perennial.storage.signing.version_statements import VersionSignatures
 
 __all__ = ["AliasState", "Head", "Publication", "Registry", "Revocation", "manifest_key", "update_id"]
 
@@ -44,39 +47,6 @@ _ALIAS_KINDS: dict[str, AliasKind] = {
     "rollback": "rolled_back", "revoke": "revoked", "quarantine": "revoked", "forget": "revoked",
 }  # fmt: skip
 _SWAP_ATTEMPTS = 64
-
-
-@dataclass(frozen=True)
-class Head:
-    """The newest version of an adapter.
-
-    Attributes:
-        seq: its sequence number, from 1.
-        version: its id.
-        manifest: what it consists of.
-    """
-
-    seq: int
-    version: str
-    manifest: Manifest
-
-
-@dataclass(frozen=True)
-class Publication:
-    """The result of a publish.
-
-    Attributes:
-        version: the version that was published for the update; another publisher's, if that one was first.
-        manifest: its manifest.
-        alias_state: the alias afterwards; None if the version is not promoted, or if it was revoked before the alias was
-            ever set.
-        was_new: True if this call claimed the sequence number.
-    """
-
-    version: str
-    manifest: Manifest
-    alias_state: AliasState | None
-    was_new: bool
 
 
 class Registry:
@@ -88,6 +58,7 @@ class Registry:
         now: wall clock, for aliases and revocations.
         failpoint: called with a name after each step of a publish, where fault tests may stop the process.
         cached: how many manifests are kept in memory.
+        trust: signs manifests and aliases, and asks for the signatures of those that are read. None: neither.
     """
 
     def __init__(
@@ -97,9 +68,12 @@ class Registry:
         now: Callable[[], datetime],
         failpoint: Callable[[str], None] = default_failpoint,
         cached: int = 256,
+        trust: Trust | None = None,
     ) -> None:
         self.store = store
-        self._aliases = AliasWriter(store, nonce, now)
+        self.trust = trust = trust or Trust()
+        self._signatures = VersionSignatures(store, trust)
+        self._aliases = AliasWriter(store, nonce, now, trust)
         self._now = now
         self._failpoint = failpoint
         # Bounded, so that memory stays bounded with any number of adapters. The lock: cachetools is not thread-safe.
@@ -134,25 +108,40 @@ class Registry:
             raise NotFoundError(f"version {newest} of {adapter} was deleted while it was read", remedy="do it again")
         with self._cache_lock:
             self._known_seqs[adapter] = newest
-        return Head(newest, claim.version, self.manifest(adapter, claim.version))
+        manifest = self.manifest(adapter, claim.version)
+        if self.trust.verifies and manifest.seq != newest:
+            key = version_key(adapter, newest)
+            raise IntegrityError(f"{key} names a version of another place", got=manifest.seq, allowed=newest)
+        return Head(newest, claim.version, manifest)
 
     def manifest(self, adapter: str, version: str) -> Manifest:
-        """Return a version's manifest, digest verified.
+        """Return a version's manifest; its digest is checked, and its signature where one is asked for.
 
         Raises:
             NotFoundError: there is no such manifest.
-            IntegrityError: the stored bytes are not that manifest, or it is another adapter's.
+            IntegrityError: the stored bytes are not that manifest, it is another adapter's, or no trusted key signed it.
         """
         with self._cache_lock:
             cached = self._manifests.get((adapter, version))
         if cached is not None:
             return cached
+        manifest = self.unverified_manifest(adapter, version)
+        self._signatures.check(adapter, version)
+        with self._cache_lock:
+            self._manifests[adapter, version] = manifest
+        return manifest
+
+    def unverified_manifest(self, adapter: str, version: str) -> Manifest:
+        """Return a version's manifest, whoever signed it; for a revocation, and for whoever checks the signature itself.
+
+        Raises:
+            NotFoundError: there is no such manifest.
+            IntegrityError: the stored bytes are not that manifest, or it is another adapter's.
+        """
         key = manifest_key(adapter, version)
         manifest = Manifest.from_bytes(get_verified(self.store, key, version, MAX_MANIFEST_BYTES))
         if manifest.adapter != adapter:
             raise IntegrityError(f"{key} is another adapter's manifest", got=manifest.adapter, allowed=adapter)
-        with self._cache_lock:
-            self._manifests[adapter, version] = manifest
         return manifest
 
     def versions(self, adapter: str, newest_first: bool = True, limit: int | None = None) -> Iterator[tuple[int, str]]:
@@ -189,17 +178,29 @@ class Registry:
         """Return where the alias points; None if it was never set.
 
         Raises:
-            IntegrityError: the stored object is not this alias.
+            IntegrityError: the stored object is not this alias, or no trusted key signed it.
+        """
+        state = self.unverified_alias(adapter, alias)
+        if state is None:
+            return None
+        if (state.adapter, state.alias) != (adapter, alias):
+            key = alias_key(adapter, alias)
+            raise IntegrityError(f"{key} is another alias", got=f"{state.adapter}#{state.alias}", allowed=key)
+        state.check_signature(self.trust)
+        return state
+
+    def unverified_alias(self, adapter: str, alias: str) -> AliasState | None:
+        """Return what is stored as the alias, whoever signed it and whichever alias it is; None if there is nothing.
+
+        Raises:
+            IntegrityError: the stored object is no alias.
         """
         key = alias_key(adapter, alias)
         try:
             stored = self.store.get(key, MAX_RECORD_BYTES)
         except NotFoundError:
             return None
-        state = parse_record(AliasState, key, stored.data)
-        if (state.adapter, state.alias) != (adapter, alias):
-            raise IntegrityError(f"{key} is another alias", got=f"{state.adapter}#{state.alias}", allowed=key)
-        return state.model_copy(update={"etag": stored.etag})
+        return parse_record(AliasState, key, stored.data).model_copy(update={"etag": stored.etag})
 
     def revocations(self, adapter: str) -> Iterator[Revocation]:
         """Yield the adapter's revoked versions by sequence number."""
@@ -266,8 +267,12 @@ class Registry:
         return Publication(version, manifest, state, was_new)
 
     def record(self, manifest: Manifest) -> str:
-        """Store a manifest that gets no sequence number and is never served; return its version id."""
+        """Store a manifest and its signature, without a sequence number; return its version id.
+
+        The signature is stored before anything names the version, so that no reader finds a version without one.
+        """
         version = manifest.digest()
+        self._signatures.sign(manifest.adapter, version, manifest.weights.digest)
         self.store.put_if_absent(manifest_key(manifest.adapter, version), manifest.to_bytes())
         return version
 
@@ -358,7 +363,7 @@ class Registry:
         Raises:
             NotFoundError: there is no such version.
         """
-        manifest = self.manifest(adapter, version)
+        manifest = self.unverified_manifest(adapter, version)
         if not self._is_version(manifest, version):
             raise NotFoundError(f"{version} is not a version of {adapter}", remedy="see `perennial adapters history`")
         key = revocation_key(adapter, manifest.seq)

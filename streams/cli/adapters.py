@@ -73,6 +73,7 @@ def open_registry(settings: Settings) -> Registry:
         open_store(settings.store.require_uri(), settings.s3),
         nonce=lambda: uuid.uuid4().hex,
         now=lambda: datetime.now(UTC),
+        trust=settings.signing.trust(),
     )
 
 

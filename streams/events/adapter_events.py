@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from perennial.streams.events.fields import FROZEN, Adapter, Alias, Count, Digest, Event, Finite, Name
+from perennial.streams.events.fields import FROZEN, Adapter, Alias, Count, Digest, Event, Finite, Name, Signature
 
 
 class BaseRef(BaseModel):
@@ -54,6 +54,8 @@ class _AliasEvent(Event):
     """By stage, when the oldest example of the update was published, and when the update was cut, received, trained and
     promoted; empty where these times are not known."""
     published_at: AwareDatetime
+    signature: Signature | None = None
+    """Signature over the event's type and all other fields; see docs/signatures.md. None: the writer had no key."""
 
     def key(self) -> str:
         return f"{self.adapter}#{self.alias}"

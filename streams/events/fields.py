@@ -75,6 +75,9 @@ Subjects = Annotated[list[OutsideName], Field(max_length=MAX_LIST_ITEMS)]
 Ids = Annotated[list[OutsideId], Field(max_length=MAX_LIST_ITEMS)]
 RetentionClass = Annotated[str, Field(max_length=32), AfterValidator(_check_retention)]
 Digest = Annotated[str, Field(pattern=r"^sha256:[0-9a-f]{64}$")]
+SIGNATURE_PATTERN = r"^sha256:[0-9a-f]{64}:[A-Za-z0-9+/]{86}==$"
+Signature = Annotated[str, Field(pattern=SIGNATURE_PATTERN)]
+"""An Ed25519 signature: the id of the public key, and the signature in base64."""
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Loss = Annotated[float, Field(ge=-1, le=1e6, allow_inf_nan=False)]
 """A mean loss in nats per token. The bounds keep sums and squares of losses finite; rounding may give a value below 0."""

@@ -31,7 +31,9 @@ class StoreFacts:
 
     def __init__(self, settings: Settings, store: ObjectStore, acks: Any) -> None:
         self.store = store
-        self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
+        self.registry = Registry(
+            store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC), trust=settings.signing.trust()
+        )
         self._index = ExampleIndex(self.registry)
         self._acks = acks
         self._alias = settings.serving.alias

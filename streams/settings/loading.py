@@ -45,6 +45,7 @@ from perennial.streams.settings.kafka_security_group import KafkaSecuritySetting
 from perennial.streams.settings.model_groups import GateSettings, ModelSettings, TrainingSettings
 from perennial.streams.settings.presets import preset_of, preset_settings
 from perennial.streams.settings.resolver_group import ResolverSettings
+from perennial.streams.settings.signing_group import SigningSettings
 from perennial.streams.settings.tenant_group import TenantSettings
 
 _S = TypeVar("_S", bound="Settings")
@@ -81,6 +82,7 @@ class Settings(BaseModel):
     observe: ObserveSettings = Field(default_factory=ObserveSettings)
     devstack: DevstackSettings = Field(default_factory=DevstackSettings)
     security: SecuritySettings = Field(default_factory=SecuritySettings)
+    signing: SigningSettings = Field(default_factory=SigningSettings)
     s3: S3Settings = Field(default_factory=lambda: _s3_settings(".env"), exclude=True, repr=False)
 
     @classmethod
@@ -213,7 +215,7 @@ def load_settings(**values: Any) -> Settings:
         variable = _variable_at(str(first["loc"][0]) if first["loc"] else "")
         raise SettingsError(
             f"{variable} is not usable",
-            got="a secret" if variable in _secret_variables() else first.get("input"),
+            got="a secret" if not first["loc"] or variable in _secret_variables() else first.get("input"),
             allowed=first["msg"].removeprefix("Value error, "),
             remedy=f"correct or unset {variable}",
         ) from error

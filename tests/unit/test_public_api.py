@@ -86,7 +86,7 @@ Receipt.done -> bool
 Receipt.result(self, timeout_s: float = 30.0) -> Delivery
 RetentionRequested(*, request_id, kind, adapter, selector=..., superseded_by=..., half_life=..., time_to_live=..., assurance=..., requested_by, reason=..., due_at=..., emergency=...) -> None
 RetentionRequested.key(self) -> str
-Settings(*, kafka=..., kafka_security=..., store=..., intake=..., curate=..., retain=..., model=..., training=..., gate=..., tenants=..., serving=..., resolver=..., observe=..., devstack=..., security=..., s3=...) -> None
+Settings(*, kafka=..., kafka_security=..., store=..., intake=..., curate=..., retain=..., model=..., training=..., gate=..., tenants=..., serving=..., resolver=..., observe=..., devstack=..., security=..., signing=..., s3=...) -> None
 Settings.environment(self) -> dict[str, str]
 Settings.replace(self, **values: Any) -> Self
 SglangBackend(url: str, path: Path | str, *, server_path: str | None = None, base_sha256: str | None = None, base_model_name: str | None = None, max_rank: int | None = None, tolerance_nats: float = 0.15, grace_s: float = 2.0, api_key: str | None = None, timeout_s: float = 120.0, check_s: float | None = 2.0, clock: Callable[[], float] = ...) -> None

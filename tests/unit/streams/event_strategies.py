@@ -40,6 +40,7 @@ _PATTERNS: dict[str, st.SearchStrategy[str]] = {
     VISIBLE_PATTERN: _VISIBLE,
     r"^sha256:[0-9a-f]{64}$": st.binary(min_size=32, max_size=32).map(lambda raw: f"sha256:{raw.hex()}"),
     fields.CLUSTER_ID_PATTERN: st.from_regex(r"[!-~]{1,128}", fullmatch=True),
+    fields.SIGNATURE_PATTERN: st.from_regex(r"sha256:[0-9a-f]{64}:[A-Za-z0-9+/]{86}==", fullmatch=True),
     fields.TOPIC_NAME_PATTERN: st.from_regex(r"[A-Za-z0-9._-]{1,249}", fullmatch=True),
     fields.TOPIC_ID_PATTERN: st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True),
     r"^[0-9a-f]{32}$": st.binary(min_size=16, max_size=16).map(bytes.hex),

@@ -113,7 +113,9 @@ def test_the_environment_gives_another_process_the_same_settings(monkeypatch):
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)
     assert load_settings(env_file=None) == settings
-    secrets = {"PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_KAFKA_PASSWORD"}
+    secrets = {
+        "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_KAFKA_PASSWORD", "PERENNIAL_SIGNING_KEY",
+    }  # fmt: skip
     assert set(settings.environment()) == {variable for _, variable, _ in all_fields()} - secrets
 
 

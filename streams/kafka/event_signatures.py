@@ -1,0 +1,66 @@
+"""Sign the events of `adapter-updates` and `adapter-acks`, and check them.
+
+The signature is in the event's field `signature`. It covers the type and every other field of the record as it is on the
+wire, as canonical JSON (sorted keys, no white space), so that a reader checks fields that it does not know as well.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import orjson
+
+from perennial.storage.signing.signatures import SignatureError
+from perennial.storage.signing.trust import Trust
+from perennial.streams.events.fields import Event
+
+_FIELD = "signature"
+E = TypeVar("E", bound=Event)
+
+
+def signed_event(event: E, trust: Trust) -> E:
+    """Return an event with its signature; unchanged where there is no key to sign with.
+
+    Args:
+        event: an event with a field `signature`.
+        trust: the key.
+    """
+    body = _canonical(event.model_dump_json(by_alias=True).encode())
+    signature = trust.sign(_payload_type(event), body)
+    return event.model_copy(update={_FIELD: signature}) if signature else event
+
+
+def check_event(event: Event, value: bytes, trust: Trust) -> None:
+    """Check the signature of a record; does nothing where no signature is asked for.
+
+    Args:
+        event: the record's event.
+        value: the record's value, in binary mode.
+        trust: the trusted keys.
+
+    Raises:
+        SignatureError: no trusted key signed it.
+        KeyFileError: the trusted keys cannot be read.
+    """
+    if not trust.verifies:
+        return
+    what = f"{event.type} of {event.key()}"
+    try:
+        body, signature = _canonical(value), getattr(event, _FIELD, None)
+        read = type(event).model_validate_json(body)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise SignatureError("forged", f"{what} is not in the form that is signed", got=value[:80]) from error
+    # Two readers of JSON may take different ones of two fields with one name.
+    if read != event.model_copy(update={_FIELD: None}):
+        raise SignatureError("forged", f"{what} can be read in two ways", got=value[:80])
+    trust.check(_payload_type(event), body, signature, what)
+
+
+def _payload_type(event: Event) -> str:
+    return f"application/vnd.perennial.event.v1+json; type={event.type}"
+
+
+def _canonical(value: bytes) -> bytes:
+    fields = orjson.loads(value)
+    fields.pop(_FIELD, None)
+    return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)

@@ -1,0 +1,110 @@
+"""The group of settings of Ed25519 signatures. See `loading` for how they are set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic_settings import SettingsConfigDict
+
+from perennial.storage.signing.key_files import TrustedKeys, parse_signing_key, read_signing_key
+from perennial.storage.signing.signatures import SigningKey
+from perennial.storage.signing.trust import Trust
+from perennial.streams.paths import state_dir
+from perennial.streams.settings.groups import SettingsError, SettingsGroup, expanded
+
+
+class SigningSettings(SettingsGroup):
+    """Keys that sign versions, aliases and events, and keys whose signatures are asked for.
+
+    Files are read where a process opens the registry, not where the settings are read.
+
+    Example:
+        >>> SigningSettings(_env_file=None).trust().verifies
+        False
+    """
+
+    model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True)
+    secret_fields: ClassVar[frozenset[str]] = frozenset({"signing_key"})
+
+    signing_key_file: str = Field(
+        "",
+        description="file with the private key (Ed25519, PEM, mode 0600) that signs versions, aliases and events: for "
+        "learner, streams and commands that move aliases; empty: nothing is signed",
+    )
+    signing_key: SecretStr | None = Field(None, description="the private key itself, instead of its file")
+    trusted_keys: str = Field(
+        "",
+        description="file with the public keys (PEM) of which one must have signed what subscribers, vLLM's plugin, "
+        "learner, scorer and streams read; empty: signatures are not asked for",
+    )
+    seen_dir: str = Field(
+        "",
+        description="subscriber, vLLM plugin: folder that keeps the highest signed generation of each alias, so that an "
+        "older one is refused after a restart too; empty: one in perennial's state folder",
+    )
+
+    @field_validator("signing_key", mode="before")
+    @classmethod
+    def _none_if_empty(cls, value: object) -> object:
+        return value or None
+
+    @field_validator("signing_key_file", "trusted_keys", "seen_dir")
+    @classmethod
+    def _expand(cls, path: str) -> str:
+        return str(expanded(path)) if path else ""
+
+    @model_validator(mode="after")
+    def _check_one_key(self) -> Self:
+        if self.signing_key_file and self.signing_key is not None:
+            # No ValueError: pydantic's error of a whole group holds all its values, and so the key.
+            raise SettingsError(
+                "two keys to sign with are set", got="PERENNIAL_SIGNING_KEY_FILE and PERENNIAL_SIGNING_KEY",
+                allowed="one of them", remedy="unset the other",
+            )  # fmt: skip
+        return self
+
+    def key_to_sign(self) -> SigningKey | None:
+        """Return the private key; None where none is set.
+
+        Raises:
+            KeyFileError: The file cannot be read, others can read it, or it holds no such key.
+        """
+        if self.signing_key is not None:
+            # In a line of `.env` the ends of lines are written as \n.
+            pem = self.signing_key.get_secret_value().replace("\\n", "\n")
+            return parse_signing_key(pem.encode(), "PERENNIAL_SIGNING_KEY")
+        return read_signing_key(Path(self.signing_key_file)) if self.signing_key_file else None
+
+    def trust(self) -> Trust:
+        """Return the keys of a process that may write.
+
+        Raises:
+            KeyFileError: A file of keys cannot be used.
+            SettingsError: The private key is not among the trusted ones, so that this process would refuse its own work.
+        """
+        key = self.key_to_sign()
+        trusted = self.readers_trust().trusted
+        if key is not None and trusted is not None and key.public.key_id not in trusted.by_id():
+            raise SettingsError(
+                "the key that signs is not trusted by this process itself", got=key.public.key_id,
+                allowed=", ".join(trusted.by_id()), remedy=f"add its public key to {trusted.path}: `perennial keys ls`",
+            )  # fmt: skip
+        return Trust(key, trusted)
+
+    def readers_trust(self) -> Trust:
+        """Return the keys of a process that only reads.
+
+        Raises:
+            KeyFileError: The file of the trusted keys cannot be used.
+        """
+        if not self.trusted_keys:
+            return Trust()
+        trusted = TrustedKeys(Path(self.trusted_keys))
+        trusted.by_id()
+        return Trust(None, trusted)
+
+    def seen_folder(self) -> Path:
+        """Return the folder that keeps the highest generations."""
+        return Path(self.seen_dir).absolute() if self.seen_dir else state_dir() / "seen-generations"
