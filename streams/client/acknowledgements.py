@@ -6,16 +6,21 @@ Nothing here raises an error because of the broker, and a broker that does not a
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
+import os
+import socket
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
 from typing import Any, TypeAlias
 
 from kafka import KafkaProducer
 
+from perennial.storage.registry.registry import AliasState
 from perennial.streams.client.subscriber_kafka import RECONNECT_S, TIMEOUT_MS
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.events.cloudevents import encode
@@ -26,9 +31,58 @@ _log = logging.getLogger("perennial.subscriber")
 
 Acknowledgement: TypeAlias = AdapterActivated | AdapterFailed
 
+_serials = itertools.count(1)
 _MAX_PENDING = 64
+_MAX_ERROR_CHARS = 1000
 _BEATS_PER_LEASE = 3
 _CLOSE_S = 3 * TIMEOUT_MS / 1000
+
+
+def own_replica_name() -> str:
+    """Return host name and process id, with a number from the second subscriber of a process on."""
+    serial = next(_serials)
+    return f"{socket.gethostname()[:200]}-{os.getpid()}{f'-{serial}' if serial > 1 else ''}"
+
+
+@dataclass(frozen=True)
+class ReplicaReports:
+    """Makes the events of one replica.
+
+    Attributes:
+        adapter: The adapter.
+        alias: The alias that the replica follows.
+        replica: The replica's name.
+        now: The wall clock.
+    """
+
+    adapter: str
+    alias: str
+    replica: str
+    now: Callable[[], datetime]
+
+    def activated(self, state: AliasState, stage_s: Mapping[str, float]) -> AdapterActivated:
+        """Return the acknowledgement of what the alias names."""
+        return AdapterActivated(
+            adapter=self.adapter, alias=self.alias, replica=self.replica, generation=state.generation,
+            version=state.version, stage_s=dict(stage_s), published_at=state.published_at, at=self.now(),
+        )  # fmt: skip
+
+    def failed(
+        self, generation: int, version: str, published_at: datetime, stage_s: Mapping[str, float], error: Exception
+    ) -> AdapterFailed:
+        """Return the report of a version that is not served."""
+        return AdapterFailed(
+            adapter=self.adapter, alias=self.alias, replica=self.replica, generation=generation, version=version,
+            stage_s=dict(stage_s), published_at=published_at, at=self.now(),
+            error=f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS],
+        )  # fmt: skip
+
+    def left(self, generation: int, version: str | None) -> ReplicaLeft:
+        """Return the last report."""
+        return ReplicaLeft(
+            adapter=self.adapter, alias=self.alias, replica=self.replica, generation=generation, version=version,
+            at=self.now(),
+        )  # fmt: skip
 
 
 class Acks:
@@ -65,6 +119,7 @@ class Acks:
         self._producer: Any = None
         self._pending: deque[Acknowledgement | ReplicaLeft] = deque(maxlen=_MAX_PENDING)
         self._latest: Acknowledgement | None = None
+        self._activated: AdapterActivated | None = None
         self._beat_s = 0.0
         self._retry_s = 0.0
         self._changed = threading.Condition()
@@ -96,9 +151,17 @@ class Acks:
             if self._closed:  # after `replica.left` an acknowledgement would make requests wait until its lease ends
                 return
             self._latest = ack.model_copy(update={"lease_s": self._lease_s})
+            if isinstance(self._latest, AdapterActivated):
+                self._activated = self._latest
             self._pending.append(self._latest)
             self._beat_s = self._clock() + self._lease_s / _BEATS_PER_LEASE
             self._changed.notify_all()
+
+    def send_activated_again(self, generation: int) -> None:
+        """Send the activation of a generation again, where a failure was sent after it that has passed."""
+        last = self._activated
+        if last is not None and last.generation == generation and self._latest is not last:
+            self.send(last.model_copy(update={"at": self._now()}))
 
     def tick(self) -> None:
         """Send the queue in order, with a heartbeat where one is due, and keep what the broker does not take."""

@@ -14,6 +14,7 @@ from enum import Enum
 
 from perennial.storage.errors import IntegrityError, NoSpaceError, PerennialError, StoreError
 from perennial.streams.client.backend import UnfitVersionError
+from perennial.streams.client.trust.untrusted import UntrustedVersionError
 
 
 class FailureKind(Enum):
@@ -33,13 +34,15 @@ class FailureKind(Enum):
     """Another error of the operating system."""
     VERSION = "version"
     """The version is damaged, revoked, or does not fit this backend."""
+    UNTRUSTED = "untrusted"
+    """No trusted key signed the version or the alias, or the version is not one that may be live. Counted by reason."""
     OTHER = "other"
     """Anything else that a backend raised."""
 
     @property
     def passes(self) -> bool:
         """Whether the failure may pass without a change of the version."""
-        return self is not FailureKind.VERSION
+        return self not in {FailureKind.VERSION, FailureKind.UNTRUSTED}
 
 
 _SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -74,6 +77,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _kind_of(error: BaseException) -> FailureKind | None:
     name = type(error).__name__.lower()
+    if isinstance(error, UntrustedVersionError):
+        return FailureKind.UNTRUSTED
     if isinstance(error, IntegrityError | UnfitVersionError):
         return FailureKind.VERSION
     if isinstance(error, NoSpaceError):

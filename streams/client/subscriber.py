@@ -8,11 +8,8 @@ the time of the next look.
 
 from __future__ import annotations
 
-import itertools
 import logging
-import os
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -25,14 +22,15 @@ from perennial.storage.errors import NotFoundError, PerennialError, StoreError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.registry import AliasState, Registry
-from perennial.streams.client.acknowledgements import Acks
+from perennial.streams.client.acknowledgements import Acks, ReplicaReports, own_replica_name
 from perennial.streams.client.backend import Backend, Current, Deactivates, HasRoom
 from perennial.streams.client.failure_kinds import FailureKind, RetryPolicy, failure_kind
 from perennial.streams.client.subscriber_kafka import Updates
 from perennial.streams.client.subscriber_state import Progress, State
 from perennial.streams.client.termination import sigterm_deferred
+from perennial.streams.client.trust.untrusted import UntrustedVersionError
+from perennial.streams.client.trust.version_guard import VersionGuard
 from perennial.streams.client.version_source import VersionSource
-from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings, load_settings
 
@@ -40,8 +38,6 @@ _log = logging.getLogger("perennial.subscriber")
 
 RETRY = RetryPolicy()
 _TICK_S = 0.2
-_MAX_ERROR_CHARS = 1000
-_serials = itertools.count(1)
 
 
 class SubscriberError(PerennialError):
@@ -118,9 +114,7 @@ class Subscriber:
         self.settings = settings or load_settings()
         self.adapter = adapter
         self.alias = alias or self.settings.serving.alias
-        serial = next(_serials) if replica is None else 1
-        own_name = f"{socket.gethostname()[:200]}-{os.getpid()}{f'-{serial}' if serial > 1 else ''}"
-        self.replica = replica or own_name
+        self.replica = replica or own_replica_name()
         if not 0 < len(self.replica) <= 256 or not self.replica.isprintable():
             raise SubscriberError("not a replica's name", got=self.replica, allowed="1 to 256 printable characters")
         self._backend = backend
@@ -132,13 +126,15 @@ class Subscriber:
         if store is None or isinstance(store, str):
             store = open_store(store or self.settings.store.require_uri(), self.settings.s3)
         self._registry = Registry(store, nonce=lambda: uuid4().hex, now=now)
-        self._source = VersionSource(self._registry, adapter)
+        self._guard = VersionGuard.of(self._registry, self.settings.signing)
+        self._source = VersionSource(self._registry, adapter, self._guard)
         self._bootstrap = bootstrap = kafka or self.settings.kafka.bootstrap
         owner = f"{adapter}#{self.alias}"
         self._prefix = f"{adapter if self.alias == 'live' else owner}@"
         security, topic = self.settings.kafka_security, self.settings.kafka.topic
-        self._updates = Updates(bootstrap, security, topic("adapter-updates"), owner, self._metrics)
+        self._updates = Updates(bootstrap, security, topic("adapter-updates"), owner, self._metrics, self._guard.trust)
         self._acks = Acks(bootstrap, security, topic, now, self.settings.serving.replica_lease_s, clock)
+        self._reports = ReplicaReports(adapter, self.alias, self.replica, now)
 
         self._changed = threading.Condition()
         self._current: Current | None = None
@@ -214,12 +210,7 @@ class Subscriber:
     def _announce_end(self) -> None:
         """Send `replica.left`, unless it was sent."""
         current = self.current
-        self._acks.close(
-            ReplicaLeft(
-                adapter=self.adapter, alias=self.alias, replica=self.replica, generation=self._progress.served,
-                version=current.version if current else None, at=self._now(),
-            )
-        )  # fmt: skip
+        self._acks.close(self._reports.left(self._progress.served, current.version if current else None))
 
     def start(self) -> Self:
         """Follow the alias in a new thread until `close`.
@@ -278,8 +269,11 @@ class Subscriber:
         """Read the alias, do what its state asks for, and set the time of the next look."""
         self._progress = self._progress.looking(self._clock() + self.settings.serving.poll_s)
         try:
-            alias = self._registry.alias(self.adapter, self.alias)
+            alias = self._guard.alias(self.adapter, self.alias, self._progress.newest)
         except Exception as error:  # noqa: BLE001 - nothing that the store raises may end the subscriber
+            if isinstance(error, UntrustedVersionError) and error.state is not None:
+                self._refuse_alias(error.state, error)
+                return
             self._metrics.store_error("alias")
             self._progress = self._progress.unreadable()
             level = logging.ERROR if self._progress.fruitless == 1 else logging.DEBUG
@@ -298,6 +292,16 @@ class Subscriber:
         elif self._progress.state is State.FOLLOWING:
             self._metrics.waiting(False)
             self._metrics.serving_stale(self.adapter, None)
+            if self._progress.reported is not None:  # what was refused is gone, and the version is served as before
+                self._progress = self._progress.recovered()
+                if self._current is not None:
+                    self._acks.send_activated_again(self._progress.served)
+
+    def _refuse_alias(self, alias: AliasState, error: UntrustedVersionError) -> None:
+        """Go on with what is served, and report an alias that is not trusted."""
+        self._unload_leftovers()
+        self._progress = self._progress.refusing()
+        self._report_failure(alias, error, {}, "the alias is refused")
 
     def _look_soon(self, kind: FailureKind) -> None:
         delay_s = RETRY.delay_s(max(1, self._progress.fruitless), kind, random.random())  # noqa: S311 - no secret
@@ -356,10 +360,8 @@ class Subscriber:
         except Exception as error:  # noqa: BLE001 - a backend may raise anything; it is reported as adapter.failed
             self._retry_version(alias, error, stage_s)
             return
-        ack = AdapterActivated(
-            adapter=self.adapter, alias=self.alias, replica=self.replica, generation=alias.generation,
-            version=alias.version, stage_s=stage_s, published_at=alias.published_at, at=self._now(),
-        )  # fmt: skip
+        ack = self._reports.activated(alias, stage_s)
+        self._guard.note(alias)
         with self._changed:
             self._current = current
             self._progress = self._progress.applied(alias.generation, ack)
@@ -382,7 +384,7 @@ class Subscriber:
     def _serve(self, alias: AliasState, stage_s: dict[str, float]) -> Current:
         name = self.name_of(alias.version)
         with self._timed("fetch", stage_s):
-            manifest = self._source.manifest(alias.version, self._backend.base_sha256)
+            manifest = self._source.manifest(alias.version, self._backend.base_sha256, alias)
         if self._current is None or self._current.version != alias.version:
             with self._timed("fetch", stage_s):
                 weights = self._source.fetch(manifest)
@@ -416,30 +418,28 @@ class Subscriber:
         kind = failure_kind(error)
         progress = self._progress.failed(alias.generation)
         delay_s = RETRY.delay_s(progress.attempts, kind, random.random())  # noqa: S311 - no secret
-        progress = progress.retry_at(self._clock() + delay_s)
-        self._progress = progress.reporting(alias.generation, kind, error)
-        self._metrics.subscriber_failure(kind.value)
-        self._metrics.serving_stale(self.adapter, alias.published_at.timestamp())
+        self._progress = progress.retry_at(self._clock() + delay_s)
         if isinstance(error, StoreError):
             self._metrics.store_error("fetch")
-        is_news = self._progress.reported != progress.reported
-        _log.log(
-            logging.ERROR if is_news else logging.DEBUG, "%s: attempt %d on generation %d failed (%s), it is tried again "
-            "in %.1f s: %s", self.adapter, progress.attempts, alias.generation, kind.value, delay_s, error,
-        )  # fmt: skip
+        what = f"attempt {progress.attempts} failed ({kind.value}), it is tried again in {delay_s:.1f} s"
+        self._report_failure(alias, error, stage_s, what)
+
+    def _report_failure(self, alias: AliasState, error: Exception, stage_s: Mapping[str, float], what: str) -> None:
+        """Count a failure, and log and acknowledge it where it is another one than the last."""
+        before, kind = self._progress.reported, failure_kind(error)
+        self._progress = self._progress.reporting(alias.generation, kind, error)
+        self._metrics.subscriber_failure(error.reason if isinstance(error, UntrustedVersionError) else kind.value)
+        self._metrics.serving_stale(self.adapter, alias.published_at.timestamp())
+        is_news = self._progress.reported != before
+        level = logging.ERROR if is_news else logging.DEBUG
+        _log.log(level, "%s: generation %d: %s: %s", self.adapter, alias.generation, what, error)
         if is_news:
             self._send_failed(alias.generation, alias.version, alias.published_at, stage_s, error)
 
     def _send_failed(
         self, generation: int, version: str, published_at: datetime, stage_s: Mapping[str, float], error: Exception
     ) -> None:
-        self._acks.send(
-            AdapterFailed(
-                adapter=self.adapter, alias=self.alias, replica=self.replica, generation=generation, version=version,
-                stage_s=dict(stage_s), published_at=published_at, at=self._now(),
-                error=f"{type(error).__name__}: {error}"[:_MAX_ERROR_CHARS],
-            )
-        )  # fmt: skip
+        self._acks.send(self._reports.failed(generation, version, published_at, stage_s, error))
 
     def _acknowledge(self) -> None:
         """Send the acknowledgement that is owed, if there is one."""

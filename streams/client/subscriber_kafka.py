@@ -14,10 +14,14 @@ from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.partitioner import murmur2
 
+from perennial.storage.signing.key_files import KeyFileError
+from perennial.storage.signing.signatures import SignatureError
+from perennial.storage.signing.trust import Trust
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, decode
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import connect
+from perennial.streams.kafka.event_signatures import check_event
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings.kafka_security_group import KafkaSecuritySettings
 
@@ -36,9 +40,13 @@ class Updates:
         topic: Full name of the topic.
         key: Record key of the alias, `<adapter>#<alias>`.
         metrics: Where to count.
+        trust: The keys of which one must have signed an event; an event that none signed says nothing.
     """
 
-    def __init__(self, bootstrap: str, security: KafkaSecuritySettings, topic: str, key: str, metrics: Metrics) -> None:
+    def __init__(
+        self, bootstrap: str, security: KafkaSecuritySettings, topic: str, key: str, metrics: Metrics, trust: Trust
+    ) -> None:
+        self._trust = trust
         self._bootstrap = bootstrap
         self._security = security
         self._topic = topic
@@ -105,9 +113,18 @@ class Updates:
             self._metrics.refused(error.reason)
             return 0
         self._metrics.events_in("adapter-updates")
-        if isinstance(event, AdapterUpdate) and event.key().encode() == self._key:
-            return event.generation
-        return 0
+        if not isinstance(event, AdapterUpdate) or event.key().encode() != self._key:
+            return 0
+        try:
+            check_event(event, record.value, self._trust)
+        except SignatureError as error:
+            self._metrics.refused("bad-signature")
+            _log.warning("an event on adapter-updates is ignored: %s", error)
+            return 0
+        except KeyFileError as error:
+            _log.warning("events on adapter-updates are ignored: %s", error)
+            return 0
+        return event.generation
 
     def close(self) -> None:
         """Close the connection to the broker."""

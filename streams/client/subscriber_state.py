@@ -49,7 +49,7 @@ class Progress:
         attempts: Failed attempts on `failing` in succession.
         attempt_s: Clock time of the next attempt on `failing`, in seconds.
         fruitless: Looks in succession that could not read the alias or missed the announced generation.
-        reported: Generation, kind and class of the failure that `adapter.failed` reported last; None: none.
+        reported: Generation, kind and reason or class of the failure that `adapter.failed` reported last; None: none.
         owed: Acknowledgement that waits until the previous versions are unloaded.
         owed_reported: Whether `adapter.failed` has said that `owed` waits.
         leftovers: Whether the backend may hold versions that are not served any more.
@@ -67,6 +67,11 @@ class Progress:
     owed: AdapterActivated | None = None
     owed_reported: bool = False
     leftovers: bool = True  # a process before this one may have left some
+
+    @property
+    def newest(self) -> int:
+        """The highest generation that was applied or announced."""
+        return max(self.served, self.announced)
 
     def heard(self, generation: int) -> Self:
         """Note the generation that an event named, and look at once if it is newer than all that is known."""
@@ -130,8 +135,16 @@ class Progress:
 
     def reporting(self, generation: int, kind: FailureKind, error: Exception) -> Self:
         """Note the failure that `adapter.failed` reports; unchanged where the same one was reported before."""
-        reported = (generation, kind, type(error).__name__)
+        reported = (generation, kind, getattr(error, "reason", type(error).__name__))
         return self if self.reported == reported else replace(self, reported=reported)
+
+    def refusing(self) -> Self:
+        """Note that the alias is not trusted: what is served stays, until a poll finds another alias."""
+        return replace(self, state=State.WAITING)
+
+    def recovered(self) -> Self:
+        """Note that the alias names what is served, after `adapter.failed` had reported another generation."""
+        return replace(self, reported=None, failing=0, attempts=0, attempt_s=0.0)
 
     def dropped(self) -> Self:
         """Note that the version in service was revoked: it is to be unloaded, and its generation is not owed any more."""

@@ -8,8 +8,10 @@ from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
+from perennial.storage.registry.records import AliasState
 from perennial.storage.registry.registry import Registry
 from perennial.streams.client.backend import UnfitVersionError
+from perennial.streams.client.trust.version_guard import VersionGuard
 
 MAX_WEIGHTS_BYTES: Final = 2 * 1024**3
 
@@ -20,24 +22,29 @@ class VersionSource:
     Args:
         registry: The registry.
         adapter: Name of the adapter.
+        guard: Checks who signed a version.
     """
 
-    def __init__(self, registry: Registry, adapter: str) -> None:
+    def __init__(self, registry: Registry, adapter: str, guard: VersionGuard) -> None:
+        self._guard = guard
         self._registry = registry
         self._adapter = adapter
 
-    def manifest(self, version: str, base_sha256: str | None) -> Manifest:
+    def manifest(self, version: str, base_sha256: str | None, alias: AliasState | None = None) -> Manifest:
         """Return the manifest of a version that may be served.
 
         Args:
             version: Digest of the manifest.
             base_sha256: Digest of the base that is served; None: any.
+            alias: The alias that names the version; None: somebody asked for the version itself.
 
         Raises:
+            UntrustedVersionError: No trusted key signed the version, or it is not one that may be live.
             StoreError: The store does not answer, or the manifest is missing or damaged.
             UnfitVersionError: The version is revoked, or belongs to another base.
         """
         manifest = self._registry.manifest(self._adapter, version)
+        self._guard.check_version(version, manifest, alias)
         if self._registry.is_revoked(self._adapter, manifest.seq):
             raise UnfitVersionError(
                 f"{version} is revoked and still live",

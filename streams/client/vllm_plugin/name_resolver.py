@@ -16,6 +16,7 @@ from cachetools import TTLCache
 
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.streams.client.backend import UnfitVersionError
+from perennial.streams.client.trust.untrusted import UntrustedVersionError
 from perennial.streams.client.vllm_plugin.requested_names import RequestedName, parse_requested_name
 from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
 from perennial.streams.client.vllm_plugin.version_folders import FoundVersion, VersionFolders
@@ -213,7 +214,9 @@ class NameResolver:
             ) from error
 
     def log_once(self, message: str, error: Exception) -> None:
-        """Log an error with its cause, and the same one again only after a minute."""
+        """Log an error with its cause, and the same one again only after a minute. Count one that is not trusted."""
+        if isinstance(error, UntrustedVersionError):
+            self.metrics.untrusted.labels(error.reason).inc()
         text = f"{message}: {error or type(error).__name__}"
         is_repeated = text in self._logged
         self._logged[text] = None

@@ -77,6 +77,7 @@ def _folders(settings: Settings) -> VersionFolders:
         alias=settings.serving.alias,
         served_base=settings.resolver.served_base,
         max_bytes=int(settings.resolver.resolver_max_gib * _GIB),
+        signing=settings.signing,
     )
 
 

@@ -21,6 +21,10 @@ class ResolverMetrics:
         self.requests = Counter(
             "perennial_resolver_requests", "Names that vLLM asked the plugin for.", ("outcome",), registry=registry
         )
+        self.untrusted = Counter(
+            "perennial_resolver_untrusted", "Aliases and versions refused for their signature or place.", ("reason",),
+            registry=registry,
+        )  # fmt: skip
         self.refreshes = Counter(
             "perennial_resolver_refreshes", "Changes of names that vLLM knows.", ("outcome",), registry=registry
         )

@@ -27,8 +27,10 @@ from perennial.storage.registry.records import MAX_RECORD_BYTES, Claim, parse_re
 from perennial.storage.registry.registry import Registry
 from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.directory_backend import DirectoryBackend
+from perennial.streams.client.trust.version_guard import VersionGuard
 from perennial.streams.client.version_source import VersionSource
 from perennial.streams.client.vllm_plugin.requested_names import RequestedName
+from perennial.streams.settings.signing_group import SigningSettings
 
 _UNFIT_S = 60.0
 """How long a damaged or unfit version is refused without reading its weights again."""
@@ -72,17 +74,27 @@ class VersionFolders:
         alias: The alias that a name without one follows.
         served_base: Digest or name of the base that the server has. Empty: the name that vLLM gives.
         max_bytes: Most bytes of weights in this process's folder.
+        signing: The trusted keys.
     """
 
     def __init__(
-        self, open_registry: Callable[[], Registry], root: Path, *, alias: str, served_base: str, max_bytes: int
+        self,
+        open_registry: Callable[[], Registry],
+        root: Path,
+        *,
+        alias: str,
+        served_base: str,
+        max_bytes: int,
+        signing: SigningSettings,
     ) -> None:
         self._open_registry = open_registry
         self._root = root
         self._alias = alias
         self._served_base = served_base
         self._max_bytes = max_bytes
+        self._signing = signing
         self._registry: Registry | None = None
+        self._guard: VersionGuard | None = None
         self._backend: DirectoryBackend | None = None
         self._bytes: dict[str, int] = {}
         self._unfit: TTLCache[str, Exception] = TTLCache(1024, _UNFIT_S)
@@ -105,13 +117,14 @@ class VersionFolders:
         Raises:
             StoreError: The store does not answer, or the alias or the manifest is damaged.
             UnfitVersionError: The version is revoked, was never promoted, or belongs to another base.
+            UntrustedVersionError: No trusted key signed the alias or the version, or the alias is an older one.
         """
-        registry = self._opened()
-        version, alias, published_s = name.version, None, None
+        registry, guard = self._opened(), self._opened_guard()
+        version, alias, published_s, state = name.version, None, None, None
         # An alias next to a version must exist too: otherwise one version would have any number of names.
         if version is None or name.alias:
             alias = name.alias or self._alias
-            state = registry.alias(name.adapter, alias)
+            state = guard.alias(name.adapter, alias)
             if state is None or state.kind == "retired":
                 return None
             if version is None:
@@ -121,7 +134,10 @@ class VersionFolders:
             if not self._is_promoted(registry, name.adapter, version):
                 return None
         digest = self._served_base if self._served_base.startswith("sha256:") else None
-        manifest = VersionSource(registry, name.adapter).manifest(version, digest)
+        source = VersionSource(registry, name.adapter, guard)
+        manifest = source.manifest(version, digest, None if name.version else state)
+        if state is not None:
+            guard.note(state)
         expected = self._served_base or served_model
         if digest is None and manifest.base_model != expected:
             raise UnfitVersionError(
@@ -162,8 +178,6 @@ class VersionFolders:
 
     def prepare(self, found: FoundVersion, served_model: str) -> Path:
         """Return the folder of a version. Fetch, check and write the version first, if there is no folder yet.
-
-        Manifests carry no signature yet. A check of it belongs here, before the weights are fetched.
 
         Args:
             found: The version.
@@ -243,6 +257,13 @@ class VersionFolders:
                 self._registry = self._open_registry()
             return self._registry
 
+    def _opened_guard(self) -> VersionGuard:
+        registry = self._opened()
+        with self._lock:
+            if self._guard is None:
+                self._guard = VersionGuard.of(registry, self._signing)
+            return self._guard
+
     def _opened_backend(self, served_model: str) -> DirectoryBackend:
         """Return the backend that writes into this process's folder; make the folder at the first call."""
         if self._backend is None:
@@ -273,7 +294,7 @@ class VersionFolders:
 
     def _weights(self, found: FoundVersion) -> bytes:
         """Return the checked weights, from the folder if it has them already."""
-        source = VersionSource(self._opened(), found.manifest.adapter)
+        source = VersionSource(self._opened(), found.manifest.adapter, self._opened_guard())
         backend = self._backend
         if backend is not None:
             try:

@@ -20,6 +20,7 @@ from perennial.streams.client.vllm_plugin.name_resolver import NameResolver
 from perennial.streams.client.vllm_plugin.version_folders import VersionFolders
 from perennial.streams.probe_texts import PROBE_TEXTS
 from perennial.streams.settings import Settings
+from perennial.streams.settings.signing_group import SigningSettings
 from perennial.testing import small_weights
 from tests.versions import VersionPublisher
 from tests.vllm_stand_in import Engine, LoRARequest, Server, install
@@ -35,7 +36,12 @@ class World:
         self.now_s = 1000.0
         self.versions = VersionPublisher(DirectoryStore(tmp_path / "store", fsync=False), ADAPTER)
         self.folders = VersionFolders(
-            lambda: self.versions.registry, tmp_path / "folders", alias="live", served_base="", max_bytes=1 << 30
+            lambda: self.versions.registry,
+            tmp_path / "folders",
+            alias="live",
+            served_base="",
+            max_bytes=1 << 30,
+            signing=SigningSettings(_env_file=None),
         )
         self.metrics = resolver_metrics.ResolverMetrics(CollectorRegistry())
         self.resolver = NameResolver(self.folders, 30.0, LoRARequest, self.metrics, clock=lambda: self.now_s)

@@ -271,7 +271,7 @@ def test_folders_of_servers_that_ended_are_deleted_and_those_of_others_kept(reso
         "import os, sys\n"
         "from pathlib import Path\n"
         "from perennial.streams.client.vllm_plugin.version_folders import VersionFolders\n"
-        "folders = VersionFolders(lambda: None, Path(sys.argv[1]), alias='live', served_base='', max_bytes=1)\n"
+        "folders = VersionFolders(lambda: None, Path(sys.argv[1]), alias='live', served_base='', max_bytes=1, signing=None)\n"
         "print(folders._opened_backend('base').path, flush=True)\n"
         "sys.stdin.read()\n"
         "os._exit(9)\n"

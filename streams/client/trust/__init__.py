@@ -1,0 +1,1 @@
+"""What a client with trusted keys asks of an alias and a version before it serves them."""
