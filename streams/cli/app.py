@@ -41,6 +41,7 @@ from perennial.streams.cli.base.base_app import base_app
 from perennial.streams.cli.chat.chat_commands import ask, system_prompt
 from perennial.streams.cli.economics.economics_command import economics
 from perennial.streams.cli.forget.commands import forget_app
+from perennial.streams.cli.keys.keys_app import keys_app
 from perennial.streams.cli.marks.marks_app import marks_app
 from perennial.streams.cli.replicas.replicas_app import replicas_app
 from perennial.streams.cli.subscribe.subscribe_command import subscribe
@@ -71,6 +72,7 @@ app.add_typer(dlq_app, name="dlq")
 app.add_typer(backup_app, name="backup")
 app.add_typer(base_app, name="base")
 app.add_typer(forget_app, name="forget")
+app.add_typer(keys_app, name="keys")
 app.add_typer(marks_app, name="marks")
 app.add_typer(replicas_app, name="replicas")
 app.add_typer(store_app, name="store")

@@ -241,6 +241,28 @@ def _oldest_job(store: ObjectStore, adapter: str) -> str:
     return "the next one" if cut is None else job_key(adapter, cut)
 
 
+def _signatures(settings: Settings) -> Finding:
+    """Look whether clients that trust the same keys would serve what is live."""
+    from perennial.streams.cli.keys.stored_signatures import StoredSignatures
+
+    name, keys = "signatures", settings.signing
+    signer = keys.key_to_sign()
+    signs = f"signed with {signer.public.key_id}" if signer else "not signed by this process"
+    if signer is None and not keys.trusted_keys:
+        return Finding(name, True, "versions are not signed and signatures are not asked for")
+    stored = StoredSignatures.of(settings)
+    faults = [
+        f"{adapter}#{alias}: {why}"
+        for adapter in stored.adapters(None)
+        for alias, why in stored.live_faults(adapter).items()
+    ]
+    return Finding(
+        name, not faults, f"{signs}; {len(faults)} live versions have no trusted signature: {', '.join(faults[:5])}"
+        if faults else f"{signs}; every live version has a signature",
+        "see `perennial keys check`, and docs/signatures.md",
+    )  # fmt: skip
+
+
 def _base(settings: Settings) -> Finding:
     require_extra("worker", "the base model")
     from perennial.learner.model.base import load_base
@@ -269,7 +291,7 @@ CHECKS: dict[str, Callable[[Settings], Finding]] = {
     "python": _python, "disk": _disk, "embedded broker": _jars, "broker": _broker, "topics": _topics,
     "durability": _durability, "offsets": _offsets, "store": _store, "recorded topics": _recorded_topics,
     "age of the store": _age_of_store,
-    "jobs": _parked, "device": _device, "base": _base,
+    "jobs": _parked, "signatures": _signatures, "device": _device, "base": _base,
 }  # fmt: skip
 
 
