@@ -77,7 +77,7 @@ class RetainService:
         self._metrics = metrics
         self._facts = facts
         self._store = facts.store
-        self._registry = facts.registry
+        self._registry = facts.signing_registry
         self._send = send
         self._settle_ms = int(settings.retain.clock_settle_s * 1000)
         self._wall_ms = wall_ms

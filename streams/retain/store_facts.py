@@ -27,11 +27,19 @@ class StoreFacts:
         settings: The alias whose replicas count.
         store: The object store.
         acks: An `AckReader`, or an object with its methods.
+
+    Attributes:
+        store: The object store.
+        registry: Reads versions and aliases, whoever signed them.
+        signing_registry: Moves aliases; signs them, and reads nothing that no trusted key signed.
     """
 
     def __init__(self, settings: Settings, store: ObjectStore, acks: Any) -> None:
         self.store = store
-        self.registry = Registry(
+        # Facts are read whoever signed them: one forged alias must not stop the requests of all other adapters. What is
+        # written from them is a job for a learner, which asks for signatures.
+        self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
+        self.signing_registry = Registry(
             store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC), trust=settings.signing.trust()
         )
         self._index = ExampleIndex(self.registry)

@@ -13,6 +13,7 @@ from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key, digest_of, stored_name
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
+from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, RetentionRequested, Selector
 from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
@@ -21,6 +22,7 @@ from perennial.streams.retain.service import RetainService
 from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights
+from tests.keys import Keys
 from tests.memory_store import MemoryStore
 from tests.versions import VersionPublisher
 
@@ -198,3 +200,33 @@ def test_acknowledgements_of_replicas_that_ended_are_pruned_every_hour(store):
         clock_ms[0] = int(hours * 3_600_000)
         asyncio.run(retention.tick())
     assert pruned == [3_600_000, 7_200_000]
+
+
+def test_a_revocation_is_signed_and_one_forged_alias_stops_no_other_adapter(store, tmp_path, caplog):
+    """The revocation of a version whose alias somebody forged is recorded, and nothing that they made becomes live."""
+    keys, sent = Keys(tmp_path / "keys"), []
+
+    async def send(event, _event_id):
+        sent.append(event)
+
+    settings = Settings.of(
+        env_file=None, signing_key_file=str(keys.private), trusted_keys=str(keys.public), clock_settle_s=0.001
+    )
+    acks = SimpleNamespace(replicas=lambda *_: [])
+    retention = RetainService(settings, Metrics("retain"), StoreFacts(settings, store, acks), send)
+    for name in ("acme/a", "acme/b"):
+        made = [VersionPublisher(store, name, trust=keys.owner).publish() for _ in range(2)]
+    forged = VersionPublisher(store, "acme/a", trust=keys.stranger).publish()
+    for name in ("acme/a", "acme/b"):
+        request = RetentionRequested(
+            request_id=f"r-{name}", kind="revoke", adapter=name, requested_by="ann", reason="leak"
+        )
+        asyncio.run(retention.receive(request, 1))
+    reader = Registry(store, nonce=str, now=None, trust=keys.readers)
+    state = reader.alias("acme/b")
+    assert state.kind == "revoked"
+    assert reader.manifest("acme/b", state.version).parent == made[0].version
+    assert Registry(store, nonce=str, now=None).alias("acme/a").version == forged.version
+    assert reader.is_revoked("acme/a", 3)
+    assert "left to a learner" in caplog.text
+    assert len([event for event in sent if event.type == "rollback.requested"]) == 2
