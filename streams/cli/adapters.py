@@ -42,6 +42,7 @@ from perennial.storage.registry.waiting_jobs import (
     load_given_up,
     load_job,
 )
+from perennial.storage.signing.trust import Trust
 from perennial.streams.cli.cuts.next_cut import read_next_cut
 from perennial.streams.cli.example_counts import counted_examples
 from perennial.streams.cli.tables import Column, print_facts, print_table, short_time, short_version, shown_version
@@ -67,13 +68,13 @@ _LIST_COLUMNS = (
 )  # fmt: skip
 
 
-def open_registry(settings: Settings) -> Registry:
-    """Return the registry in the store that the settings name."""
+def open_registry(settings: Settings, trust: Trust | None = None) -> Registry:
+    """Return the registry in the store that the settings name. Without keys it shows what others refuse, too."""
     return Registry(
         open_store(settings.store.require_uri(), settings.s3),
         nonce=lambda: uuid.uuid4().hex,
         now=lambda: datetime.now(UTC),
-        trust=settings.signing.trust(),
+        trust=trust,
     )
 
 
@@ -239,7 +240,7 @@ def roll_back(adapter: str, *, to: str | None, reason: str, wait_s: float, as_js
         RollbackError: The version may not be served.
     """
     settings = connected_settings()
-    registry, alias = open_registry(settings), settings.serving.alias
+    registry, alias = open_registry(settings, settings.signing.trust()), settings.serving.alias
     require_adapter(registry, adapter)
     before = registry.alias(adapter, alias)
     live = before.version if before else None

@@ -57,7 +57,7 @@ def ask_models(adapter: str, question: Question, *, version: str | None, base: b
     """
     require_extra("worker", "`perennial ask`")
     settings = connected_settings()
-    registry = open_registry(settings)
+    registry = open_registry(settings, settings.signing.readers_trust())
     asked = None if base else _version_of(registry, adapter, settings.serving.alias, version)
     system = load_system_prompt(registry.store, adapter).text if question.system is None else question.system or None
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""The commands `perennial keys new`, `rotate`, `ls`, `remove`, `sign` and `check`."""
+"""The commands `perennial keys new`, `rotate`, `ls`, `remove`, `sign`, `check` and `repair`."""
 
 from __future__ import annotations
 
@@ -78,3 +78,19 @@ def check(adapter: _Adapter = None, json_: _Json = False) -> None:
     from perennial.streams.cli.keys.stored_signatures import check_stored
 
     raise typer.Exit(check_stored(adapter, as_json=json_))
+
+
+@keys_app.command("repair")
+def repair(
+    adapter: Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")],
+    alias: Annotated[str, typer.Option(help="The alias to write.")] = "live",
+    generation: Annotated[
+        int, typer.Option(min=0, max=10**12, help="Lowest generation to give it, where clients refuse it as replayed.")
+    ] = 0,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    json_: _Json = False,
+) -> None:
+    """Take what no trusted key signed off the end of an adapter's history, and write its alias anew; stop learners first."""
+    from perennial.streams.cli.keys.alias_repair import repair_alias
+
+    raise typer.Exit(repair_alias(adapter, alias, generation, yes=yes, as_json=json_))

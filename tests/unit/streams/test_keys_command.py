@@ -16,9 +16,11 @@ from perennial.storage.registry.records import alias_key
 from perennial.storage.registry.registry import Registry
 from perennial.storage.signing.key_files import KeyFileError, TrustedKeys, read_signing_key
 from perennial.storage.signing.signatures import SignatureError
+from perennial.storage.signing.version_statements import signature_key
 from perennial.streams.cli import doctor
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.app import app
+from perennial.streams.cli.keys.alias_repair import RepairError
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.settings import SettingsError
 from tests.keys import Keys
@@ -41,7 +43,8 @@ class World:
         self.environment.setenv("PERENNIAL_TRUSTED_KEYS", str(self.public))
 
     def registry(self) -> Registry:
-        return open_registry(connected_settings())
+        settings = connected_settings()
+        return open_registry(settings, settings.signing.trust())
 
     def publisher(self) -> VersionPublisher:
         return VersionPublisher(self.store, ADAPTER, trust=connected_settings().signing.trust())
@@ -195,3 +198,57 @@ def test_an_alias_that_moves_while_it_is_signed_stays_moved(world: World, monkey
     state = Registry(world.store, nonce=str, now=None).alias(ADAPTER)
     assert state is not None
     assert (state.generation, state.signature is not None) == (2, True)
+
+
+def test_an_adapter_that_a_stranger_took_is_given_back_to_its_owner(world: World, tmp_path: Path) -> None:
+    world.use_keys()
+    with pytest.raises(KeyFileError):
+        keys("repair", ADAPTER, "--yes")
+    keys("new")
+    made = [world.publisher().publish() for _ in range(3)]
+    keys("repair", ADAPTER, "--yes", code=1)
+    stranger = VersionPublisher(world.store, ADAPTER, trust=Keys(tmp_path / "stranger").stranger)
+    for _ in range(2):
+        stranger.publish()
+    with pytest.raises(SignatureError):
+        world.publisher().publish()
+    assert CliRunner().invoke(app, ["keys", "repair", ADAPTER], input="n\n").exit_code == 1
+    with pytest.raises(SignatureError):
+        world.registry().alias(ADAPTER)
+    planned = json.loads(keys("repair", ADAPTER, "--yes", "--json"))
+    assert planned["removed"] == [4, 5]
+    state = world.registry().alias(ADAPTER)
+    assert state is not None
+    assert (state.version, state.seq, state.generation) == (made[-1].version, 3, 6)
+    assert world.registry().head(ADAPTER).version == made[-1].version
+    assert world.publisher().publish().generation == 7
+    keys("check")
+
+
+def test_an_alias_that_was_put_back_gets_the_generation_that_clients_ask_for(world: World) -> None:
+    world.use_keys()
+    keys("new")
+    publisher = world.publisher()
+    old, _, last = (publisher.publish() for _ in range(3))
+    world.store.delete(alias_key(ADAPTER, "live"))
+    world.store.put_if_absent(alias_key(ADAPTER, "live"), old.to_bytes())
+    keys("repair", ADAPTER, "--generation", "4", "--yes")
+    state = world.registry().alias(ADAPTER)
+    assert state is not None
+    assert (state.generation, state.version) == (4, last.version)
+
+
+def test_a_repair_takes_no_number_in_the_middle_and_serves_nothing_revoked(world: World, tmp_path: Path) -> None:
+    world.use_keys()
+    keys("new")
+    made = [world.publisher().publish() for _ in range(3)]
+    world.store.delete(alias_key(ADAPTER, "live"))
+    world.registry().revoke(ADAPTER, made[-1].version, "leak")
+    keys("repair", ADAPTER, "--yes")
+    state = world.registry().alias(ADAPTER)
+    assert state is not None
+    assert (state.version, state.seq) == (made[1].version, 2)
+    world.store.delete(signature_key(ADAPTER, made[0].version))
+    world.store.delete(alias_key(ADAPTER, "live"))
+    with pytest.raises(RepairError, match="before trusted ones"):
+        keys("repair", ADAPTER, "--yes")
