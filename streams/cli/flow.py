@@ -123,7 +123,7 @@ class FlowReader:
                 remedy="start it, or set PERENNIAL_KAFKA to its address; `perennial doctor` checks the connection",
             ) from error
         self.registry: Registry = open_registry(settings)
-        self._replicas = ReplicaTable()
+        self._replicas = ReplicaTable(settings.signing.replica_readers_trust())
         self._ack_partitions: list[TopicPartition] = []
         self._followed = False
 

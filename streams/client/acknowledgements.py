@@ -21,11 +21,14 @@ from typing import Any, TypeAlias
 from kafka import KafkaProducer
 
 from perennial.storage.registry.registry import AliasState
+from perennial.storage.signing.trust import Trust
 from perennial.streams.client.subscriber_kafka import RECONNECT_S, TIMEOUT_MS
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.events.cloudevents import encode
 from perennial.streams.kafka.connect import close_producer, connect
+from perennial.streams.kafka.event_signatures import signed_event
 from perennial.streams.settings.kafka_security_group import KafkaSecuritySettings
+from perennial.streams.settings.signing_group import SigningSettings
 
 _log = logging.getLogger("perennial.subscriber")
 
@@ -99,6 +102,7 @@ class Acks:
         now: The wall clock.
         lease_s: Length of a lease, in seconds.
         clock: Monotonic clock in seconds.
+        signing: The key that signs them. None: they are not signed.
     """
 
     def __init__(
@@ -109,7 +113,9 @@ class Acks:
         now: Callable[[], datetime],
         lease_s: float,
         clock: Callable[[], float],
+        signing: SigningSettings | None = None,
     ) -> None:
+        self._trust = signing.replica_trust() if signing else Trust()
         self._bootstrap = bootstrap
         self._security = security
         self._topic = topic(AdapterActivated.topic)
@@ -208,7 +214,7 @@ class Acks:
     def _deliver(self, report: Acknowledgement | ReplicaLeft) -> None:
         value_id = sha256(report.model_dump_json().encode()).hexdigest()[:32]
         source = f"perennial-subscriber/{report.replica}"
-        record = encode(report, event_id=value_id, source=source, occurred_at=self._now())
+        record = encode(signed_event(report, self._trust), event_id=value_id, source=source, occurred_at=self._now())
         sent = self._producer.send(self._topic, key=record.key, value=record.value, headers=record.headers)
         sent.get(timeout=TIMEOUT_MS / 1000)
 

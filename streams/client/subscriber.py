@@ -131,9 +131,9 @@ class Subscriber:
         self._bootstrap = bootstrap = kafka or self.settings.kafka.bootstrap
         owner = f"{adapter}#{self.alias}"
         self._prefix = f"{adapter if self.alias == 'live' else owner}@"
-        security, topic = self.settings.kafka_security, self.settings.kafka.topic
+        security, topic, keys = self.settings.kafka_security, self.settings.kafka.topic, self.settings.signing
         self._updates = Updates(bootstrap, security, topic("adapter-updates"), owner, self._metrics, self._guard.trust)
-        self._acks = Acks(bootstrap, security, topic, now, self.settings.serving.replica_lease_s, clock)
+        self._acks = Acks(bootstrap, security, topic, now, self.settings.serving.replica_lease_s, clock, keys)
         self._reports = ReplicaReports(adapter, self.alias, self.replica, now)
 
         self._changed = threading.Condition()

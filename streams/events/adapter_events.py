@@ -102,6 +102,8 @@ class _ReplicaEvent(Event):
     replica: Name
     generation: Count
     at: AwareDatetime
+    signature: Signature | None = None
+    """Signature over the event's type and all other fields; see docs/signatures.md. None: the replica has no key."""
 
     def key(self) -> str:
         return f"{self.adapter}#{self.replica}"

@@ -51,7 +51,7 @@ class AckReader:
         self._settings = settings
         self._wall_ms = wall_ms
         self._consumer: Any = None
-        self._table = ReplicaTable()
+        self._table = ReplicaTable(settings.signing.replica_readers_trust())
         self._following = False
         self._count = 0
         self._read_s: float | None = None

@@ -7,16 +7,23 @@ and its lease ends.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, Final, Literal, TypeAlias
 
+from perennial.storage.signing.signatures import SignatureError
+from perennial.storage.signing.trust import Trust
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.wire_error import WireError
+from perennial.streams.kafka.event_signatures import check_event
 
 Report: TypeAlias = AdapterActivated | AdapterFailed | ReplicaLeft
 ReplicaState: TypeAlias = Literal["serving", "failing", "expired", "left"]
 REPLICA_STATES: Final[tuple[ReplicaState, ...]] = ("serving", "failing", "expired", "left")
+
+_log = logging.getLogger("perennial.replicas")
 
 _TOPIC: Final = AdapterActivated.topic
 _LOG_APPEND_TIME: Final = 1
@@ -117,9 +124,15 @@ class ReplicaTable:
     """The latest status of every replica, by record key and partition. Not thread-safe.
 
     A record key is in two partitions after partitions were added to the topic; the record that was stored last counts.
+
+    Args:
+        trust: The keys of which one must have signed a record. A record that none signed, or that is older than the one
+            before it, changes nothing. None: all records count.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trust: Trust | None = None) -> None:
+        self._trust = trust or Trust()
+        self._reported_at: dict[bytes, datetime] = {}
         self._statuses: dict[tuple[bytes, int], ReplicaStatus] = {}
 
     def apply(self, record: Any, now_ms: int, *, following: bool) -> None:
@@ -136,6 +149,10 @@ class ReplicaTable:
         """
         location = (record.key or b"", record.partition)
         if record.value is None:  # a tombstone: the replica is no longer of interest
+            known = self._statuses.get(location)
+            if self._trust.verifies and known is not None and known.state(now_ms) in {"serving", "failing"}:
+                _log.warning("a deletion on %s is ignored: the lease of %s holds", _TOPIC, known.replica)
+                return  # nobody can sign a tombstone: it ends the wait for no replica that is alive
             self._statuses.pop(location, None)
             return
         try:
@@ -144,14 +161,31 @@ class ReplicaTable:
             return
         if not isinstance(event, AdapterActivated | AdapterFailed | ReplicaLeft):
             return
+        if self._trust.verifies and not self._is_trusted(event, record):
+            return
         stored_ms = record.timestamp
         if record.timestamp_type != _LOG_APPEND_TIME and following:
             stored_ms = max(stored_ms, now_ms)
         self._statuses[location] = replica_status(event, min(stored_ms, now_ms))
 
+    def _is_trusted(self, event: Report, record: Any) -> bool:
+        """Return whether the replica itself sent the record: signed, under its own key, and not an older one again."""
+        key = event.key().encode()
+        try:
+            check_event(event, record.value, self._trust)
+        except SignatureError as error:
+            _log.warning("a record on %s is ignored: %s", _TOPIC, error)
+            return False
+        if record.key != key or event.at < self._reported_at.get(key, event.at):
+            _log.warning("a record on %s is ignored: %s sent it before its last one", _TOPIC, key.decode())
+            return False
+        self._reported_at[key] = event.at
+        return True
+
     def clear(self) -> None:
         """Remove all statuses, before the topic is read from its beginning again."""
         self._statuses.clear()
+        self._reported_at.clear()
 
     def of(self, adapter: str | None, alias: str | None) -> list[ReplicaStatus]:
         """Return the statuses of an adapter's replicas, sorted by adapter and name.

@@ -44,13 +44,23 @@ class SigningSettings(SettingsGroup):
         description="subscriber, vLLM plugin: folder that keeps the highest signed generation of each alias, so that an "
         "older one is refused after a restart too; empty: one in perennial's state folder",
     )
+    replica_key_file: str = Field(
+        "",
+        description="subscriber: file with the private key (Ed25519, PEM, mode 0600) that signs its acknowledgements; "
+        "empty: they are not signed",
+    )
+    trusted_replica_keys: str = Field(
+        "",
+        description="streams: file with the public keys (PEM) of which one must have signed an acknowledgement, for it to "
+        "count in a request to forget; empty: all count",
+    )
 
     @field_validator("signing_key", mode="before")
     @classmethod
     def _none_if_empty(cls, value: object) -> object:
         return value or None
 
-    @field_validator("signing_key_file", "trusted_keys", "seen_dir")
+    @field_validator("signing_key_file", "trusted_keys", "seen_dir", "replica_key_file", "trusted_replica_keys")
     @classmethod
     def _expand(cls, path: str) -> str:
         return str(expanded(path)) if path else ""
@@ -99,12 +109,32 @@ class SigningSettings(SettingsGroup):
         Raises:
             KeyFileError: The file of the trusted keys cannot be used.
         """
-        if not self.trusted_keys:
-            return Trust()
-        trusted = TrustedKeys(Path(self.trusted_keys))
-        trusted.by_id()
-        return Trust(None, trusted)
+        return Trust(None, _trusted(self.trusted_keys))
+
+    def replica_trust(self) -> Trust:
+        """Return the key with which a subscriber signs its acknowledgements.
+
+        Raises:
+            KeyFileError: The file cannot be read, others can read it, or it holds no such key.
+        """
+        return Trust(read_signing_key(Path(self.replica_key_file)) if self.replica_key_file else None)
+
+    def replica_readers_trust(self) -> Trust:
+        """Return the keys whose acknowledgements count.
+
+        Raises:
+            KeyFileError: The file of the trusted keys cannot be used.
+        """
+        return Trust(None, _trusted(self.trusted_replica_keys))
 
     def seen_folder(self) -> Path:
         """Return the folder that keeps the highest generations."""
         return Path(self.seen_dir).absolute() if self.seen_dir else state_dir() / "seen-generations"
+
+
+def _trusted(path: str) -> TrustedKeys | None:
+    """Return the keys of a file, which must be readable now; None where no file is named."""
+    trusted = TrustedKeys(Path(path)) if path else None
+    if trusted is not None:
+        trusted.by_id()
+    return trusted

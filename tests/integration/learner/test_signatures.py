@@ -21,11 +21,13 @@ from perennial.storage.registry.registry import Registry
 from perennial.storage.signing.key_files import make_signing_key, write_public_keys, write_signing_key
 from perennial.storage.signing.trust import Trust
 from perennial.streams.client.subscriber import Subscriber
-from perennial.streams.events.adapter_events import AdapterFailed, AdapterPromoted, AdapterUpdate
+from perennial.streams.events.adapter_events import AdapterFailed, AdapterPromoted, AdapterUpdate, ReplicaLeft
 from perennial.streams.events.cloudevents import decode, encode
+from perennial.streams.events.fields import Event
 from perennial.streams.kafka.event_signatures import check_event, signed_event
 from perennial.streams.kafka.topics import provision
 from perennial.streams.observe.metrics import Metrics
+from perennial.streams.replicas.acks import AckReader
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend
 from tests import jobs, tiny
@@ -68,10 +70,14 @@ def updates(given: Settings, count: int) -> list[tuple[AdapterUpdate, bytes]]:
 
 
 def announce(given: Settings, event: AdapterUpdate) -> None:
+    send_to(given, "adapter-updates", event)
+
+
+def send_to(given: Settings, name: str, event: Event) -> None:
     record = encode(event, event_id=uuid.uuid4().hex, source="test", occurred_at=datetime.now(UTC))
     producer = KafkaProducer(bootstrap_servers=given.kafka.bootstrap)
     try:
-        topic = given.kafka.topic("adapter-updates")
+        topic = given.kafka.topic(name)
         producer.send(topic, key=record.key, value=record.value, headers=record.headers).get(120)
     finally:
         producer.close()
@@ -177,3 +183,25 @@ def test_a_fresh_subscriber_on_minio_refuses_what_was_swapped_and_follows_a_rota
         assert first.version != second.version
     finally:
         server.stop()
+
+
+def test_acknowledgements_are_signed_and_forged_ones_do_not_count(given, keys, tmp_path):
+    """A forged goodbye on the real topic does not end the wait for a replica."""
+    settings = given.replace(
+        replica_key_file=str(keys.private), trusted_replica_keys=str(keys.public), poll_s=0.2, replica_lease_s=60
+    )
+    state = VersionPublisher(DirectoryStore(Path(given.store.uri)), ADAPTER, trust=keys.owner).publish()
+    reader = AckReader(settings)
+    with Subscriber(ADAPTER, MemoryBackend(), settings=settings, replica="r1") as follower:
+        assert follower.wait_for(1, 180)
+        kit.wait_until(lambda: reader.replicas(ADAPTER), "the replica is known")
+        left = ReplicaLeft(adapter=ADAPTER, replica="r1", generation=1, version=state.version, at=datetime.now(UTC))
+        send_to(given, "adapter-acks", left)
+        send_to(given, "adapter-acks", signed_event(left.model_copy(update={"replica": "r2"}), keys.stranger))
+        unsigned = AckReader(settings.replace(trusted_replica_keys=""))
+        kit.wait_until(lambda: len(unsigned.replicas(ADAPTER)) == 2, "whoever asks for no signature sees both")
+        unsigned.close()
+        (status,) = reader.replicas(ADAPTER)
+        assert (status.replica, status.left, status.version) == ("r1", False, state.version)
+    kit.wait_until(lambda: reader.replicas(ADAPTER)[0].left, "its own goodbye counts")
+    reader.close()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from perennial.storage.signing.trust import Trust
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed, ReplicaLeft
 from perennial.streams.events.cloudevents import encode
+from perennial.streams.kafka.event_signatures import signed_event
 from perennial.streams.replicas.replica_status import KEPT_S, UNLEASED_S, ReplicaTable
 from perennial.streams.retain.rules.replica_report import report_of
+from tests.keys import Keys
 
 ADAPTER = "acme/support"
 AT = datetime(2026, 1, 1, tzinfo=UTC)
@@ -158,3 +162,55 @@ def test_a_record_of_another_program_says_nothing():
     strange = record(activated())
     strange.value = b"no event"
     assert table_of(strange).of(None, None) == []
+
+
+# ---- signed acknowledgements
+
+
+def signed(keys: Keys, event: Any, at_s: float = 0.0, trust: Trust | None = None) -> Any:
+    moved = event.model_copy(update={"at": AT + timedelta(seconds=at_s)})
+    return record(signed_event(moved, trust or keys.owner), START_MS + int(at_s * 1000))
+
+
+def signed_table(keys: Keys, *records: Any, now_s: float = 0.0) -> ReplicaTable:
+    table = ReplicaTable(keys.readers)
+    for each in records:
+        table.apply(each, START_MS + int(now_s * 1000), following=True)
+    return table
+
+
+def test_attack_l_forged_acknowledgements_change_nothing_where_replicas_have_keys(tmp_path: Path, caplog: Any):
+    """Anybody could say that a replica had dropped a version, had left, or that there was one which blocks an erasure."""
+    keys = Keys(tmp_path / "keys")
+    genuine = signed(keys, activated(generation=1), 10)
+    moved = genuine.value.replace(b'"generation":1', b'"generation":9')
+    attacks = [
+        record(activated(generation=9)),
+        record(left()),
+        signed(keys, left(), 20, keys.stranger),
+        signed(keys, failed("nobody"), 20, keys.stranger),
+        record(failed("nobody")),
+        SimpleNamespace(**{**vars(genuine), "value": moved}),
+        SimpleNamespace(**{**vars(signed(keys, left("r2"), 20)), "key": genuine.key}),
+        signed(keys, left(), 5),  # of an earlier process with that name, sent once more
+        SimpleNamespace(key=genuine.key, value=None, headers=[], timestamp=START_MS, partition=0),
+    ]
+    table = signed_table(keys, genuine, *attacks, now_s=20)
+    (status,) = table.of(ADAPTER, "live")
+    assert (status.replica, status.generation, status.left, status.failed) == ("r1", 1, False, False)
+    assert report_of([status], 2, {V1}, START_MS + 20_000).behind == ("r1",)
+    assert len(caplog.messages) == len(attacks)
+    unchecked = table_of(genuine, *attacks[:2], now_ms=START_MS + 20_000)
+    assert unchecked.of(ADAPTER, "live")[0].left, "without trusted keys they all count"
+
+
+def test_signed_heartbeats_goodbyes_and_deletions_count(tmp_path: Path):
+    keys = Keys(tmp_path / "keys")
+    beats = [signed(keys, activated(), 20 * beat) for beat in range(3)]
+    table = signed_table(keys, *beats, beats[-1], now_s=40)
+    assert table.of(ADAPTER, "live")[0].lease_expires_ms == START_MS + 100_000
+    tombstone = SimpleNamespace(key=beats[0].key, value=None, headers=[], timestamp=START_MS, partition=0)
+    table.apply(tombstone, START_MS + 100_000, following=True)
+    assert table.of(ADAPTER, "live") == []
+    table = signed_table(keys, *beats, signed(keys, left(), 41), now_s=41)
+    assert table.of(ADAPTER, "live")[0].left
