@@ -76,9 +76,8 @@ class AliasState(RegistryRecord):
         return self._json({"etag"} if self.signature else {"etag", "signature"})
 
     def signed(self, trust: Trust) -> AliasState:
-        """Return the alias with a signature; unchanged where there is no key to sign with."""
-        signature = trust.sign(ALIAS_PAYLOAD, self._json({"etag", "signature"}))
-        return self.model_copy(update={"signature": signature}) if signature else self
+        """Return the alias with this process's signature; with none where it has no key, as another's may not fit it."""
+        return self.model_copy(update={"signature": trust.sign(ALIAS_PAYLOAD, self._json({"etag", "signature"}))})
 
     def check_signature(self, trust: Trust) -> None:
         """Check that a trusted key signed the alias; does nothing where no signature is asked for.

@@ -178,3 +178,9 @@ def test_a_manifest_that_was_changed_is_another_version(store, keys):
     put(store, manifest_key(ADAPTER, done.version), other.to_bytes())
     with pytest.raises(IntegrityError):
         registry(store, keys.readers).manifest(ADAPTER, done.version)
+
+
+def test_an_alias_that_a_process_without_a_key_changes_has_no_signature(store, keys):
+    changed = publish(store, keys.owner).alias_state.model_copy(update={"generation": 9})
+    assert changed.signed(Trust()).signature is None
+    assert changed.signed(keys.owner).signature not in {None, changed.signature}
