@@ -16,14 +16,17 @@ from typing import Any, Final, Literal
 Right = Literal["read", "write", "delete"]
 
 FOLDERS: Final = (
-    "adapters", "aliases", "audit", "blobs", "collected", "costs", "forgotten", "given-up", "history", "installation",
+    "adapters", "aliases", "audit", "blobs", "collected", "costs", "forgotten", "generations", "given-up", "history",
+    "installation",
     "job-versions", "jobs", "keys", "manifests", "marks", "orphans", "parked", "pins", "probe", "prompts", "quarantine",
-    "rebuilds", "refused", "retention", "revocations", "state/curate", "state/cutting", "state/replay", "suppressed",
-    "updates", "versions",
+    "rebuilds", "refused", "restored", "retention", "revocations", "signatures", "state/curate", "state/cutting",
+    "state/replay", "suppressed", "updates", "versions",
 )  # fmt: skip
 """What keys begin with; docs/architecture.md says what each of them holds."""
 _SINGLE_OBJECTS: Final = frozenset({"orphans"})
-_VERSION: Final = ("adapters", "aliases", "job-versions", "manifests", "pins", "revocations", "updates", "versions")
+_VERSION: Final = (
+    "adapters", "aliases", "job-versions", "manifests", "pins", "revocations", "signatures", "updates", "versions",
+)  # fmt: skip
 """What a rollback or a revocation writes, besides its blobs."""
 
 
@@ -55,11 +58,14 @@ class StoreAccess:
 ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
     "intake": StoreAccess(
         "the role that validates what comes from outside",
-        read=("installation", "refused"), write=("installation",),
+        read=("installation", "refused", "restored"), write=("installation",),
     ),
     "scorer": StoreAccess(
         "the role that measures examples",
-        read=("adapters", "aliases", "blobs", "installation", "manifests", "prompts", "revocations", "versions"),
+        read=(
+            "adapters", "aliases", "blobs", "installation", "manifests", "prompts", "restored", "revocations", "signatures",
+            "versions",
+        ),
         write=("installation",),
     ),
     "streams": StoreAccess(
@@ -80,12 +86,12 @@ ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
             "probe", "quarantine", "rebuilds", "refused", "state/curate", "suppressed",
         ),
         # What was forgotten is deleted here: micro-batches, weights, and manifests of rebuilds that were not finished.
-        delete=("blobs", "forgotten", "history", "jobs", "manifests", "pins", "probe", "rebuilds", "suppressed"),
+        delete=("blobs", "forgotten", "history", "jobs", "manifests", "pins", "probe", "rebuilds", "signatures", "suppressed"),
         whole_bucket=True,
     ),
     "subscriber": StoreAccess(
         "processes that serve versions",
-        read=("adapters", "aliases", "blobs", "manifests", "prompts", "revocations", "versions"),
+        read=("adapters", "aliases", "blobs", "manifests", "prompts", "revocations", "signatures", "versions"),
     ),
     "operator": StoreAccess(
         "people with the commands of `perennial`",
@@ -103,11 +109,12 @@ ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
     ),
     "provisioner": StoreAccess(
         "`perennial init`, `topics create` and `topics repartition`",
-        read=("installation", "probe"), write=("installation", "probe"), delete=("probe",), whole_bucket=True,
+        read=("installation", "probe", "restored"), write=("installation", "probe"), delete=("probe",), whole_bucket=True,
         creates_bucket=True,
     ),
 })  # fmt: skip
-"""Roles by name. Programs that only publish, and those that ask to forget by the topic `retention`, need no account."""
+"""Roles by name. Programs that only publish, and those that ask to forget by the topic `retention`, need no account.
+`perennial backup` reads and restores everything, `perennial keys repair` deletes what a stranger claimed: both need the account that the others were made with."""
 
 _ACTIONS: Final[Mapping[Right, tuple[str, ...]]] = MappingProxyType({
     "read": ("s3:GetObject",), "write": ("s3:PutObject",),

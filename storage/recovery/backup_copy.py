@@ -9,7 +9,7 @@ lead nowhere. The order, and what would go wrong in another one:
    before the versions are read, so no copy says that a text is erased and still holds it;
 3. for each adapter `aliases`, curate's state, the jobs and `versions`, without a cut in between: else the learner's
    versions would be ahead of the cuts that curate knows. An adapter that was cut meanwhile is read once more;
-4. the manifests that these name, and those that manifests name;
+4. the manifests that these name, and those that manifests name; then the signatures, which are stored before a version is;
 5. the blobs that any of these objects name. A blob that nothing names is left out: no forgetting would find its text.
 
 Forgetting and `perennial gc` delete blobs, perhaps between 3 and 5. So at the end everything that an adapter needs to be
@@ -49,6 +49,7 @@ EXCLUDED: Final = ("installation/maintenance", "orphans", "pins/", "probe/", "re
 _FIRST: Final = ("retention/", "quarantine/", "forgotten/")
 _IN_STEP: Final = ("aliases/", "state/curate/", "jobs/", "versions/")
 _BY_DIGEST: Final = ("manifests/", "blobs/")
+_SIGNATURES: Final = "signatures/"
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _PASSES: Final = 3
 _STEP_ATTEMPTS: Final = 32
@@ -157,12 +158,13 @@ class _Copier:
     def run(self) -> None:
         """Copy what the store holds now; what an earlier run copied is not copied again."""
         self._index.drop(self._index.keys_below(""))
-        others = [top for top in top_level(self._store) if top not in (*_FIRST, *_BY_DIGEST) and top not in EXCLUDED]
+        others = [top for top in top_level(self._store) if top not in (*_FIRST, *_BY_DIGEST, _SIGNATURES, *EXCLUDED)]
         for prefix in (*_FIRST, *(top for top in others if not any(step.startswith(top) for step in _IN_STEP))):
             self._copy(prefix, self._store.list(prefix))
         self._copy("state/", (key for key in self._store.list("state/") if not key.startswith("state/curate/")))
         self._copy_in_step()
         self._copy_manifests()
+        self._copy(_SIGNATURES, self._store.list(_SIGNATURES))
         self._copy_blobs()
 
     # ---- what belongs together of an adapter

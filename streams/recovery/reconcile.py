@@ -38,6 +38,7 @@ from perennial.storage.recovery.restored_store import (
 from perennial.storage.registry.compare_and_swap import AliasWriter
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
+from perennial.storage.signing.trust import Trust
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ForgetRequested, UpdateRequested
 from perennial.streams.kafka.group import ConfirmingProducer
@@ -212,8 +213,8 @@ def newest_trace_ms(store: ObjectStore) -> int | None:
     return int(max(times).timestamp() * 1000) if times else None
 
 
-def _registry(store: ObjectStore) -> Registry:
-    return Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
+def _registry(store: ObjectStore, trust: Trust | None = None) -> Registry:
+    return Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC), trust=trust)
 
 
 def require_stopped(settings: Settings) -> None:
@@ -333,8 +334,8 @@ def _resume_aliases(
     on_progress: Callable[[str], None],
 ) -> None:
     """Put every alias back above the generations that were announced, and announce those that are served."""
-    registry = _registry(store)
-    writer = AliasWriter(store, lambda: uuid4().hex, lambda: datetime.now(UTC))
+    registry = _registry(store, settings.signing.trust())
+    writer = AliasWriter(store, lambda: uuid4().hex, lambda: datetime.now(UTC), registry.trust)
     facts = StoreFacts(settings, store, None)
     for number, (state, is_staged) in enumerate(_aliases(store, registry), 1):
         on_progress(f"aliases: {number}")

@@ -33,6 +33,7 @@ from perennial.storage.recovery.restored_store import (
 from perennial.storage.registry.quarantine import update_quarantine
 from perennial.storage.registry.registry import Registry
 from tests import jobs, retention_world
+from tests.keys import Keys
 from tests.memory_store import MemoryStore
 from tests.versions import VersionPublisher
 
@@ -358,3 +359,17 @@ def test_a_place_without_a_backup_says_so() -> None:
         load_header(Memory())
     with pytest.raises(NotFoundError, match="no complete backup"):
         load_header(Memory(), "../../etc")
+
+
+def test_a_version_that_is_published_meanwhile_is_copied_with_its_signature(now: Clock, tmp_path: Path) -> None:
+    store, place, restored = Interrupting(), Memory(), Memory()
+    keys = Keys(tmp_path / "keys")
+    publisher = VersionPublisher(store, ADAPTER, trust=keys.owner)
+    publisher.publish()
+    store.hooks = {"aliases/": publisher.publish}  # what is in no folder of its own was read before
+    header = create_backup(store, place, now)
+    restore_backup(place, header, restored)
+    registry = Registry(restored, nonce=lambda: "n", now=now, trust=keys.readers)
+    head = registry.head(ADAPTER)
+    assert head is not None
+    assert head.seq == 2

@@ -9,6 +9,7 @@ import pytest
 from perennial.storage.recovery.restored_store import RECORD_KEY, RestoredBackup, end_restore
 from perennial.storage.registry.compare_and_swap import AliasWriter
 from perennial.storage.registry.registry import AliasState
+from perennial.storage.signing.trust import Trust
 from perennial.streams.kafka.installation import InstallationError, require_reconciled
 from perennial.streams.recovery.alias_plan import WAITS, resumed_alias
 from perennial.streams.recovery.announced import Announced
@@ -123,7 +124,7 @@ def test_a_version_whose_learner_had_not_moved_the_alias_is_the_one_that_is_serv
 
 def test_an_alias_that_the_store_lacks_begins_above_its_floor_and_floors_only_rise():
     store = MemoryStore()
-    writer = AliasWriter(store, lambda: "nonce", lambda: NOW)
+    writer = AliasWriter(store, lambda: "nonce", lambda: NOW, Trust())
     for generation in (6, 3):
         writer.raise_floor("acme/support", "live", generation)
     publisher = VersionPublisher(store)
