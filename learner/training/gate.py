@@ -37,11 +37,14 @@ class GateLimits:
         min_gain_nats: Least fall of the held-out loss, nats per token.
         max_general_rise_nats: Largest rise of the general loss over the frozen base's, nats per token.
         max_answer_rise_nats: Largest rise of the loss on the base's own answers, nats per token; 0: not asked.
+        max_noise_nats: Largest rise of the loss on new examples that counts as noise, nats per token; 0: any that is
+            within `NOISE_ERRORS` standard errors.
     """
 
     min_gain_nats: float
     max_general_rise_nats: float
     max_answer_rise_nats: float = 0.0
+    max_noise_nats: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -161,12 +164,16 @@ def judge_gain(measured: Gain, limits: GateLimits) -> GateVerdict:
 
     A micro-batch holds out some hundred tokens of one or two documents. Once a stream is half learned, one update
     gains less than their noise, and a bare comparison would throw away every third good update and its examples. The
-    fall must therefore be above `min_gain_nats` minus `NOISE_ERRORS` standard errors.
+    fall must therefore be above `min_gain_nats` minus `NOISE_ERRORS` standard errors. Of eleven held-out tokens these
+    may be two nats, which an update that harms stays within, so what counts as noise has a limit of its own.
     """
     if not all(map(math.isfinite, (measured.before_nats, measured.after_nats, measured.error_nats))):
         return GateVerdict(promote=False, reason="not-finite")
     fall = measured.before_nats - measured.after_nats
-    if not fall > limits.min_gain_nats - NOISE_ERRORS * measured.error_nats:
+    noise = NOISE_ERRORS * measured.error_nats
+    if limits.max_noise_nats > 0:
+        noise = min(noise, limits.max_noise_nats)
+    if not fall > limits.min_gain_nats - noise:
         return GateVerdict(promote=False, reason="no-gain")
     return GateVerdict(promote=True, reason="ok")
 

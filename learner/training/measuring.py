@@ -91,7 +91,9 @@ class Measurer:
     def limits(self) -> gate.GateLimits:
         """Return the limits of the gate."""
         recipe = self.recipe
-        return gate.GateLimits(recipe.min_gain_nats, recipe.max_general_rise_nats, recipe.max_answer_rise_nats)
+        return gate.GateLimits(
+            recipe.min_gain_nats, recipe.max_general_rise_nats, recipe.max_answer_rise_nats, recipe.max_noise_nats
+        )
 
     def losses(self, weights: Tensors, *groups: Sequence[TokenRow]) -> list[list[float]]:
         """Return the loss of each token of each group under the weights, measured in one call over all groups.

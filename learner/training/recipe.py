@@ -55,6 +55,8 @@ class Recipe:
             general text.
         slow_average: Share of the average of the trained weights that an update keeps; the average is served, and the
             next update trains from the trained weights. 0: the trained weights are served.
+        max_noise_nats: Largest rise of the loss on new examples that counts as noise, nats per token; 0: any that is
+            within three standard errors.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -86,6 +88,7 @@ class Recipe:
     gentler_tries: int = 0
     correction_passes: int = 0
     slow_average: float = 0.0
+    max_noise_nats: float = 0.0
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

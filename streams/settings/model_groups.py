@@ -144,3 +144,9 @@ class GateSettings(SettingsGroup):
         0.0,
         description="least fall of the held-out loss, in nats per token; the gate allows for noise of three standard errors",
     )
+    max_noise_nats: float = Field(
+        0.5,
+        ge=0,
+        description="largest rise of the held-out loss that the gate takes for noise, in nats per token; 0: any rise within "
+        "three standard errors",
+    )

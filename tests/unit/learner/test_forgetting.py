@@ -158,16 +158,19 @@ def test_versions_from_before_a_field_of_the_recipe_are_rebuilt_with_its_default
     store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest that does not name the passes over new rows is from a time when there was one, whatever is set now."""
-    learner, cuts = local_learner(store, general_kl_weight=0.0, slow_average=0.0), documents(5, 12)
-    newer = {"epochs", "packed_tokens", "general_kl_weight", "question_dropout", "dtype", "slow_average"}
+    learner, cuts = local_learner(store, general_kl_weight=0.0, slow_average=0.0, max_noise_nats=0.0), documents(5, 12)
+    newer = {
+        "epochs", "packed_tokens", "general_kl_weight", "question_dropout", "dtype", "slow_average", "max_noise_nats",
+    }  # fmt: skip
     whole = Recipe.config
     with monkeypatch.context() as older:
         older.setattr(Recipe, "config", lambda recipe: {k: v for k, v in whole(recipe).items() if k not in newer})
         learned = [done.manifest for done in learn(learner, cuts)]
     assert not newer & learned[0].config.keys()
     now_set = local_learner(
-        store, epochs=7, packed_tokens=64, general_kl_weight=2.0, question_dropout=0.5, dtype="bf16", slow_average=0.9
-    )
+        store, epochs=7, packed_tokens=64, general_kl_weight=2.0, question_dropout=0.5, dtype="bf16", slow_average=0.9,
+        max_noise_nats=0.001,
+    )  # fmt: skip
     done, _ = forget(now_set, quarantined(store, erase("r1", 5)))
     assert never_saw(learner, tmp_path, cuts, {5}).equals(done.manifest)
 

@@ -55,6 +55,19 @@ def test_a_fall_that_few_tokens_cannot_tell_from_noise_passes_but_a_clear_rise_d
     assert gate.judge_gain(gate.gain(before, noise), strict).reason == "no-gain"
 
 
+def test_the_noise_of_few_tokens_does_not_excuse_a_large_rise() -> None:
+    before = [3.0, 2.0, 5.0, 1.0, 4.0, 2.5, 3.5, 1.5, 6.0, 2.2, 0.4]
+    harmed = [was + (6.0 if n % 2 else -0.8) for n, was in enumerate(before)]
+    measured = gate.gain(before, harmed)
+    assert measured.after_nats - measured.before_nats > 2.0
+    assert gate.judge_gain(measured, LIMITS).promote, "a recipe without a bound goes on as it did"
+    bounded = GateLimits(min_gain_nats=0.0, max_general_rise_nats=0.15, max_noise_nats=0.5)
+    assert gate.judge_gain(measured, bounded).reason == "no-gain"
+    slightly = gate.gain(before, [was + (1.2 if n % 2 else -0.5) for n, was in enumerate(before)])
+    assert slightly.after_nats > slightly.before_nats
+    assert gate.judge_gain(slightly, bounded).promote
+
+
 def test_general_loss_may_rise_up_to_its_bound() -> None:
     assert gate.judge_general(3.0, gate.Gain(3.1, 3.149, 0.0), LIMITS).promote
     assert gate.judge_general(3.0, gate.Gain(3.1, 3.151, 0.0), LIMITS).reason == "general-rise"
