@@ -307,7 +307,7 @@ class UpdateRebuilder:
         return _following(before, recorded).model_copy(
             update={
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
-                "learned": [self._writer.learned_example(example, updater) for example in learned],
+                "learned": self._writer.learned_examples(learned, result.merged, updater),
                 "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "probes": result.probes,
                 "tokens": result.tokens, "pass_adapters": result.pass_adapters,
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),

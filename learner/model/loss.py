@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -141,7 +142,7 @@ def _padded(rows: Sequence[TokenRow], pad: int) -> tuple[dict[str, torch.Tensor]
     wanted = torch.zeros((len(rows), width), dtype=torch.bool)  # (B, T): positions whose next token is trained
     for index, row in enumerate(rows):
         ids[index, : len(row.ids)] = torch.tensor(row.ids)
-        wanted[index, row.train_from - 1 : len(row.ids) - 1] = True
+        wanted[index, torch.tensor(row.trained_places, dtype=torch.long) - 1] = True
     return {"input_ids": ids}, wanted.flatten().nonzero().squeeze(1), ids[:, 1:][wanted[:, :-1]]
 
 
@@ -151,8 +152,9 @@ def _packed(rows: Sequence[TokenRow]) -> tuple[dict[str, torch.Tensor], torch.Te
     ids = torch.tensor([token for row in rows for token in row.ids])  # (T,)
     positions = torch.cat([torch.arange(length) for length in lengths])  # (T,)
     row_of = torch.repeat_interleave(lengths)  # (T,)
-    trained_from = torch.tensor([row.train_from for row in rows])[row_of]  # (T,)
-    trained = (positions >= trained_from).nonzero().squeeze(1)  # (N,)
+    starts = accumulate((len(row.ids) for row in rows[:-1]), initial=0)
+    places = [start + place for start, row in zip(starts, rows, strict=True) for place in row.trained_places]
+    trained = torch.tensor(places, dtype=torch.long)  # (N,)
     mask = (row_of[:, None] == row_of[None, :]).tril()  # (T, T): True where the one may see the other
     inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask[None, None]}
     return inputs, trained - 1, ids[trained]

@@ -34,17 +34,28 @@ class TokenRow:
         like_base: True to train towards what the frozen base predicts at each token instead of towards the token.
         question: First position of the user's own words in a turn that is answered, and the position after their last;
             (0, 0) where there are none, or nobody asked for them.
+        skipped: Positions from `train_from` on whose tokens are not trained, in rising order.
     """
 
     ids: tuple[int, ...]
     train_from: int = 1
     like_base: bool = False
     question: tuple[int, int] = (0, 0)
+    skipped: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
         """Number of tokens that are trained."""
-        return len(self.ids) - self.train_from
+        return len(self.ids) - self.train_from - len(self.skipped)
+
+    @property
+    def trained_places(self) -> Sequence[int]:
+        """Positions of the tokens that are trained."""
+        places = range(self.train_from, len(self.ids))
+        if not self.skipped:
+            return places
+        skipped = frozenset(self.skipped)
+        return [place for place in places if place not in skipped]
 
 
 class ExampleTokenizer:

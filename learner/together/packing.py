@@ -164,7 +164,7 @@ def pack(parts: Sequence[AdapterRows], size: Size | None = None) -> PackedRows:
             lengths.append(len(row.ids))
             weight = part.base_weight if row.like_base else part.text_weight
             (like_base if row.like_base else text).extend(
-                (start + place - 1, row.ids[place], weight, adapter) for place in range(row.train_from, len(row.ids))
+                (start + place - 1, row.ids[place], weight, adapter) for place in row.trained_places
             )
         fill = -(len(ids) - bounds[-1]) % ALIGNMENT or (0 if part.rows else ALIGNMENT)
         if size is not None and adapter == len(parts) - 1:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,12 +29,16 @@ class UpdateRows:
 
     Attributes:
         new: Rows that are trained first.
-        held_out: Rows that are measured after that, and trained last.
-        probe: Rows out of `new` that are measured instead where nothing is held out.
+        held_out: Rows that are measured after that.
+        probe: Rows of the new examples that are measured instead where nothing is held out.
         anchors: Rows of general text that are only measured.
         held_out_examples: Number of examples held out.
         corrected: Rows of corrections among the new and the held-out ones.
         new_ids: Ids of the examples that are trained first.
+        closing: Rows of the held-out examples that are trained last.
+        saved: Share of the tokens of the new examples that are not trained because documents share them, 0 to below 1.
+        closing_saved: The same for the held-out examples.
+        merged: Examples that are trained only on what they do not share with another, and that other one, by id.
     """
 
     new: list[TokenRow]
@@ -44,6 +48,10 @@ class UpdateRows:
     held_out_examples: int
     corrected: frozenset[TokenRow]
     new_ids: list[str]
+    closing: list[TokenRow] = field(default_factory=list)
+    saved: float = 0.0
+    closing_saved: float = 0.0
+    merged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

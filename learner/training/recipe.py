@@ -55,6 +55,8 @@ class Recipe:
             general text.
         slow_average: Share of the average of the trained weights that an update keeps; the average is served, and the
             next update trains from the trained weights. 0: the trained weights are served.
+        merge_share: Share of the tokens of a document, from which it is merged into another document of its update that
+            has them, too, and is trained only on the others; 0: every document is trained in full.
         max_noise_nats: Largest rise of the loss on new examples that counts as noise, nats per token; 0: any that is
             within three standard errors.
 
@@ -88,6 +90,7 @@ class Recipe:
     gentler_tries: int = 0
     correction_passes: int = 0
     slow_average: float = 0.0
+    merge_share: float = 0.0
     max_noise_nats: float = 0.0
 
     @classmethod

@@ -6,6 +6,7 @@ example out of the past gives exactly the index of a run that never saw it.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,8 @@ class BatchComposition:
         general_share: Share of a full step that is general text, 0 to 1.
         epochs: Least number of passes over the new rows, in at most `MAX_EPOCH_STEPS` steps.
         question_dropout: Share of the tokens of each question that are left out, other ones each time, 0 to 1.
+        saved: Share of the tokens of the new rows that are not trained, 0 to below 1. There are more steps in exchange, at
+            most `MAX_STEP_FACTOR` times as many, so that an update trains about as many tokens.
     """
 
     steps: int
@@ -59,6 +62,7 @@ class BatchComposition:
     general_share: float
     epochs: int = 1
     question_dropout: float = 0.0
+    saved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -215,12 +219,10 @@ def _step_counts(new_rows: int, index_size: int, composition: BatchComposition) 
     scale = new / max(1.0, rest)
     least_for_all = -(-new_rows // new)
     for_epochs = min(-(-new_rows * composition.epochs // new), MAX_EPOCH_STEPS)
-    return _StepCounts(
-        steps=max(composition.steps * min(MAX_STEP_FACTOR, full_new // new), least_for_all, for_epochs),
-        new=new,
-        replayed=_at_least_one(full_replayed, scale),
-        general=_at_least_one(full_general, scale),
-    )
+    steps = max(composition.steps * min(MAX_STEP_FACTOR, full_new // new), least_for_all, for_epochs)
+    replayed, general = _at_least_one(full_replayed, scale), _at_least_one(full_general, scale)
+    trained_share = 1 - composition.saved * new / (new + replayed + general)
+    return _StepCounts(math.ceil(steps * min(MAX_STEP_FACTOR, 1 / trained_share)), new, replayed, general)
 
 
 def _at_least_one(rows: float, scale: float) -> int:

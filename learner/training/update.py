@@ -8,7 +8,7 @@ same bits; forgetting relies on this when it makes the recorded updates again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -26,7 +26,7 @@ from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.averaging.slow_average import SlowAverage
 from perennial.learner.training.compute import Compute, ComputeAlone
 from perennial.learner.training.learned import is_learned
-from perennial.learner.training.measuring import MEASURED_ROWS, LossesBefore, Measurer, UpdateRows
+from perennial.learner.training.measuring import LossesBefore, Measurer, UpdateRows
 from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import (
@@ -40,6 +40,7 @@ from perennial.learner.training.replay_buffer import (
 )
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import TrainConfig, TrainResult
+from perennial.learner.training.update_rows import split_rows
 from perennial.storage.registry.gate_figures import HELD_OUT, SEEN, GateFigures
 from perennial.storage.registry.manifest import Probes
 from perennial.streams.events.models import ExampleAccepted
@@ -69,6 +70,8 @@ class UpdateResult:
         tokens: Number of trained tokens over all steps, also where the gate refused.
         probes: What the state predicts after the probe texts; empty where the gate refused.
         pass_adapters: Most adapters that shared a training pass of the update.
+        merged: Examples that were trained only on what they do not share with another, and that other one, by id; empty
+            where the gate refused.
     """
 
     outcome: Literal["promoted", "refused"]
@@ -78,6 +81,7 @@ class UpdateResult:
     tokens: int
     probes: Probes = field(default_factory=dict)
     pass_adapters: int = 1
+    merged: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,7 +178,7 @@ class Updater:
         measurer = Measurer(
             lora, self.codec.pad, self.general, self.recipe, self.compute, self.answers, self.lock, on_step
         )
-        rows = self._split(examples, rng)
+        rows = split_rows(examples, [self.rows(example) for example in examples], self.general, self.recipe, rng)
         average = SlowAverage.of(parent.weights, parent.optimizer, self.recipe.slow_average)
         run = _Run(self, measurer, parent, average, rows, measurer.before(parent.weights, rows), batch, replayed)
         trial = run.attempt(_Try(rng, run.pressure(), 1.0))
@@ -197,7 +201,7 @@ class Updater:
         optimizer = average.stored(trial.served, trial.trained.weights, trial.trained.optimizer)
         state = TrainingState(trial.served, optimizer, index)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
-        return UpdateResult("promoted", "ok", state, figures, tokens, probes, adapters)
+        return UpdateResult("promoted", "ok", state, figures, tokens, probes, adapters, rows.merged)
 
     @property
     def compute(self) -> Compute:
@@ -207,26 +211,6 @@ class Updater:
         if self.shared is None:
             raise RuntimeError("the recipe has shared passes, and the updater has none")
         return self.shared
-
-    def _split(self, examples: Sequence[ExampleAccepted], rng: Random) -> UpdateRows:
-        held_out = gate.hold_out([example.document_id for example in examples], self.recipe.held_out_share)
-        rows = [self.rows(example) for example in examples]
-        new = [row for index, group in enumerate(rows) if index not in held_out for row in group]
-        return UpdateRows(
-            new=new,
-            held_out=[row for index, group in enumerate(rows) if index in held_out for row in group],
-            # A batch too small to hold anything out is judged on rows that it trains.
-            probe=[] if held_out else rng.sample(new, min(MEASURED_ROWS, len(new))),
-            anchors=self.general.anchors(rng, self.recipe.anchor_rows),
-            held_out_examples=len(held_out),
-            corrected=frozenset(
-                row
-                for example, group in zip(examples, rows, strict=True)
-                if example.kind == "correction"
-                for row in group
-            ),
-            new_ids=[example.example_id for index, example in enumerate(examples) if index not in held_out],
-        )
 
 
 @dataclass(frozen=True)
@@ -276,10 +260,12 @@ class _Run:
         """Train and judge once."""
         rows, before = self.rows, self.before
         recipe, known = self._recipe, self.parent.replay_index
-        main = self._schedule(rows.new, known, self._composition(recipe.steps, how.pressure), how.rng)
+        composition = self._composition(recipe.steps, how.pressure)
+        main = self._schedule(rows.new, known, replace(composition, saved=rows.saved), how.rng)
         # Several passes over the held-out rows alone would push out what was trained just before them.
         rehearsed = self.index_after(rows.new_ids) if recipe.epochs > 1 else known
-        closing = self._schedule(rows.held_out, rehearsed, self._composition(CLOSING_STEPS, how.pressure), how.rng)
+        composition = replace(composition, steps=CLOSING_STEPS, saved=rows.closing_saved)
+        closing = self._schedule(rows.closing, rehearsed, composition, how.rng)
 
         trial = replace(
             self._train_new(main, how.rate),

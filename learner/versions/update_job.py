@@ -353,7 +353,7 @@ class UpdateExecutor:
             batch=batch.ref,
             cut=job.cut,
             next_cut=max(job.cut + 1, (start.head.manifest.next_cut if start.head else None) or 0),
-            learned=[writer.learned_example(example) for example in learned],
+            learned=writer.learned_examples(learned, result.merged if result else {}),
             skipped=skipped,
             dropped=selection.redelivered,
             marks=marks,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -228,13 +228,25 @@ class VersionWriter:
             threads=self.threads,
         )  # fmt: skip
 
-    def learned_example(self, example: ExampleAccepted, updater: Updater | None = None) -> LearnedExample:
-        """Return the manifest's record of a learned example; `updater` is by default the worker's own."""
-        partition, epoch, offset = origin_offset(example)
-        tokens = sum(row.tokens for row in (updater or self.updater).rows(example))
-        return LearnedExample(
-            example_id=example.example_id, partition=partition, offset=offset, epoch=epoch, tokens=tokens
-        )
+    def learned_examples(
+        self, examples: Iterable[ExampleAccepted], merged: Mapping[str, str], updater: Updater | None = None
+    ) -> list[LearnedExample]:
+        """Return the manifest's records of learned examples.
+
+        Args:
+            examples: The examples.
+            merged: Ids of those that were merged into another, and that other one's.
+            updater: What trained them; None: the worker's own.
+        """
+        rows_of = (updater or self.updater).rows
+        return [
+            LearnedExample(
+                example_id=example.example_id, partition=partition, offset=offset, epoch=epoch,
+                tokens=sum(row.tokens for row in rows_of(example)), merged_into=merged.get(example.example_id),
+            )
+            for example in examples
+            for partition, epoch, offset in [origin_offset(example)]
+        ]  # fmt: skip
 
     def verifier(self, blobs: Mapping[str, bytes]) -> Callable[[Manifest], None]:
         """Return the trial load of a version that is about to be published.

@@ -66,8 +66,10 @@ class LearnedExample(_Part):
         example_id: the example.
         partition: its origin partition's key.
         offset: its offset in that partition.
-        tokens: trained tokens, summed over its rows.
+        tokens: tokens to train, summed over its rows; of a merged one also those that it shares.
         epoch: leader epoch of that offset; 0 also where it was not recorded.
+        merged_into: id of the example of the same version that shares most of its tokens and was trained in full, where
+            this one was trained only on its own; None: this one was trained in full.
     """
 
     example_id: _Name
@@ -75,6 +77,7 @@ class LearnedExample(_Part):
     offset: _Count
     tokens: _Count
     epoch: _Count = 0
+    merged_into: _Name | None = None
 
     @property
     def origin_offset(self) -> tuple[str, int, int]:
@@ -227,6 +230,8 @@ class Manifest(_Part):
         for item in (*fields["learned"], *fields["skipped"]):
             if not item["epoch"]:
                 del item["epoch"]
+            if item.get("merged_into", "") is None:
+                del item["merged_into"]
         return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
     def digest(self) -> str:

@@ -13,6 +13,9 @@ from perennial.storage.registry.registry import Registry
 COUNTED_VERSIONS = 300
 """Newest versions whose manifests are read; each takes a call to the store."""
 
+_LEARNED, _MERGED = "", " merged"
+"""What became of examples that are learned; no reason to leave one out is empty or begins with a blank."""
+
 
 @dataclass(frozen=True)
 class ExampleCounts:
@@ -27,6 +30,7 @@ class ExampleCounts:
             gate refused the last update with them.
         versions: Number of versions counted.
         earlier_versions: Number of versions before these.
+        merged: Number of the learned ones that were trained only on what they do not share with another.
     """
 
     learned: int
@@ -34,11 +38,13 @@ class ExampleCounts:
     skipped: dict[str, int]
     versions: int
     earlier_versions: int = 0
+    merged: int = 0
 
     def __str__(self) -> str:
         """Return the counts for people."""
         skipped = ", ".join(f"{count} {reason}" for reason, count in sorted(self.skipped.items()))
-        parts = [f"{self.learned} learned"]
+        merged = f", {self.merged} of them merged" if self.merged else ""
+        parts = [f"{self.learned} learned{merged}"]
         if self.forgotten:
             parts.append(f"{self.forgotten} forgotten")
         parts.append(f"not learned: {skipped}" if skipped else "none left out")
@@ -58,13 +64,14 @@ def count_examples(manifests: Iterable[Manifest]) -> ExampleCounts:
         versions += 1
         forgotten += manifest.gate.forgotten_examples or 0
         for example in manifest.learned:
-            fate.setdefault(example.example_id, "")
+            fate.setdefault(example.example_id, _LEARNED if example.merged_into is None else _MERGED)
         for skipped in manifest.skipped:
             # A redelivery or a second publication says nothing about what became of the first one.
             if skipped.reason != "duplicate":
                 fate.setdefault(skipped.example_id, skipped.reason)
     reasons = Counter(fate.values())
-    return ExampleCounts(reasons.pop("", 0), forgotten, dict(reasons), versions)
+    merged = reasons.pop(_MERGED, 0)
+    return ExampleCounts(reasons.pop(_LEARNED, 0) + merged, forgotten, dict(reasons), versions, merged=merged)
 
 
 def counted_examples(registry: Registry, adapter: str) -> ExampleCounts:

@@ -107,6 +107,11 @@ class TrainingSettings(SettingsGroup):
         description="share of the average of the trained weights that an update keeps; the average is what is served, and "
         "the next update trains from the trained weights; 0: the trained weights are served",
     )
+    merge_share: Share = Field(
+        0.5,
+        description="share of the tokens of a document, from 0 to 1, from which it is merged into another document of its "
+        "update that has them, too, and is trained only on the others; 0: every document is trained in full",
+    )
     seed: int = Field(0, description="seed of all random choices in training")
     shared_passes: bool = Field(
         True, description="train in packed passes, which several adapters share; false: one adapter at a time, padded"

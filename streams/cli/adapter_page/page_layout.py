@@ -257,6 +257,8 @@ def _examples(history: AdapterHistory) -> Element:
         for name, count in shown.items()
     ]
     said = f"An example counts by the newest of {counts.versions} versions that had it."
+    if counts.merged:
+        said += f" Of {counts.merged:,} of the learned ones only what they do not share with another was trained."
     if counts.forgotten:
         said += f" {counts.forgotten} of them were removed again by requests to forget."
     if counts.earlier_versions:

@@ -64,7 +64,13 @@ class Arm:
         )  # fmt: skip
 
 
-_PLAIN: Final = {"replay_share": "0", "general_share": "0", "general_kl_weight": "0", "slow_average": "0"}
+_PLAIN: Final = {
+    "replay_share": "0",
+    "general_share": "0",
+    "general_kl_weight": "0",
+    "slow_average": "0",
+    "merge_share": "0",
+}
 _REPLAY: Final = {**_PLAIN, "replay_share": "0.5"}
 
 OURS: Final = Arm("ours", serviced=True)

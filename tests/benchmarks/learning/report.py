@@ -25,7 +25,8 @@ COLUMNS: Final = (
     ("dip", "worst_dip", 3), ("preq.", "prequential", 3), ("general", "general_rise", 3), ("GR", "recovery", 2),
     ("stale %", "stale_pct", 1), ("stale end %", "stale_end_pct", 1), ("right %", "right_pct", 1),
     ("right end %", "right_end_pct", 1),
-    ("learned %", "learned_pct", 1), ("p>.5 %", "learned_tokens_pct", 1), ("refused %", "refused_pct", 1),
+    ("own", "own_loss", 3), ("learned %", "learned_pct", 1), ("p>.5 %", "learned_tokens_pct", 1),
+    ("refused %", "refused_pct", 1),
     ("tokens", "tokens", 0), ("s", "seconds", 0),
 )  # fmt: skip
 WORDING: Final = "documents"
@@ -78,11 +79,14 @@ def _of_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     examples = sum(update["examples"] for update in updates)
     tokens = sum(update["text_tokens"] for update in updates)
     refused = sum(update["examples"] for update in updates if update["outcome"] == "refused")
+    own_tokens = sum(update.get("own_tokens", 0) for update in updates)
+    of_copies = {"own_loss": sum(update["own_after"] for update in updates) / own_tokens} if own_tokens else {}
     return {
         "prequential": figures.prequential_loss(updates),
         "learned_pct": 100 * sum(update["learned"] for update in updates) / examples,
         "learned_tokens_pct": 100 * sum(update["learned_tokens"] for update in updates) / tokens,
         "refused_pct": 100 * refused / examples,
+        **of_copies,
     }
 
 

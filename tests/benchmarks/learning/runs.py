@@ -8,15 +8,18 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 import numpy as np
+import torch
 
 from perennial.learner.model.lora import Tensors
 from perennial.learner.model.tokenization import TokenRow
-from perennial.learner.training import gate
 from perennial.learner.training.learned import KNOWN_NATS, is_learned
+from perennial.learner.training.measuring import UpdateRows
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import BatchComposition, ReplayEntry, build_schedule, seeded_random
 from perennial.learner.training.state import TrainingState
+from perennial.learner.training.thinning.shared_tokens import FullDocuments
 from perennial.learner.training.update import Updater
+from perennial.learner.training.update_rows import split_rows
 from perennial.streams.curate.batcher import MicroBatcher
 from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import ExampleAccepted
@@ -29,6 +32,8 @@ WATCHED: Final = 4
 """Held-out texts per domain whose first row is measured after every update, to find the worst dip."""
 MOST_STEPS: Final = 1_024
 DECIMALS: Final = 4
+ALIKE: Final = 0.5
+"""Share of its tokens from which a document counts as a copy of an earlier one in `own_after`."""
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,13 @@ class Learner:
         )
         asked = iter(after[len(groups) + len(watched) :])
         learned = [is_learned(nats) for nats in after[: len(groups)]]
+        own = _own_losses(groups, after)
         self.updates.append(
             {
                 "examples": len(examples), "text_tokens": sum(tokens for _, tokens in before),
                 "before": round(sum(nats for nats, _ in before), DECIMALS),
                 "after": round(float(sum(nats.sum() for nats in after[: len(groups)])), DECIMALS),
+                "own_tokens": len(own), "own_after": round(sum(own), DECIMALS),
                 "learned": sum(learned),
                 "learned_tokens": sum(int((nats < KNOWN_NATS).sum()) for nats in after[: len(groups)]),
                 "outcome": result.outcome, "reason": result.reason, "tokens": result.tokens, "steps": result.gate.steps,
@@ -161,32 +168,28 @@ class Learner:
     ) -> Updater:
         """Return the updater with as many steps as come nearest to the tokens that are wanted."""
         recipe, missing = self.updater.recipe, wanted - self.spent
+        rows = split_rows(examples, groups, self.updater.general, recipe, seeded_random("split", len(self.updates)))
         best, nearest = 1, float("inf")
         for steps in range(1, MOST_STEPS + 1):
-            tokens = self._planned_tokens(replace(recipe, steps=steps), examples, groups)
+            tokens = self._planned_tokens(replace(recipe, steps=steps), rows)
             if abs(tokens - missing) < nearest:
                 best, nearest = steps, abs(tokens - missing)
             if tokens > missing:
                 break
         return replace(self.updater, recipe=replace(recipe, steps=best))
 
-    def _planned_tokens(
-        self, recipe: Recipe, examples: Sequence[ExampleAccepted], groups: Sequence[Sequence[TokenRow]]
-    ) -> int:
+    def _planned_tokens(self, recipe: Recipe, rows: UpdateRows) -> int:
         """Return the tokens that an update of this recipe trains, without training it."""
-        held_out = gate.hold_out([example.document_id for example in examples], recipe.held_out_share)
         rng = seeded_random("planned", len(self.updates))
-        parts = [
-            ([row for n, group in enumerate(groups) if (n in held_out) is last for row in group], steps)
-            for last, steps in ((False, recipe.steps), (True, 1))
-        ]
+        parts = [(rows.new, recipe.steps, rows.saved), (rows.closing, 1, rows.closing_saved)]
         return sum(
             row.tokens
-            for rows, steps in parts
+            for of_part, steps, saved in parts
             for step in build_schedule(
-                rows, self.state.replay_index, self._replayed, self.updater.general.draw,
+                of_part, self.state.replay_index, self._replayed, self.updater.general.draw,
                 BatchComposition(
-                    steps, recipe.rows, recipe.replay_share, recipe.general_share, recipe.epochs, recipe.question_dropout
+                    steps, recipe.rows, recipe.replay_share, recipe.general_share, recipe.epochs,
+                    recipe.question_dropout, saved,
                 ), rng,
             ).steps
             for row in step
@@ -318,6 +321,28 @@ class Run:
         blocks = [block for block in self.stream.blocks if block.domain == label] or self.stream.blocks[-1:]
         found = [self.stream.questions.get(example.example_id) for example in blocks[0].examples]
         return [question for question in found if question is not None]
+
+
+def _own_losses(groups: Sequence[Sequence[TokenRow]], losses: Sequence[torch.Tensor]) -> list[float]:
+    """Return the losses of what is particular to documents that share most of their tokens with an earlier one.
+
+    Args:
+        groups: Rows of each document.
+        losses: Loss of each token of each document, (tokens,), and more behind them.
+    """
+    full = FullDocuments(ALIKE)
+    found: list[float] = []
+    for number, (rows, nats) in enumerate(zip(groups, losses, strict=False)):
+        thinned = full.thin(str(number), rows)
+        if thinned.into is None:
+            continue
+        start = 0
+        kept = {row.ids: row for row in thinned.rows}
+        for row in rows:
+            if row.ids in kept:
+                found += [float(nats[start + place - row.train_from]) for place in kept[row.ids].trained_places]
+            start += row.tokens
+    return found
 
 
 def _rounded(losses: Losses) -> list[list[float]]:

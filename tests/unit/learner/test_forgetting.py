@@ -158,9 +158,11 @@ def test_versions_from_before_a_field_of_the_recipe_are_rebuilt_with_its_default
     store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A manifest that does not name the passes over new rows is from a time when there was one, whatever is set now."""
-    learner, cuts = local_learner(store, general_kl_weight=0.0, slow_average=0.0, max_noise_nats=0.0), documents(5, 12)
+    unset = {"general_kl_weight": 0.0, "slow_average": 0.0, "merge_share": 0.0, "max_noise_nats": 0.0}
+    learner, cuts = local_learner(store, **unset), documents(5, 12)
     newer = {
-        "epochs", "packed_tokens", "general_kl_weight", "question_dropout", "dtype", "slow_average", "max_noise_nats",
+        "epochs", "packed_tokens", "general_kl_weight", "question_dropout", "dtype", "slow_average", "merge_share",
+        "max_noise_nats",
     }  # fmt: skip
     whole = Recipe.config
     with monkeypatch.context() as older:
@@ -169,10 +171,42 @@ def test_versions_from_before_a_field_of_the_recipe_are_rebuilt_with_its_default
     assert not newer & learned[0].config.keys()
     now_set = local_learner(
         store, epochs=7, packed_tokens=64, general_kl_weight=2.0, question_dropout=0.5, dtype="bf16", slow_average=0.9,
-        max_noise_nats=0.001,
+        merge_share=0.01, max_noise_nats=0.001,
     )  # fmt: skip
     done, _ = forget(now_set, quarantined(store, erase("r1", 5)))
     assert never_saw(learner, tmp_path, cuts, {5}).equals(done.manifest)
+
+
+def tickets(cut: int, count: int) -> list[ExampleAccepted]:
+    """Documents of one template."""
+    return [
+        tiny.document(n, f"Ticket {n * 137 % 997}. The secret{n:03d} was repaired and the ticket was closed.")
+        for n in range(cut * count, (cut + 1) * count)
+    ]
+
+
+def merged_in(manifest: Manifest) -> dict[int, int]:
+    """Offsets of merged examples, and those of what they were merged into."""
+    offsets = {example.example_id: example.offset for example in manifest.learned}
+    return {item.offset: offsets[item.merged_into] for item in manifest.learned if item.merged_into is not None}
+
+
+def test_copies_of_a_forgotten_document_are_trained_in_full_as_if_it_had_never_been_there(
+    store: DirectoryStore, tmp_path: Path
+) -> None:
+    learner = local_learner(store)
+    cuts = {0: documents(1, 4)[0], 1: tickets(1, 6), 2: tickets(2, 6)}
+    learned = [done.manifest for done in learn(learner, cuts)]
+    before = merged_in(learned[1])
+    (full,) = set(before.values())
+    assert before.keys() == set(range(6, 12)) - {full}
+    done, _ = forget(learner, quarantined(store, erase("r1", full)))
+    assert never_saw(learner, tmp_path, cuts, {full}).equals(done.manifest)
+    rebuilt = next(made for made in made_anew(learner.registry) if made.cut == 1)
+    after = merged_in(rebuilt)
+    (instead,) = set(after.values())
+    assert instead in before
+    assert after.keys() == before.keys() - {instead}
 
 
 @pytest.mark.parametrize("emergency", [False, True])

@@ -134,7 +134,10 @@ def test_what_became_of_every_example_is_counted(store, capsys):
         position = {"partition": "documents:0", "offset": 0}
         manifest = found.model_copy(
             update={
-                "learned": [LearnedExample(example_id=name, tokens=5, **position) for name in learned],
+                "learned": [
+                    LearnedExample(example_id=name, tokens=5, merged_into="a" if name == "b" else None, **position)
+                    for name in learned
+                ],
                 "skipped": [SkippedExample(example_id=name, reason=why, **position) for name, why in skipped.items()],
             }
         )
@@ -143,9 +146,12 @@ def test_what_became_of_every_example_is_counted(store, capsys):
     counted = json.loads(capsys.readouterr().out)["examples"]
     assert counted == {
         "learned": 3, "forgotten": 0, "skipped": {"quarantined": 1, "no-text": 1}, "versions": 2, "earlier_versions": 0,
+        "merged": 1,
     }  # fmt: skip
     adapters.show_adapter(ADAPTER, as_json=False)
-    assert "3 learned; not learned: 1 no-text, 1 quarantined" in " ".join(capsys.readouterr().out.split())
+    assert "3 learned, 1 of them merged; not learned: 1 no-text, 1 quarantined" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_a_parked_adapter_without_a_version_is_shown(store, capsys):

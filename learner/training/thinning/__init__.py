@@ -1,0 +1,1 @@
+"""Find what the documents of an update share, so that it is trained once."""
