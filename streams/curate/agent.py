@@ -174,12 +174,15 @@ class CurateAgent:
         self._metrics.tick(TOPIC)
         self._drop_ended_session()
         session, now_ms = self._session, _monotonic_ms()
-        while session.waiting:
-            name = next(iter(session.waiting))
-            due = session.adapters[name].batcher.due(now_ms)
-            if due is None:
+        for name in list(session.waiting):  # longest waiting first
+            if name not in session.waiting:
+                continue
+            batcher = session.adapters[name].batcher
+            if not batcher.aged(now_ms):
                 break
-            await self._save_due(name, due)
+            due = batcher.due(now_ms)
+            if due is not None:
+                await self._save_due(name, due)
         self._ticks += 1
         if self._ticks % 4 == 0 and self._assigned:
             with suppress(KafkaError):  # a rebalance may begin meanwhile

@@ -301,8 +301,17 @@ class MicroBatcher(Generic[T]):
         )
         return len(self._pending.examples) >= self._drift_examples
 
+    def aged(self, now_ms: int) -> bool:
+        """Return whether the oldest pending delivery has waited for `max_age_ms`.
+
+        Args:
+            now_ms: the clock that `offer` was given, in milliseconds.
+        """
+        since_ms = self._pending.since_ms
+        return since_ms is not None and now_ms - since_ms >= self.policy.max_age_ms
+
     def due(self, now_ms: int) -> Literal["age", "flush"] | None:
-        """Return what to do because the oldest pending delivery has waited for `max_age_ms`.
+        """Return what to do because the oldest pending delivery has waited long enough; see `CutPolicy.age_cuts`.
 
         Args:
             now_ms: the clock that `offer` was given, in milliseconds.
@@ -311,9 +320,12 @@ class MicroBatcher(Generic[T]):
             "age": call `cut`. "flush": nothing pending is to be learned, call `flush`. None: wait.
         """
         pending = self._pending
-        if pending.since_ms is None or now_ms - pending.since_ms < self.policy.max_age_ms:
+        if pending.since_ms is None or not self.aged(now_ms):
             return None
-        return "age" if pending.examples else "flush"
+        if not pending.examples:
+            return "flush"
+        corrected = any(example.kind == "correction" for example in pending.examples)
+        return "age" if self.policy.age_cuts(now_ms - pending.since_ms, pending.tokens, corrected=corrected) else None
 
     def cut(
         self, now: datetime, reason: CutReason, blocked: Collection[str] = (), system_prompt: str | None = None

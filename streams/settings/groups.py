@@ -159,6 +159,11 @@ class CurateSettings(SettingsGroup):
     max_age_s: PositiveFloat = Field(
         30.0, description="curate: seconds after which a pending example cuts a micro-batch"
     )
+    min_batch_tokens: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="curate: pending tokens below which a micro-batch waits for up to four times `PERENNIAL_MAX_AGE_S`, "
+        "unless a person corrected something; 0: age alone decides",
+    )
     cooldown_examples: Annotated[int, Field(ge=0)] = Field(
         32, description="curate: number of examples after each new live version during which drift does not cut"
     )

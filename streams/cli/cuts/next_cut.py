@@ -18,6 +18,7 @@ from perennial.storage.registry.records import parse_record
 from perennial.storage.registry.registry import Registry
 from perennial.storage.registry.waiting_jobs import MAX_CURATE_STATE_BYTES, curate_state_key
 from perennial.streams.curate.cutting.drift_trust import examples_for_drift, newest_updates_without_gain
+from perennial.streams.curate.cutting.waiting import MAX_AGES
 from perennial.streams.events.models import CutReason
 from perennial.streams.settings import Settings
 
@@ -70,6 +71,9 @@ class NextCut:
         last_examples: its examples.
         last_tokens: its tokens.
         max_age_s: seconds after which the oldest pending example cuts.
+        min_tokens: pending tokens below which age does not cut before `max_wait_s`, unless one is a correction; 0: age
+            alone decides.
+        max_wait_s: seconds after which the oldest pending example cuts however few tokens wait.
         max_tokens: pending tokens that cut.
         max_examples: pending examples that cut.
         drift_examples: pending examples from which drift cuts.
@@ -87,6 +91,8 @@ class NextCut:
     last_examples: int
     last_tokens: int
     max_age_s: float
+    min_tokens: int
+    max_wait_s: float
     max_tokens: int
     max_examples: int
     drift_examples: int
@@ -106,8 +112,9 @@ class NextCut:
         distrust = (
             f" (distrust: the last {self.updates_without_gain} updates learned nothing)" if self.distrusted else ""
         )
+        later = f"; {self.max_wait_s:g} s if fewer than {self.min_tokens} tokens and no correction wait"
         parts = [
-            f"{self.max_age_s:g} s after the first example that waits reaches curate",
+            f"{self.max_age_s:g} s after the first example that waits reaches curate{later if self.min_tokens else ''}",
             f"sooner by size, at {self.max_tokens} tokens or {self.max_examples} examples",
             f"by drift from {self.drift_examples} examples on{distrust}",
         ]
@@ -143,6 +150,8 @@ def next_cut(state: CutState, settings: Settings, adapter: str, without_gain: in
         last_examples=0 if job is None else job.examples,
         last_tokens=0 if job is None else job.tokens,
         max_age_s=curate.max_age_s,
+        min_tokens=curate.min_batch_tokens,
+        max_wait_s=curate.max_age_s * MAX_AGES,
         max_tokens=curate.max_batch_tokens,
         max_examples=curate.max_batch_examples,
         drift_examples=needed,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from perennial.streams.curate.cutting.waiting import MAX_AGES
 from perennial.streams.curate.detectors import LOSS_THRESHOLD
 from perennial.streams.settings import Settings
 
@@ -21,6 +22,8 @@ class CutPolicy:
         window: values per signal that are kept to rebuild its drift detectors.
         drift_threshold: standard errors from which a change of a loss is drift.
         drift_patience: updates without a gain from which drift needs more pending examples to cut.
+        min_tokens: pending tokens below which age does not cut before `MAX_AGES` times `max_age_ms`, unless a person
+            corrected something; 0: age alone decides.
     """
 
     max_tokens: int
@@ -31,6 +34,7 @@ class CutPolicy:
     window: int
     drift_threshold: float = LOSS_THRESHOLD
     drift_patience: int = 3
+    min_tokens: int = 0
 
     @classmethod
     def of(cls, settings: Settings) -> CutPolicy:
@@ -44,4 +48,16 @@ class CutPolicy:
             settings.curate.detector_window,
             settings.curate.drift_threshold,
             settings.curate.drift_patience_updates,
+            settings.curate.min_batch_tokens,
         )
+
+    def age_cuts(self, waited_ms: int, tokens: int, *, corrected: bool) -> bool:
+        """Return whether pending examples have waited long enough.
+
+        Args:
+            waited_ms: how long the oldest pending delivery has waited, in milliseconds.
+            tokens: pending tokens.
+            corrected: whether a correction of a person is pending.
+        """
+        small = tokens < self.min_tokens and not corrected
+        return waited_ms >= self.max_age_ms * (MAX_AGES if small else 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -139,6 +140,30 @@ def test_age_counts_from_the_first_delivery_and_skips_alone_make_no_job():
     assert restored.due(8000) == "age"
     batch = Batch.model_validate_json(restored.cut(NOW, "age").body)
     assert [skip.origin.offset for skip in batch.skipped] == [0]
+
+
+def test_few_tokens_wait_longer_but_not_for_ever_and_not_with_a_correction():
+    batcher = MicroBatcher("a", replace(POLICY, min_tokens=25))
+    batcher.offer(scored(0), 0, 5000)
+    batcher.offer(scored(1), 1, 5500)
+    assert [batcher.aged(5999), batcher.aged(6000)] == [False, True]
+    assert [batcher.due(now) for now in (6000, 8999, 9000)] == [None, None, "age"]
+    batcher.offer(scored(2), 2, 6100)
+    assert batcher.due(6100) == "age"
+    batcher.apply(batcher.cut(NOW, "age"))
+    batcher.offer(scored(3), 3, 7000)
+    document = scored(4)
+    said = {"kind": "correction", "text": None, "prompt": "Who is on call?", "answer": "Ada is."}
+    correction = document.model_copy(update={"example": document.example.model_copy(update=said)})
+    assert batcher.due(8000) is None
+    batcher.offer(correction, 4, 7900)
+    assert batcher.due(8000) == "age"
+
+
+def test_where_nothing_is_to_be_learned_a_minimum_of_tokens_delays_nothing():
+    batcher = MicroBatcher("a", replace(POLICY, min_tokens=25))
+    batcher.offer(scored(0, learn=False), 0, 5000)
+    assert batcher.due(6000) == "flush"
 
 
 def test_many_skips_make_a_cut_without_examples():

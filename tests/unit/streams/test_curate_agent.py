@@ -108,6 +108,26 @@ def test_a_clock_that_is_set_back_keeps_no_example_waiting(given, monkeypatch):
     assert app.sent == ["adapter-jobs"]
 
 
+def test_an_adapter_whose_few_tokens_wait_longer_holds_no_other_up(given, monkeypatch):
+    _, app, store = given
+    clock = [1_000]
+    monkeypatch.setattr(curate, "_monotonic_ms", lambda: clock[0])
+    agent = CurateAgent(app, Settings.of(max_age_s=30, min_batch_tokens=2, env_file=None), Metrics("curate"), store)
+    cut: list[list[str]] = []
+
+    async def scenario() -> None:
+        await agent.receive(delivery(1, adapter="acme/few"))
+        for number in (2, 3):
+            await agent.receive(delivery(number, adapter="acme/more"))
+        for waited_ms in (29_999, 30_000, 119_999, 120_000):
+            clock[0] = 1_000 + waited_ms
+            await agent.tick()
+            cut.append(learned(store))
+
+    asyncio.run(scenario())
+    assert cut == [[], ["d2", "d3"], ["d2", "d3"], ["d1", "d2", "d3"]]
+
+
 def test_a_text_is_kept_out_for_good_by_an_erasure_behind_an_expiry(given):
     agent, _, store = given
     entries = [

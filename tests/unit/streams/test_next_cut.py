@@ -118,6 +118,15 @@ def test_the_budget_of_the_tenant_is_shown_as_what_delays_the_update(store, caps
     assert "budget of 5000 tokens an hour" in text
 
 
+def test_a_minimum_of_tokens_is_shown_with_how_long_fewer_wait(store, capsys, monkeypatch):
+    VersionPublisher(store, ADAPTER).publish()
+    assert "no correction wait" not in shown(capsys)[1]
+    monkeypatch.setenv("PERENNIAL_MIN_BATCH_TOKENS", "96")
+    found, text = shown(capsys)
+    assert (found["min_tokens"], found["max_wait_s"]) == (96, 120)
+    assert "reaches curate; 120 s if fewer than 96 tokens and no correction wait; sooner by size" in text
+
+
 def test_a_damaged_state_hides_nothing_else(store, capsys):
     version = VersionPublisher(store, ADAPTER).publish().version
     store.put_if_absent(curate_state_key(ADAPTER), b"{")
