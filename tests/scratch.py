@@ -7,7 +7,7 @@ that the gate refuses leaves the state as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 
@@ -76,14 +76,27 @@ def train_batches(
     adapter: str,
     batches: Mapping[int, Batch],
     start: TrainingState | None = None,
+    trained: Callable[[Batch], Sequence[ExampleAccepted]] = lambda batch: batch.examples,
 ) -> Scratch:
-    """Learn micro-batches in the order given, by their cut number; see `train`."""
+    """Learn micro-batches in the order given, by their cut number; see `train`.
+
+    Args:
+        updater: Trains one update.
+        store: Keeps the micro-batches.
+        adapter: The adapter's name.
+        batches: Micro-batches by their cut number.
+        start: State to train from; None for that of an adapter that has learned nothing.
+        trained: Returns the examples of a micro-batch that are trained; an update without any is left out.
+    """
     state = start or TrainingState(updater.lora.initial_weights(adapter, updater.recipe.seed))
     rows = BatchRows(store, updater.rows)
     outcomes, states = [], {}
     for cut, batch in batches.items():
         digest = put_blob(store, batch.model_dump_json(by_alias=True).encode())
-        found = updater.update(state, batch.examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
+        examples = trained(batch)
+        if not examples:
+            continue
+        found = updater.update(state, examples, adapter=adapter, cut=cut, batch=digest, replayed=rows)
         outcomes.append(found.outcome)
         if found.outcome == "promoted":
             state = found.state

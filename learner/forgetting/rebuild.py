@@ -16,6 +16,7 @@ from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffset
 from perennial.learner.forgetting.rebuild_progress import RebuiltStep, find_step, record_step, step_key
 from perennial.learner.training.recipe import DEVICE_DTYPE, Recipe
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
+from perennial.learner.training.thinning.contradictions import OUTVOTED
 from perennial.learner.training.update import Updater, UpdateResult
 from perennial.learner.versions.history import RecordedVersion
 from perennial.learner.versions.job_result import JobError, JobInterruptedError
@@ -29,6 +30,7 @@ from perennial.learner.versions.micro_batches import (
     without_examples,
 )
 from perennial.learner.versions.version_writer import VersionWriter
+from perennial.learner.versions.votes import vote
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
@@ -63,6 +65,7 @@ class _RemainingUpdate:
         ref: the blob of that micro-batch.
         new_body: the blob's bytes, to be stored; None if nothing was removed.
         examples: what is trained.
+        outvoted: corrections that are not trained because others outvote them.
         removed: the offsets that were removed from it.
     """
 
@@ -72,7 +75,13 @@ class _RemainingUpdate:
     ref: BlobRef
     new_body: bytes | None
     examples: list[ExampleAccepted]
+    outvoted: list[ExampleAccepted]
     removed: set[OriginOffset]
+
+    @property
+    def blobs(self) -> dict[str, bytes]:
+        """The micro-batch to store, by digest; none if nothing was removed."""
+        return {} if self.new_body is None else {self.ref.digest: self.new_body}
 
 
 class UpdateRebuilder:
@@ -157,8 +166,12 @@ class UpdateRebuilder:
             return self._keep_skipped(job, before, step, removed)
         updater = self._updater_of(update.recorded)
         state = self._state(job.adapter, before)
+        found = vote(updater.recipe, update.examples, state.replay_index, self._writer.rows.example)
+        update = replace(update, examples=found.trained, outvoted=found.outvoted)
+        if not update.examples:
+            return self._keep_skipped(job, before, step, removed, update)
         result = self._train(job, state, update, updater)
-        blobs = {} if update.new_body is None else {update.ref.digest: update.new_body}
+        blobs = update.blobs
         if result.outcome == "promoted":
             state = result.state
             refs, state_blobs = to_blobs(state)
@@ -177,7 +190,12 @@ class UpdateRebuilder:
         return _reached(before, RecordedVersion(manifest.digest(), manifest))
 
     def _keep_skipped(
-        self, job: ForgetRequested, before: RebuiltState, step: RecordedVersion, removed: set[OriginOffset]
+        self,
+        job: ForgetRequested,
+        before: RebuiltState,
+        step: RecordedVersion,
+        removed: set[OriginOffset],
+        update: _RemainingUpdate | None = None,
     ) -> RebuiltState:
         """Record what an update skipped, where nothing is left in it to train; return `before` if it skipped nothing.
 
@@ -186,27 +204,32 @@ class UpdateRebuilder:
         recorded = step.manifest
         judged = trained_offsets(recorded) | removed
         skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
+        batch, blobs = None if removed else recorded.batch, dict[str, bytes]()
+        if update is not None:  # all of it is outvoted, and may be given votes by a later forgetting
+            skipped += [skipped_example(example, OUTVOTED) for example in update.outvoted]
+            batch, blobs = update.ref, update.blobs
         if not skipped:
             return before
         key = step_key(job.adapter, before.step, before.seed, step.version, removed)
         made = find_step(self._registry, key)
         if made is not None:
             return _reached(before, made)
-        blobs: dict[str, bytes] = {}
         if before.step is None:
-            refs, blobs = to_blobs(self._state(job.adapter, before))
+            refs, state_blobs = to_blobs(self._state(job.adapter, before))
+            blobs |= state_blobs
         else:
             refs = StateRefs.of_manifest(before.step.manifest)
         manifest = _following(before, recorded).model_copy(
             update={
                 "outcome": "unchanged", "reason": "nothing-to-learn", "code": self._writer.code,
-                "batch": None if removed else recorded.batch, "learned": [], "skipped": skipped,
+                "batch": batch, "learned": [], "skipped": skipped,
                 **refs.manifest_fields(), "gate": GateFigures(), "probes": {}, "tokens": 0,
                 "pass_adapters": 1,
                 "published_from_ms": None, "published_to_ms": None,
             }
         )  # fmt: skip
-        self._store_step(job, key, step, None, manifest, blobs)
+        new_batch = update.ref.digest if update is not None and update.blobs else None
+        self._store_step(job, key, step, new_batch, manifest, blobs)
         return _reached(before, RecordedVersion(manifest.digest(), manifest))
 
     def _store_step(
@@ -248,7 +271,7 @@ class UpdateRebuilder:
             ref = BlobRef(digest=digest_of(new_body), size_bytes=len(new_body))
         trained = trained_offsets(recorded) - removed
         examples = [example for example in batch.examples if origin_offset(example) in trained]
-        return _RemainingUpdate(recorded, recorded.cut, batch, ref, new_body, examples, removed)
+        return _RemainingUpdate(recorded, recorded.cut, batch, ref, new_body, examples, [], removed)
 
     def _updater_of(self, recorded: Manifest) -> Updater:
         """Return an updater with the recipe and the general text that the version was made by."""
@@ -297,6 +320,7 @@ class UpdateRebuilder:
         recorded, promoted = update.recorded, result.outcome == "promoted"
         judged = trained_offsets(recorded) | update.removed
         skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
+        skipped += [skipped_example(example, OUTVOTED) for example in update.outvoted]
         if promoted:
             reason = recorded.reason if recorded.outcome == "promoted" else "replayed"
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
+from perennial.learner.training.thinning.contradictions import OUTVOTED
 from perennial.learner.versions.history import History, RecordedVersion
 from perennial.learner.versions.micro_batches import OriginOffset, origin_offset
 from perennial.storage.objects.object_store import ObjectStore
@@ -205,12 +206,13 @@ def plan_rebuild(
 
 
 def trained_offsets(manifest: Manifest) -> set[OriginOffset]:
-    """Return the offsets of the examples that an update was trained on, whatever its gate then decided."""
-    if manifest.outcome == "promoted":
-        return {item.origin_offset for item in manifest.learned}
-    if manifest.outcome == "refused":
-        return {item.origin_offset for item in manifest.skipped if item.reason == manifest.reason}
-    return set()
+    """Return the offsets of the examples that an update was given to train, whatever was then decided.
+
+    Those that were outvoted are among them: without a forgotten example others may win.
+    """
+    reasons = {OUTVOTED, manifest.reason} if manifest.outcome == "refused" else {OUTVOTED}
+    skipped = {item.origin_offset for item in manifest.skipped if item.reason in reasons}
+    return skipped | {item.origin_offset for item in manifest.learned}
 
 
 def state_version(step: RecordedVersion | None) -> str | None:

@@ -59,6 +59,8 @@ class Recipe:
             has them, too, and is trained only on the others; 0: every document is trained in full.
         max_noise_nats: Largest rise of the loss on new examples that counts as noise, nats per token; 0: any that is
             within three standard errors.
+        correction_votes: Who decides between corrections that answer a question differently: `off`, all are trained;
+            `update`, those of the update; `history`, those of the replay index as well.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -92,6 +94,7 @@ class Recipe:
     slow_average: float = 0.0
     merge_share: float = 0.0
     max_noise_nats: float = 0.0
+    correction_votes: str = "off"
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

@@ -192,6 +192,25 @@ class BatchRows:
         found = self._find(entry)
         return found[1] if found else None
 
+    def example(self, entry: ReplayEntry) -> ExampleAccepted | None:
+        """Return an example; None if its micro-batch was erased or no longer holds it."""
+        found = self._find(entry)
+        return found[0] if found else None
+
+    def example_allowed_by(
+        self, quarantine: QuarantineFilter, used: dict[str, ExampleAccepted]
+    ) -> Callable[[ReplayEntry], ExampleAccepted | None]:
+        """Return `example`, which gives None for quarantined examples as well and adds those it returns to `used`, by id."""
+
+        def example(entry: ReplayEntry) -> ExampleAccepted | None:
+            found = self.example(entry)
+            if found is None or quarantine.blocks(found):
+                return None
+            used[entry.example_id] = found
+            return found
+
+        return example
+
     def allowed_by(
         self, quarantine: QuarantineFilter, drawn: dict[str, ExampleAccepted]
     ) -> Callable[[ReplayEntry], Sequence[TokenRow] | None]:

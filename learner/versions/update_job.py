@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from perennial.learner.costs.device_use import DeviceUse, take_use
 from perennial.learner.costs.energy_meter import meter_of
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
+from perennial.learner.training.thinning.contradictions import OUTVOTED
 from perennial.learner.training.update import UpdateResult
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
@@ -32,6 +33,7 @@ from perennial.learner.versions.micro_batches import (
 )
 from perennial.learner.versions.rollback_job import take_back_interrupted
 from perennial.learner.versions.version_writer import VersionWriter
+from perennial.learner.versions.votes import Vote, vote
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
@@ -98,6 +100,7 @@ class _Trained:
         start: where it started.
         batch: its micro-batch.
         selection: what was done with each example.
+        vote: which of the new ones were trained.
         result: the outcome of the training; None if there was nothing new to learn.
         refs: the blobs of the state that the new version holds.
         general: the blob of the general text that was used; None for docstrings.
@@ -107,6 +110,7 @@ class _Trained:
     start: _Start
     batch: _AllowedBatch
     selection: ExampleSelection
+    vote: Vote
     result: UpdateResult | None
     refs: StateRefs
     general: BlobRef | None
@@ -243,8 +247,9 @@ class UpdateExecutor:
 
     def _settle(self, job: UpdateRequested, manifest: Manifest, *, waits: bool) -> None:
         """Record which examples were refused or learned, then delete the job: a version names its micro-batch now."""
-        if manifest.outcome == "refused":
-            ids = [item.example_id for item in manifest.skipped if item.reason == manifest.reason]
+        reasons = {OUTVOTED, manifest.reason} if manifest.outcome == "refused" else {OUTVOTED}
+        ids = [item.example_id for item in manifest.skipped if item.reason in reasons]
+        if ids:
             add_refused_examples(self._store, job.adapter, ids, self._now_ms())
         remove_refused_examples(self._store, job.adapter, [item.example_id for item in manifest.learned])
         if waits:
@@ -286,15 +291,18 @@ class UpdateExecutor:
             for example in batch.stored.examples
             if origin_offset(example) not in allowed
         )
+        updater = writer.updater_of(start.head) if selection.new else writer.updater
+        example_of = writer.rows.example_allowed_by(quarantine, replayed)
+        found = vote(updater.recipe, selection.new, start.state.replay_index, example_of)
+        selection.skipped.extend(skipped_example(example, OUTVOTED) for example in found.outvoted)
         result: UpdateResult | None = None
         general = start.head.manifest.general if start.head else None
-        if selection.new:
+        if found.trained:
             writer.rows.put(batch.ref.digest, batch.allowed.examples)
-            updater = writer.updater_of(start.head)
             general = updater.general.ref
             result = updater.update(
                 start.state,
-                selection.new,
+                found.trained,
                 adapter=job.adapter,
                 cut=job.cut,
                 batch=batch.ref.digest,
@@ -310,7 +318,7 @@ class UpdateExecutor:
             refs, state_blobs = to_blobs(state)
             blobs |= state_blobs
             writer.cache_state(refs, state)
-        return _Trained(start, batch, selection, result, refs, general, blobs)
+        return _Trained(start, batch, selection, found, result, refs, general, blobs)
 
     def _manifest(self, job: UpdateRequested, trained: _Trained) -> Manifest:
         """Return the manifest of the version that was trained."""
@@ -322,16 +330,18 @@ class UpdateExecutor:
         if result is None:
             outcome, reason = "unchanged", "nothing-to-learn"
         elif result.outcome == "promoted":
-            outcome, reason, learned = "promoted", job.reason, selection.new
+            outcome, reason, learned = "promoted", job.reason, trained.vote.trained
         else:
             outcome, reason = "refused", result.reason
-            skipped = [*skipped, *(skipped_example(example, result.reason) for example in selection.new)]
+            skipped = [*skipped, *(skipped_example(example, result.reason) for example in trained.vote.trained)]
         config: dict[str, Scalar] = {**recipe.config()}
         high_water_marks = _advanced(start.high_water_marks(), job, batch.stored)
         marks, epochs = high_water_marks.offsets, high_water_marks.epochs
         # Where a quarantine left out other examples, the update has another id. So a version that claimed its update
         # before a request to forget was accepted does not win over one that was trained after that.
         missing = result.gate.replay_missing if result else 0
+        if trained.vote.missing:
+            missing = (missing or 0) + trained.vote.missing
         claim = {**config, "batch": batch.ref.digest, "missing": missing}
         times = [example.origin.timestamp_ms for example in learned]
         return Manifest(

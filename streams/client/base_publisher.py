@@ -117,7 +117,7 @@ class BasePublisher(ABC):
             messages: The whole conversation instead of prompt and response, as chat APIs write it: `role` (`system`,
                 `user` or `assistant`) and `content` of each turn, the oldest first. The last turn is the response.
             **fields: Further fields of `InteractionObserved`: correction (the answer to learn), rating (-1 to 1),
-                subjects, retention_class, expires_at, observed_at.
+                source, subjects, retention_class, expires_at, observed_at.
 
         Raises:
             PublishError: A field is not valid, or the broker does not take the event.

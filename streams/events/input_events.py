@@ -114,8 +114,8 @@ class DocumentObserved(OutsideEvent):
     expires_at: Time | None = None
     """When to forget the document; the earlier of this and the retention class counts."""
     supersedes: Ids = Field(default_factory=list)
-    """Ids of documents of the same source that this one replaces; they are forgotten. A document without a source can
-    replace interactions too, by their ids, because interactions have no source."""
+    """Ids of documents and interactions of the same source that this one replaces; they are forgotten. A document without
+    a source replaces those that have none."""
     observed_at: Time | None = None
     """When the document was written or seen."""
 
@@ -151,6 +151,9 @@ class InteractionObserved(OutsideEvent):
     """The answer that the adapter must learn instead."""
     rating: Rating | None = None
     """How good the response was, from -1 to 1; watched for drift."""
+    source: OutsideName | None = None
+    """Who corrected or rated the answer, such as a desk or a tool; all that a source taught can be forgotten together, and
+    sources that contradict each other have one vote each."""
     subjects: Subjects = Field(default_factory=list)
     """Ids of the persons whom the interaction is about."""
     retention_class: RetentionClass = PERMANENT

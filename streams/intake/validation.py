@@ -238,8 +238,6 @@ def _example_of(event: Event, learn_turns: bool) -> tuple[dict[str, Any], bytes]
         fields = {
             "adapter": event.adapter, "kind": "document", "document_id": event.document_id, "learn": True, "text": text,
         }  # fmt: skip
-        if event.source is not None:
-            fields["source"] = event.source
         if event.domain is not None:
             fields["domain"] = event.domain
         if event.supersedes:
@@ -249,6 +247,8 @@ def _example_of(event: Event, learn_turns: bool) -> tuple[dict[str, Any], bytes]
         fields, content = _interaction(event, learn_turns)
     else:
         raise WireError("wrong-topic", "type", got=event.type, allowed="document.observed, interaction.observed")
+    if event.source is not None:
+        fields["source"] = event.source
     if event.subjects:
         fields["subjects"] = event.subjects
     if event.retention_class != PERMANENT:

@@ -100,6 +100,12 @@ class TrainingSettings(SettingsGroup):
         description="most further passes of an update over corrections whose answers the model would not give yet, each as far "
         "as the general loss allows; 0: corrections are trained as often as documents",
     )
+    correction_votes: Literal["off", "update", "history"] = Field(
+        "update",
+        description="who decides between corrections that answer the same question differently, one vote for each source, a "
+        "tie for the newest: the corrections of the `update`, or those of the `history` in the replay buffer as well, so "
+        "that one source cannot take back what several taught; `off`: all are trained",
+    )
     slow_average: float = Field(
         0.8,
         ge=0,

@@ -20,6 +20,7 @@ from perennial.learner.training.state import TrainingState
 from perennial.learner.training.thinning.shared_tokens import FullDocuments
 from perennial.learner.training.update import Updater
 from perennial.learner.training.update_rows import split_rows
+from perennial.learner.versions.votes import vote
 from perennial.streams.curate.batcher import MicroBatcher
 from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.events.models import ExampleAccepted
@@ -86,6 +87,7 @@ class Learner:
     updates: list[dict[str, Any]] = field(default_factory=list)
     spent: int = 0
     _rows: dict[str, list[TokenRow]] = field(default_factory=dict)
+    _known: dict[str, ExampleAccepted] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.updater.lora.initial_weights(self.seed, self.updater.recipe.seed))
@@ -104,6 +106,13 @@ class Learner:
             watched: Groups of rows by domain that are measured afterwards.
         """
         cut = len(self.updates)
+        heard = vote(
+            self.updater.recipe, examples, self.state.replay_index, lambda entry: self._known.get(entry.example_id)
+        )
+        examples = heard.trained
+        if not examples:
+            return
+        self._known |= {example.example_id: example for example in examples}
         groups = [self.updater.rows(example) for example in examples]
         before = self.world.losses(self.updater, self.served, groups)
         updater = self.updater if wanted is None else self._paced(examples, groups, wanted)

@@ -99,7 +99,7 @@ def test_an_interaction_becomes_an_example(event, learn_turns):
     assert (example.text, example.prompt, example.answer) == (None, prompt, answer)
     assert [(turn.role, turn.content) for turn in example.history or ()] == history
     assert example.rating == event.rating
-    assert example.subjects == event.subjects
+    assert (example.subjects, example.source) == (event.subjects, event.source)
 
 
 def test_the_origin_carries_the_leader_epoch_of_the_record():
