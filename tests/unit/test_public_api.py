@@ -40,7 +40,7 @@ DirectoryBackend.warm(self, name: str) -> None
 DirectoryBackend.write_folder(self, inside: Path, files: dict[str, bytes]) -> None
 DocumentObserved(*, adapter, document_id, text, source=..., domain=..., subjects=..., retention_class=..., expires_at=..., supersedes=..., observed_at=...) -> None
 DocumentObserved.key(self) -> str
-InteractionObserved(*, adapter, interaction_id, prompt=..., response=..., messages=..., correction=..., rating=..., subjects=..., retention_class=..., expires_at=..., observed_at=...) -> None
+InteractionObserved(*, adapter, interaction_id, prompt=..., response=..., messages=..., correction=..., rating=..., source=..., subjects=..., retention_class=..., expires_at=..., observed_at=...) -> None
 InteractionObserved.key(self) -> str
 LoraConfig(rank: int, alpha: int) -> None
 MemoryBackend(base_sha256: str | None = None) -> None

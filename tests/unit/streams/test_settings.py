@@ -52,6 +52,7 @@ def test_flat_names_are_unique_and_every_variable_sets_its_field(monkeypatch):
             "log_level": "debug",
             "learn_turns": "true",
             "slow_average": "0.5",
+            "correction_votes": "history",
             "bootstrap": "a:1",
             "maven_url": "https://mirror",
             "internal_key": SECRET * 3,
