@@ -170,8 +170,8 @@ class World:
             self.restart()
         return Effects(done.changes + made.changes, done.events + made.events)
 
-    def work(self, failure: str = "") -> None:
-        """The learner: forgets what each job matches, unless a hold is on any of it."""
+    def work(self, failure: str = "", detail: str = "") -> None:
+        """The learner: forgets what each job matches, unless a hold is on any of it; `detail` is what it remarks."""
         while self.jobs:
             job = self.jobs.pop(0)
             if not isinstance(job, ForgetRequested):
@@ -185,6 +185,7 @@ class World:
             done = RequestOutcome(
                 at_ms=self.now_ms, examples=len(selected), version=V2 if selected else None,
                 generation=2 if selected else None, failure=failure,
+                detail=detail,
             )  # fmt: skip
             finish_entry(self.objects, job.adapter, job.request_id, done)
 

@@ -31,6 +31,7 @@ from perennial.learner.forgetting.rebuild_plan import (
     RemovedOffsets,
     plan_rebuild,
     state_version,
+    trained_offsets,
 )
 from perennial.learner.forgetting.rebuild_progress import RebuiltStep, sweep_steps
 from perennial.learner.forgetting.scan import FoundExamples, find_examples
@@ -339,7 +340,13 @@ class ForgetExecutor:
         target = step.manifest if step is not None and step.manifest.optimizer else None
         parent = step.version if step else None
         manifest = self._writer.carry_forward_manifest(head, target, parent, "forget", job.job_id, _reason(job))
-        manifest = manifest.model_copy(update={"gate": manifest.gate.merged(GateFigures(forgotten_examples=examples))})
+        figures = GateFigures(forgotten_examples=examples)
+        elsewhere = sum(
+            bool(trained_offsets(each.manifest)) and each.manifest.code != self._writer.code for each in plan.steps
+        )
+        if elsewhere:
+            figures = figures.merged(GateFigures(other_engine_updates=elsewhere))
+        manifest = manifest.model_copy(update={"gate": manifest.gate.merged(figures)})
         aliases = list(self._registry.aliases(job.adapter))
         publication = self._publish_manifest(manifest, target, alias)
         stale = {*plan.affected_versions, head.version} - {publication.version}

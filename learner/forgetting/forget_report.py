@@ -11,7 +11,13 @@ from perennial.learner.versions.job_result import Completion, JobResult
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.pending_deletes import load_pending_deletes
-from perennial.storage.registry.quarantine import NOTHING_MATCHED, Quarantine, RequestOutcome, load_quarantine
+from perennial.storage.registry.quarantine import (
+    NOTHING_MATCHED,
+    OTHER_ENGINE,
+    Quarantine,
+    RequestOutcome,
+    load_quarantine,
+)
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RetentionState
 
 
@@ -47,7 +53,7 @@ class ForgetReporter:
         version, generation = (made[0], event.generation) if made and event else (None, None)
         manifest = made[1] if made else None
         counts = {name: count for name, count in self._counts(job, manifest).items() if name not in held}
-        statuses = self._statuses(job, counts, version)
+        statuses = self._statuses(job, counts, version, _engine_note(manifest))
         outcomes = {
             status.request_id: RequestOutcome(
                 at_ms=int(status.at.timestamp() * 1000), examples=status.examples, version=version,
@@ -75,7 +81,7 @@ class ForgetReporter:
         return counts | pending.requests if pending else counts
 
     def _statuses(
-        self, job: ForgetRequested, counts: Mapping[str, int], version: str | None
+        self, job: ForgetRequested, counts: Mapping[str, int], version: str | None, note: str
     ) -> list[RetentionProgressed]:
         """Return the statuses of the job's request and of every open request that the same rebuild carried out."""
         quarantine = load_quarantine(self._store, job.adapter)
@@ -85,7 +91,7 @@ class ForgetReporter:
             if request_id != job.request_id and (entry is None or entry.done is not None):
                 continue
             request = job if entry is None else job.model_copy(update={"request_id": request_id, "kind": entry.kind})
-            detail = "" if count else NOTHING_MATCHED
+            detail = note if count else NOTHING_MATCHED
             statuses.append(self._status(request, "executed", count, version, detail))
             statuses.append(self._status(request, "published", count, version, detail))
         return statuses
@@ -97,6 +103,16 @@ class ForgetReporter:
             request_id=job.request_id, adapter=job.adapter, kind=job.kind, state=state, examples=count,
             version=version, detail=detail, at=self._now(),
         )  # fmt: skip
+
+
+def _engine_note(made: Manifest | None) -> str:
+    """Return, for people, that the rebuild has other bits than one by the engine that had trained the updates."""
+    updates = made.gate.other_engine_updates if made else None
+    if not updates:
+        return ""
+    return (
+        f"{OTHER_ENGINE}: {updates} of the rebuilt updates had been trained by another release, torch or kind of device"
+    )
 
 
 def is_done(quarantine: Quarantine, job: ForgetRequested) -> bool:

@@ -8,13 +8,13 @@ again makes the same versions; updates that it has made already are not trained 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 
 from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
 from perennial.learner.forgetting.rebuild_progress import RebuiltStep, find_step, record_step, step_key
-from perennial.learner.training.recipe import DEVICE_DTYPE, Recipe
+from perennial.learner.training.recipe import DEVICE_DTYPE, Recipe, UnknownFieldError
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.thinning.contradictions import OUTVOTED
 from perennial.learner.training.update import Updater, UpdateResult
@@ -280,6 +280,12 @@ class UpdateRebuilder:
             recipe = Recipe.recorded(recorded.config)
         except KeyError as error:
             raise JobError("recipe-mismatch", "an update's recipe is incomplete", got=f"no {error}") from error
+        except UnknownFieldError as error:
+            raise JobError(
+                "recipe-mismatch", "an update was made by a later release, with settings that this one does not know",
+                got=str(error), allowed=", ".join(field.name for field in fields(Recipe)),
+                remedy="upgrade this learner, then unpark the adapter",
+            ) from error  # fmt: skip
         if (recipe.rank, recipe.alpha) != (updater.recipe.rank, updater.recipe.alpha):
             raise JobError(
                 "recipe-mismatch", "an update was made with another LoRA than this worker's",

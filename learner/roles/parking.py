@@ -43,7 +43,8 @@ _JOB_ERRORS = frozenset({"base-mismatch", "rank-mismatch", "recipe-mismatch"})
 _REMEDIES = {
     "base-mismatch": "start this learner with the adapter's base (PERENNIAL_BASE), or stop it",
     "rank-mismatch": "start this learner with the adapter's rank (PERENNIAL_RANK)",
-    "recipe-mismatch": "start a learner with the rank and alpha of that update (PERENNIAL_RANK, PERENNIAL_ALPHA)",
+    "recipe-mismatch": "start a learner with the rank and alpha of that update (PERENNIAL_RANK, PERENNIAL_ALPHA), of "
+    "the release that made it or a later one",
     "broken-state": "start this learner with the adapter's base and rank, or restore the version's weights from a copy",
     "missing-object": "restore the object from a copy",
     "out-of-memory": "lower PERENNIAL_ROW_TOKENS, or give the learner more memory",

@@ -14,6 +14,12 @@ from perennial.streams.settings import Settings
 WARMUP_STEPS = 10
 DEVICE_DTYPE = "device"
 """Number format of a recipe that names none: bf16 on a GPU, fp32 on a CPU."""
+_DROPPED: Mapping[str, object] = {"anchors_in_proportion": False, "max_pad_share": 1.0}
+"""Fields that recipes of unreleased code had, with the values that mean what their absence means."""
+
+
+class UnknownFieldError(ValueError):
+    """A recipe has fields of a later release."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,12 @@ class Recipe:
 
         Raises:
             KeyError: A field without a default is missing.
+            UnknownFieldError: A later release made it, with a field that decides what is trained and is not known here.
         """
+        names = {f.name for f in fields(cls)}
+        unknown = {name for name, value in config.items() if name not in names and _DROPPED.get(name) != value}
+        if unknown:
+            raise UnknownFieldError(", ".join(sorted(unknown)))
         known = [f for f in fields(cls) if f.name in config or f.default is MISSING]
         return cls(**{f.name: config[f.name] for f in known})
 

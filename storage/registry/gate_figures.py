@@ -47,6 +47,8 @@ class GateFigures(BaseModel):
         tries: Number of tries, where there was more than one.
         reason: The verdict: `ok`, or why the version was refused (`learner.training.gate.GateReason`).
         forgotten_examples: Number of examples that the version forgot; only on versions of kind `forget`.
+        other_engine_updates: Number of updates that were rebuilt for it by another engine (code, torch, device) than the one
+            that had trained them; absent where there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="allow")
@@ -72,6 +74,7 @@ class GateFigures(BaseModel):
     tries: _Count = None
     reason: Text | None = None
     forgotten_examples: _Count = None
+    other_engine_updates: _Count = None
 
     @property
     def loss_before(self) -> float | None:

@@ -3,10 +3,10 @@
 A version's id is the digest of its manifest's bytes. So the bytes hold no wall-clock time, and they are canonical: UTF-8
 JSON, keys sorted, no white space.
 
-A manifest that this release cannot read completely is refused, because an unknown field could change what the version
-means. A new field therefore needs a default with which older manifests mean what they meant, and a new
-`schema_version` if older releases must not ignore it. It also changes the bytes, and with them the ids, of all versions
-made from then on.
+A release reads its own schema and the next one, and keeps the fields that it does not know, so that the bytes and the id of
+a newer manifest stay the same. So learners and subscribers can be upgraded one after another. A new field needs a default
+with which older manifests mean what they meant. If older releases must not ignore it, `schema_version` rises by two: then
+they refuse the manifest. A recipe with a field that a learner does not know is never trained again by it (`Recipe.recorded`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from perennial.storage.errors import IntegrityError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
-from perennial.storage.registry.scalars import Int64, Number, Scalar, Text
+from perennial.storage.registry.scalars import Int64, Later, Number, Scalar, Text
 
 MAX_MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
@@ -43,8 +43,9 @@ _Name = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class _Part(BaseModel):
-    # An unknown field could change what the version means: refuse it.
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # Fields of the next schema stay part of the bytes, and so of the version's id.
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Later]
 
 
 class BlobRef(_Part):
@@ -161,7 +162,7 @@ class Manifest(_Part):
             their number and the lengths of their rows decide the last bits of the weights.
     """
 
-    schema_version: Literal[1] = 1
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION + 1)] = SCHEMA_VERSION
     adapter: AdapterName
     seq: Seq
     kind: Kind
@@ -260,7 +261,7 @@ class Manifest(_Part):
             raise IntegrityError(
                 f"not a manifest of this version: {where}: {first['msg']}",
                 got=repr(first.get("input"))[:200],
-                allowed=f"schema_version {SCHEMA_VERSION}",
+                allowed=f"schema_version {SCHEMA_VERSION} or {SCHEMA_VERSION + 1}",
                 remedy="read it with the release that wrote it, or a newer one",
             ) from error
         except orjson.JSONDecodeError as error:

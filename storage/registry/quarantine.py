@@ -52,6 +52,8 @@ class _Part(BaseModel):
 
 
 NOTHING_MATCHED = "nothing matched"
+OTHER_ENGINE = "exact in content, other engine"
+"""How the detail of an end begins where updates were rebuilt by another engine than the one that had trained them."""
 """The detail of an outcome where the store held no example that the request selects."""
 
 
@@ -65,7 +67,8 @@ class RequestOutcome(_Part):
         generation: The alias's generation after the change; None where the alias was not moved, because no version
             had learned an example of the entry.
         failure: Why the entry could not be carried out; empty where it was.
-        detail: What is remarkable about the end, for people; `NOTHING_MATCHED` where no example matched.
+        detail: What is remarkable about the end, for people; `NOTHING_MATCHED` where no example matched;
+            it begins with `OTHER_ENGINE` where the rebuild has other bits for that reason.
     """
 
     at_ms: int

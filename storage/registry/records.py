@@ -11,6 +11,7 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, V
 from perennial.storage.errors import IntegrityError, StoreError
 from perennial.storage.objects.keys import hex_of
 from perennial.storage.registry.manifest import AdapterName, AliasName, Digest, Manifest, Seq
+from perennial.storage.registry.scalars import Later
 from perennial.storage.signing.trust import Trust
 
 AliasKind = Literal["promoted", "rolled_back", "revoked", "retired"]
@@ -22,9 +23,10 @@ _alias_name: TypeAdapter[str] = TypeAdapter(AliasName)
 
 
 class RegistryRecord(BaseModel):
-    """A small JSON object of the registry; it refuses unknown fields."""
+    """A small JSON object of the registry. It keeps fields of later releases, which signatures cover too."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="allow")
+    __pydantic_extra__: dict[str, Later]
 
     def to_bytes(self) -> bytes:
         """Return the record as canonical JSON, without its etag."""

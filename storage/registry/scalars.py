@@ -26,3 +26,5 @@ Number = Annotated[
     Annotated[Int64, Field(strict=True)] | Annotated[Finite, Field(strict=True)], BeforeValidator(_check_int64)
 ]
 """A finite number that keeps its JSON form: 3 stays 3, and 3.0 stays 3.0."""
+Later = Scalar | list[Scalar] | dict[str, Scalar]
+"""What a field of a later release may hold for this one to keep it: nothing deeper, because it comes from outside."""

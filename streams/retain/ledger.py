@@ -51,7 +51,7 @@ class AdapterProgress(LedgerPart):
         version: After a forgetting, the version that became live. Of a revocation, the version that was live when the
             job was sent, and from phase `published` on the version that replaced it.
         generation: The alias's generation that belongs to `version`.
-        detail: Why the phase is `failed`.
+        detail: Why the phase is `failed`, or what is remarkable about its end.
         acknowledged: Replicas that confirmed that they serve no affected version, in phases `published` and `done`.
         missing: Replicas that did not confirm it.
         exceptions: The request's due time ended the wait for replicas that had not confirmed it.

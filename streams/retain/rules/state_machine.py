@@ -16,10 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
+from itertools import islice
 from typing import Final, Protocol
 
 from perennial.storage.registry.quarantine import (
     NOTHING_MATCHED,
+    OTHER_ENGINE,
     LegalHold,
     Quarantine,
     QuarantineEntry,
@@ -216,7 +218,7 @@ class RequestProcessor:
     ) -> AdapterProgress:
         after = AdapterProgress(
             phase=progress.phase, until_ms=progress.until_ms, examples=outcome.examples, version=outcome.version,
-            generation=outcome.generation, detail=outcome.failure,
+            generation=outcome.generation, detail=outcome.failure or outcome.detail,
         )  # fmt: skip
         if outcome.failure:
             return after.model_copy(update={"phase": FORGET_TRANSITIONS[progress.phase, Observation.FAILED].phase})
@@ -417,11 +419,13 @@ def _done_text(record: RequestRecord) -> str:
     rules = KINDS[record.request.kind]
     if rules.job == "forget" and not record.examples:
         return _NOTHING_MATCHED
+    notes = (p.detail for p in record.adapters.values() if p.detail.startswith(OTHER_ENGINE))
+    done = "; ".join([rules.done, *islice(notes, 1)])
     if record.exceptions:
-        return f"{rules.done} with exceptions: not confirmed at its due time by {_listed(record.missing)}"
+        return f"{done} with exceptions: not confirmed at its due time by {_listed(record.missing)}"
     if record.missing:
-        return f"{rules.done}; replicas that left or whose lease ended had not confirmed it: {_listed(record.missing)}"
-    return rules.done
+        return f"{done}; replicas that left or whose lease ended had not confirmed it: {_listed(record.missing)}"
+    return done
 
 
 def _failures(record: RequestRecord) -> str:

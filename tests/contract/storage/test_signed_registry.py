@@ -60,6 +60,17 @@ def test_versions_and_aliases_are_signed_and_read_back(make_store, keys):
     assert [each["keyid"] for each in envelope["signatures"]] == [keys.key_id]
 
 
+def test_a_signed_alias_of_a_later_release_with_a_further_field_is_read(make_store, keys):
+    publish(make_store(), keys.owner)
+    later = registry(make_store(), keys.owner).alias(ADAPTER).model_copy(update={"later": "x"}).signed(keys.owner)
+    assert b'"later":"x"' in later.to_bytes()
+    put(make_store(), alias_key(ADAPTER, "live"), later.to_bytes())
+    assert registry(make_store(), keys.readers).alias(ADAPTER).generation == 1
+    put(make_store(), alias_key(ADAPTER, "live"), later.to_bytes().replace(b'"later":"x"', b'"later":"y"'))
+    with pytest.raises(SignatureError):
+        registry(make_store(), keys.readers).alias(ADAPTER)
+
+
 def test_without_keys_the_bytes_of_an_alias_are_those_of_a_release_without_signatures(store):
     publish(store, None)
     assert "signature" not in orjson.loads(store.get(alias_key(ADAPTER, "live")).data)

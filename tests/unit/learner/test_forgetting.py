@@ -209,6 +209,36 @@ def test_copies_of_a_forgotten_document_are_trained_in_full_as_if_it_had_never_b
     assert after.keys() == before.keys() - {instead}
 
 
+def test_an_update_of_a_later_release_with_a_setting_that_is_unknown_here_is_not_trained_again(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, whole = local_learner(store), Recipe.config
+    with monkeypatch.context() as later:
+        later.setattr(Recipe, "config", lambda recipe: {**whole(recipe), "a_later_setting": 2})
+        learned = learn(learner, documents(6, 8))
+    before = head(learner.registry)
+    with pytest.raises(JobError, match="later release") as raised:
+        forget(learner, erase("r1", 1))
+    assert (raised.value.reason, raised.value.got) == ("recipe-mismatch", "a_later_setting")
+    assert head(learner.registry) == before == learned[-1].manifest
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_rebuild_by_another_engine_says_so(
+    store: DirectoryStore, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    learner, cuts = local_learner(store), documents(7, 8)
+    with monkeypatch.context() as older:
+        if elsewhere:
+            older.setattr(learner, "code", "perennial 0.0.1 torch 1.0")
+        learn(learner, cuts)
+    done, _ = forget(learner, erase("r1", 1))
+    assert done.manifest is not None
+    assert done.manifest.gate.other_engine_updates == (2 if elsewhere else None)
+    texts = [status.detail.partition(":")[0] for status in done.statuses]
+    assert texts == ["exact in content, other engine" if elsewhere else ""] * 2
+
+
 @pytest.mark.parametrize("emergency", [False, True])
 def test_a_first_cut_is_forgotten_and_served_again_when_it_is_rebuilt(
     store: DirectoryStore, tmp_path: Path, emergency: bool

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save
 
 from perennial.storage.errors import IntegrityError
+from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import (
@@ -97,7 +98,7 @@ def test_any_scalars_read_back_to_the_byte(config):
         {"parent": "x"}, {"config": {"a": float("nan")}}, {"config": {"a": float("inf")}},
         {"config": {"a": 2**63}}, {"config": {"a": [1]}}, {"marks": {"p": -1}}, {"rank": 0}, {"threads": 0},
         {"dropped": -1},
-        {"published_at": "2026-01-01"}, {"schema_version": 2},
+        {"later": {"a": [1]}}, {"later": [[1]]}, {"later": float("nan")}, {"schema_version": 3}, {"schema_version": 0},
     ],
 )  # fmt: skip
 def test_what_no_manifest_may_say_is_refused(changes):
@@ -114,11 +115,21 @@ def test_junk_is_refused(data):
         Manifest.from_bytes(data)
 
 
-def test_a_newer_schema_is_refused_with_a_remedy():
-    for extra in ({"schema_version": 2}, {"unknown": 1}):
-        with pytest.raises(IntegrityError) as refused:
-            Manifest.from_bytes(orjson.dumps({**orjson.loads(make().to_bytes()), **extra}))
-        assert refused.value.remedy
+def test_a_schema_after_the_next_is_refused_with_a_remedy():
+    with pytest.raises(IntegrityError) as refused:
+        Manifest.from_bytes(orjson.dumps({**orjson.loads(make().to_bytes()), "schema_version": 3}))
+    assert refused.value.remedy
+
+
+def test_a_manifest_of_the_next_schema_is_read_and_keeps_its_id():
+    fields = orjson.loads(make().to_bytes())
+    fields |= {"schema_version": 2, "a_later_field": {"digest": "x", "n": 1}, "z": [1, None, "a"]}
+    fields["learned"] = [{**item, "later": True} for item in fields["learned"]]
+    data = orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
+    assert b"later" in data
+    manifest = Manifest.from_bytes(data)
+    assert manifest.to_bytes() == data
+    assert manifest.digest() == digest_of(data)
 
 
 def test_size_is_bounded():

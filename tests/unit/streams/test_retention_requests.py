@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perennial.storage.registry.quarantine import OTHER_ENGINE
 from perennial.streams.events.models import (
     RetentionRequested,
 )
@@ -44,6 +45,14 @@ def test_an_erase_is_quarantined_sent_done_and_closed(world):
     assert world.published[-1].examples == 1
     assert sorted(item.example.document_id for item in world.examples(A)) == ["d2"]
     assert world.filter(A).suppresses(example(9, at_ms=10**9, text="text 1"))
+
+
+def test_a_request_says_at_its_end_that_another_engine_rebuilt_the_updates(world):
+    world.step(request("erase", selector=doc(1)))
+    world.work(detail=f"{OTHER_ENGINE}: 3 of the rebuilt updates")
+    world.step()
+    assert world.states("erase")[-1] == "closed"
+    assert world.published[-1].detail.endswith("; exact in content, other engine: 3 of the rebuilt updates")
 
 
 def test_a_redelivery_only_publishes_the_state_again(world):
