@@ -269,6 +269,7 @@ class ForgetExecutor:
             rebuilt = self._rebuilder.rebuild(job, plan).step
             self._failpoint("learner.forget_replayed")
             self._recheck_holds(job, holds, history, scope.removed_offsets())
+            self._rebuilder.settle_examples(plan, rebuilt)
             self._publish_rebuilt(job, alias, head, plan, rebuilt, count_of(job, matches))
         self._failpoint("learner.forget_published")
         self._revoke(job, history, plan.affected_versions)

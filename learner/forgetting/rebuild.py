@@ -30,11 +30,12 @@ from perennial.learner.versions.micro_batches import (
     without_examples,
 )
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.learner.versions.votes import vote
+from perennial.learner.versions.votes import reasons_not_learned, vote
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.manifest import BlobRef, Manifest
+from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
 from perennial.storage.registry.registry import Head
 from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested
 
@@ -134,6 +135,32 @@ class UpdateRebuilder:
         finally:
             self._writer.use_threads(self._writer.threads)
         return current
+
+    def settle_examples(self, plan: RebuildPlan, reached: RecordedVersion | None) -> None:
+        """List the examples that the rebuilt updates do not learn as refused, and take off the list those that they do.
+
+        Without the removed examples, others may win the vote or pass the gate. Intake drops a publication of what is
+        learned as a duplicate, and lets pass what is listed. Called before the result is published: an attempt that ends
+        in between does it again.
+
+        Args:
+            plan: the updates that were rebuilt.
+            reached: the last of them; None if nothing was left.
+        """
+        last_clean = plan.last_clean.version if plan.last_clean else None
+        learned, refused = set[str](), set[str]()
+        adapter = reached.manifest.adapter if reached else ""
+        version = reached.version if reached else None
+        while version not in {None, last_clean}:
+            manifest = self._registry.manifest(adapter, str(version))
+            reasons = reasons_not_learned(manifest)
+            learned.update(item.example_id for item in manifest.learned)
+            refused.update(item.example_id for item in manifest.skipped if item.reason in reasons)
+            version = manifest.head
+        if learned:
+            remove_refused_examples(self._store, adapter, learned)
+        if refused - learned:
+            add_refused_examples(self._store, adapter, refused - learned, int(self._now().timestamp() * 1000))
 
     def _start(self, last_clean: RecordedVersion | None, steps: Sequence[RecordedVersion]) -> RebuiltState:
         seed = steps[0].manifest.seed if steps else self._writer.updater.recipe.seed

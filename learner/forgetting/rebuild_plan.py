@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from perennial.learner.training.thinning.contradictions import OUTVOTED
 from perennial.learner.versions.history import History, RecordedVersion
 from perennial.learner.versions.micro_batches import OriginOffset, origin_offset
+from perennial.learner.versions.votes import reasons_not_learned
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.history.pages import ExampleRow
 from perennial.storage.registry.manifest import Manifest
@@ -210,7 +210,7 @@ def trained_offsets(manifest: Manifest) -> set[OriginOffset]:
 
     Those that were outvoted are among them: without a forgotten example others may win.
     """
-    reasons = {OUTVOTED, manifest.reason} if manifest.outcome == "refused" else {OUTVOTED}
+    reasons = reasons_not_learned(manifest)
     skipped = {item.origin_offset for item in manifest.skipped if item.reason in reasons}
     return skipped | {item.origin_offset for item in manifest.learned}
 

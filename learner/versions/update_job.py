@@ -33,7 +33,7 @@ from perennial.learner.versions.micro_batches import (
 )
 from perennial.learner.versions.rollback_job import take_back_interrupted
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.learner.versions.votes import Vote, vote
+from perennial.learner.versions.votes import Vote, reasons_not_learned, vote
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
@@ -247,7 +247,7 @@ class UpdateExecutor:
 
     def _settle(self, job: UpdateRequested, manifest: Manifest, *, waits: bool) -> None:
         """Record which examples were refused or learned, then delete the job: a version names its micro-batch now."""
-        reasons = {OUTVOTED, manifest.reason} if manifest.outcome == "refused" else {OUTVOTED}
+        reasons = reasons_not_learned(manifest)
         ids = [item.example_id for item in manifest.skipped if item.reason in reasons]
         if ids:
             add_refused_examples(self._store, job.adapter, ids, self._now_ms())
@@ -340,9 +340,9 @@ class UpdateExecutor:
         # Where a quarantine left out other examples, the update has another id. So a version that claimed its update
         # before a request to forget was accepted does not win over one that was trained after that.
         missing = result.gate.replay_missing if result else 0
-        if trained.vote.missing:
-            missing = (missing or 0) + trained.vote.missing
         claim = {**config, "batch": batch.ref.digest, "missing": missing}
+        if trained.vote.missing:
+            claim["voters_missing"] = trained.vote.missing
         times = [example.origin.timestamp_ms for example in learned]
         return Manifest(
             adapter=job.adapter,

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import ReplayEntry
-from perennial.learner.training.thinning.contradictions import outvoted
+from perennial.learner.training.thinning.contradictions import OUTVOTED, outvoted
+from perennial.storage.registry.manifest import Manifest
 from perennial.streams.events.models import ExampleAccepted
+
+
+def reasons_not_learned(manifest: Manifest) -> frozenset[str]:
+    """Return the reasons with which an update skipped examples that it was given to train: the vote's, and the gate's.
+
+    Such examples may be published again, and a rebuild decides about them anew.
+    """
+    return frozenset({OUTVOTED, manifest.reason} if manifest.outcome == "refused" else {OUTVOTED})
 
 
 @dataclass(frozen=True)

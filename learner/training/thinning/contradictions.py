@@ -23,8 +23,9 @@ _Question = tuple[tuple[tuple[str, str], ...], str]
 def outvoted(examples: Sequence[ExampleAccepted], earlier: Iterable[ExampleAccepted] = ()) -> set[str]:
     """Return the ids of the corrections whose answer is outvoted by another answer to their question.
 
-    A pure function of the examples: without a forgotten one it is decided as if that one had never come. An example that
-    is outvoted decides nothing: without it the same answer is trained. Sources that are not named have one vote together.
+    A pure function of the examples: without a forgotten one it is decided as if that one had never come. That holds for an
+    outvoted one as well, for without it its source votes for the answer that it gave before. Sources that are not named have
+    one vote together.
 
     Args:
         examples: Examples of a micro-batch, in order. Other kinds than corrections are left alone.
