@@ -1,7 +1,8 @@
 """Accept the retention requests since the backup once more, before any role reads the restored store.
 
 retain's own service does it, so a request has the quarantine entries, the jobs and the ledger that it would have had. A
-request that the restored store knows is not accepted twice. Requests to revoke are left out: they were about the version
+request that the restored store knows is not accepted twice; whether it has its quarantine entries is looked at all the same,
+because the backup or a crash may lie between the two. Requests to revoke are left out: they were about the version
 that was live then, and the restored store has another one.
 """
 
@@ -23,7 +24,8 @@ from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.group import ConfirmingProducer
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.replicas.acks import AckReader
-from perennial.streams.retain.request_store import RequestStore, hash_of
+from perennial.streams.retain.ledger import RequestRecord
+from perennial.streams.retain.request_store import RequestStore, hash_of, load_requests
 from perennial.streams.retain.service import RetainService
 from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.retention.kinds import KINDS
@@ -58,7 +60,7 @@ def replay_requests(
     metrics: Metrics,
     on_request: Callable[[], None] = lambda: None,
 ) -> ReplayReport:
-    """Accept requests, and bring those over patterns to every adapter that they cover.
+    """Accept requests, and bring every open one of the ledger to each adapter that it covers.
 
     Args:
         settings: The alias, the clock, and the times of retention.
@@ -66,9 +68,10 @@ def replay_requests(
         records: Records of `retention`, in the order of their timestamps.
         producer: Sends jobs and states.
         metrics: Where figures go.
-        on_request: Called after each record and each step of the requests over patterns.
+        on_request: Called after each record and each step of the open requests.
 
     Raises:
+        PerennialError: The requests did not reach all adapters.
         StoreError: The store failed.
         KafkaLinkError: An event was not delivered.
     """
@@ -84,13 +87,17 @@ def replay_requests(
         for record in records:
             await _accept(service, requests, record, report)
             on_request()
+        waiting = _indexed(requests)
         for _ in range(_MAX_TICKS):
-            if not any(_waits(requests, request_id) for request_id in report.accepted):
+            loaded = {name: requests.load(name) for name in waiting}
+            waiting = [name for name, found in loaded.items() if found is not None and _waits(found[0])]
+            if not waiting:
                 return
             await service.tick()
             on_request()
         raise PerennialError(
-            "the requests since the backup did not reach all adapters", got=f"{_MAX_TICKS} steps",
+            "open requests to forget did not reach all adapters",
+            got=f"{len(waiting)} requests after {_MAX_TICKS} steps",
             remedy="run `perennial backup reconcile` again; it goes on from here",
         )  # fmt: skip
 
@@ -118,14 +125,26 @@ async def _accept(service: RetainService, requests: RequestStore, record: Any, r
         report.refused += 1
 
 
-def _waits(requests: RequestStore, request_id: str) -> bool:
-    """Return whether a request over a pattern has not reached all of its adapters yet."""
-    found = requests.load(hash_of(request_id))
-    if found is None or not found[0].open or not found[0].is_pattern:
-        return False
-    record = found[0]
+def _indexed(requests: RequestStore) -> list[str]:
+    """Return the hashes of the open requests, after writing the index entries that they lack.
+
+    Hazard: a backup copies the indexes before the requests, so one that came in between is in the ledger and in no index,
+    and ticks never see it.
+    """
+    records = [record for record in load_requests(requests.objects).values() if record.open]
+    for record in records:
+        requests.add_to_indexes(record)
+    return [hash_of(record.request.request_id) for record in records]
+
+
+def _waits(record: RequestRecord) -> bool:
+    """Return whether a request has not reached all of its adapters yet, and retain's ticks bring it to them at once."""
     rules = KINDS[record.request.kind]
+    if not record.open or rules.job == "rollback":
+        return False
     if rules.job is None:
         return record.state == "accepted"
     is_early = rules.due_at == "start" and record.until_ms > record.received_ms
-    return "waiting" in record.phases and not is_early
+    if is_early or record.request.superseded_by is not None:  # it waits for a time, or for a document
+        return False
+    return "waiting" in record.phases or not (record.is_pattern or record.adapters)

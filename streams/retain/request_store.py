@@ -116,13 +116,16 @@ class RequestStore:
         name = hash_of(record.request.request_id)
         wanted = indexes_of(record)
         had = indexes_of(before) if before else set()
-        for index in sorted(wanted - had):
-            self.objects.put_if_absent(f"{INDEX}{index}/{name}", b"{}")
+        self._add(name, wanted - had)
         record = record.model_copy(update={"revision": record.revision + 1})
         etag = self.objects.compare_and_swap(f"{REQUESTS}{name}", record.to_bytes(), etag)
         for index in sorted(had - wanted):
             self.objects.delete(f"{INDEX}{index}/{name}")
         return record, etag
+
+    def add_to_indexes(self, record: RequestRecord) -> None:
+        """Write the index entries that a stored request lacks."""
+        self._add(hash_of(record.request.request_id), indexes_of(record))
 
     def remove(self, record: RequestRecord) -> None:
         """Delete a request that ended, its pages and its indexes."""
@@ -179,6 +182,10 @@ class RequestStore:
             return Revisions(open=found.open + open_, in_force=found.in_force + in_force)
 
         return update_object(self.objects, REVISIONS_KEY, self._revisions, raised, Revisions.to_bytes)
+
+    def _add(self, name: str, indexes: set[str]) -> None:
+        for index in sorted(indexes):
+            self.objects.put_if_absent(f"{INDEX}{index}/{name}", b"{}")
 
     def _revisions(self) -> tuple[Revisions, str | None]:
         return self._load(REVISIONS_KEY, Revisions) or (Revisions(), None)
