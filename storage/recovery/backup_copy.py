@@ -40,6 +40,7 @@ from perennial.storage.recovery.backup_list import (
     write_header,
     write_pages,
 )
+from perennial.storage.recovery.restored_store import load_restored
 from perennial.storage.recovery.snapshot_check import unresolved_names
 from perennial.storage.recovery.snapshot_index import SnapshotIndex
 from perennial.storage.registry.waiting_jobs import cuts_of_state
@@ -97,13 +98,21 @@ def create_backup(
         The header of the complete backup.
 
     Raises:
-        BackupError: the place is the store itself, or blobs were deleted during every attempt.
+        BackupError: the place is the store itself, the store was restored and is not reconciled, or blobs were deleted
+            during every attempt.
         StoreError: a store failed.
     """
     if place.uri == store.uri or place.uri.startswith(f"{store.uri}/") or store.uri.startswith(f"{place.uri}/"):
         raise BackupError(
             "a backup must lie outside the store that it is of", got=place.uri, allowed=f"not {store.uri}, and not in it",
             remedy="name another folder, bucket or prefix",
+        )  # fmt: skip
+    restored = load_restored(store)
+    if restored is not None:  # its aliases wait in a folder that is left out
+        raise BackupError(
+            "the store was restored and is not reconciled with Kafka: a backup of it would have no aliases",
+            got=f"{store.uri}, restored from backup {restored.backup_id}", allowed="a store that is reconciled",
+            remedy="run `perennial backup reconcile`, then this command again",
         )  # fmt: skip
     began_at = began_at or now()
     backup_id = new_backup_id(began_at)

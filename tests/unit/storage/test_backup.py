@@ -124,6 +124,20 @@ def test_everything_comes_back_and_aliases_wait_for_the_reconciliation(now: Cloc
     assert load_restored(restored) is None
 
 
+def test_a_store_that_waits_for_its_reconciliation_is_not_backed_up(now: Clock) -> None:
+    """Its aliases wait in a folder that no backup holds, so the newest backup would have none."""
+    store, place, restored = Memory(), Memory(), Memory()
+    add_versions(store, ADAPTER, 1)
+    good = create_backup(store, place, now)
+    restore_backup(place, good, restored)
+    with pytest.raises(BackupError, match="not reconciled") as raised:
+        create_backup(restored, place, now)
+    assert "perennial backup reconcile" in raised.value.remedy
+    assert list_backup_ids(place) == [good.backup_id]
+    end_restore(restored)
+    assert create_backup(restored, place, now).backup_id != good.backup_id
+
+
 def test_a_second_backup_copies_what_changed_and_both_can_be_restored(now: Clock) -> None:
     store, place = Memory(), Memory()
     publisher = add_versions(store, ADAPTER, 5)
