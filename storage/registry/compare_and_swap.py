@@ -96,7 +96,7 @@ class AliasWriter:
         successor = AliasState(
             adapter=adapter,
             alias=alias,
-            generation=(state.generation if state else self._floor(adapter, alias)) + 1,
+            generation=(state.generation if state else generation_floor(self._store, adapter, alias)) + 1,
             version=version,
             seq=seq,
             kind=kind,
@@ -124,23 +124,12 @@ class AliasWriter:
         """
 
         def load() -> tuple[GenerationFloor, str | None]:
-            return self._load_floor(adapter, alias)
+            return _load_floor(self._store, adapter, alias)
 
         def raised(found: GenerationFloor) -> GenerationFloor:
             return GenerationFloor(generation=max(found.generation, generation))
 
         update_object(self._store, generation_floor_key(adapter, alias), load, raised, GenerationFloor.to_bytes)
-
-    def _floor(self, adapter: str, alias: str) -> int:
-        return self._load_floor(adapter, alias)[0].generation
-
-    def _load_floor(self, adapter: str, alias: str) -> tuple[GenerationFloor, str | None]:
-        key = generation_floor_key(adapter, alias)
-        try:
-            stored = self._store.get(key, MAX_RECORD_BYTES)
-        except NotFoundError:
-            return GenerationFloor(generation=0), None
-        return parse_record(GenerationFloor, key, stored.data), stored.etag
 
     def _write(self, successor: AliasState, etag: str | None) -> AliasState | None:
         successor = successor.signed(self._trust)
@@ -150,3 +139,21 @@ class AliasWriter:
         except ConflictError:
             return None
         return successor.model_copy(update={"etag": etag})
+
+
+def generation_floor(store: ObjectStore, adapter: str, alias: str) -> int:
+    """Return the generation above which an alias begins that is not there; 0 where none was noted.
+
+    Raises:
+        IntegrityError: the object is not readable.
+    """
+    return _load_floor(store, adapter, alias)[0].generation
+
+
+def _load_floor(store: ObjectStore, adapter: str, alias: str) -> tuple[GenerationFloor, str | None]:
+    key = generation_floor_key(adapter, alias)
+    try:
+        stored = store.get(key, MAX_RECORD_BYTES)
+    except NotFoundError:
+        return GenerationFloor(generation=0), None
+    return parse_record(GenerationFloor, key, stored.data), stored.etag

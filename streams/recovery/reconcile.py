@@ -35,7 +35,7 @@ from perennial.storage.recovery.restored_store import (
     load_restored,
     restored_aliases,
 )
-from perennial.storage.registry.compare_and_swap import AliasWriter
+from perennial.storage.registry.compare_and_swap import AliasWriter, generation_floor
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.storage.signing.trust import Trust
@@ -110,7 +110,8 @@ def evidence_of_age(store: ObjectStore, announced: Announced, limit: int = 5) ->
     """Return, as text, what shows that a store is older than Kafka; empty where nothing does.
 
     The alias is stored before its event is published. So a generation that was announced and that the store does not have
-    is one that it had once.
+    is one that it had once. Where the alias is not there, the generation above which it will begin counts: a reconciliation
+    notes it for adapters that were made after the backup.
 
     Args:
         store: The store.
@@ -126,10 +127,9 @@ def evidence_of_age(store: ObjectStore, announced: Announced, limit: int = 5) ->
         if len(found) >= limit:
             break
         state = registry.alias(adapter, alias)
-        if (state.generation if state else 0) < generation:
-            found.append(
-                f"{adapter}#{alias} has generation {state.generation if state else 0}, and {generation} was announced"
-            )
+        known = state.generation if state else generation_floor(store, adapter, alias)
+        if known < generation:
+            found.append(f"{adapter}#{alias} has generation {known}, and {generation} was announced")
     return found
 
 

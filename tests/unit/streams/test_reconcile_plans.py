@@ -145,6 +145,17 @@ def test_a_store_is_older_where_a_generation_was_announced_that_it_lacks():
     assert len(evidence_of_age(store, announced, limit=1)) == 1
 
 
+def test_an_alias_that_begins_above_what_was_announced_is_no_sign_of_age():
+    """A reconciliation notes that for adapters that were made after the backup."""
+    store, announced = MemoryStore(), Announced()
+    announced.note("made/since", "live", 5)
+    writer = AliasWriter(store, lambda: "nonce", lambda: NOW, Trust())
+    writer.raise_floor("made/since", "live", 4)
+    assert evidence_of_age(store, announced) == ["made/since#live has generation 4, and 5 was announced"]
+    writer.raise_floor("made/since", "live", 5)
+    assert evidence_of_age(store, announced) == []
+
+
 def test_the_newest_trace_of_a_store_is_retain_s_clock_or_its_youngest_alias():
     store = MemoryStore()
     assert newest_trace_ms(store) is None
