@@ -18,6 +18,8 @@ AliasKind = Literal["promoted", "rolled_back", "revoked", "retired"]
 ALIAS_PAYLOAD = "application/vnd.perennial.alias.v1+json"
 MAX_RECORD_BYTES = 64 << 10
 SEQ_DIGITS = 12
+MAX_GENERATION = 10**12
+"""A stranger may have written any generation; one above this is not gone on from."""
 _adapter_name: TypeAdapter[str] = TypeAdapter(AdapterName)
 _alias_name: TypeAdapter[str] = TypeAdapter(AliasName)
 

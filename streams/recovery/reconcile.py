@@ -91,6 +91,8 @@ class ReconcileReport:
         resumed: Aliases that are served again, by `adapter#alias`, with their generation.
         waiting: Aliases that are served again once the requests to forget are carried out.
         floors: Aliases of adapters that the store does not have; they begin above these generations.
+        claims: Aliases of which a replica says that it serves this generation, and no alias and no event has it.
+        unproven: Events of aliases that no trusted key signed, and that counted for nothing.
         jobs: Update jobs that were published again.
         forget_jobs: Forget jobs that were published again.
     """
@@ -102,6 +104,8 @@ class ReconcileReport:
     resumed: dict[str, int] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     floors: dict[str, int] = field(default_factory=dict)
+    claims: dict[str, int] = field(default_factory=dict)
+    unproven: int = 0
     jobs: int = 0
     forget_jobs: int = 0
 
@@ -168,7 +172,7 @@ def reconcile(
     ids = _require_same_topics(settings, store)
     on_progress("reading which generations were announced")
     announced = read_announced(settings)
-    report.evidence = evidence_of_age(store, announced)
+    report.evidence, report.unproven = evidence_of_age(store, announced), announced.unproven
     if not report.evidence and not anyway:
         return report
     positions = None
@@ -364,6 +368,10 @@ def _resume_aliases(
         if registry.alias(adapter, alias) is None:
             writer.raise_floor(adapter, alias, generation)
             report.floors[f"{adapter}#{alias}"] = generation
+    for (adapter, alias), generation in announced.acknowledged.items():
+        current = registry.alias(adapter, alias)
+        if generation > max(announced.generations.get((adapter, alias), 0), current.generation if current else 0):
+            report.claims[f"{adapter}#{alias}"] = generation
 
 
 def _written(writer: AliasWriter, state: AliasState, wanted: AliasState, *, is_staged: bool) -> AliasState:

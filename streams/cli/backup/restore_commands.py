@@ -141,5 +141,12 @@ def _said(report: ReconcileReport, *, anyway: bool) -> list[str]:
         f"{name} was made after the backup; it will begin above generation {generation}"
         for name, generation in report.floors.items()
     ]
+    said += [
+        f"a replica says that it serves generation {generation} of {name}, which no alias and no event has, so it is not "
+        "believed; if the replica is yours, restart it, or it passes over every lower generation"
+        for name, generation in report.claims.items()
+    ]
+    if report.unproven:
+        said.append(f"{report.unproven} events of aliases count for nothing: no trusted key signed them")
     said.append("the roles may be started")
     return said

@@ -17,7 +17,15 @@ from rich.console import Console
 
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, PerennialError
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.records import MAX_RECORD_BYTES, AliasState, Claim, alias_key, parse_record, version_key
+from perennial.storage.registry.records import (
+    MAX_GENERATION,
+    MAX_RECORD_BYTES,
+    AliasState,
+    Claim,
+    alias_key,
+    parse_record,
+    version_key,
+)
 from perennial.storage.registry.registry import Registry
 from perennial.storage.signing.key_files import KeyFileError
 from perennial.storage.signing.signatures import SignatureError
@@ -25,9 +33,6 @@ from perennial.storage.signing.trust import Trust
 from perennial.storage.signing.version_statements import VersionSignatures
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.devstack.discovery import connected_settings
-
-_MAX_GENERATION = 10**12
-"""A stranger may have written any generation; one past this is not gone on from."""
 
 
 class RepairError(PerennialError):
@@ -127,7 +132,7 @@ def plan_repair(registry: Registry, trust: Trust, adapter: str, alias: str, gene
         )  # fmt: skip
     seq = servable[-1]
     now = _alias(registry, adapter, alias)
-    known = now.generation if now is not None and now.generation <= _MAX_GENERATION else 0
+    known = now.generation if now is not None and now.generation <= MAX_GENERATION else 0
     if now is not None and _is_good(now, trust, adapter, alias, line, trusted) and now.generation >= generation:
         return Repair(adapter, removed, None)
     written = AliasState(

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import pytest
 
+from perennial.learner.versions.alias_events import alias_event
 from perennial.storage.recovery.restored_store import RECORD_KEY, RestoredBackup, end_restore
 from perennial.storage.registry.compare_and_swap import AliasWriter
 from perennial.storage.registry.registry import AliasState
 from perennial.storage.signing.trust import Trust
+from perennial.streams.events.cloudevents import encode
+from perennial.streams.kafka.event_signatures import signed_event
 from perennial.streams.kafka.installation import InstallationError, require_reconciled
 from perennial.streams.recovery.alias_plan import WAITS, resumed_alias
 from perennial.streams.recovery.announced import Announced
 from perennial.streams.recovery.kafka_positions import KafkaPositions
 from perennial.streams.recovery.offset_plan import MARGIN_MS, LogRange, plan_offsets
 from perennial.streams.recovery.reconcile import evidence_of_age, newest_trace_ms
+from tests.keys import Keys
 from tests.memory_store import MemoryStore
 from tests.versions import VersionPublisher
 
@@ -154,6 +159,44 @@ def test_an_alias_that_begins_above_what_was_announced_is_no_sign_of_age():
     assert evidence_of_age(store, announced) == ["made/since#live has generation 4, and 5 was announced"]
     writer.raise_floor("made/since", "live", 5)
     assert evidence_of_age(store, announced) == []
+
+
+def update_record(trust: Trust, generation: int) -> SimpleNamespace:
+    """A record of `adapter-updates`, signed as the learner signs it."""
+    publisher = VersionPublisher(MemoryStore(), "acme/a")
+    event = alias_event(publisher.registry, publisher.publish().model_copy(update={"generation": generation}))
+    made = encode(signed_event(event, trust), event_id="e", source="test", occurred_at=NOW)
+    return SimpleNamespace(value=made.value, headers=made.headers)
+
+
+def test_events_count_where_a_trusted_key_signed_them_and_unread_ones_are_passed_over(tmp_path):
+    keys, announced = Keys(tmp_path), Announced()
+    announced.note_event(update_record(keys.owner, 3), keys.readers)
+    for trust in (keys.stranger, Trust()):
+        announced.note_event(update_record(trust, 7), keys.readers)
+    announced.note_event(SimpleNamespace(value=b"{", headers=[]), keys.readers)
+    assert announced.generations == {("acme/a", "live"): 3}
+    assert announced.unproven == 2
+    announced.note_event(update_record(keys.stranger, 7), Trust())
+    assert announced.by_name() == {"acme/a#live": 7}, "without trusted keys no signature is asked for"
+
+
+def test_no_generation_is_gone_on_from_that_no_installation_reaches():
+    announced = Announced()
+    announced.note("acme/a", "live", 10**12 + 1)
+    announced.note_event(update_record(Trust(), 10**15), Trust())
+    assert announced.generations == {}
+    announced.note("acme/a", "live", 10**12)
+    assert announced.generations == {("acme/a", "live"): 10**12}
+
+
+def test_what_a_replica_says_that_it_serves_is_no_sign_of_age():
+    store, announced = MemoryStore(), Announced()
+    announced.note_acknowledged("acme/a", "live", 9)
+    announced.note_acknowledged("acme/a", "live", 7)
+    assert announced.acknowledged == {("acme/a", "live"): 9}
+    assert evidence_of_age(store, announced) == []
+    assert announced.by_name() == {}
 
 
 def test_the_newest_trace_of_a_store_is_retain_s_clock_or_its_youngest_alias():
