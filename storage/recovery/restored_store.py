@@ -16,11 +16,12 @@ from typing import Any, Final
 
 from pydantic import AwareDatetime
 
-from perennial.storage.errors import ConflictError, NotFoundError
+from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.recovery.backup_list import BackupEntry, BackupError, BackupHeader, entries_of
-from perennial.storage.registry.records import AliasState, RegistryRecord, alias_key, parse_record
+from perennial.storage.registry.records import MAX_RECORD_BYTES, AliasState, RegistryRecord, alias_key, parse_record
+from perennial.storage.signing.trust import Trust
 
 RECORD_KEY: Final = "restored/backup"
 _ALIASES: Final = "restored/aliases/"
@@ -119,20 +120,45 @@ def restore_backup(
     return record
 
 
-def restored_aliases(store: ObjectStore) -> Iterator[AliasState]:
-    """Yield the aliases of a restored store that are not back in their place yet."""
-    for key in store.list(_ALIASES):
-        yield parse_record(AliasState, key, store.get(key).data)
+def restored_alias_keys(store: ObjectStore) -> Iterator[str]:
+    """Yield the keys of the aliases of a restored store that are not back in their place yet."""
+    yield from store.list(_ALIASES)
+
+
+def load_restored_alias(store: ObjectStore, key: str, trust: Trust) -> AliasState:
+    """Return an alias of a restored store that is not back in its place yet.
+
+    Hazard: who puts it back signs it. So it has to be the alias of its key, and a trusted key has to have signed it.
+
+    Args:
+        store: the restored store.
+        key: the alias's key, from `restored_alias_keys`.
+        trust: the trusted keys.
+
+    Raises:
+        IntegrityError: the object is no alias, it is another one, or no trusted key signed it.
+        KeyFileError: the trusted keys cannot be read.
+        NotFoundError: it is not there any more.
+    """
+    state = parse_record(AliasState, key, store.get(key, MAX_RECORD_BYTES).data)
+    if key != _restored_key(state.adapter, state.alias):
+        raise IntegrityError(f"{key} is another alias", got=f"{state.adapter}#{state.alias}", allowed=key)
+    state.check_signature(trust)
+    return state
 
 
 def drop_restored_alias(store: ObjectStore, adapter: str, alias: str) -> None:
     """Remove a restored alias, after it is back in its place."""
-    store.delete(f"restored/{alias_key(adapter, alias)}")
+    store.delete(_restored_key(adapter, alias))
 
 
 def end_restore(store: ObjectStore) -> None:
     """Let roles start: the store is reconciled."""
     store.delete(RECORD_KEY)
+
+
+def _restored_key(adapter: str, alias: str) -> str:
+    return f"restored/{alias_key(adapter, alias)}"
 
 
 def _require_empty(store: ObjectStore) -> None:

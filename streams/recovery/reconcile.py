@@ -25,7 +25,7 @@ from uuid import uuid4
 import orjson
 from kafka.structs import OffsetAndMetadata
 
-from perennial.storage.errors import NotFoundError, PerennialError
+from perennial.storage.errors import IntegrityError, NotFoundError, PerennialError
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.recovery.restored_store import (
     RECORD_KEY,
@@ -33,7 +33,8 @@ from perennial.storage.recovery.restored_store import (
     drop_restored_alias,
     end_restore,
     load_restored,
-    restored_aliases,
+    load_restored_alias,
+    restored_alias_keys,
 )
 from perennial.storage.registry.compare_and_swap import AliasWriter, generation_floor
 from perennial.storage.registry.manifest import Manifest
@@ -91,6 +92,7 @@ class ReconcileReport:
         resumed: Aliases that are served again, by `adapter#alias`, with their generation.
         waiting: Aliases that are served again once the requests to forget are carried out.
         floors: Aliases of adapters that the store does not have; they begin above these generations.
+        refused: Restored aliases that were not put back, by key, and why: they may be forged.
         claims: Aliases of which a replica says that it serves this generation, and no alias and no event has it.
         unproven: Events of aliases that no trusted key signed, and that counted for nothing.
         jobs: Update jobs that were published again.
@@ -104,6 +106,7 @@ class ReconcileReport:
     resumed: dict[str, int] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     floors: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
     claims: dict[str, int] = field(default_factory=dict)
     unproven: int = 0
     jobs: int = 0
@@ -196,7 +199,7 @@ def reconcile(
     try:
         on_progress("accepting the requests to forget since then")
         report.requests = replay_requests(settings, store, _requests(settings, logs), producer, metrics)
-        _resume_aliases(settings, store, announced, events, producer, report, on_progress)
+        resume_aliases(settings, store, announced, events, producer, report, on_progress)
         _publish_waiting(store, producer, report, on_progress)
     finally:
         producer.close()
@@ -328,7 +331,7 @@ def _requests(settings: Settings, logs: Mapping[str, list[LogRange]]) -> Iterato
     return merge_by_time(ranges)
 
 
-def _resume_aliases(
+def resume_aliases(
     settings: Settings,
     store: ObjectStore,
     announced: Announced,
@@ -337,11 +340,28 @@ def _resume_aliases(
     report: ReconcileReport,
     on_progress: Callable[[str], None],
 ) -> None:
-    """Put every alias back above the generations that were announced, and announce those that are served."""
+    """Put every alias back above the generations that were announced, and announce those that are served.
+
+    An alias under `restored/` that no trusted key signed, or that is another one than its key says, stays there.
+
+    Args:
+        settings: Name the alias, the keys and the times of retention.
+        store: The store.
+        announced: The generations that were announced.
+        events: Makes the events of aliases.
+        producer: Sends them.
+        report: Gets what became of each alias.
+        on_progress: Called with a line of text for each alias.
+
+    Raises:
+        ReconcileError: Another process moves an alias.
+        IntegrityError: An alias in its place is damaged, or no trusted key signed it.
+        StoreError: The store failed.
+    """
     registry = _registry(store, settings.signing.trust())
     writer = AliasWriter(store, lambda: uuid4().hex, lambda: datetime.now(UTC), registry.trust)
     facts = StoreFacts(settings, store, None)
-    for number, (state, is_staged) in enumerate(_aliases(store, registry), 1):
+    for number, (state, is_staged) in enumerate(_aliases(store, registry, report.refused), 1):
         on_progress(f"aliases: {number}")
         name = f"{state.adapter}#{state.alias}"
         if name in report.resumed or name in report.waiting:
@@ -386,9 +406,14 @@ def _written(writer: AliasWriter, state: AliasState, wanted: AliasState, *, is_s
     return written
 
 
-def _aliases(store: ObjectStore, registry: Registry) -> Iterator[tuple[AliasState, bool]]:
-    """Yield every alias of the store, and whether it waits under `restored/`."""
-    for state in restored_aliases(store):
+def _aliases(store: ObjectStore, registry: Registry, refused: dict[str, str]) -> Iterator[tuple[AliasState, bool]]:
+    """Yield every alias of the store, and whether it waits under `restored/`; note by key which of those are refused."""
+    for key in restored_alias_keys(store):
+        try:
+            state = load_restored_alias(store, key, registry.trust)
+        except IntegrityError as error:
+            refused[key] = str(error)
+            continue
         yield state, True
     for adapter in registry.adapters():
         for state in registry.aliases(adapter):

@@ -41,7 +41,7 @@ def restore_from(
         as_json: Print JSON instead of text.
 
     Returns:
-        The exit code: 1 where the answer was no.
+        The exit code: 1 where the answer was no, or a restored alias was refused.
 
     Raises:
         BackupError: The store is not empty.
@@ -91,6 +91,9 @@ def reconcile_store(*, accept_lost: bool, anyway: bool, as_json: bool) -> int:
         anyway: Go on where nothing shows that the store is older.
         as_json: Print JSON instead of text.
 
+    Returns:
+        The exit code: 1 where a restored alias was refused.
+
     Raises:
         ReconcileError: A role runs, or records are gone from Kafka.
     """
@@ -110,7 +113,7 @@ def reconcile_store(*, accept_lost: bool, anyway: bool, as_json: bool) -> int:
         Console(highlight=False).print(
             printable_lines("\n".join(_said(report, anyway=anyway))), soft_wrap=True, markup=False
         )
-    return 0
+    return 1 if report.refused else 0
 
 
 def _said(report: ReconcileReport, *, anyway: bool) -> list[str]:
@@ -141,6 +144,11 @@ def _said(report: ReconcileReport, *, anyway: bool) -> list[str]:
         f"{name} was made after the backup; it will begin above generation {generation}"
         for name, generation in report.floors.items()
     ]
+    said += [f"not put back, and so not served: {key}: {why}" for key, why in report.refused.items()]
+    if report.refused:
+        said.append(
+            "find out who can write to the place of the backups; then see docs/operations.md, An alias that was refused"
+        )
     said += [
         f"a replica says that it serves generation {generation} of {name}, which no alias and no event has, so it is not "
         "believed; if the replica is yours, restart it, or it passes over every lower generation"

@@ -27,11 +27,13 @@ from perennial.storage.recovery.backup_upkeep import problems_of, prune_backups
 from perennial.storage.recovery.restored_store import (
     end_restore,
     load_restored,
+    load_restored_alias,
     restore_backup,
-    restored_aliases,
+    restored_alias_keys,
 )
 from perennial.storage.registry.quarantine import update_quarantine
 from perennial.storage.registry.registry import Registry
+from perennial.storage.signing.trust import Trust
 from tests import jobs, retention_world
 from tests.keys import Keys
 from tests.memory_store import MemoryStore
@@ -114,7 +116,9 @@ def test_everything_comes_back_and_aliases_wait_for_the_reconciliation(now: Cloc
     header = create_backup(store, place, now, {"cluster_id": "c"})
     record = restore_backup(place, load_header(place), restored)
     assert (record.copied, record.positions) == (True, {"cluster_id": "c"})
-    assert [state.adapter for state in restored_aliases(restored)] == ["acme", ADAPTER, "other"]
+    assert list(restored_alias_keys(restored)) == [
+        f"restored/aliases/{each}/live" for each in ("acme", ADAPTER, "other")
+    ]
     assert list(restored.list("aliases/")) == []
     found = {key.removeprefix("restored/"): data for key, data in content(restored).items() if key != "restored/backup"}
     assert found == content(store)
@@ -189,7 +193,8 @@ def test_versions_that_are_published_meanwhile_leave_no_name_without_its_object(
     restore_backup(place, header, restored)
     registry = Registry(restored, nonce=lambda: "n", now=now)
     head = registry.head(ADAPTER)
-    (alias,) = restored_aliases(restored)
+    (key,) = restored_alias_keys(restored)
+    alias = load_restored_alias(restored, key, Trust())
     assert head is not None
     assert 2 <= alias.seq <= head.seq == len(list(restored.list("versions/")))
     assert all(restored.exists(blob_key(ref.digest)) for ref in head.manifest.blobs())
