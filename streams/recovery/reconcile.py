@@ -160,7 +160,8 @@ def reconcile(
         on_progress: Called with a line of text at each step, and often during long ones.
 
     Raises:
-        ReconcileError: A role runs, the restore is not finished, or records are gone.
+        ReconcileError: A role runs, the restore is not finished, records are gone, or aliases are signed and no key to
+            sign with is set.
         InstallationError: The topics are not those of this store.
         KafkaUnavailableError: Kafka does not answer.
         StoreError: The store failed.
@@ -178,6 +179,7 @@ def reconcile(
     report.evidence, report.unproven = evidence_of_age(store, announced), announced.unproven
     if not report.evidence and not anyway:
         return report
+    require_signing_key(store, settings.signing.trust())
     positions = None
     if record is None:  # a bucket that was set back: from now on no role starts
         record = RestoredBackup(backup_id="none", began_at=datetime.now(UTC), copied=True)
@@ -418,6 +420,32 @@ def _aliases(store: ObjectStore, registry: Registry, refused: dict[str, str]) ->
     for adapter in registry.adapters():
         for state in registry.aliases(adapter):
             yield state, False
+
+
+def require_signing_key(store: ObjectStore, trust: Trust) -> None:
+    """Check that this process can sign aliases, where the store has a signed one.
+
+    Args:
+        store: The store.
+        trust: The keys of this process.
+
+    Raises:
+        ReconcileError: An alias is signed, and there is no key: the alias would be written without a signature.
+        IntegrityError: An alias in its place is damaged.
+    """
+    if trust.signing_key is not None:
+        return
+    signed = None
+    for state, _ in _aliases(store, _registry(store), {}):
+        if state.signature is not None:
+            signed = f"{state.adapter}#{state.alias}"
+            break
+    if signed is not None:
+        raise ReconcileError(
+            "the aliases of this store are signed, and this process has no key to sign them with",
+            got=f"{signed} is signed, PERENNIAL_SIGNING_KEY_FILE is not set", allowed="the key that the learners sign with",
+            remedy="set PERENNIAL_SIGNING_KEY_FILE as for a learner, then run `perennial backup reconcile`",
+        )  # fmt: skip
 
 
 def _newest_served(registry: Registry, state: AliasState) -> tuple[int, str] | None:

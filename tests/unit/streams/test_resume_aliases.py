@@ -1,4 +1,4 @@
-"""Restored aliases are put back, and signed, only where a trusted key signed them."""
+"""Restored aliases are put back, and signed, only where a trusted key signed them; and not without a key to sign with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from perennial.storage.signing.trust import Trust
 from perennial.streams.recovery.announced import Announced
 from perennial.streams.recovery.reconcile import (
     EventMaker,
+    ReconcileError,
     ReconcileReport,
+    require_signing_key,
     resume_aliases,
 )
 from perennial.streams.settings import Settings
@@ -92,3 +94,22 @@ def test_a_signed_alias_is_put_back_with_a_signature(keys: Keys) -> None:
     registry = VersionPublisher(store, "good", trust=keys.readers).registry
     assert registry.alias("good").generation == 1
     assert list(store.list("restored/")) == []
+
+
+@pytest.mark.parametrize("is_staged", [True, False])
+def test_without_a_key_no_signed_alias_is_written(keys: Keys, *, is_staged: bool) -> None:
+    store, aliases = restored_store("good", trust=keys.owner)
+    if not is_staged:
+        store.put_if_absent("aliases/good/live", aliases["good"])
+        store.delete("restored/aliases/good/live")
+    for trust in (Trust(), keys.readers):
+        with pytest.raises(ReconcileError, match="aliases of this store are signed") as raised:
+            require_signing_key(store, trust)
+        assert "PERENNIAL_SIGNING_KEY_FILE" in raised.value.remedy
+    require_signing_key(store, keys.owner)
+
+
+def test_without_a_key_unsigned_aliases_need_none() -> None:
+    store, _ = restored_store("plain", trust=Trust())
+    stage(store, "torn", b"{")
+    require_signing_key(store, Trust())
