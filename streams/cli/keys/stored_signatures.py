@@ -188,8 +188,13 @@ class StoredSignatures:
 def sign_stored(adapter: str | None, *, unsigned: bool, as_json: bool) -> int:
     """Sign the versions and aliases of the store and return the exit code: 1 where some are left out.
 
+    Args:
+        adapter: the adapter; None: all.
+        unsigned: sign also what has no signature. Without trusted keys that is everything.
+        as_json: print JSON.
+
     Raises:
-        KeyFileError: no key to sign with is set.
+        KeyFileError: no key to sign with is set, or no trusted keys are and `unsigned` is not given.
         StoreError: the store does not answer.
     """
     settings = connected_settings()
@@ -197,6 +202,12 @@ def sign_stored(adapter: str | None, *, unsigned: bool, as_json: bool) -> int:
         raise KeyFileError(
             "there is no key to sign with", got="PERENNIAL_SIGNING_KEY_FILE is not set", allowed="a file of a private key",
             remedy="make one with `perennial keys new`, and set PERENNIAL_SIGNING_KEY_FILE",
+        )  # fmt: skip
+    if not unsigned and not settings.signing.trusted_keys:  # any text would count as a signature, and be signed
+        raise KeyFileError(
+            "there are no trusted keys to check signatures with", got="PERENNIAL_TRUSTED_KEYS is not set",
+            allowed="a file of public keys",
+            remedy="set PERENNIAL_TRUSTED_KEYS; to sign everything that is stored, whoever wrote it: add --unsigned",
         )  # fmt: skip
     stored = StoredSignatures.of(settings)
     found = [stored.sign(each, unsigned=unsigned) for each in stored.adapters(adapter)]

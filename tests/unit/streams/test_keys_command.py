@@ -163,6 +163,22 @@ def test_signing_needs_a_key_and_trusts_its_own(world: World) -> None:
     assert "is not trusted" not in keys("ls", code=1)
 
 
+def test_without_trusted_keys_only_unsigned_signs(world: World) -> None:
+    world.use_keys()
+    keys("new")
+    world.environment.delenv("PERENNIAL_TRUSTED_KEYS")
+    forged = VersionPublisher(world.store, ADAPTER).publish().model_copy(update={"signature": "any text"})
+    world.store.delete(alias_key(ADAPTER, "live"))
+    world.store.put_if_absent(alias_key(ADAPTER, "live"), forged.to_bytes())
+    with pytest.raises(KeyFileError, match="no trusted keys") as raised:
+        keys("sign")
+    assert "PERENNIAL_TRUSTED_KEYS" in raised.value.remedy
+    assert "--unsigned" in raised.value.remedy
+    assert world.store.get(alias_key(ADAPTER, "live"), 1 << 20).data == forged.to_bytes(), "nothing was signed"
+    signed = json.loads(keys("sign", "--unsigned", "--json"))[0]
+    assert (signed["versions_signed"], signed["aliases_signed"]) == (1, 1)
+
+
 def test_a_key_in_the_environment_signs_too_and_is_not_shown(world: World) -> None:
     world.use_keys()
     keys("new")
