@@ -6,6 +6,7 @@ the key's label.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import stat
@@ -27,6 +28,8 @@ from cryptography.hazmat.primitives.serialization import (
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.signing.signatures import PublicKey, SigningKey
+
+_log = logging.getLogger("perennial.signing")
 
 MAX_FILE_BYTES: Final = 1 << 20
 _BLOCK = re.compile(
@@ -146,6 +149,8 @@ def parse_public_keys(text: str, where: str) -> dict[str, PublicKey]:
 class TrustedKeys:
     """The public keys of a file. A file that is replaced is read again at the next use. Thread-safe.
 
+    While the file cannot be read again, the last keys stay: `cp` empties a file before it fills it.
+
     Args:
         path: the file.
     """
@@ -155,25 +160,44 @@ class TrustedKeys:
         self._lock = threading.Lock()
         self._stamp: tuple[int, int, int] | None = None
         self._keys: dict[str, PublicKey] = {}
+        self._failing = False
 
     def by_id(self) -> Mapping[str, PublicKey]:
-        """Return the keys by their ids.
+        """Return the keys by their ids; those of the last reading, where the file cannot be read again.
+
+        Raises:
+            KeyFileError: the first reading fails: the file cannot be read, or is no list of public keys.
+        """
+        with self._lock:
+            try:
+                self._read()
+            except KeyFileError as error:
+                if not self._keys:
+                    raise
+                if not self._failing:
+                    _log.error("the %d keys that were read before stay trusted: %s", len(self._keys), error)
+                self._failing = True
+            else:
+                self._failing = False
+            return self._keys
+
+    def _read(self) -> None:
+        """Read the file if it is not the one that was read last.
 
         Raises:
             KeyFileError: the file cannot be read, or is no list of public keys.
         """
-        with self._lock:
-            try:
-                found = self.path.stat()
-                stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
-                if stamp != self._stamp:
-                    with self.path.open("rb") as file:
-                        text = file.read(MAX_FILE_BYTES).decode(errors="replace")
-                    self._keys = parse_public_keys(text, str(self.path))
-                    self._stamp = stamp
-            except OSError as error:
-                raise _unreadable(self.path, error) from error
-            return self._keys
+        try:
+            found = self.path.stat()
+            stamp = (found.st_mtime_ns, found.st_size, found.st_ino)
+            if stamp == self._stamp:
+                return
+            with self.path.open("rb") as file:
+                text = file.read(MAX_FILE_BYTES).decode(errors="replace")
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        self._keys = parse_public_keys(text, str(self.path))
+        self._stamp = stamp
 
 
 def write_public_keys(path: Path, keys: Mapping[str, PublicKey]) -> None:

@@ -84,12 +84,31 @@ def test_trusted_keys_keep_their_labels_and_are_read_again_when_the_file_is_repl
     write_public_keys(path, {first.key_id: first, second.key_id: named})
     assert [key.label for key in trusted.by_id().values()] == ["", "next year"]
     assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_the_last_trusted_keys_stay_while_their_file_is_not_usable(tmp_path, caplog):
+    first, second = make_signing_key().public, make_signing_key().public
+    path = tmp_path / "trusted.pem"
+    trusted = TrustedKeys(path)
+    with pytest.raises(KeyFileError, match="cannot be used"):
+        trusted.by_id()
     path.write_text("nothing")
     with pytest.raises(KeyFileError, match="no list of public keys"):
         trusted.by_id()
+    write_public_keys(path, {first.key_id: first})
+    assert list(trusted.by_id()) == [first.key_id]
+    path.write_bytes(b"")  # as `cp` does first
+    for _ in range(2):
+        assert list(trusted.by_id()) == [first.key_id]
+    assert len(caplog.records) == 1, "said once, although the file is read again at each use"
+    assert "no list of public keys" in caplog.text
+    path.write_text(second.pem())
+    assert list(trusted.by_id()) == [second.key_id]
     path.unlink()
+    assert list(trusted.by_id()) == [second.key_id]
+    assert len(caplog.records) == 2
     with pytest.raises(KeyFileError, match="cannot be used"):
-        trusted.by_id()
+        TrustedKeys(path).by_id()
 
 
 def test_a_private_key_in_the_file_of_trusted_keys_is_refused(tmp_path):

@@ -322,13 +322,17 @@ def test_the_trusted_keys_must_be_there_when_a_client_starts(world):
         world.subscriber()
 
 
-def test_keys_that_are_taken_away_later_leave_the_version_in_service(world):
-    state = world.owner.publish()
+def test_keys_whose_file_is_not_usable_later_still_decide(world):
+    world.owner.publish()
     subscriber = world.subscriber()
     subscriber.look()
-    world.owner.publish()
-    world.keys.public.unlink()
+    state = world.owner.publish()
+    world.keys.public.write_bytes(b"")  # as `cp` does before it writes
     assert subscriber.look() == state.version
+    world.keys.public.unlink()
+    world.stranger.publish()
+    assert subscriber.look() == state.version
+    assert subscriber.count("unknown-key") == 1
 
 
 def test_the_highest_generation_is_kept_by_store_and_alias(tmp_path, caplog):
