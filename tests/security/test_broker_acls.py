@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import get_args
 
@@ -26,6 +27,7 @@ from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack import discovery
 from perennial.streams.devstack.supervisor import ROLES as PROCESSES
 from perennial.streams.devstack.supervisor import Supervisor
+from perennial.streams.events.adapter_events import ReplicaLeft
 from perennial.streams.kafka.access.acl_admin import AclError, compare, create_missing
 from perennial.streams.kafka.access.acl_table import (
     GROUPS,
@@ -39,6 +41,8 @@ from perennial.streams.kafka.access.acl_table import (
 from perennial.streams.kafka.group_offsets import group_offsets
 from perennial.streams.kafka.installation import provision_recorded
 from perennial.streams.kafka.topics import TOPICS, admin_client, provision
+from perennial.streams.replicas.acks import AckReader
+from perennial.streams.replicas.replica_status import KEPT_S
 from perennial.streams.settings import Settings
 from tests.oracle import wait_until
 from tests.secure_broker import Authority, SecureBroker
@@ -176,6 +180,22 @@ def test_an_operator_adopts_a_topic_that_was_created_again(site: GuardedSite, tm
         result = CliRunner().invoke(app, ["topics", "adopt", "documents", "--yes"], env=given)
         assert result.exit_code == 0, (result.output, result.exception)
         assert not group_offsets(admin, group)
+
+
+def test_streams_deletes_the_records_of_replicas_that_left(site: GuardedSite):
+    prefix = "prune-"
+    site.add_users([f"{prefix}streams", f"{prefix}subscriber"])
+    provision(site.admin(prefix))
+    create_missing(site.admin(prefix), acls_of(site.admin(prefix), principals_of(prefix)))
+    now = datetime.now(UTC)
+    left = ReplicaLeft(adapter="acme/support", replica="r1", generation=1, version="sha256:" + "1" * 64, at=now)
+    with Publisher(settings=site.user(f"{prefix}subscriber", prefix)) as publisher:
+        publisher.publish(left).result(120)
+    later_ms = int(now.timestamp() * 1000) + 2 * KEPT_S * 1000
+    with closing(AckReader(site.user(f"{prefix}streams", prefix), lambda: later_ms)) as reader:
+        assert reader.prune() == 1
+    with closing(AckReader(site.user(f"{prefix}streams", prefix))) as reader:
+        assert reader.replicas(None, None) == []
 
 
 @pytest.mark.slow(90)

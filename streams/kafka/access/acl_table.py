@@ -92,7 +92,8 @@ ROLES: Final[Mapping[str, RoleAccess]] = MappingProxyType({
         "the agents curate and retain",
         _grant({
             "Read": ("scored-examples", "retention", "adapter-acks"),
-            "Write": ("drift", "adapter-jobs", "retention-status", "dead-letters"),
+            # It deletes the records of replicas that left from adapter-acks, every hour.
+            "Write": ("drift", "adapter-jobs", "retention-status", "adapter-acks", "dead-letters"),
             **_DESCRIBES_ORIGINS,
         }),
         # Delete: offsets in a topic `retention` that was created again are deleted before it is read.

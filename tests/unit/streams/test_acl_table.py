@@ -47,7 +47,7 @@ def test_only_the_producer_of_a_topic_and_operators_may_write_it():
         "documents": {"publisher", "operator"}, "interactions": {"publisher", "operator"},
         "retention": {"requester", "operator"}, "examples": {"intake"}, "scored-examples": {"scorer"},
         "drift": {"streams"}, "adapter-jobs": {"streams", "operator"}, "retention-status": {"streams", "learner"},
-        "adapter-updates": {"learner", "operator"}, "adapter-acks": {"subscriber", "operator"},
+        "adapter-updates": {"learner", "operator"}, "adapter-acks": {"subscriber", "streams", "operator"},
         "dead-letters": {"intake", "scorer", "streams", "learner"},
     }  # fmt: skip
     assert all("operator" in writers[topic] for topic in REDRIVABLE_TOPICS)
