@@ -19,7 +19,9 @@ ROLE_SERVICES = ("intake", "streams", "scorer", "learner")
 CREDENTIALS_SCRIPT = ROOT / "deploy/credentials.sh"
 """Writes the passwords that the file cannot do without."""
 
-_VARIABLE = re.compile(r"\$\{(?P<name>[A-Z0-9_]+)(?::-(?P<default>[^}]*)|:\?(?P<demand>[^}]*))?\}")
+_VARIABLE = re.compile(
+    r"\$\{(?P<name>[A-Z0-9_]+)(?::-(?P<default>[^}]*)|:\+(?P<instead>[^}]*)|:\?(?P<demand>[^}]*))?\}"
+)
 
 
 def variables(text: str) -> dict[str, str | None]:
@@ -45,6 +47,8 @@ def load(env: Mapping[str, str] | None = None, path: Path = COMPOSE) -> dict[str
     values = env or {}
 
     def fill(match: re.Match[str]) -> str:
+        if match["instead"] is not None:
+            return match["instead"] if values.get(match["name"]) else ""
         stand_in = match["name"].lower() if match["demand"] else match["default"]
         given = values.get(match["name"]) or stand_in
         if given is None:

@@ -111,6 +111,7 @@ def test_no_secret_stands_in_the_file_or_has_a_default():
     assert compose.demanded(text) == dict.fromkeys(PASSWORDS, "run deploy/credentials.sh")
     assert set(compose.variables(text)) - PASSWORDS == {
         "GRAFANA_ANONYMOUS", "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_BASE", "VLLM_MODEL",
+        "PERENNIAL_SIGNING_KEY", "PERENNIAL_SIGNING_KEY_FILE", "PERENNIAL_TRUSTED_KEYS",
     }  # fmt: skip
     filled = compose.load({"PERENNIAL_INTERNAL_KEY": "k" * 32})["services"]
     for name in OURS:
@@ -136,6 +137,37 @@ def test_every_service_has_an_account_of_its_own_and_no_other_password(name):
     assert len(given) == (name not in {"kafka", "prometheus"})
     if "env_file" in SERVICES[name]:  # .env holds every password, and what the file sets takes precedence
         assert {environment[each] for each in PASSWORDS} == {""}
+
+
+@pytest.mark.parametrize("name", sorted(SERVICES))
+def test_the_signing_key_reaches_those_who_sign_and_nobody_else(name):
+    key, file = "PERENNIAL_SIGNING_KEY", "PERENNIAL_SIGNING_KEY_FILE"
+    private = {target for source, target, _ in compose.mounts(SERVICES[name]) if source == "./deploy/keys/private"}
+    given = compose.environment(compose.load({key: "pem"})["services"][name])
+    named = compose.environment(compose.load({file: "keys/mine.pem"})["services"][name])
+    if name.removesuffix("-gpu") in {"learner", "streams"}:
+        assert (given[key], given[file]) == ("pem", "")
+        assert named[key] == ""
+        assert {str(Path(named[file]).parent)} == private
+        return
+    assert not private
+    # .env may hold the key, and what the file sets takes precedence.
+    unset = "" if "env_file" in SERVICES[name] else None
+    assert {environment.get(each) for environment in (given, named) for each in (key, file)} == {unset}
+
+
+@pytest.mark.parametrize("name", [*OURS, "vllm", "subscriber"])
+def test_the_trusted_keys_reach_all_who_read_versions(name):
+    def services(**env: str) -> dict[str, dict]:
+        return {**compose.load(env)["services"], **compose.load(env, compose.OVERLAY)["services"]}
+
+    variable = "PERENNIAL_TRUSTED_KEYS"
+    assert compose.environment(services()[name])[variable] == "", "without keys no signature is asked for"
+    service = services(**{variable: "deploy/keys/public/trusted.pem"})[name]
+    path = Path(compose.environment(service)[variable])
+    bound = {target: source for source, target, read_only in compose.mounts(service) if read_only}
+    assert bound[str(path.parent)] == "./deploy/keys/public"
+    assert path.name == "trusted.pem"
 
 
 def test_the_script_makes_the_passwords_once_and_keeps_them_private(tmp_path):

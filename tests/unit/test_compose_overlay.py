@@ -80,7 +80,7 @@ def test_it_waits_for_services_that_exist(name):
 
 def test_the_password_is_demanded_and_the_adapter_is_a_variable():
     text = compose.OVERLAY.read_text("utf-8")
-    assert set(compose.variables(text)) == {"ADAPTER", "PERENNIAL_S3_SECRET_KEY_SUBSCRIBER"}
+    assert set(compose.variables(text)) == {"ADAPTER", "PERENNIAL_S3_SECRET_KEY_SUBSCRIBER", "PERENNIAL_TRUSTED_KEYS"}
     assert compose.demanded(text) == {"PERENNIAL_S3_SECRET_KEY_SUBSCRIBER": "run deploy/credentials.sh"}
     filled = compose.load({"PERENNIAL_S3_SECRET_KEY_SUBSCRIBER": "mine", "ADAPTER": "acme/search"}, compose.OVERLAY)
     assert compose.environment(filled["services"]["subscriber"])["PERENNIAL_S3_SECRET_KEY"] == "mine"
