@@ -85,8 +85,12 @@ ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
             *_VERSION, "blobs", "collected", "costs", "forgotten", "given-up", "history", "installation", "jobs", "keys", "parked",
             "probe", "quarantine", "rebuilds", "refused", "state/curate", "suppressed",
         ),
-        # What was forgotten is deleted here: micro-batches, weights, and manifests of rebuilds that were not finished.
-        delete=("blobs", "forgotten", "history", "jobs", "manifests", "pins", "probe", "rebuilds", "signatures", "suppressed"),
+        # What was forgotten is deleted here: micro-batches, weights, and manifests of rebuilds that were not finished. An
+        # adapter that waited for a missing cut goes on by itself: its record `parked` is deleted.
+        delete=(
+            "blobs", "forgotten", "history", "jobs", "manifests", "parked", "pins", "probe", "rebuilds", "signatures",
+            "suppressed",
+        ),
         whole_bucket=True,
     ),
     "subscriber": StoreAccess(
@@ -97,7 +101,7 @@ ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
         "people with the commands of `perennial`",
         read=FOLDERS,
         write=(
-            *_VERSION, "audit", "blobs", "history", "installation", "keys", "marks", "parked", "probe", "prompts",
+            *_VERSION, "audit", "blobs", "given-up", "history", "installation", "keys", "marks", "parked", "probe", "prompts",
             "quarantine", "state/curate", "state/replay", "suppressed",
         ),
         delete=("history", "parked", "pins", "probe", "suppressed"),

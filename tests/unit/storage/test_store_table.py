@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from perennial.storage.access.store_table import FOLDERS, ROLES, policy_of, policy_text
+from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.parked import ParkedAdapter, park_adapter, unpark_adapter
+from perennial.storage.registry.waiting_jobs import give_up_cut
 
 ROOT = Path(__file__).parents[3]
 POLICIES = ROOT / "deploy/minio"
@@ -48,6 +52,40 @@ def test_only_roles_that_forget_or_collect_delete_blobs_and_nobody_a_version():
     assert {role for role, access in ROLES.items() if access.may("blobs", "read")} == {
         "scorer", "streams", "learner", "subscriber", "operator", "collector",
     }  # fmt: skip
+
+
+class TouchedStore(DirectoryStore):
+    """A store that notes the folders in which objects are written and deleted."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, fsync=False)
+        self.written: set[str] = set()
+        self.deleted: set[str] = set()
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self.written.add(key.partition("/")[0])
+        return super().put_if_absent(key, data)
+
+    def compare_and_swap(self, key: str, data: bytes, expected: str | None) -> str:
+        self.written.add(key.partition("/")[0])
+        return super().compare_and_swap(key, data, expected)
+
+    def delete(self, key: str) -> bool:
+        self.deleted.add(key.partition("/")[0])
+        return super().delete(key)
+
+
+@pytest.mark.parametrize("role", ["operator", "learner"])
+def test_who_parks_an_adapter_may_give_up_a_cut_and_let_it_go_on(tmp_path, role):
+    """What `perennial adapters park` and `unpark --without-missing` do, and a learner that misses a cut and finds it."""
+    store = TouchedStore(tmp_path)
+    park_adapter(store, ParkedAdapter(adapter="acme/support", reason="by-hand", since=datetime.now(UTC)))
+    give_up_cut(store, "acme/support", 3, "given up by an operator")
+    unpark_adapter(store, "acme/support")
+    assert store.written == {"parked", "given-up"}
+    assert store.deleted == {"parked"}
+    assert all(ROLES[role].may(folder, "write") for folder in store.written)
+    assert all(ROLES[role].may(folder, "delete") for folder in store.deleted)
 
 
 def test_subscribers_and_collectors_cannot_move_an_alias():
