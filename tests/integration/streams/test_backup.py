@@ -40,6 +40,7 @@ from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend
 from tests import jobs, retention_world
 from tests.integration.learner.learner_kit import read
+from tests.keys import Keys
 from tests.versions import VersionPublisher
 
 ADAPTER = "acme/support"
@@ -293,6 +294,28 @@ def test_a_reconciliation_that_was_cut_off_is_done_again(given, monkeypatch):
     rest = [decode(r.value, r.headers, "adapter-jobs").event for r in read(given.settings, "adapter-jobs", 99, 5)]
     assert [type(job).__name__ for job in rest[start:]] == ["ForgetRequested", "UpdateRequested"]
     assert [entry.request_id for entry in load_quarantine(given.store, ADAPTER).entries] == ["since"]
+
+
+def test_signed_aliases_need_the_key_and_a_forged_one_is_left_out(given, tmp_path, monkeypatch, capsys):
+    keys = Keys(tmp_path / "keys")
+    for adapter in (ADAPTER, "forged"):
+        VersionPublisher(given.store, adapter, trust=keys.owner).publish()
+    given.back_up()
+    given.lose_and_restore()
+    before = {key: given.store.get(key).data for key in given.store.list("")}
+    with pytest.raises(ReconcileError, match="aliases of this store are signed"):
+        reconciled(given)
+    assert {key: given.store.get(key).data for key in given.store.list("")} == before
+    staged = "restored/aliases/forged/live"
+    given.store.delete(staged)
+    given.store.put_if_absent(staged, before[staged].replace(b'"generation":1', b'"generation":7'))
+    monkeypatch.setenv("PERENNIAL_SIGNING_KEY_FILE", str(keys.private))
+    monkeypatch.setenv("PERENNIAL_TRUSTED_KEYS", str(keys.public))
+    assert reconcile_store(accept_lost=False, anyway=False, as_json=True) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert (list(report["refused"]), list(report["resumed"])) == ([staged], [f"{ADAPTER}#live"])
+    assert load_restored(given.store) is None
+    assert VersionPublisher(given.store, trust=keys.readers).registry.alias(ADAPTER) is not None
 
 
 def test_the_commands_do_all_of_it(given, capsys):
