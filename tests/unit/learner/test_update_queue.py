@@ -18,6 +18,7 @@ from perennial.storage.errors import NoSpaceError, StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import get_blob
+from perennial.storage.registry.manifest import SCHEMA_VERSION
 from perennial.storage.registry.parked import load_parked, unpark_adapter
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.records import Claim, manifest_key, version_key
@@ -377,10 +378,10 @@ def broken_manifest(store: DirectoryStore, learner: LocalLearner, _: pytest.Monk
 
 
 def newer_schema(store: DirectoryStore, learner: LocalLearner, _: pytest.MonkeyPatch) -> Callable[[], None]:
-    """A newer release wrote the head: its manifest has a field that this release does not know."""
+    """A release after the next wrote the head: its manifest means what this release cannot know."""
     head = learner.registry.head(ADAPTER)
     assert head is not None
-    data = orjson.dumps({**orjson.loads(head.manifest.to_bytes()), "added_later": 1})
+    data = orjson.dumps({**orjson.loads(head.manifest.to_bytes()), "schema_version": SCHEMA_VERSION + 2})
     claim = store.root / (version_key(ADAPTER, head.seq) + "+")
     before = claim.read_bytes()
     store.put_if_absent(manifest_key(ADAPTER, digest_of(data)), data)
