@@ -147,12 +147,14 @@ class UpdateRebuilder:
             plan: the updates that were rebuilt.
             reached: the last of them; None if nothing was left.
         """
+        if reached is None:
+            return
         last_clean = plan.last_clean.version if plan.last_clean else None
         learned, refused = set[str](), set[str]()
-        adapter = reached.manifest.adapter if reached else ""
-        version = reached.version if reached else None
-        while version not in {None, last_clean}:
-            manifest = self._registry.manifest(adapter, str(version))
+        adapter = reached.manifest.adapter
+        version: str | None = reached.version
+        while version is not None and version != last_clean:
+            manifest = self._registry.manifest(adapter, version)
             reasons = reasons_not_learned(manifest)
             learned.update(item.example_id for item in manifest.learned)
             refused.update(item.example_id for item in manifest.skipped if item.reason in reasons)

@@ -201,13 +201,11 @@ class BatchRows:
         self, quarantine: QuarantineFilter, used: dict[str, ExampleAccepted]
     ) -> Callable[[ReplayEntry], ExampleAccepted | None]:
         """Return `example`, which gives None for quarantined examples as well and adds those it returns to `used`, by id."""
+        find = self._allowed_by(quarantine, used)
 
         def example(entry: ReplayEntry) -> ExampleAccepted | None:
-            found = self.example(entry)
-            if found is None or quarantine.blocks(found):
-                return None
-            used[entry.example_id] = found
-            return found
+            found = find(entry)
+            return found[0] if found else None
 
         return example
 
@@ -220,15 +218,25 @@ class BatchRows:
             quarantine: decides which examples must not be trained on.
             drawn: the look-up adds every example whose rows it returns, by example id.
         """
+        find = self._allowed_by(quarantine, drawn)
 
         def rows(entry: ReplayEntry) -> Sequence[TokenRow] | None:
+            found = find(entry)
+            return found[1] if found else None
+
+        return rows
+
+    def _allowed_by(
+        self, quarantine: QuarantineFilter, used: dict[str, ExampleAccepted]
+    ) -> Callable[[ReplayEntry], _Prepared | None]:
+        def find(entry: ReplayEntry) -> _Prepared | None:
             found = self._find(entry)
             if found is None or quarantine.blocks(found[0]):
                 return None
-            drawn[entry.example_id] = found[0]
-            return found[1]
+            used[entry.example_id] = found[0]
+            return found
 
-        return rows
+        return find
 
     def _find(self, entry: ReplayEntry) -> _Prepared | None:
         with self._lock:

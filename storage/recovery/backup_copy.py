@@ -19,7 +19,7 @@ served and to go on is looked for; where it is missing, the copy begins again, a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -34,6 +34,7 @@ from perennial.storage.recovery.backup_list import (
     BackupError,
     BackupHeader,
     entries_of,
+    folders,
     list_backup_ids,
     load_header,
     new_backup_id,
@@ -144,18 +145,6 @@ def create_backup(
     return header
 
 
-def top_level(store: ObjectStore) -> Iterator[str]:
-    """Yield what the keys of a store begin with: `aliases/`, `blobs/` …, and the keys of objects in no folder."""
-    cursor = ""
-    while True:
-        key = next(store.list("", cursor), None)
-        if key is None:
-            return
-        first, slash, _ = key.partition("/")
-        yield first + slash
-        cursor = f"{first}/~" if slash else key  # no key has a tilde, so this sorts after the whole folder
-
-
 class _Copier:
     def __init__(self, store: ObjectStore, place: ObjectStore, index: SnapshotIndex, on_progress: OnProgress) -> None:
         self._store = store
@@ -167,7 +156,7 @@ class _Copier:
     def run(self) -> None:
         """Copy what the store holds now; what an earlier run copied is not copied again."""
         self._index.drop(self._index.keys_below(""))
-        others = [top for top in top_level(self._store) if top not in (*_FIRST, *_BY_DIGEST, _SIGNATURES, *EXCLUDED)]
+        others = [top for top in folders(self._store) if top not in (*_FIRST, *_BY_DIGEST, _SIGNATURES, *EXCLUDED)]
         for prefix in (*_FIRST, *(top for top in others if not any(step.startswith(top) for step in _IN_STEP))):
             self._copy(prefix, self._store.list(prefix))
         self._copy("state/", (key for key in self._store.list("state/") if not key.startswith("state/curate/")))

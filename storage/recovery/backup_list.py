@@ -122,16 +122,25 @@ def write_header(place: ObjectStore, header: BackupHeader) -> None:
 
 def list_backup_ids(place: ObjectStore) -> list[str]:
     """Return the ids of all complete backups, oldest first."""
-    found: list[str] = []
-    cursor = PREFIX
+    ids = (each.removesuffix("/") for each in folders(place, PREFIX))
+    return [each for each in ids if _ID.fullmatch(each) and place.exists(header_key(each))]
+
+
+def folders(store: ObjectStore, prefix: str = "") -> Iterator[str]:
+    """Yield the folders right below a prefix, such as `aliases/`, and the names of objects in no folder; one call each.
+
+    Args:
+        store: the store.
+        prefix: ends with a slash; empty for the whole store.
+    """
+    cursor = prefix
     while True:
-        key = next(place.list(PREFIX, cursor), None)
+        key = next(store.list(prefix, cursor), None)
         if key is None:
-            return found
-        backup_id = key.removeprefix(PREFIX).partition("/")[0]
-        if _ID.fullmatch(backup_id) and place.exists(header_key(backup_id)):
-            found.append(backup_id)
-        cursor = f"{PREFIX}{backup_id}/~"  # no key has a tilde, so this sorts after all keys of the backup
+            return
+        name, slash, _ = key.removeprefix(prefix).partition("/")
+        yield name + slash
+        cursor = f"{prefix}{name}/~" if slash else key  # no key has a tilde, so this sorts after the whole folder
 
 
 def load_header(place: ObjectStore, backup_id: str | None = None) -> BackupHeader:

@@ -52,9 +52,9 @@ class _Part(BaseModel):
 
 
 NOTHING_MATCHED = "nothing matched"
+"""The detail of an outcome where the store held no example that the request selects."""
 OTHER_ENGINE = "exact in content, other engine"
 """How the detail of an end begins where updates were rebuilt by another engine than the one that had trained them."""
-"""The detail of an outcome where the store held no example that the request selects."""
 
 
 class RequestOutcome(_Part):

@@ -95,7 +95,7 @@ class Registry:
         with self._cache_lock:
             known = self._known_seqs.get(adapter)
         if known:
-            claim = self._claim(version_key(adapter, known))
+            claim = self.claim(version_key(adapter, known))
         if claim is None:
             alias = self.alias(adapter)
             known = alias.seq if alias and self._exists(adapter, alias.seq) else 0
@@ -103,7 +103,7 @@ class Registry:
         if newest == 0:
             return None
         if claim is None or newest != known:
-            claim = self._claim(version_key(adapter, newest))
+            claim = self.claim(version_key(adapter, newest))
         if claim is None:
             raise NotFoundError(f"version {newest} of {adapter} was deleted while it was read", remedy="do it again")
         with self._cache_lock:
@@ -157,7 +157,7 @@ class Registry:
         wanted = last if limit is None else min(limit, last)
         seqs = range(last, last - wanted, -1) if newest_first else range(1, wanted + 1)
         for seq in seqs:
-            claim = self._claim(version_key(adapter, seq))
+            claim = self.claim(version_key(adapter, seq))
             if claim is not None:
                 yield seq, claim.version
 
@@ -436,27 +436,28 @@ class Registry:
     def _claim_seq(self, manifest: Manifest, version: str) -> bool:
         """Claim the sequence number; return False if an earlier call of this publish had claimed it."""
         adapter, seq = manifest.adapter, manifest.seq
-        before = self._claim(version_key(adapter, seq - 1)) if seq > 1 else None
+        before = self.claim(version_key(adapter, seq - 1)) if seq > 1 else None
         if (before.version if before else None) != manifest.head:
             raise _stale(manifest, before.version if before else "no version")
         if seq == 1:
             self.store.put_if_absent(f"adapters/{adapter}", b"{}")
         if self.store.put_if_absent(version_key(adapter, seq), Claim(version=version).to_bytes()):
             return True
-        claimed = self._claim(version_key(adapter, seq))
+        claimed = self.claim(version_key(adapter, seq))
         if claimed is None or claimed.version != version:
             raise _stale(manifest, claimed.version if claimed else "a version that was deleted")
         return False
 
     def _is_version(self, manifest: Manifest, version: str) -> bool:
-        claim = self._claim(version_key(manifest.adapter, manifest.seq))
+        claim = self.claim(version_key(manifest.adapter, manifest.seq))
         return claim is not None and claim.version == version
 
     def _lost_its_seq(self, manifest: Manifest, version: str) -> bool:
-        claim = self._claim(version_key(manifest.adapter, manifest.seq))
+        claim = self.claim(version_key(manifest.adapter, manifest.seq))
         return claim is not None and claim.version != version
 
-    def _claim(self, key: str) -> Claim | None:
+    def claim(self, key: str) -> Claim | None:
+        """Return which version claimed a sequence number, by its key; None if none did."""
         try:
             return parse_record(Claim, key, self.store.get(key, MAX_RECORD_BYTES).data)
         except NotFoundError:

@@ -435,11 +435,8 @@ def require_signing_key(store: ObjectStore, trust: Trust) -> None:
     """
     if trust.signing_key is not None:
         return
-    signed = None
-    for state, _ in _aliases(store, _registry(store), {}):
-        if state.signature is not None:
-            signed = f"{state.adapter}#{state.alias}"
-            break
+    states = (state for state, _ in _aliases(store, _registry(store), {}))
+    signed = next((f"{state.adapter}#{state.alias}" for state in states if state.signature is not None), None)
     if signed is not None:
         raise ReconcileError(
             "the aliases of this store are signed, and this process has no key to sign them with",

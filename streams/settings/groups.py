@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Final, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator
+from pydantic import AfterValidator, AliasChoices, BeforeValidator, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from perennial.storage.errors import PerennialError
@@ -35,6 +35,12 @@ def expanded(path: str | Path) -> Path:
         return expand_path(path)
     except UnknownHomeError as error:
         raise ValueError(f"{error.allowed}") from error
+
+
+OptionalPath = Annotated[str, AfterValidator(lambda path: str(expanded(path)) if path else "")]
+"""A path, in which `~` stands for the home folder; empty for none."""
+OptionalSecret = Annotated[SecretStr | None, BeforeValidator(lambda value: value or None)]
+"""A secret; None where its variable is set to nothing."""
 
 
 class SettingsGroup(BaseSettings):

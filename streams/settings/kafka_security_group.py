@@ -10,10 +10,10 @@ import stat
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Self
 
-from pydantic import AliasChoices, Field, SecretStr, field_validator, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from perennial.streams.settings.groups import SettingsError, SettingsGroup, expanded
+from perennial.streams.settings.groups import OptionalPath, OptionalSecret, SettingsError, SettingsGroup
 
 PASSWORD_MECHANISMS: Final = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
 TOKEN_MECHANISM: Final = "OAUTHBEARER"  # noqa: S105 - the name of a mechanism
@@ -56,30 +56,30 @@ class KafkaSecuritySettings(SettingsGroup):
         description=f"how clients prove who they are under `sasl_…`: {_MECHANISMS}",
     )
     username: str = Field("", validation_alias=_variable("USERNAME"), description="user of PLAIN and SCRAM")
-    password: SecretStr | None = Field(
+    password: OptionalSecret = Field(
         None, validation_alias=_variable("PASSWORD"), description="password of PLAIN and SCRAM"
     )
-    password_file: str = Field(
+    password_file: OptionalPath = Field(
         "",
         validation_alias=_variable("PASSWORD_FILE"),
         description="file with the password, instead of the password itself",
     )
-    token_file: str = Field(
+    token_file: OptionalPath = Field(
         "",
         validation_alias=_variable("TOKEN_FILE"),
         description="file with the token of OAUTHBEARER, read again for every connection; another program renews it",
     )
-    ca_file: str = Field(
+    ca_file: OptionalPath = Field(
         "",
         validation_alias=_variable("CA_FILE"),
         description="certificates (PEM) that the broker's must be signed by; by default those of the system",
     )
-    cert_file: str = Field(
+    cert_file: OptionalPath = Field(
         "",
         validation_alias=_variable("CERT_FILE"),
         description="certificate (PEM) of this client, for mutual TLS",
     )
-    key_file: str = Field(
+    key_file: OptionalPath = Field(
         "",
         validation_alias=_variable("KEY_FILE"),
         description="private key (PEM, not encrypted) of that certificate",
@@ -94,16 +94,6 @@ class KafkaSecuritySettings(SettingsGroup):
     @classmethod
     def _upper(cls, value: object) -> object:
         return value.strip().upper() if isinstance(value, str) else value
-
-    @field_validator("password", mode="before")
-    @classmethod
-    def _none_if_empty(cls, value: object) -> object:
-        return value or None
-
-    @field_validator("password_file", "token_file", "ca_file", "cert_file", "key_file")
-    @classmethod
-    def _expand(cls, path: str) -> str:
-        return str(expanded(path)) if path else ""
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from perennial.storage.signing.key_files import TrustedKeys, parse_signing_key, read_signing_key
 from perennial.storage.signing.signatures import SigningKey
 from perennial.storage.signing.trust import Trust
 from perennial.streams.paths import state_dir
-from perennial.streams.settings.groups import SettingsError, SettingsGroup, expanded
+from perennial.streams.settings.groups import OptionalPath, OptionalSecret, SettingsError, SettingsGroup
 
 
 class SigningSettings(SettingsGroup):
@@ -28,42 +28,32 @@ class SigningSettings(SettingsGroup):
     model_config = SettingsConfigDict(env_ignore_empty=True, hide_input_in_errors=True)
     secret_fields: ClassVar[frozenset[str]] = frozenset({"signing_key"})
 
-    signing_key_file: str = Field(
+    signing_key_file: OptionalPath = Field(
         "",
         description="file with the private key (Ed25519, PEM, mode 0600) that signs versions, aliases and events: for "
         "learner, streams and commands that move aliases; empty: nothing is signed",
     )
-    signing_key: SecretStr | None = Field(None, description="the private key itself, instead of its file")
-    trusted_keys: str = Field(
+    signing_key: OptionalSecret = Field(None, description="the private key itself, instead of its file")
+    trusted_keys: OptionalPath = Field(
         "",
         description="file with the public keys (PEM) of which one must have signed what subscribers, vLLM's plugin, "
         "learner, scorer and streams read; empty: signatures are not asked for",
     )
-    seen_dir: str = Field(
+    seen_dir: OptionalPath = Field(
         "",
         description="subscriber, vLLM plugin: folder that keeps the highest signed generation of each alias, so that an "
         "older one is refused after a restart too; empty: one in perennial's state folder",
     )
-    replica_key_file: str = Field(
+    replica_key_file: OptionalPath = Field(
         "",
         description="subscriber: file with the private key (Ed25519, PEM, mode 0600) that signs its acknowledgements; "
         "empty: they are not signed",
     )
-    trusted_replica_keys: str = Field(
+    trusted_replica_keys: OptionalPath = Field(
         "",
         description="streams: file with the public keys (PEM) of which one must have signed an acknowledgement, for it to "
         "count in a request to forget; empty: all count",
     )
-
-    @field_validator("signing_key", mode="before")
-    @classmethod
-    def _none_if_empty(cls, value: object) -> object:
-        return value or None
-
-    @field_validator("signing_key_file", "trusted_keys", "seen_dir", "replica_key_file", "trusted_replica_keys")
-    @classmethod
-    def _expand(cls, path: str) -> str:
-        return str(expanded(path)) if path else ""
 
     @model_validator(mode="after")
     def _check_one_key(self) -> Self:

@@ -10,26 +10,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.collected import Collector
 from tests.faults.report import PROPERTY, Row, merged, summary, table
 
 PARALLEL = ("-n", "4", "--dist", "loadscope")
-
-
-class Collector:
-    """A pytest plugin that collects the rows of all tests, also of those that ran in other processes."""
-
-    def __init__(self) -> None:
-        self.rows: list[Row] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "teardown":
-            return
-        properties: list[tuple[str, Any]] = report.user_properties
-        self.rows += [Row(**fields) for name, fields in properties if name == PROPERTY]
 
 
 def main() -> int:
@@ -38,13 +25,13 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="run all other tests, too")
     arguments, more = parser.parse_known_args()
     os.environ["PERENNIAL_FAULT_RUNS"] = str(arguments.runs)
-    collector = Collector()
+    collector = Collector(PROPERTY, Row)
     folder = Path(__file__).parent
     paths = [str(folder.parent if arguments.all else folder)]
     # `make test-vllm` runs these: a server of vLLM next to this many processes would only measure the load.
     apart = f"--ignore={folder.parent / 'vllm'}"
     code = pytest.main([*PARALLEL, apart, *paths, *more], plugins=[collector])
-    rows = merged(collector.rows)
+    rows = merged(collector.found)
     print(f"\n{table(rows)}\n{summary(rows)}")
     bad = any(row.lost or row.learned_twice or row.stale_publishes or row.service_gap_s for row in rows)
     return int(code) or int(bad or not rows)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from perennial.storage.recovery.backup_copy import top_level
+from perennial.storage.recovery.backup_list import folders
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events.models import RetentionRequested, Selector
@@ -136,4 +136,4 @@ def test_a_store_that_is_restored_to_yesterday_loses_nothing_and_revives_nothing
     assert of_between <= learned
     assert {record.request.request_id for record in load_requests(flow.store).values()} >= {"of-before", "of-between"}
     assert read_to_end(flow.settings, "dead-letters") == []
-    assert {name.partition("/")[0] for name in top_level(flow.store)} <= documented("Object store")
+    assert {name.partition("/")[0] for name in folders(flow.store)} <= documented("Object store")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.collected import Collector
 from tests.security.acts import PROPERTY, Acts, merged
 
 ROOT = Path(__file__).parent
@@ -19,21 +19,8 @@ PATHS = (ROOT,)
 PARALLEL = ("-n", "2", "--dist", "loadscope")
 
 
-class Collector:
-    """A pytest plugin that collects the acts of all tests, also of those that ran in other processes."""
-
-    def __init__(self) -> None:
-        self.found: list[Acts] = []
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "teardown":
-            return
-        properties: list[tuple[str, Any]] = report.user_properties
-        self.found += [Acts(**fields) for name, fields in properties if name == PROPERTY]
-
-
 def main() -> int:
-    collector = Collector()
+    collector = Collector(PROPERTY, Acts)
     code = pytest.main([*PARALLEL, *map(str, PATHS), *sys.argv[1:]], plugins=[collector])
     total = merged(collector.found)
     for line in (*total.wrong, *total.failed):

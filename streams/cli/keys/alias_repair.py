@@ -20,6 +20,7 @@ from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.records import (
     MAX_GENERATION,
     MAX_RECORD_BYTES,
+    SEQ_DIGITS,
     AliasState,
     Claim,
     alias_key,
@@ -163,11 +164,11 @@ def carry_out(registry: Registry, repair: Repair) -> None:
 
 def _line(registry: Registry, adapter: str) -> dict[int, str]:
     """Return the version that claims each sequence number; empty text where the claim is not readable."""
-    prefix = version_key(adapter, 1)[:-12]
+    prefix = version_key(adapter, 1)[:-SEQ_DIGITS]
     found: dict[int, str] = {}
     for key in registry.store.list(prefix):
         number = key[len(prefix) :]
-        if not (len(number) == 12 and number.isdigit()):
+        if not (len(number) == SEQ_DIGITS and number.isdigit()):
             continue
         try:
             found[int(number)] = parse_record(Claim, key, registry.store.get(key, MAX_RECORD_BYTES).data).version

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from uuid import uuid4
 
 from rich.console import Console
 
 from perennial.storage.errors import ConflictError, NotFoundError
-from perennial.storage.objects.factory import open_store
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.records import AliasState, alias_key
 from perennial.storage.registry.registry import Registry
@@ -19,6 +16,7 @@ from perennial.storage.signing.key_files import KeyFileError
 from perennial.storage.signing.signatures import SignatureError
 from perennial.storage.signing.trust import Trust
 from perennial.storage.signing.version_statements import VersionSignatures
+from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.tables import Column, print_table
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.settings import Settings
@@ -75,9 +73,7 @@ class StoredSignatures:
     @classmethod
     def of(cls, settings: Settings) -> StoredSignatures:
         """Return the signatures of the store and the keys that the settings name."""
-        store = open_store(settings.store.require_uri(), settings.s3)
-        registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
-        return cls(registry, settings.signing.trust())
+        return cls(open_registry(settings), settings.signing.trust())
 
     def adapters(self, adapter: str | None) -> list[str]:
         """Return the adapter, or all."""
@@ -126,7 +122,7 @@ class StoredSignatures:
             found.aliases += 1
             why = self._alias_fault(state)
             if why in allowed:
-                found.aliases_signed += self._sign_alias(state, unsigned=unsigned)
+                found.aliases_signed += self._sign_alias(state, allowed)
             elif why is not None:
                 found.aliases_distrusted[state.alias] = why
         return found
@@ -166,7 +162,7 @@ class StoredSignatures:
             return error.reason
         return None
 
-    def _sign_alias(self, state: AliasState, *, unsigned: bool) -> bool:
+    def _sign_alias(self, state: AliasState, allowed: Collection[str | None]) -> bool:
         """Put this process's signature on an alias, whatever other writers do meanwhile; return whether it was missing."""
         for _ in range(_ATTEMPTS):
             wanted = state.signed(self._trust)
@@ -177,7 +173,7 @@ class StoredSignatures:
                 self._registry.store.compare_and_swap(key, wanted.to_bytes(), state.etag)
             except ConflictError:
                 later = self._registry.alias(state.adapter, state.alias)
-                if later is None or self._alias_fault(later) not in ({None, "unsigned"} if unsigned else {None}):
+                if later is None or self._alias_fault(later) not in allowed:
                     return False
                 state = later
                 continue

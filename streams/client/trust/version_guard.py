@@ -10,9 +10,8 @@ can do anyway, for example by damaging the weights. Not heeded, it would leave i
 
 from __future__ import annotations
 
-from perennial.storage.errors import NotFoundError
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.records import MAX_RECORD_BYTES, AliasState, Claim, parse_record, version_key
+from perennial.storage.registry.records import AliasState, version_key
 from perennial.storage.registry.registry import Registry
 from perennial.storage.signing.signatures import SignatureError
 from perennial.storage.signing.trust import Trust
@@ -127,13 +126,11 @@ class VersionGuard:
                 remedy=_REMEDY,
             )
         key = version_key(manifest.adapter, manifest.seq)
-        try:
-            claim = parse_record(Claim, key, self._registry.store.get(key, MAX_RECORD_BYTES).data).version
-        except NotFoundError:
-            claim = "no version"
-        if claim != version:
+        claim = self._registry.claim(key)
+        if claim is None or claim.version != version:
             raise UntrustedVersionError(
-                "off-the-line", f"{what} is not the one at its place in the line", got=f"{key}: {claim}", allowed=version,
+                "off-the-line", f"{what} is not the one at its place in the line", got=f"{key}: {claim.version if claim else 'no version'}",
+                allowed=version,
                 remedy=_REMEDY,
             )  # fmt: skip
 

@@ -14,11 +14,12 @@ from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore, StoredObject, put_blob
-from perennial.storage.recovery.backup_copy import EXCLUDED, create_backup, top_level
+from perennial.storage.recovery.backup_copy import EXCLUDED, create_backup
 from perennial.storage.recovery.backup_list import (
     BackupError,
     BackupHeader,
     entries_of,
+    folders,
     list_backup_ids,
     load_header,
     page_key,
@@ -178,7 +179,7 @@ def test_the_kinds_of_keys_are_found_without_a_list_of_them() -> None:
     store = Memory()
     for key in ("a/b/c", "a/d", "a-b/c", "b", "c/x"):
         store.put_if_absent(key, b"")
-    assert sorted(top_level(store)) == ["a-b/", "a/", "b", "c/"]
+    assert sorted(folders(store)) == ["a-b/", "a/", "b", "c/"]
 
 
 def test_versions_that_are_published_meanwhile_leave_no_name_without_its_object(now: Clock) -> None:
