@@ -8,7 +8,7 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 
 from perennial.streams.devstack.embedded_kafka.kafka_broker import BrokerError, EmbeddedBroker, fetch_jars
 from perennial.streams.devstack.embedded_kafka.kafka_jars import java_path
+from tests.failure_context import failure_context
 from tests.scheduling import LongestFirst, longest_first
 from tests.security.acts import Acts
 
@@ -33,6 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the longest tests first in a parallel run."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items[:] = longest_first(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Add the state of machine and brokers to a failure's line in the summary."""
+    report = yield
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if report.failed and crash is not None:
+        first, _, rest = crash.message.partition("\n")
+        crash.message = f"{first} [{failure_context()}]\n{rest}".rstrip()
+    return report
 
 
 @pytest.hookimpl(optionalhook=True)

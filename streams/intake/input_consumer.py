@@ -23,6 +23,7 @@ from perennial.streams.intake.librdkafka import (
     CONSUMER_CONFIG,
     LOST_GROUP,
     REPOSITION,
+    RefusalWatch,
     ask_topic_ids,
     client_log,
     cluster_ids,
@@ -103,6 +104,7 @@ class InputConsumer:
         store: The object store; None: new topic ids are not recorded, and nothing is known of refused examples.
         client: The configuration of every client.
         group: The consumer group, with the prefix.
+        refusals: Finds out whether an error means that the broker refuses TLS or SASL.
 
     Attributes:
         partitions: The assigned partitions, by topic with the prefix and number.
@@ -111,11 +113,12 @@ class InputConsumer:
 
     def __init__(
         self, settings: Settings, metrics: IntakeMetrics, topics: Mapping[str, str], known_ids: Mapping[str, str],
-        store: ObjectStore | None, client: Mapping[str, Any], group: str,
+        store: ObjectStore | None, client: Mapping[str, Any], group: str, refusals: RefusalWatch,
     ) -> None:  # fmt: skip
         self.partitions: dict[tuple[str, int], InputPartition] = {}
         self.reposition: str | None = None
         self._settings = settings
+        self._refusals = refusals
         self._metrics = metrics
         self._topics = topics
         self._known_ids = dict(known_ids)
@@ -165,6 +168,7 @@ class InputConsumer:
 
         Raises:
             ConsumeError: Records cannot be read.
+            KafkaSecurityError: The broker refuses the settings of TLS and SASL.
         """
         if error.code() == KafkaError._PARTITION_EOF:  # noqa: SLF001
             state = self.partitions.get((message.topic(), message.partition()))
@@ -173,7 +177,7 @@ class InputConsumer:
         elif error.code() in REPOSITION:
             self.reposition = f"{error.name()}: {error.str()}"
         else:
-            raise_unless_recovering(error, self._settings)
+            raise_unless_recovering(error, self._refusals)
 
     def was_handled(self, state: InputPartition, message: Message, epoch: int) -> bool:
         """Return whether a record below `resume_at` was handled before; report records that replaced such ones."""
@@ -227,6 +231,7 @@ class InputConsumer:
 
         Raises:
             KafkaException: Kafka refuses to answer.
+            KafkaSecurityError: The broker refuses the settings of TLS and SASL.
         """
         names = sorted({topic for topic, _ in self.partitions})  # others are compared when this member gets a partition
         answers = ask_topic_ids(self._admin, names) if names else {}
@@ -239,6 +244,8 @@ class InputConsumer:
                 if not is_temporary(error):
                     raise
                 log.warning("the topics' ids cannot be read, asking again: %s", error)
+                self._refusals.suspect()
+                self._refusals.raise_if_refused()
                 answers = ask_topic_ids(self._admin, names)
                 continue
             for topic in names:

@@ -29,6 +29,7 @@ client_log.addFilter(lambda record: "gapless.guarantee is experimental" not in r
 CALL_TIMEOUT_S = 10.0
 _RETRY_FOR_S = 30.0
 _RETRY_WAIT_S = 0.2
+_TRY_EVERY_S = 1.0
 
 PRODUCER_CONFIG: Mapping[str, Any] = {
     "enable.idempotence": True,
@@ -222,15 +223,52 @@ def _retry(call: Callable[[], Answer]) -> Answer:
             time.sleep(_RETRY_WAIT_S)
 
 
-def raise_unless_recovering(error: KafkaError, settings: Settings) -> None:
+class RefusalWatch:
+    """Finds out whether the broker refuses the settings of TLS and SASL, once librdkafka reported an error that may mean it.
+
+    librdkafka reports the same refusal of the same broker only once. So what it may mean is tried until the broker gives
+    an answer. Not thread-safe.
+
+    Args:
+        settings: Names the brokers, TLS and SASL.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._suspected = False
+        self._tried_s = 0.0
+
+    def suspects(self, error: KafkaError) -> bool:
+        """Note an error; return whether it may mean a refusal. Made for librdkafka's `error_cb`."""
+        found = error.code() in MAY_BE_REFUSED
+        if found:
+            self.suspect()
+        return found
+
+    def suspect(self) -> None:
+        """Note that a refusal may be why the broker does not answer."""
+        self._suspected = True
+
+    def raise_if_refused(self) -> None:
+        """Try TLS and SASL while an error is unexplained, at most once in _TRY_EVERY_S.
+
+        Raises:
+            KafkaSecurityError: The broker refuses the settings of TLS and SASL.
+        """
+        if self._suspected and time.monotonic() - self._tried_s >= _TRY_EVERY_S:
+            self._suspected = not raise_if_refused(self._settings)
+            self._tried_s = time.monotonic()
+
+
+def raise_unless_recovering(error: KafkaError, refusals: RefusalWatch) -> None:
     """Log a consumer error from which librdkafka recovers by itself, and raise any other.
 
     Raises:
         KafkaSecurityError: The broker refuses the settings of TLS and SASL.
         ConsumeError: Any other error.
     """
-    if error.code() in MAY_BE_REFUSED:
-        raise_if_refused(settings)
+    if refusals.suspects(error):
+        refusals.raise_if_refused()
         log.warning("reading from Kafka: %s", error)
         return
     if error.code() in _RECOVERING or error.retriable():
@@ -250,16 +288,21 @@ def delivery_error(error: KafkaError) -> DeliveryError:
     )
 
 
-def raise_if_refused(settings: Settings) -> None:
+def raise_if_refused(settings: Settings) -> bool:
     """Raise KafkaSecurityError where the broker refuses the settings of TLS and SASL.
 
     librdkafka reports the code of a refused authentication also where the broker ended in the middle of one. So the
     refusal is confirmed by kafka-python, which also gives it the text that all other roles give it.
+
+    Returns:
+        Whether a broker answered.
     """
     try:
         check_access(settings, CALL_TIMEOUT_S)
     except kafka.errors.KafkaError as error:
         log.warning("TLS and SASL cannot be tried: %s", error)
+        return False
+    return True
 
 
 def unavailable_error(settings: Settings, error: KafkaException) -> KafkaUnavailableError:

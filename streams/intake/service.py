@@ -28,8 +28,8 @@ from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.intake.input_consumer import InputConsumer
 from perennial.streams.intake.intake_metrics import IntakeMetrics
 from perennial.streams.intake.librdkafka import (
-    MAY_BE_REFUSED,
     PRODUCER_CONFIG,
+    RefusalWatch,
     client_log,
     cluster_ids,
     delivery_error,
@@ -113,7 +113,7 @@ class Intake:
         settings = self._settings = with_password(settings)
         self._metrics = metrics
         self._failure: KafkaError | None = None
-        self._may_be_refused = False
+        self._refusals = RefusalWatch(settings)
         self._handled: Counter[str] = Counter()  # since the last commit: records read per source, examples written
         self._refused: Counter[str] = Counter()  # since the last commit: dead letters written, by reason
         self._examples = settings.kafka.topic(EXAMPLES)
@@ -143,10 +143,10 @@ class Intake:
             # Of a topic that was created again while no intake ran, the id that was known before.
             if before is not None and name in before.topics and known[topic] not in before.known_topic_ids(name):
                 known[topic] = before.topics[name].topic_id
-        callbacks = {"on_delivery": self._on_delivery, "error_cb": self._on_error}
+        callbacks = {"on_delivery": self._on_delivery, "error_cb": self._refusals.suspects}
         self._producer = Producer({**common, **PRODUCER_CONFIG, **callbacks}, logger=client_log)
         group = group or settings.kafka.topic("intake")
-        self._input = InputConsumer(settings, metrics, topics, known, store, common, group)
+        self._input = InputConsumer(settings, metrics, topics, known, store, common, group, self._refusals)
 
     def step(self, stop: threading.Event) -> int:
         """Read one batch, write its results and commit it. After a full batch the commit is only begun.
@@ -281,9 +281,7 @@ class Intake:
         return True
 
     def _raise_failure(self) -> None:
-        if self._may_be_refused:
-            self._may_be_refused = False
-            raise_if_refused(self._settings)
+        self._refusals.raise_if_refused()
         if self._failure is not None:
             raise delivery_error(self._failure)
 
@@ -301,9 +299,6 @@ class Intake:
         self._refused.clear()
         self._metrics.progress()
         self._metrics.waiting(False)
-
-    def _on_error(self, error: KafkaError) -> None:
-        self._may_be_refused = self._may_be_refused or error.code() in MAY_BE_REFUSED
 
     def _on_delivery(self, error: KafkaError | None, _: Message) -> None:
         if error is not None and self._failure is None:

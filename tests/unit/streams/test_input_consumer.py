@@ -13,6 +13,7 @@ from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from perennial.streams.intake import input_consumer, librdkafka
 from perennial.streams.intake.input_consumer import InputConsumer
+from perennial.streams.intake.librdkafka import RefusalWatch
 from perennial.streams.intake.positions import commit_metadata
 from perennial.streams.kafka.topics import ClusterIds, TopicError
 from perennial.streams.settings import Settings
@@ -96,7 +97,7 @@ def metrics():
 def consumer(metrics, known=None, window=20, batch=5_000):
     settings = Settings.of(kafka="127.0.0.1:9", dedupe_window=window, intake_batch=batch, env_file=None)
     known = known or {"documents": "id-d", "interactions": "id-i"}
-    return InputConsumer(settings, metrics, TOPICS, known, None, {}, "intake")
+    return InputConsumer(settings, metrics, TOPICS, known, None, {}, "intake", RefusalWatch(settings))
 
 
 @pytest.fixture(autouse=True)
