@@ -71,8 +71,9 @@ def test_units_are_read_from_the_flags_of_the_processor(tmp_path: Path):
     info = tmp_path / "cpuinfo"
     info.write_text("model name : amx_bf16\nflags : fpu avx512f\n")
     assert not cpu_has_bf16_units(info)
-    info.write_text("flags : fpu avx512f amx_bf16 amx_tile\n")
-    assert cpu_has_bf16_units(info)
+    for flags in ("avx512f amx_bf16 amx_tile", "avx512f avx512_bf16"):  # Sapphire Rapids; Zen 4, Cooper Lake
+        info.write_text(f"flags : fpu {flags}\n")
+        assert cpu_has_bf16_units(info)
     assert not cpu_has_bf16_units(tmp_path / "absent")
 
 
