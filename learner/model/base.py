@@ -26,6 +26,7 @@ from transformers import (
 
 from perennial.learner.bases.base_model_error import BaseModelError
 from perennial.learner.bases.compute_dtype import AUTO, choose_dtype
+from perennial.learner.bases.frozen_weights import cast_layers_once
 from perennial.learner.bases.quiet import quiet_transformers
 from perennial.learner.bases.sources import (
     IDENTITY_FILES,
@@ -99,6 +100,8 @@ def load_base(name: str = SHIPPED_NAME, device: str = "auto", threads: int | Non
     _check_tokenizer(model, tokenizer, folder)
     _check_causal(model, folder)
     compute = choose_dtype(dtype, torch_device, sum(parameter.numel() for parameter in model.parameters()))
+    if torch_device.type == "cpu":
+        cast_layers_once(model)
     return Base(model, tokenizer, name, digest, torch_device, stored, _max_positions(model), compute)
 
 

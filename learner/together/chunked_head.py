@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from perennial.learner.together.frozen_weights import cast_once
+from perennial.learner.bases.frozen_weights import cast_once
 from perennial.learner.together.kernels.head_losses import cross_entropy_, divergence_, has_kernels
 
 CHUNK_TOKENS = {"cuda": 4096, "cpu": 256}

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from perennial.learner.bases.frozen_weights import cast_once
 from perennial.learner.model.lora import Lora
-from perennial.learner.together.frozen_weights import cast_once
 
 _grouped_mm: Any = getattr(torch.nn.functional, "grouped_mm", None)
 """Public since torch 2.10."""

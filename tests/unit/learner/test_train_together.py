@@ -26,6 +26,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from perennial.learner.bases import frozen_weights
+from perennial.learner.bases.frozen_weights import cast_layers_once, cast_once
 from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors
@@ -33,7 +35,6 @@ from perennial.learner.model.loss import OutOfMemoryError, training_losses
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together import shared_pass, stacked_lora
 from perennial.learner.together import train_together as together_module
-from perennial.learner.together.frozen_weights import cast_once
 from perennial.learner.together.packing import AdapterRows, Size, pack
 from perennial.learner.together.shared_pass import SharedPass, packs_together
 from perennial.learner.together.stacked_lora import Layout
@@ -407,6 +408,29 @@ def test_rows_of_adapters_keep_their_order_and_their_documents_apart() -> None:
     assert packed.labels.tolist() == [7, 9]
     assert packed.bounds == (0, 8, 16)
     assert packed.gathered_from.tolist() == [2, 0, 2, 1] + [2] * 12
+
+
+def test_layers_with_weights_that_are_cast_once_compute_the_bits_of_autocast() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.SiLU(), torch.nn.Linear(16, 4, bias=False))
+    model.requires_grad_(False)
+    x = torch.randn(5, 8, requires_grad=True)
+
+    def computed() -> list[torch.Tensor]:
+        plain = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = model(x)
+        return [plain, cast, *torch.autograd.grad(cast.float().sum(), x)]
+
+    before = computed()
+    cast_layers_once(model)
+    casts = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(frozen_weights, "cast_once", lambda *given: casts.append(given) or cast_once(*given))
+        after = computed()
+    assert [tensor.dtype for tensor in after] == [torch.float32, torch.bfloat16, torch.float32]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+    assert len(casts) == 3, "two weights and a bias, inside autocast alone"
 
 
 def test_frozen_weights_are_cast_once_and_again_after_a_change() -> None:
