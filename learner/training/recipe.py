@@ -67,6 +67,8 @@ class Recipe:
             within three standard errors.
         correction_votes: Who decides between corrections that answer a question differently: `off`, all are trained;
             `update`, those of the update; `history`, those of the replay index as well.
+        correction_check_steps: Least steps of further passes over corrections between two looks at what is learned and at
+            the general loss; whole passes.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -101,6 +103,7 @@ class Recipe:
     merge_share: float = 0.0
     max_noise_nats: float = 0.0
     correction_votes: str = "off"
+    correction_check_steps: int = 1
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

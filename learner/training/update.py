@@ -387,7 +387,7 @@ class _Run:
         """Train on what people corrected until it is learned, or until `MAX_CORRECTION_STEPS`.
 
         Where the average does not show the corrections, the trained weights are served in its place, so that they are
-        seen at once. The last pass is taken back if it raised the general loss too far.
+        seen at once. What was trained since the last check is taken back if it raised the general loss too far.
 
         Args:
             trial: What is trained so far.
@@ -412,16 +412,17 @@ class _Run:
                 passes = 0
             else:
                 trial = replace(trial, served=trial.trained.weights)
-        for _ in range(passes):
-            left = unlearned()
-            if not left or steps >= MAX_CORRECTION_STEPS:
-                break
+        while passes and steps < MAX_CORRECTION_STEPS and (left := unlearned()):
             if rises is None:
                 rises = measurer.rises(trial.served, self.rows, self.before)
-            drawn = self._schedule(left, self.parent.replay_index, composition, how.rng)
-            trial = replace(trial, replayed=trial.replayed + drawn.replayed, missing=trial.missing + drawn.missing)
-            steps += len(drawn.steps)
-            more = self._continued(trial, drawn.steps, how.rate, averaged=False)
+            further: list[Sequence[TokenRow]] = []
+            while passes and (not further or len(further) < self._recipe.correction_check_steps):
+                drawn = self._schedule(left, self.parent.replay_index, composition, how.rng)
+                further += drawn.steps
+                trial = replace(trial, replayed=trial.replayed + drawn.replayed, missing=trial.missing + drawn.missing)
+                passes -= 1
+            steps += len(further)
+            more = self._continued(trial, further, how.rate, averaged=False)
             if not more.passed:
                 return more
             risen = measurer.rises(more.served, self.rows, self.before)

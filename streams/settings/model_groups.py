@@ -27,7 +27,7 @@ class ModelSettings(SettingsGroup):
     dtype: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="number format of training and measurements, part of the recipe; auto: bf16 on a GPU, on a CPU with "
-        "AMX for bases of 50 million parameters or more, and otherwise fp32",
+        "units for it (AMX, AVX-512) for bases of 50 million parameters or more, and otherwise fp32",
     )
     threads: PositiveInt = Field(
         2,
@@ -99,6 +99,11 @@ class TrainingSettings(SettingsGroup):
         le=100,
         description="most further passes of an update over corrections whose answers the model would not give yet, each as far "
         "as the general loss allows; 0: corrections are trained as often as documents",
+    )
+    correction_check_steps: PositiveInt = Field(
+        1,
+        description="least steps of further passes over corrections between two looks at what is learned and at the general "
+        "loss, in whole passes; with a large base and few corrections, looking takes as long as training",
     )
     correction_votes: Literal["off", "update", "history"] = Field(
         "update",

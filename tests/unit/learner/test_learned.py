@@ -139,6 +139,21 @@ def test_a_further_pass_that_raises_the_general_loss_too_far_is_taken_back(
     assert done.gate.steps == one_more.gate.steps
 
 
+def test_several_passes_between_two_looks_train_the_same(updater: Updater, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(update, "is_learned", lambda _: False)
+    rises, looks = Measurer.rises, []
+    monkeypatch.setattr(Measurer, "rises", lambda *given: looks.append(1) or rises(*given))
+    results, counts = [], []
+    for steps in (1, 1000):
+        looks.clear()
+        recipe = replace(RECIPE, correction_passes=6, correction_check_steps=steps)
+        results.append(run(replace(updater, recipe=recipe), first(updater), corrections(1)))
+        counts.append(len(looks))
+    assert counts == [1 + 6, 1 + 1]
+    assert results[0].gate == results[1].gate
+    assert to_safetensors(results[0].state.weights) == to_safetensors(results[1].state.weights)
+
+
 @pytest.mark.parametrize(
     ("rises", "earlier", "too_far"),
     [
@@ -190,9 +205,9 @@ def test_replay_draws_of_further_passes_and_of_all_tries_count(updater: Updater)
 
 
 def test_a_recipe_recorded_without_the_fields_takes_no_further_pass_and_no_further_try() -> None:
-    newer = {"correction_passes", "gentler_tries"}
+    newer = {"correction_passes", "gentler_tries", "correction_check_steps"}
     recorded = Recipe.recorded({name: value for name, value in RECIPE.config().items() if name not in newer})
-    assert (recorded.correction_passes, recorded.gentler_tries) == (0, 0)
+    assert (recorded.correction_passes, recorded.gentler_tries, recorded.correction_check_steps) == (0, 0, 1)
 
 
 def test_corrections_keep_the_average_where_the_gate_would_refuse_the_trained_weights(
