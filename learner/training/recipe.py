@@ -69,6 +69,8 @@ class Recipe:
             `update`, those of the update; `history`, those of the replay index as well.
         correction_check_steps: Least steps of further passes over corrections between two looks at what is learned and at
             the general loss; whole passes.
+        rehearse_update: Replay examples of the update itself, too, in its further passes over corrections; False: only those
+            of earlier updates.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -104,6 +106,7 @@ class Recipe:
     max_noise_nats: float = 0.0
     correction_votes: str = "off"
     correction_check_steps: int = 1
+    rehearse_update: bool = False
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

@@ -395,6 +395,8 @@ class _Run:
         """
         measurer, steps = self.measurer, 0
         composition = replace(self._composition(1, how.pressure), epochs=1)
+        # What is learned already would be pushed out by what is not.
+        known = self.index_after(self.rows.new_ids) if self._recipe.rehearse_update else self.parent.replay_index
         distinct = list(
             dict.fromkeys(row for row in (*self.rows.new, *self.rows.held_out) if row in self.rows.corrected)
         )
@@ -417,7 +419,7 @@ class _Run:
                 rises = measurer.rises(trial.served, self.rows, self.before)
             further: list[Sequence[TokenRow]] = []
             while passes and (not further or len(further) < self._recipe.correction_check_steps):
-                drawn = self._schedule(left, self.parent.replay_index, composition, how.rng)
+                drawn = self._schedule(left, known, composition, how.rng)
                 further += drawn.steps
                 trial = replace(trial, replayed=trial.replayed + drawn.replayed, missing=trial.missing + drawn.missing)
                 passes -= 1

@@ -105,6 +105,11 @@ class TrainingSettings(SettingsGroup):
         description="least steps of further passes over corrections between two looks at what is learned and at the general "
         "loss, in whole passes; with a large base and few corrections, looking takes as long as training",
     )
+    rehearse_update: bool = Field(
+        False,
+        description="replay examples of the update itself, too, in its further passes over corrections, so that what is learned "
+        "already is not pushed out; false: only those of earlier updates",
+    )
     correction_votes: Literal["off", "update", "history"] = Field(
         "update",
         description="who decides between corrections that answer the same question differently, one vote for each source, a "

@@ -12,11 +12,13 @@ import torch
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import to_safetensors
 from perennial.learner.model.loss import ignore_step
+from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.training import update
 from perennial.learner.training.averaging.slow_average import AVERAGED, FAST
 from perennial.learner.training.learned import is_learned
 from perennial.learner.training.measuring import Measurer
 from perennial.learner.training.recipe import Recipe
+from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.update import Updater
 from perennial.streams.events.models import ExampleAccepted
@@ -154,6 +156,27 @@ def test_several_passes_between_two_looks_train_the_same(updater: Updater, monke
     assert to_safetensors(results[0].state.weights) == to_safetensors(results[1].state.weights)
 
 
+def test_further_passes_replay_examples_of_their_update_where_the_recipe_says_so(
+    updater: Updater, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update, "is_learned", lambda _: False)
+    tickets = corrections(4)
+    rows = {ticket.example_id: updater.rows(ticket) for ticket in tickets}
+    asked: list[str] = []
+
+    def replayed(entry: ReplayEntry) -> list[TokenRow]:
+        asked.append(entry.example_id)
+        return rows[entry.example_id]
+
+    for rehearse in (False, True):
+        recipe = replace(RECIPE, correction_passes=4, rehearse_update=rehearse)
+        replace(updater, recipe=recipe).update(
+            first(updater), tickets, adapter="acme/support", cut=3, batch="batch", replayed=replayed
+        )
+        assert bool(asked) is rehearse
+    assert set(asked) <= rows.keys()
+
+
 @pytest.mark.parametrize(
     ("rises", "earlier", "too_far"),
     [
@@ -205,9 +228,10 @@ def test_replay_draws_of_further_passes_and_of_all_tries_count(updater: Updater)
 
 
 def test_a_recipe_recorded_without_the_fields_takes_no_further_pass_and_no_further_try() -> None:
-    newer = {"correction_passes", "gentler_tries", "correction_check_steps"}
+    newer = {"correction_passes", "gentler_tries", "correction_check_steps", "rehearse_update"}
     recorded = Recipe.recorded({name: value for name, value in RECIPE.config().items() if name not in newer})
-    assert (recorded.correction_passes, recorded.gentler_tries, recorded.correction_check_steps) == (0, 0, 1)
+    assert (recorded.correction_passes, recorded.correction_check_steps, recorded.rehearse_update) == (0, 1, False)
+    assert recorded.gentler_tries == 0
 
 
 def test_corrections_keep_the_average_where_the_gate_would_refuse_the_trained_weights(
