@@ -48,9 +48,17 @@ def versions(given: Settings) -> int:
 
 
 def drain(process: subprocess.Popen[bytes]) -> None:
-    """Ask a role to end; it finishes what it has begun."""
+    """Ask a role to end; it finishes what it has begun. One that is still starting would die of the signal."""
+    kit.wait_until(lambda: catches_sigterm(process), "the role handles SIGTERM", SLOW_S)
     process.send_signal(signal.SIGTERM)
     assert process.wait(180) == 0
+
+
+def catches_sigterm(process: subprocess.Popen[bytes]) -> bool:
+    """Return whether a process has a handler for SIGTERM; see SigCgt in proc_pid_status(5)."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    caught = next(int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:"))
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def jobs_of_cut(given: Settings, cut: int) -> list[UpdateRequested]:
