@@ -21,7 +21,7 @@ BF16_PARAMETERS: Final = 50_000_000
 """Least size of a base for which bf16 was measured to be faster on CPUs: the shipped base is slower, SmolLM2 faster."""
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 _BF16_FLAGS: Final = frozenset({"amx_bf16", "avx512_bf16"})
-"""Units for products of bf16 matrices. With those of AVX-512 a core of an AMD EPYC (Zen 5) made 200 billion operations a
+"""Units for products of bf16 matrices. With those of AVX-512 a core of an AMD EPYC (Zen 4) made 200 billion operations a
 second, and 95 in fp32."""
 
 

@@ -45,8 +45,8 @@ def cast_layers_once(model: torch.nn.Module) -> None:
 
 
 def _linear(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if dtype == layer.weight.dtype or layer.weight.requires_grad:
+    if not torch.is_autocast_enabled("cpu") or layer.weight.requires_grad:
         return torch.nn.functional.linear(x, layer.weight, layer.bias)
+    dtype = torch.get_autocast_dtype("cpu")
     bias = None if layer.bias is None else cast_once(layer.bias, dtype)
     return torch.nn.functional.linear(x.to(dtype), cast_once(layer.weight, dtype), bias)

@@ -418,7 +418,7 @@ class _Run:
             if rises is None:
                 rises = measurer.rises(trial.served, self.rows, self.before)
             further: list[Sequence[TokenRow]] = []
-            while passes and (not further or len(further) < self._recipe.correction_check_steps):
+            while passes and len(further) < self._recipe.correction_check_steps:
                 drawn = self._schedule(left, known, composition, how.rng)
                 further += drawn.steps
                 trial = replace(trial, replayed=trial.replayed + drawn.replayed, missing=trial.missing + drawn.missing)
