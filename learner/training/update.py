@@ -405,16 +405,18 @@ class _Run:
             losses = measurer.row_losses(trial.served, distinct)
             return [row for row, nats in zip(distinct, losses, strict=True) if not is_learned(nats)]
 
-        rises = None
+        rises, left = None, distinct
         passes = self._recipe.correction_passes if distinct else 0
-        if passes and trial.served is not trial.trained.weights and unlearned():
+        if not passes:
+            return trial
+        if trial.served is not trial.trained.weights and unlearned():
             self.updater.lora.load(trial.trained.weights)
             rises = measurer.rises(trial.trained.weights, self.rows, self.before)
             if measurer.refused(rises):  # the gate would refuse the whole update, and the documents in it
                 passes = 0
             else:
                 trial = replace(trial, served=trial.trained.weights)
-        while passes and steps < MAX_CORRECTION_STEPS and (left := unlearned()):
+        while (left := unlearned()) and passes and steps < MAX_CORRECTION_STEPS:
             if rises is None:
                 rises = measurer.rises(trial.served, self.rows, self.before)
             further: list[Sequence[TokenRow]] = []
@@ -433,7 +435,8 @@ class _Run:
                 break
             trial, rises = more, risen
         self.updater.lora.load(trial.served)
-        return trial
+        figures = GateFigures(corrections=len(distinct), corrections_not_learned=len(left))
+        return replace(trial, figures=trial.figures.merged(figures))
 
     def _judge_result(self, trial: _Trial) -> _Trial:
         """Measure the final weights: the gain where nothing was held out, then the general loss."""

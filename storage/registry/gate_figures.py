@@ -39,6 +39,9 @@ class GateFigures(BaseModel):
         answer_rise: By how much the loss on the base's own answers to fixed questions is above the base's, mean over the
             questions, nats per token; absent where answers are not looked at.
         degenerate_answers: Number of trial questions that the version answered with nothing or with a loop.
+        corrections: Number of distinct corrections; absent where the recipe takes no further passes over them.
+        corrections_not_learned: Number of those that the version would not answer word for word, because further passes over
+            them would have raised the general loss too far, or were not enough.
         replayed_rows: Number of rows of earlier examples that were mixed into training.
         replay_missing: Number of replay draws that gave no row, because the example was erased or is quarantined.
         strain: General-loss pressure before training, 0 to 1: the share of the allowed rise of general loss that was
@@ -67,6 +70,8 @@ class GateFigures(BaseModel):
     anchor_after: Nats = None
     answer_rise: Nats = None
     degenerate_answers: _Count = None
+    corrections: _Count = None
+    corrections_not_learned: _Count = None
     replayed_rows: _Count = None
     replay_missing: _Count = None
     strain: Nats = None

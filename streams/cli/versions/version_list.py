@@ -53,6 +53,8 @@ def _history_row(row: dict[str, Any]) -> list[str | Text]:
     before, after = gate.held_out_before, gate.held_out_after
     losses = f"{before:.3f} → {after:.3f}" if before is not None and after is not None else "-"
     tries = f", {gate.tries} tries" if gate.tries else ""
+    if gate.corrections_not_learned:
+        tries += f", {gate.corrections_not_learned} of {gate.corrections} corrections not learned"
     return [
         str(row["seq"]), row["version"], _served(row), row["kind"], row["outcome"],
         f"{row['reason']}{tries}", str(row["examples"]), str(row["tokens"]), losses,

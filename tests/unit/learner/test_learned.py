@@ -72,6 +72,8 @@ def test_what_people_corrected_is_learned_in_one_update(updater: Updater) -> Non
     done = run(updater, first(updater), corrections(20))
     assert (done.outcome, answers_learned(updater, done.state.weights)) == ("promoted", len(TICKETS))
     assert done.gate.steps > before.gate.steps
+    assert (done.gate.corrections, done.gate.corrections_not_learned) == (len(TICKETS), 0)
+    assert before.gate.corrections is None, "nobody looked"
     assert to_safetensors(run(updater, first(updater), corrections(20)).state.weights) == to_safetensors(
         done.state.weights
     )
@@ -137,6 +139,7 @@ def test_a_further_pass_that_raises_the_general_loss_too_far_is_taken_back(
     monkeypatch.undo()
     one_more = run(replace(updater, recipe=replace(RECIPE, correction_passes=1)), first(updater), corrections(1))
     assert len(asked) == 2
+    assert (done.gate.corrections, done.gate.corrections_not_learned) == (len(TICKETS), len(TICKETS))
     assert to_safetensors(done.state.weights) == to_safetensors(one_more.state.weights)
     assert done.gate.steps == one_more.gate.steps
 

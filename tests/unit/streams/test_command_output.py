@@ -76,9 +76,8 @@ def versions(tmp_path, monkeypatch):
     made = []
     for number in range(2):
         weights = small_weights(number + 1)
-        manifest = line.manifest(weights).model_copy(
-            update={"gate": GateFigures(held_out_before=4.0, held_out_after=3.5)}
-        )
+        gate = GateFigures(held_out_before=4.0, held_out_after=3.5, corrections=8, corrections_not_learned=3 * number)
+        manifest = line.manifest(weights).model_copy(update={"gate": gate})
         made.append(line.registry.publish(manifest, [weights], lambda _: None).version)
     return made[::-1]
 
@@ -102,6 +101,7 @@ def test_adapters_in_a_pipe_have_full_versions_and_all_columns(screen, versions)
     assert re.search(rf"^{ADAPTER}  +\d+  {versions[0]}  ", listed, re.MULTILINE)
     history = screen.in_pipe(version_list.show_history, ADAPTER, limit=10)
     assert history.count("4.000 → 3.500") == 2
+    assert history.count("corrections not learned") == history.count("3 of 8 corrections not learned") == 1
     assert all(version in history for version in versions)
     assert history.splitlines()[0].split() == (
         [
