@@ -96,7 +96,8 @@ def revision_stream(seed: int, order: int, facts: int = 24, revisions: int = 4) 
         for index in rng.sample(range(facts), facts):
             past = [versions[n][index] for n in range(number + 1)]
             fact = past[-1]
-            example = document(0, fact.document, f"{fact.name}-{number}")
+            older = [f"{fact.name}-{number - 1}"] if number else []
+            example = document(0, fact.document, f"{fact.name}-{number}", older)
             rivals = {rival.figure for rival in versions[number] if rival.kind == fact.kind}
             alike = sorted(rivals - {version.figure for version in past})
             others = [fact.with_figure(figure) for figure in rng.sample(alike, min(OTHERS, len(alike)))]

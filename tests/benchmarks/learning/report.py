@@ -25,6 +25,7 @@ COLUMNS: Final = (
     ("dip", "worst_dip", 3), ("preq.", "prequential", 3), ("general", "general_rise", 3), ("GR", "recovery", 2),
     ("stale %", "stale_pct", 1), ("stale end %", "stale_end_pct", 1), ("right %", "right_pct", 1),
     ("right end %", "right_end_pct", 1),
+    ("stale rebuilt %", "stale_rebuilt_pct", 1), ("right rebuilt %", "right_rebuilt_pct", 1),
     ("own", "own_loss", 3), ("learned %", "learned_pct", 1), ("p>.5 %", "learned_tokens_pct", 1),
     ("refused %", "refused_pct", 1),
     ("tokens", "tokens", 0), ("s", "seconds", 0),
@@ -57,6 +58,8 @@ def figures_of(record: Record, frozen: Record) -> dict[str, float]:
             )
     found |= _of_questions([asked for update in updates for asked in update["asked"]], "")
     found |= _of_questions(record["stages"][-1].get("asked", ()), "_end")
+    rebuilt = [asked for stage in record["stages"] for asked in stage.get("asked_rebuilt", ())]
+    found |= _of_questions(rebuilt, "_rebuilt")
     return found
 
 
@@ -171,6 +174,7 @@ def last_line(by_stream: Mapping[str, Records], more: Mapping[str, Any]) -> dict
         "over_replay_low": over[1] if over else None, "over_replay_high": over[2] if over else None,
         "general_rise_nats": domains.get("general_rise"), "learned_pct": domains.get("learned_pct"),
         "stale_pct": ours.get("revisions", {}).get("stale_pct"),
+        "stale_rebuilt_pct": ours.get("revisions", {}).get("stale_rebuilt_pct"),
         # The worst stream: a mean over streams would hide that one kind of text is refused.
         "refused_for_good_pct": max(refused) if refused else None,
     }  # fmt: skip

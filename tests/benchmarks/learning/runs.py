@@ -66,6 +66,16 @@ class Budget:
         return self.spent[-1]
 
 
+@dataclass(frozen=True)
+class _PastUpdate:
+    """A promoted update, as a rebuild makes it again."""
+
+    examples: tuple[ExampleAccepted, ...]
+    cut: int
+    batch: str
+    recipe: Recipe
+
+
 @dataclass
 class Learner:
     """One adapter that learns.
@@ -88,6 +98,7 @@ class Learner:
     spent: int = 0
     _rows: dict[str, list[TokenRow]] = field(default_factory=dict)
     _known: dict[str, ExampleAccepted] = field(default_factory=dict)
+    _past: list[_PastUpdate] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.state = TrainingState(self.updater.lora.initial_weights(self.seed, self.updater.recipe.seed))
@@ -121,6 +132,8 @@ class Learner:
             self.state, examples, adapter=self.seed, cut=cut, batch=batch, replayed=self._replayed,
         )  # fmt: skip
         self._rows |= {example.example_id: rows for example, rows in zip(examples, groups, strict=True)}
+        if result.outcome == "promoted":
+            self._past.append(_PastUpdate(tuple(examples), cut, batch, updater.recipe))
         self._take(result.state)
         self.spent += result.tokens
         self._drop_superseded(examples)
@@ -159,10 +172,22 @@ class Learner:
             state = replace(state, weights=_reptile_step(self.state.weights, state.weights, self.arm.reptile))
         self.state = state
 
+    def rebuild(self) -> None:
+        """Train all updates again without what was superseded since, as the service does after each `supersede`."""
+        gone = {self.stream.replaces.get(example.example_id) for past in self._past for example in past.examples}
+        self.state = TrainingState(self.updater.lora.initial_weights(self.seed, self.updater.recipe.seed))
+        for past in self._past:
+            left = [example for example in past.examples if example.example_id not in gone]
+            if left:
+                result = replace(self.updater, recipe=past.recipe).update(
+                    self.state, left, adapter=self.seed, cut=past.cut, batch=past.batch, replayed=self._replayed,
+                )  # fmt: skip
+                self.state = result.state
+
     def _drop_superseded(self, examples: Sequence[ExampleAccepted]) -> None:
         """Take superseded examples out of the replay index, as the forgetting that follows in the service does.
 
-        That forgetting also rebuilds the weights without them, which is not done here.
+        That forgetting also trains the weights again without them, see `rebuild`.
         """
         gone = {self.stream.replaces.get(example.example_id) for example in examples} - {None}
         if self.arm.serviced and gone:
@@ -262,6 +287,9 @@ class Run:
                 learner.learn(examples, wanted, self._watched)
                 learner.updates[-1]["block"] = block.domain
             stages.append(self._stage(block.domain, learner))
+            if self.arm.serviced and self.stream.replaces and len(stages) > 1:
+                learner.rebuild()
+                stages[-1]["asked_rebuilt"] = self._stage(block.domain, learner)["asked"]
         return stages
 
     def _joint(self, learner: Learner) -> list[dict[str, Any]]:

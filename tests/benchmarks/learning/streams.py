@@ -94,11 +94,11 @@ class Stream:
         return hashlib.sha256(orjson.dumps(content)).hexdigest()
 
 
-def document(number: int, text: str, document_id: str) -> ExampleAccepted:
+def document(number: int, text: str, document_id: str, supersedes: Sequence[str] = ()) -> ExampleAccepted:
     """Return a document as intake accepts it; its number is its offset."""
     return ExampleAccepted(
         adapter=ADAPTER, example_id=_id(f"{document_id}\n{text}"), kind="document", document_id=document_id, learn=True,
-        text=text, origin=_origin(number),
+        text=text, origin=_origin(number), supersedes=list(supersedes),
     )  # fmt: skip
 
 

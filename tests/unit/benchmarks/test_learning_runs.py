@@ -83,6 +83,9 @@ def test_revised_facts_are_asked_for_after_each_revision(world, tmp_path):
     assert [found["earlier"] for found in asked] == [n for n in range(5) for _ in range(24)]
     ours = report.means(records)["ours"]
     assert 0 <= ours["stale_pct"] <= 100
+    rebuilt = [len(stage.get("asked_rebuilt", ())) for stage in records["ours", 0, 1]["stages"]]
+    assert rebuilt == [0, 24, 24, 24, 24], "what the first block teaches supersedes nothing"
+    assert 0 <= ours["stale_rebuilt_pct"] <= 100
     line = report.last_line({"revisions": records}, {"base": "tiny"})
     assert line["stale_pct"] == pytest.approx(ours["stale_pct"], abs=1e-3)
     assert line["general_recovery"] is None
