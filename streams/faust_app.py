@@ -138,7 +138,7 @@ def build_app(
     app = faust.App(
         settings.kafka.topic("curate"),
         broker=[f"kafka://{server.strip()}" for server in settings.kafka.require_bootstrap().split(",")],
-        broker_credentials=_credentials(settings),
+        broker_credentials=faust_credentials(settings),
         store="memory://",
         datadir=str(folder),
         web_enabled=False,
@@ -163,7 +163,7 @@ def build_app(
     return app
 
 
-def _credentials(settings: Settings) -> Any:
+def faust_credentials(settings: Settings) -> Any:
     """Return Faust's form of aiokafka's options of TLS and SASL; None for plaintext.
 
     Raises:

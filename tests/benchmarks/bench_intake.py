@@ -4,7 +4,8 @@ Run `python -m tests.benchmarks.bench_intake [--events 60000] [--repeats 5]`. Ea
 partition, documents of about 600 B, one in fifty a duplicate), decides with the same Acceptor (validation, window,
 origin), writes accepted examples keyed by adapter and acknowledged by all replicas, and commits. The contenders run in
 turn, each as a process of its own. Time is measured from the first record to the last commit, without start-up and
-joining the group. A first run is not counted: a new broker is slow for a while. CPU time is that of the process alone, without the broker's. The last line is JSON.
+joining the group. A first run is not counted: a new broker is slow for a while. CPU time is that of the process alone, without the broker's. With `--protected` all of
+them speak TLS and SCRAM-SHA-512 and sign what they write. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perennial.streams.intake.validation import Accepted, Acceptor, Duplicate, OriginPartition
+from perennial.streams.kafka.security.options import librdkafka_options
+from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.settings import Settings
+from tests.benchmarks.protection import protected_broker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,6 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--events", type=int, default=60_000)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--protected", action="store_true", help="TLS, SCRAM and signed records for every contender")
     parser.add_argument("--contender", choices=CONTENDERS)
     parser.add_argument("--group", default="")
     options = parser.parse_args()
@@ -54,8 +59,8 @@ def main() -> int:
         parser.error(f"--events must be a multiple of {BATCH}, so that every contender's last commit is a full one")
     if options.contender:
         return _run_one(options.contender, options.events, options.group)
-    with _broker() as bootstrap:
-        os.environ["PERENNIAL_KAFKA"] = bootstrap
+    with _broker(protected=options.protected) as environment:
+        os.environ.update(environment)
         settings = _settings()
         size_bytes = _publish(settings, options.events)
         return _compare(settings, options.events, options.repeats, size_bytes)
@@ -66,14 +71,25 @@ def _settings() -> Settings:
 
 
 @contextmanager
-def _broker() -> Iterator[str]:
+def _broker(*, protected: bool) -> Iterator[dict[str, str]]:
+    """Yield the variables that lead to a broker: the one that is set, else one that runs meanwhile."""
     if os.environ.get("PERENNIAL_KAFKA"):
-        yield os.environ["PERENNIAL_KAFKA"]
+        yield {}
         return
     from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 
-    with tempfile.TemporaryDirectory() as folder, EmbeddedBroker(Path(folder) / "broker") as broker:
-        yield broker.bootstrap
+    with tempfile.TemporaryDirectory() as folder:
+        if protected:
+            with protected_broker(Path(folder)) as environment:
+                yield environment
+            return
+        with EmbeddedBroker(Path(folder) / "broker") as broker:
+            yield {"PERENNIAL_KAFKA": broker.bootstrap}
+
+
+def _client(settings: Settings) -> dict[str, Any]:
+    """Return librdkafka's options that lead to the broker."""
+    return {"bootstrap.servers": settings.kafka.bootstrap, **librdkafka_options(settings.kafka_security)}
 
 
 def _document(number: int, rng: random.Random) -> bytes:
@@ -98,7 +114,7 @@ def _publish(settings: Settings, events: int) -> float:
     from perennial.streams.kafka.topics import provision
 
     provision(settings)
-    producer = Producer({"bootstrap.servers": settings.kafka.bootstrap, "linger.ms": 50, "acks": "all"})
+    producer = Producer({**_client(settings), "linger.ms": 50, "acks": "all"})
     rng, total = random.Random(0), 0
     for number in range(events):
         value = _document(number, rng)
@@ -161,7 +177,7 @@ def _summary(found: dict[str, list[dict[str, float]]], events: int, size_bytes: 
 def _end(settings: Settings) -> int:
     from confluent_kafka import Consumer, TopicPartition
 
-    consumer = Consumer({"bootstrap.servers": settings.kafka.bootstrap, "group.id": f"{PREFIX}look"})
+    consumer = Consumer({**_client(settings), "group.id": f"{PREFIX}look"})
     try:
         high: int = consumer.get_watermark_offsets(TopicPartition(settings.kafka.topic("examples"), 0), timeout=20)[1]
     finally:
@@ -235,6 +251,7 @@ def _quix(settings: Settings, events: int, group: str, watch: Stopwatch) -> None
     from quixstreams import Application
     from quixstreams.checkpointing import Checkpoint
     from quixstreams.context import message_context
+    from quixstreams.kafka.configuration import ConnectionConfig
     from quixstreams.models.serializers import Serializer
 
     class Value(Serializer):
@@ -242,13 +259,13 @@ def _quix(settings: Settings, events: int, group: str, watch: Stopwatch) -> None
             return bytes(value.value)
 
     app = Application(
-        settings.kafka.bootstrap, consumer_group=group, auto_offset_reset="earliest", commit_every=BATCH, commit_interval=5.0,
+        ConnectionConfig.from_librdkafka_dict(_client(settings)), consumer_group=group, auto_offset_reset="earliest", commit_every=BATCH, commit_interval=5.0,
         producer_extra_config={"acks": "all", "enable.idempotence": True, "partitioner": "murmur2_random"},
         loglevel="WARNING", auto_create_topics=False, state_dir=tempfile.mkdtemp(prefix="bench-quix-"),
     )  # fmt: skip
     documents = app.topic(settings.kafka.topic("documents"), value_deserializer="bytes", key_deserializer="bytes")
     examples = app.topic(settings.kafka.topic("examples"), value_serializer=Value(), key_serializer="bytes")
-    acceptor = _acceptor(settings)
+    acceptor, sign = _acceptor(settings), RecordSigner(settings).sign
 
     done = 0
 
@@ -264,7 +281,7 @@ def _quix(settings: Settings, events: int, group: str, watch: Stopwatch) -> None
         raise ValueError(decision)
 
     frame = app.dataframe(documents).apply(decide, expand=True, metadata=True)
-    frame = frame.set_headers(lambda value, *_: value.headers)
+    frame = frame.set_headers(lambda value, *_: sign("examples", value.key, value.value, value.headers))
     frame.to_topic(examples, key=lambda value: value.key)
     commit = Checkpoint.commit
 
@@ -282,8 +299,10 @@ def _faust(settings: Settings, events: int, group: str, watch: Stopwatch) -> Non
     """Run a plain agent: it decides per event, sends, and acknowledges a chunk once its sends are acknowledged."""
     import faust
 
+    from perennial.streams.faust_app import faust_credentials
+
     app = faust.App(
-        group, broker=f"kafka://{settings.kafka.bootstrap}", value_serializer="raw", web_enabled=False, topic_disable_leader=True,
+        group, broker=f"kafka://{settings.kafka.bootstrap}", broker_credentials=faust_credentials(settings), value_serializer="raw", web_enabled=False, topic_disable_leader=True,
         producer_acks=-1, producer_linger=0.005, producer_max_request_size=2**21, broker_commit_every=BATCH,
         consumer_auto_offset_reset="earliest", stream_wait_empty=False, datadir=tempfile.mkdtemp(),
         producer_partitioner=None,
@@ -294,7 +313,7 @@ def _faust(settings: Settings, events: int, group: str, watch: Stopwatch) -> Non
     examples = app.topic(
         settings.kafka.topic("examples"), value_type=bytes, value_serializer="raw", key_serializer="raw"
     )
-    acceptor = _acceptor(settings)
+    acceptor, sign = _acceptor(settings), RecordSigner(settings).sign
     ended = asyncio.Event()
 
     async def settle(pending: list[Any], seen: list[Any]) -> None:
@@ -314,7 +333,8 @@ def _faust(settings: Settings, events: int, group: str, watch: Stopwatch) -> Non
             message = event.message
             decision = acceptor.accept(event.value, message.headers, message.offset, int(message.timestamp * 1000))
             if isinstance(decision, Accepted):
-                pending.append(await examples.send(key=decision.key, value=decision.value, headers=decision.headers))
+                headers = sign("examples", decision.key, decision.value, decision.headers)
+                pending.append(await examples.send(key=decision.key, value=decision.value, headers=headers))
             seen.append(event)
             done += 1
             if len(seen) == 500 or done == events:

@@ -3,7 +3,8 @@
 `python -m tests.benchmarks.bench_loop [--updates 100] [--per-s 1.5] [--adapters 64]` publishes documents at a steady rate
 that does not depend on the roles (an open loop, so a slow update cannot hide the wait of those behind it). With one
 adapter, a subscriber in this process loads each version into a model. With more, or `--backend directory`, the documents
-are dealt out to the adapters in turn, and a subscriber of each writes its versions into a folder. The last line is JSON.
+are dealt out to the adapters in turn, and a subscriber of each writes its versions into a folder. With `--protected` all
+clients speak TLS and SCRAM-SHA-512, and records, versions and events are signed and verified. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,7 @@ from perennial.streams.devstack.stack import Stack
 from perennial.streams.events.adapter_events import AdapterPromoted
 from perennial.streams.events.fields import Event
 from perennial.streams.settings import Settings, load_settings
+from tests.benchmarks.protection import protected_broker
 
 
 class Times:
@@ -67,10 +70,16 @@ def main() -> None:
     parser.add_argument("--per-s", type=float, default=1.5, help="documents published per second")
     parser.add_argument("--adapters", type=int, default=1, help="adapters that the documents are dealt out to")
     parser.add_argument("--backend", choices=("peft", "directory"), help="default: peft with one adapter")
+    parser.add_argument("--protected", action="store_true", help="TLS, SCRAM and signatures")
     parser.add_argument("--limit-s", type=float, default=900.0, help="give up after so many seconds")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="perennial-bench-"))
-    settings = load_settings(data_dir=folder, kafka="", store="", metrics_port=0)
+    protection = ExitStack()
+    if arguments.protected:
+        os.environ.update(protection.enter_context(protected_broker(folder)))
+    settings = load_settings(
+        data_dir=folder, store="", metrics_port=0, **({} if arguments.protected else {"kafka": ""})
+    )
     stack = Stack(settings, folder, on_progress=lambda line: print(line, flush=True))
     times = Times()
     stop = threading.Event()
@@ -111,6 +120,7 @@ def main() -> None:
     finally:
         stop.set()
         stack.stop()
+        protection.close()
         shutil.rmtree(folder, ignore_errors=True)
     report(times.rows()[1:], counts, shared, arguments.per_s)  # the first update is slower, because it warms up
 
