@@ -25,6 +25,7 @@ from perennial.streams.events.models import (
 from perennial.streams.retain.ledger import RequestRecord, StoredExample
 from perennial.streams.retain.request_store import RequestStore, load_requests
 from perennial.streams.retain.request_worker import RequestWorker
+from perennial.streams.retain.rules.approvals import ApprovalRules
 from perennial.streams.retain.rules.replica_report import ReplicaReport
 from perennial.streams.retain.rules.state_machine import AliasPosition, QuarantineChange
 from perennial.streams.retain.work_slice import Slice
@@ -77,6 +78,7 @@ class World:
     gather_ms: int = 0
     lead_ms: int = 0
     restarts: bool = False
+    approvals: ApprovalRules = field(default_factory=ApprovalRules)
     stored: dict[str, dict[str, StoredExample]] = field(default_factory=dict)
     objects: MemoryStore = field(default_factory=MemoryStore)
     alive: dict[str, AliasPosition] = field(default_factory=dict)
@@ -92,8 +94,9 @@ class World:
 
     def restart(self) -> None:
         self.worker = RequestWorker(
-            RequestStore(self.objects), self, lambda: AT, gather_ms=self.gather_ms, lead_ms=self.lead_ms
-        )
+            RequestStore(self.objects), self, lambda: AT, gather_ms=self.gather_ms, lead_ms=self.lead_ms,
+            approvals=self.approvals,
+        )  # fmt: skip
 
     # facts
     def begin(self) -> None:

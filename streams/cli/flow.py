@@ -22,6 +22,7 @@ from perennial.streams.kafka.connect import secured
 from perennial.streams.kafka.group_offsets import group_offsets
 from perennial.streams.kafka.topics import TOPICS
 from perennial.streams.replicas.replica_status import ReplicaTable
+from perennial.streams.retain.request_store import load_unapproved
 from perennial.streams.settings import Settings
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -35,6 +36,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 _CONNECT_S = 5.0
 _CONNECT_MS = 5000
 _MAX_ADAPTERS = 20
+_MAX_UNAPPROVED = 20
 
 
 class BrokerUnreachableError(PerennialError):
@@ -82,6 +84,8 @@ class FlowSnapshot:
         more_adapters: True where the registry has more adapters than that.
         missing_topics: Topics that the broker does not have, with the prefix.
         parked: Why adapters wait for an operator, by adapter.
+        unapproved: Until when requests over a pattern wait for a second approver, in milliseconds since 1970, by request
+            id; the first 20.
     """
 
     taken_at: float
@@ -91,6 +95,7 @@ class FlowSnapshot:
     more_adapters: bool = False
     missing_topics: list[str] = field(default_factory=list)
     parked: dict[str, str] = field(default_factory=dict)
+    unapproved: dict[str, int] = field(default_factory=dict)
 
 
 class FlowReader:
@@ -171,6 +176,8 @@ class FlowReader:
         flow.more_adapters = len(adapters) > _MAX_ADAPTERS
         flow.adapters = [self._adapter(name) for name in adapters[:_MAX_ADAPTERS]]
         flow.parked = {record.adapter: record.reason for record in list_parked(self.registry.store)}
+        waiting = islice(load_unapproved(self.registry.store), _MAX_UNAPPROVED)
+        flow.unapproved = {one.request.request_id: one.approval.until_ms for one in waiting if one.approval}
         return flow
 
     def _lag(self, role: str, names: tuple[str, ...], ends: dict[TopicPartition, int]) -> int:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from perennial.streams.cli.flow import GROUPS, AdapterStatus, FlowReader, FlowSnapshot
 from perennial.streams.cli.tables import Column, Row, at_terminal, layout, plain, print_table, short_version
+from perennial.streams.cli.terminal.times import spoken_time
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.kafka.topics import TOPICS
 
@@ -125,6 +126,9 @@ def _parts(flow: FlowSnapshot, before: FlowSnapshot | None) -> tuple[list[_Table
         notes.append(
             Text(f"{adapter} is parked: {reason}; `perennial adapters show {adapter}` says what to do", "red")
         )  # fmt: skip
+    for request_id, until_ms in flow.unapproved.items():
+        text = f"request {request_id} waits for a second approver until {spoken_time(until_ms)}; "
+        notes.append(Text(f"{text}`perennial forget status {request_id}` shows it", "yellow"))
     if flow.more_adapters:
         notes.append(Text("… and more; `perennial adapters ls` lists all"))
     return tables, notes

@@ -135,7 +135,8 @@ class BasePublisher(ABC):
             kind: What is asked for, for example `erase`; docs/schema/retention.requested.json lists the kinds.
             adapter: Name of the adapter, or a pattern such as `acme/*`.
             requested_by: Who asks, for the records.
-            **fields: Further fields of `RetentionRequested`: selector, superseded_by, time_to_live, reason, due_at.
+            **fields: Further fields of `RetentionRequested`: selector, superseded_by, time_to_live, reason, due_at,
+                requested_at. To approve a request of another person, give its fields as they were, and approved_by.
 
         Raises:
             PublishError: A field is not valid, or the broker does not take the event.
@@ -166,6 +167,7 @@ class BasePublisher(ABC):
         Raises:
             PublishError: The event is too large, or the broker does not take it.
         """
+        event = self._signed(event)
         value = event.model_dump_json(by_alias=True).encode()
         event_id = event_id or sha256(f"{event.type}\n".encode() + value).hexdigest()[:32]
         try:
@@ -178,6 +180,10 @@ class BasePublisher(ABC):
                 remedy=f"{error.remedy}; nothing was sent",
             ) from error
         return self._send(event, encoded, event_id)
+
+    def _signed(self, event: Event) -> Event:
+        """Return the event with the signature of the person who publishes it, where one is made."""
+        return event
 
     @abstractmethod
     def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:

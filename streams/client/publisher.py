@@ -19,7 +19,9 @@ from kafka.errors import KafkaError, KafkaTimeoutError
 from perennial.streams.client.base_publisher import BasePublisher, Delivery, PublishError, Receipt
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, Encoded
 from perennial.streams.events.fields import Event
+from perennial.streams.events.models import RetentionRequested
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
+from perennial.streams.kafka.event_signatures import signed_request
 from perennial.streams.kafka.installation import ORDERED_TOPICS, load_installation, open_store_of
 from perennial.streams.kafka.maintenance import MaintenanceError, allowed_counts
 from perennial.streams.kafka.security.access_errors import KafkaSecurityError
@@ -83,6 +85,7 @@ class Publisher(BasePublisher):
 
     Raises:
         SettingsError: No broker is set.
+        KeyFileError: PERENNIAL_REQUEST_KEY_FILE cannot be used.
         PublishError: No broker answers, or the broker and the settings of TLS and SASL do not agree.
     """
 
@@ -100,6 +103,7 @@ class Publisher(BasePublisher):
         self._bootstrap = kafka or self._settings.kafka.require_bootstrap()
         self._timeout_s = timeout_s
         self._signer = RecordSigner(self._settings)
+        self._person = self._settings.signing.request_trust()
         self._lock = threading.Lock()
         self._accepted = self._delivered = 0
         self._first_error: BaseException | None = None
@@ -138,6 +142,12 @@ class Publisher(BasePublisher):
         )
         unreachable.exit_code = 3  # a service cannot be reached
         return unreachable
+
+    def _signed(self, event: Event) -> Event:
+        if not isinstance(event, RetentionRequested) or self._person.signing_key is None:
+            return event
+        made_at = event.requested_at or self._now()  # an approval has the time of the request
+        return signed_request(event.model_copy(update={"requested_at": made_at}), self._person)
 
     def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:
         topic = self._settings.kafka.topic(event.topic)

@@ -57,6 +57,7 @@ from perennial.streams.events.fields import (
     OutsideEvent,
     Rating,
     RetentionClass,
+    Signature,
     Text,
     Time,
     TokenCount,
@@ -250,7 +251,7 @@ class RetentionRequested(OutsideEvent):
 
     type: ClassVar[str] = "retention.requested"
     topic: ClassVar[str] = "retention"
-    visible: ClassVar[tuple[str, ...]] = ("request_id", "superseded_by", "requested_by")
+    visible: ClassVar[tuple[str, ...]] = ("request_id", "superseded_by", "requested_by", "approved_by")
     request_id: Id
     """Id of the request, chosen by its sender; the same id again is the same request."""
     kind: RetentionKind
@@ -272,12 +273,19 @@ class RetentionRequested(OutsideEvent):
     """When the request must be carried out at the latest; for kind expire when it begins, for kind hold when it ends."""
     emergency: bool = False
     """True to take affected versions out of service at once, before the rebuilt one is ready; only for kind erase."""
+    approved_by: Name | None = Field(default=None, exclude_if=is_none)
+    """Who approves the request: only in a second record, which repeats a request that waits for a second approver, with
+    every other field as it was. Another person than requested_by."""
+    requested_at: Time | None = Field(default=None, exclude_if=is_none)
+    """When the request was made; a signed request needs it."""
+    signature: Signature | None = Field(default=None, exclude_if=is_none)
+    """Ed25519 signature by the person who requests or approves, over every other field; see docs/signatures.md."""
 
     def key(self) -> str:
         return self.adapter
 
 
-RetentionState = Literal["accepted", "held", "quarantined", "executed", "published", "closed", "failed"]
+RetentionState = Literal["unapproved", "accepted", "held", "quarantined", "executed", "published", "closed", "failed"]
 
 
 class RetentionProgressed(Event):

@@ -16,6 +16,7 @@ Reason = Literal[
     "too-many-headers", "bad-header", "bad-attribute", "missing-attribute", "unknown-type", "wrong-topic",
     "missing-field", "unknown-field", "bad-field", "expired", "not-a-dead-letter",
     "out-of-order", "implausible-origin", "internal-error", "bad-signature",
+    "bad-approval",
 ]  # fmt: skip
 
 PURE_ERRORS: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -37,6 +38,7 @@ _REMEDIES: dict[str, str] = {
     "partitions of the topics between the roles; then publish the document again as it is",
     "implausible-origin": "find out who else writes to the topics between the roles; set PERENNIAL_INTERNAL_KEY",
     "internal-error": "report it with the dead letter: valid input must not cause it",
+    "bad-approval": "approve a request that waits, as it is, by another person: `perennial forget status` lists them",
     "bad-signature": "find out who else writes to the topics between the roles, and give all roles the same "
     "PERENNIAL_INTERNAL_KEY",
 }

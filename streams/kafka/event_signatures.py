@@ -1,7 +1,10 @@
-"""Sign the events of `adapter-updates` and `adapter-acks`, and check them.
+"""Sign the events of `adapter-updates` and `adapter-acks` and requests of `retention`, and check them.
 
 The signature is in the event's field `signature`. It covers the type and every other field of the record as it is on the
 wire, as canonical JSON (sorted keys, no white space), so that a reader checks fields that it does not know as well.
+
+Requests to forget come in three forms of CloudEvents, and no field is accepted that their model does not know. So their
+signature covers the fields as the model writes them, without those that have their defaults.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import orjson
 from perennial.storage.signing.signatures import SignatureError
 from perennial.storage.signing.trust import Trust
 from perennial.streams.events.fields import Event
+from perennial.streams.events.models import RetentionRequested
 
 _FIELD = "signature"
 E = TypeVar("E", bound=Event)
@@ -54,6 +58,39 @@ def check_event(event: Event, value: bytes, trust: Trust) -> None:
     if read != event.model_copy(update={_FIELD: None}):
         raise SignatureError("forged", f"{what} can be read in two ways", got=value[:80])
     trust.check(_payload_type(event), body, signature, what)
+
+
+def signed_request(request: RetentionRequested, trust: Trust) -> RetentionRequested:
+    """Return a request to forget, or the approval of one, with its signature; unchanged where there is no key to sign with.
+
+    Args:
+        request: the request, with `requested_at`.
+        trust: the key of the person who makes or approves it.
+    """
+    signature = trust.sign(_payload_type(request), _request_body(request))
+    return request.model_copy(update={_FIELD: signature}) if signature else request
+
+
+def check_request(request: RetentionRequested, trust: Trust) -> str | None:
+    """Return the id of the key that signed a request; None where no signature is asked for.
+
+    Args:
+        request: the request, or the approval of one.
+        trust: the trusted keys of persons.
+
+    Raises:
+        SignatureError: no trusted key signed it.
+        KeyFileError: the trusted keys cannot be read.
+    """
+    if not trust.verifies:
+        return None
+    trust.check(_payload_type(request), _request_body(request), request.signature, f"request {request.request_id}")
+    return request.signature.rpartition(":")[0] if request.signature else None
+
+
+def _request_body(request: RetentionRequested) -> bytes:
+    fields = request.model_dump(mode="json", exclude={_FIELD}, exclude_defaults=True)
+    return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
 
 def _payload_type(event: Event) -> str:

@@ -113,14 +113,15 @@ async def _accept(service: RetainService, requests: RequestStore, record: Any, r
             report.refused += 1
             return
         known = requests.load(hash_of(request.request_id)) is not None
-        if KINDS[request.kind].job == "rollback" and not known:
-            report.revocations.append(request.request_id)
+        if KINDS[request.kind].job == "rollback" and (not known or request.approved_by is not None):
+            if request.request_id not in report.revocations:
+                report.revocations.append(request.request_id)
             return
         await service.receive(request, record.timestamp)
-        if known:
-            report.known += 1
-        else:
+        if not known:
             report.accepted.append(request.request_id)
+        elif request.approved_by is None:
+            report.known += 1
     except (WireError, *PURE_ERRORS):  # retain had sent it to the dead letters
         report.refused += 1
 

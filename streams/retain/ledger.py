@@ -12,10 +12,11 @@ from hashlib import sha256
 from typing import Final, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from perennial.streams.events.event_times import bounded_end_ms
 from perennial.streams.events.fields import PERMANENT, duration_s
+from perennial.streams.events.input_events import is_none
 from perennial.streams.events.models import ExampleAccepted, RetentionRequested, RetentionState, Selector
 from perennial.streams.retention.kinds import KINDS
 
@@ -23,7 +24,7 @@ MAX_IDS: Final = 10_000
 """The most examples that one request of the calendar names."""
 _MAX_BEHIND: Final = 8
 STATES: Final[tuple[RetentionState, ...]] = (
-    "accepted", "held", "quarantined", "executed", "published", "closed", "failed",
+    "unapproved", "accepted", "held", "quarantined", "executed", "published", "closed", "failed",
 )  # fmt: skip
 Phase = Literal["waiting", "gathering", "held", "sent", "published", "done", "failed"]
 """The phase of a request in one adapter; streams/retain/rules/transitions.py has the transitions."""
@@ -109,6 +110,24 @@ class ProgressPage(LedgerPart):
         )  # fmt: skip
 
 
+class Approval(LedgerPart):
+    """The second approver that a request needs.
+
+    Attributes:
+        until_ms: An approval that the broker took later does not count, in milliseconds since 1970.
+        requester_key: Id of the key that signed the request; None where no signature is asked for.
+        approved_by: Who approved it; None: nobody yet.
+        approver_key: Id of the key that signed the approval; None where no signature is asked for.
+        approved_ms: When the broker took the approval, in milliseconds since 1970; None: none came yet.
+    """
+
+    until_ms: int
+    requester_key: str | None = None
+    approved_by: str | None = None
+    approver_key: str | None = None
+    approved_ms: int | None = None
+
+
 class RequestRecord(LedgerPart):
     """A request and how far it has come.
 
@@ -129,6 +148,8 @@ class RequestRecord(LedgerPart):
         ends: Requests that this one ends: the holds of a release, the earlier policies of a policy.
         ending: Of a hold: why it is no longer in force, while quarantines may still list it; empty while it is.
         ended_ms: When the request ended; None while it is open.
+        approval: The second approver; None where the request needs none. Left out of the JSON then, so that an older
+            release reads the requests that it knows how to carry out.
     """
 
     schema_version: Literal[1] = 1
@@ -147,6 +168,12 @@ class RequestRecord(LedgerPart):
     ends: list[str] = []
     ending: str = ""
     ended_ms: int | None = None
+    approval: Approval | None = Field(default=None, exclude_if=is_none)
+
+    @property
+    def unapproved(self) -> bool:
+        """Whether nobody approved a request that needs a second approver, so that nothing may be done about it."""
+        return self.approval is not None and self.approval.approved_by is None
 
     @property
     def open(self) -> bool:
@@ -167,7 +194,12 @@ class RequestRecord(LedgerPart):
     @property
     def in_force(self) -> bool:
         """Whether the request is a hold or a policy in force."""
-        return self.open and KINDS[self.request.kind].stays_in_force and not self.ending
+        return self.open and KINDS[self.request.kind].stays_in_force and not self.ending and not self.unapproved
+
+    def is_early(self, now_ms: int) -> bool:
+        """Return whether the request begins only at its due_at, and that is later; one without its approver can end before."""
+        due_ms = epoch_ms(self.request.due_at) if KINDS[self.request.kind].due_at == "start" else None
+        return due_ms is not None and now_ms < due_ms and not self.unapproved
 
     @property
     def phases(self) -> Mapping[Phase, int]:

@@ -106,6 +106,12 @@ class RequestCache:
         loaded = self.store.load(name)
         return StoredRequest(*loaded) if loaded else None
 
+    def reload(self, name: str) -> StoredRequest | None:
+        """Read a request again that another process may have changed, and return it."""
+        found = self.load(name)
+        self._place(name, found)
+        return found
+
     def save(self, record: RequestRecord, before: StoredRequest | None) -> None:
         """Store a request and keep it here if something can still change it.
 

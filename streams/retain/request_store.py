@@ -5,6 +5,7 @@
     retention/index/open/<hash>           the request is open and retain has to go on with it
     retention/index/in-force/<hash>       the request is a hold or a policy in force
     retention/index/patterns/<hash>       the request also is for adapters that do not exist yet
+    retention/index/unapproved/<hash>     the request waits for a second approver
     retention/index/failed/<hash>         the request failed in some adapter: it stays until a person removes it
     retention/index/ended/<time>/<hash>   the request ended; it is removed at that time
     retention/revisions                   two numbers that grow when the indexes of open requests and of those in force do
@@ -42,7 +43,7 @@ KEEP_OWN_MS: Final = 86_400_000
 _MAX_BYTES: Final = 64 << 20
 _T = TypeVar("_T", bound=LedgerPart)
 
-Index = Literal["open", "in-force", "patterns", "failed"]
+Index = Literal["open", "in-force", "patterns", "failed", "unapproved"]
 
 
 class Revisions(LedgerPart):
@@ -59,6 +60,8 @@ def hash_of(request_id: str) -> str:
 
 def indexes_of(record: RequestRecord) -> set[str]:
     """Return the indexes that name a request, as keys below INDEX without the hash."""
+    if record.open and record.unapproved:
+        return {"open", "unapproved"}
     rules, found = KINDS[record.request.kind], set()
     if record.in_force:
         found.add("in-force")
@@ -213,6 +216,18 @@ def load_in_force(store: ObjectStore) -> InForce:
     requests = RequestStore(store)
     found = (requests.load(name) for name in requests.names_in("in-force"))
     return InForce(one[0] for one in found if one is not None)
+
+
+def load_unapproved(store: ObjectStore) -> list[RequestRecord]:
+    """Return the requests that wait for a second approver, those that came first at the front.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    requests = RequestStore(store)
+    found = (requests.load(name) for name in requests.names_in("unapproved"))
+    waiting = (one[0] for one in found if one is not None and one[0].open and one[0].unapproved)
+    return sorted(waiting, key=lambda record: record.received_ms)
 
 
 def load_request(store: ObjectStore, request_id: str) -> RequestRecord | None:

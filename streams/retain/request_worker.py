@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
-from itertools import islice
 from typing import ClassVar, Final
 
 from perennial.storage.registry.quarantine import Quarantine, update_quarantine
@@ -23,6 +22,7 @@ from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import RetentionKind, RetentionRequested
 from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.retain.adapter_calendar import AdapterCalendar
+from perennial.streams.retain.ended_requests import EndedRequests
 from perennial.streams.retain.ledger import (
     AdapterProgress,
     PageSummary,
@@ -33,7 +33,8 @@ from perennial.streams.retain.ledger import (
     patterns_over,
 )
 from perennial.streams.retain.request_cache import RequestCache, StoredRequest
-from perennial.streams.retain.request_store import KEEP_MS, RequestStore, hash_of, indexes_of
+from perennial.streams.retain.request_store import KEEP_MS, RequestStore, hash_of
+from perennial.streams.retain.rules.approvals import ApprovalRules, expired_text, waiting_text
 from perennial.streams.retain.rules.calendar import OWN_PREFIX, earlier_ids_of
 from perennial.streams.retain.rules.state_machine import (
     MAX_DETAIL_CHARS,
@@ -53,9 +54,6 @@ CALENDAR_BUDGET_S: Final = 1.0
 _MIN_ADAPTERS_PER_TICK: Final = 16
 TICK_BUDGET_S: Final = 2.0
 """About how long one tick goes on with open requests; the next tick goes on from there."""
-PRUNE_EVERY_S: Final = 60.0
-PRUNE_AT_ONCE: Final = 500
-"""Ended requests that one tick removes at most."""
 
 
 class RequestWorker:
@@ -68,6 +66,7 @@ class RequestWorker:
         on_save: Called with a request as it was (None where it is new) and as it was stored.
         gather_ms: How long requests are gathered, so that one rebuild serves them, in milliseconds.
         lead_ms: How long before examples expire the learner begins to rebuild without them, in milliseconds.
+        approvals: Which requests wait for a second approver.
 
     Attributes:
         cache: The requests that something can still change.
@@ -82,18 +81,20 @@ class RequestWorker:
         *,
         gather_ms: int = 0,
         lead_ms: int = 0,
+        approvals: ApprovalRules | None = None,
     ) -> None:
         self.cache = RequestCache(store, on_save)
         self._store = store
         self._facts = facts
         self._at = at
         self._gather_ms = gather_ms
+        self._approvals = approvals or ApprovalRules()
         self._calendar = AdapterCalendar(facts, lead_ms)
         self._looked_at: set[str] = set()
         self._waiting_pages: dict[str, set[str]] = {}  # pages of patterns with adapters that are new, by request
         self._begun: dict[str, Iterator[Slice]] = {}  # requests that did not end within the budget of a tick
         self._turn: deque[str] = deque()
-        self._pruned_s = float("-inf")
+        self._ended = EndedRequests(store, self.cache)
 
     # ---- accepting requests
 
@@ -106,7 +107,7 @@ class RequestWorker:
             now_ms: The guarded time, in milliseconds since 1970.
 
         Raises:
-            WireError: Another request had the same id, or the id is reserved.
+            WireError: Another request had the same id, the id is reserved, or a record approves nothing.
         """
         if request.request_id.startswith(OWN_PREFIX):
             raise WireError(
@@ -117,37 +118,56 @@ class RequestWorker:
         self.cache.refresh_in_force()
         name, processor = hash_of(request.request_id), self._processor(now_ms)
         found = self.cache.load(name)
-        if found is not None and found.record.request != request:
+        before = found.record if found else None
+        wanted = before
+        if request.approved_by is not None:
+            wanted = self._approvals.approved(before, request, received_ms)
+        elif before is not None and before.request != request:
             raise WireError("bad-field", "request_id", got=request.request_id, allowed="an id not used before")
-        if found is not None:
+        if found is not None and wanted is before:
             processor.publish_state(found.record)
             yield Slice(events=processor.events)
             self.cache.announce(in_force=found.record.in_force)  # it may have been saved and not announced
             if KINDS[request.kind].job is not None or found.record.state != "accepted":
                 return
         else:
-            yield self._saving(processor, self._accepted(processor, request, received_ms), None)
+            record = self._started(processor, wanted) if wanted else self._accepted(processor, request, received_ms)
+            yield self._saving(processor, record, found)
         if not (request.adapter.endswith("*") and (KINDS[request.kind].job is not None or request.kind == "hold")):
             yield from self._guarded(name, now_ms)  # what has to reach many adapters is for the ticks
 
     def _accepted(self, processor: RequestProcessor, request: RetentionRequested, received_ms: int) -> RequestRecord:
-        rules, until_ms = KINDS[request.kind], received_ms
-        ends: list[str] = []
-        pages: dict[str, PageSummary] = {}
-        if rules.due_at == "start" and request.due_at is not None:
+        until_ms = received_ms
+        if KINDS[request.kind].due_at == "start" and request.due_at is not None:
             until_ms = max(received_ms, epoch_ms(request.due_at) or 0)
+        record = RequestRecord(request=request, received_ms=received_ms, until_ms=until_ms)
         refusal = refusal_of(request, received_ms)
-        if not refusal and request.kind in {"policy", "release"}:
+        if refusal:
+            processor.publish_state(record)
+            return processor.set_state(record, "failed", refusal, processor.now_ms)
+        approval = self._approvals.needed(request, received_ms)
+        if approval is not None:
+            record = record.model_copy(update={"approval": approval})
+            return processor.set_state(record, "unapproved", waiting_text(record))
+        return self._started(processor, record)
+
+    def _started(self, processor: RequestProcessor, record: RequestRecord) -> RequestRecord:
+        """Return an accepted request with the adapters and the requests that it reaches, and publish its state."""
+        request, ends = record.request, list[str]()
+        pages: dict[str, PageSummary] = {}
+        if request.kind in {"policy", "release"}:
             like = self.cache.in_force.like("policy" if request.kind == "policy" else "hold", request)
             ends = [other.request.request_id for other in like]
-        if not refusal and rules.job is not None and request.adapter.endswith("*"):
+        if KINDS[request.kind].job is not None and record.is_pattern:
             for adapter in self._covered(request.adapter):
                 page = page_of(adapter)
                 number = pages[page].phases["waiting"] if page in pages else 0
                 pages[page] = PageSummary(phases={"waiting": number + 1})
-        record = RequestRecord(request=request, received_ms=received_ms, until_ms=until_ms, ends=ends, pages=pages)
+        record = record.model_copy(
+            update={"ends": ends, "pages": pages, "state": "accepted", "detail": "", "ended_ms": None}
+        )
         processor.publish_state(record)
-        return processor.set_state(record, "failed", refusal, processor.now_ms) if refusal else record
+        return record
 
     def _covered(self, pattern: str) -> list[str]:
         return [adapter for adapter in self._facts.adapters() if covers(pattern, adapter)]
@@ -171,7 +191,7 @@ class RequestWorker:
             yield from self._end_hold(name, "its due_at is reached", now_ms)
         yield from self._run_calendar(now_ms)
         yield from self._advance(now_ms)
-        yield from self._prune(now_ms)
+        yield from self._ended.prune(now_ms)
 
     def _run_calendar(self, now_ms: int) -> Iterator[Slice]:
         """Do what the calendar says of some adapters; the next tick goes on with the adapters after them."""
@@ -226,7 +246,7 @@ class RequestWorker:
     def _advance(self, now_ms: int) -> Iterator[Slice]:
         """Go on with open requests, in turn, until the budget of the tick is used up."""
         deadline = time.monotonic() + TICK_BUDGET_S
-        can_move = {n for n, found in self.cache.open.items() if not _is_early(found.record, now_ms)}
+        can_move = {n for n, found in self.cache.open.items() if not found.record.is_early(now_ms)}
         can_move |= self._waiting_pages.keys()
         self._turn = deque(name for name in self._turn if name in can_move)
         self._turn.extend(sorted(can_move.difference(self._turn), key=self._received_ms))
@@ -263,6 +283,9 @@ class RequestWorker:
     def _go_on(self, name: str, now_ms: int) -> Iterator[Slice]:
         """Do whatever can be done now for one request."""
         found = self.cache.get(name)
+        if found is not None and found.record.open and found.record.unapproved:
+            yield from self._await_approval(name, now_ms)
+            return
         if found is None:
             self._waiting_pages.pop(name, None)
             return
@@ -272,8 +295,20 @@ class RequestWorker:
                 yield from self._WITHOUT_JOB[record.request.kind](self, name, now_ms)
         elif record.is_pattern:
             yield from self._advance_pages(name, now_ms)
-        elif record.open and not _is_early(record, now_ms):
+        elif record.open and not record.is_early(now_ms):
             yield from self._advance_one(found, now_ms)
+
+    def _await_approval(self, name: str, now_ms: int) -> Iterator[Slice]:
+        """End a request that nobody approved in time; note that a process with another partition took the approval."""
+        found = self.cache.reload(name)
+        if found is None or not found.record.open:
+            return
+        record = found.record
+        if not record.unapproved:  # adapters that this process looked at meanwhile may be new to the request
+            self._looked_at -= {adapter for adapter in self._looked_at if covers(record.request.adapter, adapter)}
+        elif record.approval is not None and record.approval.until_ms < now_ms:
+            processor = self._processor(now_ms)
+            yield self._saving(processor, processor.set_state(record, "failed", expired_text(record), now_ms), found)
 
     def _advance_one(self, found: StoredRequest, now_ms: int) -> Iterator[Slice]:
         record, processor = found.record, self._processor(now_ms)
@@ -300,7 +335,7 @@ class RequestWorker:
         if new:
             yield from self._reopen(found, new, now_ms)
             found = self.cache.get(name)
-        if found is None or _is_early(found.record, now_ms):
+        if found is None or found.record.is_early(now_ms):
             return
         if not found.record.pages:  # the pattern covers nothing
             processor = self._processor(now_ms)
@@ -438,27 +473,6 @@ class RequestWorker:
     }  # fmt: skip
     """The functions that carry out the kinds whose `job` is None."""
 
-    # ---- ended requests
-
-    def _prune(self, now_ms: int) -> Iterator[Slice]:
-        """Remove requests that ended long ago; a forgetting that failed stays for a person to see to."""
-        if time.monotonic() - self._pruned_s < PRUNE_EVERY_S:
-            return
-        self._pruned_s = time.monotonic()
-        for entry in list(islice(self._store.to_remove(now_ms), PRUNE_AT_ONCE)):
-            index, _, name = entry.rpartition("/")
-            found = self.cache.load(name)
-            if found is None or index not in indexes_of(found.record):
-                self._store.delete_entry(entry)
-                continue
-            record = found.record
-            if KINDS[record.request.kind].job == "forget":
-                adapters = [*record.adapters, *(a for page in self._store.pages(name) for a in page)]
-                drop = (record.request.request_id,)
-                for start in range(0, len(adapters), SLICE_ADAPTERS):
-                    yield Slice([QuarantineChange(a, drop=drop) for a in adapters[start : start + SLICE_ADAPTERS]])
-            yield Slice(saves=[partial(self.cache.remove, record)])
-
     # ---- helpers
 
     def apply(self, change: QuarantineChange) -> None:
@@ -483,9 +497,3 @@ class RequestWorker:
 
     def _saving(self, processor: RequestProcessor, record: RequestRecord, before: StoredRequest | None) -> Slice:
         return Slice(processor.changes, processor.events, [partial(self.cache.save, record, before)])
-
-
-def _is_early(record: RequestRecord, now_ms: int) -> bool:
-    """Return whether a request begins only at its due_at, and that is later."""
-    due_at = record.request.due_at
-    return KINDS[record.request.kind].due_at == "start" and due_at is not None and now_ms < (epoch_ms(due_at) or 0)

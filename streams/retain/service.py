@@ -30,6 +30,7 @@ from perennial.streams.retain.ledger import STATES, RequestRecord, epoch_ms
 from perennial.streams.retain.ledger_migration import migrate_ledger
 from perennial.streams.retain.request_store import RequestStore
 from perennial.streams.retain.request_worker import RequestWorker
+from perennial.streams.retain.rules.approvals import ApprovalRules
 from perennial.streams.retain.rules.state_machine import QuarantineChange
 from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.retain.work_slice import Slice
@@ -92,6 +93,7 @@ class RetainService:
         self._worker = RequestWorker(
             RequestStore(facts.store), facts, self._at, self._count,
             gather_ms=int(settings.retain.forget_window_s * 1000), lead_ms=int(settings.retain.expiry_lead_s * 1000),
+            approvals=_approval_rules(settings),
         )  # fmt: skip
 
     async def receive(self, request: RetentionRequested, received_ms: int) -> None:
@@ -102,7 +104,7 @@ class RetainService:
             received_ms: When the broker took it, in milliseconds since 1970.
 
         Raises:
-            WireError: Another request had the same id, or the id is reserved.
+            WireError: Another request had the same id, the id is reserved, or a record approves nothing.
             ConflictError: Other writers kept changing the request.
         """
         await self._migrate()
@@ -259,6 +261,17 @@ class RetainService:
         due = [epoch_ms(record.request.due_at) for record in requests if not KINDS[record.request.kind].stays_in_force]
         self._metrics.forget_overdue(sum(due_ms is not None and due_ms <= now_ms for due_ms in due))
         self._metrics.quarantined(sum(r.examples for r in requests if r.state in {"held", "quarantined"}))
+
+
+def _approval_rules(settings: Settings) -> ApprovalRules:
+    """Return which requests need a second approver.
+
+    Raises:
+        KeyFileError: The file of the trusted keys cannot be used.
+    """
+    if settings.retain.second_approver == "off":
+        return ApprovalRules()
+    return ApprovalRules(int(settings.retain.approval_wait_s * 1000), settings.signing.request_readers_trust())
 
 
 def _save(piece: Slice) -> None:

@@ -55,6 +55,8 @@ class KindRules:
         emergencies: The request may set `emergency`: affected versions go out of service before the rebuilt one is ready.
         stays_in_force: The request has no end of its own: it is in state `executed` until another request or its
             `due_at` ends it. Such a request is never overdue.
+        destroys: The request deletes, takes out of service, or ends what keeps from being deleted. Over a pattern such a
+            request needs a second approver (PERENNIAL_SECOND_APPROVER).
         done: What `retention-status` says of a request that did what it should.
         refused_because: Why no request of this kind is accepted yet, and what to do instead; empty: accepted.
     """
@@ -69,6 +71,7 @@ class KindRules:
     suppresses_text: bool = False
     emergencies: bool = False
     stays_in_force: bool = False
+    destroys: bool = True
     done: str = ""
     refused_because: str = ""
 
@@ -99,7 +102,7 @@ _ROWS: Final = (
     ),
     KindRules(
         "hold", "Keep the selected examples, or all, from being forgotten until the hold is released or due_at.",
-        selector="optional", due_at="end", stays_in_force=True, done="in force",
+        selector="optional", due_at="end", stays_in_force=True, destroys=False, done="in force",
     ),
     KindRules(
         "release", "End the holds that have the same adapter and selector.",

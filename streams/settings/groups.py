@@ -20,6 +20,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+MAX_APPROVAL_WAIT_S: Final = 30 * 86_400
+"""No longer than an ended request is kept: a signed request that is older must still be known when it is sent again."""
 Secret = Annotated[SecretStr, Field(min_length=32)]
 
 
@@ -211,6 +213,15 @@ class RetainSettings(SettingsGroup):
         600.0,
         description="retain: seconds before examples expire at which the learner begins to rebuild the adapter without "
         "them; 0: only when they expire",
+    )
+    second_approver: Literal["patterns", "off"] = Field(
+        "patterns",
+        description="retain: which requests that destroy wait for the approval of a second person: those over a pattern "
+        "such as `acme/*` or `*`; off: none",
+    )
+    approval_wait_s: Annotated[float, Field(gt=0, le=MAX_APPROVAL_WAIT_S)] = Field(
+        604_800.0,
+        description="retain: seconds for which a request waits for its second approver before it fails, at most 2592000",
     )
 
 

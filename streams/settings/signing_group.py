@@ -54,6 +54,16 @@ class SigningSettings(SettingsGroup):
         description="streams: file with the public keys (PEM) of which one must have signed an acknowledgement, for it to "
         "count in a request to forget; empty: all count",
     )
+    request_key_file: OptionalPath = Field(
+        "",
+        description="people who ask to forget or approve it: file with the private key (Ed25519, PEM, mode 0600) that "
+        "signs their requests; empty: they are not signed",
+    )
+    trusted_request_keys: OptionalPath = Field(
+        "",
+        description="streams: file with the public keys (PEM) of the people who may ask for what needs a second approver, "
+        "and approve it: two different ones must have signed; empty: their names are believed",
+    )
 
     @model_validator(mode="after")
     def _check_one_key(self) -> Self:
@@ -116,6 +126,22 @@ class SigningSettings(SettingsGroup):
             KeyFileError: The file of the trusted keys cannot be used.
         """
         return Trust(None, _trusted(self.trusted_replica_keys))
+
+    def request_trust(self) -> Trust:
+        """Return the key with which a person signs requests to forget, and approvals.
+
+        Raises:
+            KeyFileError: The file cannot be read, others can read it, or it holds no such key.
+        """
+        return Trust(read_signing_key(Path(self.request_key_file)) if self.request_key_file else None)
+
+    def request_readers_trust(self) -> Trust:
+        """Return the keys of the people whose requests over patterns, and whose approvals, count.
+
+        Raises:
+            KeyFileError: The file of the trusted keys cannot be used.
+        """
+        return Trust(None, _trusted(self.trusted_request_keys))
 
     def seen_folder(self) -> Path:
         """Return the folder that keeps the highest generations."""

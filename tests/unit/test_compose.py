@@ -112,6 +112,7 @@ def test_no_secret_stands_in_the_file_or_has_a_default():
     assert set(compose.variables(text)) - PASSWORDS == {
         "GRAFANA_ANONYMOUS", "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_BASE", "VLLM_MODEL",
         "PERENNIAL_SIGNING_KEY", "PERENNIAL_SIGNING_KEY_FILE", "PERENNIAL_TRUSTED_KEYS",
+        "PERENNIAL_TRUSTED_REQUEST_KEYS",
     }  # fmt: skip
     filled = compose.load({"PERENNIAL_INTERNAL_KEY": "k" * 32})["services"]
     for name in OURS:

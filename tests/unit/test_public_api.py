@@ -84,7 +84,7 @@ Publisher.retention(self, *, request_id: str, kind: str, adapter: str, requested
 Receipt(event_id: str) -> None
 Receipt.done -> bool
 Receipt.result(self, timeout_s: float = 30.0) -> Delivery
-RetentionRequested(*, request_id, kind, adapter, selector=..., superseded_by=..., half_life=..., time_to_live=..., assurance=..., requested_by, reason=..., due_at=..., emergency=...) -> None
+RetentionRequested(*, request_id, kind, adapter, selector=..., superseded_by=..., half_life=..., time_to_live=..., assurance=..., requested_by, reason=..., due_at=..., emergency=..., approved_by=..., requested_at=..., signature=...) -> None
 RetentionRequested.key(self) -> str
 Settings(*, kafka=..., kafka_security=..., store=..., intake=..., curate=..., retain=..., model=..., training=..., gate=..., tenants=..., serving=..., resolver=..., observe=..., devstack=..., security=..., signing=..., s3=...) -> None
 Settings.environment(self) -> dict[str, str]

@@ -1,4 +1,4 @@
-"""Options and help texts of `perennial forget`, its `status`, `hold`, `release` and `unsuppress`.
+"""Options and help texts of `perennial forget`, its `status`, `approve`, `hold`, `release` and `unsuppress`.
 
 Imports the rest of the folder only when a command runs, so that `perennial --help` stays fast.
 """
@@ -29,6 +29,7 @@ _HoldWait = Annotated[
         help="Seconds to wait until the request takes effect, else exit code 1; 0: do not wait.",
     ),
 ]  # fmt: skip
+_As = Annotated[str, typer.Option("--as", help="Who asks for it; recorded. Default: your user name.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -54,6 +55,7 @@ def forget(
         typer.Option(help="Take affected versions out of service at once; nothing may be served meanwhile."),
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Only show what would be forgotten; send no request.")] = False,
+    as_: _As = "",
     json_: _Json = False,
 ) -> None:
     """Make adapters forget documents, persons or sources exactly, as if they had never seen them.
@@ -66,8 +68,11 @@ def forget(
     deletes their texts, and never learns equal texts again.
     The served version stays live until the rebuilt one takes its place.
 
+    A request over a pattern waits for a second person: `perennial forget approve`.
+
     Exit code 5: nothing matched. 6: closed with exceptions, a replica that
-    did not confirm it in time may still serve what was forgotten.
+    did not confirm it in time may still serve what was forgotten. 7: it waits
+    for a second approver.
     """
     if context.invoked_subcommand is not None:
         return
@@ -82,7 +87,7 @@ def forget(
 
     raise typer.Exit(
         send_request(
-            "erase", adapter, selector, reason=reason, wait_s=wait_s, as_json=json_, emergency=emergency
+            "erase", adapter, selector, requested_by=as_, reason=reason, wait_s=wait_s, as_json=json_, emergency=emergency
         )
     )  # fmt: skip
 
@@ -102,6 +107,34 @@ def status(
 
 
 @forget_app.command()
+def approve(
+    request: Annotated[str, typer.Argument(help="Id of a request that waits for a second approver.")],
+    as_: Annotated[
+        str,
+        typer.Option("--as", help="Who approves it, another person than who asked; recorded. Default: your user name."),
+    ] = "",
+    wait_s: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=MAX_SECONDS,
+            callback=number,
+            help="Seconds to wait until the request is carried out, else exit code 1; 0: do not wait.",
+        ),
+    ] = 300,
+    json_: _Json = False,
+) -> None:
+    """Approve a request of another person over many adapters, which waits for it.
+
+    `perennial forget status` lists such requests as `unapproved`. The exit
+    codes are those of `perennial forget`.
+    """
+    from perennial.streams.cli.forget.approval import approve_request
+
+    raise typer.Exit(approve_request(request, approved_by=as_, wait_s=wait_s, as_json=json_))
+
+
+@forget_app.command()
 def hold(
     adapter: _Adapter = "",
     document: _Document = None,
@@ -109,6 +142,7 @@ def hold(
     source: _Source = None,
     reason: _Reason = "",
     wait_s: _HoldWait = 30,
+    as_: _As = "",
     json_: _Json = False,
 ) -> None:
     """Put a legal hold on documents, persons or sources, or on all that an adapter learned.
@@ -116,7 +150,7 @@ def hold(
     Nothing on hold is forgotten. A request to forget it waits until you run
     `perennial forget release` with the same options.
     """
-    _send("hold", adapter, (document, subject, source), reason, wait_s, as_json=json_)
+    _send("hold", adapter, (document, subject, source), as_, reason, wait_s, as_json=json_)
 
 
 @forget_app.command()
@@ -127,6 +161,7 @@ def release(
     source: _Source = None,
     reason: _Reason = "",
     wait_s: _HoldWait = 30,
+    as_: _As = "",
     json_: _Json = False,
 ) -> None:
     """End the holds that were made with the same --adapter, --document, --subject and --source.
@@ -134,7 +169,7 @@ def release(
     Requests to forget that waited for these holds are then carried out.
     `perennial forget status` lists the holds.
     """
-    _send("release", adapter, (document, subject, source), reason, wait_s, as_json=json_)
+    _send("release", adapter, (document, subject, source), as_, reason, wait_s, as_json=json_)
 
 
 @forget_app.command()
@@ -167,6 +202,7 @@ def _send(
     kind: Literal["hold", "release"],
     adapter: str,
     named: tuple[list[str] | None, list[str] | None, list[str] | None],
+    requested_by: str,
     reason: str,
     wait_s: float,
     *,
@@ -178,4 +214,8 @@ def _send(
     check_pattern(adapter)
     documents, subjects, sources = (values or [] for values in named)
     selector = selector_of(adapter, documents, subjects, sources) if documents or subjects or sources else None
-    raise typer.Exit(send_request(kind, adapter, selector, reason=reason, wait_s=wait_s, as_json=as_json))
+    raise typer.Exit(
+        send_request(
+            kind, adapter, selector, requested_by=requested_by, reason=reason, wait_s=wait_s, as_json=as_json
+        )
+    )  # fmt: skip

@@ -32,7 +32,7 @@ from perennial.streams.settings import Settings
 _TOPIC = RetentionProgressed.topic
 _CONNECT_S = 5.0
 _ENDED = frozenset({"closed", "failed"})
-_COLOURS = {"closed": "green", "failed": "red", "held": "yellow"}
+_COLOURS = {"closed": "green", "failed": "red", "held": "yellow", "unapproved": "yellow"}
 _COLUMNS = (
     Column("request"),
     Column("kind", 1),
@@ -101,6 +101,8 @@ def _print_one(event: RetentionProgressed, record: RequestRecord | None, store: 
     if record is not None:
         request = record.request
         facts |= {"requested by": request.requested_by, "reason": request.reason or "-"}
+        if record.approval is not None:
+            facts["approved by"] = record.approval.approved_by or "-"
         if request.due_at is not None:
             facts["due"] = spoken_time(int(request.due_at.timestamp() * 1000))
     facts |= {"confirmed by": _names(event.acknowledged), "not confirmed by": _names(event.missing)}

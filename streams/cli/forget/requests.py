@@ -15,16 +15,20 @@ from perennial.streams.cli.forget.request_status import StatusReader
 from perennial.streams.cli.forget.selection import count_of
 from perennial.streams.cli.tables import at_terminal
 from perennial.streams.cli.terminal.printable import printable
+from perennial.streams.cli.terminal.user_name import user_name
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import RetentionProgressed, RetentionRequested, Selector
 from perennial.streams.retention.kinds import KINDS
+from perennial.streams.settings import Settings
 
 NOT_CARRIED_OUT: Final = 1
 NOTHING_MATCHED: Final = 5
 """The request is closed and no example of its selection was in the store: perhaps an id is misspelt."""
 WITH_EXCEPTIONS: Final = 6
 """The request is closed, but a replica had not confirmed it at its due time."""
+UNAPPROVED: Final = 7
+"""The request does nothing until a second person approves it."""
 _CONFIRM_S: Final = 30
 _REMIND_S: Final = 30.0
 _ID_PREFIXES = {"erase": "forget"}
@@ -39,6 +43,7 @@ def send_request(
     pattern: str,
     selector: Selector | None,
     *,
+    requested_by: str = "",
     reason: str,
     wait_s: float,
     as_json: bool,
@@ -50,6 +55,7 @@ def send_request(
         kind: The kind of request.
         pattern: An adapter or a pattern.
         selector: Which examples; None: all.
+        requested_by: Who asks; empty: the user of this process.
         reason: Recorded with the request.
         wait_s: How long to wait, in seconds; 0: do not wait.
         as_json: Print the id and the last state as JSON on standard output.
@@ -57,17 +63,33 @@ def send_request(
 
     Returns:
         The exit code: 0; NOT_CARRIED_OUT where the request failed or is not carried out in time; of an erasure that is
-        closed also NOTHING_MATCHED and WITH_EXCEPTIONS.
+        closed also NOTHING_MATCHED and WITH_EXCEPTIONS; UNAPPROVED where it waits for a second approver.
     """
     settings = connected_settings()
     request = RetentionRequested(
         request_id=f"{_ID_PREFIXES.get(kind, kind)}-{uuid.uuid4().hex[:16]}", kind=kind, adapter=pattern,
-        selector=selector, requested_by="command line", reason=reason, emergency=emergency,
+        selector=selector, requested_by=requested_by or user_name(), reason=reason, emergency=emergency,
     )  # fmt: skip
+    return publish_and_follow(settings, request, wait_s=wait_s, as_json=as_json)
+
+
+def publish_and_follow(settings: Settings, request: RetentionRequested, *, wait_s: float, as_json: bool) -> int:
+    """Send a request, or the approval of one, and follow it.
+
+    Args:
+        settings: The broker and the store.
+        request: The request, or the approval.
+        wait_s: How long to wait, in seconds; 0: do not wait.
+        as_json: Print the id and the last state as JSON on standard output.
+
+    Returns:
+        The exit code; see `send_request`.
+    """
     with Publisher(settings.kafka.require_bootstrap(), settings=settings) as publisher:
         publisher.publish(request).result(_CONFIRM_S)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"sent request {request.request_id}")
+    approves = request.approved_by is not None
+    console.print(f"sent {'the approval of ' if approves else ''}request {request.request_id}")
     last: RetentionProgressed | None = None
     if wait_s > 0:
         with StatusReader(settings) as statuses:
@@ -75,7 +97,7 @@ def send_request(
     if as_json:
         print(json.dumps({"request_id": request.request_id, "status": last and last.model_dump(mode="json")}))
     carried_out = last is not None and last.state == _wanted(request)
-    if last is not None and carried_out and kind == "erase" and last.examples and not as_json:
+    if last is not None and carried_out and request.kind == "erase" and last.examples and not as_json:
         print_outcome(settings, last)
     console.print(_conclusion(request, last, wait_s, carried_out=carried_out), end="")
     return exit_code_of(request, last, wait_s)
@@ -91,6 +113,8 @@ def exit_code_of(request: RetentionRequested, last: RetentionProgressed | None, 
     """
     if wait_s <= 0:
         return 0
+    if last is not None and last.state == "unapproved" and request.approved_by is None:
+        return UNAPPROVED
     if last is None or last.state != _wanted(request):
         return NOT_CARRIED_OUT
     if request.kind != "erase":
@@ -120,11 +144,13 @@ def _follow(
                     console.print(f"  still waiting after {waits}")
                     printed = now
                 continue
+            if event.state == "unapproved" and request.approved_by is not None:
+                continue  # from before the approval
             if last is None or (event.state, event.detail) != (last.state, last.detail):
                 _print_state(event, console)
                 printed = now
             last = event
-            if event.state == _wanted(request):
+            if event.state in {_wanted(request), "unapproved"}:
                 break
     return last
 
@@ -150,6 +176,8 @@ def _conclusion(
         return _forgotten(last)
     if wait_s <= 0:
         return f"not waiting for the request; {where}\n"
+    if last is not None and last.state == "unapproved":
+        return f"nothing is done until another person runs `perennial forget approve {request.request_id} --as NAME`\n"
     if last is not None and last.state == "failed":
         return ""
     return f"not {KINDS[request.kind].done} after {wait_s:.0f} s: {_why_open(last)}; {where}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import re
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from perennial.storage.registry.quarantine import unsuppress
 from perennial.storage.registry.suppressed_texts import TEXT_HASH_CHARS
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.forget.selection import check_pattern, count_of
+from perennial.streams.cli.terminal.user_name import user_name
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.paths import expand_path
 from perennial.streams.settings import SettingsError
@@ -57,7 +57,7 @@ def unsuppress_texts(
     texts = [_text_of(path) for path in text_files]
     store = open_registry(connected_settings()).store
     record = unsuppress(
-        store, adapter, hashes=hashes, texts=texts, requested_by=requested_by or _user(), reason=reason,
+        store, adapter, hashes=hashes, texts=texts, requested_by=requested_by or f"{user_name()}, command line", reason=reason,
         now=datetime.now(UTC),
     )  # fmt: skip
     if as_json:
@@ -81,13 +81,6 @@ def _text_of(path: Path) -> str:
         return expand_path(path).read_text("utf-8-sig")  # an editor's byte order mark is no part of the text
     except (OSError, UnicodeDecodeError) as error:
         raise _unusable("--text-file", f"{path}: {error}", "a readable file in UTF-8") from error
-
-
-def _user() -> str:
-    try:
-        return f"{getpass.getuser()}, command line"
-    except (OSError, KeyError):  # a container may run under a number without a name
-        return "command line"
 
 
 def _unusable(what: str, got: str, allowed: str) -> SettingsError:

@@ -195,6 +195,7 @@ def test_requests_since_the_backup_are_in_quarantine_before_a_role_starts(given)
     )
     release = hold.model_copy(update={"request_id": "release", "kind": "release"})
     given.send(erase("since"), erase("all", adapter="acme/*"), erase("revoked", kind="revoke"), hold, release)
+    given.send(erase("all", adapter="acme/*").model_copy(update={"approved_by": "bob"}))
     given.send((erase("since").model_copy(update={"reason": "the id is taken"}), "twice"))
     given.lose_and_restore()
     report = reconciled(given)
@@ -207,7 +208,7 @@ def test_requests_since_the_backup_are_in_quarantine_before_a_role_starts(given)
     assert {name: record.state for name, record in load_requests(given.store).items()} == {
         "before": "quarantined", "since": "quarantined", "all": "quarantined", "hold": "closed", "release": "closed",
     }  # fmt: skip
-    assert given.committed("curate", "retention") == 7
+    assert given.committed("curate", "retention") == 8
     start = given.committed("learner", "adapter-jobs")
     sent = [decode(r.value, r.headers, "adapter-jobs").event for r in read(given.settings, "adapter-jobs", 8)[start:]]
     assert {(job.adapter, job.request_id) for job in sent if isinstance(job, ForgetRequested)} == {

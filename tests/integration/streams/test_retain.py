@@ -36,6 +36,7 @@ from perennial.streams.events.models import (
     UpdateRequested,
 )
 from perennial.streams.kafka.topics import provision
+from perennial.streams.retain.request_store import load_request
 from perennial.streams.retain.rules.state_machine import job_id_of
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
@@ -314,6 +315,47 @@ def test_bad_requests_are_told_apart_from_broken_ones(bench):
         True,
         VersionPublisher(bench.store, ADAPTER).registry.alias(ADAPTER).version,
     )
+
+
+@pytest.mark.slow(30)
+@pytest.mark.timeout(900)
+def test_a_request_over_a_pattern_waits_for_a_second_person_across_crashes(bench):
+    """Each process is killed in the middle of a step: once it has published a state, and once it has stored one."""
+    bench.learn(example(1))
+    env = {key: value for key, value in os.environ.items() if not key.startswith("PERENNIAL_")}
+    env |= bench.settings.environment()
+
+    def forget(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "perennial.streams.cli", "forget", *words]
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=3 * PATIENCE_S, check=False)
+
+    first = bench.start("retain.send")
+    asked = forget(
+        "--adapter", "acme/*", "--document", "d1", "--as", "ann", "--wait-s", str(PATIENCE_S), "--json"
+    )  # fmt: skip
+    assert asked.returncode == 7, asked.stderr
+    request_id = json.loads(asked.stdout)["request_id"]
+    assert f"perennial forget approve {request_id} --as NAME" in asked.stderr
+    assert first.wait(PATIENCE_S) == -signal.SIGKILL
+    assert load_request(bench.store, request_id) is None
+
+    second = bench.start("retain.state:2")
+    deadline = time.monotonic() + PATIENCE_S
+    while load_request(bench.store, request_id) is None:
+        assert time.monotonic() < deadline, bench.log.read_text()
+        time.sleep(0.2)
+    itself = forget("approve", request_id, "--as", "Ann")
+    assert itself.returncode == 1
+    assert "who asked for a request cannot approve it" in itself.stderr
+    assert forget("approve", request_id, "--as", "bob", "--wait-s", "0").returncode == 0
+    assert second.wait(PATIENCE_S) == -signal.SIGKILL
+    assert bench.events("adapter-jobs") == []
+
+    bench.start()
+    states = bench.wait_for("quarantined", request_id)
+    assert states.index("accepted") > states.index("unapproved")
+    assert [job.request_id for job in bench.events("adapter-jobs")] == [request_id]
+    assert load_request(bench.store, request_id).approval.approved_by == "bob"
 
 
 @pytest.mark.slow(10)

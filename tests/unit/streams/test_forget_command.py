@@ -21,7 +21,9 @@ from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_k
 from perennial.storage.registry.suppressed_texts import keyed_text_hash
 from perennial.streams.cli.app import app
 from perennial.streams.cli.explain import explain
+from perennial.streams.cli.forget import approval
 from perennial.streams.cli.forget import request_status as status
+from perennial.streams.cli.forget.approval import approve_request
 from perennial.streams.cli.forget.outcome import print_outcome
 from perennial.streams.cli.forget.preview import show_plan
 from perennial.streams.cli.forget.request_status import show_requests
@@ -36,7 +38,7 @@ from perennial.streams.events.models import (
     RetentionRequested,
     Selector,
 )
-from perennial.streams.retain.ledger import AdapterProgress, ProgressPage, RequestRecord, page_of
+from perennial.streams.retain.ledger import AdapterProgress, Approval, ProgressPage, RequestRecord, page_of
 from perennial.streams.retain.request_store import RequestStore, hash_of
 from perennial.streams.settings import Settings, SettingsError
 from perennial.testing import small_weights
@@ -308,6 +310,7 @@ def test_requests_as_json_have_their_selector(versions, capsys, monkeypatch):
         ("held", 1, "erase", "perennial forget release"),
         ("published", 1, "erase", "replica"),
         (None, 0, "erase", "perennial doctor"),
+        ("unapproved", 0, "erase", "perennial forget approve r --as NAME"),
         ("executed", 1, "hold", ""),
         (None, 0, "hold", "not in force after 9 s"),
     ],
@@ -321,7 +324,7 @@ def test_the_last_line_says_what_to_do(state, examples, kind, words):
     shown = _conclusion(request, last, 9, carried_out=carried_out)
     assert words in shown
     assert bool(shown) == bool(words)
-    assert ("forget status r" in shown) == (bool(words) and not carried_out)
+    assert ("forget status r" in shown) == (bool(words) and not carried_out and state != "unapproved")
 
 
 # ---- exit codes, unsuppress, what is printed at the end
@@ -342,6 +345,7 @@ def status_of(state: str, examples: int, kind: str = "erase", **fields: object) 
         (status_of("closed", 1, exceptions=True, missing=["web-1"]), 6),
         (status_of("failed", 0), 1),
         (status_of("published", 1), 1),
+        (status_of("unapproved", 0), 7),
         (status_of("executed", 0, "hold"), 0),
         (None, 1),
     ],
@@ -375,6 +379,47 @@ def erased(versions, *texts: str) -> None:
     key = ensure_text_key(versions.store, ADAPTER)
     hashes = [keyed_text_hash(key, text) for text in texts]
     update_quarantine(versions.store, ADAPTER, lambda quarantine: quarantine.suppressing(hashes))
+
+
+# ---- a second approver
+
+
+@pytest.fixture
+def unapproved(versions):
+    """Return a request of ann's over a pattern that waits in the store."""
+    request = RetentionRequested(
+        request_id=REQUEST, kind="erase", adapter="acme/*", requested_by="ann", selector=Selector(subjects=[PERSON])
+    )
+    record = RequestRecord(
+        request=request, received_ms=0, until_ms=0, state="unapproved", approval=Approval(until_ms=86_400_000)
+    )
+    return RequestStore(versions.store).save(record, None, None)
+
+
+@pytest.mark.parametrize(("name", "words"), [("Ann", "who asked for a request cannot approve it"), ("bob", "")])
+def test_an_approval_repeats_the_request_under_another_name(unapproved, name, words, monkeypatch, capsys):
+    record, _ = unapproved
+    sent = []
+    monkeypatch.setattr(approval, "publish_and_follow", lambda _, event, **__: sent.append(event) or 0)
+    if words:
+        with pytest.raises(approval.ApprovalError, match=words):
+            approve_request(REQUEST, approved_by=name, wait_s=0, as_json=False)
+        assert sent == []
+        return
+    assert approve_request(REQUEST, approved_by=name, wait_s=0, as_json=False) == 0
+    assert sent == [record.request.model_copy(update={"approved_by": "bob"})]
+    shown = capsys.readouterr().err
+    assert all(word in shown for word in (REQUEST, "acme/*", PERSON, "ann"))
+
+
+def test_only_a_request_that_waits_can_be_approved(versions, unapproved):
+    record, etag = unapproved
+    with pytest.raises(NotFoundError, match="no such request"):
+        approve_request("other", approved_by="bob", wait_s=0, as_json=False)
+    ended = record.model_copy(update={"state": "failed", "ended_ms": 1})
+    RequestStore(versions.store).save(ended, record, etag)
+    with pytest.raises(approval.ApprovalError, match="does not wait for a second approver"):
+        approve_request(REQUEST, approved_by="bob", wait_s=0, as_json=False)
 
 
 def test_a_text_is_taken_off_the_list_and_it_is_recorded(versions, tmp_path, capsys):

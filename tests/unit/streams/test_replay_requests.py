@@ -12,8 +12,8 @@ from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import RetentionRequested, Selector
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.recovery.replay_requests import ReplayReport, replay_requests
-from perennial.streams.retain.ledger import PageSummary, RequestRecord, page_of
-from perennial.streams.retain.request_store import RequestStore, hash_of
+from perennial.streams.retain.ledger import Approval, PageSummary, RequestRecord, page_of
+from perennial.streams.retain.request_store import RequestStore, hash_of, load_requests
 from perennial.streams.settings import Settings
 from tests.memory_store import MemoryStore
 from tests.versions import VersionPublisher
@@ -61,24 +61,56 @@ def quarantined(store: MemoryStore) -> list[str]:
     return [each for each in ADAPTERS if load_quarantine(store, each).entry("r") is not None]
 
 
-def stop() -> None:
-    raise KeyboardInterrupt
+def approved(request: RetentionRequested) -> list[SimpleNamespace]:
+    """Return the records of a request and of its approval by a second person."""
+    return [record_of(request), record_of(request.model_copy(update={"approved_by": "bob"}))]
+
+
+class Stopper:
+    """Ends a replay when it has accepted so many records."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
 
 
 def test_a_request_over_a_pattern_reaches_its_adapters_in_the_run_after_a_crash(store: MemoryStore) -> None:
     with pytest.raises(KeyboardInterrupt):
-        replay(store, [record_of(erase("acme/*"))], on_request=stop)
+        replay(store, approved(erase("acme/*")), on_request=Stopper(2))
     assert quarantined(store) == []
-    report = replay(store, [record_of(erase("acme/*"))])
+    report = replay(store, approved(erase("acme/*")))
     assert (report.accepted, report.known) == ([], 1)
     assert quarantined(store) == list(ADAPTERS)
 
 
 def test_a_request_of_the_backup_reaches_its_adapters_although_no_record_is_read(store: MemoryStore) -> None:
     with pytest.raises(KeyboardInterrupt):
-        replay(store, [record_of(erase("*"))], on_request=stop)
+        replay(store, approved(erase("*")), on_request=Stopper(2))
     replay(store, [])
     assert quarantined(store) == list(ADAPTERS)
+
+
+def test_a_request_that_nobody_approved_waits_after_a_restore_too(store: MemoryStore) -> None:
+    report = replay(store, [record_of(erase("*"))])
+    assert (report.accepted, quarantined(store)) == (["r"], [])
+    assert load_requests(store)["r"].state == "unapproved"
+
+
+def test_a_revocation_is_left_out_with_its_approval(store: MemoryStore) -> None:
+    revoke = RetentionRequested(request_id="r", kind="revoke", adapter="acme/*", requested_by="ann")
+    request, approval = approved(revoke)
+    report = replay(store, [request, approval])
+    assert (report.revocations, load_requests(store)) == (["r"], {})
+    waiting = RequestRecord(
+        request=revoke, received_ms=0, until_ms=0, state="unapproved", approval=Approval(until_ms=2**50)
+    )
+    RequestStore(store).save(waiting, None, None)
+    report = replay(store, [approval])
+    assert (report.revocations, load_requests(store)["r"].state) == (["r"], "unapproved")
 
 
 @pytest.mark.parametrize(("adapter", "wanted"), [("acme/*", list(ADAPTERS)), ("acme/a", ["acme/a"])])

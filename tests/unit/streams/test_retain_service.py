@@ -145,6 +145,7 @@ def test_the_event_loop_is_free_while_a_request_over_many_adapters_is_worked_off
         watcher = asyncio.create_task(watch())
         request = erase("r").model_copy(update={"adapter": "*"})
         await retention.receive(request, 10**9)
+        await retention.receive(request.model_copy(update={"approved_by": "bob"}), 10**9)
         await retention.tick()
         watcher.cancel()
 
