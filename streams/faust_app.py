@@ -32,12 +32,12 @@ from perennial.streams.curate import agent as curate_agent
 from perennial.streams.curate.agent import CurateAgent
 from perennial.streams.kafka.aiokafka_headers import read_any_header_name
 from perennial.streams.kafka.connect import check_access
-from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, load_installation
+from perennial.streams.kafka.installation import check_installation, load_installation, role_topics
 from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.repartition import forget_offsets
 from perennial.streams.kafka.security.options import aiokafka_options, with_password
 from perennial.streams.kafka.topic_guard import TopicGuard
-from perennial.streams.kafka.topics import admin_client, identify
+from perennial.streams.kafka.topics import admin_client, identify, topic_names
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain import agent as retain_agent
 from perennial.streams.retain.agent import RetainAgent
@@ -184,7 +184,8 @@ def faust_credentials(settings: Settings) -> Any:
 
 
 def _add_retain(app: Any, agent: RetainAgent, settings: Settings, guard: Guard) -> None:
-    topic = app.topic(settings.kafka.topic(retain_agent.TOPIC), key_type=bytes, value_type=bytes)
+    names = [settings.kafka.topic(name) for name in topic_names(settings, [retain_agent.TOPIC])]
+    topic = app.topic(*names, key_type=bytes, value_type=bytes)
 
     @app.agent(topic, name="retain", concurrency=1)  # type: ignore[untyped-decorator]
     async def retain(stream: Any) -> None:
@@ -243,10 +244,11 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
     settings = with_password(settings)
     store = open_store(settings.store.require_uri(), settings.s3)
     _forget_old_positions(settings, store)
-    check_installation(settings, store, ROLE_TOPICS["streams"])
+    names = role_topics(settings, "streams")
+    check_installation(settings, store, names)
     with (
         TopicGuard(
-            settings, ROLE_TOPICS["streams"], store, writes=["adapter-jobs", "drift"], fixed=[retain_agent.TOPIC]
+            settings, names, store, writes=["adapter-jobs", "drift"], fixed=topic_names(settings, [retain_agent.TOPIC])
         ) as topics,
         OriginCheck.of(settings, store) as origins,
         tempfile.TemporaryDirectory(prefix="perennial-curate-") as folder,
@@ -256,18 +258,18 @@ def run_streams(settings: Settings, stop: threading.Event, metrics: Metrics) -> 
 
 
 def _forget_old_positions(settings: Settings, store: ObjectStore) -> None:
-    """Delete the committed offsets in `retention` where it was created again: requests would be skipped.
+    """Delete the committed offsets in topics of requests that were created again: requests would be skipped.
 
     Raises:
         RepartitionError: Another process still reads the old topic.
     """
-    record = load_installation(store)
-    recorded = record.topics.get(retain_agent.TOPIC) if record else None
-    found = identify(settings, [retain_agent.TOPIC])
-    name = settings.kafka.topic(retain_agent.TOPIC)
-    if recorded is not None and recorded.topic_id != found.topic_ids[name]:
-        with admin_client(settings) as admin:
-            forget_offsets(admin, settings, "curate", retain_agent.TOPIC, found.partitions[name])
+    record, names = load_installation(store), topic_names(settings, [retain_agent.TOPIC])
+    found = identify(settings, names)
+    for name in names:
+        recorded, full = record.topics.get(name) if record else None, settings.kafka.topic(name)
+        if recorded is not None and recorded.topic_id != found.topic_ids[full]:
+            with admin_client(settings) as admin:
+                forget_offsets(admin, settings, "curate", name, found.partitions[full])
 
 
 async def _watch_access(settings: Settings) -> None:

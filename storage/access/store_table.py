@@ -8,7 +8,7 @@ over can replace what its role writes, and a reader notices a replaced blob or m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final, Literal
@@ -120,6 +120,10 @@ ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
 """Roles by name. Programs that only publish, and those that ask to forget by the topic `retention`, need no account.
 `perennial backup` reads and restores everything, `perennial keys repair` deletes what a stranger claimed: both need the account that the others were made with."""
 
+_OF_TENANTS: Final = "subscriber."
+PER_ADAPTER: Final = ("adapters", "aliases", "manifests", "prompts", "revocations", "signatures", "versions")
+"""Folders that a subscriber reads and in which a key goes on with the adapter's name."""
+
 _ACTIONS: Final[Mapping[Right, tuple[str, ...]]] = MappingProxyType({
     "read": ("s3:GetObject",), "write": ("s3:PutObject",),
     # A bucket with versions has to be rid of every one of them.
@@ -127,17 +131,31 @@ _ACTIONS: Final[Mapping[Right, tuple[str, ...]]] = MappingProxyType({
 })  # fmt: skip
 
 
+def role_names(tenants: Sequence[str] = ()) -> list[str]:
+    """Return the roles that have accounts; each tenant has a subscriber for itself, such as `subscriber.acme`.
+
+    Args:
+        tenants: The tenants that have topics of their own.
+
+    >>> role_names(["acme"])[-2:]
+    ['provisioner', 'subscriber.acme']
+    """
+    return [*ROLES, *(f"{_OF_TENANTS}{tenant}" for tenant in tenants)]
+
+
 def policy_of(role: str, bucket: str, prefix: str = "") -> dict[str, Any]:
     """Return a role's policy as S3 and MinIO read it.
 
     Args:
-        role: The role.
+        role: The role; see `role_names`.
         bucket: The bucket's name.
         prefix: What all objects' names begin with, without a slash at the end; empty for none.
 
     >>> policy_of("intake", "perennial")["Statement"][1]["Resource"]
     ['arn:aws:s3:::perennial/installation/*', 'arn:aws:s3:::perennial/refused/*']
     """
+    if role.startswith(_OF_TENANTS):
+        return _tenant_policy(role.removeprefix(_OF_TENANTS), bucket, prefix)
     access, within = ROLES[role], f"{prefix}/" if prefix else ""
     arn = f"arn:aws:s3:::{bucket}"
     listing: dict[str, Any] = {
@@ -162,6 +180,25 @@ def policy_of(role: str, bucket: str, prefix: str = "") -> dict[str, Any]:
                 "Resource": [f"{arn}/{within}{_pattern(folder)}" for folder in folders],
             })  # fmt: skip
     return {"Version": "2012-10-17", "Statement": statements}
+
+
+def _tenant_policy(tenant: str, bucket: str, prefix: str) -> dict[str, Any]:
+    """Return the policy of a tenant's subscriber: of what belongs to an adapter it reads only what is below `tenant/`.
+
+    Blobs are named by their digests alone, whoever they belong to. So it reads all of them, and can list none.
+    """
+    within = f"{prefix}/" if prefix else ""
+    arn = f"arn:aws:s3:::{bucket}"
+    own = [f"{within}{folder}/{tenant}/*" for folder in PER_ADAPTER]
+    listing = {
+        "Effect": "Allow", "Action": ["s3:ListBucket", "s3:ListBucketVersions"], "Resource": [arn],
+        "Condition": {"StringLike": {"s3:prefix": own}},
+    }  # fmt: skip
+    reading = {
+        "Effect": "Allow", "Action": list(_ACTIONS["read"]),
+        "Resource": [f"{arn}/{pattern}" for pattern in (*own, f"{within}blobs/*")],
+    }  # fmt: skip
+    return {"Version": "2012-10-17", "Statement": [listing, reading]}
 
 
 def policy_text(role: str, bucket: str, prefix: str = "") -> str:

@@ -127,12 +127,12 @@ def _durability(settings: Settings) -> Finding:
     """Check that what the broker acknowledges outlives the loss of one broker; of a single broker only say so."""
     from kafka.admin import ConfigResource, ConfigResourceType
 
-    from perennial.streams.kafka.topics import TOPICS, admin_client
+    from perennial.streams.kafka.topics import admin_client, topics_of
 
     with admin_client(settings) as admin:
         brokers = len(admin.describe_cluster()["brokers"])
         existing = set(admin.list_topics())
-        names = [full for topic in TOPICS if (full := settings.kafka.topic(topic)) in existing]
+        names = [full for topic in topics_of(settings) if (full := settings.kafka.topic(topic)) in existing]
         topics = admin.describe_topics(names) if names else []
         resources = [ConfigResource(ConfigResourceType.TOPIC, full) for full in names]
         configs = admin.describe_configs(resources, config_filter="all")["topic"] if names else {}

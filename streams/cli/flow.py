@@ -20,7 +20,7 @@ from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.kafka.connect import secured
 from perennial.streams.kafka.group_offsets import group_offsets
-from perennial.streams.kafka.topics import TOPICS
+from perennial.streams.kafka.topics import topic_names, topics_of
 from perennial.streams.replicas.replica_status import ReplicaTable
 from perennial.streams.retain.request_store import load_unapproved
 from perennial.streams.settings import Settings
@@ -31,7 +31,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "curate": ("scored-examples", "retention"),
     "learner": ("adapter-jobs",),
 }
-"""Consumer group of each role and the topics that it reads."""
+"""Consumer group of each role and the topics that it reads; those of tenants come to these."""
 
 _CONNECT_S = 5.0
 _CONNECT_MS = 5000
@@ -161,14 +161,14 @@ class FlowReader:
         flow = FlowSnapshot(time.time())
         known = self.consumer.topics()
         partitions: list[TopicPartition] = []
-        for name in TOPICS:
+        for name in topics_of(self.settings):
             topic = self.settings.kafka.topic(name)
             if topic in known:
                 partitions += [TopicPartition(topic, p) for p in self.consumer.partitions_for_topic(topic) or ()]
             else:
                 flow.missing_topics.append(topic)
         ends: dict[TopicPartition, int] = self.consumer.end_offsets(partitions)
-        for name in TOPICS:
+        for name in topics_of(self.settings):
             flow.written[name] = sum(end for tp, end in ends.items() if tp.topic == self.settings.kafka.topic(name))
         flow.lag = {role: self._lag(role, names, ends) for role, names in GROUPS.items()}
         self._read_acks(partitions)
@@ -182,7 +182,7 @@ class FlowReader:
 
     def _lag(self, role: str, names: tuple[str, ...], ends: dict[TopicPartition, int]) -> int:
         offsets = group_offsets(self.admin, self.settings.kafka.topic(role))
-        topics = {self.settings.kafka.topic(name) for name in names}
+        topics = {self.settings.kafka.topic(name) for name in topic_names(self.settings, names)}
         return sum(max(0, end - offsets.get(tp, 0)) for tp, end in ends.items() if tp.topic in topics)
 
     def _read_acks(self, partitions: list[TopicPartition]) -> None:

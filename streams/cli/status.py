@@ -16,7 +16,7 @@ from perennial.streams.cli.flow import GROUPS, AdapterStatus, FlowReader, FlowSn
 from perennial.streams.cli.tables import Column, Row, at_terminal, layout, plain, print_table, short_version
 from perennial.streams.cli.terminal.times import spoken_time
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.kafka.topics import TOPICS
+from perennial.streams.events.tenants import base_topic
 
 _TOPIC_COLUMNS = (
     Column("topic"), Column("events", 1, right=True), Column("per second", 2, right=True), Column("read by", 3),
@@ -112,7 +112,11 @@ def as_text(flow: FlowSnapshot, before: FlowSnapshot | None) -> str:
 def _parts(flow: FlowSnapshot, before: FlowSnapshot | None) -> tuple[list[_Table], list[Text]]:
     readers = {topic: role for role, topics in GROUPS.items() for topic in topics}
     tables = [
-        _Table("flow", _TOPIC_COLUMNS, [_topic_row(flow, before, name, readers.get(name, "")) for name in TOPICS])
+        _Table(
+            "flow",
+            _TOPIC_COLUMNS,
+            [_topic_row(flow, before, name, readers.get(base_topic(name), "")) for name in flow.written],
+        )
     ]
     notes = []
     if flow.missing_topics:

@@ -13,9 +13,10 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.cli.tables import Column, print_table
 from perennial.streams.cli.terminal.printable import printable, printable_lines
 from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.events.tenants import base_topic
 from perennial.streams.kafka.installation import INPUT_TOPICS, load_installation, open_store_of, provision_recorded
 from perennial.streams.kafka.repartition import adopt, plan_repartition, repartition
-from perennial.streams.kafka.topics import TOPICS, identify
+from perennial.streams.kafka.topics import identify, topics_of
 from perennial.streams.settings import Settings, SettingsError
 
 _COLUMNS = (Column("topic"), Column("state"), Column("differs from what Perennial needs", wraps=True))
@@ -107,13 +108,14 @@ def adopt_topics(names: list[str], *, all_topics: bool, yes: bool, as_json: bool
         RepartitionError: A process still reads one of the topics.
         InstallationError: Nothing is recorded yet.
     """
-    if bool(names) == all_topics or set(names) - set(TOPICS):
+    settings, store = _connected()
+    known = topics_of(settings)
+    if bool(names) == all_topics or set(names) - set(known):
         raise SettingsError(
-            "name the topics that were created again", got=", ".join(names) or "none", allowed=", ".join(TOPICS),
+            "name the topics that were created again", got=", ".join(names) or "none", allowed=", ".join(known),
             remedy="name one or several of these, or --all",
         )  # fmt: skip
-    settings, store = _connected()
-    chosen = list(TOPICS) if all_topics else names
+    chosen = list(known) if all_topics else names
     found, record = identify(settings, chosen), load_installation(store)
     notes = Console(stderr=True, highlight=False, soft_wrap=True)
     changed = [
@@ -127,7 +129,7 @@ def adopt_topics(names: list[str], *, all_topics: bool, yes: bool, as_json: bool
     if not changed:
         return _report(as_json, "the recorded topics are the present ones: nothing to adopt", adopted=[])
     for name in changed:
-        notes.print(f"{settings.kafka.topic(name)}: {_LOST.get(name, _LOST_OTHER)}", markup=False)
+        notes.print(f"{settings.kafka.topic(name)}: {_LOST.get(base_topic(name), _LOST_OTHER)}", markup=False)
     if not yes and not typer.confirm("record the present ids?", err=True):
         return 1
     adopt(settings, store, chosen)

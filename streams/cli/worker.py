@@ -167,7 +167,7 @@ def _run_pausable(
     role: str, settings: Settings, stop: threading.Event, metrics: Metrics, body: Callable[[threading.Event], None]
 ) -> None:
     """Run a role that pauses for `perennial topics repartition`; without a store there is nobody who could ask for it."""
-    from perennial.streams.kafka.installation import ROLE_TOPICS, open_store_of
+    from perennial.streams.kafka.installation import open_store_of, role_topics
     from perennial.streams.kafka.maintenance import run_pausable
     from perennial.streams.kafka.topic_guard import TopicGuard
 
@@ -175,7 +175,7 @@ def _run_pausable(
     if store is None:
         body(stop)
         return
-    run_pausable(role, store, stop, metrics, body, lambda: TopicGuard(settings, ROLE_TOPICS[role], store))
+    run_pausable(role, store, stop, metrics, body, lambda: TopicGuard(settings, role_topics(settings, role), store))
 
 
 def _run_all(bodies: dict[str, Callable[[], None]], stop: threading.Event) -> int:

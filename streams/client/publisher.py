@@ -20,6 +20,8 @@ from perennial.streams.client.base_publisher import BasePublisher, Delivery, Pub
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, Encoded
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
+from perennial.streams.events.tenants import TENANT_TOPICS, require_own_adapter, tenant_topic
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
 from perennial.streams.kafka.event_signatures import signed_request
 from perennial.streams.kafka.installation import ORDERED_TOPICS, load_installation, open_store_of
@@ -150,7 +152,7 @@ class Publisher(BasePublisher):
         return signed_request(event.model_copy(update={"requested_at": made_at}), self._person)
 
     def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:
-        topic = self._settings.kafka.topic(event.topic)
+        topic = self._settings.kafka.topic(self._topic_of(event))
         partition = self._internal_partition(event.topic, encoded.key)
         with self._lock:
             if self._closed:
@@ -169,6 +171,24 @@ class Publisher(BasePublisher):
         future.add_callback(self._arrived)
         future.add_errback(partial(self._failed, producer))
         return _KafkaReceipt(future, event_id, retired)
+
+    def _topic_of(self, event: Event) -> str:
+        """Return the topic of an event without the prefix: that of PERENNIAL_TENANT, where tenants have one.
+
+        Raises:
+            PublishError: The event addresses an adapter of another tenant.
+        """
+        tenant = self._settings.tenants.tenant
+        if not tenant or event.topic not in TENANT_TOPICS:
+            return event.topic
+        try:
+            require_own_adapter(str(getattr(event, "adapter", "")), tenant)
+        except WireError as error:
+            raise PublishError(
+                f"{event.type}: the adapter is none of the tenant {tenant}", got=error.got, allowed=error.allowed,
+                remedy="correct the adapter or PERENNIAL_TENANT; nothing was sent",
+            ) from None  # fmt: skip
+        return tenant_topic(event.topic, tenant)
 
     def _internal_partition(self, topic: str, key: bytes | None) -> int | None:
         """Return the partition of a record for an internal topic by the recorded count; None for other topics.

@@ -19,6 +19,7 @@ from perennial.streams.events.event_times import without_leap_second
 from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.input_events import Turn
 from perennial.streams.events.models import DEFAULT_TYPES, ExampleAccepted, Origin
+from perennial.streams.events.tenants import base_topic
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.settings import SettingsError
 
@@ -110,7 +111,7 @@ def read_dead_letter(
     except WireError as error:
         found = _UNREADABLE._replace(value=value, headers=list(headers or ()), detail=error.detail)
         return DeadLetterRecord(partition, offset, key, found, "", 0, readable=False)
-    topic = found.topic.removeprefix(prefix) if prefix and found.topic not in DEFAULT_TYPES else found.topic
+    topic = found.topic if base_topic(found.topic) in DEFAULT_TYPES else found.topic.removeprefix(prefix)
     return DeadLetterRecord(partition, offset, key, found, topic, redrive_count(found.headers), readable=True)
 
 

@@ -19,11 +19,12 @@ import orjson
 from perennial.streams.deadletters.model import DeadLetterError, DeadLetterRecord, Selection
 from perennial.streams.events.cloudevents import REDRIVES_HEADER
 from perennial.streams.events.models import DEFAULT_TYPES
+from perennial.streams.events.tenants import base_topic
 
 STATE_PREFIX = "state/replay/topic="
 """Prefix of the object keys under which progress is stored."""
 REDRIVABLE_TOPICS = tuple(DEFAULT_TYPES)
-"""The topics of outside producers. The project's own topics are ordered by high-water marks: their readers would drop a
+"""The topics of outside producers, besides those of tenants. The project's own topics are ordered by high-water marks: their readers would drop a
 record that comes back late."""
 
 _MAX_KINDS = 200
@@ -57,7 +58,7 @@ def redrive_state(record: DeadLetterRecord, *, handled: bool, max_redrives: int)
     """
     if not record.readable:
         return "unreadable"
-    if record.source_topic not in REDRIVABLE_TOPICS:
+    if base_topic(record.source_topic) not in REDRIVABLE_TOPICS:
         return "inside"
     if _CUT.match(record.dead_letter.detail):
         return "cut"
@@ -90,7 +91,7 @@ def redriven_record(record: DeadLetterRecord) -> RedrivenRecord:
     Raises:
         DeadLetterError: The record comes from a topic that takes none back.
     """
-    if record.source_topic not in REDRIVABLE_TOPICS:
+    if base_topic(record.source_topic) not in REDRIVABLE_TOPICS:
         raise DeadLetterError(
             f"the dead letter {record.position} cannot be sent back", got=record.source_topic,
             allowed=", ".join(REDRIVABLE_TOPICS), remedy="publish the original event again",

@@ -16,7 +16,7 @@ Reason = Literal[
     "too-many-headers", "bad-header", "bad-attribute", "missing-attribute", "unknown-type", "wrong-topic",
     "missing-field", "unknown-field", "bad-field", "expired", "not-a-dead-letter",
     "out-of-order", "implausible-origin", "internal-error", "bad-signature",
-    "bad-approval",
+    "bad-approval", "other-tenant",
 ]  # fmt: skip
 
 PURE_ERRORS: Final = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
@@ -39,6 +39,7 @@ _REMEDIES: dict[str, str] = {
     "implausible-origin": "find out who else writes to the topics between the roles; set PERENNIAL_INTERNAL_KEY",
     "internal-error": "report it with the dead letter: valid input must not cause it",
     "bad-approval": "approve a request that waits, as it is, by another person: `perennial forget status` lists them",
+    "other-tenant": "publish it to the topic of the tenant whose adapter it addresses",
     "bad-signature": "find out who else writes to the topics between the roles, and give all roles the same "
     "PERENNIAL_INTERNAL_KEY",
 }

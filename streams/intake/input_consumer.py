@@ -18,6 +18,7 @@ from typing import Any
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.events.tenants import split_topic
 from perennial.streams.intake.intake_metrics import IntakeMetrics
 from perennial.streams.intake.librdkafka import (
     CONSUMER_CONFIG,
@@ -376,7 +377,8 @@ class InputConsumer:
 
     def _partition(self, position: TopicPartition, ids: ClusterIds, start: StartPosition) -> InputPartition:
         topic, topic_id = self._topics[position.topic], ids.topic_ids[position.topic]
-        origin = OriginPartition(ids.cluster_id, position.topic, topic_id, position.partition, topic)
+        base, tenant = split_topic(topic)
+        origin = OriginPartition(ids.cluster_id, position.topic, topic_id, position.partition, base, tenant)
         settings = self._settings
         acceptor = Acceptor(origin, settings.intake.dedupe_window, settings.curate.learn_turns, self._refused_at)
         return InputPartition(topic, topic_id, acceptor, start.resume_at, start.resume_epoch, start.read_from)

@@ -39,10 +39,11 @@ from perennial.streams.intake.librdkafka import (
     unavailable_error,
 )
 from perennial.streams.intake.validation import Accepted, Refused
-from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation, load_installation, open_store_of
+from perennial.streams.kafka.installation import check_installation, load_installation, open_store_of, role_topics
 from perennial.streams.kafka.security.options import librdkafka_options, with_password
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import TopicGuard
+from perennial.streams.kafka.topics import topic_names
 from perennial.streams.settings import Settings
 
 SOURCES = ("documents", "interactions")
@@ -119,7 +120,8 @@ class Intake:
         self._examples = settings.kafka.topic(EXAMPLES)
         self._dead_letters = settings.kafka.topic(DEAD_LETTERS)
         self._signer = RecordSigner(settings)
-        topics = {settings.kafka.topic(name): name for name in SOURCES}
+        self._sources = topic_names(settings, SOURCES)
+        topics = {settings.kafka.topic(name): name for name in self._sources}
         common = {
             "bootstrap.servers": settings.kafka.require_bootstrap(),
             "client.id": settings.kafka.topic("intake"),
@@ -130,7 +132,7 @@ class Intake:
         before = None
         if store is not None:
             before = load_installation(store)
-            check_installation(settings, store, ROLE_TOPICS["intake"])
+            check_installation(settings, store, role_topics(settings, "intake"))
         self._topic_guard = TopicGuard(settings, [EXAMPLES], store, writes=[EXAMPLES])
         # By the recorded count, whatever count librdkafka knows by now.
         self._partition_of = self._topic_guard.routing.partitions(EXAMPLES)
@@ -287,7 +289,7 @@ class Intake:
 
     def _report_batch(self) -> None:
         """Report what was written."""
-        for name in SOURCES:
+        for name in self._sources:
             if self._handled[name]:
                 self._metrics.events_in(name, self._handled[name])
         for name, n in ((EXAMPLES, self._handled[EXAMPLES]), (DEAD_LETTERS, self._refused.total())):

@@ -28,6 +28,7 @@ from perennial.streams.events.event_times import MAX_MS
 from perennial.streams.events.fields import PERMANENT, Event
 from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
 from perennial.streams.events.models import ExampleAccepted, ExampleKind
+from perennial.streams.events.tenants import require_own_adapter
 from perennial.streams.events.wire_error import Reason, WireError
 
 SOURCE = "/perennial/intake"
@@ -54,7 +55,8 @@ class OriginPartition(NamedTuple):
         full_topic: The topic's name with the prefix.
         topic_id: The topic's id.
         partition: The partition's number.
-        topic: The topic's name without the prefix; it decides which types of events are allowed.
+        topic: The topic's name without the prefix and the tenant; it decides which types of events are allowed.
+        tenant: The tenant whose topic it is: only its adapters may be addressed; None: any adapter may.
     """
 
     cluster_id: str
@@ -62,6 +64,7 @@ class OriginPartition(NamedTuple):
     topic_id: str
     partition: int
     topic: str
+    tenant: str | None = None
 
 
 class Accepted(NamedTuple):
@@ -117,6 +120,7 @@ class Acceptor:
         self, origin: OriginPartition, window: int, learn_turns: bool, refused_at: RefusedAt | None = None
     ) -> None:
         self._topic = origin.topic
+        self._tenant = origin.tenant
         self._origin = {
             "cluster_id": origin.cluster_id,
             "topic": origin.full_topic,
@@ -163,6 +167,8 @@ class Acceptor:
         try:
             event, traceparent = decode_event(value, headers, self._topic)
             fields, content = _example_of(event, self._learn_turns)
+            if self._tenant is not None:
+                require_own_adapter(fields["adapter"], self._tenant)
             if "expires_at" in fields:
                 _require_not_expired(fields["expires_at"], at_ms)
         except WireError as error:

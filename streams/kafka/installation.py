@@ -25,8 +25,9 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.recovery.restored_store import load_restored
 from perennial.storage.registry.compare_and_swap import update_object
+from perennial.streams.events.tenants import base_topic
 from perennial.streams.kafka.maintenance import allowed_counts
-from perennial.streams.kafka.topics import TOPICS, ClusterIds, TopicReport, identify, provision
+from perennial.streams.kafka.topics import TOPICS, ClusterIds, TopicReport, identify, provision, topic_names, topics_of
 from perennial.streams.settings import Settings
 
 KEY: Final = "installation/topics"
@@ -51,9 +52,19 @@ ROLE_TOPICS: Final[Mapping[str, tuple[str, ...]]] = {
     "scorer": ("examples", "scored-examples", "dead-letters"),
     "learner": ("adapter-jobs", "adapter-updates", "retention-status", "dead-letters"),
 }  # fmt: skip
-"""The topics that each role reads or writes."""
+"""The topics that each role reads or writes; `role_topics` adds those of tenants."""
 
 _Id = Annotated[str, Field(min_length=1, max_length=200)]
+
+
+def role_topics(settings: Settings, role: str) -> tuple[str, ...]:
+    """Return the topics that a role reads or writes, those of tenants included.
+
+    Args:
+        settings: Name the tenants.
+        role: A key of ROLE_TOPICS.
+    """
+    return topic_names(settings, ROLE_TOPICS[role])
 
 
 class InstallationError(PerennialError):
@@ -205,9 +216,9 @@ def record_found(
         for name in names:
             topic_id, count = _found_topic(settings, found, name)
             if name not in record.topics:
-                seen = (topic_id,) if name in INPUT_TOPICS else ()
+                seen = (topic_id,) if base_topic(name) in INPUT_TOPICS else ()
                 record = record.with_topic(name, RecordedTopic(topic_id=topic_id, partitions=count, seen=seen))
-            elif name in INPUT_TOPICS and not by_reader:
+            elif base_topic(name) in INPUT_TOPICS and not by_reader:
                 continue
             elif name not in ORDERED_TOPICS and name not in LATEST_TOPICS:
                 record = _with_input_id(record, name, topic_id, count)
@@ -433,7 +444,8 @@ def provision_recorded(settings: Settings, store: ObjectStore | None, dry_run: b
     record = load_installation(store) if store else None
     reports = provision(settings, dry_run, record.partitions() if record else {})
     if store is not None and not dry_run:
-        record_found(settings, store, identify(settings, list(TOPICS)), TOPICS, allowed_counts(store))
+        names = list(topics_of(settings))
+        record_found(settings, store, identify(settings, names), names, allowed_counts(store))
     return reports
 
 

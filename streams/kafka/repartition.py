@@ -12,6 +12,7 @@ from kafka.errors import GroupIdNotFoundError, KafkaError
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.streams.events.tenants import base_topic
 from perennial.streams.kafka.group_offsets import reader_positions
 from perennial.streams.kafka.installation import (
     ORDERED_TOPICS,
@@ -309,8 +310,9 @@ def adopt(settings: Settings, store: ObjectStore, names: Sequence[str]) -> Insta
         for name in names:
             full = settings.kafka.topic(name)
             recorded = record.topics.get(name)
-            if recorded is not None and recorded.topic_id != found.topic_ids[full] and name in READERS:
-                forget_offsets(admin, settings, READERS[name], name, found.partitions[full])
+            group = READERS.get(base_topic(name))
+            if recorded is not None and recorded.topic_id != found.topic_ids[full] and group is not None:
+                forget_offsets(admin, settings, group, name, found.partitions[full])
     return adopt_topics(settings, store, found, names)
 
 
@@ -318,7 +320,7 @@ READERS: Final = {
     "documents": "intake", "interactions": "intake", "retention": "curate",
     **{name: flow.readers for name, flow in FLOWS.items() if flow.readers},
 }  # fmt: skip
-"""The consumer group that reads each topic, without the prefix."""
+"""The consumer group that reads each topic, without the prefix; the topics of tenants have the same readers."""
 
 
 def forget_offsets(admin: Any, settings: Settings, group: str, topic: str, partitions: int) -> None:

@@ -8,9 +8,9 @@ partitions and lose their order.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.events.cloudevents import MAX_HEADER_BYTES, MAX_INSIDE_VALUE_BYTES, MAX_VALUE_BYTES
 from perennial.streams.events.dead_letter import MAX_DEAD_LETTER_BYTES
 from perennial.streams.events.models import EVENTS
+from perennial.streams.events.tenants import base_topic, with_tenants
 from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.settings import Settings
 
@@ -62,7 +63,7 @@ class TopicSpec:
     @property
     def event_types(self) -> tuple[str, ...]:
         """CloudEvents types of the topic's events."""
-        return tuple(name for name, model in EVENTS.items() if model.topic == self.name)
+        return tuple(name for name, model in EVENTS.items() if model.topic == base_topic(self.name))
 
     def partitions(self, settings: Settings) -> int:
         """Return the number of partitions that `provision` gives the topic."""
@@ -127,6 +128,26 @@ TOPICS: Mapping[str, TopicSpec] = MappingProxyType({
 })  # fmt: skip
 
 
+def topics_of(settings: Settings) -> Mapping[str, TopicSpec]:
+    """Return the specification of every topic of an installation, those of its tenants included.
+
+    Args:
+        settings: Name the tenants.
+    """
+    names = topic_names(settings, TOPICS)
+    return {name: replace(TOPICS[base_topic(name)], name=name) for name in names}
+
+
+def topic_names(settings: Settings, names: Iterable[str]) -> tuple[str, ...]:
+    """Return topics, each followed by those that tenants have in its place.
+
+    Args:
+        settings: Name the tenants.
+        names: Names of TOPICS.
+    """
+    return with_tenants(names, settings.tenants.names)
+
+
 @dataclass(frozen=True)
 class TopicReport:
     """The result of `provision` for one topic.
@@ -163,7 +184,7 @@ def provision(
     """Create missing topics, and report how existing ones differ from their specification without altering them.
 
     Args:
-        settings: Name the brokers, the topic prefix, the partition count and the replication factor.
+        settings: Name the brokers, the topic prefix, the tenants, the partition count and the replication factor.
         dry_run: Create nothing.
         partitions: Partition counts by topic name without the prefix, instead of the settings' count.
 
@@ -176,11 +197,11 @@ def provision(
         SettingsError: No brokers are set.
     """
     with admin_client(settings) as admin:
-        existing = set(admin.list_topics())
-        names = {settings.kafka.topic(name): spec for name, spec in TOPICS.items()}
+        existing, specs = set(admin.list_topics()), topics_of(settings)
+        names = {settings.kafka.topic(name): spec for name, spec in specs.items()}
         counts = {
             settings.kafka.topic(name): (partitions or {}).get(name) or spec.partitions(settings)
-            for name, spec in TOPICS.items()
+            for name, spec in specs.items()
         }
         missing = {name: spec for name, spec in names.items() if name not in existing}
         if missing and not dry_run:
@@ -204,7 +225,7 @@ def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterI
 
     Args:
         settings: Name the brokers and the topic prefix.
-        names: Topic names without the prefix; None means every topic of TOPICS that exists.
+        names: Topic names without the prefix; None means every topic of the installation that exists.
 
     Returns:
         The ids.
@@ -217,7 +238,7 @@ def identify(settings: Settings, names: Sequence[str] | None = None) -> ClusterI
     with admin_client(settings) as admin:
         cluster_id = str(admin.describe_cluster()["cluster_id"])
         existing = set(admin.list_topics())
-        wanted = [settings.kafka.topic(name) for name in (names if names is not None else TOPICS)]
+        wanted = [settings.kafka.topic(name) for name in (names if names is not None else topics_of(settings))]
         missing = sorted(set(wanted) - existing)
         if missing and names is not None:
             raise missing_topics_error(missing)

@@ -10,10 +10,11 @@ from kafka import TopicPartition
 from kafka.errors import CoordinatorNotAvailableError
 from pydantic import BaseModel, ConfigDict
 
+from perennial.streams.events.tenants import base_topic
 from perennial.streams.kafka.group_offsets import ReaderPosition, reader_positions
 from perennial.streams.kafka.repartition import READERS, group_members
 from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
-from perennial.streams.kafka.topics import admin_client, identify
+from perennial.streams.kafka.topics import admin_client, identify, topic_names
 from perennial.streams.settings import Settings
 
 GROUPS: Final = ("intake", "scorer", "curate", "learner")
@@ -80,7 +81,8 @@ def read_logs(settings: Settings, admin: Any, counts: Mapping[str, int]) -> dict
         counts: Partition counts by topic with the prefix.
     """
     found = {}
-    for topic, group in READERS.items():
+    for topic in topic_names(settings, READERS):
+        group = READERS[base_topic(topic)]
         full = settings.kafka.topic(topic)
         found[topic] = reader_positions(admin, settings.kafka.topic(group), full, counts.get(full, 0))
     return found

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from perennial.streams.events.tenants import base_topic
+
 MARGIN_MS: Final = 24 * 3_600_000
 """A log that begins so long before the newest trace of a store holds everything that the store lacks."""
 STAGES: Final = (("curate", ("scored-examples",)), ("scorer", ("examples",)), ("intake", ("documents", "interactions")))
@@ -64,7 +66,8 @@ def plan_offsets(logs: Mapping[str, Sequence[LogRange]], store_ms: int | None) -
     """
     commits: dict[str, dict[str, dict[int, int]]] = {}
     gaps: list[tuple[bool, int, dict[str, int], list[str]]] = []
-    for group, topics in STAGES:
+    for group, bases in STAGES:
+        topics = [*bases, *(topic for topic in logs if topic not in bases and base_topic(topic) in bases)]
         commits[group] = {topic: {log.partition: _start(log) for log in logs.get(topic, ())} for topic in topics}
         lost = {topic: count for topic in topics if (count := sum(_lost(log) for log in logs.get(topic, ())))}
         unknown = [topic for topic in topics if any(_is_unknown(log, store_ms) for log in logs.get(topic, ()))]

@@ -42,6 +42,7 @@ from perennial.storage.registry.registry import AliasState, Registry
 from perennial.storage.signing.trust import Trust
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ForgetRequested, UpdateRequested
+from perennial.streams.events.tenants import base_topic
 from perennial.streams.kafka.group import ConfirmingProducer
 from perennial.streams.kafka.group_offsets import ReaderPosition
 from perennial.streams.kafka.installation import first_difference, load_installation
@@ -205,7 +206,8 @@ def reconcile(
         _publish_waiting(store, producer, report, on_progress)
     finally:
         producer.close()
-    _commit(settings, {"curate": {"retention": {log.partition: log.end for log in logs["retention"]}}})
+    read = {topic: {log.partition: log.end for log in each} for topic, each in _request_logs(logs).items()}
+    _commit(settings, {"curate": read})
     end_restore(store)
     return report
 
@@ -258,7 +260,7 @@ def _log_ranges(
         for topic, readers in logs.items():
             topic_id = ids.topic_ids.get(settings.kafka.topic(topic))
             wanted = positions.recorded(topic, topic_id, ids.cluster_id) if positions else {}
-            if topic == "retention" and not wanted and store_ms is not None:
+            if base_topic(topic) == "retention" and not wanted and store_ms is not None:
                 wanted = _offsets_at(admin, readers, store_ms - REQUESTS_MARGIN_MS)
             found[topic] = [
                 LogRange(r.partition.partition, r.begin, r.end, wanted.get(r.partition.partition)) for r in readers
@@ -287,8 +289,10 @@ def _with_first(settings: Settings, topic: str, log: LogRange) -> LogRange:
 
 
 def _require_all_there(plan: OffsetPlan, logs: Mapping[str, list[LogRange]], *, accept_lost: bool) -> None:
-    requests = sum(max(0, log.begin - log.wanted) for log in logs["retention"] if log.wanted is not None)
-    lost = {**plan.lost, **({"retention": requests} if requests else {})}
+    lost = dict(plan.lost)
+    for topic, each in _request_logs(logs).items():
+        requests = sum(max(0, log.begin - log.wanted) for log in each if log.wanted is not None)
+        lost |= {topic: requests} if requests else {}
     if accept_lost or not (lost or plan.unknown):
         return
     said = [f"{count} records of {topic} were deleted since" for topic, count in lost.items()]
@@ -327,10 +331,16 @@ def _commit(settings: Settings, commits: Mapping[str, Mapping[str, Mapping[int, 
 
 def _requests(settings: Settings, logs: Mapping[str, list[LogRange]]) -> Iterator[Any]:
     ranges = []
-    for log in logs["retention"]:
-        start = log.begin if log.wanted is None else min(max(log.begin, log.wanted), log.end)
-        ranges.append(read_range(settings, partition_of(settings, "retention", log.partition), start, log.end))
+    for topic, each in _request_logs(logs).items():
+        for log in each:
+            start = log.begin if log.wanted is None else min(max(log.begin, log.wanted), log.end)
+            ranges.append(read_range(settings, partition_of(settings, topic, log.partition), start, log.end))
     return merge_by_time(ranges)
+
+
+def _request_logs(logs: Mapping[str, list[LogRange]]) -> dict[str, list[LogRange]]:
+    """Return the logs of `retention`, and of the topics of this kind that tenants have."""
+    return {topic: each for topic, each in logs.items() if base_topic(topic) == "retention"}
 
 
 def resume_aliases(

@@ -20,6 +20,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
+from perennial.streams.events.tenants import request_in_tenant, split_topic
 from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.group import ConfirmingProducer
 from perennial.streams.observe.metrics import Metrics
@@ -85,7 +86,7 @@ def replay_requests(
     async def run() -> None:
         service = RetainService(settings, metrics, StoreFacts(settings, store, acks), send)
         for record in records:
-            await _accept(service, requests, record, report)
+            await _accept(settings, service, requests, record, report)
             on_request()
         waiting = _indexed(requests)
         for _ in range(_MAX_TICKS):
@@ -106,20 +107,24 @@ def replay_requests(
     return report
 
 
-async def _accept(service: RetainService, requests: RequestStore, record: Any, report: ReplayReport) -> None:
+async def _accept(
+    settings: Settings, service: RetainService, requests: RequestStore, record: Any, report: ReplayReport
+) -> None:
     try:
         request = decode(record.value, record.headers, _TOPIC).event
         if not isinstance(request, RetentionRequested):
             report.refused += 1
             return
-        known = requests.load(hash_of(request.request_id)) is not None
+        _, tenant = split_topic(record.topic.removeprefix(settings.kafka.topic_prefix))
+        request_id = request_in_tenant(request, tenant, settings.tenants.names).request_id
+        known = requests.load(hash_of(request_id)) is not None
         if KINDS[request.kind].job == "rollback" and (not known or request.approved_by is not None):
-            if request.request_id not in report.revocations:
-                report.revocations.append(request.request_id)
+            if request_id not in report.revocations:
+                report.revocations.append(request_id)
             return
-        await service.receive(request, record.timestamp)
+        await service.receive(request, record.timestamp, tenant)
         if not known:
-            report.accepted.append(request.request_id)
+            report.accepted.append(request_id)
         elif request.approved_by is None:
             report.known += 1
     except (WireError, *PURE_ERRORS):  # retain had sent it to the dead letters

@@ -1,4 +1,4 @@
-"""The retain agent: take deliveries of `retention` from Faust, acknowledge them, and run the calendar in one process.
+"""The retain agent: take deliveries of `retention` and of tenants' such topics from Faust, acknowledge them, and run the calendar in one process.
 
 The agent performs the step of one request completely, acknowledges its record, and only then takes the next request. So
 the acknowledged offsets have no gaps. The process that has partition 0 of `retention` runs the calendar and goes on with
@@ -23,9 +23,11 @@ from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.dead_letter import encode_dead_letter
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
+from perennial.streams.events.tenants import split_topic
 from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting, TopicGuard
+from perennial.streams.kafka.topics import topic_names
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.replicas.acks import AckReader
 from perennial.streams.replicas.replica_watch import ReplicaWatch
@@ -56,7 +58,7 @@ class RetainAgent:
         self._app = app
         self._settings = settings
         self._metrics = metrics
-        self._topic = settings.kafka.topic(TOPIC)
+        self._topics_read = {settings.kafka.topic(name): name for name in topic_names(settings, [TOPIC])}
         self._topics = topics
         self._routing = topics.routing if topics else KeyRouting({})
         self._signer = RecordSigner(settings)
@@ -88,7 +90,8 @@ class RetainAgent:
             await asyncio.to_thread(self._topics.verify)
         self._metrics.events_in(TOPIC)
         try:
-            await self._service.receive(_decoded(message), int(message.timestamp * 1000))
+            _, tenant = split_topic(self._topics_read[message.topic])
+            await self._service.receive(_decoded(message), int(message.timestamp * 1000), tenant)
         except WireError as error:
             await self._refuse(error, message)
         except PURE_ERRORS as error:  # one request must not end the role
@@ -104,8 +107,8 @@ class RetainAgent:
         self._metrics.tick(TOPIC)
         if not self._assigned:
             return
-        partitions = [tp for tp in self._app.consumer.assignment() if tp.topic == self._topic]
-        if any(tp.partition == 0 for tp in partitions):
+        partitions = [tp for tp in self._app.consumer.assignment() if tp.topic in self._topics_read]
+        if any(self._topics_read[tp.topic] == TOPIC and tp.partition == 0 for tp in partitions):
             await self._service.tick()
             await asyncio.to_thread(self._replicas.tick)
         with suppress(KafkaError):  # a rebalance may have begun
@@ -117,9 +120,10 @@ class RetainAgent:
             self._metrics.lag(TOPIC, lag)
 
     async def _refuse(self, error: WireError, message: Any) -> None:
-        log.warning("refused %s[%d]@%d: %s", TOPIC, message.partition, message.offset, error.reason)
+        topic = self._topics_read[message.topic]
+        log.warning("refused %s[%d]@%d: %s", topic, message.partition, message.offset, error.reason)
         value, headers = encode_dead_letter(
-            message.value, message.headers, reason=error.reason, stage="retain", detail=error.detail, topic=TOPIC,
+            message.value, message.headers, reason=error.reason, stage="retain", detail=error.detail, topic=topic,
             partition=message.partition, offset=message.offset, at=datetime.fromtimestamp(time.time(), UTC),
         )  # fmt: skip
         await self._produce("dead-letters", message.key, value, headers)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
-from typing import Final, Literal
+from typing import Final, Literal, Self
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -169,6 +169,17 @@ class RequestRecord(LedgerPart):
     ending: str = ""
     ended_ms: int | None = None
     approval: Approval | None = Field(default=None, exclude_if=is_none)
+
+    @classmethod
+    def of(cls, request: RetentionRequested, received_ms: int) -> Self:
+        """Return a new request: what was published until it came is meant, or until its due_at where it begins then.
+
+        Args:
+            request: The request.
+            received_ms: When the broker took it, in milliseconds since 1970.
+        """
+        begins_ms = epoch_ms(request.due_at) if KINDS[request.kind].due_at == "start" else None
+        return cls(request=request, received_ms=received_ms, until_ms=max(received_ms, begins_ms or 0))
 
     @property
     def unapproved(self) -> bool:

@@ -25,17 +25,17 @@ from perennial.streams.retain.adapter_calendar import AdapterCalendar
 from perennial.streams.retain.ended_requests import EndedRequests
 from perennial.streams.retain.ledger import (
     AdapterProgress,
+    Approval,
     PageSummary,
     RequestRecord,
     covers,
-    epoch_ms,
     page_of,
     patterns_over,
 )
 from perennial.streams.retain.request_cache import RequestCache, StoredRequest
 from perennial.streams.retain.request_store import KEEP_MS, RequestStore, hash_of
 from perennial.streams.retain.rules.approvals import ApprovalRules, expired_text, waiting_text
-from perennial.streams.retain.rules.calendar import OWN_PREFIX, earlier_ids_of
+from perennial.streams.retain.rules.calendar import earlier_ids_of, require_outside_id
 from perennial.streams.retain.rules.state_machine import (
     MAX_DETAIL_CHARS,
     Facts,
@@ -98,30 +98,28 @@ class RequestWorker:
 
     # ---- accepting requests
 
-    def receive(self, request: RetentionRequested, received_ms: int, now_ms: int) -> Iterator[Slice]:
+    def receive(
+        self, request: RetentionRequested, received_ms: int, now_ms: int, signed: RetentionRequested | None = None
+    ) -> Iterator[Slice]:
         """Accept or refuse a request and take its first step; of a redelivered one only publish the state again.
 
         Args:
-            request: The request as it came from the topic.
+            request: The request, with the id by which retain knows it.
             received_ms: When the broker took it, in milliseconds since 1970.
             now_ms: The guarded time, in milliseconds since 1970.
+            signed: The request as it came from the topic, where the two differ.
 
         Raises:
             WireError: Another request had the same id, the id is reserved, or a record approves nothing.
         """
-        if request.request_id.startswith(OWN_PREFIX):
-            raise WireError(
-                "bad-field", "request_id", got=request.request_id,
-                allowed=f"an id that does not begin with {OWN_PREFIX}, which retain's own requests have",
-            )  # fmt: skip
+        require_outside_id(request.request_id)
         self._facts.begin()
         self.cache.refresh_in_force()
         name, processor = hash_of(request.request_id), self._processor(now_ms)
         found = self.cache.load(name)
-        before = found.record if found else None
-        wanted = before
+        wanted = before = found.record if found else None
         if request.approved_by is not None:
-            wanted = self._approvals.approved(before, request, received_ms)
+            wanted = self._approvals.approved(before, signed or request, received_ms)
         elif before is not None and before.request != request:
             raise WireError("bad-field", "request_id", got=request.request_id, allowed="an id not used before")
         if found is not None and wanted is before:
@@ -130,22 +128,22 @@ class RequestWorker:
             self.cache.announce(in_force=found.record.in_force)  # it may have been saved and not announced
             if KINDS[request.kind].job is not None or found.record.state != "accepted":
                 return
+        elif wanted is not None:
+            yield self._saving(processor, self._started(processor, wanted), found)
         else:
-            record = self._started(processor, wanted) if wanted else self._accepted(processor, request, received_ms)
-            yield self._saving(processor, record, found)
+            approval = self._approvals.needed(signed or request, received_ms)
+            yield self._saving(processor, self._accepted(processor, request, received_ms, approval), None)
         if not (request.adapter.endswith("*") and (KINDS[request.kind].job is not None or request.kind == "hold")):
             yield from self._guarded(name, now_ms)  # what has to reach many adapters is for the ticks
 
-    def _accepted(self, processor: RequestProcessor, request: RetentionRequested, received_ms: int) -> RequestRecord:
-        until_ms = received_ms
-        if KINDS[request.kind].due_at == "start" and request.due_at is not None:
-            until_ms = max(received_ms, epoch_ms(request.due_at) or 0)
-        record = RequestRecord(request=request, received_ms=received_ms, until_ms=until_ms)
+    def _accepted(
+        self, processor: RequestProcessor, request: RetentionRequested, received_ms: int, approval: Approval | None
+    ) -> RequestRecord:
+        record = RequestRecord.of(request, received_ms)
         refusal = refusal_of(request, received_ms)
         if refusal:
             processor.publish_state(record)
             return processor.set_state(record, "failed", refusal, processor.now_ms)
-        approval = self._approvals.needed(request, received_ms)
         if approval is not None:
             record = record.model_copy(update={"approval": approval})
             return processor.set_state(record, "unapproved", waiting_text(record))

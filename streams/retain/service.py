@@ -23,6 +23,7 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.recovery.rollback import revoke
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import ForgetRequested, RetentionRequested, RollbackRequested
+from perennial.streams.events.tenants import request_in_tenant
 from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.clock import ClockGuard
@@ -80,6 +81,7 @@ class RetainService:
         self._store = facts.store
         self._registry = facts.signing_registry
         self._send = send
+        self._tenants = settings.tenants.names
         self._settle_ms = int(settings.retain.clock_settle_s * 1000)
         self._wall_ms = wall_ms
         self._monotonic_ms = monotonic_ms
@@ -96,21 +98,24 @@ class RetainService:
             approvals=_approval_rules(settings),
         )  # fmt: skip
 
-    async def receive(self, request: RetentionRequested, received_ms: int) -> None:
+    async def receive(self, request: RetentionRequested, received_ms: int, tenant: str | None = None) -> None:
         """Accept one request and take its first step.
 
         Args:
             request: The request as it came from the topic.
             received_ms: When the broker took it, in milliseconds since 1970.
+            tenant: The tenant whose topic it came from; None: it came from `retention`.
 
         Raises:
-            WireError: Another request had the same id, the id is reserved, or a record approves nothing.
+            WireError: Another request had the same id, the id is reserved, a record approves nothing, or it addresses an
+                adapter of another tenant.
             ConflictError: Other writers kept changing the request.
         """
+        named = request_in_tenant(request, tenant, self._tenants)
         await self._migrate()
         for _ in range(_ATTEMPTS):
             now_ms = await asyncio.to_thread(self._now_ms)
-            slices = self._worker.receive(request, received_ms, now_ms)
+            slices = self._worker.receive(named, received_ms, now_ms, request)
             if await self._drive(slices, stop_at_conflict=True):
                 return
         raise ConflictError(

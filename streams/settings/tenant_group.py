@@ -1,4 +1,4 @@
-"""The group of settings of tenants: their weights and budgets at the learner. See `loading` for how they are set.
+"""The group of settings of tenants: their topics, and weights and budgets at the learner. See `loading` for how they are set.
 
 A tenant is the first segment of an adapter's name: `acme` of `acme/support`.
 """
@@ -18,6 +18,9 @@ from perennial.streams.settings.groups import SettingsGroup
 
 EVERY_TENANT = "*"
 UNLIMITED = "unlimited"
+RESERVED = "perennial"
+MAX_TENANT_CHARS = 100
+"""So that the names of its topics, with a prefix, are no longer than Kafka allows."""
 MAX_WEIGHT = 1_000_000
 MAX_TOKENS_PER_HOUR = 10**15
 _T = TypeVar("_T")
@@ -25,7 +28,7 @@ _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 class TenantSettings(SettingsGroup):
-    """How the learner divides its time among tenants.
+    """Which tenants have topics of their own, and how the learner divides its time among tenants.
 
     Example:
         >>> tenants = TenantSettings(tenant_weights="acme=4", tenant_tokens_per_hour="acme=unlimited, *=200000")
@@ -33,7 +36,19 @@ class TenantSettings(SettingsGroup):
         (4.0, 1.0)
         >>> tenants.tokens_per_hour("acme"), tenants.tokens_per_hour("globex")
         (None, 200000)
+        >>> TenantSettings(tenants="acme, globex").names
+        ('acme', 'globex')
     """
+
+    tenants: str = Field(
+        "",
+        description="tenants that have topics of their own, `acme,globex`: documents.acme, interactions.acme and "
+        "retention.acme address adapters below acme/ only; the same for all roles; empty: none",
+    )
+    tenant: str = Field(
+        "",
+        description="publisher, `perennial publish`, `perennial forget`: the tenant whose topics they write to; empty: none",
+    )
 
     tenant_weights: str = Field(
         "",
@@ -46,6 +61,24 @@ class TenantSettings(SettingsGroup):
         "wait for those of others, `acme=200000,*=1000000`; they wait no longer than until the hour's tokens are below the "
         "budget again, and not at all while no other tenant's jobs wait; per learner process; empty or `unlimited`: no limit",
     )
+
+    @field_validator("tenants")
+    @classmethod
+    def _check_tenants(cls, text: str) -> str:
+        _names(text)
+        return text
+
+    @field_validator("tenant")
+    @classmethod
+    def _check_tenant(cls, text: str) -> str:
+        if len(_names(text)) > 1:
+            raise ValueError(f"one tenant, or none; got {text[:80]!r}")
+        return text.strip()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tenants that have topics of their own."""
+        return _names(self.tenants)
 
     @field_validator("tenant_weights")
     @classmethod
@@ -68,6 +101,24 @@ class TenantSettings(SettingsGroup):
         """Return the tenant's budget in tokens per hour; None where it has no limit."""
         budgets = _budgets(self.tenant_tokens_per_hour)
         return budgets.get(tenant, budgets.get(EVERY_TENANT))
+
+
+@lru_cache(maxsize=8)
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(filter(None, (part.strip() for part in text.split(","))))
+    for name in names:
+        if not _TENANT.fullmatch(name) or len(name) > MAX_TENANT_CHARS:
+            raise ValueError(
+                f"tenants as the first segment of an adapter's name, at most {MAX_TENANT_CHARS} characters; got {name[:80]!r}"
+            )
+        if name == RESERVED:
+            raise ValueError(f"tenants but {RESERVED!r}: retain's own requests have ids that begin so")
+    # Kafka takes two topics for one whose names differ in `.` and `_` alone.
+    if len({name.replace(".", "_") for name in names}) < len(names):
+        raise ValueError(
+            f"each tenant once, and none that differs from another in `.` and `_` alone; got {text[:80]!r}"
+        )
+    return names
 
 
 @lru_cache(maxsize=8)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from confluent_kafka import Producer
 from typer.testing import CliRunner
 
 from perennial.storage.access.minio_accounts import Account, apply_policies
@@ -28,6 +29,10 @@ from perennial.streams.devstack import discovery
 from perennial.streams.devstack.supervisor import ROLES as PROCESSES
 from perennial.streams.devstack.supervisor import Supervisor
 from perennial.streams.events.adapter_events import ReplicaLeft
+from perennial.streams.events.cloudevents import encode
+from perennial.streams.events.fields import Event
+from perennial.streams.events.models import DocumentObserved, InteractionObserved, RetentionRequested, Selector
+from perennial.streams.intake.librdkafka import client_log
 from perennial.streams.kafka.access.acl_admin import AclError, compare, create_missing
 from perennial.streams.kafka.access.acl_table import (
     GROUPS,
@@ -37,12 +42,15 @@ from perennial.streams.kafka.access.acl_table import (
     RoleAccess,
     acls_of,
     principals_of,
+    roles_of,
 )
 from perennial.streams.kafka.group_offsets import group_offsets
 from perennial.streams.kafka.installation import provision_recorded
-from perennial.streams.kafka.topics import TOPICS, admin_client, provision
+from perennial.streams.kafka.security.options import librdkafka_options
+from perennial.streams.kafka.topics import TOPICS, admin_client, provision, topics_of
 from perennial.streams.replicas.acks import AckReader
 from perennial.streams.replicas.replica_status import KEPT_S
+from perennial.streams.retain.request_store import load_requests
 from perennial.streams.settings import Settings
 from tests.oracle import wait_until
 from tests.secure_broker import Authority, SecureBroker
@@ -196,6 +204,147 @@ def test_streams_deletes_the_records_of_replicas_that_left(site: GuardedSite):
         assert reader.prune() == 1
     with closing(AckReader(site.user(f"{prefix}streams", prefix))) as reader:
         assert reader.replicas(None, None) == []
+
+
+# ---- tenants
+
+TENANTS = ("acme", "globex")
+TENANT_ROLES = [role for role in roles_of(TENANTS) if "." in role]
+
+
+def tenants_of(settings: Settings) -> Settings:
+    return settings.replace(tenants=",".join(TENANTS))
+
+
+@pytest.fixture(scope="module")
+def tenant_site(site: GuardedSite) -> tuple[GuardedSite, str]:
+    """Return the site with the topics and ACLs of two tenants, and the prefix of all names."""
+    prefix = "tenants-"
+    roles = roles_of(TENANTS)
+    settings = tenants_of(site.admin(prefix))
+    site.add_users([f"{prefix}{role}" for role in roles])
+    create_missing(settings, acls_of(settings, principals_of(prefix, roles=roles)))
+    assert all(report.created for report in provision(tenants_of(site.user(f"{prefix}provisioner", prefix))))
+    return site, prefix
+
+
+@pytest.mark.parametrize("role", [*TENANT_ROLES, "intake", "streams"])
+def test_a_tenant_reaches_its_own_topics_and_nobody_elses(role: str, tenant_site: tuple[GuardedSite, str], acts: Acts):
+    site, prefix = tenant_site
+    access, settings = roles_of(TENANTS)[role], tenants_of(site.admin(prefix))
+    names = {f"{prefix}{name}": name for name in topics_of(settings)}
+    assert all(Trier(settings).topics("Write", list(names)).values())  # a fetch needs a record
+    trier = Trier(site.user(f"{prefix}{role}"))
+    for operation in OPERATIONS:
+        for full, done in trier.topics(operation, list(names)).items():
+            allowed = access.may("topic", names[full], operation)
+            acts.add(f"{role}: {operation} topic {names[full]}", allowed=allowed, done=done)
+    assert not acts.wrong, "allowed although the table does not"
+    assert not acts.failed, "refused although the table allows it"
+
+
+@pytest.mark.slow(60)
+@pytest.mark.timeout(900)
+def test_a_record_that_addresses_another_tenants_adapter_becomes_a_dead_letter(
+    site: GuardedSite, tmp_path: Path, acts: Acts
+):
+    """Through real intake and retain, each as its own principal; ids of requests are each tenant's own."""
+    prefix = "deliver-"
+    roles = roles_of(TENANTS)
+    admin = tenants_of(site.admin(prefix))
+    site.add_users([f"{prefix}{role}" for role in roles])
+    create_missing(admin, acls_of(admin, principals_of(prefix, roles=roles)))
+
+    def of(role: str) -> Settings:
+        return tenants_of(site.user(f"{prefix}{role}", prefix)).replace(store=str(tmp_path / "store"))
+
+    store = open_store(of("provisioner").store.require_uri(), of("provisioner").s3)
+    provision_recorded(of("provisioner"), store)
+    given = [
+        (topic, tenant, adapter)
+        for topic in ("documents", "interactions", "retention")
+        for tenant in TENANTS
+        for adapter in (f"{tenant}/support", "acme/support", "globex/support", "*")
+        if adapter != "*" or topic == "retention"
+    ]
+    with ExitStack() as stack:
+        for role in ("intake", "streams"):
+            password = {"PERENNIAL_KAFKA_PASSWORD": password_of(f"{prefix}{role}")}
+            process = Supervisor(of(role), tmp_path / "logs", (role,), password)
+            stack.callback(process.stop)
+            process.start()
+            process.wait_healthy(300)
+        for number, (topic, tenant, adapter) in enumerate(given):
+            account = f"{'requester' if topic == 'retention' else 'publisher'}.{tenant}"
+            write(of(account), f"{topic}.{tenant}", event_for(topic, adapter, number))
+        foreign = [(topic, tenant, adapter) for topic, tenant, adapter in given if not adapter.startswith(f"{tenant}/")]
+
+        def dead_letters() -> list[tuple[str, str, str]]:
+            env = {**of("operator").environment(), "PERENNIAL_KAFKA_PASSWORD": password_of(f"{prefix}operator")}
+            result = CliRunner().invoke(app, ["dlq", "ls", "--json"], env=env)
+            assert result.exit_code == 0, result.output
+            return [(each["from"], each["adapter"], each["reason"]) for each in json.loads(result.output)["letters"]]
+
+        wait_until(lambda: len(dead_letters()) >= len(foreign), 300, "every foreign record is a dead letter", every_s=1)
+        wanted = sorted((f"{topic}.{tenant}", adapter, "other-tenant") for topic, tenant, adapter in foreign)
+        assert sorted(dead_letters()) == wanted
+        own = [each for each in given if each not in foreign and each[0] != "retention"]
+
+        def examples() -> int:
+            with FlowReader(of("operator")) as reader:
+                return reader.read().written["examples"]
+
+        # The window drops the second one of two equal examples, so each adapter's own record counts once per topic.
+        wait_until(lambda: examples() >= len(own), 300, "every own record is an example", every_s=1)
+        assert examples() == len(own)
+        for topic, tenant, adapter in foreign:
+            acts.add(f"{topic}.{tenant} addresses {adapter}", allowed=False, done=False)
+        with StatusReader(of("requester.acme")) as status:
+            wait_until(
+                lambda: set(status.latest()) == request_ids(given), 300, "the states of all own requests", every_s=1
+            )
+        assert set(load_requests(store)) == request_ids(given)
+    assert refusals(tmp_path / "logs") == []
+
+
+def request_ids(given: list[tuple[str, str, str]]) -> set[str]:
+    """Return the ids by which retain knows the requests of tenants about their own adapters."""
+    return {
+        f"{t}:r{n}"
+        for n, (topic, t, adapter) in enumerate(given)
+        if topic == "retention" and adapter.startswith(f"{t}/")
+    }
+
+
+def event_for(topic: str, adapter: str, number: int) -> Event:
+    if topic == "documents":
+        return DocumentObserved(
+            adapter=adapter, document_id=f"d{number}", text=f"Note {number}: parcels leave at noon."
+        )
+    if topic == "interactions":
+        return InteractionObserved(
+            adapter=adapter, interaction_id=f"i{number}", prompt="2+2?", response="5", correction="4"
+        )
+    return RetentionRequested(
+        request_id=f"r{number}", kind="erase", adapter=adapter, selector=Selector(document_ids=["none"]),
+        requested_by="ann",
+    )  # fmt: skip
+
+
+def write(settings: Settings, topic: str, event: Event) -> None:
+    """Write an event to a topic without a publisher's own check of the tenant."""
+    record = encode(event, event_id="1", source="/test", occurred_at=datetime.now(UTC))
+    producer = Producer(
+        {"bootstrap.servers": settings.kafka.require_bootstrap(), **librdkafka_options(settings.kafka_security)},
+        logger=client_log,
+    )
+    errors: list[object] = []
+    producer.produce(
+        settings.kafka.topic(topic), record.value, record.key, headers=record.headers,
+        on_delivery=lambda error, _: errors.append(error),
+    )  # fmt: skip
+    assert producer.flush(120) == 0
+    assert errors == [None]
 
 
 @pytest.mark.slow(90)

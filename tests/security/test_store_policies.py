@@ -13,7 +13,7 @@ import pytest
 from minio.error import S3Error
 
 from perennial.storage.access.minio_accounts import Account, apply_policies
-from perennial.storage.access.store_table import FOLDERS, ROLES, Right, StoreAccess
+from perennial.storage.access.store_table import FOLDERS, PER_ADAPTER, ROLES, Right, StoreAccess
 from perennial.storage.errors import StoreError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore, blob_key, digest_of
@@ -36,10 +36,10 @@ class Site:
     server: MinioServer
     secrets: Mapping[str, str]
 
-    def s3(self, account: str) -> S3Settings:
+    def s3(self, account: str, secret: str = "") -> S3Settings:
         return S3Settings.from_env({
             **self.server.environment(), "PERENNIAL_S3_ACCESS_KEY": account,
-            "PERENNIAL_S3_SECRET_KEY": self.secrets[account],
+            "PERENNIAL_S3_SECRET_KEY": secret or self.secrets[account],
         })  # fmt: skip
 
     @property
@@ -90,6 +90,31 @@ def test_the_server_allows_a_role_what_the_table_says_and_nothing_else(role: str
     assert not acts.wrong, "allowed although the table does not"
     assert not acts.failed, "refused although the table allows it"
     assert acts.tried + acts.worked == 4 * len(FOLDERS) + 5
+
+
+def test_a_tenants_subscriber_reads_what_belongs_to_its_adapters_and_nothing_else(site: Site, acts: Acts):
+    root = open_store(URI, site.root)
+    secret = secrets.token_hex(16)
+    apply_policies(site.root, {"subscriber.acme": Account("perennial-subscriber.acme", secret)}, "perennial", "eu")
+    mine = open_store(URI, site.s3("perennial-subscriber.acme", secret))
+    for folder in FOLDERS:
+        for tenant in ("acme", "globex", "acmes"):
+            key, data = f"{folder}/{tenant}/support/1", secrets.token_bytes(8)
+            if folder in {"blobs", "orphans"}:
+                key, data = key_in(folder)
+            root.put_if_absent(key, data)
+            own = tenant == "acme" and folder in PER_ADAPTER
+            act = f"subscriber.acme: {{}} {folder} of {tenant}"
+            reads = own or folder == "blobs"  # blobs of all tenants lie side by side, under their digests
+            acts.add(act.format("read"), allowed=reads, done=done_by(lambda key=key: mine.get(key)))
+            listed = done_by(lambda folder=folder, tenant=tenant: list(mine.list(f"{folder}/{tenant}/")))
+            acts.add(act.format("list"), allowed=own, done=listed)
+        for right in ("write", "delete"):
+            acts.add(f"subscriber.acme: {right} {folder}", allowed=False, done=tries(root, mine, folder)[right]())
+        listed = done_by(lambda folder=folder: list(mine.list(f"{folder}/")))
+        acts.add(f"subscriber.acme: list all of {folder}", allowed=False, done=listed)
+    assert not acts.wrong, "allowed although the policy does not"
+    assert not acts.failed, "refused although the policy allows it"
 
 
 def key_in(folder: str) -> tuple[str, bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Annotated
 
 import typer
@@ -26,7 +27,11 @@ def acls(
     remove: Annotated[bool, typer.Option("--remove", help="Print lines that remove the ACLs.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:
-    """Print the ACLs of every role as lines for kafka-acls.sh, create them at the broker, or check them."""
+    """Print the ACLs of every role as lines for kafka-acls.sh, create them at the broker, or check them.
+
+    With PERENNIAL_TENANTS each tenant has a publisher, a requester and a
+    subscriber for itself: publisher.acme, requester.acme, subscriber.acme.
+    """
     raise typer.Exit(
         run_acls(
             principal_prefix, principal or [], apply=apply, check=check, remove=remove, as_json=json_,
@@ -56,7 +61,7 @@ def run_acls(
         KafkaUnavailableError: Kafka does not answer.
     """
     from perennial.streams.devstack.discovery import connected_settings
-    from perennial.streams.kafka.access.acl_table import acls_of, command_lines, principals_of
+    from perennial.streams.kafka.access.acl_table import acls_of, command_lines, principals_of, roles_of
     from perennial.streams.settings import SettingsError, load_settings
 
     if apply + check + remove > 1:
@@ -64,9 +69,10 @@ def run_acls(
             "options that exclude each other", got="two of --apply, --check and --remove", allowed="one of them",
             remedy="leave out the others",
         )  # fmt: skip
-    principals = principals_of(principal_prefix, [_pair(text) for text in named])
+    settings = connected_settings() if apply or check else load_settings()
+    roles = roles_of(settings.tenants.names)
+    principals = principals_of(principal_prefix, [_pair(text, roles) for text in named], roles)
     if not (apply or check):
-        settings = load_settings()
         wanted = acls_of(settings, principals)
         if as_json:
             print(json.dumps([acl._asdict() for acl in wanted]))
@@ -75,7 +81,6 @@ def run_acls(
         return 0
     from perennial.streams.kafka.access.acl_admin import compare, create_missing
 
-    settings = connected_settings()
     wanted = acls_of(settings, principals)
     report = create_missing(settings, wanted) if apply else compare(settings, wanted)
     if as_json:
@@ -93,19 +98,18 @@ def run_acls(
     return 1 if check and not report.agrees else 0
 
 
-def _pair(text: str) -> tuple[str, str]:
+def _pair(text: str, roles: Collection[str]) -> tuple[str, str]:
     """Return role and principal of `ROLE=NAME`.
 
     Raises:
         SettingsError: It is not of this form, or there is no such role.
     """
-    from perennial.streams.kafka.access.acl_table import ROLES
     from perennial.streams.settings import SettingsError
 
     role, _, name = text.partition("=")
-    if role not in ROLES or not name:
+    if role not in roles or not name:
         raise SettingsError(
-            "--principal is not usable", got=text, allowed=f"ROLE=NAME with a role of {', '.join(ROLES)}",
+            "--principal is not usable", got=text, allowed=f"ROLE=NAME with a role of {', '.join(roles)}",
             remedy="correct it",
         )  # fmt: skip
     return role, name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +31,8 @@ def policies(
 
     With --apply an account gets the secret of the variable PERENNIAL_S3_SECRET_KEY_ROLE, such as
     PERENNIAL_S3_SECRET_KEY_INTAKE; an account without such a variable must exist.
+    Each tenant of PERENNIAL_TENANTS has a subscriber, whose variable ends in
+    SUBSCRIBER_ACME for a tenant acme; without it the account is left out.
     """
     raise typer.Exit(run_policies(folder, account_prefix, apply=apply, as_json=json_))
 
@@ -50,24 +53,28 @@ def run_policies(folder: Path | None, account_prefix: str, *, apply: bool, as_js
         SettingsError: The store is no bucket.
         StoreError: The server refuses.
     """
-    from perennial.storage.access.store_table import ROLES, policy_of, policy_text
+    from perennial.storage.access.store_table import ROLES, policy_of, policy_text, role_names
     from perennial.streams.devstack.discovery import connected_settings
 
     settings = connected_settings()
     bucket, prefix = _bucket(settings.store.uri or "s3://perennial")
+    roles = role_names(settings.tenants.names)
     if apply:
         from perennial.storage.access.minio_accounts import Account, apply_policies
 
         accounts = {
-            role: Account(f"{account_prefix}{role}", os.environ.get(secret_variable(role)) or None) for role in ROLES
+            role: Account(f"{account_prefix}{role}", os.environ.get(secret_variable(role)) or None) for role in roles
         }
-        done = apply_policies(settings.s3, accounts, bucket, prefix, account_prefix)
+        without = [role for role in roles if role not in ROLES and accounts[role].secret is None]
+        given = {role: account for role, account in accounts.items() if role not in without}
+        done = apply_policies(settings.s3, given, bucket, prefix, account_prefix)
+        done += [f"{accounts[role].name}: left out, {secret_variable(role)} is not set" for role in without]
         print(json.dumps(done) if as_json else "\n".join(done))
         return 0
     if as_json:
-        print(json.dumps({role: policy_of(role, bucket, prefix) for role in ROLES}))
+        print(json.dumps({role: policy_of(role, bucket, prefix) for role in roles}))
         return 0
-    for role in ROLES:
+    for role in roles:
         name = shlex.quote(f"{account_prefix}{role}")
         path = Path(f"{role}.json") if folder is None else folder / f"{role}.json"
         if folder is None:
@@ -83,8 +90,12 @@ def run_policies(folder: Path | None, account_prefix: str, *, apply: bool, as_js
 
 
 def secret_variable(role: str) -> str:
-    """Return the name of the variable with the secret key of a role's account."""
-    return f"PERENNIAL_S3_SECRET_KEY_{role.upper()}"
+    """Return the name of the variable with the secret key of a role's account.
+
+    >>> secret_variable("subscriber.acme-eu")
+    'PERENNIAL_S3_SECRET_KEY_SUBSCRIBER_ACME_EU'
+    """
+    return f"PERENNIAL_S3_SECRET_KEY_{re.sub('[^A-Z0-9]', '_', role.upper())}"
 
 
 def _bucket(uri: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from perennial.streams.cli.tables import print_facts
 from perennial.streams.cli.terminal.times import spoken_time
 from perennial.streams.cli.terminal.user_name import user_name
 from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.events.tenants import id_in_tenant, tenant_of_id
 from perennial.streams.retain.ledger import RequestRecord
 from perennial.streams.retain.request_store import load_request
 from perennial.streams.retain.rules.approvals import same_person
@@ -25,7 +26,7 @@ def approve_request(request_id: str, *, approved_by: str, wait_s: float, as_json
     """Show a request that waits for a second approver, approve it, and follow it.
 
     Args:
-        request_id: The request.
+        request_id: The request, by the id that `perennial forget status` shows.
         approved_by: Who approves it; empty: the user of this process.
         wait_s: How long to wait until it is carried out, in seconds; 0: do not wait.
         as_json: Print the id and the last state as JSON on standard output.
@@ -47,7 +48,10 @@ def approve_request(request_id: str, *, approved_by: str, wait_s: float, as_json
     name = approved_by or user_name()
     _require_approvable(record, name)
     _show(record)
-    approval = record.request.model_copy(update={"approved_by": name, "signature": None})
+    tenant = tenant_of_id(request_id, settings.tenants.names)
+    sent_id = request_id if tenant is None else request_id.removeprefix(id_in_tenant("", tenant))
+    approval = record.request.model_copy(update={"request_id": sent_id, "approved_by": name, "signature": None})
+    settings = settings.replace(tenant=tenant or "")
     return publish_and_follow(settings, approval, wait_s=wait_s, as_json=as_json)
 
 

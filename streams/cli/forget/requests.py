@@ -19,6 +19,7 @@ from perennial.streams.cli.terminal.user_name import user_name
 from perennial.streams.client.publisher import Publisher
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.events.models import RetentionProgressed, RetentionRequested, Selector
+from perennial.streams.events.tenants import id_in_tenant
 from perennial.streams.retention.kinds import KINDS
 from perennial.streams.settings import Settings
 
@@ -89,6 +90,9 @@ def publish_and_follow(settings: Settings, request: RetentionRequested, *, wait_
         publisher.publish(request).result(_CONFIRM_S)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     approves = request.approved_by is not None
+    # From here on by the id that retain publishes.
+    shown_id = id_in_tenant(request.request_id, settings.tenants.tenant or None)
+    request = request.model_copy(update={"request_id": shown_id})
     console.print(f"sent {'the approval of ' if approves else ''}request {request.request_id}")
     last: RetentionProgressed | None = None
     if wait_s > 0:

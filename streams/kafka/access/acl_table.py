@@ -9,12 +9,13 @@ Write on a topic (KIP-679).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from shlex import quote
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
+from perennial.streams.events.tenants import TENANT_TOPICS, base_topic, tenant_topic, with_tenants
 from perennial.streams.kafka.installation import LATEST_TOPICS, ORDERED_TOPICS
 from perennial.streams.kafka.topics import TOPICS
 from perennial.streams.settings import Settings
@@ -143,6 +144,44 @@ ROLES: Final[Mapping[str, RoleAccess]] = MappingProxyType({
 """Roles by name."""
 
 
+_OF_TENANTS: Final = ("publisher", "requester", "subscriber")
+"""Roles that each tenant has for itself, instead of the whole installation."""
+
+
+def roles_of(tenants: Sequence[str]) -> Mapping[str, RoleAccess]:
+    """Return the roles of an installation by name.
+
+    Where there are tenants, each has a publisher, a requester and a subscriber for itself, and nobody but operators may
+    write to the topics of no tenant. `adapter-updates`, `adapter-acks` and `retention-status` are shared: a subscriber sees
+    the names and versions of all adapters, and a requester the ids and states of all requests.
+
+    Args:
+        tenants: The tenants that have topics of their own.
+
+    >>> sorted(roles_of(["acme"])["publisher.acme"].topics)
+    ['documents.acme', 'interactions.acme']
+    """
+    if not tenants:
+        return ROLES
+    found = {name: _in_all_topics(access, tenants) for name, access in ROLES.items() if name not in _OF_TENANTS}
+    for role in _OF_TENANTS:
+        for tenant in tenants:
+            found[f"{role}.{tenant}"] = _in_topics_of(ROLES[role], tenant)
+    return MappingProxyType(found)
+
+
+def _in_all_topics(access: RoleAccess, tenants: Sequence[str]) -> RoleAccess:
+    names = with_tenants(access.topics, tenants)
+    return replace(access, topics=MappingProxyType({name: access.topics[base_topic(name)] for name in names}))
+
+
+def _in_topics_of(access: RoleAccess, tenant: str) -> RoleAccess:
+    topics = {
+        tenant_topic(name, tenant) if name in TENANT_TOPICS else name: given for name, given in access.topics.items()
+    }
+    return replace(access, purpose=f"{access.purpose}, of {tenant}", topics=MappingProxyType(topics))
+
+
 class Acl(NamedTuple):
     """One permission, on a topic or a group with exactly this name, from any host.
 
@@ -159,12 +198,15 @@ class Acl(NamedTuple):
     operation: Operation
 
 
-def principals_of(prefix: str, named: Iterable[tuple[str, str]] = ()) -> dict[str, list[str]]:
+def principals_of(
+    prefix: str, named: Iterable[tuple[str, str]] = (), roles: Iterable[str] = tuple(ROLES)
+) -> dict[str, list[str]]:
     """Return the principals of every role.
 
     Args:
         prefix: Precedes a role's name in the name of its principal.
         named: Roles with principals that take the place of the role's own; a role may have several.
+        roles: The roles of the installation; see `roles_of`.
 
     Returns:
         Principals such as `User:perennial-intake`, by role.
@@ -177,14 +219,14 @@ def principals_of(prefix: str, named: Iterable[tuple[str, str]] = ()) -> dict[st
     found: dict[str, list[str]] = {}
     for role, name in named:
         found.setdefault(role, []).append(name if name.startswith("User:") else f"User:{name}")
-    return {role: found.get(role) or [f"User:{prefix}{role}"] for role in ROLES}
+    return {role: found.get(role) or [f"User:{prefix}{role}"] for role in roles}
 
 
 def acls_of(settings: Settings, principals: Mapping[str, Sequence[str]]) -> list[Acl]:
     """Return the ACLs of an installation, in the order of the table.
 
     Args:
-        settings: Name the topic prefix, which consumer groups have, too.
+        settings: Name the topic prefix, which consumer groups have, too, and the tenants.
         principals: Principals by role.
     """
     return list(_acls(settings, principals))
@@ -192,10 +234,11 @@ def acls_of(settings: Settings, principals: Mapping[str, Sequence[str]]) -> list
 
 def _acls(settings: Settings, principals: Mapping[str, Sequence[str]]) -> Iterator[Acl]:
     kinds: tuple[Kind, ...] = ("topic", "group")
+    roles = roles_of(settings.tenants.names)
     for role, names in principals.items():
         for principal in names:
             for kind in kinds:
-                for name, operations in ROLES[role].of(kind).items():
+                for name, operations in roles[role].of(kind).items():
                     for operation in operations:
                         yield Acl(principal, kind, settings.kafka.topic(name), operation)
 

@@ -59,7 +59,7 @@ class ApprovalRules:
         """Return the approved request; the same record where the same person approved it before.
 
         Args:
-            record: The request with the approval's id; None where there is none.
+            record: The request with the approval's id, which may be another one there; None where there is none.
             approval: The approval as it came from the topic.
             received_ms: When the broker took it, in milliseconds since 1970.
 
@@ -134,7 +134,7 @@ def _signer(request: RetentionRequested, trust: Trust) -> str | None:
 
 
 def _changed_fields(request: RetentionRequested, approval: RetentionRequested) -> list[str]:
-    may_differ = {"approved_by", "signature"}
+    may_differ = {"request_id", "approved_by", "signature"}  # the request was found by its id
     names = (name for name in RetentionRequested.model_fields if name not in may_differ)
     return [name for name in names if getattr(request, name) != getattr(approval, name)]
 

@@ -11,6 +11,7 @@ from typing import Final
 import orjson
 
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested, RetentionRequested, Selector
+from perennial.streams.events.wire_error import WireError
 from perennial.streams.retain.ledger import MAX_IDS, RequestRecord, StoredExample, expires_ms
 from perennial.streams.retain.rules.in_force import InForce
 
@@ -137,6 +138,19 @@ def supersessions(adapter: str, stored: Sequence[StoredExample], now_ms: int) ->
             )  # fmt: skip
             made.append(RequestRecord(request=request, received_ms=now_ms, until_ms=published_ms - 1))
     return made
+
+
+def require_outside_id(request_id: str) -> None:
+    """Check that the id of a request from outside is none that the calendar may give.
+
+    Raises:
+        WireError: It is reserved.
+    """
+    if request_id.startswith(OWN_PREFIX):
+        raise WireError(
+            "bad-field", "request_id", got=request_id,
+            allowed=f"an id that does not begin with {OWN_PREFIX}, which retain's own requests have",
+        )  # fmt: skip
 
 
 def earlier_ids_of(request_id: str) -> tuple[str, ...]:

@@ -412,6 +412,21 @@ def test_an_approval_repeats_the_request_under_another_name(unapproved, name, wo
     assert all(word in shown for word in (REQUEST, "acme/*", PERSON, "ann"))
 
 
+def test_an_approval_goes_to_the_topic_of_the_tenant_that_the_request_came_from(versions, monkeypatch):
+    monkeypatch.setenv("PERENNIAL_TENANTS", "acme")
+    request = RetentionRequested(request_id="acme:r1", kind="revoke", adapter="acme/*", requested_by="ann")
+    waits = RequestRecord(
+        request=request, received_ms=0, until_ms=0, state="unapproved", approval=Approval(until_ms=86_400_000)
+    )
+    RequestStore(versions.store).save(waits, None, None)
+    sent = []
+    monkeypatch.setattr(
+        approval, "publish_and_follow", lambda given, event, **__: sent.append((given.tenants.tenant, event)) or 0
+    )
+    assert approve_request("acme:r1", approved_by="bob", wait_s=0, as_json=False) == 0
+    assert sent == [("acme", request.model_copy(update={"request_id": "r1", "approved_by": "bob"}))]
+
+
 def test_only_a_request_that_waits_can_be_approved(versions, unapproved):
     record, etag = unapproved
     with pytest.raises(NotFoundError, match="no such request"):

@@ -48,7 +48,8 @@ def erase(adapter: str) -> RetentionRequested:
 
 def record_of(request: RetentionRequested) -> SimpleNamespace:
     made = encode(request, event_id="e", source="test", occurred_at=NOW)
-    return SimpleNamespace(value=made.value, headers=made.headers, timestamp=int(NOW.timestamp() * 1000))
+    at_ms = int(NOW.timestamp() * 1000)
+    return SimpleNamespace(topic="retention", value=made.value, headers=made.headers, timestamp=at_ms)
 
 
 def replay(store: MemoryStore, records: list[SimpleNamespace], **options) -> ReplayReport:
