@@ -33,7 +33,7 @@ class Backend(Protocol):
 
     Attributes:
         base_sha256: Digest of the base model that is served, as `sha256:<64 hex>`. None if the backend does not know
-            it; then the subscriber accepts versions of every base.
+            it; then the subscriber accepts the first version of any base, and after it only versions of that one.
     """
 
     base_sha256: str | None

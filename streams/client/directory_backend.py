@@ -56,7 +56,8 @@ class DirectoryBackend:
 
     Args:
         path: The folder; it is made if it does not exist.
-        base_sha256: Digest of the base model of the servers, `sha256:<64 hex>`. None: versions of every base are taken.
+        base_sha256: Digest of the base model of the servers, `sha256:<64 hex>`. None: versions of any base are taken, but
+            none of another base than the version that the alias's file points at.
         base_model_name: Name of the base in `adapter_config.json`. vLLM's own resolvers serve only a folder that names
             the model exactly as the server's `--model` does. None: the name in the version's manifest, for a hub id
             without its revision.
@@ -103,16 +104,35 @@ class DirectoryBackend:
 
         Raises:
             BackendError: The name is not a version's name.
-            UnfitVersionError: The version cannot be written as a PEFT adapter.
+            UnfitVersionError: The version cannot be written as a PEFT adapter, or the servers have another base.
             OSError: The folder cannot be written; nothing of the version is left then.
             IntegrityError: The weights are not safetensors.
         """
+        self._require_base(name, manifest)
         files = {
             "adapter_model.safetensors": weights,
             "adapter_config.json": adapter_config(weights, manifest, self.base_model_name),
             "manifest.json": manifest.to_bytes(),
         }
         self.write_folder(self.folder_of(name).relative_to(self.path), files)
+
+    def _require_base(self, name: str, manifest: Manifest) -> None:
+        """Refuse a version of another base than the one that the alias's file points at: servers still run that base."""
+        if self.base_sha256 is not None:
+            return  # the subscriber has compared it
+        served = self._active(self._pointer(name))
+        if served is None or served == name or not _NAME.fullmatch(served):
+            return
+        try:
+            base_sha256 = orjson.loads((self.folder_of(served) / "manifest.json").read_bytes()).get("base_sha256")
+        except (OSError, orjson.JSONDecodeError, AttributeError):
+            return  # it is not held, or damaged
+        if base_sha256 != manifest.base_sha256:
+            raise UnfitVersionError(
+                f"{name} belongs to another base than the version that the servers have, {served}",
+                got=manifest.base_sha256, allowed=base_sha256,
+                remedy="once the servers run the new base, start their subscriber with its digest (--base-sha256)",
+            )  # fmt: skip
 
     def write_folder(self, inside: Path, files: dict[str, bytes]) -> None:
         """Write a folder as a whole; do nothing where it has these files already.

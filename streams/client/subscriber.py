@@ -384,7 +384,7 @@ class Subscriber:
     def _serve(self, alias: AliasState, stage_s: dict[str, float]) -> Current:
         name = self.name_of(alias.version)
         with self._timed("fetch", stage_s):
-            manifest = self._source.manifest(alias.version, self._backend.base_sha256, alias)
+            manifest = self._source.manifest(alias.version, self._backend.base_sha256, alias, self._current)
         if self._current is None or self._current.version != alias.version:
             with self._timed("fetch", stage_s):
                 weights = self._source.fetch(manifest)
