@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from perennial.learner.forgetting.rebuild_progress import list_steps
 from perennial.learner.forgetting.waiting_batches import waiting_digests
 from perennial.learner.versions.history import History, load_history
 from perennial.storage.errors import NotFoundError
@@ -26,6 +25,7 @@ from perennial.storage.registry.history.collected import (
     mark_collected,
     settle_collected,
 )
+from perennial.storage.registry.history.rebuilt_steps import list_steps
 from perennial.storage.registry.manifest import BlobRef, Manifest
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 from perennial.storage.registry.quarantine import load_quarantine

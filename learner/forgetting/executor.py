@@ -33,7 +33,7 @@ from perennial.learner.forgetting.rebuild_plan import (
     state_version,
     trained_offsets,
 )
-from perennial.learner.forgetting.rebuild_progress import RebuiltStep, sweep_steps
+from perennial.learner.forgetting.rebuild_progress import sweep_steps
 from perennial.learner.forgetting.scan import FoundExamples, find_examples
 from perennial.learner.forgetting.waiting_batches import leave_out_of_waiting
 from perennial.learner.training.state import to_blobs
@@ -50,6 +50,7 @@ from perennial.storage.objects.keys import blob_key, digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.history.collected import load_collected
+from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,

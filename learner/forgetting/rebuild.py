@@ -3,6 +3,8 @@
 A rebuild trains the recorded schedule again from the last state that never saw the examples, with each update's own
 recipe, seed, cut number and thread count. The same store gives the same bytes, so a job that was interrupted and runs
 again makes the same versions; updates that it has made already are not trained again (see `rebuild_progress`).
+
+A rebase trains the whole schedule on another base, with this worker's own recipe: see `rebase_executor`.
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
+from typing import Any
 
 from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
-from perennial.learner.forgetting.rebuild_progress import RebuiltStep, find_step, record_step, step_key
+from perennial.learner.forgetting.rebuild_progress import find_step, record_step, step_key
+from perennial.learner.model.tokenization import ExampleError
 from perennial.learner.training.recipe import DEVICE_DTYPE, Recipe, UnknownFieldError
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.thinning.contradictions import OUTVOTED
@@ -34,10 +38,11 @@ from perennial.learner.versions.votes import reasons_not_learned, vote
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
-from perennial.storage.registry.manifest import BlobRef, Manifest
+from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
+from perennial.storage.registry.manifest import BlobRef, Manifest, SkippedExample
 from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
 from perennial.storage.registry.registry import Head
-from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested
+from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested, RebaseRequested
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class _RemainingUpdate:
         examples: what is trained.
         outvoted: corrections that are not trained because others outvote them.
         removed: the offsets that were removed from it.
+        no_text: examples that have nothing to train under another base's tokenizer.
     """
 
     recorded: Manifest
@@ -78,6 +84,7 @@ class _RemainingUpdate:
     examples: list[ExampleAccepted]
     outvoted: list[ExampleAccepted]
     removed: set[OriginOffset]
+    no_text: list[ExampleAccepted]
 
     @property
     def blobs(self) -> dict[str, bytes]:
@@ -94,6 +101,7 @@ class UpdateRebuilder:
         now: wall clock, for the records of progress.
         failpoint: called with a name at each step where fault tests may stop the process.
         should_stop: asked before each update is trained; True ends the rebuild.
+        anew: trains every update, in place of an updater with the recipe and the base that the update names.
     """
 
     def __init__(
@@ -103,7 +111,10 @@ class UpdateRebuilder:
         now: Callable[[], datetime],
         failpoint: Callable[[str], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        anew: Updater | None = None,
     ) -> None:
+        self._anew = anew
+        self._total = 0
         self._writer = writer
         self._registry = writer.registry
         self._store = writer.registry.store
@@ -112,11 +123,11 @@ class UpdateRebuilder:
         self._failpoint = failpoint
         self._should_stop = should_stop
 
-    def rebuild(self, job: ForgetRequested, plan: RebuildPlan) -> RebuiltState:
+    def rebuild(self, job: ForgetRequested | RebaseRequested, plan: RebuildPlan) -> RebuiltState:
         """Rebuild the affected updates without the removed examples.
 
         Args:
-            job: the forget job.
+            job: the job.
             plan: the updates and the examples to leave out.
 
         Returns:
@@ -128,6 +139,7 @@ class UpdateRebuilder:
         """
         steps = [step for step in plan.steps if trained_offsets(step.manifest) or step.manifest.skipped]
         current = self._start(plan.last_clean, steps)
+        self._total = len(steps)
         try:
             for step in steps:
                 current = self.rebuild_update(job, current, step, plan.removed_offsets)
@@ -165,7 +177,7 @@ class UpdateRebuilder:
             add_refused_examples(self._store, adapter, refused - learned, int(self._now().timestamp() * 1000))
 
     def _start(self, last_clean: RecordedVersion | None, steps: Sequence[RecordedVersion]) -> RebuiltState:
-        seed = steps[0].manifest.seed if steps else self._writer.updater.recipe.seed
+        seed = steps[0].manifest.seed if steps and self._anew is None else self._writer.updater.recipe.seed
         return RebuiltState(last_clean, state_version(last_clean), seed)
 
     def _state(self, adapter: str, reached: RebuiltState) -> TrainingState:
@@ -176,13 +188,17 @@ class UpdateRebuilder:
         return self._writer.state_at(Head(manifest.seq, reached.step.version, manifest), adapter)[0]
 
     def rebuild_update(
-        self, job: ForgetRequested, before: RebuiltState, step: RecordedVersion, removed_offsets: RemovedOffsets
+        self,
+        job: ForgetRequested | RebaseRequested,
+        before: RebuiltState,
+        step: RecordedVersion,
+        removed_offsets: RemovedOffsets,
     ) -> RebuiltState:
         """Train one recorded update again, unless it was made before; return `before` if nothing is left of it."""
         removed = _removed(step, removed_offsets)
         if trained_offsets(step.manifest) <= removed:
             return self._keep_skipped(job, before, step, removed)
-        key = step_key(job.adapter, before.step, before.seed, step.version, removed)
+        key = self._key(job, before, step, removed)
         made = find_step(self._registry, key)
         if made is not None:
             return _reached(before, made)
@@ -192,7 +208,7 @@ class UpdateRebuilder:
             )
         update = self._remaining(step, removed)
         if not update.examples:
-            return self._keep_skipped(job, before, step, removed)
+            return self._keep_skipped(job, before, step, removed, update if update.no_text else None)
         updater = self._updater_of(update.recorded)
         state = self._state(job.adapter, before)
         found = vote(updater.recipe, update.examples, state.replay_index, self._writer.rows.example)
@@ -220,7 +236,7 @@ class UpdateRebuilder:
 
     def _keep_skipped(
         self,
-        job: ForgetRequested,
+        job: ForgetRequested | RebaseRequested,
         before: RebuiltState,
         step: RecordedVersion,
         removed: set[OriginOffset],
@@ -235,11 +251,11 @@ class UpdateRebuilder:
         skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
         batch, blobs = None if removed else recorded.batch, dict[str, bytes]()
         if update is not None:  # all of it is outvoted, and may be given votes by a later forgetting
-            skipped += [skipped_example(example, OUTVOTED) for example in update.outvoted]
+            skipped += _left_out(update)
             batch, blobs = update.ref, update.blobs
         if not skipped:
             return before
-        key = step_key(job.adapter, before.step, before.seed, step.version, removed)
+        key = self._key(job, before, step, removed)
         made = find_step(self._registry, key)
         if made is not None:
             return _reached(before, made)
@@ -248,7 +264,7 @@ class UpdateRebuilder:
             blobs |= state_blobs
         else:
             refs = StateRefs.of_manifest(before.step.manifest)
-        manifest = _following(before, recorded).model_copy(
+        manifest = self._following(before, recorded).model_copy(
             update={
                 "outcome": "unchanged", "reason": "nothing-to-learn", "code": self._writer.code,
                 "batch": batch, "learned": [], "skipped": skipped,
@@ -263,7 +279,7 @@ class UpdateRebuilder:
 
     def _store_step(
         self,
-        job: ForgetRequested,
+        job: ForgetRequested | RebaseRequested,
         key: str,
         step: RecordedVersion,
         new_batch: str | None,
@@ -279,11 +295,43 @@ class UpdateRebuilder:
             batch=new_batch,
             blobs=sorted(blobs),
             made_at=self._now(),
+            total=self._total,
         )
         record_step(self._store, key, made)
         for body in blobs.values():
             put_blob(self._store, body)
         self._registry.record(manifest)
+
+    def _key(
+        self,
+        job: ForgetRequested | RebaseRequested,
+        before: RebuiltState,
+        step: RecordedVersion,
+        removed: set[OriginOffset],
+    ) -> str:
+        fields = self.fields_anew()
+        general = fields.pop("general", None)
+        anew = [fields, general.digest if general else None] if fields else []
+        return step_key(job.adapter, before.step, before.seed, step.version, removed, anew)
+
+    def fields_anew(self) -> dict[str, Any]:
+        """Return the fields of a manifest that name base, recipe and engine; none where those of the updates stay."""
+        if self._anew is None:
+            return {}
+        recipe, writer = self._anew.recipe, self._writer
+        return {
+            "base_model": writer.base.name, "base_sha256": writer.base.digest, "rank": recipe.rank,
+            "config": recipe.config(), "seed": recipe.seed, "threads": writer.threads, "general": self._anew.general.ref,
+        }  # fmt: skip
+
+    def _following(self, before: RebuiltState, recorded: Manifest) -> Manifest:
+        """Return the recorded manifest at its place among the rebuilt updates."""
+        return recorded.model_copy(
+            update={
+                "seq": before.step.manifest.seq + 1 if before.step else 1, "kind": "replayed", "parent": before.version,
+                "head": before.step.version if before.step else None, **self.fields_anew(),
+            }
+        )  # fmt: skip
 
     def _remaining(self, step: RecordedVersion, removed: set[OriginOffset]) -> _RemainingUpdate:
         """Return what is left of an update. Raise JobError if its micro-batch is not stored."""
@@ -300,10 +348,14 @@ class UpdateRebuilder:
             ref = BlobRef(digest=digest_of(new_body), size_bytes=len(new_body))
         trained = trained_offsets(recorded) - removed
         examples = [example for example in batch.examples if origin_offset(example) in trained]
-        return _RemainingUpdate(recorded, recorded.cut, batch, ref, new_body, examples, [], removed)
+        no_text = [] if self._anew is None else [each for each in examples if not _has_rows(self._anew, each)]
+        examples = [example for example in examples if example not in no_text] if no_text else examples
+        return _RemainingUpdate(recorded, recorded.cut, batch, ref, new_body, examples, [], removed, no_text)
 
     def _updater_of(self, recorded: Manifest) -> Updater:
         """Return an updater with the recipe and the general text that the version was made by."""
+        if self._anew is not None:
+            return self._anew
         updater = self._writer.updater
         try:
             recipe = Recipe.recorded(recorded.config)
@@ -331,13 +383,13 @@ class UpdateRebuilder:
         return replace(updater, recipe=recipe, general=general.cut_to(recipe.row_tokens), shared=alone)
 
     def _train(
-        self, job: ForgetRequested, state: TrainingState, update: _RemainingUpdate, updater: Updater
+        self, job: ForgetRequested | RebaseRequested, state: TrainingState, update: _RemainingUpdate, updater: Updater
     ) -> UpdateResult:
         rows = self._writer.rows
         if updater.recipe.row_tokens != self._writer.updater.recipe.row_tokens:
             rows = BatchRows(self._store, updater.rows)
         rows.put(update.ref.digest, update.batch.examples)
-        self._writer.use_threads(update.recorded.threads)
+        self._writer.use_threads(update.recorded.threads if self._anew is None else self._writer.threads)
         return updater.update(
             state,
             update.examples,
@@ -355,7 +407,7 @@ class UpdateRebuilder:
         recorded, promoted = update.recorded, result.outcome == "promoted"
         judged = trained_offsets(recorded) | update.removed
         skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
-        skipped += [skipped_example(example, OUTVOTED) for example in update.outvoted]
+        skipped += _left_out(update)
         if promoted:
             reason = recorded.reason if recorded.outcome == "promoted" else "replayed"
         else:
@@ -363,7 +415,7 @@ class UpdateRebuilder:
             skipped += [skipped_example(example, result.reason) for example in update.examples]
         learned = update.examples if promoted else []
         times = [example.origin.timestamp_ms for example in learned]
-        return _following(before, recorded).model_copy(
+        return self._following(before, recorded).model_copy(
             update={
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
                 "learned": self._writer.learned_examples(learned, result.merged, updater),
@@ -374,14 +426,17 @@ class UpdateRebuilder:
         )  # fmt: skip
 
 
-def _following(before: RebuiltState, recorded: Manifest) -> Manifest:
-    """Return the recorded manifest at its place among the rebuilt updates."""
-    return recorded.model_copy(
-        update={
-            "seq": before.step.manifest.seq + 1 if before.step else 1, "kind": "replayed", "parent": before.version,
-            "head": before.step.version if before.step else None,
-        }
-    )  # fmt: skip
+def _has_rows(updater: Updater, example: ExampleAccepted) -> bool:
+    try:
+        return bool(updater.rows(example))
+    except ExampleError:
+        return False
+
+
+def _left_out(update: _RemainingUpdate) -> list[SkippedExample]:
+    """Return the manifest's records of the examples that are not trained although they were to be."""
+    outvoted = [skipped_example(example, OUTVOTED) for example in update.outvoted]
+    return outvoted + [skipped_example(example, "no-text") for example in update.no_text]
 
 
 def _removed(step: RecordedVersion, removed_offsets: RemovedOffsets) -> set[OriginOffset]:

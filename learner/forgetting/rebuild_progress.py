@@ -12,54 +12,32 @@ forgetting would not search. A step whose manifest or blobs are not all stored c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime, timedelta
 from hashlib import sha256
-from typing import Annotated
 
 import orjson
-from pydantic import AwareDatetime, Field
 
 from perennial.learner.versions.history import History, RecordedVersion
 from perennial.learner.versions.micro_batches import OriginOffset
-from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.manifest import AdapterName, Digest
-from perennial.storage.registry.records import RegistryRecord, check_adapter, manifest_key, parse_record
+from perennial.storage.registry.history.rebuilt_steps import RebuiltStep, list_steps, load_step, rebuilds_folder
+from perennial.storage.registry.records import manifest_key
 from perennial.storage.registry.registry import Registry
 from perennial.storage.signing.version_statements import signature_key
 
 KEEP_PROGRESS = timedelta(days=7)
 """Progress that no job has used for so long is given up: its expiry was cancelled, or its job is lost."""
-_MAX_STEP_BYTES = 64 << 10
-_KEY_CHARS = 64
-
-
-class RebuiltStep(RegistryRecord):
-    """One update that a rebuild trained again.
-
-    Attributes:
-        adapter: the adapter.
-        job_id: the job that trained it.
-        recorded: the version of the recorded update.
-        rebuilt: the version that the rebuild made of it; it has no sequence number.
-        batch: the micro-batch that the step stored; None if the recorded one had nothing to leave out.
-        blobs: every blob that the step stored.
-        made_at: when it was made.
-    """
-
-    adapter: AdapterName
-    job_id: Annotated[str, Field(min_length=1, max_length=1024)]
-    recorded: Digest
-    rebuilt: Digest
-    batch: Digest | None = None
-    blobs: list[Digest] = Field(default_factory=list)
-    made_at: AwareDatetime
 
 
 def step_key(
-    adapter: str, before: RecordedVersion | None, seed: int, recorded: str, removed: Iterable[OriginOffset]
+    adapter: str,
+    before: RecordedVersion | None,
+    seed: int,
+    recorded: str,
+    removed: Iterable[OriginOffset],
+    anew: Sequence[object] = (),
 ) -> str:
     """Return the key of an update that is trained again; equal keys mean equal results.
 
@@ -69,10 +47,11 @@ def step_key(
         seed: the seed of the initial state.
         recorded: the version of the recorded update.
         removed: the offsets of the examples that are left out of its micro-batch.
+        anew: base, recipe and general text, where they are not those that the recorded update names.
     """
     start = before.version if before is not None else seed
-    parts = [adapter, start, recorded, sorted(removed)]
-    return f"{_folder(adapter)}{sha256(orjson.dumps(parts)).hexdigest()}"
+    parts = [adapter, start, recorded, sorted(removed), *anew]
+    return f"{rebuilds_folder(adapter)}{sha256(orjson.dumps(parts)).hexdigest()}"
 
 
 def find_step(registry: Registry, key: str) -> RecordedVersion | None:
@@ -82,7 +61,7 @@ def find_step(registry: Registry, key: str) -> RecordedVersion | None:
         IntegrityError: the object is not readable.
     """
     store = registry.store
-    found, _ = _load(store, key)
+    found, _ = load_step(store, key)
     if found is None:
         return None
     # The registry may have the manifest in memory although another process has removed it.
@@ -100,25 +79,10 @@ def record_step(store: ObjectStore, key: str, step: RebuiltStep) -> None:
     Raises:
         ConflictError: another learner records the same step.
     """
-    found, etag = _load(store, key)
+    found, etag = load_step(store, key)
     if found is not None:
         step = step.model_copy(update={"blobs": sorted({*found.blobs, *step.blobs})})
     store.compare_and_swap(key, step.to_bytes(), etag)
-
-
-def list_steps(store: ObjectStore, adapter: str) -> Iterator[tuple[str, RebuiltStep]]:
-    """Yield the key and the content of each step of the adapter.
-
-    Raises:
-        IntegrityError: an object is not readable.
-    """
-    folder = _folder(adapter)
-    for key in store.list(folder):
-        name = key[len(folder) :]
-        if len(name) == _KEY_CHARS and "/" not in name:  # else it is of an adapter below this one
-            found, _ = _load(store, key)
-            if found is not None:
-                yield key, found
 
 
 def sweep_steps(
@@ -172,15 +136,3 @@ def sweep_steps(
                 registry.store.delete(signature_key(adapter, step.rebuilt))
             registry.store.delete(key)
     return kept
-
-
-def _folder(adapter: str) -> str:
-    return f"rebuilds/{check_adapter(adapter)}/"
-
-
-def _load(store: ObjectStore, key: str) -> tuple[RebuiltStep | None, str | None]:
-    try:
-        stored = store.get(key, _MAX_STEP_BYTES)
-    except NotFoundError:
-        return None, None
-    return parse_record(RebuiltStep, key, stored.data), stored.etag

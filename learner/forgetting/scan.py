@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from perennial.learner.forgetting.rebuild_plan import BatchMatches, ExampleMatch, ForgetTarget
-from perennial.learner.forgetting.rebuild_progress import list_steps
 from perennial.learner.forgetting.waiting_batches import waiting_digests
 from perennial.learner.versions.history import History
 from perennial.learner.versions.micro_batches import load_batch
 from perennial.storage.errors import IntegrityError, StoreError, StoreUnavailableError
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.history.rebuilt_steps import list_steps
 from perennial.storage.registry.pending_deletes import list_pending_deletes
 
 _log = logging.getLogger("perennial.learner")

@@ -13,7 +13,8 @@ from datetime import datetime
 from pydantic import ValidationError
 
 from perennial.learner.forgetting.executor import ForgetExecutor
-from perennial.learner.roles.parking import park, parking_reason
+from perennial.learner.forgetting.rebase_executor import RebaseExecutor
+from perennial.learner.roles.parking import MENDED_BY_REBASE, park, parking_reason
 from perennial.learner.roles.update_queue import UpdateQueue
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.rollback_job import RollbackExecutor
@@ -22,7 +23,13 @@ from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError
 from perennial.storage.registry.parked import load_parked
 from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.fields import Event
-from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RollbackRequested, UpdateRequested
+from perennial.streams.events.models import (
+    ForgetRequested,
+    RebaseRequested,
+    RetentionProgressed,
+    RollbackRequested,
+    UpdateRequested,
+)
 
 _log = logging.getLogger("perennial.learner")
 
@@ -54,9 +61,11 @@ class JobRunner:
         self._writer = writer
         self._alias = alias
         self._now = now
+        self._publish = publish
         self._updates = UpdateQueue(writer, alias, now, publish, should_stop)
         self._rollbacks = RollbackExecutor(writer)
         self._forgets = ForgetExecutor(writer, now, failpoint, publish, progress, should_stop)
+        self._rebases = RebaseExecutor(writer, now, failpoint, progress, should_stop)
         self._reported: set[str] = set()
 
     def run(self, job: Event) -> JobResult:
@@ -88,6 +97,8 @@ class JobRunner:
             return self._with_event(self._rollbacks.rollback(job), job.adapter, job.alias)
         if isinstance(job, ForgetRequested):
             return self._forget(job)
+        if isinstance(job, RebaseRequested):
+            return self._rebase(job)
         raise JobError("unsupported", f"{job.type} is not supported by this learner", got=job.type)
 
     def _forget(self, job: ForgetRequested) -> JobResult:
@@ -103,11 +114,27 @@ class JobRunner:
             self._updates.unpark(parked)
         return result
 
+    def _rebase(self, job: RebaseRequested) -> JobResult:
+        """Run a rebase job, also while its adapter is parked; let the updates that wait for this base go on after it."""
+        try:
+            result = self._rebases.rebase(job, self._alias)
+        except NoSpaceError:
+            raise
+        except PerennialError as error:
+            return self.park(job, error)
+        parked = load_parked(self._writer.registry.store, job.adapter)
+        rebased = result.manifest is not None or result.outcome == "repeated"
+        if parked is not None and rebased and (parked.job_id == job.job_id or parked.reason in MENDED_BY_REBASE):
+            if result.event is not None:  # before those of the updates that waited
+                self._publish(result.event)
+            self._updates.unpark(parked)
+        return self._with_event(result, job.adapter, self._alias)
+
     def park(self, job: Event, error: PerennialError) -> JobResult:
         """Park the job's adapter because of what the job raised.
 
         An update waits in the store. A forget job is not reported as failed: retain sends it again, and so does
-        `perennial adapters unpark`.
+        `perennial adapters unpark`. A rebase that failed takes the place of what the adapter was parked for before.
 
         Raises:
             JobError: the fault is in the job.
@@ -116,9 +143,14 @@ class JobRunner:
         if isinstance(job, UpdateRequested):
             return self._updates.park(job, error)
         store = self._writer.registry.store
-        reason = parking_reason(store, job, error) if isinstance(job, ForgetRequested) else None
-        if not isinstance(job, ForgetRequested) or reason is None:
+        if not isinstance(job, ForgetRequested | RebaseRequested):
             raise error
+        reason = parking_reason(store, job, error)
+        if reason is None:
+            raise error
+        if isinstance(job, RebaseRequested):
+            park(store, job, reason, error, self._now(), load_parked(store, job.adapter))
+            return JobResult("parked", None, None)
         park(store, job, reason, error, self._now())
         status = RetentionProgressed(
             request_id=job.request_id, adapter=job.adapter, kind=job.kind, state="quarantined",
@@ -141,6 +173,8 @@ class JobRunner:
         """
         if isinstance(job, UpdateRequested):
             self._updates.give_up(job)
+        if isinstance(job, RebaseRequested):
+            self._rebases.give_up(job)
         if isinstance(job, ForgetRequested):
             try:
                 self._forgets.give_up(job)

@@ -38,7 +38,7 @@ from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.cloudevents import Envelope, decode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.high_water_marks import HighWaterMarks
-from perennial.streams.events.models import ForgetRequested, RetentionProgressed, UpdateRequested
+from perennial.streams.events.models import ForgetRequested, RebaseRequested, RetentionProgressed, UpdateRequested
 from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.group import ConfirmingProducer, ConsumedRecord, GroupConsumer
 from perennial.streams.kafka.installation import ROLE_TOPICS, check_installation
@@ -380,15 +380,15 @@ class Learner:
         adapter = getattr(envelope.event, "adapter", "")
         for stage, seconds in result.stage_s.items():
             self._metrics.stage_s(stage, seconds)
-        forgot = isinstance(envelope.event, ForgetRequested)
-        if not forgot:
+        rebuilt = isinstance(envelope.event, ForgetRequested | RebaseRequested)
+        if not rebuilt:
             self._metrics.update(result.outcome, adapter)
         if result.cost is not None:
             cost = result.cost
             self._metrics.update_cost(
                 cost.training_flops + cost.measuring_flops, cost.seconds, cost.joules, cost.energy_source
             )
-        if result.manifest is not None and not forgot:
+        if result.manifest is not None and not rebuilt:
             self._metrics.trained(result.manifest.tokens)
             if not self._settings.training.shared_passes:
                 self._metrics.training_pass(1, result.stage_s.get("train", 0.0))

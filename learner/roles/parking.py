@@ -25,11 +25,13 @@ from perennial.storage.registry.parked import (
     unpark_adapter,
 )
 from perennial.storage.registry.waiting_jobs import list_jobs
-from perennial.streams.events.models import ForgetRequested, UpdateRequested
+from perennial.streams.events.models import ForgetRequested, RebaseRequested, UpdateRequested
 from perennial.streams.observe.metrics import Metrics
 
 _log = logging.getLogger("perennial.learner")
 
+ParkingJob = UpdateRequested | ForgetRequested | RebaseRequested
+"""Jobs that may park their adapter."""
 REPORT_EVERY_S = 15.0
 _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (MissingCutError, MISSING_CUT),
@@ -39,10 +41,14 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (OutOfMemoryError, "out-of-memory"),
     (NoSpaceError, "no-space"),
 )
-_JOB_ERRORS = frozenset({"base-mismatch", "rank-mismatch", "recipe-mismatch"})
+MENDED_BY_REBASE = frozenset({"base-mismatch", "rank-mismatch", "recipe-mismatch", "rebase-refused"})
+"""Reasons for which an adapter waits and that are gone once it was learned anew on this learner's base."""
+_JOB_ERRORS = MENDED_BY_REBASE
 _REMEDIES = {
-    "base-mismatch": "start this learner with the adapter's base (PERENNIAL_BASE), or stop it",
-    "rank-mismatch": "start this learner with the adapter's rank (PERENNIAL_RANK)",
+    "base-mismatch": "start this learner with the adapter's base (PERENNIAL_BASE), or learn the adapter anew on this "
+    "learner's base with `perennial adapters rebase ADAPTER`",
+    "rank-mismatch": "start this learner with the adapter's rank (PERENNIAL_RANK), or learn the adapter anew with this "
+    "learner's rank by `perennial adapters rebase ADAPTER`",
     "recipe-mismatch": "start a learner with the rank and alpha of that update (PERENNIAL_RANK, PERENNIAL_ALPHA), of "
     "the release that made it or a later one",
     "broken-state": "start this learner with the adapter's base and rank, or restore the version's weights from a copy",
@@ -52,7 +58,7 @@ _REMEDIES = {
 """The remedies that replace what the error says, because it may not know that the adapter is parked."""
 
 
-def parking_reason(store: ObjectStore, job: UpdateRequested | ForgetRequested, error: Exception) -> str | None:
+def parking_reason(store: ObjectStore, job: ParkingJob, error: Exception) -> str | None:
     """Return why a job that failed parks its adapter; None where the fault is in the job, or the role must end.
 
     Args:
@@ -64,14 +70,14 @@ def parking_reason(store: ObjectStore, job: UpdateRequested | ForgetRequested, e
         if error.reason == "missing-batch":
             # Where curate stored the job, its micro-batch was stored, too, and was lost since. Otherwise the record names
             # a micro-batch that never existed.
-            genuine = isinstance(job, ForgetRequested) or stored_job(store, job) is not None
+            genuine = not isinstance(job, UpdateRequested) or stored_job(store, job) is not None
             return "missing-object" if genuine else None
         return error.reason if error.reason in _JOB_ERRORS else None
     return next((reason for kind, reason in _REASONS if isinstance(error, kind)), None)
 
 
 def park(
-    store: ObjectStore, job: UpdateRequested | ForgetRequested, reason: str, error: Exception, at: datetime,
+    store: ObjectStore, job: ParkingJob, reason: str, error: Exception, at: datetime,
     instead_of: ParkedAdapter | None = None,
 ) -> ParkedAdapter:  # fmt: skip
     """Park the adapter of a job that failed, and return the record that is stored.
@@ -84,7 +90,7 @@ def park(
         at: the time now.
         instead_of: why the adapter was parked until now, if what it waited for has come.
     """
-    detail = _detail(job.adapter, reason, error)
+    detail = _detail(job, reason, error)
     record = ParkedAdapter(
         adapter=job.adapter, reason=reason, detail=detail[:MAX_DETAIL_CHARS], job_id=job.job_id,
         cut=job.cut if isinstance(job, UpdateRequested) else None, since=at,
@@ -96,11 +102,15 @@ def park(
     return park_adapter(store, record)
 
 
-def _detail(adapter: str, reason: str, error: Exception) -> str:
+def _detail(job: ParkingJob, reason: str, error: Exception) -> str:
     """Return what was found, what is allowed and what to do, then how the adapter goes on."""
+    if isinstance(job, RebaseRequested):
+        go_on = f"`perennial adapters rebase {job.adapter}`"
+    else:
+        go_on = f"`perennial adapters unpark {job.adapter}`"
     remedy = _REMEDIES.get(reason) or (error.remedy if isinstance(error, PerennialError) else "")
     if reason != MISSING_CUT:  # whose remedy says it already
-        remedy = f"{remedy or 'mend the cause'}; then `perennial adapters unpark {adapter}`"
+        remedy = f"{remedy or 'mend the cause'}; then {go_on}"
     if not isinstance(error, PerennialError):
         return f"{error}; remedy: {remedy}"
     return str(PerennialError(error.message, got=error.got, allowed=error.allowed, remedy=remedy))

@@ -18,7 +18,7 @@ from perennial.streams.events.models import RetentionProgressed
 JobErrorReason = Literal[
     "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
     "revoked-version", "not-promoted", "nothing-to-roll-back-to", "recipe-mismatch", "unsupported",
-    "unexpected-cut", "out-of-order", "given-up", "bad-job", "collected-version",
+    "unexpected-cut", "out-of-order", "given-up", "bad-job", "collected-version", "rebase-refused",
 ]  # fmt: skip
 
 

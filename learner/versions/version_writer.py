@@ -109,8 +109,12 @@ class VersionWriter:
 
     # ---- reading
 
-    def head(self, adapter: str) -> Head | None:
+    def head(self, adapter: str, *, any_base: bool = False) -> Head | None:
         """Return the newest version, with its high-water marks as repaired by an operator; None where there is none.
+
+        Args:
+            adapter: the adapter.
+            any_base: also a version of another base or rank, whose state cannot be loaded here.
 
         Raises:
             JobError: the adapter was trained on another base or with another rank.
@@ -118,7 +122,8 @@ class VersionWriter:
         head = self.registry.head(adapter)
         if head is None:
             return None
-        self.check_base(head.manifest)
+        if not any_base:
+            self.check_base(head.manifest)
         repairs = load_mark_repairs(self.registry.store, adapter)
         if not repairs:
             return head

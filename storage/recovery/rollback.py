@@ -52,6 +52,8 @@ class RollbackError(StoreError):
 def version_before(registry: Registry, adapter: str, version: str | None) -> str:
     """Return the newest promoted version before this one that may be served; after a rollback, before its target.
 
+    Versions of another base or rank are passed over: neither replicas nor learners of this one can use their state.
+
     Args:
         registry: the adapter's versions.
         adapter: the adapter.
@@ -69,7 +71,8 @@ def version_before(registry: Registry, adapter: str, version: str | None) -> str
     while before is not None:
         manifest = registry.manifest(adapter, before)
         promoted = manifest.outcome == "promoted" and manifest.kind != "quarantine" and before not in collected
-        if promoted and not registry.is_contaminated(manifest):
+        fits = live is not None and _same_shape(manifest, live)
+        if promoted and fits and not registry.is_contaminated(manifest):
             return before
         before = manifest.head
     raise RollbackError(
@@ -250,7 +253,7 @@ def _carry_out(
         head = registry.head(adapter)
         if head is None:
             raise RollbackError("nothing-to-roll-back-to", "the adapter has no version", got=adapter)
-        if (head.manifest.base_sha256, head.manifest.rank) != (target.base_sha256, target.rank):
+        if not _same_shape(head.manifest, target):
             raise RollbackError(
                 "base-mismatch", "the version has another base or rank than the newest one",
                 got=f"{target.base_model} rank {target.rank}",
@@ -289,6 +292,9 @@ def _take_back(registry: Registry, adapter: str, alias: str, publication: Public
         except RollbackError:
             before = registry.manifest(adapter, before).head
             continue
+        if not _same_shape(target, publication.manifest):
+            before = target.head
+            continue
         reason = f"{job_id} took over a version that is revoked"
         _carry_out(registry, adapter, alias, version, target, "revoke", f"{job_id} taken back", reason)
         return
@@ -313,6 +319,11 @@ def finish_interrupted(registry: Registry, adapter: str, alias: str) -> None:
     if head is None or head.manifest.kind not in {"rollback", "revoke"} or not registry.is_contaminated(head.manifest):
         return
     _take_back(registry, adapter, alias, Publication(head.version, head.manifest, None, False), head.manifest.job_id)
+
+
+def _same_shape(one: Manifest, other: Manifest) -> bool:
+    """Return whether two versions have one base and one rank, so that a learner of one can go on from the other."""
+    return (one.base_sha256, one.rank) == (other.base_sha256, other.rank)
 
 
 def _revoked_meanwhile(version: str) -> RollbackError:

@@ -25,13 +25,14 @@ from perennial.storage.registry.scalars import Int64, Later, Number, Scalar, Tex
 MAX_MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
 
-Kind = Literal["update", "rollback", "revoke", "quarantine", "forget", "replayed"]
+Kind = Literal["update", "rollback", "revoke", "quarantine", "forget", "rebase", "replayed"]
 """The kind of job that made a version. All but `update` and `replayed` train nothing and take over the state of an earlier version.
 
 update: a micro-batch was learned. rollback: an earlier state was published again. revoke: the version takes the place
 of one that must not be served. quarantine: it is served while examples are being forgotten; its state is the one from
-before their first use. forget: the examples are forgotten; its parent is the last of the rebuilt updates. replayed: a
-rebuilt update. It is not among the published versions: its seq and its head count along the rebuilt updates.
+before their first use. forget: the examples are forgotten; its parent is the last of the rebuilt updates. rebase: the
+updates up to its `head` were learned anew, on the base that it names; its parent is the last of the rebuilt updates.
+replayed: a rebuilt update. It is not among the published versions: its seq and its head count along the rebuilt updates.
 """
 Outcome = Literal["promoted", "refused", "unchanged"]
 AdapterName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*(/[a-z0-9][a-z0-9._-]*){0,3}$", max_length=200)]

@@ -44,7 +44,7 @@ __all__ = ["AliasState", "Head", "Publication", "Registry", "Revocation", "manif
 
 LIVE = "live"
 _ALIAS_KINDS: dict[str, AliasKind] = {
-    "rollback": "rolled_back", "revoke": "revoked", "quarantine": "revoked", "forget": "revoked",
+    "rollback": "rolled_back", "revoke": "revoked", "quarantine": "revoked", "forget": "revoked", "rebase": "promoted",
 }  # fmt: skip
 _SWAP_ATTEMPTS = 64
 

@@ -43,6 +43,7 @@ from perennial.streams.cli.economics.economics_command import economics
 from perennial.streams.cli.forget.commands import forget_app
 from perennial.streams.cli.keys.keys_app import keys_app
 from perennial.streams.cli.marks.marks_app import marks_app
+from perennial.streams.cli.rebase.rebase_command import rebase
 from perennial.streams.cli.replicas.replicas_app import replicas_app
 from perennial.streams.cli.subscribe.subscribe_command import subscribe
 from perennial.streams.cli.terminal.printable import printable_lines
@@ -61,7 +62,7 @@ topics_app = typer.Typer(
 )
 publish_app = typer.Typer(help="Publish files of JSON lines; the broker confirms each line.", no_args_is_help=True)
 adapters_app = typer.Typer(
-    help="Show adapters and their versions, roll one back, park or unpark one, set its system prompt.",
+    help="Show adapters and their versions, roll one back, learn one anew on another base, park or unpark one.",
     no_args_is_help=True,
 )
 dlq_app = typer.Typer(help="Show refused records (dead letters), or send them back.", no_args_is_help=True)
@@ -82,6 +83,7 @@ app.command()(ask)
 app.command()(economics)
 adapters_app.command("system-prompt")(system_prompt)
 adapters_app.command()(report)
+adapters_app.command()(rebase)
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 AdapterName = Annotated[str, typer.Argument(help="Name of the adapter, for example acme/support.")]

@@ -15,6 +15,7 @@ from kafka.errors import KafkaError
 
 from perennial.storage.errors import IntegrityError, NotFoundError, PerennialError
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.history.rebuilt_steps import rebases_under_way
 from perennial.storage.registry.parked import list_parked
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
@@ -86,6 +87,7 @@ class FlowSnapshot:
         parked: Why adapters wait for an operator, by adapter.
         unapproved: Until when requests over a pattern wait for a second approver, in milliseconds since 1970, by request
             id; the first 20.
+        rebases: Updates that rebases have learned anew, and all that they have to, by adapter.
     """
 
     taken_at: float
@@ -96,6 +98,7 @@ class FlowSnapshot:
     missing_topics: list[str] = field(default_factory=list)
     parked: dict[str, str] = field(default_factory=dict)
     unapproved: dict[str, int] = field(default_factory=dict)
+    rebases: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 class FlowReader:
@@ -178,6 +181,8 @@ class FlowReader:
         flow.parked = {record.adapter: record.reason for record in list_parked(self.registry.store)}
         waiting = islice(load_unapproved(self.registry.store), _MAX_UNAPPROVED)
         flow.unapproved = {one.request.request_id: one.approval.until_ms for one in waiting if one.approval}
+        under_way = rebases_under_way(self.registry.store)
+        flow.rebases = {adapter: (rebase.made, rebase.total) for adapter, rebase in under_way.items()}
         return flow
 
     def _lag(self, role: str, names: tuple[str, ...], ends: dict[TopicPartition, int]) -> int:

@@ -133,6 +133,8 @@ def _parts(flow: FlowSnapshot, before: FlowSnapshot | None) -> tuple[list[_Table
     for request_id, until_ms in flow.unapproved.items():
         text = f"request {request_id} waits for a second approver until {spoken_time(until_ms)}; "
         notes.append(Text(f"{text}`perennial forget status {request_id}` shows it", "yellow"))
+    for adapter, (made, total) in flow.rebases.items():
+        notes.append(Text(f"{adapter} is learned anew on another base: {made} of {total} updates"))
     if flow.more_adapters:
         notes.append(Text("… and more; `perennial adapters ls` lists all"))
     return tables, notes

@@ -392,6 +392,22 @@ class RollbackRequested(Event):
         return self.adapter
 
 
+class RebaseRequested(Event):
+    """Learn what an adapter has learned anew, on the base, the rank and the recipe of the learner that takes the job."""
+
+    type: ClassVar[str] = "rebase.requested"
+    topic: ClassVar[str] = "adapter-jobs"
+    job_id: Id
+    adapter: Adapter
+    min_learned_share: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] = 0.9
+    """Share of the learned examples that the new version must have learned, too; below it the old version stays live."""
+    requested_by: Name
+    reason: Annotated[str, Field(max_length=1024)] = ""
+
+    def key(self) -> str:
+        return self.adapter
+
+
 class ForgetRequested(Event):
     """Rebuild an adapter without certain examples: those named, and those that the selector matches."""
 
@@ -453,7 +469,7 @@ EVENTS: dict[str, type[Event]] = {
     model.type: model
     for model in (
         DocumentObserved, InteractionObserved, ExampleAccepted, ExampleScored, DriftDetected,
-        UpdateRequested, RollbackRequested, ForgetRequested, RetentionRequested, RetentionProgressed,
+        UpdateRequested, RollbackRequested, RebaseRequested, ForgetRequested, RetentionRequested, RetentionProgressed,
         AdapterPromoted, AdapterRolledBack, AdapterRevoked, AdapterRetired, AdapterActivated, AdapterFailed,
         ReplicaLeft,
     )

@@ -96,6 +96,10 @@ class Crew:
             process.start()
             self._processes[role] = process
 
+    def use(self, settings: Settings) -> None:
+        """Give other settings to the roles that start from now on."""
+        self._environment = {**self._environment, **settings.environment()}
+
     def tend(self) -> None:
         """Start the roles again that have ended, but none that is held."""
         for role, process in list(self._processes.items()):

@@ -125,7 +125,7 @@ ROLES: Final[Mapping[str, RoleAccess]] = MappingProxyType({
         _grant({
             "Read": TOPICS,
             # The redrive of dead letters writes documents, interactions and retention; a rollback writes adapter-jobs
-            # and adapter-updates; `replicas rm` writes adapter-acks.
+            # and adapter-updates, a rebase adapter-jobs; `replicas rm` writes adapter-acks.
             "Write": (*_ORIGINS, "retention", "adapter-jobs", "adapter-updates", "adapter-acks"),
             "DescribeConfigs": TOPICS,
         }),

@@ -18,6 +18,7 @@ from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
+from perennial.storage.registry.history.rebuilt_steps import list_steps
 from perennial.storage.registry.parked import load_parked
 from perennial.storage.registry.quarantine import NOTHING_MATCHED, LegalHold, load_quarantine, update_quarantine
 from perennial.storage.registry.registry import Registry
@@ -309,10 +310,10 @@ def test_an_erasure_deletes_what_a_preparation_made_of_its_example(store: Direct
     expiring = request("e1", kind="expire", example_ids=[cuts[1][1].example_id], suppress=False, prepare=True)
     forget(learner, expiring)
     assert len(readable(store.root, ["secret006"])) == 2, "the rebuilt micro-batch of cut 1 holds the others"
-    steps = len(list(rebuild_progress.list_steps(store, ADAPTER)))
+    steps = len(list(list_steps(store, ADAPTER)))
     done, _ = forget(learner, quarantined(store, erase("r1", 13)))  # in cut 3
     assert never_saw(learner, tmp_path, cuts, {13}).equals(done.manifest)
-    kept = [step.recorded for _, step in rebuild_progress.list_steps(store, ADAPTER)]
+    kept = [step.recorded for _, step in list_steps(store, ADAPTER)]
     assert (steps, len(kept)) == (5, 2), "cuts 1 and 2 are still as they were prepared"
     erased, _ = forget(learner, quarantined(store, erase("r2", 6)))
     assert never_saw(learner, tmp_path, cuts, {6, 13}).equals(erased.manifest)
@@ -337,7 +338,7 @@ def test_progress_whose_blobs_are_lost_is_made_again(store: DirectoryStore, tmp_
     job, cuts = quarantined(store, erase("r1", 5)), documents(41, 4 * CUTS)
     with pytest.raises(CutOffError):
         forget(local_learner(store), job, stops_at("learner.forget_step", 3))
-    _, second = sorted(rebuild_progress.list_steps(store, ADAPTER), key=lambda item: item[1].made_at)[1:3][0]
+    _, second = sorted(list_steps(store, ADAPTER), key=lambda item: item[1].made_at)[1:3][0]
     for digest in second.blobs:
         store.delete(blob_key(digest))
     done, _ = forget(local_learner(store), job)

@@ -1,0 +1,1 @@
+"""The command `perennial adapters rebase`: learn an adapter anew on another base."""
