@@ -22,6 +22,8 @@ from tests.faults.parts import SESSION_S
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = ("tests.faults.warm",)
+DRAIN_S = 180.0
+"""Seconds that a role has to end after SIGTERM."""
 
 
 def failpoints() -> list[str]:
@@ -118,6 +120,29 @@ class Crew:
         finally:
             self._held.discard(role)
             self.start(role)
+
+    def drain(self, role: str) -> int | None:
+        """Let a role finish what it has in hand (SIGTERM), then start it again.
+
+        Returns:
+            Its exit code; None where it did not end within `DRAIN_S` seconds and was killed.
+        """
+        self._held.add(role)
+        process = self._processes[role]
+        try:
+            self.signal(role, signal.SIGTERM)
+            deadline = time.monotonic() + DRAIN_S
+            while process.exitcode is None and time.monotonic() < deadline:
+                self.tend()
+                time.sleep(0.1)
+            code = process.exitcode
+            if code is None:
+                process.kill()
+                process.join()
+        finally:
+            self._held.discard(role)
+            self.start(role)
+        return code
 
     def log(self, role: str) -> Path:
         """Return the file that takes a role's output."""
