@@ -18,7 +18,7 @@ help:
 	@echo 'make test          linters, types, import contracts, all tests, one kill per failpoint (a real Apache Kafka)'
 	@echo 'make test-faults   kill -9 at every failpoint RUNS=2 times, and every other fault; a table'
 	@echo 'make test-security  every act that a role must not do, tried at a real broker and a real MinIO; the last line is JSON'
-	@echo 'make soak          MINUTES=10 of load, random faults and erasures; what became of every event, by SEED='
+	@echo 'make soak          MINUTES=10 of load, random faults and erasures; what became of every event, by SEED=; ONLY=rolling*'
 	@echo 'make bench-loop    publish -> cut -> trained -> promoted -> served, p50 and p95 by stage'
 	@echo 'make bench-intake  intake against Quix Streams and a Faust agent on one broker'
 	@echo 'make bench-forgetting  erasures against training from scratch'
@@ -76,7 +76,7 @@ test-all: $(READY)
 	$(BIN)/python -m tests.faults --all --runs 1
 
 soak: $(READY)
-	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only '$(ONLY)')
 
 bench-loop: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_loop

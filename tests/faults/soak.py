@@ -1,7 +1,8 @@
-"""`python -m tests.faults.soak [--minutes 10] [--seed N]`: random faults under load with erasures, then the equation.
+"""`python -m tests.faults.soak [--minutes 10] [--seed N] [--only 'rolling*']`: random faults under load, then the equation.
 
 Runs a real Apache Kafka, a real MinIO, every role as a process, and a second learner, which takes over while the first
-is stopped past its session. Operators roll back, add partitions, park and unpark; subscribers come, leave and are killed.
+is stopped past its session. Texts are erased meanwhile. Operators roll back, add partitions, park and unpark, and restart all
+roles one after another; subscribers come, leave and are killed.
 After the last fault it waits for the pending work. Then every acknowledged record must have exactly one term: learned
 once, skipped, refused by the gate, dead-lettered, expired or erased, rolled back, pending. A watch counts the seconds in
 which an adapter could not be served. The last line is JSON; the exit code is 1 if the equation or another of the figures
@@ -23,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from fnmatch import fnmatch
 from pathlib import Path
 
 from rich.console import Console
@@ -32,7 +34,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer, MinioServerError
-from perennial.streams.devstack.supervisor import ROLES, Supervisor
+from perennial.streams.devstack.supervisor import ROLES, Role, Supervisor, health
 from perennial.streams.kafka.topics import provision
 from perennial.streams.settings import Settings
 from tests.faults.service_watch import ServiceWatch
@@ -48,6 +50,8 @@ MAX_WAIT_S = 900.0
 """Seconds after which the wait is not prolonged any more."""
 STALL_S = 60.0
 """Pending work that takes longer is worth a look at the logs: they are then kept even if all is well."""
+DRAIN_S = 120.0
+"""Seconds that a role has to end after SIGTERM, and to be healthy after its start."""
 _PAST_SESSION_S = 34.0
 _REPORT_EVERY_S = 5.0
 
@@ -59,9 +63,13 @@ class Stack:
 
     Args:
         folder: For data and logs.
+
+    Attributes:
+        rolling_restarts: How often all roles were restarted one after another.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.rolling_restarts = 0
         self.broker = EmbeddedBroker(folder / "kafka")
         self.minio = MinioServer(folder / "minio")
         self.supervisors: list[Supervisor] = []
@@ -129,6 +137,36 @@ class Stack:
         finally:
             role.signal(signal.SIGCONT)
 
+    def rolling_restart(self) -> None:
+        """Let each role finish what it has in hand (SIGTERM) and start it again, one after another, as an upgrade does."""
+        for supervisor in self.supervisors:
+            for name, role in supervisor.children.items():
+                process = role.process
+                if process is None:
+                    continue
+                role.signal(signal.SIGTERM)
+                deadline = time.monotonic() + DRAIN_S
+                while process.poll() is None and time.monotonic() < deadline:
+                    self.wait(0.2)
+                if process.poll() is None:
+                    self.operator.failed.append(f"{name} did not end within {DRAIN_S:.0f} s after SIGTERM")
+                    process.kill()
+                    process.wait()
+                if role.process is process:  # `tend` has not started it yet
+                    supervisor.restart(name)
+                self._wait_ready(role)
+        self.rolling_restarts += 1
+
+    def _wait_ready(self, role: Role) -> None:
+        """Wait until a role answers that it is healthy; the next one is drained only then."""
+        deadline = time.monotonic() + DRAIN_S
+        while time.monotonic() < deadline:
+            answer = health(role.port)
+            if answer and answer["ok"] and answer.get("status") != "starting":
+                return
+            self.wait(0.2)
+        self.operator.failed.append(f"{role.name} was not healthy within {DRAIN_S:.0f} s after its restart")
+
     def kill_all(self) -> None:
         """Kill every role at once with SIGKILL."""
         for supervisor in self.supervisors:
@@ -159,10 +197,18 @@ class Stack:
             self.wait(0.5)
 
 
-def faults(stack: Stack, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
+def faults(stack: Stack, seed: int, only: str = "*") -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield faults without end in an order that the seed determines; every kind comes once before any comes again.
 
     Partitions are added once in the first and once in the second round.
+
+    Args:
+        stack: What the faults befall.
+        seed: Determines the order.
+        only: Pattern of the names of the faults to make.
+
+    Raises:
+        ValueError: No fault has such a name.
     """
     rng = random.Random(f"faults {seed}")
     topics = rng.sample(["adapter-jobs", "examples", "scored-examples"], 2)
@@ -174,6 +220,7 @@ def faults(stack: Stack, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
             made.append((f"stop {name} {seconds:.0f} s", lambda n=name, s=seconds: stack.freeze(n, s)))  # type: ignore[misc]
         made.append(("kill second learner", lambda: stack.kill("learner", 1)))
         made.append(("kill all roles", stack.kill_all))
+        made.append(("rolling restart", stack.rolling_restart))
         for _ in range(2):
             seconds = rng.uniform(0, 10)
             made.append((f"kill broker {seconds:.0f} s", lambda s=seconds: stack.kill_broker(s)))  # type: ignore[misc]
@@ -184,6 +231,9 @@ def faults(stack: Stack, seed: int) -> Iterator[tuple[str, Callable[[], None]]]:
             topic = topics.pop()
             made.append((f"repartition {topic}", lambda topic=topic: stack.operator.repartition(topic)))  # type: ignore[misc]
         rng.shuffle(made)
+        made = [(name, fault) for name, fault in made if fnmatch(name, only)]
+        if not made:
+            raise ValueError(f"no fault is called {only!r}")
         yield from made
 
 
@@ -233,8 +283,14 @@ class Watch(threading.Thread):
             self._last[adapter] = head.seq
 
 
-def soak(minutes: float, seed: int, folder: Path) -> Verdict:
+def soak(minutes: float, seed: int, folder: Path, only: str = "*") -> Verdict:
     """Run the soak in a folder.
+
+    Args:
+        minutes: Minutes of faults.
+        seed: Determines the order of faults and load.
+        folder: For data and logs.
+        only: Pattern of the names of the faults to make.
 
     Raises:
         RuntimeError: The soak itself cannot go on.
@@ -252,7 +308,7 @@ def soak(minutes: float, seed: int, folder: Path) -> Verdict:
         rng = random.Random(f"pauses {seed}")
         until = time.monotonic() + minutes * 60
         stack.wait(min(5.0, minutes * 6))
-        for name, fault in faults(stack, seed):
+        for name, fault in faults(stack, seed, only):
             if time.monotonic() > until or load.failure:
                 break
             watch.fault = name
@@ -277,7 +333,9 @@ def soak(minutes: float, seed: int, folder: Path) -> Verdict:
         stack.stop()
     for line in stack.operator.done:
         print(f"operator: {line}", flush=True)
-    verdict.figures |= {"seed": seed, "minutes": minutes, "faults": len(made)}
+    verdict.figures |= {
+        "seed": seed, "minutes": minutes, "faults": len(made), "rolling_restarts": stack.rolling_restarts,
+    }  # fmt: skip
     return verdict
 
 
@@ -319,6 +377,7 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=secrets.randbelow(10**6), help="determines the order of faults and load"
     )
+    parser.add_argument("--only", default="*", help="pattern of the faults to make, for example 'rolling*'")
     parser.add_argument("--keep", action="store_true", help="keep logs and data even if all is well")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no process is left over
@@ -326,7 +385,7 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="perennial-soak-"))
     print(f"seed {arguments.seed}, {arguments.minutes:g} minutes, logs and data in {folder}", flush=True)
     try:
-        verdict = soak(arguments.minutes, arguments.seed, folder)
+        verdict = soak(arguments.minutes, arguments.seed, folder, arguments.only)
     except PerennialError as error:  # no MinIO, no Java: there is nothing to judge
         print(f"the soak could not run: {error}", file=sys.stderr)
         return error.exit_code
