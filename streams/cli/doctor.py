@@ -23,6 +23,7 @@ from perennial.storage.registry.parked import list_parked
 from perennial.storage.registry.waiting_jobs import count_jobs, job_key, list_jobs
 from perennial.streams.cli.terminal.printable import printable
 from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.events.tenants import base_topic
 from perennial.streams.settings import Settings
 
 _MIN_FREE_BYTES = 2 * 1024**3
@@ -176,13 +177,13 @@ def _offsets(settings: Settings) -> Finding:
     """Compare committed offsets with the logs: an offset behind a log's end was lost, one before its start unread."""
     from perennial.streams.kafka.group_offsets import reader_positions
     from perennial.streams.kafka.repartition import READERS
-    from perennial.streams.kafka.topics import admin_client, identify
+    from perennial.streams.kafka.topics import admin_client, identify, topic_names
 
     wrong, waiting = [], 0
     partitions = identify(settings).partitions
     with admin_client(settings) as admin:
-        for topic, reader in READERS.items():
-            group, full = settings.kafka.topic(reader), settings.kafka.topic(topic)
+        for topic in topic_names(settings, READERS):
+            group, full = settings.kafka.topic(READERS[base_topic(topic)]), settings.kafka.topic(topic)
             for position in reader_positions(admin, group, full, partitions.get(full, 0)):
                 where = f"{group} in {full}[{position.partition.partition}]"
                 offset, begin, end = position.committed, position.begin, position.end

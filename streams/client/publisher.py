@@ -148,7 +148,8 @@ class Publisher(BasePublisher):
     def _signed(self, event: Event) -> Event:
         if not isinstance(event, RetentionRequested) or self._person.signing_key is None:
             return event
-        made_at = event.requested_at or self._now()  # an approval has the time of the request
+        # An approval repeats the request, which may have no time.
+        made_at = event.requested_at or (self._now() if event.approved_by is None else None)
         return signed_request(event.model_copy(update={"requested_at": made_at}), self._person)
 
     def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:

@@ -111,7 +111,8 @@ def read_dead_letter(
     except WireError as error:
         found = _UNREADABLE._replace(value=value, headers=list(headers or ()), detail=error.detail)
         return DeadLetterRecord(partition, offset, key, found, "", 0, readable=False)
-    topic = found.topic if base_topic(found.topic) in DEFAULT_TYPES else found.topic.removeprefix(prefix)
+    short = found.topic.removeprefix(prefix)
+    topic = short if base_topic(short) in DEFAULT_TYPES else found.topic
     return DeadLetterRecord(partition, offset, key, found, topic, redrive_count(found.headers), readable=True)
 
 

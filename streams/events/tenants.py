@@ -114,3 +114,15 @@ def request_in_tenant(
             allowed=f"at most {MAX_ID_CHARS - len(tenant) - 1} characters",
         )  # fmt: skip
     return request.model_copy(update={"request_id": request_id})
+
+
+def may_end(request_id: str, other_id: str, tenants: Iterable[str]) -> bool:
+    """Return whether a release or a policy may end an earlier hold or policy over the same adapters and examples.
+
+    A tenant's request ends its own ones only, and not an operator's.
+
+    >>> may_end("acme:r2", "acme:r1", ["acme"]), may_end("acme:r2", "r1", ["acme"]), may_end("r2", "acme:r1", ["acme"])
+    (True, False, True)
+    """
+    tenant = tenant_of_id(request_id, tenants)
+    return tenant is None or tenant == tenant_of_id(other_id, tenants)

@@ -103,7 +103,11 @@ def plan_repartition(settings: Settings, store: ObjectStore, topic: str, wanted:
         StoreError: The store does not answer.
     """
     if topic not in ORDERED_TOPICS:
-        free = "its partitions may be added with Kafka's own tool at any time" if topic in TOPICS else "no such topic"
+        free = (
+            "its partitions may be added with Kafka's own tool at any time"
+            if base_topic(topic) in TOPICS
+            else "no such topic"
+        )
         raise RepartitionError(
             "not a topic whose partition count is part of the installation", got=f"{topic}: {free}",
             allowed=", ".join(ORDERED_TOPICS), remedy="see `perennial topics create --dry-run`",

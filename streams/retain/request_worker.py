@@ -11,7 +11,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -20,6 +20,7 @@ from typing import ClassVar, Final
 from perennial.storage.registry.quarantine import Quarantine, update_quarantine
 from perennial.streams.events.fields import PERMANENT
 from perennial.streams.events.models import RetentionKind, RetentionRequested
+from perennial.streams.events.tenants import may_end
 from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.retain.adapter_calendar import AdapterCalendar
 from perennial.streams.retain.ended_requests import EndedRequests
@@ -67,6 +68,7 @@ class RequestWorker:
         gather_ms: How long requests are gathered, so that one rebuild serves them, in milliseconds.
         lead_ms: How long before examples expire the learner begins to rebuild without them, in milliseconds.
         approvals: Which requests wait for a second approver.
+        tenants: Tenants that have topics of their own.
 
     Attributes:
         cache: The requests that something can still change.
@@ -82,13 +84,14 @@ class RequestWorker:
         gather_ms: int = 0,
         lead_ms: int = 0,
         approvals: ApprovalRules | None = None,
+        tenants: Sequence[str] = (),
     ) -> None:
         self.cache = RequestCache(store, on_save)
         self._store = store
         self._facts = facts
         self._at = at
         self._gather_ms = gather_ms
-        self._approvals = approvals or ApprovalRules()
+        self._approvals, self._tenants = approvals or ApprovalRules(), tenants
         self._calendar = AdapterCalendar(facts, lead_ms)
         self._looked_at: set[str] = set()
         self._waiting_pages: dict[str, set[str]] = {}  # pages of patterns with adapters that are new, by request
@@ -155,7 +158,7 @@ class RequestWorker:
         pages: dict[str, PageSummary] = {}
         if request.kind in {"policy", "release"}:
             like = self.cache.in_force.like("policy" if request.kind == "policy" else "hold", request)
-            ends = [other.request.request_id for other in like]
+            ends = [i for o in like if may_end(request.request_id, i := o.request.request_id, self._tenants)]
         if KINDS[request.kind].job is not None and record.is_pattern:
             for adapter in self._covered(request.adapter):
                 page = page_of(adapter)

@@ -95,7 +95,7 @@ class RetainService:
         self._worker = RequestWorker(
             RequestStore(facts.store), facts, self._at, self._count,
             gather_ms=int(settings.retain.forget_window_s * 1000), lead_ms=int(settings.retain.expiry_lead_s * 1000),
-            approvals=_approval_rules(settings),
+            approvals=_approval_rules(settings), tenants=self._tenants,
         )  # fmt: skip
 
     async def receive(self, request: RetentionRequested, received_ms: int, tenant: str | None = None) -> None:

@@ -20,8 +20,9 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
-MAX_APPROVAL_WAIT_S: Final = 30 * 86_400
-"""No longer than an ended request is kept: a signed request that is older must still be known when it is sent again."""
+MAX_APPROVAL_WAIT_S: Final = 29 * 86_400
+"""A day less than an ended request is kept, whatever a signer's clock says: a signed request that still counts must be known
+when it is sent again."""
 Secret = Annotated[SecretStr, Field(min_length=32)]
 
 
@@ -221,7 +222,7 @@ class RetainSettings(SettingsGroup):
     )
     approval_wait_s: Annotated[float, Field(gt=0, le=MAX_APPROVAL_WAIT_S)] = Field(
         604_800.0,
-        description="retain: seconds for which a request waits for its second approver before it fails, at most 2592000",
+        description="retain: seconds for which a request waits for its second approver before it fails, at most 2505600",
     )
 
 

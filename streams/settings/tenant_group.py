@@ -10,11 +10,11 @@ import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Self, TypeVar
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from perennial.streams.settings.groups import SettingsGroup
+from perennial.streams.settings.groups import SettingsError, SettingsGroup
 
 EVERY_TENANT = "*"
 UNLIMITED = "unlimited"
@@ -75,6 +75,15 @@ class TenantSettings(SettingsGroup):
             raise ValueError(f"one tenant, or none; got {text[:80]!r}")
         return text.strip()
 
+    @model_validator(mode="after")
+    def _check_own(self) -> Self:
+        if self.tenant and self.names and self.tenant not in self.names:
+            raise SettingsError(
+                "PERENNIAL_TENANT is none of the tenants", got=self.tenant, allowed=", ".join(self.names),
+                remedy="correct PERENNIAL_TENANT or PERENNIAL_TENANTS: nobody reads the topics of another tenant",
+            )  # fmt: skip
+        return self
+
     @property
     def names(self) -> tuple[str, ...]:
         """The tenants that have topics of their own."""
@@ -113,10 +122,11 @@ def _names(text: str) -> tuple[str, ...]:
             )
         if name == RESERVED:
             raise ValueError(f"tenants but {RESERVED!r}: retain's own requests have ids that begin so")
-    # Kafka takes two topics for one whose names differ in `.` and `_` alone.
-    if len({name.replace(".", "_") for name in names}) < len(names):
+    # Kafka takes two topics for one whose names differ in `.` and `_` alone, and the variables of the store's accounts
+    # have `_` for every such character.
+    if len({re.sub("[^a-z0-9]", "_", name.lower()) for name in names}) < len(names):
         raise ValueError(
-            f"each tenant once, and none that differs from another in `.` and `_` alone; got {text[:80]!r}"
+            f"each tenant once, and none that differs from another in case, `.`, `-` and `_` alone; got {text[:80]!r}"
         )
     return names
 

@@ -29,7 +29,7 @@ from perennial.streams.recovery.offset_plan import LogRange, plan_offsets
 from perennial.streams.retain.request_store import load_requests
 from perennial.streams.retain.service import RetainService
 from perennial.streams.retain.store_facts import StoreFacts
-from perennial.streams.settings import Settings
+from perennial.streams.settings import Settings, SettingsError
 from tests.keys import Keys
 from tests.memory_store import MemoryStore
 
@@ -56,7 +56,7 @@ def test_the_setting_names_the_tenants(text, names):
 
 
 @pytest.mark.parametrize(
-    "text", ["Acme", "acme/eu", "acme*", "acme,acme", "a.b,a_b", "perennial", "a" * 101, "acme:eu"]
+    "text", ["Acme", "acme/eu", "acme*", "acme,acme", "a.b,a_b", "a-b,a_b", "perennial", "a" * 101, "acme:eu"]
 )
 def test_a_name_that_could_be_mistaken_is_refused(text):
     """`perennial` would make ids that retain's own requests have."""
@@ -92,6 +92,13 @@ def test_the_record_of_the_installation_keeps_every_id_of_a_tenants_topic():
         "id1-t-documents.acme",
         "id2-t-documents.acme",
     )
+
+
+def test_a_publisher_of_a_tenant_that_nobody_reads_is_refused():
+    """A broker that creates topics by itself would acknowledge its records into a topic that nobody reads."""
+    with pytest.raises(SettingsError, match="acme, globex"):
+        Settings.of(tenants="acme, globex", tenant="amce", env_file=None)
+    assert Settings.of(tenant="acme", env_file=None).tenants.tenant == "acme"
 
 
 # ---- intake
@@ -130,6 +137,18 @@ def test_a_dead_letter_of_a_tenants_topic_goes_back_to_it():
     letter = read_dead_letter(0, 0, b"k", value, headers, "t-")
     assert letter.source_topic == "documents.acme"
     assert redriven_record(letter).topic == "documents.acme"
+
+
+@pytest.mark.parametrize("prefix", ["", "t-", "documents.", "retention."])
+@pytest.mark.parametrize("topic", ["documents", "interactions.acme", "retention"])
+@pytest.mark.parametrize("full", [True, False])
+def test_a_prefix_that_looks_like_a_tenants_topic_is_taken_off(prefix, topic, full):
+    """Some roles name the topic of a dead letter with the prefix, some without it."""
+    named = f"{prefix}{topic}" if full else topic
+    value, headers = encode_dead_letter(
+        b"{}", [], reason="bad-field", stage="intake", detail="", topic=named, partition=1, offset=7, at=AT,
+    )  # fmt: skip
+    assert read_dead_letter(0, 0, b"k", value, headers, prefix).source_topic == topic
 
 
 # ---- retain
@@ -192,6 +211,22 @@ def test_a_tenant_approves_its_own_request_with_signatures_over_the_id_that_it_g
     assert load_requests(store)["acme:r1"].approval.approved_by == "bob"
 
 
+def test_a_tenant_ends_its_own_holds_and_not_an_operators():
+    store = MemoryStore()
+    retain, _ = served(store, SETTINGS)
+
+    def ask(request_id: str, kind: str, tenant: str | None) -> None:
+        asked = request(request_id).model_copy(update={"kind": kind})
+        asyncio.run(retain.receive(asked, 1000, tenant))
+
+    ask("legal", "hold", None)
+    ask("own", "hold", "acme")
+    ask("x", "release", "acme")
+    assert load_requests(store)["acme:x"].ends == ["acme:own"]
+    ask("all", "release", None)
+    assert "legal" in load_requests(store)["all"].ends
+
+
 # ---- publishers
 
 
@@ -218,6 +253,17 @@ def test_a_publisher_writes_to_its_tenants_topics(wire):
         publisher.document(adapter="globex/support", document_id="d", text="hello")
     Publisher(settings=SETTINGS).document(adapter="globex/support", document_id="d", text="hello")
     assert wire == ["t-documents.acme", "t-retention.acme", "t-documents"]
+
+
+@pytest.mark.parametrize("approved_by", [None, "bob"])
+def test_an_approval_of_an_unsigned_request_keeps_its_fields(wire, tmp_path, approved_by):
+    keys, sent = Keys(tmp_path / "bob"), []
+    publisher = Publisher(settings=SETTINGS.replace(request_key_file=str(keys.private)))
+    publisher._signed = lambda event, signed=publisher._signed: sent.append(signed(event)) or sent[-1]
+    fields = {"approved_by": approved_by} if approved_by else {}
+    publisher.retention(request_id="r", kind="revoke", adapter="acme/*", requested_by="ann", **fields)
+    assert sent[0].signature
+    assert (sent[0].requested_at is None) is (approved_by is not None)
 
 
 # ---- who may do what
