@@ -196,6 +196,11 @@ def _lora_layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
+def rank_axis(name: str) -> int:
+    """Return the dimension of a LoRA tensor, or of its gradient, that has the rank: 0 of A, 1 of B."""
+    return 0 if ".lora_A." in name else 1
+
+
 def check_weights(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raise AdapterError unless the weights have exactly these names and shapes."""
     if weights.keys() != shapes.keys():

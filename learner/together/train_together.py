@@ -22,9 +22,7 @@ from perennial.learner.together.shared_pass import SharedPass, packs_together
 from perennial.learner.together.splitting import most_pass_tokens, split_into_passes
 from perennial.learner.together.stacked_adamw import StackedAdamW, clip
 from perennial.learner.together.stacked_lora import Layout
-from perennial.learner.training.trainer import TrainConfig, TrainResult, steps_taken, train
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+from perennial.learner.training.trainer import MOMENTS, TrainConfig, TrainResult, freeze, steps_taken, train
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ class _Together:
         self._pass_tokens = pass_tokens
         self._shared = SharedPass.of(lora, graphs=graphs)
         parts: list[tuple[Sequence[Mapping[str, torch.Tensor] | None], str]] = [([job.weights for job in jobs], "")]
-        parts += [([job.optimizer for job in jobs], f"{name}.") for name in _MOMENTS]
+        parts += [([job.optimizer for job in jobs], f"{name}.") for name in MOMENTS]
         weights, exp_avg, exp_avg_sq = (
             stacked_rows(self._layout, states, prefix, self._device, self._shared.hot) for states, prefix in parts
         )
@@ -173,6 +171,9 @@ class _Together:
         active = sum(len(job.schedule) > step for job in self._jobs)
         parts = [_adapter_rows(job.schedule[step], job.config) for job in self._jobs[:active]]
         losses, gradient = self._accumulate(parts)
+        for row, job in enumerate(self._jobs[:active]):
+            if job.config.frozen_rank:
+                freeze(self._layout.views(gradient[row]), job.config.frozen_rank)
         norms = clip(gradient, self._limits[:active])
         rates = [
             job.config.learning_rate * min(1.0, (taken + step + 1) / job.config.warmup_steps)
@@ -235,7 +236,7 @@ class _Together:
             steps = len(job.schedule)
             optimizer: Tensors = {"step": torch.tensor([float(self._taken[row] + steps)])}
             weights, *moments = views[3 * row : 3 * row + 3]
-            for name, moment in zip(_MOMENTS, moments, strict=True):
+            for name, moment in zip(MOMENTS, moments, strict=True):
                 optimizer |= {f"{name}.{tensor}": view for tensor, view in moment.items()}
             results.append(
                 TrainResult(
@@ -271,7 +272,7 @@ def to_host(results: Sequence[TrainResult], layout: Layout, hot: HotStates) -> l
         layout: Where each tensor is stored in a row.
         hot: Where the rows on the device are kept.
     """
-    prefixes = ("", *(f"{name}." for name in _MOMENTS))
+    prefixes = ("", *(f"{name}." for name in MOMENTS))
     rows: list[torch.Tensor] = []
     for result in results:
         of_names = result.weights | result.optimizer

@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from perennial.learner.model.lora import Lora, Tensors, load_tensors
+from perennial.learner.model.lora import Lora, Tensors, load_tensors, rank_axis
 from perennial.learner.model.loss import autocast, ignore_step, training_losses, within_memory
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.training.averaging.slow_average import AVERAGED, check_count, stored_shapes
 from perennial.storage.errors import IntegrityError
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Prefixes of the moments' names in an optimizer state."""
 _STEP = "step"
 
 
@@ -36,6 +37,7 @@ class TrainConfig:
         packed_tokens: Most tokens of a forward pass, in which the rows lie one behind the other without padding; 0: the
             rows of a pass are padded to the longest.
         like_base_weight: Weight of the divergence from the frozen base, on the rows that have `like_base`.
+        frozen_rank: Number of rows at the beginning of each A, and of columns of each B, that are not trained.
     """
 
     learning_rate: float
@@ -46,6 +48,7 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     packed_tokens: int = 0
     like_base_weight: float = 1.0
+    frozen_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def optimizer_from_bytes(data: bytes, shapes: Mapping[str, tuple[int, ...]]) -> 
         IntegrityError: The bytes are not an optimizer state of a LoRA with these shapes.
     """
     state = load_tensors(data)
-    expected = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in _MOMENTS} | {_STEP: (1,)}
+    expected = {f"{moment}.{name}": shape for name, shape in shapes.items() for moment in MOMENTS} | {_STEP: (1,)}
     if AVERAGED in state:
         expected |= stored_shapes(shapes)
     got = {name: tuple(tensor.shape) for name, tensor in state.items()}
@@ -149,6 +152,8 @@ def train(
         with lock or nullcontext():
             lora.select()
             loss, micro_rows = _accumulate_gradients(lora, optimizer, rows, config, micro_rows)
+            if config.frozen_rank:
+                freeze({name: p.grad for name, p in lora.parameters.items() if p.grad is not None}, config.frozen_rank)
             norm = torch.nn.utils.clip_grad_norm_(list(lora.parameters.values()), config.clip_norm)
             optimizer.step()
         losses.append(loss)
@@ -163,6 +168,17 @@ def train(
         norms=tuple(norms),
         tokens=tokens,
     )
+
+
+def freeze(gradients: Mapping[str, torch.Tensor], rank: int) -> None:
+    """Set the gradients of the frozen part to zero in place. Without a gradient AdamW changes no bit of it.
+
+    Args:
+        gradients: Gradients by PEFT name, A (r, inputs) and B (outputs, r).
+        rank: Rows of A and columns of B that are frozen.
+    """
+    for name, gradient in gradients.items():
+        gradient.narrow(rank_axis(name), 0, rank).zero_()
 
 
 def _accumulate_gradients(
@@ -226,7 +242,7 @@ def _optimizer(lora: Lora, state: Mapping[str, torch.Tensor] | None, config: Tra
     )
     if state is not None:
         for name, parameter in parameters:
-            moments = {m: state[f"{m}.{name}"].to(parameter.device, copy=True) for m in _MOMENTS}
+            moments = {m: state[f"{m}.{name}"].to(parameter.device, copy=True) for m in MOMENTS}
             step = torch.tensor(float(steps_taken(state)), device=parameter.device)
             optimizer.state[parameter] = {_STEP: step, **moments}
     return optimizer
@@ -236,7 +252,7 @@ def _optimizer_state(lora: Lora, optimizer: torch.optim.AdamW, steps: int) -> Te
     """Return the moments and step count as they are stored: zeros for a parameter that had no step yet."""
     state: Tensors = {_STEP: torch.tensor([float(steps)])}
     for name, parameter in lora.parameters.items():
-        for moment in _MOMENTS:
+        for moment in MOMENTS:
             current = optimizer.state.get(parameter, {}).get(moment)
             tensor = torch.zeros_like(parameter) if current is None else current
             state[f"{moment}.{name}"] = tensor.detach().to("cpu", torch.float32, copy=True)

@@ -27,6 +27,7 @@ from perennial.learner.training.averaging.slow_average import SlowAverage
 from perennial.learner.training.compute import Compute, ComputeAlone
 from perennial.learner.training.learned import is_learned
 from perennial.learner.training.measuring import LossesBefore, Measurer, UpdateRows
+from perennial.learner.training.personal.layered_lora import LayeredCompute, LayeredLora
 from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.replay_buffer import (
@@ -206,11 +207,10 @@ class Updater:
     @property
     def compute(self) -> Compute:
         """Return what trains and measures."""
-        if not self.recipe.shared_passes:
-            return ComputeAlone()
-        if self.shared is None:
+        if self.recipe.shared_passes and self.shared is None:
             raise RuntimeError("the recipe has shared passes, and the updater has none")
-        return self.shared
+        plain = self.shared if self.recipe.shared_passes and self.shared else ComputeAlone()
+        return LayeredCompute(plain) if isinstance(self.lora, LayeredLora) else plain
 
 
 @dataclass(frozen=True)
