@@ -11,7 +11,7 @@ UPDATES ?= 1000
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint unit test-all test-faults test-security soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long bench-drift bench-poison vllm-env test-vllm lock sbom audit schema dashboards clean
+.PHONY: help setup demo test lint unit test-all test-faults test-security soak bench-loop bench-intake bench-forgetting bench-scale sim-fleet bench-facts bench-serving bench-batched bench-learning bench-long bench-drift bench-poison bench-personal vllm-env test-vllm lock sbom audit schema dashboards clean
 
 help:
 	@echo 'make demo          the whole loop on real text: broker, roles, learning, a served adapter'
@@ -32,6 +32,7 @@ help:
 	@echo 'make bench-long    1,000 updates of one adapter: does an update cost more, does the store grow; UPDATES='
 	@echo 'make bench-drift   how soon a change of the losses is found, and how often one is reported where there is none'
 	@echo 'make bench-poison  what planted documents and false corrections achieve, with and without votes by source'
+	@echo 'make bench-personal examples that a new user needs over a tenant'\''s adapter and with learned starts; canaries'
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
 	@echo 'make lock          requirements.lock and requirements-vllm.lock again from pyproject.toml'
 	@echo 'make sbom          out/sbom.cdx.json: what requirements.lock pins, as CycloneDX (fetches cyclonedx-bom)'
@@ -104,6 +105,9 @@ bench-learning: $(READY)
 
 bench-poison: $(READY)
 	$(BIN)/python -m tests.benchmarks.poison $(ARGS)
+
+bench-personal: $(READY)
+	$(BIN)/python -m tests.benchmarks.personal $(ARGS)
 
 bench-drift: $(READY)
 	$(BIN)/python -m tests.benchmarks.drift $(ARGS)
