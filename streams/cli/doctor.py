@@ -105,7 +105,7 @@ def _topics(settings: Settings) -> Finding:
 
 def _recorded_topics(settings: Settings) -> Finding:
     """Compare the cluster, the topic ids and the partition counts with those that the installation recorded."""
-    from perennial.streams.kafka.installation import first_difference, load_installation
+    from perennial.streams.kafka.installation import first_difference, load_installation, tenants_error
     from perennial.streams.kafka.topics import identify
 
     name = "recorded topics"
@@ -117,6 +117,9 @@ def _recorded_topics(settings: Settings) -> Finding:
     differing = [
         error for topic in present if (error := first_difference(settings, record, found, [topic])) is not None
     ]
+    missing = tenants_error(settings, record.topics)
+    if missing is not None:
+        differing.insert(0, missing)
     if not differing:
         return Finding(name, True, f"cluster, ids and partition counts of {len(present)} topics are the recorded ones")
     first = differing[0]

@@ -25,7 +25,7 @@ from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.recovery.restored_store import load_restored
 from perennial.storage.registry.compare_and_swap import update_object
-from perennial.streams.events.tenants import base_topic
+from perennial.streams.events.tenants import base_topic, split_topic
 from perennial.streams.kafka.maintenance import allowed_counts
 from perennial.streams.kafka.topics import TOPICS, ClusterIds, TopicReport, identify, provision, topic_names, topics_of
 from perennial.streams.settings import Settings
@@ -164,14 +164,56 @@ def check_installation(settings: Settings, store: ObjectStore, names: Sequence[s
         The record, which then holds these topics.
 
     Raises:
-        InstallationError: Another cluster, another id or partition count of an internal topic; or the store was restored
-            from a backup and is not reconciled with Kafka.
+        InstallationError: Another cluster, another id or partition count of an internal topic; a tenant whose topics are
+            recorded is not set; or the store was restored from a backup and is not reconciled with Kafka.
         TopicError: A topic does not exist.
         KafkaUnavailableError: Kafka does not answer.
         StoreError: The store does not answer.
     """
     require_reconciled(store)
+    require_recorded_tenants(settings, store)
     return record_found(settings, store, identify(settings, names), names, allowed_counts(store), by_reader=True)
+
+
+def require_recorded_tenants(settings: Settings, store: ObjectStore, names: Iterable[str] = ()) -> None:
+    """Check that the settings name every tenant whose topics this installation has used.
+
+    Hazard: without one of them, its requests to forget are not read, and in a restore not read again.
+
+    Args:
+        settings: Name the tenants.
+        store: The object store, with the record.
+        names: Further topics that were used, without the prefix.
+
+    Raises:
+        InstallationError: They do not.
+        StoreError: The store does not answer.
+    """
+    record = load_installation(store)
+    error = tenants_error(settings, [*(record.topics if record else ()), *names])
+    if error is not None:
+        raise error
+
+
+def tenants_error(settings: Settings, names: Iterable[str]) -> InstallationError | None:
+    """Return the error that names the tenants of topics that the settings do not name; None where they name all.
+
+    Args:
+        settings: Name the tenants.
+        names: Topics that were used, without the prefix.
+    """
+    used = {tenant for _, tenant in map(split_topic, names) if tenant is not None}
+    missing = sorted(used.difference(settings.tenants.names))
+    if not missing:
+        return None
+    wanted = ",".join((*settings.tenants.names, *missing))
+    return InstallationError(
+        f"tenants that have topics are not set: {', '.join(missing)}; their requests to forget would not be read, and in "
+        "a restore their documents and requests would be left out",
+        got=f"PERENNIAL_TENANTS={settings.tenants.tenants}", allowed=f"PERENNIAL_TENANTS={wanted}",
+        remedy="set it so for all roles and commands; of a tenant that has left, keep the name and the topics, and take its "
+        "ACLs away (`perennial acls`)",
+    )  # fmt: skip
 
 
 def require_reconciled(store: ObjectStore) -> None:

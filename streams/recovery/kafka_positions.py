@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from kafka import TopicPartition
@@ -11,7 +11,7 @@ from kafka.errors import CoordinatorNotAvailableError
 from pydantic import BaseModel, ConfigDict
 
 from perennial.streams.events.tenants import base_topic
-from perennial.streams.kafka.group_offsets import ReaderPosition, reader_positions
+from perennial.streams.kafka.group_offsets import ReaderPosition, group_offsets, reader_positions
 from perennial.streams.kafka.repartition import READERS, group_members
 from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.topics import admin_client, identify, topic_names
@@ -72,6 +72,23 @@ def members_of(settings: Settings, group: str) -> int:
         time.sleep(LOOK_S)
 
 
+def used_topics(settings: Settings, positions: object) -> set[str]:
+    """Return the topics, without the prefix, of which a role has read something; also those that the settings do not name.
+
+    Args:
+        settings: Name the brokers and the topic prefix.
+        positions: The positions in a backup; None: there are none.
+
+    Raises:
+        KafkaUnavailableError: Kafka does not answer.
+    """
+    prefix = settings.kafka.topic_prefix
+    with admin_client(settings) as admin:
+        read = [partition.topic for group in GROUPS for partition in group_offsets(admin, settings.kafka.topic(group))]
+    in_backup = () if positions is None else KafkaPositions.model_validate(positions).offsets
+    return {*in_backup, *(topic.removeprefix(prefix) for topic in read if topic.startswith(prefix))}
+
+
 def read_logs(settings: Settings, admin: Any, counts: Mapping[str, int]) -> dict[str, list[ReaderPosition]]:
     """Return the position of its reader in every partition of every topic that a role reads.
 
@@ -114,6 +131,21 @@ def read_positions(settings: Settings, generations: Mapping[str, int]) -> KafkaP
         },
         generations=dict(generations),
     )
+
+
+def offsets_at(admin: Any, readers: Sequence[ReaderPosition], at_ms: int) -> dict[int, int]:
+    """Return the first offset at or after a time, by partition; the log's end where there is none.
+
+    Args:
+        admin: A KafkaAdminClient.
+        readers: The positions of the topic's reader.
+        at_ms: The time, in milliseconds since 1970.
+    """
+    found = admin.list_partition_offsets(dict.fromkeys((each.partition for each in readers), max(0, at_ms)))
+    offsets = {each.partition.partition: found[each.partition].offset for each in readers}
+    return {
+        each.partition.partition: each.end if (at := offsets[each.partition.partition]) < 0 else at for each in readers
+    }
 
 
 def partition_of(settings: Settings, topic: str, number: int) -> TopicPartition:

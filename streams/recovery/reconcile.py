@@ -15,7 +15,7 @@ The steps, each of which may be repeated after a crash:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -44,13 +44,20 @@ from perennial.streams.events.adapter_events import AdapterUpdate
 from perennial.streams.events.models import ForgetRequested, UpdateRequested
 from perennial.streams.events.tenants import base_topic
 from perennial.streams.kafka.group import ConfirmingProducer
-from perennial.streams.kafka.group_offsets import ReaderPosition
-from perennial.streams.kafka.installation import first_difference, load_installation
+from perennial.streams.kafka.installation import first_difference, load_installation, require_recorded_tenants
 from perennial.streams.kafka.topics import TOPICS, ClusterIds, admin_client, identify
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.recovery.alias_plan import WAITS, resumed_alias
 from perennial.streams.recovery.announced import Announced, read_announced
-from perennial.streams.recovery.kafka_positions import GROUPS, KafkaPositions, members_of, partition_of, read_logs
+from perennial.streams.recovery.kafka_positions import (
+    GROUPS,
+    KafkaPositions,
+    members_of,
+    offsets_at,
+    partition_of,
+    read_logs,
+    used_topics,
+)
 from perennial.streams.recovery.log_reader import merge_by_time, read_range
 from perennial.streams.recovery.offset_plan import LogRange, OffsetPlan, plan_offsets
 from perennial.streams.recovery.replay_requests import ReplayReport, replay_requests
@@ -163,7 +170,7 @@ def reconcile(
     Raises:
         ReconcileError: A role runs, the restore is not finished, records are gone, or aliases are signed and no key to
             sign with is set.
-        InstallationError: The topics are not those of this store.
+        InstallationError: The topics are not those of this store, or the settings lack a tenant that has topics.
         KafkaUnavailableError: Kafka does not answer.
         StoreError: The store failed.
     """
@@ -174,7 +181,7 @@ def reconcile(
             f"backup {record.backup_id} is not completely restored", remedy="run `perennial backup restore` again"
         )
     require_stopped(settings)
-    ids = _require_same_topics(settings, store)
+    ids = _require_same_topics(settings, store, record)
     on_progress("reading which generations were announced")
     announced = read_announced(settings)
     report.evidence, report.unproven = evidence_of_age(store, announced), announced.unproven
@@ -239,7 +246,8 @@ def require_stopped(settings: Settings) -> None:
         )  # fmt: skip
 
 
-def _require_same_topics(settings: Settings, store: ObjectStore) -> ClusterIds:
+def _require_same_topics(settings: Settings, store: ObjectStore, restored: RestoredBackup | None) -> ClusterIds:
+    require_recorded_tenants(settings, store, used_topics(settings, restored.positions if restored else None))
     ids = identify(settings)
     record = load_installation(store)
     if record is not None:
@@ -261,22 +269,13 @@ def _log_ranges(
             topic_id = ids.topic_ids.get(settings.kafka.topic(topic))
             wanted = positions.recorded(topic, topic_id, ids.cluster_id) if positions else {}
             if base_topic(topic) == "retention" and not wanted and store_ms is not None:
-                wanted = _offsets_at(admin, readers, store_ms - REQUESTS_MARGIN_MS)
+                wanted = offsets_at(admin, readers, store_ms - REQUESTS_MARGIN_MS)
             found[topic] = [
                 LogRange(r.partition.partition, r.begin, r.end, wanted.get(r.partition.partition)) for r in readers
             ]
     if positions is None:
         found = {topic: [_with_first(settings, topic, log) for log in each] for topic, each in found.items()}
     return found
-
-
-def _offsets_at(admin: Any, readers: Sequence[ReaderPosition], at_ms: int) -> dict[int, int]:
-    """Return the first offset at or after a time, by partition; the log's end where there is none."""
-    found = admin.list_partition_offsets(dict.fromkeys((each.partition for each in readers), max(0, at_ms)))
-    offsets = {each.partition.partition: found[each.partition].offset for each in readers}
-    return {
-        each.partition.partition: each.end if (at := offsets[each.partition.partition]) < 0 else at for each in readers
-    }
 
 
 def _with_first(settings: Settings, topic: str, log: LogRange) -> LogRange:

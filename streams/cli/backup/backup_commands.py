@@ -35,6 +35,7 @@ def create_at(place: str, *, without_kafka: bool, as_json: bool) -> int:
 
     Raises:
         BackupError: The place is not usable, or blobs were deleted during every attempt.
+        InstallationError: The settings lack a tenant that has topics.
         KafkaUnavailableError: Kafka does not answer.
     """
     settings = connected_settings()
@@ -44,10 +45,12 @@ def create_at(place: str, *, without_kafka: bool, as_json: bool) -> int:
         began_at = datetime.now(UTC)
         positions = None
         if not without_kafka:
+            from perennial.streams.kafka.installation import require_recorded_tenants
             from perennial.streams.recovery.announced import read_announced
             from perennial.streams.recovery.kafka_positions import read_positions
 
             settings.kafka.require_bootstrap()
+            require_recorded_tenants(settings, store)
             line.show("reading where the consumer groups stand")
             positions = read_positions(settings, read_announced(settings).by_name()).model_dump(mode="json")
 

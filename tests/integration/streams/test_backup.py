@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from kafka import KafkaConsumer, TopicPartition
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.structs import OffsetAndMetadata
 
 from perennial.learner.versions.alias_events import alias_event, alias_event_id
@@ -24,7 +24,7 @@ from perennial.streams.cli.backup.backup_commands import create_at, list_at, pru
 from perennial.streams.cli.backup.restore_commands import reconcile_store, restore_from
 from perennial.streams.cli.doctor import CHECKS
 from perennial.streams.client.subscriber import Subscriber
-from perennial.streams.events.cloudevents import decode
+from perennial.streams.events.cloudevents import decode, encode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import ForgetRequested, RetentionRequested, Selector, UpdateRequested
 from perennial.streams.kafka.group import ConfirmingProducer
@@ -215,6 +215,38 @@ def test_requests_since_the_backup_are_in_quarantine_before_a_role_starts(given)
         (ADAPTER, "before"), (ADAPTER, "since"), (ADAPTER, "all"), ("acme/other", "all"),
     }  # fmt: skip
     assert report.forget_jobs == 4
+
+
+def test_a_reconciliation_and_a_role_without_a_tenants_name_are_refused(given):
+    """They would leave the tenant's logs out: documents would be missing, and erased texts live again."""
+    mine = Installation(given.settings.replace(tenants="acme"), given.root)
+    provision_recorded(mine.settings, mine.store)
+    given.learn(1)
+    request = erase("r1")
+    made = encode(request, event_id="e", source="test", occurred_at=now())
+    with closing(KafkaProducer(bootstrap_servers=given.settings.kafka.bootstrap)) as producer:
+        topic = given.settings.kafka.topic("retention.acme")
+        producer.send(topic, key=made.key, value=made.value, headers=list(made.headers)).get(timeout=60)
+    mine.back_up()
+    given.lose_and_restore()
+    with pytest.raises(InstallationError, match="are not set: acme"):
+        reconciled(given)
+    given.store.delete("installation/topics")  # the positions in the backup say it, too
+    with pytest.raises(InstallationError, match="are not set: acme"):
+        reconciled(given)
+    assert load_restored(given.store) is not None
+    assert reconciled(mine).requests.accepted == ["acme:r1"]
+    provision_recorded(mine.settings, mine.store)
+    with pytest.raises(InstallationError, match="are not set: acme"):
+        check_installation(given.settings, given.store, ["retention"])
+    check_installation(mine.settings, mine.store, ["retention"])
+    finding = CHECKS["recorded topics"](given.settings)
+    assert not finding.ok
+    assert "are not set: acme" in finding.found
+    assert CHECKS["recorded topics"](mine.settings).ok
+    given.store.delete("installation/topics")  # and what curate has committed
+    with pytest.raises(InstallationError, match="are not set: acme"):
+        reconciled(given, anyway=True)
 
 
 def test_running_roles_stop_the_reconciliation_before_it_changes_anything(given):

@@ -19,6 +19,7 @@ from perennial.streams.kafka.installation import (
     load_installation,
     record_found,
     record_partitions,
+    require_recorded_tenants,
 )
 from perennial.streams.kafka.topics import TOPICS, ClusterIds
 from perennial.streams.settings import Settings
@@ -133,6 +134,28 @@ def test_case_10_an_input_topic_may_be_created_again_and_keeps_its_ids(store):
     add_input_topic_id(store, "documents.acme", "id-9")  # a tenant's topic
     assert load_installation(store).known_topic_ids("documents.acme") == ("id-9",)
     assert load_installation(store).known_topic_ids("documents.other") == ()
+
+
+@pytest.mark.parametrize(
+    ("tenants", "names", "missing"),
+    [
+        ("", ["documents", "retention", "dead-letters"], None), ("acme", ["retention.acme"], None),
+        ("acme,globex", ["retention.acme"], None), ("", ["retention.acme"], "acme"),
+        ("acme", ["documents.globex.eu", "interactions.acme"], "globex.eu"), ("acme", ["retention.b", "documents.a"], "a, b"),
+    ],
+)  # fmt: skip
+def test_a_tenant_whose_topics_are_recorded_must_be_set(store, tenants, names, missing):
+    """Without its name nobody reads its requests to forget, and a restore leaves its logs out."""
+    settings = Settings.of(tenants=tenants, env_file=None)
+    found = ClusterIds("c1", dict.fromkeys(names, "id"), dict.fromkeys(names, 1))
+    record_found(settings, store, found, names[:1])
+    if missing is None:
+        require_recorded_tenants(settings, store, names)
+        return
+    with pytest.raises(InstallationError, match=f"are not set: {missing};") as refused:
+        require_recorded_tenants(settings, store, names)
+    wanted = ",".join(filter(None, [tenants, missing.replace(", ", ",")]))
+    assert refused.value.allowed == f"PERENNIAL_TENANTS={wanted}"
 
 
 def test_another_cluster_is_refused_until_it_is_adopted(store):
