@@ -150,7 +150,8 @@ class Publisher(BasePublisher):
             return event
         # An approval repeats the request, which may have no time.
         made_at = event.requested_at or (self._now() if event.approved_by is None else None)
-        return signed_request(event.model_copy(update={"requested_at": made_at}), self._person)
+        full_topic = self._settings.kafka.topic(self._topic_of(event))
+        return signed_request(event.model_copy(update={"requested_at": made_at}), self._person, full_topic)
 
     def _send(self, event: Event, encoded: Encoded, event_id: str) -> Receipt:
         topic = self._settings.kafka.topic(self._topic_of(event))

@@ -23,7 +23,8 @@ from perennial.storage.failpoints import failpoint
 from perennial.storage.recovery.rollback import revoke
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import ForgetRequested, RetentionRequested, RollbackRequested
-from perennial.streams.events.tenants import request_in_tenant
+from perennial.streams.events.tenants import request_in_tenant, tenant_topic
+from perennial.streams.kafka.event_signatures import ReceivedRequest
 from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.retain.clock import ClockGuard
@@ -82,6 +83,7 @@ class RetainService:
         self._registry = facts.signing_registry
         self._send = send
         self._tenants = settings.tenants.names
+        self._full_name = settings.kafka.topic
         self._settle_ms = int(settings.retain.clock_settle_s * 1000)
         self._wall_ms = wall_ms
         self._monotonic_ms = monotonic_ms
@@ -112,10 +114,12 @@ class RetainService:
             ConflictError: Other writers kept changing the request.
         """
         named = request_in_tenant(request, tenant, self._tenants)
+        topic = request.topic if tenant is None else tenant_topic(request.topic, tenant)
+        signed = ReceivedRequest.of(request, self._full_name(topic))
         await self._migrate()
         for _ in range(_ATTEMPTS):
             now_ms = await asyncio.to_thread(self._now_ms)
-            slices = self._worker.receive(named, received_ms, now_ms, request)
+            slices = self._worker.receive(named, received_ms, now_ms, signed)
             if await self._drive(slices, stop_at_conflict=True):
                 return
         raise ConflictError(

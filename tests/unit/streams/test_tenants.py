@@ -10,6 +10,7 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
+from perennial.storage.signing.signatures import SignatureError
 from perennial.streams.client import publisher as publisher_module
 from perennial.streams.client.publisher import Publisher, PublishError
 from perennial.streams.deadletters.model import read_dead_letter
@@ -21,7 +22,7 @@ from perennial.streams.events.tenants import request_in_tenant, tenant_of_id, wi
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.intake.validation import Accepted, Acceptor, OriginPartition
 from perennial.streams.kafka.access.acl_table import ROLES, acls_of, principals_of, roles_of
-from perennial.streams.kafka.event_signatures import signed_request
+from perennial.streams.kafka.event_signatures import ReceivedRequest, check_request, signed_request
 from perennial.streams.kafka.installation import load_installation, record_found, role_topics
 from perennial.streams.kafka.topics import TOPICS, ClusterIds, topics_of
 from perennial.streams.observe.metrics import Metrics
@@ -202,8 +203,8 @@ def test_a_tenant_approves_its_own_request_with_signatures_over_the_id_that_it_g
     store = MemoryStore()
     retain, _ = served(store, SETTINGS.replace(trusted_request_keys=str(ann.public)))
     made = request("r1", "acme/*", requested_at=datetime.fromtimestamp(1, UTC))
-    approval = signed_request(made.model_copy(update={"approved_by": "bob"}), bob.owner)
-    asyncio.run(retain.receive(signed_request(made, ann.owner), 1000, "acme"))
+    approval = signed_request(made.model_copy(update={"approved_by": "bob"}), bob.owner, "t-retention.acme")
+    asyncio.run(retain.receive(signed_request(made, ann.owner, "t-retention.acme"), 1000, "acme"))
     with pytest.raises(WireError, match="adapters below globex/"):
         asyncio.run(retain.receive(approval, 1000, "globex"))
     assert load_requests(store)["acme:r1"].state == "unapproved"
@@ -225,6 +226,36 @@ def test_a_tenant_ends_its_own_holds_and_not_an_operators():
     assert load_requests(store)["acme:x"].ends == ["acme:own"]
     ask("all", "release", None)
     assert "legal" in load_requests(store)["all"].ends
+
+
+@pytest.mark.parametrize("signed_for", ["t-retention", "retention", "t-retention.acme", "retention.acme"])
+@pytest.mark.parametrize("tenant", [None, "acme"])
+def test_a_signed_request_counts_on_the_topic_that_it_was_signed_for(tmp_path, signed_for, tenant):
+    """Else whoever writes to another tenant's topic, or another installation's, could send a copy of both records."""
+    ann = Keys(tmp_path / "ann")
+    store = MemoryStore()
+    retain, _ = served(store, SETTINGS.replace(trusted_request_keys=str(ann.public)))
+    made = signed_request(request("r1", "acme/*", requested_at=datetime.fromtimestamp(1, UTC)), ann.owner, signed_for)
+    if signed_for == ("t-retention.acme" if tenant else "t-retention"):
+        asyncio.run(retain.receive(made, 1000, tenant))
+        assert [record.state for record in load_requests(store).values()] == ["unapproved"]
+        return
+    with pytest.raises(WireError) as caught:
+        asyncio.run(retain.receive(made, 1000, tenant))
+    assert (caught.value.reason, load_requests(store)) == ("bad-signature", {})
+
+
+@pytest.mark.parametrize("tenant", ["", "acme"])
+def test_a_publisher_signs_for_the_topic_that_it_sends_to(tmp_path, monkeypatch, tenant):
+    ann = Keys(tmp_path / "ann")
+    monkeypatch.setattr(Publisher, "_connect", lambda _: None)
+    settings = SETTINGS.replace(tenant=tenant, request_key_file=str(ann.private))
+    sent = Publisher(settings=settings)._signed(request("r1", "acme/*"))
+    received = ReceivedRequest.of(sent, f"t-retention.{tenant}" if tenant else "t-retention")
+    assert check_request(received, ann.readers) == ann.key_id
+    assert sent.model_dump() == {key: value for key, value in received.model_dump().items() if key != "full_topic"}
+    with pytest.raises(SignatureError):
+        check_request(ReceivedRequest.of(sent, "t-retention.globex"), ann.readers)
 
 
 # ---- publishers
