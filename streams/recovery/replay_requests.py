@@ -4,6 +4,9 @@ retain's own service does it, so a request has the quarantine entries, the jobs 
 request that the restored store knows is not accepted twice; whether it has its quarantine entries is looked at all the same,
 because the backup or a crash may lie between the two. Requests to revoke are left out: they were about the version
 that was live then, and the restored store has another one.
+
+Hazard: retain judges by the settings of today. A request that was carried out under other keys, or before its tenant had
+topics, may count for nothing now, and what it erased is live again. Those are listed, for a person to send them again.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from perennial.storage.objects.object_store import ObjectStore
 from perennial.streams.events.cloudevents import decode
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
-from perennial.streams.events.tenants import request_in_tenant, split_topic
+from perennial.streams.events.tenants import request_in_tenant, split_topic, tenant_of_id
 from perennial.streams.events.wire_error import PURE_ERRORS, WireError
 from perennial.streams.kafka.group import ConfirmingProducer
 from perennial.streams.observe.metrics import Metrics
@@ -34,6 +37,8 @@ from perennial.streams.settings import Settings
 
 _MAX_TICKS: Final = 10_000
 _TOPIC: Final = RetentionRequested.topic
+_UNPROVEN: Final = frozenset({"bad-signature", "bad-approval", "missing-field", "expired"})
+"""Reasons for which a request or an approval is refused that had counted under other keys or settings."""
 
 
 @dataclass
@@ -43,14 +48,26 @@ class ReplayReport:
     Attributes:
         accepted: Ids of requests that the restored store did not know.
         known: Requests that it knew.
-        refused: Records that are no requests, or that reuse an id; retain had refused them, too.
+        refused: Records that are no requests, or that reuse an id; retain had refused them, too, unless their ids are in
+            `unapproved` or `ambiguous`.
         revocations: Ids of requests to revoke, which were left out.
+        unapproved: Ids of requests over patterns without an approval that counts: nobody approved them, or their
+            signatures do not count by today's keys. They are not carried out.
+        ambiguous: Ids that begin with a tenant's name and that both this tenant and somebody on `retention` used. One of
+            the two is not carried out.
     """
 
     accepted: list[str] = field(default_factory=list)
     known: int = 0
     refused: int = 0
     revocations: list[str] = field(default_factory=list)
+    unapproved: list[str] = field(default_factory=list)
+    ambiguous: list[str] = field(default_factory=list)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every request was carried out that may have been carried out before."""
+        return not (self.unapproved or self.ambiguous)
 
 
 def replay_requests(
@@ -85,9 +102,11 @@ def replay_requests(
 
     async def run() -> None:
         service = RetainService(settings, metrics, StoreFacts(settings, store, acks), send)
+        reader = _Reader(settings, service, requests, report)
         for record in records:
-            await _accept(settings, service, requests, record, report)
+            await reader.accept(record)
             on_request()
+        report.unapproved = reader.unapproved()
         waiting = _indexed(requests)
         for _ in range(_MAX_TICKS):
             loaded = {name: requests.load(name) for name in waiting}
@@ -107,28 +126,86 @@ def replay_requests(
     return report
 
 
-async def _accept(
-    settings: Settings, service: RetainService, requests: RequestStore, record: Any, report: ReplayReport
-) -> None:
-    try:
-        request = decode(record.value, record.headers, _TOPIC).event
-        if not isinstance(request, RetentionRequested):
+class _Reader:
+    """Accepts records of `retention`, and of the topics of this kind that tenants have.
+
+    Args:
+        settings: Name the topic prefix and the tenants.
+        service: Accepts the requests.
+        requests: The ledger.
+        report: Gets what became of each record.
+    """
+
+    def __init__(
+        self, settings: Settings, service: RetainService, requests: RequestStore, report: ReplayReport
+    ) -> None:
+        self._settings = settings
+        self._service = service
+        self._requests = requests
+        self._report = report
+        self._over_patterns: dict[str, None] = {}  # in the order of the log
+        self._senders: dict[str, str | None] = {}  # who sent the requests whose ids begin with the name of a tenant
+
+    async def accept(self, record: Any) -> None:
+        """Accept a record, unless it is a revocation."""
+        report = self._report
+        try:
+            request = decode(record.value, record.headers, _TOPIC).event
+            if not isinstance(request, RetentionRequested):
+                report.refused += 1
+                return
+            _, tenant = split_topic(record.topic.removeprefix(self._settings.kafka.topic_prefix))
+            named = request_in_tenant(request, tenant, ())
+            request_id = named.request_id
+            found = self._requests.load(hash_of(request_id))
+            known = found is not None
+            if KINDS[request.kind].job == "rollback" and (not known or request.approved_by is not None):
+                if request_id not in report.revocations:
+                    report.revocations.append(request_id)
+                return
+            if self._is_ambiguous(named, tenant, found[0] if found else None):
+                report.refused += 1
+                if request_id not in report.ambiguous:
+                    report.ambiguous.append(request_id)
+                return
+        except (WireError, *PURE_ERRORS):  # retain had sent it to the dead letters
             report.refused += 1
             return
-        _, tenant = split_topic(record.topic.removeprefix(settings.kafka.topic_prefix))
-        request_id = request_in_tenant(request, tenant, settings.tenants.names).request_id
-        known = requests.load(hash_of(request_id)) is not None
-        if KINDS[request.kind].job == "rollback" and (not known or request.approved_by is not None):
-            if request_id not in report.revocations:
-                report.revocations.append(request_id)
+        try:
+            await self._service.receive(request, record.timestamp, tenant, is_read_again=True)
+        except (WireError, *PURE_ERRORS) as error:
+            report.refused += 1
+            if isinstance(error, WireError) and error.reason in _UNPROVEN and request.adapter.endswith("*"):
+                self._over_patterns[request_id] = None
             return
-        await service.receive(request, record.timestamp, tenant)
+        if request.adapter.endswith("*"):
+            self._over_patterns[request_id] = None
         if not known:
             report.accepted.append(request_id)
         elif request.approved_by is None:
             report.known += 1
-    except (WireError, *PURE_ERRORS):  # retain had sent it to the dead letters
-        report.refused += 1
+
+    def unapproved(self) -> list[str]:
+        """Return the ids of requests over patterns that were read and have no approval that counts."""
+        loaded = {name: self._requests.load(hash_of(name)) for name in self._over_patterns}
+        return [name for name, found in loaded.items() if found is None or found[0].unapproved]
+
+    def _is_ambiguous(self, request: RetentionRequested, tenant: str | None, known: RequestRecord | None) -> bool:
+        """Return whether the request that is known by this id may be another sender's.
+
+        Hazard: `acme:r1` is the id of the tenant acme's request `r1`, and also of a request `acme:r1` that somebody sent
+        to `retention` before acme had topics.
+        """
+        if tenant_of_id(request.request_id, self._settings.tenants.names) is None:
+            return False
+        if request.request_id in self._senders:
+            return self._senders[request.request_id] != tenant
+        if request.approved_by is not None:  # of a request that was read before the backup
+            return tenant is None and known is not None
+        if known is not None and known.request != request:
+            return True
+        self._senders[request.request_id] = tenant
+        return False
 
 
 def _indexed(requests: RequestStore) -> list[str]:

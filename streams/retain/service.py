@@ -100,20 +100,24 @@ class RetainService:
             approvals=_approval_rules(settings), tenants=self._tenants,
         )  # fmt: skip
 
-    async def receive(self, request: RetentionRequested, received_ms: int, tenant: str | None = None) -> None:
+    async def receive(
+        self, request: RetentionRequested, received_ms: int, tenant: str | None = None, *, is_read_again: bool = False
+    ) -> None:
         """Accept one request and take its first step.
 
         Args:
             request: The request as it came from the topic.
             received_ms: When the broker took it, in milliseconds since 1970.
             tenant: The tenant whose topic it came from; None: it came from `retention`.
+            is_read_again: Whether a restore reads it again. It may be older than the topics of a tenant with whose name
+                its id begins, so such an id is accepted.
 
         Raises:
             WireError: Another request had the same id, the id is reserved, a record approves nothing, or it addresses an
                 adapter of another tenant.
             ConflictError: Other writers kept changing the request.
         """
-        named = request_in_tenant(request, tenant, self._tenants)
+        named = request_in_tenant(request, tenant, () if is_read_again else self._tenants)
         topic = request.topic if tenant is None else tenant_topic(request.topic, tenant)
         signed = ReceivedRequest.of(request, self._full_name(topic))
         await self._migrate()

@@ -41,7 +41,7 @@ def restore_from(
         as_json: Print JSON instead of text.
 
     Returns:
-        The exit code: 1 where the answer was no, or a restored alias was refused.
+        The exit code: 1 where the answer was no, a restored alias was refused, or requests may have to be sent again.
 
     Raises:
         BackupError: The store is not empty.
@@ -92,7 +92,7 @@ def reconcile_store(*, accept_lost: bool, anyway: bool, as_json: bool) -> int:
         as_json: Print JSON instead of text.
 
     Returns:
-        The exit code: 1 where a restored alias was refused.
+        The exit code: 1 where a restored alias was refused, or requests may have to be sent again.
 
     Raises:
         ReconcileError: A role runs, or records are gone from Kafka.
@@ -113,7 +113,7 @@ def reconcile_store(*, accept_lost: bool, anyway: bool, as_json: bool) -> int:
         Console(highlight=False).print(
             printable_lines("\n".join(_said(report, anyway=anyway))), soft_wrap=True, markup=False
         )
-    return 1 if report.refused else 0
+    return 0 if report.requests.is_whole and not report.refused else 1
 
 
 def _said(report: ReconcileReport, *, anyway: bool) -> list[str]:
@@ -136,6 +136,21 @@ def _said(report: ReconcileReport, *, anyway: bool) -> list[str]:
         said.append(
             "not carried out, because they were about versions that this store does not have: revocations "
             + ", ".join(requests.revocations)
+        )
+    if requests.unapproved:
+        said.append(
+            "NOT carried out, because no approval of these requests over patterns counts now (nobody approved them, or keys "
+            "in PERENNIAL_TRUSTED_REQUEST_KEYS have changed): " + ", ".join(requests.unapproved)
+        )
+    if requests.ambiguous:
+        said.append(
+            "NOT carried out twice, because a tenant and somebody on `retention` used the same ids: "
+            + ", ".join(requests.ambiguous)
+        )
+    if not requests.is_whole:
+        said.append(
+            "what these requests had erased before the backup was restored is live again: for each that had been carried "
+            "out, send it again under another id, and let it be approved (`perennial forget`, `perennial forget approve`)"
         )
     said.append(f"{report.forget_jobs} forget jobs and {report.jobs} update jobs were published again")
     said += [f"served again: {name}, generation {generation}" for name, generation in report.resumed.items()]

@@ -249,6 +249,19 @@ def test_a_reconciliation_and_a_role_without_a_tenants_name_are_refused(given):
         reconciled(given, anyway=True)
 
 
+def test_a_restore_says_which_requests_count_for_nothing_now(given, tmp_path, monkeypatch, capsys):
+    given.learn(1)
+    given.back_up()
+    given.send(erase("all", adapter="acme/*"), erase("all", adapter="acme/*").model_copy(update={"approved_by": "bob"}))
+    given.lose_and_restore()
+    monkeypatch.setenv("PERENNIAL_TRUSTED_REQUEST_KEYS", str(Keys(tmp_path / "keys").public))
+    assert reconcile_store(accept_lost=False, anyway=True, as_json=False) == 1
+    said = capsys.readouterr().out
+    assert "NOT carried out, because no approval of these requests over patterns counts now" in said
+    assert "all" in said.partition("have changed): ")[2].splitlines()[0]
+    assert "`perennial forget approve`" in said
+
+
 def test_running_roles_stop_the_reconciliation_before_it_changes_anything(given):
     given.learn(1)
     given.back_up()
