@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
 
@@ -107,7 +107,9 @@ class RebaseExecutor:
             if head is not None:  # so that whoever waits for the job learns that it was looked at
                 record_job_version(self._store, job.adapter, job.job_id, head.version)
             return JobResult("unchanged", None, None)
-        steps = self._schedule(head)
+        schedule = self._schedule(head)
+        cut = self._first_revoked(job.adapter, schedule)
+        steps = schedule[:cut]
         removed = self._removed(job.adapter, steps)
         plan = RebuildPlan(removed, frozenset(), frozenset(), None, steps)
         updater = self._updater()
@@ -119,9 +121,13 @@ class RebaseExecutor:
         self._require_learned(job, learned & kept, kept)
         if self._removed(job.adapter, steps) != removed:
             raise ConflictError(f"examples that {job.job_id} learned anew are now to be forgotten")
+        if self._first_revoked(job.adapter, schedule) != cut:
+            raise ConflictError(f"versions that {job.job_id} learned anew are now revoked")
         rebuilder.settle_examples(plan, reached.step)
         reason = job.reason or f"rebase of {head.version} from {head.manifest.base_model}"
         reason = f"{reason}: {len(learned & kept)} of {len(kept)} examples learned"
+        if cut is not None:
+            reason = f"{reason}, without what was learned from {schedule[cut].version} on, which is revoked"
         publication = self._publish(job, alias, head, rebuilder, reached, reason)
         self._sweep(job.adapter)
         event = alias_event(self._registry, publication.alias_state) if publication.alias_state else None
@@ -141,6 +147,14 @@ class RebaseExecutor:
         if history is None:
             return ()
         return tuple(complete_index(self._registry, head.manifest.adapter, history).schedule())
+
+    def _first_revoked(self, adapter: str, schedule: Sequence[RecordedVersion]) -> int | None:
+        """Return the index of the first update whose state is revoked; None where there is none.
+
+        Where no learner of the old base could carry out a revocation, the alias is retired, and the revoked versions are
+        still the newest ones.
+        """
+        return _first_revoked(schedule, {each.version for each in self._registry.revocations(adapter)})
 
     def _updater(self) -> Updater:
         """Return an updater on this worker's base, with the general text of an adapter that is new to it."""
@@ -241,3 +255,27 @@ def _examples(steps: Iterable[RecordedVersion], removed: dict[str, set[OriginOff
         gone = removed.get(batch.digest, set()) if batch else set()
         found.update(item.example_id for item in step.manifest.learned if item.origin_offset not in gone)
     return found
+
+
+def _first_revoked(steps: Sequence[RecordedVersion], revoked: Collection[str]) -> int | None:
+    """Return the index of the first update whose state is revoked; None where there is none.
+
+    Versions that an emergency forgetting set aside until its rebuild are revoked, too. Their updates are trained again
+    without the examples that are to be forgotten, so they do not count.
+    """
+    index_of = {step.version: index for index, step in enumerate(steps)}
+    set_aside: set[int] = set()
+    for index, step in enumerate(steps):
+        if step.manifest.kind == "quarantine":
+            set_aside.update(range(index_of.get(step.manifest.parent or "", -1) + 1, index))
+    first = next(
+        (index for index, step in enumerate(steps) if step.version in revoked and index not in set_aside), None
+    )
+    if first is None:
+        return None
+    # A version that took over a state is revoked because of that state: of an update, or of a rebuild as a whole.
+    while steps[first].manifest.kind not in {"update", "replayed"} and steps[first].manifest.parent in index_of:
+        first = index_of[steps[first].manifest.parent or ""]
+    while first and steps[first].manifest.kind == steps[first - 1].manifest.kind == "replayed":
+        first -= 1
+    return first
