@@ -21,6 +21,7 @@ from perennial.learner.forgetting.forget_report import (
     counts_by_request,
     held_requests,
     is_done,
+    revocation_reason,
 )
 from perennial.learner.forgetting.rebuild import UpdateRebuilder
 from perennial.learner.forgetting.rebuild_plan import (
@@ -219,7 +220,7 @@ class ForgetExecutor:
         # A version that took a state over before this deletion kept its blobs.
         self._require_no_later_version(job, affected)
         self._failpoint("learner.forget_deleted")
-        return self._report.result(job, alias, began, held_requests(found.all()))
+        return self._report.result(job, alias, began, held_requests(found.all()), affected)
 
     # ---- phases
 
@@ -314,7 +315,9 @@ class ForgetExecutor:
             clean = plan.last_clean
             target = clean.manifest if clean and clean.manifest.optimizer else None
             parent = state_version(clean) if target else None
-            manifest = self._writer.carry_forward_manifest(head, target, parent, "quarantine", job.job_id, _reason(job))
+            manifest = self._writer.carry_forward_manifest(
+                head, target, parent, "quarantine", job.job_id, revocation_reason(job)
+            )
             publication = self._publish_manifest(manifest, target, alias)
             self._move(job, alias, serving, publication)
             head = Head(publication.manifest.seq, publication.version, publication.manifest)
@@ -341,7 +344,9 @@ class ForgetExecutor:
         """
         target = step.manifest if step is not None and step.manifest.optimizer else None
         parent = step.version if step else None
-        manifest = self._writer.carry_forward_manifest(head, target, parent, "forget", job.job_id, _reason(job))
+        manifest = self._writer.carry_forward_manifest(
+            head, target, parent, "forget", job.job_id, revocation_reason(job)
+        )
         figures = GateFigures(forgotten_examples=examples)
         elsewhere = sum(
             bool(trained_offsets(each.manifest)) and each.manifest.code != self._writer.code for each in plan.steps
@@ -375,7 +380,7 @@ class ForgetExecutor:
     def _revoke(self, job: ForgetRequested, history: History, versions: frozenset[str]) -> None:
         for version in sorted(versions & history.published):
             if history.manifests[version].outcome == "promoted":
-                self._registry.revoke(job.adapter, version, _reason(job))
+                self._registry.revoke(job.adapter, version, revocation_reason(job))
 
     def _require_no_later_version(self, job: ForgetRequested, affected: frozenset[str]) -> None:
         """Look for versions that took over a state that is forgotten.
@@ -474,7 +479,3 @@ class ForgetExecutor:
             return load_history(self._registry, adapter)
 
         return sweep_steps(self._registry, adapter, history, self._now(), drop=drop, delete_blobs=delete)
-
-
-def _reason(job: ForgetRequested) -> str:
-    return f"{job.kind} {job.request_id}"

@@ -35,7 +35,12 @@ class ForgetReporter:
         self._now = now
 
     def result(
-        self, job: ForgetRequested, alias: str, began_s: float, held: Collection[str] = frozenset()
+        self,
+        job: ForgetRequested,
+        alias: str,
+        began_s: float,
+        held: Collection[str] = frozenset(),
+        affected: Collection[str] = frozenset(),
     ) -> JobResult:
         """Return the result of a job that is done, whether this attempt or an earlier one did it.
 
@@ -45,12 +50,16 @@ class ForgetReporter:
             began_s: when the attempt began, by the performance counter.
             held: requests that this attempt did not carry out because a hold covers some of their examples. An earlier
                 attempt, before the hold came, may have counted them.
+            affected: the versions whose state knew the examples, as far as this attempt found them.
         """
         event = self._writer.current_alias_event(job.adapter, alias)
         if is_done(load_quarantine(self._store, job.adapter), job):
             return JobResult("repeated", None, event, completion=Completion(job.adapter, job.job_id))
         made = self._writer.version_of_job(job.adapter, job.job_id, "forget")
-        version, generation = (made[0], event.generation) if made and event else (None, None)
+        version: str | None = None
+        generation: int | None = None
+        if event is not None and (made is not None or affected or self._revoked_any(job)):
+            version, generation = made[0] if made else event.version, event.generation
         manifest = made[1] if made else None
         counts = {name: count for name, count in self._counts(job, manifest).items() if name not in held}
         statuses = self._statuses(job, counts, version, _engine_note(manifest))
@@ -73,6 +82,15 @@ class ForgetReporter:
     def held(self, job: ForgetRequested, matches: Sequence[ExampleMatch]) -> RetentionProgressed:
         """Return the status of a job that a legal hold stops."""
         return self._status(job, "held", count_of(job, matches), None, "a hold stands on it")
+
+    def _revoked_any(self, job: ForgetRequested) -> bool:
+        """Return whether the job took versions out of service that replicas may still have.
+
+        Where it made no version, another one had taken their place before, such as a rebase without the examples. An attempt
+        that was interrupted may have deleted what this one would find them by.
+        """
+        reason = revocation_reason(job)
+        return any(found.reason == reason for found in self._writer.registry.revocations(job.adapter))
 
     def _counts(self, job: ForgetRequested, made: Manifest | None) -> dict[str, int]:
         """Return how many examples were removed, by request id."""
@@ -113,6 +131,11 @@ def _engine_note(made: Manifest | None) -> str:
     return (
         f"{OTHER_ENGINE}: {updates} of the rebuilt updates had been trained by another release, torch or kind of device"
     )
+
+
+def revocation_reason(job: ForgetRequested) -> str:
+    """Return the reason of the versions that the job publishes and of those that it revokes."""
+    return f"{job.kind} {job.request_id}"
 
 
 def is_done(quarantine: Quarantine, job: ForgetRequested) -> bool:

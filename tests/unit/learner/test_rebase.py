@@ -163,6 +163,12 @@ def test_what_is_accepted_for_forgetting_is_not_learned_anew(store: DirectorySto
     assert oracle.equals(done.manifest)
     forgotten, _ = forget(learner, request)
     assert [(s.state, s.examples) for s in forgotten.statuses] == [("executed", 1), ("published", 1)]
+    assert forgotten.completion is not None
+    assert done.event is not None
+    outcome = forgotten.completion.outcomes["r1"]
+    assert (outcome.version, outcome.generation) == (done.manifest.digest(), done.event.generation), (
+        "replicas that may still serve the old versions are asked"
+    )
     assert oracle.equals(head(learner.registry))
     assert readable(store.root, ["secret009"]) == []
 
