@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.forgetting.rebase_executor import RebaseExecutor
-from perennial.learner.roles.parking import MENDED_BY_REBASE, park, parking_reason
+from perennial.learner.roles.parking import ends_with_rebase, park, parking_reason
 from perennial.learner.roles.update_queue import UpdateQueue
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.rollback_job import RollbackExecutor
@@ -124,7 +124,7 @@ class JobRunner:
             return self.park(job, error)
         parked = load_parked(self._writer.registry.store, job.adapter)
         rebased = result.manifest is not None or result.outcome == "repeated"
-        if parked is not None and rebased and (parked.job_id == job.job_id or parked.reason in MENDED_BY_REBASE):
+        if parked is not None and rebased and ends_with_rebase(parked):
             if result.event is not None:  # before those of the updates that waited
                 self._publish(result.event)
             self._updates.unpark(parked)
@@ -134,7 +134,8 @@ class JobRunner:
         """Park the job's adapter because of what the job raised.
 
         An update waits in the store. A forget job is not reported as failed: retain sends it again, and so does
-        `perennial adapters unpark`. A rebase that failed takes the place of what the adapter was parked for before.
+        `perennial adapters unpark`. A rebase that failed takes the place of what a rebase would mend; an adapter that is parked for
+        another reason, such as by an operator, stays parked for that one.
 
         Raises:
             JobError: the fault is in the job.
@@ -149,7 +150,9 @@ class JobRunner:
         if reason is None:
             raise error
         if isinstance(job, RebaseRequested):
-            park(store, job, reason, error, self._now(), load_parked(store, job.adapter))
+            before = load_parked(store, job.adapter)
+            mended = before is not None and ends_with_rebase(before)
+            park(store, job, reason, error, self._now(), before if mended else None)
             return JobResult("parked", None, None)
         park(store, job, reason, error, self._now())
         status = RetentionProgressed(

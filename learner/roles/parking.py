@@ -16,6 +16,7 @@ from perennial.learner.versions.job_order import MissingCutError, stored_job
 from perennial.learner.versions.job_result import JobError
 from perennial.storage.errors import IntegrityError, NoSpaceError, NotFoundError, PerennialError, StoreError
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.history.rebuilt_steps import REBASE_JOB_PREFIX
 from perennial.storage.registry.parked import (
     MAX_DETAIL_CHARS,
     MISSING_CUT,
@@ -76,6 +77,11 @@ def parking_reason(store: ObjectStore, job: ParkingJob, error: Exception) -> str
     return next((reason for kind, reason in _REASONS if isinstance(error, kind)), None)
 
 
+def ends_with_rebase(parked: ParkedAdapter) -> bool:
+    """Return whether an adapter goes on once a rebase has succeeded: it waits for a base, or for a rebase that failed."""
+    return parked.reason in MENDED_BY_REBASE or (parked.job_id or "").startswith(REBASE_JOB_PREFIX)
+
+
 def park(
     store: ObjectStore, job: ParkingJob, reason: str, error: Exception, at: datetime,
     instead_of: ParkedAdapter | None = None,
@@ -88,7 +94,7 @@ def park(
         reason: what `parking_reason` returned.
         error: what the job raised.
         at: the time now.
-        instead_of: why the adapter was parked until now, if what it waited for has come.
+        instead_of: why the adapter was parked until now, if what it waited for has come; any other record stays.
     """
     detail = _detail(job, reason, error)
     record = ParkedAdapter(

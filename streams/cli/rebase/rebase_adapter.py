@@ -73,6 +73,8 @@ def rebase_adapter(adapter: str, *, min_learned_share: float, reason: str, wait_
         print(json.dumps(_facts(job, outcome)))
     else:
         _say(job, outcome, registry.alias(adapter, settings.serving.alias), wait_s)
+        if not outcome.ended:
+            _say_parked(load_parked(registry.store, adapter))
     return 0 if outcome.version is not None or (not wait_s and not outcome.ended) else 1
 
 
@@ -107,6 +109,16 @@ def _facts(job: RebaseRequested, outcome: _Outcome) -> dict[str, object]:
         "outcome": None if manifest is None else manifest.outcome, "reason": None if manifest is None else manifest.reason,
         "parked": None if parked is None else parked.model_dump(mode="json"),
     }  # fmt: skip
+
+
+def _say_parked(parked: ParkedAdapter | None) -> None:
+    """Say that the adapter is parked for another reason: the record does not tell if the rebase is refused."""
+    if parked is not None:
+        said = (
+            f"{parked.adapter} is parked ({parked.reason}), and stays so whatever becomes of the rebase: where it is refused, "
+            "the log of the learner says why"
+        )
+        Console(highlight=False, stderr=True).print(printable_lines(said), soft_wrap=True, markup=False)
 
 
 def _say(job: RebaseRequested, outcome: _Outcome, state: AliasState | None, wait_s: float) -> None:

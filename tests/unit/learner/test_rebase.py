@@ -12,6 +12,7 @@ from perennial.learner.forgetting.rebase_executor import RebaseExecutor
 from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
+from perennial.storage.errors import NoSpaceError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.recovery.rollback import RollbackError, version_before
@@ -284,6 +285,29 @@ def test_the_old_version_stays_live_where_the_new_one_does_not_pass_the_gate(sto
     assert role.run(job("b2")).outcome == "promoted"
     assert load_parked(store, ADAPTER) is None
     assert (list(list_jobs(store, ADAPTER)), [event.seq for event in sent]) == ([], [4, 5])
+
+
+def test_a_rebase_that_failed_ends_with_the_next_that_succeeds(store: DirectoryStore) -> None:
+    cuts = documents(1, 8)
+    learn(local_learner(store, OLD), {0: cuts[0]})
+    role = runner(local_learner(store, NEW))
+    assert role.run(jobs.waiting(store, jobs.update(store, 1, cuts[1]))).outcome == "parked"
+    role.park(job("b1"), NoSpaceError("full"))
+    parked = load_parked(store, ADAPTER)
+    assert parked is not None
+    assert (parked.reason, parked.job_id) == ("no-space", "rebase-b1")
+    assert role.run(job("b2")).outcome == "promoted"
+    assert load_parked(store, ADAPTER) is None
+    assert list(list_jobs(store, ADAPTER)) == [], "what waited is learned"
+
+
+def test_an_adapter_that_an_operator_parked_stays_parked(store: DirectoryStore) -> None:
+    learn(local_learner(store, OLD), documents(1, 4))
+    parked = park_adapter(store, ParkedAdapter(adapter=ADAPTER, reason="operator", since=now()))
+    assert runner(local_learner(store, NEW, min_gain_nats=40)).run(job("b1")).outcome == "parked"
+    assert load_parked(store, ADAPTER) == parked, "a refused rebase does not take the operator's place"
+    assert runner(local_learner(store, NEW)).run(job("b2")).outcome == "promoted"
+    assert load_parked(store, ADAPTER) == parked
 
 
 def test_an_adapter_that_waits_for_its_base_is_learned_anew_and_goes_on(store: DirectoryStore, tmp_path: Path) -> None:

@@ -99,6 +99,15 @@ def test_a_refused_rebase_ends_the_wait(store, kafka, capsys):
     assert "has not ended within 0 s" in capsys.readouterr().err
 
 
+def test_an_adapter_that_an_operator_parked_is_said_to_stay_so(store, kafka, capsys):
+    VersionPublisher(store, ADAPTER).publish()
+    park_adapter(store, ParkedAdapter(adapter=ADAPTER, reason="operator", since=NOW))
+    assert command.rebase_adapter(ADAPTER, min_learned_share=0.9, reason="", wait_s=0.1, as_json=False) == 1
+    said = capsys.readouterr().err
+    assert f"{ADAPTER} is parked (operator)" in said
+    assert "the log of the learner" in said
+
+
 def test_an_adapter_on_the_learners_base_is_reported_as_such(store, kafka, capsys):
     version = VersionPublisher(store, ADAPTER).publish().version
     kafka.react = lambda event: record_job_version(store, ADAPTER, event.job_id, version)
