@@ -15,7 +15,7 @@ from dataclasses import replace
 from datetime import datetime
 
 from perennial.learner.forgetting.rebuild import RebuiltState, UpdateRebuilder
-from perennial.learner.forgetting.rebuild_plan import RebuildPlan
+from perennial.learner.forgetting.rebuild_plan import RebuildPlan, trained_offsets
 from perennial.learner.forgetting.rebuild_progress import sweep_steps
 from perennial.learner.training.state import to_blobs
 from perennial.learner.training.update import Updater
@@ -100,14 +100,14 @@ class RebaseExecutor:
             return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, alias))
         finish_interrupted(self._registry, job.adapter, alias)
         head = self._writer.head(job.adapter, any_base=True)
-        if head is None or self._fits(head.manifest):
+        schedule = self._schedule(head) if head is not None else ()
+        if head is None or self._fits(head.manifest, schedule):
             _log.warning(
                 "%s is of this learner's base, rank and alpha already: there is nothing to rebase", job.adapter
             )
             if head is not None:  # so that whoever waits for the job learns that it was looked at
                 record_job_version(self._store, job.adapter, job.job_id, head.version)
             return JobResult("unchanged", None, None)
-        schedule = self._schedule(head)
         cut = self._first_revoked(job.adapter, schedule)
         steps = schedule[:cut]
         removed = self._removed(job.adapter, steps)
@@ -136,10 +136,15 @@ class RebaseExecutor:
             stage_s={"rebase": time.perf_counter() - began},
         )  # fmt: skip
 
-    def _fits(self, manifest: Manifest) -> bool:
+    def _fits(self, head: Manifest, schedule: Iterable[RecordedVersion]) -> bool:
+        """Return whether the newest version and all trained updates are of this worker's base, rank and alpha.
+
+        Releases from before 0076 compared no alpha, so the updates of one schedule may have two.
+        """
         recipe = self._writer.updater.recipe
-        found = manifest.base_sha256, manifest.rank, manifest.config.get("alpha")
-        return found == (self._writer.base.digest, recipe.rank, recipe.alpha)
+        wanted = self._writer.base.digest, recipe.rank, recipe.alpha
+        trained = [step.manifest for step in schedule if trained_offsets(step.manifest)]
+        return all((each.base_sha256, each.rank, each.config.get("alpha")) == wanted for each in (head, *trained))
 
     def _schedule(self, head: Head) -> tuple[RecordedVersion, ...]:
         """Return the updates that led to the newest version, in order."""

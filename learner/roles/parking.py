@@ -42,7 +42,7 @@ _REASONS: tuple[tuple[type[Exception], str], ...] = (
     (OutOfMemoryError, "out-of-memory"),
     (NoSpaceError, "no-space"),
 )
-MENDED_BY_REBASE = frozenset({"base-mismatch", "rank-mismatch", "recipe-mismatch", "rebase-refused"})
+MENDED_BY_REBASE = frozenset({"base-mismatch", "rank-mismatch", "alpha-mismatch", "recipe-mismatch", "rebase-refused"})
 """Reasons for which an adapter waits and that are gone once it was learned anew on this learner's base."""
 _JOB_ERRORS = MENDED_BY_REBASE
 _REMEDIES = {
@@ -50,6 +50,8 @@ _REMEDIES = {
     "learner's base with `perennial adapters rebase ADAPTER`",
     "rank-mismatch": "start this learner with the adapter's rank (PERENNIAL_RANK), or learn the adapter anew with this "
     "learner's rank by `perennial adapters rebase ADAPTER`",
+    "alpha-mismatch": "start this learner with the adapter's alpha (PERENNIAL_ALPHA), or learn the adapter anew with this "
+    "learner's alpha by `perennial adapters rebase ADAPTER`",
     "recipe-mismatch": "start a learner with the rank and alpha of that update (PERENNIAL_RANK, PERENNIAL_ALPHA), of "
     "the release that made it or a later one",
     "broken-state": "start this learner with the adapter's base and rank, or restore the version's weights from a copy",

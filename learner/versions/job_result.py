@@ -19,6 +19,7 @@ JobErrorReason = Literal[
     "missing-batch", "bad-batch", "wrong-adapter", "base-mismatch", "rank-mismatch", "unknown-version",
     "revoked-version", "not-promoted", "nothing-to-roll-back-to", "recipe-mismatch", "unsupported",
     "unexpected-cut", "out-of-order", "given-up", "bad-job", "collected-version", "rebase-refused",
+    "alpha-mismatch",
 ]  # fmt: skip
 
 

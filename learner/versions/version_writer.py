@@ -114,10 +114,10 @@ class VersionWriter:
 
         Args:
             adapter: the adapter.
-            any_base: also a version of another base or rank, whose state cannot be loaded here.
+            any_base: also a version of another base, rank or alpha, whose state cannot be loaded here.
 
         Raises:
-            JobError: the adapter was trained on another base or with another rank.
+            JobError: the adapter was trained on another base, or with another rank or alpha.
         """
         head = self.registry.head(adapter)
         if head is None:
@@ -131,7 +131,11 @@ class VersionWriter:
         return replace(head, manifest=head.manifest.model_copy(update={"marks": marks, "epochs": epochs}))
 
     def check_base(self, manifest: Manifest) -> None:
-        """Raise JobError unless the version has this worker's base and rank; on another base its weights are noise."""
+        """Raise JobError unless the version has this worker's base, rank and alpha; on another base its weights are noise.
+
+        Alpha scales the weights: under another one they are another adapter, and a later forgetting could not rebuild updates
+        of both.
+        """
         if manifest.base_sha256 != self.base.digest:
             raise JobError(
                 "base-mismatch",
@@ -145,6 +149,14 @@ class VersionWriter:
                 f"adapter {manifest.adapter} has another rank than this worker's setting",
                 got=self.updater.recipe.rank,
                 allowed=manifest.rank,
+            )
+        alpha = self.updater.recipe.alpha
+        if manifest.config.get("alpha", alpha) != alpha:
+            raise JobError(
+                "alpha-mismatch",
+                f"adapter {manifest.adapter} has another alpha than this worker's setting",
+                got=alpha,
+                allowed=manifest.config["alpha"],
             )
 
     def initial_state(self, adapter: str, seed: int) -> TrainingState:

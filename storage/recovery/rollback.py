@@ -52,7 +52,7 @@ class RollbackError(StoreError):
 def version_before(registry: Registry, adapter: str, version: str | None) -> str:
     """Return the newest promoted version before this one that may be served; after a rollback, before its target.
 
-    Versions of another base or rank are passed over: neither replicas nor learners of this one can use their state.
+    Versions of another base, rank or alpha are passed over: neither replicas nor learners of this one can use their state.
 
     Args:
         registry: the adapter's versions.
@@ -255,9 +255,8 @@ def _carry_out(
             raise RollbackError("nothing-to-roll-back-to", "the adapter has no version", got=adapter)
         if not _same_shape(head.manifest, target):
             raise RollbackError(
-                "base-mismatch", "the version has another base or rank than the newest one",
-                got=f"{target.base_model} rank {target.rank}",
-                allowed=f"{head.manifest.base_model} rank {head.manifest.rank}",
+                "base-mismatch", "the version has another base, rank or alpha than the newest one",
+                got=_shape(target), allowed=_shape(head.manifest),
             )  # fmt: skip
         if registry.is_revoked(adapter, target.seq):
             raise _revoked_meanwhile(version)
@@ -322,8 +321,13 @@ def finish_interrupted(registry: Registry, adapter: str, alias: str) -> None:
 
 
 def _same_shape(one: Manifest, other: Manifest) -> bool:
-    """Return whether two versions have one base and one rank, so that a learner of one can go on from the other."""
-    return (one.base_sha256, one.rank) == (other.base_sha256, other.rank)
+    """Return whether two versions have one base, rank and alpha, so that a learner of one can go on from the other."""
+    shapes = [(each.base_sha256, each.rank, each.config.get("alpha")) for each in (one, other)]
+    return shapes[0] == shapes[1]
+
+
+def _shape(manifest: Manifest) -> str:
+    return f"{manifest.base_model} rank {manifest.rank} alpha {manifest.config.get('alpha')}"
 
 
 def _revoked_meanwhile(version: str) -> RollbackError:

@@ -12,6 +12,7 @@ from perennial.learner.forgetting.rebase_executor import RebaseExecutor
 from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
+from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import NoSpaceError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
@@ -341,6 +342,51 @@ def test_another_rank_is_a_rebase_too(store: DirectoryStore, tmp_path: Path) -> 
     assert done.manifest is not None
     assert (done.manifest.rank, done.manifest.config["alpha"]) == (8, 16)
     assert on_new_base(learner, tmp_path, cuts).equals(done.manifest)
+
+
+def test_another_alpha_parks_the_adapter_until_a_rebase(store: DirectoryStore, tmp_path: Path) -> None:
+    cuts = documents(1, 8)
+    old = learn(local_learner(store, OLD, alpha=8), {0: cuts[0]})[0].manifest
+    assert old is not None
+    learner = local_learner(store, OLD, alpha=16)
+    role = runner(learner)
+    assert role.run(jobs.waiting(store, jobs.update(store, 1, cuts[1]))).outcome == "parked"
+    parked = load_parked(store, ADAPTER)
+    assert parked is not None
+    assert parked.reason == "alpha-mismatch"
+    assert "got: 16; allowed: 8" in parked.detail
+    assert "PERENNIAL_ALPHA" in parked.detail
+    assert role.run(job()).outcome == "promoted"
+    assert load_parked(store, ADAPTER) is None
+    assert on_new_base(learner, tmp_path, cuts).equals(head(learner.registry))
+    with pytest.raises(JobError) as raised:
+        learner.rollback(RollbackRequested(job_id="back", adapter=ADAPTER, version=old.digest(), requested_by="test"))
+    assert raised.value.reason == "alpha-mismatch"
+    made = learner.registry.version_of_job(ADAPTER, "rebase-b1")
+    assert made is not None
+    with pytest.raises(RollbackError) as refused:
+        version_before(learner.registry, ADAPTER, made[0])
+    assert refused.value.reason == "nothing-to-roll-back-to"
+
+
+def test_updates_of_two_alphas_are_all_learned_anew(
+    store: DirectoryStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As releases made them that did not compare it: the newest version alone has this learner's alpha."""
+    cuts = documents(1, 8)
+    learn(local_learner(store, OLD, alpha=8), {0: cuts[0]})
+    learner = local_learner(store, OLD, alpha=16)
+    with monkeypatch.context() as earlier:
+        earlier.setattr(VersionWriter, "check_base", lambda *_: None)
+        learn(learner, {1: cuts[1]})
+    assert head(learner.registry).config["alpha"] == 16
+    done = rebase(learner)
+    assert done.manifest is not None
+    assert on_new_base(learner, tmp_path, cuts).equals(done.manifest)
+    assert rebase(learner, job("b2")).outcome == "unchanged"
+    forgotten, _ = forget(learner, quarantined(store, erase("r1", 1)))
+    assert forgotten.manifest is not None
+    assert on_new_base(learner, tmp_path, cuts, {1}).equals(forgotten.manifest)
 
 
 def test_an_adapter_on_this_base_is_left_as_it_is(store: DirectoryStore) -> None:
