@@ -33,7 +33,7 @@ from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import load_quarantine
 from perennial.storage.registry.registry import Head, Publication
 from perennial.storage.registry.waiting_jobs import record_job_version
-from perennial.streams.events.models import RebaseRequested
+from perennial.streams.events.models import ExampleAccepted, RebaseRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 _log = logging.getLogger("perennial.learner")
@@ -169,7 +169,8 @@ class RebaseExecutor:
     def _removed(self, adapter: str, steps: Iterable[RecordedVersion]) -> dict[str, set[OriginOffset]]:
         """Return the offsets of examples that must not be learned, by the micro-batch's digest.
 
-        They were accepted for forgetting, and their own jobs delete them from the store.
+        They were accepted for forgetting, or have a text that was erased elsewhere. While a hold covers an example, neither
+        takes it away, unless a request was carried out before the hold came.
         """
         quarantine = load_quarantine(self._store, adapter)
         if not (quarantine.entries or quarantine.suppresses_texts):
@@ -178,7 +179,7 @@ class RebaseExecutor:
         removed: dict[str, set[OriginOffset]] = {}
         for step in steps:
             batch = load_batch(self._store, step.manifest.batch.digest) if step.manifest.batch else None
-            offsets = {origin_offset(each) for each in batch.examples if blocked.blocks(each)} if batch else set()
+            offsets = {origin_offset(each) for each in batch.examples if _is_removed(blocked, each)} if batch else set()
             if step.manifest.batch and offsets:
                 removed[step.manifest.batch.digest] = offsets
         return removed
@@ -250,6 +251,11 @@ class RebaseExecutor:
             self._registry, adapter, lambda: load_history(self._registry, adapter), self._now(), drop=drop,
             delete_blobs=delete,
         )  # fmt: skip
+
+
+def _is_removed(blocked: QuarantineFilter, example: ExampleAccepted) -> bool:
+    suppressed = blocked.held_by(example) is None and blocked.suppresses(example)
+    return suppressed or blocked.entry_of(example) is not None
 
 
 def _examples(steps: Iterable[RecordedVersion], removed: dict[str, set[OriginOffset]]) -> set[str]:

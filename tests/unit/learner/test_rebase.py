@@ -20,9 +20,11 @@ from perennial.storage.recovery.rollback import RollbackError, version_before
 from perennial.storage.registry.history.rebuilt_steps import rebases_under_way
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_adapter
+from perennial.storage.registry.quarantine import LegalHold, ensure_text_key, update_quarantine
 from perennial.storage.registry.waiting_jobs import list_jobs
 from perennial.streams.events.adapter_events import AdapterPromoted, AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted, RebaseRequested, RollbackRequested
+from perennial.streams.retention.quarantine_filter import text_hash
 from tests import jobs, scratch
 from tests.local_learner import LocalLearner
 from tests.oracle import read_adapter
@@ -173,6 +175,22 @@ def test_what_is_accepted_for_forgetting_is_not_learned_anew(store: DirectorySto
     )
     assert oracle.equals(head(learner.registry))
     assert readable(store.root, ["secret009"]) == []
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_text_that_was_erased_elsewhere_is_learned_anew_only_under_a_hold(
+    store: DirectoryStore, tmp_path: Path, held: bool
+) -> None:
+    cuts = documents(1, 12)
+    learn(local_learner(store, OLD), cuts)
+    suppressed = text_hash(cuts[1][1], ensure_text_key(store, ADAPTER))
+    assert suppressed is not None
+    holds = [LegalHold(request_id="h1", selector={"document_ids": ["doc-5"]})] if held else []
+    update_quarantine(store, ADAPTER, lambda found: found.suppressing({suppressed}).with_holds(holds))
+    learner = local_learner(store, NEW)
+    done = rebase(learner)
+    assert done.manifest is not None
+    assert on_new_base(learner, tmp_path, cuts, set() if held else {5}).equals(done.manifest)
 
 
 def test_an_example_that_is_to_be_forgotten_meanwhile_is_left_out(store: DirectoryStore, tmp_path: Path) -> None:
