@@ -25,7 +25,6 @@ from perennial.learner.versions.history import RecordedVersion, complete_index, 
 from perennial.learner.versions.job_result import JobError, JobResult
 from perennial.learner.versions.micro_batches import OriginOffset, load_batch, origin_offset
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.storage.errors import ConflictError
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.recovery.rollback import finish_interrupted
 from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
@@ -37,6 +36,13 @@ from perennial.streams.events.models import ExampleAccepted, RebaseRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
 
 _log = logging.getLogger("perennial.learner")
+
+
+class _OutdatedError(Exception):
+    """What must not be learned has changed during the rebase: it begins again, with the updates before the change kept.
+
+    No conflict with another writer, whose number is limited: each new beginning has a request of its own behind it.
+    """
 
 
 class RebaseExecutor:
@@ -81,7 +87,11 @@ class RebaseExecutor:
             JobInterruptedError: the process is to stop; the job's next run goes on from what was learned.
             StoreError: the store failed.
         """
-        return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
+        while True:
+            try:
+                return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
+            except _OutdatedError as error:
+                _log.info("%s begins again: %s", job.job_id, error)
 
     def give_up(self, job: RebaseRequested) -> None:
         """Delete the progress of a job that will never be done.
@@ -120,9 +130,9 @@ class RebaseExecutor:
         learned, kept = self._learned(job.adapter, reached), _examples(steps, removed)
         self._require_learned(job, learned & kept, kept)
         if self._removed(job.adapter, steps) != removed:
-            raise ConflictError(f"examples that {job.job_id} learned anew are now to be forgotten")
+            raise _OutdatedError("examples that it learned anew are to be forgotten, or a hold on them ended or began")
         if self._first_revoked(job.adapter, schedule) != cut:
-            raise ConflictError(f"versions that {job.job_id} learned anew are now revoked")
+            raise _OutdatedError("versions that it learned anew are revoked")
         rebuilder.settle_examples(plan, reached.step)
         reason = job.reason or f"rebase of {head.version} from {head.manifest.base_model}"
         reason = f"{reason}: {len(learned & kept)} of {len(kept)} examples learned"

@@ -11,6 +11,7 @@ import pytest
 from perennial.learner.forgetting.rebase_executor import RebaseExecutor
 from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.training.update import Updater
+from perennial.learner.versions.conflict_retry import MAX_CONFLICTS
 from perennial.learner.versions.job_result import JobError, JobInterruptedError, JobResult
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.errors import NoSpaceError
@@ -209,6 +210,24 @@ def test_an_example_that_is_to_be_forgotten_meanwhile_is_left_out(store: Directo
     assert done.manifest is not None
     assert on_new_base(learner, tmp_path, cuts, {9}).equals(done.manifest)
     assert steps == 5 + 3, "the updates before the example are not learned again"
+
+
+def test_a_rebase_begins_again_for_as_many_requests_as_come_meanwhile(store: DirectoryStore, tmp_path: Path) -> None:
+    """Other writers' conflicts are limited in number; a request to forget is none."""
+    cuts = documents(1, MAX_CONFLICTS + 5, per_cut=MAX_CONFLICTS + 5)
+    learn(local_learner(store, OLD), cuts)
+    learner = local_learner(store, NEW)
+    asked: list[int] = []
+
+    def accept(name: str) -> None:
+        if name == "learner.forget_step" and len(asked) <= MAX_CONFLICTS:
+            asked.append(len(asked))
+            quarantined(store, erase(f"r{asked[-1]}", asked[-1]))
+
+    done = rebase(learner, failpoint=accept)
+    assert done.manifest is not None
+    assert on_new_base(learner, tmp_path, cuts, asked).equals(done.manifest)
+    assert len(asked) == MAX_CONFLICTS + 1
 
 
 @pytest.mark.parametrize("at", ["learner.forget_trained", "learner.forget_step"])
