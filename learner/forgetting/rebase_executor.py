@@ -105,7 +105,12 @@ class RebaseExecutor:
         began = time.perf_counter()
         if self._registry.head(job.adapter) is None:
             return JobResult("unchanged", None, None)
-        if self._writer.version_of_job(job.adapter, job.job_id, "rebase") is not None:
+        answered = self._writer.version_of_job(job.adapter, job.job_id)
+        if (
+            answered is not None and answered[1].job_id != job.job_id
+        ):  # there was nothing to do, and whoever waited was told
+            return JobResult("unchanged", None, None)
+        if answered is not None:
             self._sweep(job.adapter)
             return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, alias))
         finish_interrupted(self._registry, job.adapter, alias)

@@ -441,6 +441,19 @@ def test_an_adapter_on_this_base_is_left_as_it_is(store: DirectoryStore) -> None
     assert load_parked(store, ADAPTER) == parked, "what a forgetting waits for is still so"
 
 
+@pytest.mark.parametrize("base", [NEW, OLD])
+def test_a_job_that_had_nothing_to_do_has_nothing_to_do_again(store: DirectoryStore, base: int) -> None:
+    learn(local_learner(store, OLD), documents(1, 4))
+    rebase(local_learner(store, NEW))
+    made = head(local_learner(store, NEW).registry)
+    assert rebase(local_learner(store, NEW), job("b2")).outcome == "unchanged"
+    parked = ParkedAdapter(adapter=ADAPTER, reason="base-mismatch", since=now())
+    park_adapter(store, parked)
+    assert runner(local_learner(store, base)).run(job("b2")).outcome == "unchanged", "delivered again"
+    assert load_parked(store, ADAPTER) == parked
+    assert head(local_learner(store, NEW).registry) == made
+
+
 def test_an_adapter_of_which_nothing_passed_goes_on_from_the_initial_state(
     store: DirectoryStore, tmp_path: Path
 ) -> None:
