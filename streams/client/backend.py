@@ -33,7 +33,8 @@ class Backend(Protocol):
 
     Attributes:
         base_sha256: Digest of the base model that is served, as `sha256:<64 hex>`. None if the backend does not know
-            it; then the subscriber accepts the first version of any base, and after it only versions of that one.
+            it; then the subscriber accepts the first version of any base, and after it only versions of that one, also
+            when no version is served. A backend that outlives its subscriber must remember the base itself.
     """
 
     base_sha256: str | None

@@ -12,6 +12,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import orjson
@@ -26,6 +27,8 @@ _NAME = re.compile(rf"(?P<adapter>{_SEGMENT}(?:/{_SEGMENT}){{0,3}})(?:#(?P<alias
 _LOADING, _UNLOADING = ".loading-", ".unloading-"
 _STALE_S = 3600.0
 _HEX = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_MAX_NOTE_BYTES = 4096
 _HUB_ID_AT_REVISION = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)@[\w.-]+")
 
 
@@ -33,8 +36,9 @@ class DirectoryBackend:
     """Writes versions as PEFT adapter folders, for a server that watches a folder or is given a path.
 
     `<path>/<adapter>/@<64 hex>/` has adapter_model.safetensors, adapter_config.json and manifest.json, and appears whole
-    or not at all. `<path>/<adapter>/@live.json` names the folder to serve and is replaced atomically. No adapter name
-    may have an `@` in it, so these names collide with no adapter.
+    or not at all. `<path>/<adapter>/@live.json` names the folder to serve and is replaced atomically. `@live.base` beside
+    it has the digest of the base that the servers run, and stays when no version is served. No adapter name may have an
+    `@` in it, so these names collide with no adapter.
 
     >>> import tempfile
     >>> from perennial import DirectoryBackend, Settings, Subscriber
@@ -56,8 +60,9 @@ class DirectoryBackend:
 
     Args:
         path: The folder; it is made if it does not exist.
-        base_sha256: Digest of the base model of the servers, `sha256:<64 hex>`. None: versions of any base are taken, but
-            none of another base than the version that the alias's file points at.
+        base_sha256: Digest of the base model of the servers, `sha256:<64 hex>`. None: the base of the first
+            version that was active, which the folder keeps for each alias. A digest replaces the one that it keeps as
+            soon as a version is active.
         base_model_name: Name of the base in `adapter_config.json`. vLLM's own resolvers serve only a folder that names
             the model exactly as the server's `--model` does. None: the name in the version's manifest, for a hub id
             without its revision.
@@ -105,6 +110,7 @@ class DirectoryBackend:
         Raises:
             BackendError: The name is not a version's name.
             UnfitVersionError: The version cannot be written as a PEFT adapter, or the servers have another base.
+            BackendError: The file with the base of the servers is damaged.
             OSError: The folder cannot be written; nothing of the version is left then.
             IntegrityError: The weights are not safetensors.
         """
@@ -117,22 +123,68 @@ class DirectoryBackend:
         self.write_folder(self.folder_of(name).relative_to(self.path), files)
 
     def _require_base(self, name: str, manifest: Manifest) -> None:
-        """Refuse a version of another base than the one that the alias's file points at: servers still run that base."""
+        """Refuse a version of another base than the servers have run: they still run it, also where they serve nothing."""
         if self.base_sha256 is not None:
             return  # the subscriber has compared it
-        served = self._active(self._pointer(name))
-        if served is None or served == name or not _NAME.fullmatch(served):
-            return
-        try:
-            base_sha256 = orjson.loads((self.folder_of(served) / "manifest.json").read_bytes()).get("base_sha256")
-        except (OSError, orjson.JSONDecodeError, AttributeError):
-            return  # it is not held, or damaged
-        if base_sha256 != manifest.base_sha256:
+        kept = self._kept_base(name)
+        if kept is None:  # the folder may come from a release that kept no base
+            served = self._active(self._pointer(name))
+            kept = self._base_of(served) if served and _NAME.fullmatch(served) else None
+        if kept is not None and kept != manifest.base_sha256:
             raise UnfitVersionError(
-                f"{name} belongs to another base than the version that the servers have, {served}",
-                got=manifest.base_sha256, allowed=base_sha256,
+                f"{name} belongs to another base than the servers of this folder",
+                got=manifest.base_sha256, allowed=kept,
                 remedy="once the servers run the new base, start their subscriber with its digest (--base-sha256)",
             )  # fmt: skip
+
+    def _base_of(self, name: str) -> str | None:
+        """Return the base of a version; None where it is not held, or is damaged."""
+        try:
+            found = orjson.loads((self.folder_of(name) / "manifest.json").read_bytes()).get("base_sha256")
+        except (OSError, orjson.JSONDecodeError, AttributeError):
+            return None
+        return found if isinstance(found, str) else None
+
+    def _base_file(self, name: str) -> Path:
+        return self._pointer(name).with_suffix(".base")
+
+    def _kept_base(self, name: str) -> str | None:
+        """Return the base that the folder keeps for the alias of a version; None if it keeps none.
+
+        Raises:
+            BackendError: The file is damaged.
+        """
+        path = self._base_file(name)
+        try:
+            data = _read_note(path)
+            if not data and not self._durable:
+                return None  # a loss of power came before the flush
+            found = orjson.loads(data)["base_sha256"]
+        except FileNotFoundError:
+            return None
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            found = None
+        if not isinstance(found, str) or not _DIGEST.fullmatch(found):
+            raise BackendError(
+                "the file with the base of the servers is damaged, so nobody knows which versions they can serve",
+                got=str(path), allowed='{"base_sha256": "sha256:<64 hex>"}',
+                remedy="start the subscriber with the digest of the base that they run (--base-sha256)",
+            )  # fmt: skip
+        return found
+
+    def _keep_base(self, name: str, *, leaving: bool) -> None:
+        """Keep the base of the servers; flush it where the version leaves, because nothing else tells it then."""
+        path, before = self._base_file(name), b""
+        with suppress(FileNotFoundError):
+            before = _read_note(path)
+        content = before
+        if self.base_sha256 is not None or not before:  # else `load` has compared it
+            base_sha256 = self.base_sha256 or self._base_of(name)
+            if base_sha256 is None:
+                return
+            content = orjson.dumps({"base_sha256": base_sha256}, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        if leaving or content != before:
+            _replace_file(path, content, leaving or self._durable)
 
     def write_folder(self, inside: Path, files: dict[str, bytes]) -> None:
         """Write a folder as a whole; do nothing where it has these files already.
@@ -183,26 +235,19 @@ class DirectoryBackend:
         folder = self._require(name)
         pointer = self._pointer(name)
         before = self._active(pointer)
-        staging = pointer.with_name(f".{pointer.name}.{secrets.token_hex(8)}")  # two containers may have one process id
         pointed = {"name": name, "version": f"sha256:{folder.name[-64:]}", "folder": folder.name}
-        try:
-            content = orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
-            _write_file(staging, content, self._durable)
-            staging.replace(pointer)
-        except BaseException:  # on a full disk every attempt would leave one
-            staging.unlink(missing_ok=True)
-            raise
-        self._sync(pointer.parent)
-        for unfinished in pointer.parent.glob(f".{pointer.name}.*"):  # left by a process that was killed
-            if time.time() - unfinished.stat().st_mtime > _STALE_S:
-                unfinished.unlink(missing_ok=True)
+        content = orjson.dumps(pointed, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+        self._keep_base(name, leaving=False)  # first: the servers may read the version as soon as the file names it
+        _replace_file(pointer, content, self._durable)
         if before and before != name:
             self._left_at_s[before] = self._clock()
 
     def deactivate(self, name: str) -> None:
-        """Delete the file of the alias, if it points at the version."""
+        """Delete the file of the alias, if it points at the version. The base of the servers is kept."""
         pointer = self._pointer(name)
         if self._active(pointer) == name:
+            with suppress(OSError):  # a full disk must not keep a revoked version in service
+                self._keep_base(name, leaving=True)
             pointer.unlink()
             _sync_folder(pointer.parent)
 
@@ -349,6 +394,27 @@ def _write_file(path: Path, data: bytes, durable: bool) -> None:
         if durable:
             file.flush()
             os.fsync(file.fileno())
+
+
+def _read_note(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(_MAX_NOTE_BYTES)
+
+
+def _replace_file(path: Path, content: bytes, durable: bool) -> None:
+    """Replace a file atomically, and delete what processes that were killed left half written."""
+    staging = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # two containers may have one process id
+    try:
+        _write_file(staging, content, durable)
+        staging.replace(path)
+    except BaseException:  # on a full disk every attempt would leave one
+        staging.unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync_folder(path.parent)
+    for unfinished in path.parent.glob(f".{path.name}.*"):
+        if time.time() - unfinished.stat().st_mtime > _STALE_S:
+            unfinished.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

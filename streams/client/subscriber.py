@@ -53,8 +53,8 @@ class Subscriber:
     A subscriber hears of changes from the compacted topic `adapter-updates` and polls the alias too, every
     `settings.serving.poll_s` seconds. It applies only higher generations of the alias. At each poll it also asks whether
     the version that it serves was revoked, and takes such a version out of service at once. A version that cannot be
-    served is tried again without an end. Use it in a `with` block, or call `run` in the main thread or in one of your
-    own. Thread-safe.
+    served is tried again without an end. Where the backend names no base, it keeps to the base of the first version that
+    it served until it ends. Use it in a `with` block, or call `run` in the main thread or in one of your own. Thread-safe.
 
     Without a broker it acknowledges nothing, so no request to forget waits for it; it only polls, and logs a warning.
     With one it holds a lease of `settings.serving.replica_lease_s` seconds, which a heartbeat renews. Requests wait for
@@ -138,6 +138,7 @@ class Subscriber:
 
         self._changed = threading.Condition()
         self._current: Current | None = None
+        self._base_sha256: str | None = None  # of what was served: the server has it, also while it serves no version
         self._progress = Progress()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -340,7 +341,7 @@ class Subscriber:
             self._progress = self._progress.dropped()
             self._changed.notify_all()
         error = SubscriberError("the version was revoked and is taken out of service", got=current.version)
-        self._send_failed(current.generation, current.version, self._now(), {}, error)
+        self._acks.send(self._reports.failed(current.generation, current.version, self._now(), {}, error))
         self._unload_leftovers()
 
     def _drop_left(self, name: str) -> None:
@@ -384,7 +385,7 @@ class Subscriber:
     def _serve(self, alias: AliasState, stage_s: dict[str, float]) -> Current:
         name = self.name_of(alias.version)
         with self._timed("fetch", stage_s):
-            manifest = self._source.manifest(alias.version, self._backend.base_sha256, alias, self._current)
+            manifest = self._source.manifest(alias.version, self._backend.base_sha256 or self._base_sha256, alias)
         if self._current is None or self._current.version != alias.version:
             with self._timed("fetch", stage_s):
                 weights = self._source.fetch(manifest)
@@ -401,6 +402,7 @@ class Subscriber:
                 with suppress(Exception):  # the first error is reported; the previous version is still active
                     self._backend.unload(name)
                 raise
+        self._base_sha256 = manifest.base_sha256
         stage_s["publish_to_served"] = max(0.0, (self._now() - alias.published_at).total_seconds())
         return Current(alias.version, alias.generation, name, manifest)
 
@@ -434,12 +436,7 @@ class Subscriber:
         level = logging.ERROR if is_news else logging.DEBUG
         _log.log(level, "%s: generation %d: %s: %s", self.adapter, alias.generation, what, error)
         if is_news:
-            self._send_failed(alias.generation, alias.version, alias.published_at, stage_s, error)
-
-    def _send_failed(
-        self, generation: int, version: str, published_at: datetime, stage_s: Mapping[str, float], error: Exception
-    ) -> None:
-        self._acks.send(self._reports.failed(generation, version, published_at, stage_s, error))
+            self._acks.send(self._reports.failed(alias.generation, alias.version, alias.published_at, stage_s, error))
 
     def _acknowledge(self) -> None:
         """Send the acknowledgement that is owed, if there is one."""
@@ -494,7 +491,7 @@ class Subscriber:
         self._progress = self._progress.still_held(retry_s)
         if owed is not None:
             held = SubscriberError("an earlier version is still held", got=reason, remedy="it is tried again")
-            self._send_failed(owed.generation, owed.version, owed.published_at, owed.stage_s, held)
+            self._acks.send(self._reports.failed(owed.generation, owed.version, owed.published_at, owed.stage_s, held))
 
     def _held(self, current: Current | None) -> list[str]:
         return [n for n in self._backend.list() if n.startswith(self._prefix) and not (current and n == current.name)]

@@ -10,7 +10,7 @@ from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.records import AliasState
 from perennial.storage.registry.registry import Registry
-from perennial.streams.client.backend import Current, UnfitVersionError
+from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.client.trust.version_guard import VersionGuard
 
 MAX_WEIGHTS_BYTES: Final = 2 * 1024**3
@@ -30,16 +30,13 @@ class VersionSource:
         self._registry = registry
         self._adapter = adapter
 
-    def manifest(
-        self, version: str, base_sha256: str | None, alias: AliasState | None = None, current: Current | None = None
-    ) -> Manifest:
+    def manifest(self, version: str, base_sha256: str | None, alias: AliasState | None = None) -> Manifest:
         """Return the manifest of a version that may be served.
 
         Args:
             version: Digest of the manifest.
-            base_sha256: Digest of the base that is served; None: that of `current`, or any.
+            base_sha256: Digest of the base that is served; None: any.
             alias: The alias that names the version; None: somebody asked for the version itself.
-            current: The version that is served now: the server has its base.
 
         Raises:
             UntrustedVersionError: No trusted key signed the version, or it is not one that may be live.
@@ -53,14 +50,12 @@ class VersionSource:
                 f"{version} is revoked and still live",
                 remedy=f"make another version live: `perennial adapters rollback {self._adapter}`",
             )
-        if base_sha256 is None and current is not None:
-            base_sha256 = current.manifest.base_sha256
         if base_sha256 is not None and base_sha256 != manifest.base_sha256:
             raise UnfitVersionError(
                 f"the version belongs to another base, {manifest.base_model}",
                 got=manifest.base_sha256,
                 allowed=base_sha256,
-                remedy="serve it with the base that its manifest names; until then the version before stays in service",
+                remedy="serve it with the base that its manifest names; until then this server takes only versions of its own base",
             )
         return manifest
 

@@ -34,7 +34,7 @@ class BackendChoice:
         url: Address of the engine; empty for its default port on this machine.
         server_folder: The folder as the engine sees it; empty for the same.
         base_model: Name of the base in `adapter_config.json`; empty for the one in the manifest.
-        base_sha256: Digest of the base that versions must have; empty for any.
+        base_sha256: Digest of the base that versions must have; empty for that of the first version in the folder.
         max_cpu_loras: Adapters that vLLM keeps in memory, or more.
         grace_s: Seconds for which a version is kept after another one became active.
     """

@@ -51,8 +51,9 @@ class VllmBackend(EngineBackend):
         url: Address of the server, for example `http://127.0.0.1:8000`.
         path: Folder for the versions, which this process writes and the server reads.
         server_path: The path of that folder as the server sees it. None: the same.
-        base_sha256: Digest of the base that the server runs, `sha256:<64 hex>`. None: versions of every base are taken
-            that predict there what the learner recorded.
+        base_sha256: Digest of the base that the server runs, `sha256:<64 hex>`. None: the base of the first
+            version that was active, which the folder keeps. In any case the server must predict what the learner
+            recorded.
         base_model_name: Name of the base in `adapter_config.json`. None: the name in the version's manifest.
         max_cpu_loras: The server's `--max-cpu-loras`, or more. So many zero adapters displace an unloaded version from
             the server's memory, which only forgets the name of a version that it unloads (issue 54839).
