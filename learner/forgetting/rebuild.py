@@ -34,7 +34,7 @@ from perennial.learner.versions.micro_batches import (
     without_examples,
 )
 from perennial.learner.versions.version_writer import VersionWriter
-from perennial.learner.versions.votes import reasons_not_learned, vote
+from perennial.learner.versions.votes import NO_TEXT_ON_BASE, reasons_not_learned, vote
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
@@ -348,9 +348,16 @@ class UpdateRebuilder:
             ref = BlobRef(digest=digest_of(new_body), size_bytes=len(new_body))
         trained = trained_offsets(recorded) - removed
         examples = [example for example in batch.examples if origin_offset(example) in trained]
-        no_text = [] if self._anew is None else [each for each in examples if not _has_rows(self._anew, each)]
+        no_text = self._without_rows(recorded, examples)
         examples = [example for example in examples if example not in no_text] if no_text else examples
         return _RemainingUpdate(recorded, recorded.cut, batch, ref, new_body, examples, [], removed, no_text)
+
+    def _without_rows(self, recorded: Manifest, examples: Sequence[ExampleAccepted]) -> list[ExampleAccepted]:
+        """Return the examples that have nothing to train under the base on which the update is trained."""
+        if self._anew is not None:
+            return [each for each in examples if not _has_rows(self._anew, each)]
+        known = {item.origin_offset for item in recorded.skipped if item.reason == NO_TEXT_ON_BASE}
+        return [each for each in examples if origin_offset(each) in known]
 
     def _updater_of(self, recorded: Manifest) -> Updater:
         """Return an updater with the recipe and the general text that the version was made by."""
@@ -436,7 +443,7 @@ def _has_rows(updater: Updater, example: ExampleAccepted) -> bool:
 def _left_out(update: _RemainingUpdate) -> list[SkippedExample]:
     """Return the manifest's records of the examples that are not trained although they were to be."""
     outvoted = [skipped_example(example, OUTVOTED) for example in update.outvoted]
-    return outvoted + [skipped_example(example, "no-text") for example in update.no_text]
+    return outvoted + [skipped_example(example, NO_TEXT_ON_BASE) for example in update.no_text]
 
 
 def _removed(step: RecordedVersion, removed_offsets: RemovedOffsets) -> set[OriginOffset]:

@@ -11,13 +11,17 @@ from perennial.learner.training.thinning.contradictions import OUTVOTED, outvote
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.events.models import ExampleAccepted
 
+NO_TEXT_ON_BASE = "no-text-on-base"
+"""The reason with which a rebase skips an example that the old base learned and the new one finds nothing to train in."""
+
 
 def reasons_not_learned(manifest: Manifest) -> frozenset[str]:
-    """Return the reasons with which an update skipped examples that it was given to train: the vote's, and the gate's.
+    """Return the reasons with which an update skipped examples that it was given to train: the vote's, the base's, and the gate's.
 
     Such examples may be published again, and a rebuild decides about them anew.
     """
-    return frozenset({OUTVOTED, manifest.reason} if manifest.outcome == "refused" else {OUTVOTED})
+    always = {OUTVOTED, NO_TEXT_ON_BASE}
+    return frozenset(always | {manifest.reason} if manifest.outcome == "refused" else always)
 
 
 @dataclass(frozen=True)

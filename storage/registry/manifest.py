@@ -94,7 +94,7 @@ class SkippedExample(_Part):
         example_id: the example.
         partition: its origin partition's key.
         offset: its offset in that partition.
-        reason: `signal`, `duplicate`, `no-text`, `quarantined`, `expired`, or why the gate refused the version.
+        reason: `signal`, `duplicate`, `no-text`, `no-text-on-base`, `quarantined`, `expired`, or why the gate refused the version.
         epoch: leader epoch of that offset; 0 also where it was not recorded.
     """
 

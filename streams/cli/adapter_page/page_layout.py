@@ -270,6 +270,7 @@ def _fate(name: str) -> str:
     meanings = {
         "learned": "learned", "duplicate": "not learned: a duplicate",
         "signal": "not learned: only a signal, such as a rating", "no-text": "not learned: nothing to train",
+        "no-text-on-base": "not learned: nothing to train on this base",
         "quarantined": "not learned: to be forgotten", "expired": "not learned: expired before it was learned",
     }  # fmt: skip
     return meanings.get(name, f"not learned: {name}")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from perennial.learner.forgetting.rebase_executor import RebaseExecutor
+from perennial.learner.model.tokenization import ExampleError, TokenRow
 from perennial.learner.roles.job_runner import JobRunner
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.conflict_retry import MAX_CONFLICTS
@@ -22,6 +24,7 @@ from perennial.storage.registry.history.rebuilt_steps import rebases_under_way
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.parked import ParkedAdapter, load_parked, park_adapter
 from perennial.storage.registry.quarantine import LegalHold, ensure_text_key, update_quarantine
+from perennial.storage.registry.refused_examples import load_refused_examples
 from perennial.storage.registry.waiting_jobs import list_jobs
 from perennial.streams.events.adapter_events import AdapterPromoted, AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted, RebaseRequested, RollbackRequested
@@ -469,6 +472,42 @@ def test_an_adapter_of_which_nothing_passed_goes_on_from_the_initial_state(
     learner = local_learner(store, NEW)
     learn(learner, {1: cuts[1]})
     assert on_new_base(learner, tmp_path, {1: cuts[1]}).equals(head(learner.registry))
+
+
+def without_text_of(learner: LocalLearner, number: int) -> LocalLearner:
+    """Return a learner whose tokenizer finds nothing to train in a document."""
+
+    class BlindUpdater(Updater):
+        def rows(self, example: ExampleAccepted) -> list[TokenRow]:
+            if example.document_id == f"doc-{number}":
+                raise ExampleError("nothing to train")
+            return super().rows(example)
+
+    parts = {part.name: getattr(learner.updater, part.name) for part in fields(Updater)}
+    return LocalLearner(
+        learner.registry, BlindUpdater(**parts), learner.base, threads=1, now=now, failpoint=lambda _: None
+    )
+
+
+def test_an_example_without_text_on_a_base_is_not_lost(store: DirectoryStore, tmp_path: Path) -> None:
+    cuts = documents(1, 16)
+    learn(local_learner(store, OLD), cuts)
+    lost = cuts[1][1].example_id
+    learner = without_text_of(local_learner(store, NEW), 5)
+    done = rebase(learner)
+    assert done.manifest is not None
+    assert "15 of 16 examples learned" in done.manifest.reason
+    assert list(read_adapter(learner.registry, ADAPTER).skipped.values()) == ["no-text-on-base"]
+    assert lost in load_refused_examples(store, ADAPTER), "it may be published again"
+    forgotten, _ = forget(learner, quarantined(store, erase("r1", 6)))
+    assert forgotten.outcome == "promoted"
+    record = read_adapter(learner.registry, ADAPTER)
+    assert (len(record.learned), list(record.skipped.values())) == (14, ["no-text-on-base"])
+    back = local_learner(store, OLD)
+    made = rebase(back, job("b2")).manifest
+    assert made is not None
+    assert on_new_base(back, tmp_path, cuts, {6}).equals(made)
+    assert lost not in load_refused_examples(store, ADAPTER)
 
 
 def test_two_rebases_lead_back_to_the_first_base(store: DirectoryStore, tmp_path: Path) -> None:
