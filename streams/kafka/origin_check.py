@@ -334,6 +334,8 @@ class OriginCheck:
         self._ids[origin.topic] = ids
         if origin.topic_id == ids[-1]:
             self._ends[origin.topic] = self._logs.ends(origin.topic)
+            if self._cached_error(origin) is not None:  # the topic may have been deleted between the two questions
+                self._ids[origin.topic] = self._logs.topic_ids(origin.topic) or ids
 
     def _fresh_error(self, origin: Origin) -> WireError | None:
         """Return `_cached_error` after a refresh. Raise KafkaUnavailableError where nobody leads the partition."""

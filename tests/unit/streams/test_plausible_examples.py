@@ -142,7 +142,24 @@ def test_what_the_broker_has_given_is_taken_and_asked_about_only_once_it_exceeds
     assert logs.asked == ["clusters", "documents"] * 2
     found = check.errors([origin(offset=2**63 - 1), origin(offset=2**62), origin(offset=3)])
     assert [error is None for error in found] == [False, False, True]
-    assert logs.asked == ["clusters", "documents"] * 3
+    assert logs.asked == [*["clusters", "documents"] * 3, "documents"], "the topic may have been deleted meanwhile"
+
+
+@pytest.mark.parametrize("present", ["", "later"])
+@pytest.mark.parametrize("ends", [{}, {0: LogEnd(0, 3, 0)}])
+def test_an_origin_of_a_topic_that_is_deleted_while_it_is_asked_about_is_right(
+    present: str, ends: dict[int, LogEnd]
+) -> None:
+    """The broker said which topic there is, then how long its logs are; the topic was deleted in between."""
+
+    class Deleted(Logs):
+        def ends(self, topic: str) -> dict[int, LogEnd]:
+            self.ids[topic] = ["before", "t", present]
+            return ends
+
+    check = OriginCheck(Deleted())
+    assert check.error(origin(offset=8)) is None
+    assert check.errors([origin(offset=8), origin(offset=9)]) == [None, None]
 
 
 def test_an_origin_in_a_partition_without_a_leader_is_neither_right_nor_wrong() -> None:
