@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
+from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobResult
 from perennial.learner.versions.rollback_job import RollbackExecutor
 from perennial.learner.versions.update_job import UpdateExecutor
@@ -21,6 +26,19 @@ class LocalLearner(VersionWriter):
 
     def refused(self, job: UpdateRequested) -> None:
         UpdateExecutor(self).record_refused(job)
+
+
+def trained_cuts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return the list to which the cut of every update that is trained from now on is added."""
+    cuts: list[int] = []
+    update = Updater.update
+
+    def counted(self: Updater, *arguments: Any, **more: Any) -> Any:
+        cuts.append(more["cut"])
+        return update(self, *arguments, **more)
+
+    monkeypatch.setattr(Updater, "update", counted)
+    return cuts
 
 
 def complete(store: ObjectStore, result: JobResult) -> None:

@@ -106,11 +106,9 @@ class RebaseExecutor:
         if self._registry.head(job.adapter) is None:
             return JobResult("unchanged", None, None)
         answered = self._writer.version_of_job(job.adapter, job.job_id)
-        if (
-            answered is not None and answered[1].job_id != job.job_id
-        ):  # there was nothing to do, and whoever waited was told
-            return JobResult("unchanged", None, None)
         if answered is not None:
+            if answered[1].job_id != job.job_id:  # there was nothing to do, and whoever waited was told
+                return JobResult("unchanged", None, None)
             self._sweep(job.adapter)
             return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, alias))
         finish_interrupted(self._registry, job.adapter, alias)
@@ -241,9 +239,8 @@ class RebaseExecutor:
         if step is None:  # no update is on record: the adapter begins at its initial state on the new base
             refs, blobs = to_blobs(self._writer.initial_state(adapter, reached.seed))
             fields |= refs.manifest_fields()
-        elif (
-            reached.version is not None
-        ):  # the figures of the version that trained the state, not of a refused one after it
+        elif reached.version is not None:
+            # The figures of the version that trained the state, not of a refused one after it.
             trained = self._registry.manifest(adapter, reached.version)
             fields |= {"gate": trained.gate, "probes": trained.probes}
         target, parent = (step.manifest, step.version) if step is not None else (None, None)

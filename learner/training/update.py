@@ -207,9 +207,11 @@ class Updater:
     @property
     def compute(self) -> Compute:
         """Return what trains and measures."""
-        if self.recipe.shared_passes and self.shared is None:
-            raise RuntimeError("the recipe has shared passes, and the updater has none")
-        plain = self.shared if self.recipe.shared_passes and self.shared else ComputeAlone()
+        plain: Compute = ComputeAlone()
+        if self.recipe.shared_passes:
+            if self.shared is None:
+                raise RuntimeError("the recipe has shared passes, and the updater has none")
+            plain = self.shared
         return LayeredCompute(plain) if isinstance(self.lora, LayeredLora) else plain
 
 
@@ -405,7 +407,7 @@ class _Run:
             losses = measurer.row_losses(trial.served, distinct)
             return [row for row, nats in zip(distinct, losses, strict=True) if not is_learned(nats)]
 
-        rises, left = None, distinct
+        rises = None
         passes = self._recipe.correction_passes if distinct else 0
         if not passes:
             return trial

@@ -47,7 +47,7 @@ from perennial.streams.cli.rebase.rebase_command import rebase
 from perennial.streams.cli.replicas.replicas_app import replicas_app
 from perennial.streams.cli.subscribe.subscribe_command import subscribe
 from perennial.streams.cli.terminal.printable import printable_lines
-from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number, rate_of, tcp_port
+from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number, rate_of, seconds_option, tcp_port
 from perennial.streams.cli.terminal.terminal_encoding import write_any_character
 
 app = typer.Typer(
@@ -206,7 +206,7 @@ def worker(
 def initialise(
     wait_s: Annotated[
         float,
-        typer.Option(min=0, max=MAX_SECONDS, callback=number, help="Seconds to wait for broker and store to answer."),
+        seconds_option("Seconds to wait for broker and store to answer."),
     ] = 0,
     json_: Json = False,
 ) -> None:
@@ -238,12 +238,7 @@ def topics_repartition(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask before the roles pause.")] = False,
     wait_s: Annotated[
         float,
-        typer.Option(
-            min=0,
-            max=MAX_SECONDS,
-            callback=number,
-            help="Seconds to wait until the writers paused and the topic is read to its end.",
-        ),
+        seconds_option("Seconds to wait until the writers paused and the topic is read to its end."),
     ] = 600,
     json_: Json = False,
 ) -> None:
@@ -332,9 +327,7 @@ def adapters_rollback(
     ] = "requested on the command line",
     wait_s: Annotated[
         float,
-        typer.Option(
-            min=0, max=MAX_SECONDS, callback=number, help="Seconds to wait until the version is live; 0 does not wait."
-        ),
+        seconds_option("Seconds to wait until the version is live; 0 does not wait."),
     ] = 60,
     json_: Json = False,
 ) -> None:
@@ -367,12 +360,7 @@ def adapters_unpark(
     ] = False,
     wait_s: Annotated[
         float,
-        typer.Option(
-            min=0,
-            max=MAX_SECONDS,
-            callback=number,
-            help="Seconds to wait until the first waiting job was tried; 0 does not wait.",
-        ),
+        seconds_option("Seconds to wait until the first waiting job was tried; 0 does not wait."),
     ] = 60,
     json_: Json = False,
 ) -> None:
@@ -479,9 +467,7 @@ def status(json_: Json = False) -> None:
 
 @app.command()
 def watch(
-    every_s: Annotated[
-        float, typer.Option(min=0, max=MAX_SECONDS, callback=number, help="Seconds between two readings.")
-    ] = 1.0,
+    every_s: Annotated[float, seconds_option("Seconds between two readings.")] = 1.0,
     times: Annotated[int, typer.Option(min=0, max=MAX_ROWS, help="Number of readings; 0 until Ctrl-C.")] = 0,
 ) -> None:
     """Show what `status` shows, and refresh it until Ctrl-C."""

@@ -32,7 +32,7 @@ from perennial.streams.retain.ledger import RequestRecord
 from perennial.streams.retain.request_store import RequestStore, hash_of, load_requests
 from perennial.streams.retain.service import RetainService
 from perennial.streams.retain.store_facts import StoreFacts
-from perennial.streams.retention.kinds import KINDS
+from perennial.streams.retention.kinds import KINDS, is_pattern
 from perennial.streams.settings import Settings
 
 _MAX_TICKS: Final = 10_000
@@ -175,10 +175,10 @@ class _Reader:
             await self._service.receive(request, record.timestamp, tenant, is_read_again=True)
         except (WireError, *PURE_ERRORS) as error:
             report.refused += 1
-            if isinstance(error, WireError) and error.reason in _UNPROVEN and request.adapter.endswith("*"):
+            if isinstance(error, WireError) and error.reason in _UNPROVEN and is_pattern(request.adapter):
                 self._over_patterns[request_id] = None
             return
-        if request.adapter.endswith("*"):
+        if is_pattern(request.adapter):
             self._over_patterns[request_id] = None
         if not known:
             report.accepted.append(request_id)

@@ -18,7 +18,7 @@ from perennial.streams.events.event_times import bounded_end_ms
 from perennial.streams.events.fields import PERMANENT, duration_s
 from perennial.streams.events.input_events import is_none
 from perennial.streams.events.models import ExampleAccepted, RetentionRequested, RetentionState, Selector
-from perennial.streams.retention.kinds import KINDS
+from perennial.streams.retention.kinds import KINDS, is_pattern
 
 MAX_IDS: Final = 10_000
 """The most examples that one request of the calendar names."""
@@ -200,7 +200,7 @@ class RequestRecord(LedgerPart):
     @property
     def is_pattern(self) -> bool:
         """Whether the request also is for adapters that do not exist yet."""
-        return self.request.adapter.endswith("*")
+        return is_pattern(self.request.adapter)
 
     @property
     def in_force(self) -> bool:
@@ -253,7 +253,7 @@ class LifetimeLimit:
 
 def covers(pattern: str, adapter: str) -> bool:
     """Return whether an adapter pattern (`acme/support`, `acme/*`, `*`) includes the adapter."""
-    return pattern == adapter or (pattern.endswith("*") and adapter.startswith(pattern[:-1]))
+    return pattern == adapter or (is_pattern(pattern) and adapter.startswith(pattern[:-1]))
 
 
 def expires_ms(example: ExampleAccepted, policies: Iterable[LifetimeLimit]) -> int | None:

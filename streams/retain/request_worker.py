@@ -46,7 +46,7 @@ from perennial.streams.retain.rules.state_machine import (
 )
 from perennial.streams.retain.rules.transitions import OPEN_PHASES
 from perennial.streams.retain.work_slice import SLICE_ADAPTERS, Slice
-from perennial.streams.retention.kinds import KINDS, refusal_of
+from perennial.streams.retention.kinds import KINDS, is_pattern, refusal_of
 
 log = logging.getLogger("perennial.retain")
 
@@ -136,7 +136,7 @@ class RequestWorker:
         else:
             approval = self._approvals.needed(signed or request, received_ms)
             yield self._saving(processor, self._accepted(processor, request, received_ms, approval), None)
-        if not (request.adapter.endswith("*") and (KINDS[request.kind].job is not None or request.kind == "hold")):
+        if not (is_pattern(request.adapter) and (KINDS[request.kind].job is not None or request.kind == "hold")):
             yield from self._guarded(name, now_ms)  # what has to reach many adapters is for the ticks
 
     def _accepted(
@@ -158,7 +158,7 @@ class RequestWorker:
         pages: dict[str, PageSummary] = {}
         if request.kind in {"policy", "release"}:
             like = self.cache.in_force.like("policy" if request.kind == "policy" else "hold", request)
-            ends = [i for o in like if may_end(request.request_id, i := o.request.request_id, self._tenants)]
+            ends = [other for other in like if may_end(request.request_id, other, self._tenants)]
         if KINDS[request.kind].job is not None and record.is_pattern:
             for adapter in self._covered(request.adapter):
                 page = page_of(adapter)

@@ -122,6 +122,11 @@ _FIELDS: Final = {
 }
 
 
+def is_pattern(adapter: str) -> bool:
+    """Return whether a request for this adapter is also for adapters that do not exist yet: `acme/*`, `*`."""
+    return adapter.endswith("*")
+
+
 def refusal_of(request: RetentionRequested, received_ms: int) -> str:
     """Return why a request cannot be accepted and what to ask for instead; empty if it can be.
 
@@ -168,7 +173,7 @@ def _misplaced_field(request: RetentionRequested, rules: KindRules, received_ms:
         return (
             f"{kind} takes effect at once, due_at does not apply to it; leave it out and send the {kind} when it is due"
         )
-    if not rules.patterns and request.adapter.endswith("*"):
+    if not rules.patterns and is_pattern(request.adapter):
         return f"{kind} needs one adapter; send one request for each adapter of {request.adapter}"
     if rules.due_at == "end" and request.due_at is not None and request.due_at.timestamp() * 1000 <= received_ms:
         return f"due_at, when the {kind} ends by itself, is in the past; leave it out or name a later time"

@@ -85,7 +85,7 @@ class SigningSettings(SettingsGroup):
             # In a line of `.env` the ends of lines are written as \n.
             pem = self.signing_key.get_secret_value().replace("\\n", "\n")
             return parse_signing_key(pem.encode(), "PERENNIAL_SIGNING_KEY")
-        return read_signing_key(Path(self.signing_key_file)) if self.signing_key_file else None
+        return _signing_key(self.signing_key_file)
 
     def trust(self) -> Trust:
         """Return the keys of a process that may write.
@@ -117,7 +117,7 @@ class SigningSettings(SettingsGroup):
         Raises:
             KeyFileError: The file cannot be read, others can read it, or it holds no such key.
         """
-        return Trust(read_signing_key(Path(self.replica_key_file)) if self.replica_key_file else None)
+        return Trust(_signing_key(self.replica_key_file))
 
     def replica_readers_trust(self) -> Trust:
         """Return the keys whose acknowledgements count.
@@ -133,7 +133,7 @@ class SigningSettings(SettingsGroup):
         Raises:
             KeyFileError: The file cannot be read, others can read it, or it holds no such key.
         """
-        return Trust(read_signing_key(Path(self.request_key_file)) if self.request_key_file else None)
+        return Trust(_signing_key(self.request_key_file))
 
     def request_readers_trust(self) -> Trust:
         """Return the keys of the people whose requests over patterns, and whose approvals, count.
@@ -146,6 +146,11 @@ class SigningSettings(SettingsGroup):
     def seen_folder(self) -> Path:
         """Return the folder that keeps the highest generations."""
         return Path(self.seen_dir).absolute() if self.seen_dir else state_dir() / "seen-generations"
+
+
+def _signing_key(path: str) -> SigningKey | None:
+    """Return the private key of a file; None where no file is named."""
+    return read_signing_key(Path(path)) if path else None
 
 
 def _trusted(path: str) -> TrustedKeys | None:

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number
+from perennial.streams.cli.terminal.ranges import MAX_ROWS, seconds_option
 
 forget_app = typer.Typer(invoke_without_command=True)
 
@@ -24,10 +24,7 @@ _Source = Annotated[list[str] | None, typer.Option(help="Source that texts came 
 _Reason = Annotated[str, typer.Option(help="Why; recorded with the request.")]
 _HoldWait = Annotated[
     float,
-    typer.Option(
-        min=0, max=MAX_SECONDS, callback=number,
-        help="Seconds to wait until the request takes effect, else exit code 1; 0: do not wait.",
-    ),
+    seconds_option("Seconds to wait until the request takes effect, else exit code 1; 0: do not wait."),
 ]  # fmt: skip
 _As = Annotated[str, typer.Option("--as", help="Who asks for it; recorded. Default: your user name.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
@@ -43,12 +40,7 @@ def forget(
     reason: _Reason = "",
     wait_s: Annotated[
         float,
-        typer.Option(
-            min=0,
-            max=MAX_SECONDS,
-            callback=number,
-            help="Seconds to wait until all is forgotten, else exit code 1; 0: do not wait.",
-        ),
+        seconds_option("Seconds to wait until all is forgotten, else exit code 1; 0: do not wait."),
     ] = 300,
     emergency: Annotated[
         bool,
@@ -115,12 +107,7 @@ def approve(
     ] = "",
     wait_s: Annotated[
         float,
-        typer.Option(
-            min=0,
-            max=MAX_SECONDS,
-            callback=number,
-            help="Seconds to wait until the request is carried out, else exit code 1; 0: do not wait.",
-        ),
+        seconds_option("Seconds to wait until the request is carried out, else exit code 1; 0: do not wait."),
     ] = 300,
     json_: _Json = False,
 ) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from perennial.streams.cli.terminal.ranges import MAX_SECONDS, number
+from perennial.streams.cli.terminal.ranges import number, seconds_option
 
 
 def rebase(
@@ -22,9 +22,7 @@ def rebase(
     ] = "requested on the command line",
     wait_s: Annotated[
         float,
-        typer.Option(
-            min=0, max=MAX_SECONDS, callback=number, help="Seconds to wait until the version is live; 0 does not wait."
-        ),
+        seconds_option("Seconds to wait until the version is live; 0 does not wait."),
     ] = 600,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")] = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from perennial.streams.cli.subscribe.served_backends import BackendChoice, BackendKind
-from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number
+from perennial.streams.cli.terminal.ranges import MAX_ROWS, seconds_option
 
 
 def subscribe(
@@ -28,9 +28,7 @@ def subscribe(
     ] = 8,
     grace_s: Annotated[
         float,
-        typer.Option(
-            min=0, max=MAX_SECONDS, callback=number, help="Seconds to keep a version after the next is active."
-        ),
+        seconds_option("Seconds to keep a version after the next is active."),
     ] = 2.0,
     prompt: Annotated[str, typer.Option(help="With peft: answer this with each version that comes into service.")] = "",
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Final
+from typing import Any, Final
 
 import typer
 
@@ -21,6 +21,15 @@ def number(value: float) -> float:
     if not math.isfinite(value):
         raise typer.BadParameter(f"{value} is not a number")
     return value
+
+
+def seconds_option(text: str) -> Any:
+    """Return an option that takes seconds, from 0 to a year.
+
+    Args:
+        text: Its help.
+    """
+    return typer.Option(min=0, max=MAX_SECONDS, callback=number, help=text)
 
 
 def tcp_port(value: int | None) -> int | None:

@@ -20,7 +20,7 @@ from perennial.streams.events.models import RetentionRequested
 from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.event_signatures import check_request
 from perennial.streams.retain.ledger import Approval, RequestRecord, epoch_ms
-from perennial.streams.retention.kinds import KINDS
+from perennial.streams.retention.kinds import KINDS, is_pattern
 
 MAX_CLOCK_AHEAD_MS: Final = 300_000
 """How far the clock of a person's machine may be ahead of the broker's."""
@@ -48,7 +48,7 @@ class ApprovalRules:
         Raises:
             WireError: Signatures are asked for, and the request has none that counts, or is too old.
         """
-        if not (self.wait_ms and KINDS[request.kind].destroys and request.adapter.endswith("*")):
+        if not (self.wait_ms and KINDS[request.kind].destroys and is_pattern(request.adapter)):
             return None
         key = _signer(request, self.trust)
         if key is not None:

@@ -34,11 +34,11 @@ class InForce:
         """Return all holds and policies in force."""
         return [*self.all("hold"), *self.all("policy")]
 
-    def like(self, kind: Literal["hold", "policy"], request: RetentionRequested) -> list[RequestRecord]:
-        """Return the holds or policies with the request's adapter and selector, in whatever order the selector lists."""
+    def like(self, kind: Literal["hold", "policy"], request: RetentionRequested) -> list[str]:
+        """Return the ids of the holds or policies with the request's adapter and selector, in whatever order the selector lists."""
         found = self._by_pattern.get((kind, request.adapter), ())
         wanted = _unordered(request.selector)
-        return [record for record in found if _unordered(record.request.selector) == wanted]
+        return [each.request.request_id for each in found if _unordered(each.request.selector) == wanted]
 
     def holds_on(self, adapter: str) -> list[LegalHold]:
         """Return the holds on an adapter, in the form and order in which its quarantine lists them."""

@@ -92,7 +92,7 @@ def forget(
 
 
 def never_saw(
-    learner: LocalLearner, tmp: Path, cuts: dict[int, list[ExampleAccepted]], gone: Collection[int]
+    learner: LocalLearner, tmp: Path, cuts: dict[int, list[ExampleAccepted]], gone: Collection[int] = ()
 ) -> scratch.Scratch:
     store = DirectoryStore(tmp / "oracle", fsync=False)
     kept = {cut: [e for e in examples if e.origin.offset not in gone] for cut, examples in cuts.items()}

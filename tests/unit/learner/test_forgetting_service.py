@@ -14,7 +14,6 @@ import pytest
 from perennial.learner.forgetting import rebuild_progress
 from perennial.learner.forgetting.executor import ForgetExecutor
 from perennial.learner.roles.job_runner import JobRunner
-from perennial.learner.training.update import Updater
 from perennial.learner.versions.job_result import JobInterruptedError, JobResult
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
@@ -24,7 +23,7 @@ from perennial.storage.registry.quarantine import NOTHING_MATCHED, LegalHold, lo
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import ForgetRequested
 from tests import jobs
-from tests.local_learner import LocalLearner, complete
+from tests.local_learner import LocalLearner, complete, trained_cuts
 from tests.unit.learner.test_forgetting import (
     ADAPTER,
     CutOffError,
@@ -47,15 +46,7 @@ CUTS = 6
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The cut number of every update that is trained from now on."""
-    cuts: list[int] = []
-    update = Updater.update
-
-    def counted(self: Updater, *args: Any, **more: Any) -> Any:
-        cuts.append(more["cut"])
-        return update(self, *args, **more)
-
-    monkeypatch.setattr(Updater, "update", counted)
-    return cuts
+    return trained_cuts(monkeypatch)
 
 
 @pytest.fixture(scope="module")

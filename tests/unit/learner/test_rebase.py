@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from perennial.storage.registry.waiting_jobs import list_jobs
 from perennial.streams.events.adapter_events import AdapterPromoted, AdapterUpdate
 from perennial.streams.events.models import ExampleAccepted, RebaseRequested, RollbackRequested
 from perennial.streams.retention.quarantine_filter import text_hash
-from tests import jobs, scratch
-from tests.local_learner import LocalLearner
+from tests import jobs
+from tests.local_learner import LocalLearner, trained_cuts
 from tests.oracle import read_adapter
 from tests.unit.learner.test_forgetting import (
     CutOffError,
@@ -68,32 +68,13 @@ def runner(learner: LocalLearner, sent: list[AdapterUpdate] | None = None) -> Jo
     return JobRunner(learner, "live", now, lambda _: None, ([] if sent is None else sent).append, lambda: None)
 
 
-def trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the list to which the cut of every update that is trained is added."""
-    cuts: list[int] = []
-    update = Updater.update
-
-    def counted(self: Updater, *arguments: Any, **more: Any) -> Any:
-        cuts.append(more["cut"])
-        return update(self, *arguments, **more)
-
-    monkeypatch.setattr(Updater, "update", counted)
-    return cuts
-
-
-def on_new_base(
-    learner: LocalLearner, tmp: Path, cuts: dict[int, list[ExampleAccepted]], gone: Collection[int] = ()
-) -> scratch.Scratch:
-    return never_saw(learner, tmp, cuts, gone)
-
-
 def test_a_rebase_gives_the_bits_of_a_run_on_the_new_base(store: DirectoryStore, tmp_path: Path) -> None:
     cuts = documents(1, 20)
     learned = [done.manifest for done in learn(local_learner(store, OLD), cuts)]
     learner = local_learner(store, NEW)
     done = rebase(learner)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts).equals(done.manifest)
     made, old = done.manifest, learned[-1]
     assert old is not None
     assert (made.kind, made.outcome, made.seq) == ("rebase", "promoted", old.seq + 1)
@@ -119,7 +100,7 @@ def test_updates_after_a_rebase_go_on_from_it(store: DirectoryStore, tmp_path: P
     learner = local_learner(store, NEW)
     rebase(learner)
     learn(learner, {5: cuts[5]})
-    assert on_new_base(learner, tmp_path, cuts).equals(head(learner.registry))
+    assert never_saw(learner, tmp_path, cuts).equals(head(learner.registry))
 
 
 @pytest.mark.parametrize("emergency", [False, True])
@@ -133,7 +114,7 @@ def test_an_example_of_before_the_rebase_is_forgotten_after_it(
     rebase(learner)
     done, _ = forget(learner, quarantined(store, erase("r1", 9, emergency=emergency)))
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts, {9}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, {9}).equals(done.manifest)
     assert (done.manifest.kind, done.manifest.base_sha256) == ("forget", learner.base.digest)
     assert [(s.state, s.examples) for s in done.statuses] == [("executed", 1), ("published", 1)]
     assert readable(store.root, ["secret009"]) == []
@@ -152,7 +133,7 @@ def test_what_was_erased_before_the_rebase_stays_erased(store: DirectoryStore, t
     learner = local_learner(store, NEW)
     done = rebase(learner)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts, {9}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, {9}).equals(done.manifest)
     assert readable(store.root, ["secret009"]) == []
 
 
@@ -167,7 +148,7 @@ def test_what_is_accepted_for_forgetting_is_not_learned_anew(store: DirectorySto
     assert raised.value.reason == "base-mismatch"
     done = rebase(learner)
     assert done.manifest is not None
-    oracle = on_new_base(learner, tmp_path, cuts, {9})
+    oracle = never_saw(learner, tmp_path, cuts, {9})
     assert oracle.equals(done.manifest)
     forgotten, _ = forget(learner, request)
     assert [(s.state, s.examples) for s in forgotten.statuses] == [("executed", 1), ("published", 1)]
@@ -194,7 +175,7 @@ def test_a_text_that_was_erased_elsewhere_is_learned_anew_only_under_a_hold(
     learner = local_learner(store, NEW)
     done = rebase(learner)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts, set() if held else {5}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, set() if held else {5}).equals(done.manifest)
 
 
 def test_an_example_that_is_to_be_forgotten_meanwhile_is_left_out(store: DirectoryStore, tmp_path: Path) -> None:
@@ -211,7 +192,7 @@ def test_an_example_that_is_to_be_forgotten_meanwhile_is_left_out(store: Directo
 
     done = rebase(learner, failpoint=accept)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts, {9}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, {9}).equals(done.manifest)
     assert steps == 5 + 3, "the updates before the example are not learned again"
 
 
@@ -229,7 +210,7 @@ def test_a_rebase_begins_again_for_as_many_requests_as_come_meanwhile(store: Dir
 
     done = rebase(learner, failpoint=accept)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts, asked).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, asked).equals(done.manifest)
     assert len(asked) == MAX_CONFLICTS + 1
 
 
@@ -256,11 +237,11 @@ def test_a_rebase_goes_on_where_it_was_cut_off(
     kept = step if at == "learner.forget_step" else step - 1
     under_way = rebases_under_way(store).get(ADAPTER)
     assert (under_way and tuple(under_way)) == (("rebase-b1", kept, 5) if kept else None)
-    cuts_trained = trained(monkeypatch)
+    cuts_trained = trained_cuts(monkeypatch)
     done = rebase(learner)
     assert cuts_trained == list(cuts)[kept:]
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts).equals(done.manifest)
 
 
 @pytest.mark.parametrize(
@@ -279,21 +260,21 @@ def test_a_rebase_that_is_cut_off_while_it_is_published_is_published_once(
     with pytest.raises(CutOffError):
         rebase(local_learner(store, NEW, failpoint=cut_off))
     learner = local_learner(store, NEW)
-    cuts_trained = trained(monkeypatch)
+    cuts_trained = trained_cuts(monkeypatch)
     done = rebase(learner)
     assert cuts_trained == []
     assert done.event is not None
     assert done.event.generation == len(cuts) + 1
     made = head(learner.registry)
     assert (made.kind, made.seq) == ("rebase", len(cuts) + 1)
-    assert on_new_base(learner, tmp_path, cuts).equals(made)
+    assert never_saw(learner, tmp_path, cuts).equals(made)
     assert rebases_under_way(store) == {}
 
 
 def test_a_stop_ends_a_rebase_between_two_updates(store: DirectoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     cuts = documents(1, 12)
     learn(local_learner(store, OLD), cuts)
-    cuts_trained = trained(monkeypatch)
+    cuts_trained = trained_cuts(monkeypatch)
     executor = RebaseExecutor(
         local_learner(store, NEW), now, lambda _: None, should_stop=lambda: len(cuts_trained) == 2
     )
@@ -368,7 +349,7 @@ def test_an_adapter_that_waits_for_its_base_is_learned_anew_and_goes_on(store: D
     assert done.outcome == "promoted"
     assert load_parked(store, ADAPTER) is None
     assert [event.seq for event in sent] == [4, 5, 6]
-    assert on_new_base(learner, tmp_path, cuts).equals(head(learner.registry))
+    assert never_saw(learner, tmp_path, cuts).equals(head(learner.registry))
     again = role.run(job())  # delivered again
     assert again.outcome == "repeated"
     assert head(learner.registry).seq == 6
@@ -381,7 +362,7 @@ def test_another_rank_is_a_rebase_too(store: DirectoryStore, tmp_path: Path) -> 
     done = rebase(learner)
     assert done.manifest is not None
     assert (done.manifest.rank, done.manifest.config["alpha"]) == (8, 16)
-    assert on_new_base(learner, tmp_path, cuts).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts).equals(done.manifest)
 
 
 def test_another_alpha_parks_the_adapter_until_a_rebase(store: DirectoryStore, tmp_path: Path) -> None:
@@ -398,7 +379,7 @@ def test_another_alpha_parks_the_adapter_until_a_rebase(store: DirectoryStore, t
     assert "PERENNIAL_ALPHA" in parked.detail
     assert role.run(job()).outcome == "promoted"
     assert load_parked(store, ADAPTER) is None
-    assert on_new_base(learner, tmp_path, cuts).equals(head(learner.registry))
+    assert never_saw(learner, tmp_path, cuts).equals(head(learner.registry))
     with pytest.raises(JobError) as raised:
         learner.rollback(RollbackRequested(job_id="back", adapter=ADAPTER, version=old.digest(), requested_by="test"))
     assert raised.value.reason == "alpha-mismatch"
@@ -422,11 +403,11 @@ def test_updates_of_two_alphas_are_all_learned_anew(
     assert head(learner.registry).config["alpha"] == 16
     done = rebase(learner)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts).equals(done.manifest)
     assert rebase(learner, job("b2")).outcome == "unchanged"
     forgotten, _ = forget(learner, quarantined(store, erase("r1", 1)))
     assert forgotten.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts, {1}).equals(forgotten.manifest)
+    assert never_saw(learner, tmp_path, cuts, {1}).equals(forgotten.manifest)
 
 
 def test_an_adapter_on_this_base_is_left_as_it_is(store: DirectoryStore) -> None:
@@ -471,7 +452,7 @@ def test_an_adapter_of_which_nothing_passed_goes_on_from_the_initial_state(
     assert len(read_adapter(learner.registry, ADAPTER).skipped) == 4
     learner = local_learner(store, NEW)
     learn(learner, {1: cuts[1]})
-    assert on_new_base(learner, tmp_path, {1: cuts[1]}).equals(head(learner.registry))
+    assert never_saw(learner, tmp_path, {1: cuts[1]}).equals(head(learner.registry))
 
 
 def without_text_of(learner: LocalLearner, number: int) -> LocalLearner:
@@ -506,7 +487,7 @@ def test_an_example_without_text_on_a_base_is_not_lost(store: DirectoryStore, tm
     back = local_learner(store, OLD)
     made = rebase(back, job("b2")).manifest
     assert made is not None
-    assert on_new_base(back, tmp_path, cuts, {6}).equals(made)
+    assert never_saw(back, tmp_path, cuts, {6}).equals(made)
     assert lost not in load_refused_examples(store, ADAPTER)
 
 
@@ -518,7 +499,7 @@ def test_two_rebases_lead_back_to_the_first_base(store: DirectoryStore, tmp_path
     back = local_learner(store, OLD)
     done = rebase(back, job("b2"))
     assert done.manifest is not None
-    assert on_new_base(back, tmp_path, cuts).equals(done.manifest)
+    assert never_saw(back, tmp_path, cuts).equals(done.manifest)
 
 
 def test_a_rollback_does_not_return_to_the_old_base(store: DirectoryStore) -> None:
@@ -557,4 +538,4 @@ def test_another_job_of_the_adapter_makes_a_rebase_begin_again(store: DirectoryS
     manifest: Manifest | None = done.manifest
     assert manifest is not None
     assert manifest.seq == 4
-    assert on_new_base(learner, tmp_path, cuts).equals(manifest)
+    assert never_saw(learner, tmp_path, cuts).equals(manifest)

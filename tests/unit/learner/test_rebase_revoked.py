@@ -8,8 +8,17 @@ import pytest
 
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.recovery.rollback import revoke
-from tests.unit.learner.test_forgetting import CutOffError, documents, erase, forget, head, learn, quarantined
-from tests.unit.learner.test_rebase import NEW, OLD, on_new_base, rebase
+from tests.unit.learner.test_forgetting import (
+    CutOffError,
+    documents,
+    erase,
+    forget,
+    head,
+    learn,
+    never_saw,
+    quarantined,
+)
+from tests.unit.learner.test_rebase import NEW, OLD, rebase
 from tests.unit.learner.test_versions import ADAPTER, local_learner
 
 
@@ -29,7 +38,7 @@ def test_what_an_operator_revoked_is_not_learned_anew(store: DirectoryStore, tmp
     assert before is not None
     done = rebase(learner)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, dict(list(cuts.items())[:revoked])).equals(done.manifest)
+    assert never_saw(learner, tmp_path, dict(list(cuts.items())[:revoked])).equals(done.manifest)
     after = learner.registry.alias(ADAPTER)
     assert after is not None
     if revoked:
@@ -40,9 +49,7 @@ def test_what_an_operator_revoked_is_not_learned_anew(store: DirectoryStore, tmp
         assert f"without what was learned from {versions[0]} on" in done.manifest.reason
     late = documents(2, 16)[3]
     learn(learner, {3: late})
-    assert on_new_base(learner, tmp_path, {**dict(list(cuts.items())[:revoked]), 3: late}).equals(
-        head(learner.registry)
-    )
+    assert never_saw(learner, tmp_path, {**dict(list(cuts.items())[:revoked]), 3: late}).equals(head(learner.registry))
 
 
 def test_a_revocation_during_a_rebase_is_seen_before_its_result_is_published(
@@ -61,7 +68,7 @@ def test_a_revocation_during_a_rebase_is_seen_before_its_result_is_published(
 
     done = rebase(learner, failpoint=revoke_first)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, {}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, {}).equals(done.manifest)
     state = learner.registry.alias(ADAPTER)
     assert state is not None
     assert state.kind == "retired"
@@ -78,7 +85,7 @@ def test_the_updates_behind_a_revoked_forgetting_are_not_learned_anew(store: Dir
     assert state.kind == "retired"
     done = rebase(learner)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, {}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, {}).equals(done.manifest)
 
 
 def test_what_an_emergency_set_aside_is_learned_anew(store: DirectoryStore, tmp_path: Path) -> None:
@@ -99,4 +106,4 @@ def test_what_an_emergency_set_aside_is_learned_anew(store: DirectoryStore, tmp_
     learner = local_learner(store, NEW)
     done = rebase(learner)
     assert done.manifest is not None
-    assert on_new_base(learner, tmp_path, cuts, {5}).equals(done.manifest)
+    assert never_saw(learner, tmp_path, cuts, {5}).equals(done.manifest)
