@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from kafka.partitioner import murmur2
 
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.registry.registry import Registry
@@ -24,7 +25,8 @@ from tests.integration.learner import learner_kit as kit
 from tests.oracle import account
 
 PARTITIONS = 4
-ADAPTERS = [f"tenant-{number}/support" for number in range(6)]
+ADAPTERS = [f"tenant-{number}/support" for number in (0, 1, 3, 5, 6, 11)]
+"""Every partition has one at least: a process that is given a partition without adapters would wait for work for ever."""
 SLOW_S = 500.0
 """Seconds that three processes may take to start and to share some work beside other tests."""
 PAUSE_S = 0.5
@@ -71,6 +73,10 @@ def jobs_of_cut(given: Settings, cut: int) -> list[UpdateRequested]:
         )
         for adapter in ADAPTERS
     ]
+
+
+def test_every_partition_has_an_adapter():
+    assert {(murmur2(adapter.encode()) & 0x7FFFFFFF) % PARTITIONS for adapter in ADAPTERS} == set(range(PARTITIONS))
 
 
 @pytest.mark.slow(60)
