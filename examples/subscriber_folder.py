@@ -29,8 +29,10 @@ def announce(state: Any, stage_s: Mapping[str, float]) -> None:
 def main(adapter: str, folder: str) -> int:
     """Follow the adapter until a signal comes."""
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    # A thread waits for the signals. A handler that sets the event could wait for ever for the event's own lock.
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.Thread(target=lambda: (signal.sigwait(signals), stop.set()), daemon=True).start()
     try:
         # A version stays on the disk for half a minute after another one went live: servers may still read it.
         backend = DirectoryBackend(folder, grace_s=30)

@@ -49,6 +49,7 @@ from perennial.streams.cli.subscribe.subscribe_command import subscribe
 from perennial.streams.cli.terminal.printable import printable_lines
 from perennial.streams.cli.terminal.ranges import MAX_ROWS, MAX_SECONDS, number, rate_of, seconds_option, tcp_port
 from perennial.streams.cli.terminal.terminal_encoding import write_any_character
+from perennial.streams.devstack.signals import exit_interrupted
 
 app = typer.Typer(
     help="Keep language models learning from Kafka, and make them forget on request.",
@@ -135,7 +136,7 @@ def main() -> None:
         print_error(missing_extra(extra, "this command", [str(error.name)]))
         sys.exit(MissingExtraError.exit_code)
     except KeyboardInterrupt:
-        sys.exit(130)
+        exit_interrupted()
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(0)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import signal
-import threading
 from collections import Counter, deque
 from datetime import UTC, datetime
 from typing import Any
@@ -22,6 +20,7 @@ from perennial.streams.deadletters.reader import DeadLetterReader
 from perennial.streams.deadletters.redrive import Redriver
 from perennial.streams.deadletters.redrive_plan import RedriveReport, is_handled, redrive_state
 from perennial.streams.devstack.discovery import connected_settings
+from perennial.streams.devstack.signals import event_on_stop_signals
 
 _SHOWN_BYTES = 4096
 _SHOWN_CHARS = 256  # a topic name has at most 249; a forged header may be much longer
@@ -152,22 +151,16 @@ def replay_dead_letters(
             report = reader.dry_run(chosen, max_redrives=max_replays, limit=limit)
         _print_report(report, "would be sent back", as_json=as_json)
         return 0
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     console = Console(stderr=True)
     bar = Progress(
         SpinnerColumn(), TextColumn("sent back {task.completed:.0f}"), TimeElapsedColumn(), console=console,
         disable=not console.is_terminal,
     )  # fmt: skip
-    try:
-        with Redriver(settings, rate=rate) as redriver, bar:
-            task = bar.add_task("", total=None)
-            report = redriver.run(
-                chosen, max_redrives=max_replays, limit=limit, stop=stop, on_sent=lambda n: bar.advance(task, n)
-            )
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with event_on_stop_signals() as stop, Redriver(settings, rate=rate) as redriver, bar:
+        task = bar.add_task("", total=None)
+        report = redriver.run(
+            chosen, max_redrives=max_replays, limit=limit, stop=stop, on_sent=lambda n: bar.advance(task, n)
+        )
     _print_report(report, "sent back", as_json=as_json)
     return 130 if report.stopped else 0
 

@@ -10,17 +10,17 @@ import importlib
 import json
 import logging
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
 from perennial.extras import require_extra
 from perennial.storage.errors import PerennialError
 from perennial.streams.cli.terminal.printable import printable
-from perennial.streams.devstack.signals import STOP_SIGNALS, end_on_stop_signals
+from perennial.streams.devstack.signals import end_on_stop_signals, event_on_stop_signals
 from perennial.streams.devstack.supervisor import ROLES, die_with_parent
 from perennial.streams.observe.http_server import serve_metrics
 from perennial.streams.observe.metrics import Metrics
@@ -95,20 +95,12 @@ def run_worker(roles: list[str], *, parent_pid: int = 0, settings_from_stdin: bo
     if set(roles) - {"intake"}:
         settings.store.require_uri()
 
-    stop = threading.Event()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: stop.set())
     metrics = Metrics("+".join(roles), settings)
-    server = (
-        serve_metrics(metrics, settings.observe.metrics_host, settings.observe.metrics_port)
-        if settings.observe.metrics_port
-        else None
-    )
-    try:
+    with event_on_stop_signals() as stop, ExitStack() as opened:
+        if settings.observe.metrics_port:
+            server = serve_metrics(metrics, settings.observe.metrics_host, settings.observe.metrics_port)
+            opened.callback(server.close)
         return _run_all(_bodies(roles, settings, stop, metrics, base), stop)
-    finally:
-        if server:
-            server.close()
 
 
 def _load_early(roles: list[str], settings: Settings) -> Base | None:

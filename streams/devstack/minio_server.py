@@ -23,7 +23,7 @@ from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folde
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port
 from perennial.streams.devstack.private_files import private_folder
-from perennial.streams.devstack.signals import stop_signals_held
+from perennial.streams.devstack.signals import check_stop_signals, stop_signals_held
 from perennial.streams.paths import cache_dir
 from perennial.streams.settings import SettingsError
 
@@ -197,6 +197,7 @@ class MinioServer:
 
     def _ready(self, deadline: float) -> bool:
         while self.running and time.monotonic() < deadline:
+            check_stop_signals()
             try:
                 with _DIRECT.open(f"{self.endpoint}/minio/health/ready", timeout=1):
                     return True

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
@@ -25,7 +22,12 @@ from perennial.streams.devstack.discovery import ANNOUNCEMENT_FILES, announce, c
 from perennial.streams.devstack.embedded_kafka.kafka_broker import EmbeddedBroker
 from perennial.streams.devstack.minio_server import STORE_URI, MinioServer
 from perennial.streams.devstack.private_files import PRIVATE_UMASK, private_folder
-from perennial.streams.devstack.signals import STOP_SIGNALS, interrupt_on_stop_signals
+from perennial.streams.devstack.signals import (
+    check_stop_signals,
+    event_on_stop_signals,
+    interrupt_on_stop_signals,
+    stop_signals_at_checks,
+)
 from perennial.streams.devstack.supervisor import ROLES, Supervisor
 from perennial.streams.kafka.installation import InstallationError, provision_recorded
 from perennial.streams.settings import Settings, SettingsError, load_settings
@@ -78,12 +80,18 @@ class Stack:
 
         Raises:
             PerennialError: something did not start. Call `stop` then.
+            KeyboardInterrupt: SIGINT or SIGTERM arrived. Call `stop` then.
         """
+        with stop_signals_at_checks():
+            self._start()
+
+    def _start(self) -> None:
         _require_plaintext(self.settings)
         self.supervisor = Supervisor(
             self.settings, self.data_dir / "logs", self.roles, self.environment or {}, on_event=self.on_progress
         )
         self.supervisor.start_early()
+        check_stop_signals()
         found: dict[str, Any] = {}
         if not self.settings.kafka.bootstrap:
             self.broker = EmbeddedBroker(self.data_dir / "kafka", self.port, on_progress=self.on_progress)
@@ -95,6 +103,7 @@ class Stack:
             found["store"] = STORE_URI
         elif not self.settings.store.uri:
             found["store"] = str(self.data_dir / "store")
+        check_stop_signals()
         environment = {**(self.environment or {}), **self.s3_environment}
         s3 = S3Settings.from_env({**os.environ, **environment})
         self.settings = self.settings.replace(s3=s3, **found)
@@ -189,15 +198,24 @@ def _claim_folder(data_dir: Path, on_progress: Callable[[str], None]) -> int:
 
 
 def _run(settings: Settings, port: int | None, console: Console, *, shared_model: bool, minio: bool) -> int:
-    stop = threading.Event()
-
-    def on_signal(_number: int, _frame: FrameType | None) -> None:
-        if stop.is_set():
-            raise KeyboardInterrupt
-        stop.set()
-
     roles = ("intake", "streams", "scorer+learner") if shared_model else ROLES
     stack = Stack(settings, settings.store.data_dir, port, roles, minio=minio)
+    with event_on_stop_signals(interrupt_again=True) as stop:
+        _start_and_show(stack, console)
+        try:
+            _announce(stack, console)
+            while not stop.wait(0.5):
+                stack.tend()
+        finally:
+            console.print("stopping: intake, streams, scorer, learner, broker")
+            withdraw(settings.store.data_dir)
+            stack.stop()
+            console.print(Text(f"stopped; everything learned is kept in {settings.store.data_dir}"), soft_wrap=True)
+    return 0
+
+
+def _start_and_show(stack: Stack, console: Console) -> None:
+    """Start everything and print each step; stop everything again where a step fails or a signal arrives."""
     with console.status("starting") as spinner:
 
         def print_step(line: str) -> None:
@@ -207,22 +225,9 @@ def _run(settings: Settings, port: int | None, console: Console, *, shared_model
         stack.on_progress = print_step
         try:
             stack.start()
-            # From here on a signal asks to stop. Before, it interrupts the start, and the clean-up below answers it.
-            for number in STOP_SIGNALS:
-                signal.signal(number, on_signal)
         except BaseException:
             stack.stop()
             raise
-    try:
-        _announce(stack, console)
-        while not stop.wait(0.5):
-            stack.tend()
-    finally:
-        console.print("stopping: intake, streams, scorer, learner, broker")
-        withdraw(settings.store.data_dir)
-        stack.stop()
-        console.print(Text(f"stopped; everything learned is kept in {settings.store.data_dir}"), soft_wrap=True)
-    return 0
 
 
 def _require_plaintext(settings: Settings) -> None:

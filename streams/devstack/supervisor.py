@@ -20,7 +20,7 @@ from perennial.storage.errors import PerennialError
 from perennial.streams.addresses import direct_opener, http_url
 from perennial.streams.devstack.ports import HOST, free_port
 from perennial.streams.devstack.private_files import PRIVATE_UMASK, open_private_log, private_folder
-from perennial.streams.devstack.signals import stop_signals_held
+from perennial.streams.devstack.signals import check_stop_signals, stop_signals_held
 from perennial.streams.settings import Settings
 
 ROLES: tuple[str, ...] = ("intake", "streams", "scorer", "learner")
@@ -233,6 +233,7 @@ class Supervisor:
                     got=role.log_tail(),
                     remedy=f"read {role.log_path}",
                 )
+            check_stop_signals()
             time.sleep(0.1)
 
     def tend(self) -> None:

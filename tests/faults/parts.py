@@ -77,15 +77,16 @@ def child(
         environment: More environment variables.
     """
     code = (
-        "import faulthandler, logging, signal, sys, threading\n"
+        "import faulthandler, logging, signal, sys\n"
         "faulthandler.register(signal.SIGUSR2)\n"
         "logging.basicConfig(level=logging.INFO, format='%(asctime)s %(name)s %(message)s')\n"
         "from perennial.streams.observe.metrics import Metrics\n"
         "from perennial.streams.settings import Settings\n"
         + _ROLES[role].format(session_ms=int(SESSION_S * 1000))
         + more
-        + "\nstop = threading.Event()\nsignal.signal(signal.SIGTERM, lambda *_: stop.set())\n"
-        + f"run(Settings.model_validate_json(sys.argv[1]), stop, Metrics('{role}'))\n"
+        + "\nfrom perennial.streams.devstack.signals import event_on_stop_signals\n"
+        + "with event_on_stop_signals() as stop:\n"
+        + f"    run(Settings.model_validate_json(sys.argv[1]), stop, Metrics('{role}'))\n"
     )
     env = {**os.environ, **(environment or {}), "PERENNIAL_FAILPOINT": failpoint}
     process = subprocess.Popen([sys.executable, "-c", code, settings.model_dump_json()], cwd=ROOT, env=env)

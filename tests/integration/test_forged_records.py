@@ -38,14 +38,13 @@ from tests.integration.learner import learner_kit as kit
 
 VICTIM = "victim/a"
 STREAMS = """
-import signal, threading
+from perennial.streams.devstack.signals import event_on_stop_signals
 from perennial.streams.faust_app import run_streams
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import load_settings
-stop = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: stop.set())
 settings = load_settings()
-run_streams(settings, stop, Metrics("curate", settings))
+with event_on_stop_signals() as stop:
+    run_streams(settings, stop, Metrics("curate", settings))
 """
 
 

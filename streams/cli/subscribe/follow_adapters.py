@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from perennial.streams.cli.worker import OneLineFormatter
 from perennial.streams.client.backend import Backend
 from perennial.streams.client.subscriber import Subscriber, SubscriberError
 from perennial.streams.devstack.discovery import connected_settings
-from perennial.streams.devstack.signals import STOP_SIGNALS
+from perennial.streams.devstack.signals import event_on_stop_signals
 from perennial.streams.observe.http_server import serve_metrics
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
@@ -45,16 +44,14 @@ def run_subscribe(adapters: list[str], choice: BackendChoice, *, prompt: str = "
     settings = connected_settings()
     settings.store.require_uri()
     adapters = list(dict.fromkeys(adapters))
-    stop = threading.Event()
-    for number in STOP_SIGNALS:
-        signal.signal(number, lambda *_: stop.set())
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=settings.observe.log_level.upper())
     for noisy in ("kafka", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    backend = make_backend(choice, adapters, settings)
     with ExitStack() as opened:
+        stop = opened.enter_context(event_on_stop_signals())
+        backend = make_backend(choice, adapters, settings)
         close = getattr(backend, "close", None)
         if close is not None:
             opened.callback(close)

@@ -42,7 +42,7 @@ from perennial.streams.devstack.folder_lock import FolderLockedError, lock_folde
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.ports import HOST, free_port, is_free
 from perennial.streams.devstack.private_files import private_folder
-from perennial.streams.devstack.signals import stop_signals_held
+from perennial.streams.devstack.signals import check_stop_signals, stop_signals_held
 from perennial.streams.paths import expand_path
 
 __all__ = ["KAFKA_VERSION", "BrokerError", "EmbeddedBroker", "fetch_jars"]
@@ -157,6 +157,7 @@ class EmbeddedBroker:
                 "this broker is already started", got=f"process {self._java_pid}", remedy="stop() it first"
             )
         classpath, java = fetch_jars(self._progress), java_path()
+        check_stop_signals()
         folder = self._prepare_folder()
         lock = _lock(folder)
         try:
@@ -246,6 +247,7 @@ class EmbeddedBroker:
 
     def _await_ready(self, deadline: float, timeout_s: float) -> None:
         while not serves(self._port):
+            check_stop_signals()
             if not self.running:
                 raise self._failed("the embedded broker ended while starting")
             if time.monotonic() > deadline:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from perennial.storage.errors import PerennialError
 from perennial.streams.addresses import is_loopback
 from perennial.streams.devstack.embedded_kafka.kafka_jar_digests import JAR_SHA256
+from perennial.streams.devstack.signals import check_stop_signals
 from perennial.streams.paths import cache_dir
 from perennial.streams.settings import load_settings
 
@@ -173,6 +174,7 @@ def _download(repository: Path, progress: Progress) -> Iterator[Path]:
             try:
                 for count, done in enumerate(as_completed(pending), start=1):
                     path = done.result()
+                    check_stop_signals()
                     progress(f"jar {count} of {len(pending)}: {path.name}")
                     yield path
             finally:

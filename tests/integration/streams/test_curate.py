@@ -31,15 +31,13 @@ from perennial.streams.settings import Settings
 from tests import origins
 
 RUN = """
-import signal, threading
+from perennial.streams.devstack.signals import event_on_stop_signals
 from perennial.streams.faust_app import run_streams
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import load_settings
-stop = threading.Event()
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: stop.set())
 settings = load_settings()
-run_streams(settings, stop, Metrics("curate", settings))
+with event_on_stop_signals() as stop:
+    run_streams(settings, stop, Metrics("curate", settings))
 """
 TOKENS = 10
 PATIENCE_S = 180

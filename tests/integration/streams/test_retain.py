@@ -45,15 +45,13 @@ from tests import origins
 from tests.versions import VersionPublisher
 
 RUN = """
-import signal, threading
+from perennial.streams.devstack.signals import event_on_stop_signals
 from perennial.streams.faust_app import run_streams
 from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import load_settings
-stop = threading.Event()
-for number in (signal.SIGTERM, signal.SIGINT):
-    signal.signal(number, lambda *_: stop.set())
 settings = load_settings()
-run_streams(settings, stop, Metrics("streams", settings))
+with event_on_stop_signals() as stop:
+    run_streams(settings, stop, Metrics("streams", settings))
 """
 PATIENCE_S = 180
 ADAPTER = "acme/support"

@@ -81,9 +81,9 @@ def test_ctrl_c_stops_a_start_and_leaves_no_process(tmp_path: Path):
     with log.open("wb") as output, sigint_ignored():
         up = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=output, stderr=output, start_new_session=True)
     try:
-        wait_until((data_dir / "logs" / "learner.log").exists, 60, "the roles were started")
-        roles = [int(pid) for pid in Path(f"/proc/{up.pid}/task/{up.pid}/children").read_text().split()]
-        assert len(roles) >= len(ROLES)
+        children = Path(f"/proc/{up.pid}/task/{up.pid}/children")
+        wait_until(lambda: len(children.read_text().split()) >= len(ROLES), 60, "the roles were started")
+        roles = [int(pid) for pid in children.read_text().split()]
         up.send_signal(signal.SIGINT)
         assert up.wait(120) == 130, log.read_text()
         assert not [pid for pid in roles if alive(pid, None)]

@@ -24,7 +24,13 @@ from perennial.streams.devstack import discovery, stack
 from perennial.streams.devstack.discovery import announce, claim, connected_settings, running
 from perennial.streams.devstack.guarded_process import command_pid, start_guarded
 from perennial.streams.devstack.private_files import open_private_log, private_folder
-from perennial.streams.devstack.signals import STOP_SIGNALS, stop_signals_held
+from perennial.streams.devstack.signals import (
+    STOP_SIGNALS,
+    check_stop_signals,
+    event_on_stop_signals,
+    stop_signals_at_checks,
+    stop_signals_held,
+)
 from perennial.streams.devstack.supervisor import Supervisor
 from perennial.streams.observe.http_server import serve_metrics
 from perennial.streams.observe.metrics import Metrics
@@ -238,3 +244,92 @@ def test_an_interrupt_waits_until_a_child_is_known(number):
         assert signal.getsignal(number) is signal.default_int_handler
     finally:
         signal.signal(number, before)
+
+
+@pytest.fixture
+def interrupts():
+    """Handlers as a foreground command has them; what a test sets is undone."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_sets_the_event_while_its_lock_is_held(number):
+    """A handler that set the event itself waited for a lock that its own thread held, and the process never ended."""
+    with event_on_stop_signals() as stop:
+        with stop._cond:
+            os.kill(os.getpid(), number)
+            time.sleep(0.05)
+        assert stop.wait(30)
+        os.kill(os.getpid(), number)  # a second one changes nothing
+    assert signal.getsignal(number) is signal.default_int_handler
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_a_second_signal_may_interrupt():
+    with event_on_stop_signals(interrupt_again=True) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.wait(30)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.usefixtures("interrupts")
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_start_is_interrupted_where_it_checks(number):
+    """An interrupt inside a pool of threads left a lock of the pool held: Ctrl-C stopped a start for ever."""
+    reached = []
+
+    def start() -> None:
+        with stop_signals_at_checks():
+            os.kill(os.getpid(), number)
+            reached.append("after the signal")
+            with stop_signals_held():
+                check_stop_signals()
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert reached
+    assert signal.getsignal(number) is signal.default_int_handler
+    check_stop_signals()  # nothing is left for the next one
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_a_signal_that_no_check_saw_interrupts_at_the_end():
+    reached = []
+
+    def start() -> None:
+        with stop_signals_at_checks():
+            with stop_signals_held():
+                os.kill(os.getpid(), signal.SIGTERM)
+            reached.append("after the child")
+        reached.append("after the start")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert reached == ["after the child"]
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_a_second_signal_interrupts_a_start_at_once():
+    def start() -> None:
+        with stop_signals_at_checks():
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the second signal did not interrupt")
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+
+
+def test_an_interrupted_command_ends_beside_a_thread_that_waits_for_ever():
+    code = (
+        "import threading\n"
+        "from perennial.streams.devstack.signals import exit_interrupted\n"
+        "threading.Thread(target=threading.Event().wait).start()\n"
+        "exit_interrupted(0.5)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 130
