@@ -52,7 +52,7 @@ $(READY): requirements.lock requirements-smollm2.lock requirements-uv.lock pypro
 	@touch $@
 
 demo: $(READY)
-	$(BIN)/perennial demo $(if $(BASE),--base $(BASE))
+	$(BIN)/perennial demo --base $(or $(BASE),auto)
 
 test: lint test-all
 
