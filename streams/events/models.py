@@ -328,6 +328,7 @@ class BatchSkip(BaseModel):
 
     model_config = FROZEN
     example_id: str
+    """In a micro-batch, made from its log position; from earlier releases, and of what a forgetting removed, its own id."""
     origin: Origin
     reason: Literal["signal", "duplicate", "expired", "quarantined"]
 

@@ -289,8 +289,8 @@ def test_what_is_under_way_when_it_is_erased_never_reaches_the_store(bench):
         marks = updates[-1].marks if updates else {}
     batches = [Batch.model_validate_json(get_blob(bench.store, job.batch.digest)) for job in updates]
     assert [e.document_id for batch in batches for e in batch.examples] == ["d2"], bench.log.read_text()
-    skipped = [(skip.example_id, skip.reason) for batch in batches for skip in batch.skipped]
-    assert skipped == [(ident(1), "quarantined")]
+    skipped = [(skip.origin.offset, skip.reason) for batch in batches for skip in batch.skipped]
+    assert skipped == [(scored[0].example.origin.offset, "quarantined")]
     assert load_quarantine(bench.store, ADAPTER).keyed == [text_hash(example(1), ensure_text_key(bench.store, ADAPTER))]
 
 

@@ -424,3 +424,21 @@ def test_deliveries_are_acknowledged_in_order_and_without_holes():
     assert list(tracker.releasable()) == [5, 6]
     with pytest.raises(IntegrityError):
         tracker.add(9, 9)
+
+
+def test_a_micro_batch_names_skipped_records_by_their_positions():
+    """The id of an example is a hash of its text, and a forgetting does not reach the skipped ones."""
+    batcher = MicroBatcher("a", POLICY)
+    for n, more in enumerate(({}, {"learn": False}, {"expires": NOW})):
+        batcher.offer(scored(n, **more), n, 0)
+    example = scored(0).example
+    again = example.model_copy(update={"origin": example.origin.model_copy(update={"offset": 3})})
+    batcher.offer(scored(0).model_copy(update={"example": again}), 3, 0)
+    blocked = [example.example_id]
+    batch = Batch.model_validate_json(batcher.cut(NOW, "age", blocked).body)
+    skips = [(skip.origin.offset, skip.reason) for skip in batch.skipped]
+    assert skips == [(1, "signal"), (3, "duplicate"), (0, "quarantined"), (2, "expired")]
+    ids = [skip.example_id for skip in batch.skipped]
+    assert len(set(ids)) == 4
+    assert not {scored(n).example.example_id for n in range(3)} & set(ids)
+    assert [len(name) for name in ids] == [len(example.example_id)] * 4
