@@ -12,6 +12,7 @@ from perennial.learner.versions.rollback_job import RollbackExecutor
 from perennial.learner.versions.update_job import UpdateExecutor
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.suppressed_texts import TextKey, text_key_key
 from perennial.streams.events.models import RollbackRequested, UpdateRequested
 
 
@@ -26,6 +27,13 @@ class LocalLearner(VersionWriter):
 
     def refused(self, job: UpdateRequested) -> None:
         UpdateExecutor(self).record_refused(job)
+
+
+def same_text_key(*stores: ObjectStore, adapter: str = "acme/support") -> None:
+    """Give an adapter of each store the same text key, so that the same jobs make the same manifests there."""
+    key = TextKey(adapter=adapter, key="0f" * 32).to_bytes()
+    for store in stores:
+        store.put_if_absent(text_key_key(adapter), key)
 
 
 def trained_cuts(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -28,6 +28,7 @@ from perennial.learner.versions.micro_batches import (
     BatchRows,
     OriginOffset,
     batch_to_bytes,
+    example_ids_of,
     load_batch,
     origin_offset,
     skipped_example,
@@ -38,6 +39,7 @@ from perennial.learner.versions.votes import NO_TEXT_ON_BASE, reasons_not_learne
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.history.example_ids import keyed_items, with_keyed_ids
 from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
 from perennial.storage.registry.manifest import BlobRef, Manifest, SkippedExample
 from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
@@ -168,8 +170,11 @@ class UpdateRebuilder:
         while version is not None and version != last_clean:
             manifest = self._registry.manifest(adapter, version)
             reasons = reasons_not_learned(manifest)
-            learned.update(item.example_id for item in manifest.learned)
-            refused.update(item.example_id for item in manifest.skipped if item.reason in reasons)
+            judged = [item for item in manifest.skipped if item.reason in reasons]
+            if manifest.batch is not None and (judged or manifest.learned):
+                batch = load_batch(self._store, manifest.batch.digest)
+                learned.update(example_ids_of(batch, manifest.learned))
+                refused.update(example_ids_of(batch, judged))
             version = manifest.head
         if learned:
             remove_refused_examples(self._store, adapter, learned)
@@ -246,12 +251,12 @@ class UpdateRebuilder:
 
         Ratings and duplicates beside the removed examples are not asked to be forgotten: they stay on record.
         """
-        recorded = step.manifest
+        recorded, text_key = step.manifest, self._writer.text_keys.of(job.adapter)
         judged = trained_offsets(recorded) | removed
-        skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
+        skipped = [item for item in with_keyed_ids(recorded, text_key).skipped if item.origin_offset not in judged]
         batch, blobs = None if removed else recorded.batch, dict[str, bytes]()
         if update is not None:  # all of it is outvoted, and may be given votes by a later forgetting
-            skipped += _left_out(update)
+            skipped += keyed_items(text_key, _left_out(update))
             batch, blobs = update.ref, update.blobs
         if not skipped:
             return before
@@ -267,7 +272,7 @@ class UpdateRebuilder:
         manifest = self._following(before, recorded).model_copy(
             update={
                 "outcome": "unchanged", "reason": "nothing-to-learn", "code": self._writer.code,
-                "batch": batch, "learned": [], "skipped": skipped,
+                "batch": batch, "learned": [], "skipped": skipped, "example_ids": "keyed",
                 **refs.manifest_fields(), "gate": GateFigures(), "probes": {}, "tokens": 0,
                 "pass_adapters": 1,
                 "published_from_ms": None, "published_to_ms": None,
@@ -412,22 +417,24 @@ class UpdateRebuilder:
     ) -> Manifest:
         """Return the manifest of a rebuilt update: as recorded, less the removed examples."""
         recorded, promoted = update.recorded, result.outcome == "promoted"
+        text_key = self._writer.text_keys.of(recorded.adapter)
         judged = trained_offsets(recorded) | update.removed
-        skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
-        skipped += _left_out(update)
+        skipped = [item for item in with_keyed_ids(recorded, text_key).skipped if item.origin_offset not in judged]
+        not_learned = _left_out(update)
         if promoted:
             reason = recorded.reason if recorded.outcome == "promoted" else "replayed"
         else:
             reason = result.reason
-            skipped += [skipped_example(example, result.reason) for example in update.examples]
+            not_learned += [skipped_example(example, result.reason) for example in update.examples]
         learned = update.examples if promoted else []
         times = [example.origin.timestamp_ms for example in learned]
         return self._following(before, recorded).model_copy(
             update={
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
-                "learned": self._writer.learned_examples(learned, result.merged, updater),
-                "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "probes": result.probes,
-                "tokens": result.tokens, "pass_adapters": result.pass_adapters,
+                "learned": keyed_items(text_key, self._writer.learned_examples(learned, result.merged, updater)),
+                "skipped": [*skipped, *keyed_items(text_key, not_learned)], "example_ids": "keyed",
+                **refs.manifest_fields(), "gate": result.gate, "probes": result.probes, "tokens": result.tokens,
+                "pass_adapters": result.pass_adapters,
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),
             }
         )  # fmt: skip

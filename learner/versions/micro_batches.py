@@ -14,7 +14,7 @@ from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.versions.job_result import JobError
 from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.object_store import ObjectStore, get_blob
-from perennial.storage.registry.manifest import SkippedExample
+from perennial.storage.registry.manifest import LearnedExample, SkippedExample
 from perennial.streams.events.high_water_marks import HighWaterMarks
 from perennial.streams.events.models import Batch, ExampleAccepted, Origin, UpdateRequested
 from perennial.streams.retention.quarantine_filter import QuarantineFilter
@@ -102,6 +102,19 @@ def batch_origins(batch: Batch) -> list[Origin]:
     return [example.origin for example in batch.examples] + [skipped.origin for skipped in batch.skipped]
 
 
+def example_ids_of(batch: Batch | None, recorded: Iterable[LearnedExample | SkippedExample]) -> list[str]:
+    """Return the ids of recorded examples as their micro-batch has them: a manifest's own may be keyed.
+
+    Args:
+        batch: the micro-batch; None if it was erased, which gives no ids.
+        recorded: what the manifest says of the examples. Those that the micro-batch does not hold are left out.
+    """
+    wanted = {item.origin_offset for item in recorded}
+    if batch is None or not wanted:
+        return []
+    return [example.example_id for example in batch.examples if origin_offset(example) in wanted]
+
+
 @dataclass(frozen=True)
 class ExampleSelection:
     """A micro-batch split by what is to be done with each example.
@@ -152,7 +165,7 @@ def select_new_examples(
 
 
 def skipped_example(example: ExampleAccepted, reason: str) -> SkippedExample:
-    """Return the manifest's record of an example that is not learned."""
+    """Return the manifest's record of an example that is not learned, with an id that is not keyed yet."""
     return _skipped(example.example_id, example.origin, reason)
 
 

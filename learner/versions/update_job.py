@@ -24,6 +24,8 @@ from perennial.learner.versions.micro_batches import (
     ExampleSelection,
     batch_origins,
     batch_to_bytes,
+    example_ids_of,
+    load_batch,
     origin_offset,
     read_batch,
     removed_examples,
@@ -37,6 +39,7 @@ from perennial.learner.versions.votes import Vote, reasons_not_learned, vote
 from perennial.storage.errors import ConflictError, IntegrityError, NotFoundError, StoreError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.history.example_ids import with_keyed_ids
 from perennial.storage.registry.history.update_costs import UpdateCost, record_cost
 from perennial.storage.registry.manifest import BlobRef, Manifest, Outcome, update_id
 from perennial.storage.registry.pending_deletes import (
@@ -167,6 +170,7 @@ class UpdateExecutor:
         head = writer.head(job.adapter)
         if head is not None and (_is_covered(job, head) or self._is_named(job, head)):
             return self._repeated(job, alias, head, waits=waiting is not None)
+        text_key = writer.text_keys.of(job.adapter)
         take_use()  # of another job, or of an attempt that found a conflict
         with writer.updater.compute.joining():
             stored = read_batch(self._store, job)
@@ -178,12 +182,12 @@ class UpdateExecutor:
             replayed: dict[str, ExampleAccepted] = {}
             trained = self._train(job, batch, start, quarantine, replayed)
             used = take_use()
-        manifest = self._manifest(job, trained)
+        manifest = with_keyed_ids(self._manifest(job, trained), text_key)
         writer.failpoint("learner.train")
         trained_at, trained_s = writer.now(), time.perf_counter()
         self._recheck_quarantine(job, batch.allowed, replayed)
         publication = self._publish(job, alias, manifest, trained)
-        self._settle(job, publication.manifest, waits=waiting is not None)
+        self._settle(job, publication.manifest, stored, waits=waiting is not None)
         cost = self._record_cost(publication, used) if publication.was_new and trained.result else None
         stage_s = {
             "load": loaded - began, "train": trained_s - loaded, "publish": time.perf_counter() - trained_s,
@@ -229,7 +233,8 @@ class UpdateExecutor:
             )  # fmt: skip
         self._clean_up(job, redelivered=True)
         if waits:
-            self._settle(job, made, waits=True)
+            batch = load_batch(self._store, made.batch.digest) if made.batch else None
+            self._settle(job, made, batch, waits=True)
         return JobResult("repeated", None, self._writer.current_alias_event(job.adapter, alias))
 
     def _version_of(self, job: UpdateRequested, head: Head) -> Manifest | None:
@@ -245,13 +250,13 @@ class UpdateExecutor:
             version = manifest.head
         return None
 
-    def _settle(self, job: UpdateRequested, manifest: Manifest, *, waits: bool) -> None:
+    def _settle(self, job: UpdateRequested, manifest: Manifest, batch: Batch | None, *, waits: bool) -> None:
         """Record which examples were refused or learned, then delete the job: a version names its micro-batch now."""
         reasons = reasons_not_learned(manifest)
-        ids = [item.example_id for item in manifest.skipped if item.reason in reasons]
+        ids = example_ids_of(batch, [item for item in manifest.skipped if item.reason in reasons])
         if ids:
             add_refused_examples(self._store, job.adapter, ids, self._now_ms())
-        remove_refused_examples(self._store, job.adapter, [item.example_id for item in manifest.learned])
+        remove_refused_examples(self._store, job.adapter, example_ids_of(batch, manifest.learned))
         if waits:
             delete_job(self._store, job.adapter, job.cut)
 
@@ -321,7 +326,7 @@ class UpdateExecutor:
         return _Trained(start, batch, selection, found, result, refs, general, blobs)
 
     def _manifest(self, job: UpdateRequested, trained: _Trained) -> Manifest:
-        """Return the manifest of the version that was trained."""
+        """Return the manifest of the version that was trained, with ids that are not keyed yet."""
         writer, recipe = self._writer, self._writer.updater.recipe
         start, batch, selection, result = trained.start, trained.batch, trained.selection, trained.result
         outcome: Outcome

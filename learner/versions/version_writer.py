@@ -31,6 +31,7 @@ from perennial.learner.versions.state_cache import StateCache
 from perennial.storage.failpoints import failpoint as default_failpoint
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.recovery.rollback import carried_manifest
+from perennial.storage.registry.history.example_ids import TextKeys
 from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest
 from perennial.storage.registry.mark_repairs import load_mark_repairs, repaired_marks
 from perennial.storage.registry.registry import Head, Registry
@@ -52,9 +53,11 @@ class VersionWriter:
         rows: rows of earlier micro-batches, where other writers of the process share them.
         states: states in memory, where other writers of the process share them.
         general_choice: chooses the general text of each update; None: always the updater's own.
+        text_keys: the adapters' text keys, where other writers of the process share them.
 
     Attributes:
         on_step: called after each optimizer step and each forward pass of a measurement.
+        text_keys: the adapters' text keys, under which manifests record the ids of examples.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class VersionWriter:
         rows: BatchRows | None = None,
         states: StateCache | None = None,
         general_choice: GeneralTextChoice | None = None,
+        text_keys: TextKeys | None = None,
     ) -> None:
         self.registry = registry
         self.updater = updater
@@ -78,6 +82,7 @@ class VersionWriter:
         self.failpoint = failpoint
         self.code = code_digest(on_gpu=base.device.type == "cuda")
         self.rows = rows or BatchRows(registry.store, updater.rows)
+        self.text_keys = text_keys or TextKeys(registry.store)
         self._states = states or StateCache()
         self._general_choice = general_choice
         self.on_step: Callable[[], None] = ignore_step
@@ -96,7 +101,7 @@ class VersionWriter:
         return VersionWriter(
             self.registry, replace(self.updater, lora=lora, lock=lock), self.base, threads=self.threads, now=self.now,
             failpoint=self.failpoint, rows=self.rows, states=self._states,
-            general_choice=self._general_choice,
+            general_choice=self._general_choice, text_keys=self.text_keys,
         )  # fmt: skip
 
     def use_threads(self, threads: int) -> None:
@@ -248,7 +253,7 @@ class VersionWriter:
     def learned_examples(
         self, examples: Iterable[ExampleAccepted], merged: Mapping[str, str], updater: Updater | None = None
     ) -> list[LearnedExample]:
-        """Return the manifest's records of learned examples.
+        """Return the manifest's records of learned examples, with ids that are not keyed yet.
 
         Args:
             examples: The examples.

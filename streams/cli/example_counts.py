@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from perennial.storage.errors import IntegrityError, NotFoundError
+from perennial.storage.registry.history.example_ids import ExampleIds
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import Registry
 
@@ -52,11 +53,12 @@ class ExampleCounts:
         return "; ".join(parts) + within
 
 
-def count_examples(manifests: Iterable[Manifest]) -> ExampleCounts:
+def count_examples(manifests: Iterable[Manifest], ids: ExampleIds) -> ExampleCounts:
     """Count what became of examples.
 
     Args:
         manifests: Versions of one adapter, newest first.
+        ids: Compares the ids in them.
     """
     fate: dict[str, str] = {}
     forgotten = versions = 0
@@ -64,11 +66,13 @@ def count_examples(manifests: Iterable[Manifest]) -> ExampleCounts:
         versions += 1
         forgotten += manifest.gate.forgotten_examples or 0
         for example in manifest.learned:
-            fate.setdefault(example.example_id, _LEARNED if example.merged_into is None else _MERGED)
+            fate.setdefault(
+                ids.comparable(manifest, example.example_id), _LEARNED if example.merged_into is None else _MERGED
+            )
         for skipped in manifest.skipped:
             # A redelivery or a second publication says nothing about what became of the first one.
             if skipped.reason != "duplicate":
-                fate.setdefault(skipped.example_id, skipped.reason)
+                fate.setdefault(ids.comparable(manifest, skipped.example_id), skipped.reason)
     reasons = Counter(fate.values())
     merged = reasons.pop(_MERGED, 0)
     return ExampleCounts(reasons.pop(_LEARNED, 0) + merged, forgotten, dict(reasons), versions, merged=merged)
@@ -86,4 +90,5 @@ def counted_examples(registry: Registry, adapter: str) -> ExampleCounts:
                 continue
 
     earlier = newest[-1][0] - 1 if newest else 0
-    return replace(count_examples(manifests()), earlier_versions=earlier)
+    ids = ExampleIds.load(registry.store, adapter)
+    return replace(count_examples(manifests(), ids), earlier_versions=earlier)

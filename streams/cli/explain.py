@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from perennial.storage.errors import NotFoundError
+from perennial.storage.registry.history.example_ids import ExampleIds
 from perennial.storage.registry.history.index import IndexedHistory
 from perennial.storage.registry.history.pages import IndexedVersion
 from perennial.storage.registry.quarantine import load_quarantine
@@ -49,7 +50,7 @@ class ExplainedExample:
 
     Attributes:
         document_id: Id of the document or interaction; None where its text is erased.
-        example_id: Id of the example.
+        example_id: Id of the example; of an erased one the id that its version's manifest has of it, keyed or not.
         topic: The topic that it was published to.
         partition: Its partition there.
         offset: Its offset there.
@@ -169,20 +170,27 @@ def _explain(registry: Registry, adapter: str, alias: str, document: str | None)
             outcome = history.versions[item.version].outcome
             explained.append(_explained(item, outcome, state, expires_ms(item.example, policies)))
     if wanted is None:  # of an erased document only topic, partition and offset remain
-        explained += _all_erased(registry, adapter, history, {item.example.example_id for item in stored})
+        explained += _all_erased(registry, adapter, history, stored)
     return sorted(explained, key=lambda example: (-example.seq, example.topic, example.partition, example.offset))
 
 
-def _all_erased(registry: Registry, adapter: str, history: IndexedHistory, seen: set[str]) -> list[ExplainedExample]:
-    """Return the learned examples that are not among those seen, newest first; add them to those seen."""
+def _all_erased(
+    registry: Registry, adapter: str, history: IndexedHistory, stored: Sequence[StoredExample]
+) -> list[ExplainedExample]:
+    """Return the learned examples that are not stored, newest first, with the ids that manifests have of them."""
+    ids = ExampleIds.load(registry.store, adapter)
+    seen = {form for item in stored for form in ids.forms(item.example.example_id)}
+    origins = {(origin.partition_key(), origin.offset) for item in stored for origin in [item.example.origin]}
     erased = []
     for version in reversed(history.published):
         node = history.versions[version]
         if node.learned_count == 0 or (node.batch is not None and history.rows(node.batch)):
             continue  # whatever it learned is stored
-        for learned in registry.manifest(adapter, version).learned:
-            if learned.example_id not in seen:
-                seen.add(learned.example_id)
+        manifest = registry.manifest(adapter, version)
+        for learned in manifest.learned:
+            example_id = ids.comparable(manifest, learned.example_id)
+            if example_id not in seen and (learned.partition, learned.offset) not in origins:
+                seen.add(example_id)
                 erased.append(_erased(learned.example_id, learned.partition, learned.offset, version, node))
     return erased
 
@@ -191,13 +199,13 @@ def _live_example_ids(registry: Registry, adapter: str, alias: str, history: Ind
     """Return the ids of the stored examples that the live version was trained on."""
     state = registry.alias(adapter, alias)
     version = state.version if state and state.kind != "retired" else None
-    ids: set[str] = set()
+    promoted: list[IndexedVersion] = []
     while version is not None and version in history.versions:
         node = history.versions[version]
         if node.outcome == "promoted":
-            ids.update(learned_ids(registry, adapter, history, node))
+            promoted.append(node)
         version = node.parent
-    return ids
+    return set[str]().union(*learned_ids(registry, adapter, history, promoted).values())
 
 
 def _state(item: StoredExample, quarantine_filter: QuarantineFilter, live_ids: set[str]) -> str:

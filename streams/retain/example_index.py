@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.history.index import IndexedHistory
-from perennial.storage.registry.history.pages import ExampleRow, IndexedVersion
+from perennial.storage.registry.history.pages import ExampleRow, IndexedVersion, row_origin
 from perennial.storage.registry.registry import Head, Registry
 from perennial.streams.retain.ledger import StoredExample, expires_ms
 from perennial.streams.retention.example_rows import ExampleRows, bare_example, history_index
@@ -138,11 +138,22 @@ def stored_examples(registry: Registry, adapter: str, history: IndexedHistory) -
     return list(_Reader(registry, adapter, history, read_only=True).examples().values())
 
 
-def learned_ids(registry: Registry, adapter: str, history: IndexedHistory, node: IndexedVersion) -> Collection[str]:
-    """Return the ids of the examples that a version learned; of erased ones only where its manifest is read for it."""
-    if len(node.learned) == node.learned_count or (node.batch and history.rows(node.batch) is not None):
-        return node.learned
-    return [item.example_id for item in registry.manifest(adapter, node.version).learned]
+def learned_ids(
+    registry: Registry, adapter: str, history: IndexedHistory, nodes: Iterable[IndexedVersion]
+) -> dict[str, set[str]]:
+    """Return the ids of the stored examples that each of these versions learned, by version. Nothing is written.
+
+    Args:
+        registry: The registry to read.
+        adapter: The adapter.
+        history: The adapter's history index.
+        nodes: The versions.
+
+    Raises:
+        StoreError: The store cannot be read.
+    """
+    reader = _Reader(registry, adapter, history, read_only=True)
+    return {node.version: reader.learned_ids(node) for node in nodes}
 
 
 def _of_newer(head: Head, newer: Sequence[IndexedVersion]) -> IndexedHistory:
@@ -200,7 +211,7 @@ class _Reader:
         if not rows:
             return
         promoted = may_be_live and node.outcome == "promoted"
-        learned = set(learned_ids(self._registry, self._adapter, self._history, node)) if promoted else set()
+        learned = self._learned_of(node, rows) if promoted else set()
         for row in rows:
             if self._wanted is not None and not self._wanted(row):
                 continue
@@ -213,12 +224,23 @@ class _Reader:
             elif example_id in learned and not before.learned:
                 examples[example_id] = replace(before, seq=node.seq, version=node.version, learned=True)
 
-    def _rows_of(self, node: IndexedVersion) -> Sequence[ExampleRow]:
+    def learned_ids(self, node: IndexedVersion) -> set[str]:
+        """Return the ids of the stored examples that a version learned."""
+        return self._learned_of(node, self._rows_of(node, any_key=True)) if node.learned_count else set()
+
+    def _learned_of(self, node: IndexedVersion, rows: Sequence[ExampleRow]) -> set[str]:
+        origins = set(node.learned)
+        if rows and len(node.learned) < node.learned_count:
+            # A page that does not know them: its rows are missing, or an older release wrote it, which compares plain ids.
+            origins = {item.origin_offset for item in self._registry.manifest(self._adapter, node.version).learned}
+        return {row["example_id"] for row in rows if row_origin(row) in origins}
+
+    def _rows_of(self, node: IndexedVersion, *, any_key: bool = False) -> Sequence[ExampleRow]:
         if node.batch is None:
             return ()
         if node.batch in self._history.batches:
-            # Of a selection by lifetimes nobody looks at the hashes, so the key of these is not read.
-            check = None if self._wanted is not None else self._rows.key_check()
+            # Where nobody looks at the hashes, as in a selection by lifetimes, the key of these is not read.
+            check = None if any_key or self._wanted is not None else self._rows.key_check()
             rows = self._history.rows(node.batch, check)
             if rows is not None:
                 return rows

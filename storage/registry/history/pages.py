@@ -10,6 +10,7 @@ when the text is erased.
 
 from __future__ import annotations
 
+import sys
 import threading
 import zlib
 from collections.abc import Mapping, Sequence
@@ -32,7 +33,9 @@ _MAGIC: Final = b"perennial-history-1\n"
 _PREFIX: Final = "sha256:"
 _CACHED_VERSIONS: Final = 16_384
 ExampleRow = dict[str, Any]
-"""A stored example as JSON without its text, with `text_hash`."""
+"""A stored example as JSON without its text and without fields that have their default, with `text_hash`."""
+OriginOffset = tuple[str, int, int]
+"""Origin partition key, leader epoch and offset: identifies one published record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +51,7 @@ class IndexedVersion:
         head: the version before it.
         blobs: digests of the blobs that it names, the micro-batch included.
         batch: digest of its micro-batch.
-        learned: ids of the examples that it learned, without those that were erased since.
+        learned: origins of the examples that it learned, without those that were erased since.
         learned_count: how many examples it learned, the erased ones included.
     """
 
@@ -60,7 +63,7 @@ class IndexedVersion:
     head: str | None
     blobs: tuple[str, ...]
     batch: str | None
-    learned: tuple[str, ...]
+    learned: tuple[OriginOffset, ...]
     learned_count: int
 
     @property
@@ -84,7 +87,7 @@ class IndexedVersion:
         return cls(
             version, manifest.seq, manifest.kind, manifest.outcome, manifest.parent, manifest.head,
             tuple(ref.digest for ref in manifest.blobs()), manifest.batch.digest if manifest.batch else None,
-            tuple(item.example_id for item in manifest.learned), len(manifest.learned),
+            tuple(item.origin_offset for item in manifest.learned), len(manifest.learned),
         )  # fmt: skip
 
 
@@ -161,8 +164,8 @@ class HistoryPage:
         learned: list[int] = []
         described = self.batches.get(node.batch) if node.batch else None
         if described is not None and described.rows:
-            ids = set(node.learned)
-            learned = [i for i, row in enumerate(described.rows) if row["example_id"] in ids]
+            origins = set(node.learned)
+            learned = [i for i, row in enumerate(described.rows) if row_origin(row) in origins]
         return [
             _short(node.version), node.kind, node.outcome, _short(node.parent), [_short(blob) for blob in node.blobs],
             _short(node.batch), learned, node.learned_count,
@@ -223,6 +226,13 @@ _unpacked_pages: LRUCache[tuple[str, bytes], HistoryPage] = LRUCache(
 _cache_lock = threading.Lock()
 
 
+def row_origin(row: ExampleRow) -> OriginOffset:
+    """Return where an example was published, as manifests record it."""
+    origin = row["origin"]
+    partition = sys.intern(f"{origin['cluster_id']}/{origin['topic_id']}/{origin['topic']}/{origin['partition']}")
+    return partition, origin.get("leader_epoch", 0), origin["offset"]
+
+
 def page_key(adapter: str, level: int, first: int) -> str:
     """Return the key of a page.
 
@@ -245,9 +255,18 @@ def _unpacked(
     version, kind, outcome, parent, blobs, batch, learned, count = packed
     described = batches.get(_long(batch)) if batch else None
     rows = (described.rows if described else None) or ()
-    ids = tuple(rows[i]["example_id"] for i in learned) if rows else ()
+    origins = tuple(row_origin(rows[i]) for i in learned) if rows else ()
     return IndexedVersion(
-        _long(version), seq, kind, outcome, _maybe(parent), head, tuple(map(_long, blobs)), _maybe(batch), ids, count
+        _long(version),
+        seq,
+        kind,
+        outcome,
+        _maybe(parent),
+        head,
+        tuple(map(_long, blobs)),
+        _maybe(batch),
+        origins,
+        count,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.history.collected import load_collected
+from perennial.storage.registry.history.example_ids import ExampleIds
 from perennial.storage.registry.history.update_costs import load_costs
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.parked import load_parked
@@ -157,7 +158,10 @@ def adapter_history(registry: Registry, adapter: str, alias: str) -> AdapterHist
     live = state.version if state is not None and state.kind != "retired" else None
     collected = load_collected(registry.store, adapter).all
     # By example and not by version: after a forgetting the micro-batches belong to rebuilt versions.
-    domains = {item.example.example_id: domain_of(item) for item in all_stored(registry, adapter)}
+    ids = ExampleIds.load(registry.store, adapter)
+    domains = {
+        form: domain_of(item) for item in all_stored(registry, adapter) for form in ids.forms(item.example.example_id)
+    }
     versions: list[HistoryVersion] = []
     newest = list(registry.versions(adapter, newest_first=True, limit=COUNTED_VERSIONS))
     for _, version in newest:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.objects.safetensors_check import safetensors_shapes
+from perennial.storage.registry.history.example_ids import ExampleIds
 from perennial.storage.registry.history.update_costs import UpdateCost, load_costs
 from perennial.storage.registry.manifest import LearnedExample, Manifest
 from perennial.storage.registry.registry import Head, Registry
@@ -52,11 +53,13 @@ def held_examples(registry: Registry, head: Head) -> list[list[LearnedExample]]:
     Only the updates of its schedule count: what was forgotten, rolled back or refused is not in it. An example that was
     learned again counts once, with its last update.
     """
+    ids = ExampleIds.load(registry.store, head.manifest.adapter)
     seen: set[str] = set()
     groups: list[list[LearnedExample]] = []
     for manifest in _schedule(registry, head):
-        new = [example for example in manifest.learned if example.example_id not in seen]
-        seen.update(example.example_id for example in new)
+        names = [ids.comparable(manifest, example.example_id) for example in manifest.learned]
+        new = [example for example, name in zip(manifest.learned, names, strict=True) if name not in seen]
+        seen.update(names)
         if new:
             groups.append(new)
     return groups[::-1]

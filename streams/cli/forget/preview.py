@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from perennial.storage.registry.history.index import IndexedHistory
+from perennial.storage.registry.history.pages import IndexedVersion
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.forget.selection import count_of
@@ -146,12 +147,12 @@ def _promoted_ancestors(registry: Registry, adapter: str, history: IndexedHistor
 
     Each with the ids of the stored examples that it learned and whether it has a micro-batch.
     """
-    found: list[tuple[str, set[str], bool]] = []
+    promoted: list[IndexedVersion] = []
     version: str | None = history.head
     while version is not None:
         node = history.versions[version]
         if node.outcome == "promoted":
-            learned = set(learned_ids(registry, adapter, history, node))
-            found.append((version, learned, node.batch is not None))
+            promoted.append(node)
         version = node.parent
-    return found[::-1]
+    learned = learned_ids(registry, adapter, history, promoted)
+    return [(node.version, learned[node.version], node.batch is not None) for node in promoted[::-1]]

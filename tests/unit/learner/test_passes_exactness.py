@@ -23,7 +23,7 @@ from perennial.storage.objects.object_store import get_blob, put_blob
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.events.models import Batch, ExampleAccepted, Selector
 from tests import jobs, scratch, tiny
-from tests.local_learner import LocalLearner, complete
+from tests.local_learner import LocalLearner, complete, same_text_key
 from tests.unit.learner.test_forgetting import request
 from tests.unit.learner.test_versions import ADAPTER, local_learner, now
 
@@ -147,6 +147,7 @@ def test_an_update_alone_names_one_adapter_and_is_the_same_with_any_number_allow
     store: DirectoryStore, tmp_path: Path
 ) -> None:
     learner, other = local_learner(store), local_learner(DirectoryStore(tmp_path / "other", fsync=False))
+    same_text_key(store, other.registry.store)
     sharing(learner, 3)
     versions = [
         one.update(jobs.update(one.registry.store, 1, cut_of(ADAPTER, 1, 0, 1, 2, 3)), "live").manifest

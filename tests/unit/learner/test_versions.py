@@ -33,7 +33,7 @@ from perennial.streams.events.adapter_events import AdapterPromoted, AdapterRoll
 from perennial.streams.events.models import ExampleAccepted, RollbackRequested, UpdateRequested
 from perennial.streams.settings import Settings
 from tests import jobs, tiny
-from tests.local_learner import LocalLearner
+from tests.local_learner import LocalLearner, same_text_key
 
 ADAPTER = "acme/support"
 SETTINGS = Settings.of(
@@ -161,6 +161,7 @@ def test_only_examples_above_the_high_water_marks_are_learned(store: DirectorySt
 def version_of(root: Path) -> str:
     """Return the version that two jobs make in a new store and a new process."""
     store = DirectoryStore(root, fsync=False)
+    same_text_key(store)
     learner = local_learner(store)
     learner.update(job(store, 1, 0, 1, 2, 3, 4), "live")
     done = learner.update(job(store, 2, 5, 6, 7, 8), "live")
@@ -181,6 +182,7 @@ def test_the_same_jobs_give_the_same_version_in_two_processes(tmp_path: Path) ->
 
 def test_a_restart_between_jobs_changes_no_byte(tmp_path: Path) -> None:
     store = DirectoryStore(tmp_path / "restarted", fsync=False)
+    same_text_key(store)
     local_learner(store).update(job(store, 1, 0, 1, 2, 3, 4), "live")
     done = local_learner(store).update(job(store, 2, 5, 6, 7, 8), "live")
     assert done.manifest is not None
@@ -286,6 +288,7 @@ class CutOffError(Exception):
 @pytest.mark.parametrize("step", STEPS)
 def test_an_interrupted_update_makes_the_same_version_once(tmp_path: Path, step: str) -> None:
     store, straight = (DirectoryStore(tmp_path / name, fsync=False) for name in ("cut", "straight"))
+    same_text_key(store, straight)
 
     def dies(name: str) -> None:
         if name == step:

@@ -21,16 +21,20 @@ from perennial.streams.client.testing import next_manifest
 from tests.memory_store import MemoryStore
 
 ADAPTER = "acme/support"
+_ORIGIN = {"cluster_id": "c", "topic_id": "t", "topic": "documents", "partition": 0}
 
 
 class _Rows:
-    """Describes bodies that are lists of example ids."""
+    """Describes bodies that are lists of example ids, each of which ends in the offset."""
 
     def key_check(self) -> str:
         return "check"
 
     def rows(self, body: bytes) -> list[ExampleRow]:
-        return [{"example_id": name, "text_hash": None} for name in orjson.loads(body)]
+        return [
+            {"example_id": name, "text_hash": None, "origin": {**_ORIGIN, "offset": int(name.rpartition("-")[2])}}
+            for name in orjson.loads(body)
+        ]
 
 
 class _World:
@@ -115,7 +119,7 @@ def test_index_says_what_the_manifests_say(count: int) -> None:
     expected = count // 64 + count % 64 // 16 + count % 16 // 4 + (count % 4 > 0)
     assert len(world.pages()) == expected
     for number, version in enumerate(loaded.published, start=1):
-        assert loaded.versions[version].learned == (f"example-{number}",)
+        assert loaded.versions[version].learned == (("c/t/documents/0", 0, number),)
         rows = loaded.rows(loaded.versions[version].batch or "")
         assert rows is not None
         assert [row["example_id"] for row in rows] == [f"example-{number}"]
