@@ -339,13 +339,18 @@ def soak(minutes: float, seed: int, folder: Path, only: str = "*") -> Verdict:
     return verdict
 
 
+def _rebuilt_steps(settings: Settings) -> int:
+    """Return how many updates the rebuilds that are under way have trained."""
+    return sum(1 for _ in open_registry(settings).store.list("rebuilds/"))
+
+
 def _when_quiet(stack: Stack, load: Load, service: ServiceWatch) -> Verdict:
     """Judge when all work is done, and once more a little later, when a second learning would show.
 
     On a machine that other programs keep busy the work takes longer: the wait ends QUIET_S after the last step forward.
     """
     began = moved = time.monotonic()
-    last: dict[str, int] = {}
+    last: tuple[dict[str, int], int] | None = None
     settled = False
     while True:
         verdict = None
@@ -360,8 +365,10 @@ def _when_quiet(stack: Stack, load: Load, service: ServiceWatch) -> Verdict:
             settled = True
         else:
             settled = False
-            if verdict is not None and verdict.terms != last:
-                moved, last = time.monotonic(), verdict.terms
+            # A rebuild of hundreds of updates shows in the store alone until it is published.
+            seen = None if verdict is None else (verdict.terms, _rebuilt_steps(stack.settings))
+            if seen is not None and seen != last:
+                moved, last = time.monotonic(), seen
             if time.monotonic() - min(moved, began + MAX_WAIT_S) > QUIET_S:
                 if verdict is None:
                     raise RuntimeError("the store cannot be read") from failure
