@@ -162,6 +162,23 @@ def stale_share(asked: Sequence[Mapping[str, Any]], wording: str) -> float | Non
     return float(np.mean([min(earlier) < current for current, earlier in found])) if found else None
 
 
+def stale_differences(one: Mapping[str, Any], other: Mapping[str, Any], wording: str) -> list[list[float]]:
+    """Return for each question right after an update 1, 0 or -1: stale in one run less stale in another, as one domain.
+
+    Args:
+        one: Record of a run.
+        other: Record of another on the same stream, whose updates ask the same questions.
+        wording: `answers` or `documents`.
+    """
+    pairs = zip(_asked_after_updates(one), _asked_after_updates(other), strict=True)
+    shares = [(stale_share([a], wording), stale_share([b], wording)) for a, b in pairs]
+    return [[a - b for a, b in shares if a is not None and b is not None]]
+
+
+def _asked_after_updates(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [asked for update in record["updates"] for asked in update["asked"]]
+
+
 def right_share(asked: Sequence[Mapping[str, Any]], wording: str) -> float | None:
     """Return the share of questions in which the current value has the lowest loss of all choices; None for none."""
     return float(np.mean([a[wording][0] <= min(a[wording]) for a in asked])) if asked else None

@@ -145,6 +145,29 @@ def compared(records: Records, one: str, other: str, *, general: bool = False) -
     return figures.paired_bootstrap([differ(records[one, *pair], records[other, *pair]) for pair in sorted(pairs)])
 
 
+def compared_stale(records: Records, one: str, other: str) -> tuple[float, float, float] | None:
+    """Return by how much the share of stale answers of one arm is above that of another: mean and 95 % interval, per cent.
+
+    Args:
+        records: Runs.
+        one: Name of an arm.
+        other: Name of the other.
+
+    Returns:
+        Mean, lower and upper end; None where nothing was asked, or no seed and order was run by both.
+    """
+    pairs = [(seed, order) for arm, seed, order in records if arm == one and (other, seed, order) in records]
+    found = [
+        figures.stale_differences(records[one, *pair], records[other, *pair], WORDING)
+        for pair in sorted(pairs)
+        if records[one, *pair]["updates"]
+    ]
+    if not found or not all(domain for run in found for domain in run):
+        return None
+    mean, low, high = figures.paired_bootstrap(found)
+    return 100 * mean, 100 * low, 100 * high
+
+
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """Return the figures as a Markdown table, one arm a line; columns that no arm has are left out."""
     columns = [column for column in COLUMNS if any(column[1] in values for values in found.values())]
@@ -186,7 +209,7 @@ def last_line(by_stream: Mapping[str, Records], more: Mapping[str, Any]) -> dict
 
 
 def intervals(records: Records, arms: Sequence[str]) -> list[str]:
-    """Return one line per arm with its losses at the end minus those of `ours`, on held-out documents and general text."""
+    """Return one line per arm with what it has minus what `ours` has: losses at the end, and stale answers after updates."""
     lines = []
     for arm in arms:
         parts = []
@@ -196,6 +219,10 @@ def intervals(records: Records, arms: Sequence[str]) -> list[str]:
                 mean, low, high = found
                 verdict = "ours is better" if low > 0 else "ours is worse" if high < 0 else "no difference shown"
                 parts.append(f"{name} {mean:+.4f} [{low:+.4f}, {high:+.4f}] ({verdict})")
+        stale = None if arm == "ours" else compared_stale(records, arm, "ours")
+        if stale is not None:
+            mean, low, high = stale
+            parts.append(f"stale answers {mean:+.1f} [{low:+.1f}, {high:+.1f}] %")
         if parts:
             lines.append(f"{arm} - ours, nats: {', '.join(parts)}")
     return lines

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.benchmarks.learning import figures
+from tests.benchmarks.learning import figures, report
 from tests.benchmarks.learning.results import Results, RunKey
 from tests.benchmarks.learning.retrieval import after_context, nearest
 from tests.benchmarks.learning.runs import Budget
@@ -138,3 +138,18 @@ def test_a_stale_answer_is_one_whose_earlier_value_has_the_lower_loss():
     assert figures.right_share(asked, "documents") == pytest.approx(1 / 4)
     assert figures.stale_share(asked[3:], "documents") is None
     assert figures.right_share([], "documents") is None
+
+
+def test_stale_answers_are_compared_question_by_question():
+    def record(*losses):
+        return {"updates": [{"asked": [{"earlier": n, "documents": list(given)}]} for n, given in enumerate(losses)]}
+
+    one = record([5.0, 4.0], [5.0, 4.0], [5.0, 6.0, 4.9])
+    other = record([5.0, 4.0], [5.0, 6.0], [5.0, 6.0, 4.8])
+    assert figures.stale_differences(one, other, "documents") == [[1.0, 0.0]], (
+        "nothing is earlier in the first question"
+    )
+    records = {("ours", 0, 1): one, ("set", 0, 1): other, ("frozen", 0, 1): {"updates": []}}
+    mean, low, high = report.compared_stale(records, "ours", "set")
+    assert (mean, low, high) == (50.0, 0.0, 100.0)
+    assert report.compared_stale(records, "frozen", "ours") is None
