@@ -71,6 +71,9 @@ class Recipe:
             the general loss; whole passes.
         rehearse_update: Replay examples of the update itself, too, in its further passes over corrections; False: only those
             of earlier updates.
+        replay_places: Who has a place in the replay buffer: `examples`, each by itself, or `documents`, so that one that
+            supersedes others takes their place; see `replay.places`.
+        replay_bytes: Bytes of text from which on the replay buffer keeps no further example; 0: any number.
 
     The fields with a default are newer than the others. A manifest without them was made with their defaults, so a
     default must never change.
@@ -107,6 +110,8 @@ class Recipe:
     correction_votes: str = "off"
     correction_check_steps: int = 1
     rehearse_update: bool = False
+    replay_places: str = "examples"
+    replay_bytes: int = 0
 
     @classmethod
     def of(cls, settings: Settings, dtype: torch.dtype | None = None) -> Recipe:

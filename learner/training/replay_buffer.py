@@ -1,14 +1,13 @@
-"""Choose the earlier examples that an adapter may replay, and the rows of each optimizer step.
+"""Store the replay index, the list of earlier examples that an adapter may replay, and draw the rows of each optimizer step.
 
-Pure functions. The replay index depends only on which examples were learned, not on their order, so that leaving one
-example out of the past gives exactly the index of a run that never saw it.
+Pure functions. `replay.places` decides which examples are in the index.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 
@@ -18,6 +17,7 @@ from perennial.learner.model.tokenization import TokenRow
 from perennial.storage.errors import IntegrityError
 
 MAX_INDEX_BYTES = 64 * 1024**2
+_OPTIONAL_FIELDS = ("document", "place", "text_bytes")
 MAX_STEP_FACTOR = 3
 """A micro-batch that is too small to fill a step is trained in up to so many times the steps."""
 
@@ -35,10 +35,16 @@ class ReplayEntry:
     Attributes:
         example_id: Id of the example.
         batch: Digest of the micro-batch blob that holds its text.
+        document: Key of its document, see `replay.places`; empty where the recipe gives places to examples.
+        place: Key of the document whose place it has taken; empty where it has its own.
+        text_bytes: Bytes of its text; 0 where nobody counts them.
     """
 
     example_id: str
     batch: str
+    document: str = ""
+    place: str = ""
+    text_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -99,27 +105,18 @@ def seeded_random(*parts: object) -> random.Random:
     return random.Random(sha256(orjson.dumps(parts)).digest())  # noqa: S311 - repeatable on purpose
 
 
-def update_replay_index(
-    index: Iterable[ReplayEntry], new: Iterable[ReplayEntry], size: int, seed: int
-) -> tuple[ReplayEntry, ...]:
-    """Return the `size` examples with the smallest hash of (seed, id), sorted by id.
-
-    This is a bottom-k sample (Cohen 1997): uniform over all examples ever learned, and independent of their order.
-
-    Args:
-        index: Entries so far.
-        new: Entries of the examples just learned; one of the same id replaces the entry so far.
-        size: Most entries to keep.
-        seed: Seed of the recipe.
-    """
-    by_id = {entry.example_id: entry for entry in (*index, *new)}
-    chosen = sorted(by_id, key=lambda example_id: sha256(f"{seed}:{example_id}".encode()).digest())[:size]
-    return tuple(by_id[example_id] for example_id in sorted(chosen))
-
-
 def index_to_bytes(index: Sequence[ReplayEntry]) -> bytes:
-    """Serialise a replay index to canonical JSON: equal entries give equal bytes."""
-    return orjson.dumps([{"batch": entry.batch, "example_id": entry.example_id} for entry in index])
+    """Serialise a replay index to canonical JSON: equal entries give equal bytes.
+
+    Hazard: forgetting compares these bytes with recorded ones, so fields that an entry does not use are left out.
+    """
+    return orjson.dumps(
+        [
+            {"batch": entry.batch, "example_id": entry.example_id}
+            | {name: value for name in _OPTIONAL_FIELDS if (value := getattr(entry, name))}
+            for entry in index
+        ]
+    )
 
 
 def index_from_bytes(data: bytes) -> tuple[ReplayEntry, ...]:
@@ -132,7 +129,13 @@ def index_from_bytes(data: bytes) -> tuple[ReplayEntry, ...]:
         raise IntegrityError("a replay index is too large", got=len(data), allowed=MAX_INDEX_BYTES)
     try:
         entries = orjson.loads(data)
-        index = tuple(ReplayEntry(str(entry["example_id"]), str(entry["batch"])) for entry in entries)
+        index = tuple(
+            ReplayEntry(
+                str(entry["example_id"]), str(entry["batch"]), str(entry.get("document", "")),
+                str(entry.get("place", "")), int(entry.get("text_bytes", 0)),
+            )
+            for entry in entries
+        )  # fmt: skip
         if type(entries) is not list:
             raise TypeError(type(entries).__name__)  # noqa: TRY301 - one way out for all that is not an index
     except (ValueError, TypeError, KeyError) as error:

@@ -30,6 +30,7 @@ from perennial.learner.training.measuring import LossesBefore, Measurer, UpdateR
 from perennial.learner.training.personal.layered_lora import LayeredCompute, LayeredLora
 from perennial.learner.training.probes import predicted_after
 from perennial.learner.training.recipe import Recipe
+from perennial.learner.training.replay.places import BufferUpdate
 from perennial.learner.training.replay_buffer import (
     BatchComposition,
     ReplayEntry,
@@ -37,7 +38,6 @@ from perennial.learner.training.replay_buffer import (
     TrainingSchedule,
     build_schedule,
     seeded_random,
-    update_replay_index,
 )
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.trainer import TrainConfig, TrainResult
@@ -181,7 +181,8 @@ class Updater:
         )
         rows = split_rows(examples, [self.rows(example) for example in examples], self.general, self.recipe, rng)
         average = SlowAverage.of(parent.weights, parent.optimizer, self.recipe.slow_average)
-        run = _Run(self, measurer, parent, average, rows, measurer.before(parent.weights, rows), batch, replayed)
+        buffer = BufferUpdate(parent.replay_index, examples, batch, self.recipe)
+        run = _Run(self, measurer, parent, average, rows, measurer.before(parent.weights, rows), buffer, replayed)
         trial = run.attempt(_Try(rng, run.pressure(), 1.0))
         tries, tokens, missing, adapters = 1, trial.tokens, trial.missing, trial.trained.adapters
         while tries <= self.recipe.gentler_tries and trial.verdict.reason not in {"ok", "no-op"}:
@@ -198,7 +199,7 @@ class Updater:
             figures = figures.merged(GateFigures(tries=tries))
         if not trial.passed:
             return UpdateResult("refused", trial.verdict.reason, parent, figures, tokens, pass_adapters=adapters)
-        index = run.index_after([example.example_id for example in examples])
+        index = buffer.after({example.example_id for example in examples})
         optimizer = average.stored(trial.served, trial.trained.weights, trial.trained.optimizer)
         state = TrainingState(trial.served, optimizer, index)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
@@ -241,7 +242,7 @@ class _Run:
         average: Its slow average, and the weights that training begins with.
         rows: Rows of the update.
         before: Their losses under the parent.
-        batch: Digest of the micro-batch blob.
+        buffer: The replay buffer before and after it.
         replayed: Returns the rows of an earlier example, None where it must not be replayed.
     """
 
@@ -251,7 +252,7 @@ class _Run:
     average: SlowAverage
     rows: UpdateRows
     before: LossesBefore
-    batch: str
+    buffer: BufferUpdate
     replayed: RowsOf
 
     @property
@@ -261,11 +262,11 @@ class _Run:
     def attempt(self, how: _Try) -> _Trial:
         """Train and judge once."""
         rows, before = self.rows, self.before
-        recipe, known = self._recipe, self.parent.replay_index
+        recipe, known = self._recipe, self.buffer.drawable
         composition = self._composition(recipe.steps, how.pressure)
         main = self._schedule(rows.new, known, replace(composition, saved=rows.saved), how.rng)
         # Several passes over the held-out rows alone would push out what was trained just before them.
-        rehearsed = self.index_after(rows.new_ids) if recipe.epochs > 1 else known
+        rehearsed = self.buffer.after(rows.new_ids) if recipe.epochs > 1 else known
         composition = replace(composition, steps=CLOSING_STEPS, saved=rows.closing_saved)
         closing = self._schedule(rows.closing, rehearsed, composition, how.rng)
 
@@ -334,11 +335,6 @@ class _Run:
         row = self.updater.general.draw(rng)
         return replace(row, like_base=True) if row is not None and self._recipe.general_kl_weight > 0 else row
 
-    def index_after(self, learned: Sequence[str]) -> tuple[ReplayEntry, ...]:
-        """Return the replay index with these examples of the micro-batch."""
-        entries = (ReplayEntry(example_id, self.batch) for example_id in learned)
-        return update_replay_index(self.parent.replay_index, entries, self._recipe.replay_size, self._recipe.seed)
-
     # ---- training and judging
 
     def _train_new(self, main: TrainingSchedule, rate: float) -> _Trial:
@@ -398,7 +394,7 @@ class _Run:
         measurer, steps = self.measurer, 0
         composition = replace(self._composition(1, how.pressure), epochs=1)
         # What is learned already would be pushed out by what is not.
-        known = self.index_after(self.rows.new_ids) if self._recipe.rehearse_update else self.parent.replay_index
+        known = self.buffer.after(self.rows.new_ids) if self._recipe.rehearse_update else self.buffer.drawable
         distinct = list(
             dict.fromkeys(row for row in (*self.rows.new, *self.rows.held_out) if row in self.rows.corrected)
         )

@@ -84,6 +84,17 @@ class TrainingSettings(SettingsGroup):
         "the answer is learned for other wordings too",
     )
     replay_size: PositiveInt = Field(1_024, description="earlier examples that each adapter keeps for replay")
+    replay_bytes: int = Field(
+        0,
+        ge=0,
+        description="bytes of text from which on an adapter keeps no further example for replay; the one that reaches them is "
+        "whole; 0: any number",
+    )
+    replay_places: Literal["examples", "documents"] = Field(
+        "documents",
+        description="who has a place among the earlier examples for replay: `documents`, so that one that supersedes others takes "
+        "their place as soon as it is learned, or `examples`, each by itself, until the others are forgotten",
+    )
     clip_norm: PositiveFloat = Field(
         1.0, description="largest norm of the gradient; a larger gradient is scaled down to it"
     )

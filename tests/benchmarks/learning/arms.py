@@ -70,6 +70,7 @@ _PLAIN: Final = {
     "general_kl_weight": "0",
     "slow_average": "0",
     "merge_share": "0",
+    "replay_places": "examples",
 }
 _REPLAY: Final = {**_PLAIN, "replay_share": "0.5"}
 

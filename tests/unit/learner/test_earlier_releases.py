@@ -50,6 +50,7 @@ def test_a_recipe_of_before_is_trained_as_it_was(records: dict[str, Any]) -> Non
     neutral = {
         "gentler_tries": 0, "correction_passes": 0, "slow_average": 0.0, "merge_share": 0.0, "max_noise_nats": 0.0,
         "correction_votes": "off", "correction_check_steps": 1, "rehearse_update": False, "shared_passes": False,
+        "replay_places": "examples", "replay_bytes": 0,
     }  # fmt: skip
     assert {name: read.config()[name] for name in later & neutral.keys()} == {
         n: neutral[n] for n in later & neutral.keys()

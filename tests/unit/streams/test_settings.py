@@ -53,6 +53,7 @@ def test_flat_names_are_unique_and_every_variable_sets_its_field(monkeypatch):
             "learn_turns": "true",
             "slow_average": "0.5",
             "correction_votes": "history",
+            "replay_places": "examples",
             "second_approver": "off",
             "bootstrap": "a:1",
             "maven_url": "https://mirror",

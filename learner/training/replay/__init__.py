@@ -1,0 +1,1 @@
+"""The replay buffer of an adapter: which earlier examples have a place in it."""
