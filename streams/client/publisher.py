@@ -20,8 +20,7 @@ from perennial.streams.client.base_publisher import BasePublisher, Delivery, Pub
 from perennial.streams.events.cloudevents import MAX_VALUE_BYTES, Encoded
 from perennial.streams.events.fields import Event
 from perennial.streams.events.models import RetentionRequested
-from perennial.streams.events.tenants import TENANT_TOPICS, require_own_adapter, tenant_topic
-from perennial.streams.events.wire_error import WireError
+from perennial.streams.events.tenants import TENANT_TOPICS, tenant_topic
 from perennial.streams.kafka.connect import close_producer, connect, require_listener
 from perennial.streams.kafka.event_signatures import signed_request
 from perennial.streams.kafka.installation import ORDERED_TOPICS, load_installation, open_store_of
@@ -30,6 +29,7 @@ from perennial.streams.kafka.security.access_errors import KafkaSecurityError
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.kafka.topic_guard import KeyRouting
 from perennial.streams.settings import Settings, load_settings
+from perennial.streams.settings.tenant_group import OtherTenantError
 
 _SLICE_S = 0.1
 _RECORD_ROOM_BYTES = 64 * 1024
@@ -184,11 +184,11 @@ class Publisher(BasePublisher):
         if not tenant or event.topic not in TENANT_TOPICS:
             return event.topic
         try:
-            require_own_adapter(str(getattr(event, "adapter", "")), tenant)
-        except WireError as error:
+            self._settings.tenants.require_own(str(getattr(event, "adapter", "")))
+        except OtherTenantError as error:
             raise PublishError(
-                f"{event.type}: the adapter is none of the tenant {tenant}", got=error.got, allowed=error.allowed,
-                remedy="correct the adapter or PERENNIAL_TENANT; nothing was sent",
+                f"{event.type}: {error.message}", got=error.got, allowed=error.allowed,
+                remedy=f"{error.remedy}; nothing was sent",
             ) from None  # fmt: skip
         return tenant_topic(event.topic, tenant)
 

@@ -92,6 +92,7 @@ class Subscriber:
 
     Raises:
         SettingsError: No store is set.
+        OtherTenantError: PERENNIAL_TENANT is set, and the adapter is none of that tenant.
         SubscriberError: `replica` is not a printable name.
     """
 
@@ -112,6 +113,7 @@ class Subscriber:
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.settings = settings or load_settings()
+        self.settings.tenants.require_own(adapter)
         self.adapter = adapter
         self.alias = alias or self.settings.serving.alias
         self.replica = replica or own_replica_name()

@@ -14,6 +14,7 @@ from typing import Self, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
+from perennial.storage.errors import PerennialError
 from perennial.streams.settings.groups import SettingsError, SettingsGroup
 
 EVERY_TENANT = "*"
@@ -25,6 +26,12 @@ MAX_WEIGHT = 1_000_000
 MAX_TOKENS_PER_HOUR = 10**15
 _T = TypeVar("_T")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]*")
+
+
+class OtherTenantError(PerennialError):
+    """The adapter belongs to another tenant."""
+
+    exit_code = 2
 
 
 class TenantSettings(SettingsGroup):
@@ -47,7 +54,8 @@ class TenantSettings(SettingsGroup):
     )
     tenant: str = Field(
         "",
-        description="publisher, `perennial publish`, `perennial forget`: the tenant whose topics they write to; empty: none",
+        description="the tenant of a program: publisher, `perennial publish` and `perennial forget` write to its topics, "
+        "subscriber, `perennial subscribe` and vLLM's plugin serve its adapters only; empty: none",
     )
 
     tenant_weights: str = Field(
@@ -88,6 +96,28 @@ class TenantSettings(SettingsGroup):
     def names(self) -> tuple[str, ...]:
         """The tenants that have topics of their own."""
         return _names(self.tenants)
+
+    def require_own(self, adapter: str) -> None:
+        """Check that a program of one tenant addresses an adapter of this tenant; without a tenant it may be any.
+
+        It finds mistakes. What a program can read or write, the ACLs and the store's policies decide.
+
+        Args:
+            adapter: Name of the adapter, or a pattern.
+
+        Raises:
+            OtherTenantError: The adapter is not below `<PERENNIAL_TENANT>/`.
+
+        >>> TenantSettings(tenant="acme").require_own("acme/support")
+        >>> TenantSettings(tenant="acme").require_own("acmes/support")
+        Traceback (most recent call last):
+        perennial.streams.settings.tenant_group.OtherTenantError: the adapter is none of the tenant acme; got: ...
+        """
+        if self.tenant and not adapter.startswith(f"{self.tenant}/"):
+            raise OtherTenantError(
+                f"the adapter is none of the tenant {self.tenant}", got=adapter, allowed=f"adapters below {self.tenant}/",
+                remedy="correct the adapter or PERENNIAL_TENANT",
+            )  # fmt: skip
 
     @field_validator("tenant_weights")
     @classmethod

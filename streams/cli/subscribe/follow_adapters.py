@@ -40,10 +40,13 @@ def run_subscribe(adapters: list[str], choice: BackendChoice, *, prompt: str = "
 
     Raises:
         SettingsError: A setting is missing, or the options do not fit the kind of backend.
+        OtherTenantError: PERENNIAL_TENANT is set, and an adapter is none of that tenant.
     """
     settings = connected_settings()
     settings.store.require_uri()
     adapters = list(dict.fromkeys(adapters))
+    for adapter in adapters:
+        settings.tenants.require_own(adapter)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(OneLineFormatter("%(asctime)s %(levelname).1s %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=settings.observe.log_level.upper())

@@ -20,6 +20,7 @@ from perennial.streams.client.trust.untrusted import UntrustedVersionError
 from perennial.streams.client.vllm_plugin.requested_names import RequestedName, parse_requested_name
 from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
 from perennial.streams.client.vllm_plugin.version_folders import FoundVersion, VersionFolders
+from perennial.streams.settings.tenant_group import OtherTenantError
 
 log = logging.getLogger("vllm.perennial")
 """vLLM configures the logger `vllm`; messages of another one would be lost, or unlike its own."""
@@ -89,6 +90,7 @@ class NameResolver:
         make_request: vLLM's class `LoRARequest`.
         metrics: Where to count.
         clock: Monotonic clock in seconds.
+        require_own: Raises OtherTenantError for the name of an adapter that the server must not serve. By default none.
 
     Attributes:
         followed: What vLLM was given, by the model name of the requests.
@@ -105,6 +107,7 @@ class NameResolver:
         make_request: MakeLoraRequest,
         metrics: ResolverMetrics,
         clock: Callable[[], float] = time.monotonic,
+        require_own: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.folders = folders
         self.metrics = metrics
@@ -113,6 +116,7 @@ class NameResolver:
         self.version_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._timeout_s = timeout_s
         self._make_request = make_request
+        self._require_own = require_own
         self.try_out: Callable[[FoundVersion, str], Awaitable[None]] | None = None
         self.retired: list[Retired] | None = None
         self.other_names: Callable[[], Collection[str]] = tuple
@@ -134,6 +138,7 @@ class NameResolver:
             self.metrics.requests.labels("unknown").inc()
             return None
         try:
+            self._require_own(name.adapter)
             found = await self.in_thread(self.folders.find, name, served_model)
             if found is None:
                 self.metrics.requests.labels("unknown").inc()
@@ -218,12 +223,14 @@ class NameResolver:
         if isinstance(error, UntrustedVersionError):
             self.metrics.untrusted.labels(error.reason).inc()
         text = f"{message}: {error or type(error).__name__}"
-        is_repeated = text in self._logged
-        self._logged[text] = None
+        # Whoever asks chooses the name: a line for each name of another tenant would fill the log.
+        logged = type(error).__name__ if isinstance(error, OtherTenantError) else text
+        is_repeated = logged in self._logged
+        self._logged[logged] = None
         level = logging.DEBUG if is_repeated else logging.WARNING if is_refusal(error) else logging.ERROR
         log.log(level, "%s", text, exc_info=level == logging.ERROR and not hasattr(error, "remedy"))
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return whether an error is about the version and not about the store or this process."""
-    return isinstance(error, UnfitVersionError | NotFoundError | IntegrityError)
+    """Return whether an error is about the name or the version, and not about the store or this process."""
+    return isinstance(error, UnfitVersionError | NotFoundError | IntegrityError | OtherTenantError)

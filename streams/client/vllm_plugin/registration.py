@@ -58,7 +58,10 @@ def shared_resolver() -> NameResolver | None:
         if not settings.store.uri:
             log.info("no adapter is found by name: PERENNIAL_STORE is empty; allowed: a folder, or s3://bucket/prefix")
             return None
-        return NameResolver(_folders(settings), settings.resolver.resolve_timeout_s, LoRARequest, resolver_metrics())
+        return NameResolver(
+            _folders(settings), settings.resolver.resolve_timeout_s, LoRARequest, resolver_metrics(),
+            require_own=settings.tenants.require_own,
+        )  # fmt: skip
     except PerennialError as error:
         log.error("no adapter is found by name: %s", error)
     except Exception:  # noqa: BLE001 - a server without adapters is better than none

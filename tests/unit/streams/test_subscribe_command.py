@@ -119,3 +119,13 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path, arguments: list[str
     with subscribing(tmp_path / "store", *arguments) as command:
         command.line_with(told)
         assert command.process.wait(WAIT_S) in {1, 2}
+
+
+def test_adapters_of_another_tenant_are_refused_before_anything_is_made(tmp_path: Path):
+    arguments = ["acme/support", "globex/support", "--backend", "directory", "--folder", str(tmp_path / "served")]
+    with subscribing(tmp_path / "store", *arguments, PERENNIAL_TENANT="acme") as command:
+        for text in ("none of the tenant acme", "globex/support", "adapters below acme/", "PERENNIAL_TENANT"):
+            command.line_with(text)
+        assert command.process.wait(WAIT_S) == 2
+    assert not (tmp_path / "served").exists()
+    assert not (tmp_path / "store").exists()

@@ -113,6 +113,28 @@ def test_hostile_names_are_no_adapters_and_reach_no_store(resolvers, environment
     assert metrics.requests.labels("unknown")._value.get() == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["globex/support", f"globex/support@{HEX}", "globex/support#canary", "acmes/support", "acme"]
+)
+def test_a_server_of_a_tenant_refuses_names_of_others_and_reads_nothing(resolvers, environment, metrics, caplog, name):
+    environment.setenv("PERENNIAL_STORE", "s3://nowhere/that/may/be/asked")
+    environment.setattr(VersionFolders, "find", lambda *_: pytest.fail("the store was asked"))
+    environment.setenv("PERENNIAL_TENANT", "acme")
+    others = [f"globex/{number}" for number in range(20)]
+    assert resolve(resolvers, name, *others) == [None] * 21
+    assert metrics.requests.labels("refused")._value.get() == 21
+    (message,) = caplog.messages
+    assert f"got: {name.partition('@')[0].partition('#')[0]}; allowed: adapters below acme/" in message
+    assert "PERENNIAL_TENANT" in message
+
+
+@pytest.mark.parametrize("tenant", ["acme", ""])
+def test_a_server_of_a_tenant_serves_its_adapters(resolvers, versions, environment, tenant):
+    environment.setenv("PERENNIAL_TENANT", tenant)
+    versions.publish(small_weights(1))
+    assert weights_of(resolve(resolvers, ADAPTER)[0]) == small_weights(1)
+
+
 # ---- versions
 
 
