@@ -280,6 +280,14 @@ def page_of(adapter: str) -> str:
     return sha256(adapter.encode()).hexdigest()[:2]
 
 
+def by_page(adapters: Iterable[str]) -> dict[str, list[str]]:
+    """Return adapters by their page, in the order in which they come."""
+    found: dict[str, list[str]] = {}
+    for adapter in adapters:
+        found.setdefault(page_of(adapter), []).append(adapter)
+    return found
+
+
 def patterns_over(adapter: str) -> list[str]:
     """Return the adapter's name and every pattern that covers it, such as `acme/*` and `*`."""
     segments = adapter.split("/")

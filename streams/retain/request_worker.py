@@ -11,7 +11,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -29,6 +29,7 @@ from perennial.streams.retain.ledger import (
     Approval,
     PageSummary,
     RequestRecord,
+    by_page,
     covers,
     page_of,
     patterns_over,
@@ -160,10 +161,8 @@ class RequestWorker:
             like = self.cache.in_force.like("policy" if request.kind == "policy" else "hold", request)
             ends = [other for other in like if may_end(request.request_id, other, self._tenants)]
         if KINDS[request.kind].job is not None and record.is_pattern:
-            for adapter in self._covered(request.adapter):
-                page = page_of(adapter)
-                number = pages[page].phases["waiting"] if page in pages else 0
-                pages[page] = PageSummary(phases={"waiting": number + 1})
+            for page, adapters in by_page(self._covered(request.adapter)).items():
+                pages[page] = PageSummary(phases={"waiting": len(adapters)})
         record = record.model_copy(
             update={"ends": ends, "pages": pages, "state": "accepted", "detail": "", "ended_ms": None}
         )
@@ -333,8 +332,9 @@ class RequestWorker:
         new = self._waiting_pages.pop(name, set())
         if found is None or not (found.record.open or new):
             return
+        covered = by_page(self._covered(found.record.request.adapter))
         if new:
-            yield from self._reopen(found, new, now_ms)
+            yield from self._reopen(found, {page: len(covered.get(page, [])) for page in new}, now_ms)
             found = self.cache.get(name)
         if found is None or found.record.is_early(now_ms):
             return
@@ -342,19 +342,19 @@ class RequestWorker:
             processor = self._processor(now_ms)
             yield self._saving(processor, processor.settle(found.record), found)
             return
-        covered: dict[str, list[str]] = {}
-        for adapter in self._covered(found.record.request.adapter):
-            covered.setdefault(page_of(adapter), []).append(adapter)
         moving = [page for page, summary in found.record.pages.items() if OPEN_PHASES & summary.phases.keys()]
         for page in moving:
             yield from self._advance_page(name, page, covered.get(page, []), now_ms)
 
-    def _reopen(self, found: StoredRequest, new: Iterable[str], now_ms: int) -> Iterator[Slice]:
-        """Note that pages have adapters that the request did not reach yet, before anything is done about them."""
+    def _reopen(self, found: StoredRequest, new: Mapping[str, int], now_ms: int) -> Iterator[Slice]:
+        """Note that pages, given with the number of all their adapters, have some that the request did not reach yet."""
         record, pages = found.record, dict(found.record.pages)
-        for page in new:
+        for page, number in new.items():
             summary = pages.get(page, PageSummary(phases={}))
-            phases = summary.phases | {"waiting": summary.phases.get("waiting", 0) + 1}
+            waiting = summary.phases.get("waiting", 0)
+            reached = sum(summary.phases.values()) - waiting
+            # At least one, also where one that it reached has left the store: only pages with one that waits are worked on.
+            phases = summary.phases | {"waiting": max(1, waiting, number - reached)}
             pages[page] = summary.model_copy(update={"phases": phases})
         processor = self._processor(now_ms)
         wanted = processor.settle(record.model_copy(update={"pages": pages, "ended_ms": None}))
