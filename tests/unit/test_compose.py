@@ -112,7 +112,7 @@ def test_no_secret_stands_in_the_file_or_has_a_default():
     assert set(compose.variables(text)) - PASSWORDS == {
         "GRAFANA_ANONYMOUS", "PERENNIAL_INTERNAL_KEY", "PERENNIAL_INTERNAL_KEY_PREVIOUS", "PERENNIAL_BASE", "VLLM_MODEL",
         "PERENNIAL_SIGNING_KEY", "PERENNIAL_SIGNING_KEY_FILE", "PERENNIAL_TRUSTED_KEYS",
-        "PERENNIAL_TRUSTED_REQUEST_KEYS",
+        "PERENNIAL_TRUSTED_REQUEST_KEYS", "PERENNIAL_TRUSTED_REPLICA_KEYS",
     }  # fmt: skip
     filled = compose.load({"PERENNIAL_INTERNAL_KEY": "k" * 32})["services"]
     for name in OURS:
@@ -169,6 +169,31 @@ def test_the_trusted_keys_reach_all_who_read_versions(name):
     bound = {target: source for source, target, read_only in compose.mounts(service) if read_only}
     assert bound[str(path.parent)] == "./deploy/keys/public"
     assert path.name == "trusted.pem"
+
+
+@pytest.mark.parametrize("name", [*sorted(SERVICES), "subscriber"])
+def test_the_key_of_replicas_reaches_subscribers_alone_and_its_public_key_the_roles(name):
+    """Whoever has the private key can confirm an erasure for every subscriber."""
+    file, trusted = "PERENNIAL_REPLICA_KEY_FILE", "PERENNIAL_TRUSTED_REPLICA_KEYS"
+    env = {file: "replica.pem", trusted: "deploy/keys/public/replicas.pem"}
+    service, plain = (
+        {**compose.load(given)["services"], **compose.load(given, compose.OVERLAY)["services"]}[name] for given in (env, {})
+    )  # fmt: skip
+    environment, unset = compose.environment(service), compose.environment(plain)
+    assert {unset.get(file), unset.get(trusted)} <= {"", None}, "nothing is signed or asked for where no key is set"
+    bound = {target: source for source, target, read_only in compose.mounts(service) if read_only}
+    if name == "subscriber":
+        path = Path(environment[file])
+        assert (bound[str(path.parent)], path.name) == ("./deploy/keys/replica", "replica.pem")
+        assert trusted not in environment
+        return
+    assert "./deploy/keys/replica" not in bound.values()
+    if "env_file" not in service:  # servers that are not ours, and vLLM, whose plugin acknowledges nothing
+        assert not {file, trusted} & environment.keys()
+        return
+    assert environment[file] == "", ".env may name it, and what the file sets takes precedence"
+    path = Path(environment[trusted])
+    assert (bound[str(path.parent)], path.name) == ("./deploy/keys/public", "replicas.pem")
 
 
 def test_the_script_makes_the_passwords_once_and_keeps_them_private(tmp_path):

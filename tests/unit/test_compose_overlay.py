@@ -28,7 +28,8 @@ def test_it_runs_our_image_with_the_stacks_addresses(name):
     service, ours = SERVICES[name], SERVICES["learner"]
     assert service["image"] == ours["image"]
     environment, theirs = compose.environment(service), compose.environment(ours)
-    account = {key: environment[key] for key in ("PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY")}
+    own = ("PERENNIAL_S3_ACCESS_KEY", "PERENNIAL_S3_SECRET_KEY", "PERENNIAL_REPLICA_KEY_FILE")
+    account = {key: environment[key] for key in own}
     assert {**{key: theirs[key] for key in environment}, **account} == environment
     assert account["PERENNIAL_S3_ACCESS_KEY"] == "perennial-subscriber"
     fields = {variable for _, variable, _ in all_fields()}
@@ -80,7 +81,9 @@ def test_it_waits_for_services_that_exist(name):
 
 def test_the_password_is_demanded_and_the_adapter_is_a_variable():
     text = compose.OVERLAY.read_text("utf-8")
-    assert set(compose.variables(text)) == {"ADAPTER", "PERENNIAL_S3_SECRET_KEY_SUBSCRIBER", "PERENNIAL_TRUSTED_KEYS"}
+    assert set(compose.variables(text)) == {
+        "ADAPTER", "PERENNIAL_S3_SECRET_KEY_SUBSCRIBER", "PERENNIAL_TRUSTED_KEYS", "PERENNIAL_REPLICA_KEY_FILE",
+    }  # fmt: skip
     assert compose.demanded(text) == {"PERENNIAL_S3_SECRET_KEY_SUBSCRIBER": "run deploy/credentials.sh"}
     filled = compose.load({"PERENNIAL_S3_SECRET_KEY_SUBSCRIBER": "mine", "ADAPTER": "acme/search"}, compose.OVERLAY)
     assert compose.environment(filled["services"]["subscriber"])["PERENNIAL_S3_SECRET_KEY"] == "mine"
