@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Any
-from uuid import NAMESPACE_URL, uuid4, uuid5
+from uuid import NAMESPACE_URL, uuid5
 
 from perennial.learner.model.base import Base, load_base
 from perennial.learner.model.determinism import make_deterministic
@@ -68,7 +68,7 @@ def run_scorer(
     check_installation(settings, store, ROLE_TOPICS["scorer"])
     base = base or load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
     make_deterministic(settings.model.threads)
-    registry = Registry(store, nonce=lambda: uuid4().hex, now=_now, trust=settings.signing.readers_trust())
+    registry = Registry(store, trust=settings.signing.readers_trust())
     scorer = Scorer(base, settings, lock, SystemPrompts(store))
     with (
         AdapterCache(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime
+from datetime import UTC, datetime
+from uuid import uuid4
 
 from cachetools import LRUCache
 
@@ -64,8 +65,8 @@ class Registry:
     def __init__(
         self,
         store: ObjectStore,
-        nonce: Callable[[], str],
-        now: Callable[[], datetime],
+        nonce: Callable[[], str] = lambda: uuid4().hex,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
         failpoint: Callable[[str], None] = default_failpoint,
         cached: int = 256,
         trust: Trust | None = None,

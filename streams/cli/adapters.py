@@ -72,8 +72,6 @@ def open_registry(settings: Settings, trust: Trust | None = None) -> Registry:
     """Return the registry in the store that the settings name. Without keys it shows what others refuse, too."""
     return Registry(
         open_store(settings.store.require_uri(), settings.s3),
-        nonce=lambda: uuid.uuid4().hex,
-        now=lambda: datetime.now(UTC),
         trust=trust,
     )
 

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Self
-from uuid import uuid4
 
 from perennial.storage.errors import NotFoundError, PerennialError, StoreError
 from perennial.storage.objects.factory import open_store
@@ -127,7 +126,7 @@ class Subscriber:
         self._clock, self._now = clock, now
         if store is None or isinstance(store, str):
             store = open_store(store or self.settings.store.require_uri(), self.settings.s3)
-        self._registry = Registry(store, nonce=lambda: uuid4().hex, now=now)
+        self._registry = Registry(store, now=now)
         self._guard = VersionGuard.of(self._registry, self.settings.signing)
         self._source = VersionSource(self._registry, adapter, self._guard)
         self._bootstrap = bootstrap = kafka or self.settings.kafka.bootstrap

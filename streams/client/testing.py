@@ -220,7 +220,7 @@ def publish_version(
         Digest of the version's manifest, `sha256:<64 hex>`.
     """
     opened = open_store(store) if isinstance(store, str) else store
-    registry = Registry(opened, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
+    registry = Registry(opened)
     weights = small_weights(next(_serial)) if weights is None else weights
     manifest = next_manifest(registry, adapter, weights, base_sha256=base_sha256)
     registry.publish(manifest, [weights], lambda _: None, alias)

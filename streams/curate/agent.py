@@ -31,7 +31,6 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import reduce
 from typing import Any, Final, Literal, TypeAlias
-from uuid import uuid4
 
 from aiokafka.errors import KafkaError  # type: ignore[import-untyped]  # it ships no types
 
@@ -98,7 +97,7 @@ class CurateAgent:
         self._settings = settings
         self._metrics = metrics
         self._store = store
-        self._registry = Registry(store, nonce=lambda: uuid4().hex, now=_now)  # it is only read
+        self._registry = Registry(store)  # it is only read
         self._refused_ms = RefusedExamplesLookup(store)
         self._quarantines = QuarantineFilters(store)
         self._guard = OriginGuard(origins, metrics)

@@ -232,7 +232,7 @@ def newest_trace_ms(store: ObjectStore) -> int | None:
 
 
 def _registry(store: ObjectStore, trust: Trust | None = None) -> Registry:
-    return Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC), trust=trust)
+    return Registry(store, trust=trust)
 
 
 def require_stopped(settings: Settings) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Any, Final
-from uuid import uuid4
 
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.quarantine import Quarantine, load_quarantine
@@ -38,10 +36,8 @@ class StoreFacts:
         self.store = store
         # Facts are read whoever signed them: one forged alias must not stop the requests of all other adapters. What is
         # written from them is a job for a learner, which asks for signatures.
-        self.registry = Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
-        self.signing_registry = Registry(
-            store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC), trust=settings.signing.trust()
-        )
+        self.registry = Registry(store)
+        self.signing_registry = Registry(store, trust=settings.signing.trust())
         self._index = ExampleIndex(self.registry)
         self._acks = acks
         self._alias = settings.serving.alias

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any
-from uuid import uuid4
 
 from perennial.storage.errors import PerennialError
 from perennial.storage.objects.factory import open_store
@@ -72,7 +70,7 @@ def shared_resolver() -> NameResolver | None:
 def _folders(settings: Settings) -> VersionFolders:
     def open_registry() -> Registry:
         store = open_store(settings.store.uri, settings.s3)
-        return Registry(store, nonce=lambda: uuid4().hex, now=lambda: datetime.now(UTC))
+        return Registry(store)
 
     return VersionFolders(
         open_registry,
