@@ -90,7 +90,7 @@ def _next(store: ObjectStore, before: Manifest, version: str, document: dict[str
             "seq": before.seq + 1, "parent": version, "head": version, "cut": cut, "next_cut": cut + 1,
             "update_id": digest_of(f"{before.adapter} {cut}".encode()), "job_id": f"{before.adapter}-{cut}",
             "batch": BlobRef(digest=put_blob(store, body), size_bytes=len(body)),
-            "learned": [_learned(number, example.example_id)], "example_ids": "plain", "marks": {example.origin.partition_key(): number},
+            "learned": [_learned(number, example.example_id)], "marks": {example.origin.partition_key(): number},
             "published_from_ms": at_ms, "published_to_ms": at_ms,
         }
     )  # fmt: skip

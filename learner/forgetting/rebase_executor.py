@@ -27,7 +27,6 @@ from perennial.learner.versions.micro_batches import OriginOffset, load_batch, o
 from perennial.learner.versions.version_writer import VersionWriter
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.recovery.rollback import finish_interrupted
-from perennial.storage.registry.history.example_ids import with_keyed_ids
 from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.quarantine import load_quarantine
@@ -131,7 +130,7 @@ class RebaseExecutor:
             self._writer, self._progress, self._now, self._failpoint, self._should_stop, anew=updater
         )
         reached = rebuilder.rebuild(job, plan)
-        learned, kept = self._learned(job.adapter, reached), self._kept(steps, removed)
+        learned, kept = self._learned(job.adapter, reached), _kept(steps, removed)
         self._require_learned(job, learned & kept, kept)
         if self._removed(job.adapter, steps) != removed:
             raise _OutdatedError("examples that it learned anew are to be forgotten, or a hold on them ended or began")
@@ -198,29 +197,19 @@ class RebaseExecutor:
                 removed[step.manifest.batch.digest] = offsets
         return removed
 
-    def _learned(self, adapter: str, reached: RebuiltState) -> set[str]:
-        """Return the keyed ids of the examples that the rebuilt updates learned."""
-        found: set[str] = set()
+    def _learned(self, adapter: str, reached: RebuiltState) -> set[OriginOffset]:
+        """Return the origins of the examples that the rebuilt updates learned."""
+        found: set[OriginOffset] = set()
         step = reached.step
         while step is not None:
-            found.update(self._learned_by(step.manifest))
+            found.update(item.origin_offset for item in step.manifest.learned)
             before = step.manifest.head
             step = RecordedVersion(before, self._registry.manifest(adapter, before)) if before else None
         return found
 
-    def _kept(self, steps: Iterable[RecordedVersion], removed: dict[str, set[OriginOffset]]) -> set[str]:
-        """Return the keyed ids of the examples that the recorded updates learned, without those that must not be learned."""
-        found: set[str] = set()
-        for step in steps:
-            batch = step.manifest.batch
-            found.update(self._learned_by(step.manifest, removed.get(batch.digest, set()) if batch else set()))
-        return found
-
-    def _learned_by(self, manifest: Manifest, gone: Collection[OriginOffset] = ()) -> list[str]:
-        keyed = with_keyed_ids(manifest, self._writer.text_keys.of(manifest.adapter))
-        return [item.example_id for item in keyed.learned if item.origin_offset not in gone]
-
-    def _require_learned(self, job: RebaseRequested, learned: Collection[str], kept: Collection[str]) -> None:
+    def _require_learned(
+        self, job: RebaseRequested, learned: Collection[OriginOffset], kept: Collection[OriginOffset]
+    ) -> None:
         """Raise JobError where too little of what the old version knows passed the gate on the new base."""
         if kept and (not learned or len(learned) < job.min_learned_share * len(kept)):
             raise JobError(
@@ -281,6 +270,19 @@ class RebaseExecutor:
 def _is_removed(blocked: QuarantineFilter, example: ExampleAccepted) -> bool:
     suppressed = blocked.held_by(example) is None and blocked.suppresses(example)
     return suppressed or blocked.entry_of(example) is not None
+
+
+def _kept(steps: Iterable[RecordedVersion], removed: dict[str, set[OriginOffset]]) -> set[OriginOffset]:
+    """Return the origins of the examples that the recorded updates learned, without those that must not be learned.
+
+    A rebuilt update keeps the origins of its examples, whatever key their ids are under.
+    """
+    found: set[OriginOffset] = set()
+    for step in steps:
+        batch = step.manifest.batch
+        gone = removed.get(batch.digest, set()) if batch else set()
+        found.update(item.origin_offset for item in step.manifest.learned if item.origin_offset not in gone)
+    return found
 
 
 def _first_revoked(steps: Sequence[RecordedVersion], revoked: Collection[str]) -> int | None:

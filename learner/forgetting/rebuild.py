@@ -172,6 +172,7 @@ class UpdateRebuilder:
             reasons = reasons_not_learned(manifest)
             judged = [item for item in manifest.skipped if item.reason in reasons]
             if manifest.batch is not None and (judged or manifest.learned):
+                self._progress()
                 batch = load_batch(self._store, manifest.batch.digest)
                 learned.update(example_ids_of(batch, manifest.learned))
                 refused.update(example_ids_of(batch, judged))
@@ -272,7 +273,7 @@ class UpdateRebuilder:
         manifest = self._following(before, recorded).model_copy(
             update={
                 "outcome": "unchanged", "reason": "nothing-to-learn", "code": self._writer.code,
-                "batch": batch, "learned": [], "skipped": skipped, "example_ids": "keyed",
+                "batch": batch, "learned": [], "skipped": skipped,
                 **refs.manifest_fields(), "gate": GateFigures(), "probes": {}, "tokens": 0,
                 "pass_adapters": 1,
                 "published_from_ms": None, "published_to_ms": None,
@@ -432,7 +433,7 @@ class UpdateRebuilder:
             update={
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
                 "learned": keyed_items(text_key, self._writer.learned_examples(learned, result.merged, updater)),
-                "skipped": [*skipped, *keyed_items(text_key, not_learned)], "example_ids": "keyed",
+                "skipped": [*skipped, *keyed_items(text_key, not_learned)],
                 **refs.manifest_fields(), "gate": result.gate, "probes": result.probes, "tokens": result.tokens,
                 "pass_adapters": result.pass_adapters,
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),

@@ -52,6 +52,7 @@ _FIRST: Final = ("retention/", "quarantine/", "forgotten/")
 _IN_STEP: Final = ("aliases/", "state/curate/", "jobs/", "versions/")
 _BY_DIGEST: Final = ("manifests/", "blobs/")
 _SIGNATURES: Final = "signatures/"
+_TEXT_KEYS: Final = "keys/"
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _PASSES: Final = 3
 _STEP_ATTEMPTS: Final = 32
@@ -162,6 +163,8 @@ class _Copier:
         self._copy("state/", (key for key in self._store.list("state/") if not key.startswith("state/curate/")))
         self._copy_in_step()
         self._copy_manifests()
+        # Again: without its text key, nobody can tell which examples a version that was made meanwhile names.
+        self._copy(_TEXT_KEYS, self._store.list(_TEXT_KEYS))
         self._copy(_SIGNATURES, self._store.list(_SIGNATURES))
         self._copy_blobs()
 

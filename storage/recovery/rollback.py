@@ -148,7 +148,7 @@ def carried_manifest(
             "seq": head.seq + 1, "kind": kind, "outcome": "promoted" if served else "unchanged", "reason": reason,
             "parent": parent, "head": head.version, "job_id": job_id, "code": code, "threads": threads,
             "update_id": update_id(source.adapter, parent, marks, config, epochs), "batch": None, "cut": None,
-            "next_cut": head.manifest.next_cut, "learned": [], "skipped": [], "example_ids": "plain", "dropped": 0, "tokens": 0,
+            "next_cut": head.manifest.next_cut, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
             "gate": source.gate if served else GateFigures(),
             "probes": source.probes if served else {}, "marks": marks, "epochs": epochs, **state,
             "general": head.manifest.general or source.general, "published_from_ms": None, "published_to_ms": None,

@@ -65,7 +65,7 @@ class LearnedExample(_Part):
     """An example that this version learned.
 
     Attributes:
-        example_id: the example, in the form that `Manifest.example_ids` names.
+        example_id: the example: a keyed id, see `registry.history.example_ids`; its own id in versions of earlier releases.
         partition: its origin partition's key.
         offset: its offset in that partition.
         tokens: tokens to train, summed over its rows; of a merged one also those that it shares.
@@ -91,7 +91,7 @@ class SkippedExample(_Part):
     """An example of the micro-batch that this version did not learn.
 
     Attributes:
-        example_id: the example, in the form that `Manifest.example_ids` names.
+        example_id: the example: a keyed id, see `registry.history.example_ids`; its own id in versions of earlier releases.
         partition: its origin partition's key.
         offset: its offset in that partition.
         reason: `signal`, `duplicate`, `no-text`, `no-text-on-base`, `quarantined`, `expired`, or why the gate refused the version.
@@ -161,9 +161,6 @@ class Manifest(_Part):
             did not record it, and where nothing is served.
         pass_adapters: most adapters that trained in one pass with this one, itself included. Where there were others,
             their number and the lengths of their rows decide the last bits of the weights.
-        example_ids: how the ids of examples are recorded. keyed: under the adapter's text key, see
-            `registry.history.example_ids`. plain: as they are, in versions of releases that had no other form and in those
-            that name no example.
     """
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION + 1)] = SCHEMA_VERSION
@@ -202,7 +199,6 @@ class Manifest(_Part):
     published_to_ms: Int64 | None = None
     probes: Probes = {}
     pass_adapters: Annotated[int, Field(ge=1, le=65_536)] = 1
-    example_ids: Literal["plain", "keyed"] = "plain"
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -273,9 +269,7 @@ class Manifest(_Part):
             raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
-_LATER_FIELDS: dict[str, object] = {
-    "epochs": {}, "next_cut": None, "probes": {}, "general": None, "pass_adapters": 1, "example_ids": "plain",
-}  # fmt: skip
+_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None, "probes": {}, "general": None, "pass_adapters": 1}
 """Fields of a manifest that were added after the first release, with their defaults."""
 
 

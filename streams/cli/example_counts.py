@@ -66,13 +66,11 @@ def count_examples(manifests: Iterable[Manifest], ids: ExampleIds) -> ExampleCou
         versions += 1
         forgotten += manifest.gate.forgotten_examples or 0
         for example in manifest.learned:
-            fate.setdefault(
-                ids.comparable(manifest, example.example_id), _LEARNED if example.merged_into is None else _MERGED
-            )
+            fate.setdefault(ids.comparable(example.example_id), _LEARNED if example.merged_into is None else _MERGED)
         for skipped in manifest.skipped:
             # A redelivery or a second publication says nothing about what became of the first one.
             if skipped.reason != "duplicate":
-                fate.setdefault(ids.comparable(manifest, skipped.example_id), skipped.reason)
+                fate.setdefault(ids.comparable(skipped.example_id), skipped.reason)
     reasons = Counter(fate.values())
     merged = reasons.pop(_MERGED, 0)
     return ExampleCounts(reasons.pop(_LEARNED, 0) + merged, forgotten, dict(reasons), versions, merged=merged)

@@ -180,7 +180,11 @@ def _all_erased(
     """Return the learned examples that are not stored, newest first, with the ids that manifests have of them."""
     ids = ExampleIds.load(registry.store, adapter)
     seen = {form for item in stored for form in ids.forms(item.example.example_id)}
-    origins = {(origin.partition_key(), origin.offset) for item in stored for origin in [item.example.origin]}
+    origins = {
+        (origin.partition_key(), origin.leader_epoch, origin.offset)
+        for item in stored
+        for origin in [item.example.origin]
+    }
     erased = []
     for version in reversed(history.published):
         node = history.versions[version]
@@ -188,8 +192,8 @@ def _all_erased(
             continue  # whatever it learned is stored
         manifest = registry.manifest(adapter, version)
         for learned in manifest.learned:
-            example_id = ids.comparable(manifest, learned.example_id)
-            if example_id not in seen and (learned.partition, learned.offset) not in origins:
+            example_id = ids.comparable(learned.example_id)
+            if example_id not in seen and learned.origin_offset not in origins:
                 seen.add(example_id)
                 erased.append(_erased(learned.example_id, learned.partition, learned.offset, version, node))
     return erased

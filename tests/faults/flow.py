@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.registry.history.example_ids import ExampleIds
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.client.publisher import Publisher
@@ -143,8 +144,9 @@ class Flow:
         """Return the figures of a fault, and what is wrong in them as text."""
         time.sleep(1.5)  # a second learning of an example would show now
         found, lost = self.account(), self.missing()
+        ids = {adapter: ExampleIds.load(self.store, adapter) for adapter in ADAPTERS}
         by_example = Counter(
-            item.example_id
+            ids[adapter].comparable(item.example_id)
             for adapter in ADAPTERS
             for _, version in self.registry.versions(adapter)
             for item in self.registry.manifest(adapter, version).learned

@@ -1,12 +1,13 @@
 """Ids of examples as manifests record them: keyed under the adapter's text key.
 
 The id of an example is a hash of its adapter, kind, document id and text, made without a key: intake has none. Events,
-micro-batches and the quarantine hold it, and all of them end. Manifests stay for ever, so a manifest holds
-HMAC-SHA256(text key, "example id 1", 0, id), of the length and alphabet of an id. Once `keys/<adapter>` is deleted,
-nobody can find out from a manifest whether a guessed text was learned.
+micro-batches and the quarantine hold it, and all of them end. Manifests stay for ever, so a manifest holds "k:" and
+HMAC-SHA256(text key, "example id 1", 0, id) instead. Once `keys/<adapter>` is deleted, nobody can find out from a manifest
+whether a guessed text was learned.
 
-Manifests of earlier releases hold the ids themselves; `Manifest.example_ids` says which form a manifest has. To find the
-record of an example that is at hand, compare origins, or the forms of its id (`ExampleIds.forms`).
+Manifests of earlier releases hold the ids themselves. Each id says its own form, because an earlier release that rebuilds
+an adapter beside this one copies some records of a manifest and makes others. To find the record of an example that is at
+hand, compare origins, or the forms of its id (`ExampleIds.forms`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from perennial.storage.registry.manifest import LearnedExample, Manifest, Skippe
 from perennial.storage.registry.quarantine import ensure_text_key
 from perennial.storage.registry.suppressed_texts import load_text_key
 
+KEYED_PREFIX: Final = "k:"
+"""What a keyed id begins with. Intake's own ids are hex digits."""
 _LABEL: Final = b"example id 1\0"
 _ID_CHARS: Final = 32
 _CACHED_KEYS: Final = 4096
@@ -38,31 +41,33 @@ def keyed_id(key: bytes, example_id: str) -> str:
         example_id: The example's id.
 
     >>> keyed_id(bytes(32), "00112233445566778899aabbccddeeff")
-    '3e89be98619afdb035ec92be168d7083'
+    'k:3e89be98619afdb035ec92be168d7083'
     """
-    return hmac.digest(key, _LABEL + example_id.encode(), "sha256").hex()[:_ID_CHARS]
+    return KEYED_PREFIX + hmac.digest(key, _LABEL + example_id.encode(), "sha256").hex()[:_ID_CHARS]
+
+
+def is_keyed(example_id: str) -> bool:
+    """Return whether an id that a manifest holds is a keyed one."""
+    return example_id.startswith(KEYED_PREFIX)
 
 
 def keyed_items(key: bytes, items: Iterable[_Item]) -> list[_Item]:
-    """Return a manifest's records of examples with keyed ids in place of the examples' own, `merged_into` included."""
-    return [item.model_copy(update=_keyed_fields(key, item)) for item in items]
+    """Return a manifest's records of examples with keyed ids in place of the examples' own, `merged_into` included.
+
+    Records that are keyed already stay as they are, also those under a key that was lost.
+    """
+    return [item if is_keyed(item.example_id) else item.model_copy(update=_keyed_fields(key, item)) for item in items]
 
 
 def with_keyed_ids(manifest: Manifest, key: bytes) -> Manifest:
-    """Return a manifest in which every id of an example is keyed; the same one if they are already.
+    """Return a manifest in which every id of an example is keyed.
 
     Args:
         manifest: The manifest. One that is stored keeps its id only as it is: copy its records, never store it again.
         key: The adapter's text key.
     """
-    if manifest.example_ids == "keyed":
-        return manifest
     return manifest.model_copy(
-        update={
-            "example_ids": "keyed",
-            "learned": keyed_items(key, manifest.learned),
-            "skipped": keyed_items(key, manifest.skipped),
-        }
+        update={"learned": keyed_items(key, manifest.learned), "skipped": keyed_items(key, manifest.skipped)}
     )
 
 
@@ -127,8 +132,8 @@ class ExampleIds:
         """
         return (example_id,) if self._key is None else (example_id, keyed_id(self._key, example_id))
 
-    def comparable(self, manifest: Manifest, example_id: str) -> str:
+    def comparable(self, example_id: str) -> str:
         """Return the keyed form of an id that a manifest holds, so that ids of both forms can be compared."""
-        if self._key is None or manifest.example_ids == "keyed":
+        if self._key is None or is_keyed(example_id):
             return example_id
         return keyed_id(self._key, example_id)

@@ -57,7 +57,7 @@ def held_examples(registry: Registry, head: Head) -> list[list[LearnedExample]]:
     seen: set[str] = set()
     groups: list[list[LearnedExample]] = []
     for manifest in _schedule(registry, head):
-        names = [ids.comparable(manifest, example.example_id) for example in manifest.learned]
+        names = [ids.comparable(example.example_id) for example in manifest.learned]
         new = [example for example, name in zip(manifest.learned, names, strict=True) if name not in seen]
         seen.update(names)
         if new:

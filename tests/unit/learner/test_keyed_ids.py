@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,14 +14,14 @@ import pytest
 
 from perennial.learner.versions import update_job
 from perennial.storage.objects.directory_store import DirectoryStore
-from perennial.storage.registry.history.example_ids import ExampleIds, keyed_id
+from perennial.storage.registry.history.example_ids import ExampleIds, is_keyed, keyed_id
 from perennial.storage.registry.history.pages import HistoryPage
 from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.refused_examples import load_refused_examples
 from perennial.storage.registry.suppressed_texts import load_text_key, text_key_key
 from perennial.streams.cli.adapter_page.adapter_history import UNKNOWN_DOMAIN, adapter_history
 from perennial.streams.cli.economics.recorded_updates import held_examples
-from perennial.streams.cli.example_counts import counted_examples
+from perennial.streams.cli.example_counts import count_examples, counted_examples
 from perennial.streams.cli.explain import explain_examples
 from perennial.streams.cli.forget.preview import show_plan
 from perennial.streams.events.cloudevents import decode
@@ -82,6 +83,11 @@ def manifests(learner: LocalLearner) -> list[Manifest]:
     return [learner.registry.manifest(ADAPTER, v) for _, v in learner.registry.versions(ADAPTER, newest_first=False)]
 
 
+def forms_of(*line: Manifest) -> set[str]:
+    items = [item for manifest in line for item in (*manifest.learned, *manifest.skipped)]
+    return {"keyed" if is_keyed(item.example_id) else "plain" for item in items}
+
+
 def everything(store: DirectoryStore) -> dict[str, bytes]:
     """Return all that is stored, as somebody reads it who knows the formats."""
     found = {key: store.get(key).data for key in store.list("")}
@@ -105,7 +111,6 @@ def test_a_manifest_of_an_update_holds_no_id_that_can_be_made_without_the_key(st
     (manifest,) = manifests(learner)
     key = load_text_key(store, ADAPTER)
     assert key is not None
-    assert manifest.example_ids == "keyed"
     assert {item.example_id for item in manifest.learned} == {keyed_id(key, e.example_id) for e in cuts[0]}
     assert all(e.example_id.encode() not in manifest.to_bytes() for e in cuts[0])
     assert any(item.merged_into is not None for item in manifest.learned)
@@ -117,7 +122,7 @@ def test_a_manifest_of_a_refused_update_holds_keyed_ids_and_its_examples_may_ret
     examples = accepted(0, 1, 2, 3)
     done = learner.update(jobs.update(store, 0, examples, skipped=[4]), "live")
     assert done.manifest is not None
-    assert (done.outcome, done.manifest.example_ids) == ("refused", "keyed")
+    assert (done.outcome, forms_of(done.manifest)) == ("refused", {"keyed"})
     key = load_text_key(store, ADAPTER)
     assert key is not None
     names = [item.example_id for item in done.manifest.skipped]
@@ -156,7 +161,7 @@ def test_commands_find_examples_in_manifests_of_both_forms(
 ) -> None:
     learner, cuts = learn(store, form)
     line, registry = manifests(learner), learner.registry
-    assert {m.example_ids for m in line} == {"keyed": {"keyed"}, "plain": {"plain"}, "both": {"keyed", "plain"}}[form]
+    assert forms_of(*line) == {"keyed": {"keyed"}, "plain": {"plain"}, "both": {"keyed", "plain"}}[form]
     names = [e.example_id for examples in cuts.values() for e in examples]
     explained = explain_examples(registry, ADAPTER, "live")
     assert sorted(item.example_id for item in explained) == sorted(names)
@@ -204,7 +209,7 @@ def test_an_erasure_is_exact_and_what_it_makes_is_keyed(store: DirectoryStore, t
     while version is not None:
         step = learner.registry.manifest(ADAPTER, version)
         if step.kind == "replayed":
-            assert step.example_ids == "keyed"
+            assert forms_of(step) == {"keyed"}
             assert [item.example_id for item in step.learned] == [keyed_id(key, kept[o.offset]) for o in step.learned]
         offsets |= {item.offset for item in step.learned}
         version = step.head
@@ -230,7 +235,7 @@ def test_a_rebuild_of_skipped_examples_is_keyed_throughout(store: DirectoryStore
     step = learner.registry.manifest(ADAPTER, version)
     key = load_text_key(store, ADAPTER)
     assert key is not None
-    assert (step.kind, step.example_ids) == ("replayed", "keyed")
+    assert (step.kind, forms_of(step)) == ("replayed", {"keyed"})
     assert [item.example_id for item in step.skipped] == [keyed_id(key, f"{5:032x}")]
 
 
@@ -241,7 +246,43 @@ def test_a_rebase_counts_examples_of_both_forms(store: DirectoryStore, form: str
     done = rebase(learner)
     assert done.manifest is not None
     assert "16 of 16 examples learned" in done.manifest.reason
-    assert done.manifest.example_ids == "plain", "it names no example itself"
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_rebase_counts_examples_whose_key_was_lost(store: DirectoryStore, form: str) -> None:
+    """It compared ids under the lost key with ids under the one that came after it, and refused for ever."""
+    learn(store, form)
+    store.delete(text_key_key(ADAPTER))
+    done = rebase(local_learner(store, base_seed=1))
+    assert done.manifest is not None
+    assert "16 of 16 examples learned" in done.manifest.reason
+
+
+def test_records_of_both_forms_in_one_manifest_are_told_apart(store: DirectoryStore) -> None:
+    """An earlier release that forgets beside this one copies keyed records and makes plain ones."""
+    learner, cuts = learn(store, "keyed", cuts=1)
+    key = load_text_key(store, ADAPTER)
+    assert key is not None
+    (manifest,) = manifests(learner)
+    first = manifest.learned[0].model_copy(update={"example_id": cuts[0][0].example_id})
+    mixed = manifest.model_copy(update={"learned": [first, *manifest.learned[1:]]})
+    assert count_examples([mixed, manifest], ExampleIds(key)).learned == PER_CUT
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_erased_example_is_shown_beside_another_record_at_its_offset(store: DirectoryStore, form: str) -> None:
+    """After an unclean election of the leader, the same offset under a higher epoch is another record."""
+    learner, cuts = learn(store, form, cuts=1)
+    again = [
+        example.model_copy(update={"origin": example.origin.model_copy(update={"leader_epoch": 3})})
+        for example in accepted(8, 9, 10, 11)
+    ]
+    moved = [e.model_copy(update={"origin": e.origin.model_copy(update={"offset": n})}) for n, e in enumerate(again)]
+    learner.update(jobs.update(store, 1, moved), "live")
+    forget(learner, quarantined(store, erase("r1", 0)))
+    assert len(cuts[0]) == PER_CUT
+    states = Counter(item.state for item in explain_examples(learner.registry, ADAPTER, "live"))
+    assert states["erased"] >= 1
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -32,7 +32,7 @@ from perennial.storage.recovery.restored_store import (
     restore_backup,
     restored_alias_keys,
 )
-from perennial.storage.registry.quarantine import update_quarantine
+from perennial.storage.registry.quarantine import ensure_text_key, update_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.storage.signing.trust import Trust
 from tests import jobs, retention_world
@@ -393,3 +393,18 @@ def test_a_version_that_is_published_meanwhile_is_copied_with_its_signature(now:
     head = registry.head(ADAPTER)
     assert head is not None
     assert head.seq == 2
+
+
+def test_the_text_key_of_an_adapter_that_is_learned_meanwhile_comes_with_its_versions(now: Clock) -> None:
+    """Its versions were copied and its key was not: after a restore nobody could tell which examples they name."""
+    store, place = Interrupting(), Memory()
+    add_versions(store, ADAPTER, 1)
+
+    def begin() -> None:
+        ensure_text_key(store, "acme/new")
+        add_versions(store, "acme/new", 1)
+
+    store.hooks["jobs/"] = begin
+    kept = keys_of(place, create_backup(store, place, now))
+    assert any(key.startswith("versions/acme/new/") for key in kept)
+    assert "keys/acme/new" in kept
