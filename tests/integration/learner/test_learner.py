@@ -31,6 +31,7 @@ from perennial.streams.observe.metrics import Metrics
 from perennial.streams.settings import Settings
 from tests import jobs, tiny
 from tests.integration.learner import learner_kit as kit
+from tests.local_learner import same_text_key
 
 ADAPTER = "acme/support"
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -239,6 +240,8 @@ def test_a_store_that_stays_away_ends_the_role_and_nothing_is_lost(given, monkey
 
 def test_both_roles_share_one_base_in_one_process(given):
     shared, lock = load_base(given.model.base, "cpu", 1), threading.RLock()
+    other = given.replace(store=given.store.uri + "-alone", topic_prefix=given.kafka.topic_prefix + "x")
+    same_text_key(*(DirectoryStore(Path(each.store.uri)) for each in (given, other)), adapter=ADAPTER)
     examples = documents(*range(8))
     kit.send(given, *examples)
     learner = partial(run_learner, given, metrics=Metrics("learner"), base=shared, lock=lock)
@@ -254,7 +257,6 @@ def test_both_roles_share_one_base_in_one_process(given):
     alone = registry(given)
     assert len(updates) == 2
     # What a shared base computes is what a base of its own would have computed.
-    other = given.replace(store=given.store.uri + "-alone", topic_prefix=given.kafka.topic_prefix + "x")
     provision(other)
     kit.send(other, job(other, 1, 0, 1, 2, 3), job(other, 2, 4, 5, 6, 7))
     with kit.running(lambda stop: run_learner(other, stop, Metrics("learner"))):
