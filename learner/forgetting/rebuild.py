@@ -39,7 +39,7 @@ from perennial.learner.versions.votes import NO_TEXT_ON_BASE, reasons_not_learne
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
-from perennial.storage.registry.history.example_ids import keyed_items, with_keyed_ids
+from perennial.storage.registry.history.example_ids import with_keyed_ids
 from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
 from perennial.storage.registry.manifest import BlobRef, Manifest, SkippedExample
 from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
@@ -252,12 +252,12 @@ class UpdateRebuilder:
 
         Ratings and duplicates beside the removed examples are not asked to be forgotten: they stay on record.
         """
-        recorded, text_key = step.manifest, self._writer.text_keys.of(job.adapter)
+        recorded = step.manifest
         judged = trained_offsets(recorded) | removed
-        skipped = [item for item in with_keyed_ids(recorded, text_key).skipped if item.origin_offset not in judged]
+        skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
         batch, blobs = None if removed else recorded.batch, dict[str, bytes]()
         if update is not None:  # all of it is outvoted, and may be given votes by a later forgetting
-            skipped += keyed_items(text_key, _left_out(update))
+            skipped += _left_out(update)
             batch, blobs = update.ref, update.blobs
         if not skipped:
             return before
@@ -279,6 +279,7 @@ class UpdateRebuilder:
                 "published_from_ms": None, "published_to_ms": None,
             }
         )  # fmt: skip
+        manifest = with_keyed_ids(manifest, self._writer.text_keys.of(job.adapter))
         new_batch = update.ref.digest if update is not None and update.blobs else None
         self._store_step(job, key, step, new_batch, manifest, blobs)
         return _reached(before, RecordedVersion(manifest.digest(), manifest))
@@ -418,27 +419,26 @@ class UpdateRebuilder:
     ) -> Manifest:
         """Return the manifest of a rebuilt update: as recorded, less the removed examples."""
         recorded, promoted = update.recorded, result.outcome == "promoted"
-        text_key = self._writer.text_keys.of(recorded.adapter)
         judged = trained_offsets(recorded) | update.removed
-        skipped = [item for item in with_keyed_ids(recorded, text_key).skipped if item.origin_offset not in judged]
-        not_learned = _left_out(update)
+        skipped = [item for item in recorded.skipped if item.origin_offset not in judged]
+        skipped += _left_out(update)
         if promoted:
             reason = recorded.reason if recorded.outcome == "promoted" else "replayed"
         else:
             reason = result.reason
-            not_learned += [skipped_example(example, result.reason) for example in update.examples]
+            skipped += [skipped_example(example, result.reason) for example in update.examples]
         learned = update.examples if promoted else []
         times = [example.origin.timestamp_ms for example in learned]
-        return self._following(before, recorded).model_copy(
+        manifest = self._following(before, recorded).model_copy(
             update={
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
-                "learned": keyed_items(text_key, self._writer.learned_examples(learned, result.merged, updater)),
-                "skipped": [*skipped, *keyed_items(text_key, not_learned)],
-                **refs.manifest_fields(), "gate": result.gate, "probes": result.probes, "tokens": result.tokens,
-                "pass_adapters": result.pass_adapters,
+                "learned": self._writer.learned_examples(learned, result.merged, updater),
+                "skipped": skipped, **refs.manifest_fields(), "gate": result.gate, "probes": result.probes,
+                "tokens": result.tokens, "pass_adapters": result.pass_adapters,
                 "published_from_ms": min(times, default=None), "published_to_ms": max(times, default=None),
             }
         )  # fmt: skip
+        return with_keyed_ids(manifest, self._writer.text_keys.of(manifest.adapter))
 
 
 def _has_rows(updater: Updater, example: ExampleAccepted) -> bool:

@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
 from types import FrameType
@@ -44,6 +44,17 @@ def end_on_stop_signals() -> None:
 
 
 @contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGINT and SIGTERM by a function while the body runs."""
+    before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def stop_signals_held() -> Iterator[None]:
     """Hold SIGINT and SIGTERM back while the body runs, and raise them afterwards.
 
@@ -54,12 +65,10 @@ def stop_signals_held() -> Iterator[None]:
         yield
         return
     arrived: list[int] = []
-    before = {number: signal.signal(number, lambda n, _frame: arrived.append(n)) for number in STOP_SIGNALS}
     try:
-        yield
+        with _handled(lambda number, _frame: arrived.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for held in arrived:
             signal.raise_signal(held)
 
@@ -81,14 +90,12 @@ def stop_signals_at_checks() -> Iterator[None]:
             raise KeyboardInterrupt
 
     _held.clear()
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    try:
-        yield
-        check_stop_signals()
-    finally:
-        _held.clear()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with _handled(note):
+        try:
+            yield
+            check_stop_signals()
+        finally:
+            _held.clear()
 
 
 def check_stop_signals() -> None:
@@ -119,14 +126,11 @@ def event_on_stop_signals(*, interrupt_again: bool = False) -> Iterator[threadin
         while arrived.get():
             stop.set()
 
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    forwarder = threading.Thread(target=forward, name="stop-signals", daemon=True)
-    forwarder.start()
+    threading.Thread(target=forward, name="stop-signals", daemon=True).start()
     try:
-        yield stop
+        with _handled(note):
+            yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         arrived.put(0)
 
 

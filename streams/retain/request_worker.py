@@ -11,7 +11,7 @@ import logging
 import time
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -332,9 +332,8 @@ class RequestWorker:
         new = self._waiting_pages.pop(name, set())
         if found is None or not (found.record.open or new):
             return
-        covered = by_page(self._covered(found.record.request.adapter))
         if new:
-            yield from self._reopen(found, {page: len(covered.get(page, [])) for page in new}, now_ms)
+            yield from self._reopen(found, new, now_ms)
             found = self.cache.get(name)
         if found is None or found.record.is_early(now_ms):
             return
@@ -342,19 +341,20 @@ class RequestWorker:
             processor = self._processor(now_ms)
             yield self._saving(processor, processor.settle(found.record), found)
             return
-        moving = [page for page, summary in found.record.pages.items() if OPEN_PHASES & summary.phases.keys()]
-        for page in moving:
+        covered = by_page(self._covered(found.record.request.adapter))
+        for page in [page for page, summary in found.record.pages.items() if OPEN_PHASES & summary.phases.keys()]:
             yield from self._advance_page(name, page, covered.get(page, []), now_ms)
 
-    def _reopen(self, found: StoredRequest, new: Mapping[str, int], now_ms: int) -> Iterator[Slice]:
-        """Note that pages, given with the number of all their adapters, have some that the request did not reach yet."""
+    def _reopen(self, found: StoredRequest, new: Iterable[str], now_ms: int) -> Iterator[Slice]:
+        """Note that pages have adapters that the request did not reach yet, before anything is done about them."""
         record, pages = found.record, dict(found.record.pages)
-        for page, number in new.items():
+        covered = by_page(self._covered(record.request.adapter))
+        for page in new:
             summary = pages.get(page, PageSummary(phases={}))
             waiting = summary.phases.get("waiting", 0)
             reached = sum(summary.phases.values()) - waiting
             # At least one, also where one that it reached has left the store: only pages with one that waits are worked on.
-            phases = summary.phases | {"waiting": max(1, waiting, number - reached)}
+            phases = summary.phases | {"waiting": max(1, waiting, len(covered.get(page, ())) - reached)}
             pages[page] = summary.model_copy(update={"phases": phases})
         processor = self._processor(now_ms)
         wanted = processor.settle(record.model_copy(update={"pages": pages, "ended_ms": None}))

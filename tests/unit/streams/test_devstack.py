@@ -225,6 +225,16 @@ def test_case_09_the_object_store_on_this_machine_is_not_asked_through_the_proxy
     assert len(asked) == 2
 
 
+@pytest.fixture
+def interrupts():
+    """Handlers as a foreground command has them; what a test sets is undone."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_an_interrupt_waits_until_a_child_is_known(number):
     """Ctrl-C while a role was being started lost the only reference to it."""
@@ -236,23 +246,10 @@ def test_an_interrupt_waits_until_a_child_is_known(number):
             time.sleep(0.05)
             started.append("child")
 
-    before = signal.signal(number, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            start()
-        assert started
-        assert signal.getsignal(number) is signal.default_int_handler
-    finally:
-        signal.signal(number, before)
-
-
-@pytest.fixture
-def interrupts():
-    """Handlers as a foreground command has them; what a test sets is undone."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert started
+    assert signal.getsignal(number) is signal.default_int_handler
 
 
 @pytest.mark.usefixtures("interrupts")
