@@ -49,6 +49,7 @@ def alias_event(registry: Registry, state: AliasState, stage_at: Mapping[str, da
         weights_sha256=manifest.weights.digest,
         weights_bytes=manifest.weights.size_bytes,
         rank=manifest.rank,
+        extends=manifest.extends,
         base=BaseRef(model=manifest.base_model, sha256=manifest.base_sha256),
         previous_version=state.previous_version,
         learned=Learned(

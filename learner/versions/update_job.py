@@ -379,6 +379,7 @@ class UpdateExecutor:
             tokens=result.tokens if result else 0,
             pass_adapters=result.pass_adapters if result else 1,
             rank=recipe.rank,
+            extends=writer.extended_by(job.adapter),
             published_from_ms=min(times, default=None),
             published_to_ms=max(times, default=None),
             **trained.refs.manifest_fields(),

@@ -54,10 +54,12 @@ class VersionWriter:
         states: states in memory, where other writers of the process share them.
         general_choice: chooses the general text of each update; None: always the updater's own.
         text_keys: the adapters' text keys, where other writers of the process share them.
+        extended_by: returns the shared adapter that an adapter extends; None where it extends none.
 
     Attributes:
         on_step: called after each optimizer step and each forward pass of a measurement.
         text_keys: the adapters' text keys, under which manifests record the ids of examples.
+        extended_by: returns the shared adapter that an adapter extends; None where it extends none.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class VersionWriter:
         states: StateCache | None = None,
         general_choice: GeneralTextChoice | None = None,
         text_keys: TextKeys | None = None,
+        extended_by: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self.registry = registry
         self.updater = updater
@@ -85,6 +88,7 @@ class VersionWriter:
         self.text_keys = text_keys or TextKeys(registry.store)
         self._states = states or StateCache()
         self._general_choice = general_choice
+        self.extended_by = extended_by
         self.on_step: Callable[[], None] = ignore_step
 
     def sibling(self, slot: str) -> VersionWriter:
@@ -101,7 +105,7 @@ class VersionWriter:
         return VersionWriter(
             self.registry, replace(self.updater, lora=lora, lock=lock), self.base, threads=self.threads, now=self.now,
             failpoint=self.failpoint, rows=self.rows, states=self._states,
-            general_choice=self._general_choice, text_keys=self.text_keys,
+            general_choice=self._general_choice, text_keys=self.text_keys, extended_by=self.extended_by,
         )  # fmt: skip
 
     def use_threads(self, threads: int) -> None:
@@ -340,5 +344,5 @@ def make_version_writer(
     updater = Updater(lora, codec, general, Recipe.of(settings, base.compute_dtype), turns, answers, passes)
     return VersionWriter(
         registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint,
-        general_choice=choice,
+        general_choice=choice, extended_by=settings.tenants.extended_by,
     )  # fmt: skip

@@ -151,7 +151,7 @@ def carried_manifest(
             "next_cut": head.manifest.next_cut, "learned": [], "skipped": [], "dropped": 0, "tokens": 0,
             "gate": source.gate if served else GateFigures(),
             "probes": source.probes if served else {}, "marks": marks, "epochs": epochs, **state,
-            "general": head.manifest.general or source.general, "published_from_ms": None, "published_to_ms": None,
+            "general": head.manifest.general or source.general, "extends": head.manifest.extends, "published_from_ms": None, "published_to_ms": None,
         }
     )  # fmt: skip
 

@@ -161,6 +161,8 @@ class Manifest(_Part):
             did not record it, and where nothing is served.
         pass_adapters: most adapters that trained in one pass with this one, itself included. Where there were others,
             their number and the lengths of their rows decide the last bits of the weights.
+        extends: the shared adapter that clients serve this one with, which is its parent by name: the live weights of both,
+            added; None: it is served alone. Nothing else depends on it.
     """
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION + 1)] = SCHEMA_VERSION
@@ -199,11 +201,18 @@ class Manifest(_Part):
     published_to_ms: Int64 | None = None
     probes: Probes = {}
     pass_adapters: Annotated[int, Field(ge=1, le=65_536)] = 1
+    extends: AdapterName | None = None
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
         if (self.seq == 1) != (self.head is None):
             raise ValueError("head must be the version at seq - 1, and none at seq 1")
+        return self
+
+    @model_validator(mode="after")
+    def _check_extends(self) -> Self:
+        if self.extends is not None and self.extends != self.adapter.rpartition("/")[0]:
+            raise ValueError("extends must be the adapter's name without its last segment")
         return self
 
     @property
@@ -269,7 +278,9 @@ class Manifest(_Part):
             raise IntegrityError(f"not a manifest: {error}", got=f"{len(data)} bytes", allowed="JSON") from error
 
 
-_LATER_FIELDS: dict[str, object] = {"epochs": {}, "next_cut": None, "probes": {}, "general": None, "pass_adapters": 1}
+_LATER_FIELDS: dict[str, object] = {
+    "epochs": {}, "next_cut": None, "probes": {}, "general": None, "pass_adapters": 1, "extends": None,
+}  # fmt: skip
 """Fields of a manifest that were added after the first release, with their defaults."""
 
 

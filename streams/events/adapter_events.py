@@ -44,6 +44,8 @@ class _AliasEvent(Event):
     weights_sha256: Digest
     weights_bytes: Count
     rank: Count
+    extends: Adapter | None = None
+    """The shared adapter whose live weights are served together with these; None: these are served alone."""
     base: BaseRef
     previous_version: Digest | None = None
     learned: Learned

@@ -26,6 +26,8 @@ MAX_WEIGHT = 1_000_000
 MAX_TOKENS_PER_HOUR = 10**15
 _T = TypeVar("_T")
 _TENANT = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_SHARED = re.compile(rf"{_TENANT.pattern}(/{_TENANT.pattern}){{0,2}}")
+MAX_ADAPTER_CHARS = 200
 
 
 class OtherTenantError(PerennialError):
@@ -69,6 +71,18 @@ class TenantSettings(SettingsGroup):
         "wait for those of others, `acme=200000,*=1000000`; they wait no longer than until the hour's tokens are below the "
         "budget again, and not at all while no other tenant's jobs wait; per learner process; empty or `unlimited`: no limit",
     )
+
+    shared_adapters: str = Field(
+        "",
+        description="learner: adapters whose users have adapters of their own, `acme/support,acme/sales`: each adapter one "
+        "segment below, such as acme/support/user-42, is served together with the one above it; empty: none",
+    )
+
+    @field_validator("shared_adapters")
+    @classmethod
+    def _check_shared_adapters(cls, text: str) -> str:
+        _shared_adapters(text)
+        return text
 
     @field_validator("tenants")
     @classmethod
@@ -119,6 +133,15 @@ class TenantSettings(SettingsGroup):
                 remedy="correct the adapter or PERENNIAL_TENANT",
             )  # fmt: skip
 
+    def extended_by(self, adapter: str) -> str | None:
+        """Return the shared adapter that an adapter extends; None where it extends none.
+
+        >>> TenantSettings(shared_adapters="acme/support").extended_by("acme/support/user-42")
+        'acme/support'
+        """
+        parent = adapter.rpartition("/")[0]
+        return parent if parent in _shared_adapters(self.shared_adapters) else None
+
     @field_validator("tenant_weights")
     @classmethod
     def _check_weights(cls, text: str) -> str:
@@ -159,6 +182,19 @@ def _names(text: str) -> tuple[str, ...]:
             f"each tenant once, and none that differs from another in case, `.`, `-` and `_` alone; got {text[:80]!r}"
         )
     return names
+
+
+@lru_cache(maxsize=8)
+def _shared_adapters(text: str) -> frozenset[str]:
+    names = [part for part in (part.strip() for part in text.split(",")) if part]
+    for name in names:
+        if not _SHARED.fullmatch(name) or len(name) > MAX_ADAPTER_CHARS:
+            raise ValueError(
+                f"names of adapters with 1 to 3 segments, at most {MAX_ADAPTER_CHARS} characters; got {name[:80]!r}"
+            )
+        if name.rpartition("/")[0] in names:
+            raise ValueError(f"no adapter that itself extends another one; {name[:80]!r} lies below another name")
+    return frozenset(names)
 
 
 @lru_cache(maxsize=8)

@@ -97,7 +97,7 @@ def test_any_scalars_read_back_to_the_byte(config):
         {"head": None}, {"kind": "other"}, {"outcome": "maybe"}, {"weights": None}, {"update_id": "sha256:x"},
         {"parent": "x"}, {"config": {"a": float("nan")}}, {"config": {"a": float("inf")}},
         {"config": {"a": 2**63}}, {"config": {"a": [1]}}, {"marks": {"p": -1}}, {"rank": 0}, {"threads": 0},
-        {"dropped": -1},
+        {"dropped": -1}, {"extends": "acme/other"}, {"extends": "acme/support"}, {"extends": ""},
         {"later": {"a": [1]}}, {"later": [[1]]}, {"later": float("nan")}, {"schema_version": 3}, {"schema_version": 0},
     ],
 )  # fmt: skip
@@ -130,6 +130,12 @@ def test_a_manifest_of_the_next_schema_is_read_and_keeps_its_id():
     manifest = Manifest.from_bytes(data)
     assert manifest.to_bytes() == data
     assert manifest.digest() == digest_of(data)
+
+
+def test_a_personal_adapter_names_its_parent_and_other_manifests_keep_their_bytes():
+    personal = make(adapter="acme/support/user-42", extends="acme/support")
+    assert Manifest.from_bytes(personal.to_bytes()).extends == "acme/support"
+    assert b"extends" not in make().to_bytes()
 
 
 def test_size_is_bounded():

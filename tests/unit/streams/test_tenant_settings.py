@@ -42,3 +42,17 @@ def test_a_weight_that_cannot_be_meant_is_refused(text):
 def test_a_budget_that_cannot_be_meant_is_refused(text):
     with pytest.raises(ValidationError, match=r"tenant|tokens"):
         Settings.of(env_file=None, tenant_tokens_per_hour=text)
+
+
+def test_adapters_one_segment_below_a_shared_one_extend_it():
+    tenants = Settings.of(env_file=None, shared_adapters=" acme/support, globex ,").tenants
+    assert tenants.extended_by("acme/support/user-42") == "acme/support"
+    assert tenants.extended_by("globex/u") == "globex"
+    for other in ("acme/support", "acme/support/team/user", "acme/sales/user-42", "globex", "initech"):
+        assert tenants.extended_by(other) is None
+
+
+@pytest.mark.parametrize("text", ["acme/", "/acme", "Acme", "a/b/c/d", "acme/*", "acme,acme/support", "a" * 201])
+def test_a_shared_adapter_that_cannot_be_meant_is_refused(text):
+    with pytest.raises(ValidationError, match=r"adapters?"):
+        Settings.of(env_file=None, shared_adapters=text)
