@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from perennial.streams.client.directory_backend import DirectoryBackend
     from perennial.streams.client.engines.sglang_backend import SglangBackend
     from perennial.streams.client.engines.vllm_backend import VllmBackend
+    from perennial.streams.client.following_thread import SubscriberError
     from perennial.streams.client.publisher import Publisher
-    from perennial.streams.client.subscriber import Subscriber, SubscriberError
+    from perennial.streams.client.subscriber import Subscriber
     from perennial.streams.client.testing import MemoryBackend
     from perennial.streams.events.input_events import DocumentObserved, InteractionObserved
     from perennial.streams.events.models import RetentionRequested
@@ -73,7 +74,7 @@ _MODULE_OF = {
     "Settings": "streams.settings",
     "SglangBackend": "streams.client.engines.sglang_backend",
     "Subscriber": "streams.client.subscriber",
-    "SubscriberError": "streams.client.subscriber",
+    "SubscriberError": "streams.client.following_thread",
     "UnfitVersionError": "streams.client.backend",
     "VllmBackend": "streams.client.engines.vllm_backend",
     "load_base": "learner.model.base",

@@ -24,7 +24,9 @@ class VersionPublisher:
         adapter: str = "acme/support",
         base_sha256: str = BASE_SHA256,
         trust: Trust | None = None,
+        extends: str | None = None,
     ) -> None:
+        self.extends = extends
         self.store = store
         self.adapter = adapter
         self.base_sha256 = base_sha256
@@ -39,7 +41,7 @@ class VersionPublisher:
         )
         # What a forgetting publishes takes over no state of a version that it revokes.
         clean = {"parent": None} if kind == "forget" else {}
-        return made.model_copy(update={"probes": probes or {}, **clean})
+        return made.model_copy(update={"probes": probes or {}, "extends": self.extends, **clean})
 
     def publish(
         self,

@@ -15,15 +15,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Self
 
-from perennial.storage.errors import NotFoundError, PerennialError, StoreError
+from perennial.storage.errors import NotFoundError, StoreError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.manifest import Manifest
 from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.client.acknowledgements import Acks, ReplicaReports, own_replica_name
 from perennial.streams.client.backend import Backend, Current, Deactivates, HasRoom
 from perennial.streams.client.failure_kinds import FailureKind, RetryPolicy, failure_kind
+from perennial.streams.client.following_thread import FollowingThread, SubscriberError
+from perennial.streams.client.personal.served_parts import follower_name
+from perennial.streams.client.personal.shared_following import SharedFollowing
 from perennial.streams.client.subscriber_kafka import Updates
 from perennial.streams.client.subscriber_state import Progress, State
 from perennial.streams.client.termination import sigterm_deferred
@@ -39,14 +42,10 @@ RETRY = RetryPolicy()
 _TICK_S = 0.2
 
 
-class SubscriberError(PerennialError):
-    """A subscriber cannot do what is asked of it."""
-
-
 OnActivate = Callable[[AliasState, Mapping[str, float]], None]
 
 
-class Subscriber:
+class Subscriber(FollowingThread):
     """Follows the alias of one adapter and keeps a backend serving the version that the alias names.
 
     A subscriber hears of changes from the compacted topic `adapter-updates` and polls the alias too, every
@@ -54,6 +53,10 @@ class Subscriber:
     the version that it serves was revoked, and takes such a version out of service at once. A version that cannot be
     served is tried again without an end. Where the backend names no base, it keeps to the base of the first version that
     it served until it ends. Use it in a `with` block, or call `run` in the main thread or in one of your own. Thread-safe.
+
+    A version that extends a shared adapter (`acme/support/user-42` extends `acme/support`) is served together with the live
+    version of that one, as one LoRA. The subscriber then follows both aliases; for the shared one it has a second replica's
+    name, `<replica>:<last segment of the adapter>`, under which it acknowledges that adapter's versions and revocations.
 
     Without a broker it acknowledges nothing, so no request to forget waits for it; it only polls, and logs a warning.
     With one it holds a lease of `settings.serving.replica_lease_s` seconds, which a heartbeat renews. Requests wait for
@@ -84,6 +87,8 @@ class Subscriber:
         metrics: Where to count. Default: a registry of its own.
         on_activate: Called as `on_activate(state, stage_s)` after a version is served; `stage_s` has the seconds of
             each stage: fetch, verify, load, warm, activate, publish_to_served. What it raises is logged and ignored.
+            Where a shared adapter is served beneath this one, it is also called, in another thread, after a version of the
+            shared one is served: `state.adapter` tells.
         drain_s: Longest time that one look at the alias waits for requests that still use the previous version, in
             seconds. The next look waits again.
         clock: Monotonic clock in seconds.
@@ -113,7 +118,7 @@ class Subscriber:
     ) -> None:
         self.settings = settings or load_settings()
         self.settings.tenants.require_own(adapter)
-        self.adapter = adapter
+        super().__init__(adapter)
         self.alias = alias or self.settings.serving.alias
         self.replica = replica or own_replica_name()
         if not 0 < len(self.replica) <= 256 or not self.replica.isprintable():
@@ -131,7 +136,7 @@ class Subscriber:
         self._source = VersionSource(self._registry, adapter, self._guard)
         self._bootstrap = bootstrap = kafka or self.settings.kafka.bootstrap
         owner = f"{adapter}#{self.alias}"
-        self._prefix = f"{adapter if self.alias == 'live' else owner}@"
+        self._prefix = self._prefix_of(adapter)
         security, topic, keys = self.settings.kafka_security, self.settings.kafka.topic, self.settings.signing
         self._updates = Updates(bootstrap, security, topic("adapter-updates"), owner, self._metrics, self._guard.trust)
         self._acks = Acks(bootstrap, security, topic, now, self.settings.serving.replica_lease_s, clock, keys)
@@ -141,15 +146,30 @@ class Subscriber:
         self._current: Current | None = None
         self._base_sha256: str | None = None  # of what was served: the server has it, also while it serves no version
         self._progress = Progress()
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._following: SharedFollowing | None = None  # once a version extended a shared adapter
 
     @property
     def current(self) -> Current | None:
         """The version that is served now. None before the first version and after the adapter was retired."""
         with self._changed:
             return self._current
+
+    @property
+    def served_name(self) -> str | None:
+        """The backend's name of what it serves, which requests must name; None where nothing is served.
+
+        It is `current.name`, but where a shared adapter is served beneath the version: then it has the same beginning, and
+        its 64 hex digits stand for both versions.
+        """
+        current = self.current
+        if self._following is not None:
+            return self._following.composing.served
+        return current.name if current else None
+
+    @property
+    def served_with(self) -> str | None:
+        """Name of the shared adapter's version that is served beneath this one's, `<adapter>@<64 hex>`; None: none is."""
+        return self._following.composing.served_with if self._following is not None else None
 
     @property
     def generation(self) -> int:
@@ -169,6 +189,9 @@ class Subscriber:
         """
         with self._changed:
             return self._changed.wait_for(lambda: self._progress.served >= generation, timeout_s)
+
+    def _prefix_of(self, adapter: str) -> str:
+        return f"{adapter}@" if self.alias == "live" else f"{adapter}#{self.alias}@"
 
     def name_of(self, version: str) -> str:
         """Return the backend's name of a version.
@@ -203,9 +226,14 @@ class Subscriber:
                     if self._clock() >= self._progress.due_s:
                         self._look()
                         self._drop_revoked()
+                        self._looked.set()
+                        if self._following is not None:
+                            self._following.tend()
                     wait_s = max(0.0, min(_TICK_S, self._progress.due_s - self._clock()))
                     self._progress = self._progress.heard(self._updates.poll(wait_s, self._clock(), stop))
             finally:
+                if self._following is not None:
+                    self._following.close()
                 self._updates.close()
                 self._announce_end()
 
@@ -213,59 +241,6 @@ class Subscriber:
         """Send `replica.left`, unless it was sent."""
         current = self.current
         self._acks.close(self._reports.left(self._progress.served, current.version if current else None))
-
-    def start(self) -> Self:
-        """Follow the alias in a new thread until `close`.
-
-        Raises:
-            SubscriberError: The subscriber was started before.
-        """
-        if self._thread is not None:
-            raise SubscriberError("the subscriber was started before", remedy="make a new one")
-        self._thread = threading.Thread(target=self._run_in_thread, name=f"subscriber {self.adapter}", daemon=True)
-        self._thread.start()
-        return self
-
-    def _run_in_thread(self) -> None:
-        try:
-            self.run()
-        except BaseException as error:
-            self._error = error
-            _log.exception("the subscriber of %s ended", self.adapter)
-            raise
-
-    def close(self, timeout_s: float = 60.0) -> None:
-        """Stop following the alias and announce that the replica leaves, so that no request waits for it any more.
-
-        The backend goes on serving the version that it has: end its service, or start another subscriber soon, where a
-        version that is revoked later must not be served.
-
-        Args:
-            timeout_s: Longest wait for the thread to end, in seconds.
-
-        Raises:
-            SubscriberError: An error had ended the thread, or the thread did not end in time.
-        """
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            if self._thread.is_alive() or self._error is not None:
-                raise SubscriberError(
-                    f"the subscriber of {self.adapter} did not end well",
-                    got=repr(self._error) if self._error else f"still busy after {timeout_s:g} s",
-                    remedy="see its log",
-                ) from self._error
-
-    @property
-    def alive(self) -> bool:
-        """Whether the thread that `start` made still follows the alias."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def __enter__(self) -> Self:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _look(self) -> None:
         """Read the alias, do what its state asks for, and set the time of the next look."""
@@ -388,6 +363,7 @@ class Subscriber:
         with self._timed("fetch", stage_s):
             manifest = self._source.manifest(alias.version, self._backend.base_sha256 or self._base_sha256, alias)
         if self._current is None or self._current.version != alias.version:
+            self._follow_shared(manifest)
             with self._timed("fetch", stage_s):
                 weights = self._source.fetch(manifest)
             with self._timed("verify", stage_s):
@@ -406,6 +382,27 @@ class Subscriber:
         self._base_sha256 = manifest.base_sha256
         stage_s["publish_to_served"] = max(0.0, (self._now() - alias.published_at).total_seconds())
         return Current(alias.version, alias.generation, name, manifest)
+
+    def _follow_shared(self, manifest: Manifest) -> None:
+        """Serve the version together with the shared adapter that it extends, if it extends one."""
+        if (shared := manifest.extends) is not None and self._following is None:
+            self._following = SharedFollowing(
+                self._backend, self._prefix, self._prefix_of(shared), lambda side: self._follower(shared, side)
+            )
+            self._backend = self._following.composing.own
+        if self._following is not None:
+            self._following.prepare(manifest)
+
+    def _follower(self, shared: str, side: Backend) -> Subscriber:
+        def report(alias: AliasState, stage_s: Mapping[str, float]) -> None:
+            if self._on_activate is not None and self.served_name is not None:
+                self._on_activate(alias, stage_s)
+
+        return Subscriber(
+            shared, side, kafka=self._bootstrap, store=self._registry.store, settings=self.settings, alias=self.alias,
+            replica=follower_name(self.replica, self.adapter), metrics=self._metrics, on_activate=report,
+            drain_s=self._drain_s, clock=self._clock, now=self._now,
+        )  # fmt: skip
 
     @contextmanager
     def _timed(self, stage: str, stage_s: dict[str, float]) -> Iterator[None]:

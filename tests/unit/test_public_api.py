@@ -107,8 +107,11 @@ Subscriber.alive -> bool
 Subscriber.close(self, timeout_s: float = 60.0) -> None
 Subscriber.current -> Current | None
 Subscriber.generation -> int
+Subscriber.has_looked(self, timeout_s: float) -> bool
 Subscriber.name_of(self, version: str) -> str
 Subscriber.run(self, stop: threading.Event | None = None) -> None
+Subscriber.served_name -> str | None
+Subscriber.served_with -> str | None
 Subscriber.start(self) -> Self
 Subscriber.wait_for(self, generation: int, timeout_s: float) -> bool
 SubscriberError(PerennialError)

@@ -14,8 +14,9 @@ from perennial.storage.registry.registry import AliasState
 from perennial.streams.cli.subscribe.served_backends import BackendChoice, BackendKind, make_backend
 from perennial.streams.cli.terminal.printable import printable, printable_lines
 from perennial.streams.cli.worker import OneLineFormatter
-from perennial.streams.client.backend import Backend
-from perennial.streams.client.subscriber import Subscriber, SubscriberError
+from perennial.streams.client.backend import Backend, Current
+from perennial.streams.client.following_thread import SubscriberError
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.devstack.discovery import connected_settings
 from perennial.streams.devstack.signals import event_on_stop_signals
 from perennial.streams.observe.http_server import serve_metrics
@@ -71,17 +72,25 @@ def _subscriber(
     adapter: str, backend: Backend, settings: Settings, metrics: Metrics, answer: Callable[[], None] | None
 ) -> Subscriber:
     def report(state: AliasState, stage_s: Mapping[str, float]) -> None:
+        served, beneath = subscriber.served_name, subscriber.served_with
         stages = ", ".join(
             f"{stage} {seconds:.3f}" for stage, seconds in stage_s.items() if stage != "publish_to_served"
         )
         _say(
-            f"{adapter}: generation {state.generation} is served, version {state.version[7:19]}, "
+            f"{state.adapter}: generation {state.generation} is served, version {state.version[7:19]}, "
             f"{stage_s.get('publish_to_served', 0.0):.2f} s after it was published ({stages})"
         )
+        if beneath is not None:
+            _say(f"{adapter}: serving {_short(subscriber.current)} together with {beneath[:-52]}, as {served}")
         if answer is not None:
             answer()
 
-    return Subscriber(adapter, backend, settings=settings, metrics=metrics, on_activate=report, drain_s=_DRAIN_S)
+    subscriber = Subscriber(adapter, backend, settings=settings, metrics=metrics, on_activate=report, drain_s=_DRAIN_S)
+    return subscriber
+
+
+def _short(current: Current | None) -> str:
+    return current.name[:-52] if current is not None else "nothing"
 
 
 def _follow(subscribers: list[Subscriber], choice: BackendChoice, stop: threading.Event) -> int:

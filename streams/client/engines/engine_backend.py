@@ -18,6 +18,7 @@ from perennial.streams.client.directory_backend import DirectoryBackend, adapter
 from perennial.streams.client.engines.engine_api import EngineApi, NonFiniteAnswerError
 from perennial.streams.client.engines.engine_probe import TOLERANCE_NATS, compare
 from perennial.streams.client.engines.zero_adapter import smallest_zero_weights, zero_weights
+from perennial.streams.client.personal.served_parts import version_of
 from perennial.streams.probe_texts import PROBE_TEXTS
 
 _log = logging.getLogger("perennial.backend")
@@ -348,7 +349,7 @@ class EngineBackend:
         stored = (folder / "manifest.json").read_bytes()
         manifest = Manifest.from_bytes(stored)
         weights = (folder / "adapter_model.safetensors").read_bytes()
-        if digest_of(stored)[7:] != name[-64:] or digest_of(weights) != manifest.weights.digest:
+        if version_of(stored, manifest)[7:] != name[-64:] or digest_of(weights) != manifest.weights.digest:
             raise IntegrityError(
                 "the folder of a version is damaged", got=str(folder), remedy="delete it and start the subscriber again"
             )

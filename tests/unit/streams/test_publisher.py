@@ -19,8 +19,9 @@ from perennial.storage.objects.object_store import StoredObject
 from perennial.storage.registry.registry import AliasState
 from perennial.streams.client.base_publisher import PublishError
 from perennial.streams.client.failure_kinds import RetryPolicy
+from perennial.streams.client.following_thread import SubscriberError
 from perennial.streams.client.publisher import Publisher
-from perennial.streams.client.subscriber import Subscriber, SubscriberError
+from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
 from perennial.streams.settings import Settings, SettingsError
 from perennial.testing import MemoryBackend

@@ -1,0 +1,102 @@
+"""Follow the shared adapter for as long as a personal adapter's versions extend it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final, Protocol
+
+from perennial.storage.errors import PerennialError
+from perennial.storage.registry.manifest import Manifest
+from perennial.streams.client.backend import Backend, BackendError
+from perennial.streams.client.following_thread import SubscriberError
+from perennial.streams.client.personal.composing_backend import ComposingBackend
+
+_log = logging.getLogger("perennial.subscriber")
+
+_FIRST_LOOK_S: Final = 10.0
+"""Longest wait for the first look at the shared alias, so that no user is served without the tenant's part for a moment."""
+
+
+class FollowsAlias(Protocol):
+    """What follows the shared adapter: a `Subscriber`."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still follows the alias."""
+
+    def start(self) -> object:
+        """Follow the alias in a thread."""
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """End the thread and announce that the replica leaves."""
+
+    def has_looked(self, timeout_s: float) -> bool:
+        """Wait until the alias was looked at once."""
+
+
+class SharedFollowing:
+    """Holds the follower of a shared adapter, and the backend that composes. Its methods are called from one thread.
+
+    Args:
+        inner: The backend that serves.
+        own_prefix: What the names of the personal adapter's versions begin with.
+        shared_prefix: The same of the shared adapter.
+        make_follower: Returns a follower of the shared adapter that serves through the given backend.
+
+    Attributes:
+        composing: Puts both adapters' versions together.
+    """
+
+    def __init__(
+        self, inner: Backend, own_prefix: str, shared_prefix: str, make_follower: Callable[[Backend], FollowsAlias]
+    ) -> None:
+        self.composing = ComposingBackend(inner, own_prefix, shared_prefix)
+        self._make_follower = make_follower
+        self._follower: FollowsAlias | None = None
+
+    def prepare(self, manifest: Manifest) -> None:
+        """Follow the shared adapter if the version extends one.
+
+        Args:
+            manifest: Manifest of the own version that is about to be served.
+
+        Raises:
+            BackendError: The shared alias was not looked at in time; it is tried again.
+        """
+        if manifest.extends is None:
+            return
+        # Without a digest of the servers' base, the own version decides which base the shared one must have.
+        self.composing.shared.base_sha256 = self.composing.inner.base_sha256 or manifest.base_sha256
+        if self._follower is None:
+            follower = self._make_follower(self.composing.shared)
+            follower.start()
+            self._follower = follower
+        if not self._follower.has_looked(_FIRST_LOOK_S):
+            raise BackendError(
+                f"{manifest.extends} was not looked at yet", got=f"{_FIRST_LOOK_S:g} s without an answer",
+                remedy="it is tried again; see whether the store answers",
+            )  # fmt: skip
+
+    def tend(self) -> None:
+        """Try again what failed, and end the follower where nothing of the shared adapter is served or held any more.
+
+        Raises:
+            SubscriberError: The follower was ended by an error. Nobody would hear of a revocation in the shared adapter.
+        """
+        if self._follower is None:
+            return
+        if not self._follower.alive:
+            raise SubscriberError("the subscriber of the shared adapter ended", remedy="see the log")
+        self.composing.tend()
+        if not self.composing.needs_shared:
+            self.close()
+            self.composing.forget_shared()
+
+    def close(self) -> None:
+        """End the follower and announce that its replica leaves."""
+        follower, self._follower = self._follower, None
+        if follower is not None:
+            with suppress(PerennialError):  # its thread has logged the error
+                follower.close()
