@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from perennial.learner.serving.answer_streamer import AnswerStreamer
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import BackendError, UnfitVersionError
+from perennial.streams.client.personal.served_parts import parts_of
 
 if TYPE_CHECKING:
     from perennial.learner.model.base import Base
@@ -30,6 +31,10 @@ class _Slot:
     name: str | None = None
     requests: int = 0
     loading: bool = False
+
+    @property
+    def taken(self) -> bool:
+        return self.name is not None or self.requests > 0 or self.loading
 
     def wipe(self) -> None:
         import torch
@@ -46,9 +51,12 @@ class PeftBackend:
     its end. The slot is selected for every forward pass, under a lock, so that requests on the previous version and on
     the new one interleave. Activation therefore waits for no request. Thread-safe.
 
+    A version that a personal and a shared adapter are composed to has the summed rank. Slots of that rank are made when the
+    first such version is loaded, at most as many as there are slots of the rank of `config`.
+
     Args:
         base: Base to serve on. Hooks are registered on its model until `close` is called.
-        config: Rank and alpha of every version that is served.
+        config: Rank and alpha of every version that is served, but for those that are composed of two.
         slots: Most versions held at once, 2 or more: the live one, and those that are being loaded or drained.
         lock: Lock held for each forward pass. Pass the lock that other users of the same base hold; None makes one.
 
@@ -96,6 +104,8 @@ class PeftBackend:
         self._layer = next(module for module in base.model.modules() if isinstance(module, LoraLayer))
         for slot in self._slots:
             slot.wipe()
+        self._most = slots
+        self._making = threading.Lock()  # held while slots of another rank are made
         self._active: _Slot | None = None
         self._changed = threading.Condition()
         self._leased = threading.local()
@@ -237,22 +247,18 @@ class PeftBackend:
         """
         from perennial.learner.model.lora import AdapterError, from_safetensors
 
-        alpha = manifest.config.get("alpha", self.config.alpha)
-        if (manifest.rank, alpha) != (self.config.rank, self.config.alpha):
-            raise UnfitVersionError(
-                f"{name} has another rank or alpha than this backend was made for",
-                got=f"rank {manifest.rank}, alpha {alpha}",
-                allowed=f"rank {self.config.rank}, alpha {self.config.alpha}",
-                remedy="make the backend with the LoraConfig of the versions that it is to serve",
-            )
+        config = self._config_of(name, manifest)
+        with self._making:
+            self._make_slots(config)
         with self._changed:
             if self._find(name) is not None:
                 return
-            free = next((s for s in self._slots if s.name is None and not s.requests and not s.loading), None)
-            if free is None:
+            held = sum(slot.taken for slot in self._slots)
+            free = next((slot for slot in self._slots if slot.lora.config == config and not slot.taken), None)
+            if free is None or held >= self._most:
                 raise BackendError(
                     "no slot is free",
-                    got=f"{len(self._slots)} versions held",
+                    got=f"{held} versions held",
                     remedy="unload a version, or make the backend with more slots",
                 )
             free.loading = True
@@ -266,6 +272,35 @@ class PeftBackend:
             raise
         finally:
             free.loading = False
+
+    def _config_of(self, name: str, manifest: Manifest) -> LoraConfig:
+        from perennial.learner.model.lora import LoraConfig
+
+        alpha = manifest.config.get("alpha", self.config.alpha)
+        if parts_of(manifest) is not None and isinstance(alpha, int):
+            return LoraConfig(manifest.rank, alpha)
+        if (manifest.rank, alpha) != (self.config.rank, self.config.alpha):
+            raise UnfitVersionError(
+                f"{name} has another rank or alpha than this backend was made for",
+                got=f"rank {manifest.rank}, alpha {alpha}",
+                allowed=f"rank {self.config.rank}, alpha {self.config.alpha}",
+                remedy="make the backend with the LoraConfig of the versions that it is to serve",
+            )
+        return self.config
+
+    def _make_slots(self, config: LoraConfig) -> None:
+        """Make the slots of a rank and alpha, unless there are some; requests wait for that time."""
+        from perennial.learner.model.lora import Lora
+
+        if any(slot.lora.config == config for slot in self._slots):
+            return
+        kind = f"serving-{config.rank}-{config.alpha}"
+        with self._forward_lock:
+            made = [_Slot(Lora(self.base, config, slot=f"{kind}-{i}")) for i in range(self._most)]
+        for slot in made:
+            slot.wipe()
+        with self._changed:
+            self._slots = [*self._slots, *made]
 
     def warm(self, name: str) -> None:
         """Run one token through the version, so that its first request is as fast as the second.
