@@ -34,7 +34,7 @@ from perennial.storage.registry.parked import (
     unpark_adapter,
 )
 from perennial.storage.registry.quarantine import load_quarantine
-from perennial.storage.registry.registry import AliasState, Registry
+from perennial.storage.registry.registry import LIVE, AliasState, Registry
 from perennial.storage.registry.waiting_jobs import (
     count_jobs,
     give_up_cut,
@@ -175,7 +175,9 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
             }, default=str,
         ))  # fmt: skip
         return 0
-    version_facts = {**_alias_facts(alias), **_facts(manifest)} if manifest is not None else {}
+    version_facts = {}
+    if manifest is not None:
+        version_facts = {**_alias_facts(alias), **_extends_facts(registry, manifest, alias), **_facts(manifest)}
     count_facts = {} if counts is None else {"examples": str(counts)}
     print_facts({"adapter": adapter, **parked_facts, **count_facts, **cut.facts(), **version_facts})
     return 0
@@ -203,6 +205,16 @@ def _alias_facts(alias: AliasState | None) -> dict[str, object]:
         "alias": alias.alias, "generation": alias.generation, "version": alias.version,
         "previous": alias.previous_version, "kind": alias.kind, "live since": alias.published_at.isoformat(),
     }  # fmt: skip
+
+
+def _extends_facts(registry: Registry, manifest: Manifest, alias: AliasState | None) -> dict[str, object]:
+    """Return which shared adapter clients serve the adapter with, and that one's version under the same alias."""
+    if manifest.extends is None:
+        return {}
+    beneath = registry.alias(manifest.extends, alias.alias if alias else LIVE)
+    if beneath is None or beneath.kind == "retired":
+        return {"extends": f"{manifest.extends}, which has no live version: served alone"}
+    return {"extends": f"{manifest.extends}, served together with its version {beneath.version}"}
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -11,7 +11,6 @@ from rich.text import Text
 
 from perennial.extras import require_extra
 from perennial.storage.errors import NotFoundError
-from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.prompts.system_prompts import load_system_prompt
 from perennial.storage.registry.manifest import Manifest
@@ -24,6 +23,7 @@ from perennial.streams.devstack.discovery import connected_settings
 
 if TYPE_CHECKING:
     from perennial.learner.serving.peft_backend import PeftBackend
+    from perennial.streams.client.personal.composition import Part
 
 
 @dataclass(frozen=True)
@@ -66,28 +66,62 @@ def ask_models(adapter: str, question: Question, *, version: str | None, base: b
         from perennial.learner.model.lora import LoraConfig
         from perennial.learner.serving.peft_backend import PeftBackend
 
-        manifest = None if asked is None else registry.manifest(adapter, asked)
+        served = None if asked is None else _served(registry, adapter, asked, settings.serving.alias)
         config = LoraConfig(settings.training.rank, settings.training.alpha)
-        if manifest is not None:
-            config = LoraConfig(manifest.rank, int(manifest.config["alpha"] or 0))
+        if served is not None:
+            config = LoraConfig(served.part.manifest.rank, int(served.part.manifest.config["alpha"] or 0))
         loaded = load_base(settings.model.base, settings.model.device, settings.model.threads, settings.model.dtype)
         backend = PeftBackend(loaded, config)
-        if manifest is not None and asked is not None:
-            weights = get_blob(open_store(settings.store.require_uri(), settings.s3), manifest.weights.digest)
-            backend.load(asked, weights, manifest)
+        if served is not None:
+            backend.load(served.part.version, served.part.weights, served.part.manifest)
     answers: dict[str, str] = {}
     facts: dict[str, object] = {"prompt": question.prompt, "system": system, "version": asked}
+    if served is not None and served.shared is not None:
+        facts |= {"extends": served.part.manifest.extends, "shared_version": served.shared}
     if base is not False:
         answers["base"] = _answer(backend, question, system, None if as_json else Text("frozen base:", "bold"))
-    if asked is not None and manifest is not None:
-        backend.activate(asked)
-        name = f"{adapter} @ {shown_version(asked, console)}:"
+    if served is not None:
+        backend.activate(served.part.version)
+        name = f"{adapter} @ {shown_version(asked, console)}"
+        if served.shared is not None:
+            name += f" together with {served.part.manifest.extends} @ {shown_version(served.shared, console)}"
         if answers and not as_json:
             print()
-        answers["adapter"] = _answer(backend, question, system, None if as_json else Text(name, "bold green"))
+        answers["adapter"] = _answer(backend, question, system, None if as_json else Text(f"{name}:", "bold green"))
     if as_json:
         print(json.dumps({**facts, **answers}))
     return 0
+
+
+@dataclass(frozen=True)
+class _Served:
+    """What is asked: a version, or a personal and a shared one composed.
+
+    Attributes:
+        part: The LoRA with its manifest.
+        shared: Version of the shared adapter in it; None: none.
+    """
+
+    part: Part
+    shared: str | None = None
+
+
+def _served(registry: Registry, adapter: str, version: str, alias: str) -> _Served:
+    """Return a version as clients serve it: together with the live version of the adapter that it extends."""
+    from perennial.streams.client.personal.composition import Part, compose
+    from perennial.streams.client.personal.served_parts import naming_parts
+
+    manifest = registry.manifest(adapter, version)
+    own = Part(version, manifest, get_blob(registry.store, manifest.weights.digest))
+    state = None if manifest.extends is None else registry.alias(manifest.extends, alias)
+    if state is None or state.kind == "retired":
+        return _Served(own)
+    beneath = registry.manifest(state.adapter, state.version)
+    if registry.is_revoked(state.adapter, beneath.seq):
+        return _Served(own)
+    shared = Part(state.version, beneath, get_blob(registry.store, beneath.weights.digest))
+    both = compose(own, shared)
+    return _Served(replace(both, manifest=naming_parts(both.manifest, own.version, shared.version)), shared.version)
 
 
 def _version_of(registry: Registry, adapter: str, alias: str, wanted: str | None) -> str:

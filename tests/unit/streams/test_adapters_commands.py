@@ -379,3 +379,20 @@ def test_doctor_lists_parked_adapters_and_what_waits(store):
 def test_status_names_parked_adapters():
     flow = FlowSnapshot(1.0, dict.fromkeys(TOPICS, 0), dict.fromkeys(status.GROUPS, 0), parked={ADAPTER: "no-space"})
     assert "acme/support is parked: no-space; `perennial adapters show acme/support`" in status.as_text(flow, None)
+
+
+def test_a_personal_adapter_is_shown_with_the_shared_one_that_it_extends(store, capsys):
+    personal = f"{ADAPTER}/user-42"
+    VersionPublisher(store, personal, extends=ADAPTER).publish()
+
+    def shown() -> str:
+        adapters.show_adapter(personal, as_json=False)
+        return " ".join(capsys.readouterr().out.split())
+
+    assert f"extends {ADAPTER}, which has no live version: served alone" in shown()
+    shared = VersionPublisher(store, ADAPTER).publish().version
+    assert f"extends {ADAPTER}, served together with its version {shared}" in shown()
+    adapters.show_adapter(personal, as_json=True)
+    assert json.loads(capsys.readouterr().out)["manifest"]["extends"] == ADAPTER
+    adapters.show_adapter(ADAPTER, as_json=False)
+    assert "extends" not in capsys.readouterr().out

@@ -165,3 +165,22 @@ def test_the_system_prompt_is_shown_changed_and_cleared(store, tmp_path, capsys)
         change_system_prompt(ADAPTER, str(tmp_path / "blank.txt"), as_json=True)
     with pytest.raises(NotFoundError, match="no such file"):
         change_system_prompt(ADAPTER, str(tmp_path / "none.txt"), as_json=True)
+
+
+def test_a_personal_adapter_is_asked_together_with_the_live_version_of_the_shared_one(store, versions, capsys):
+    personal = f"{ADAPTER}/user-42"
+    user = VersionPublisher(store, personal, tiny.base().digest, extends=ADAPTER)
+    own = user.publish(weights(4)).version
+
+    def answers(as_json: bool = True) -> str:
+        assert ask_models(personal, QUESTION, version=None, base=False, as_json=as_json) == 0
+        return capsys.readouterr().out
+
+    both = json.loads(answers())
+    assert (both["version"], both["extends"], both["shared_version"]) == (own, ADAPTER, versions[2])
+    assert f"{personal} @ {own} together with {ADAPTER} @ {versions[2]}:\n" in answers(as_json=False)
+    user.registry.retire(ADAPTER, "live", "gone", versions[2])
+    alone = json.loads(answers())
+    assert "shared_version" not in alone
+    assert alone["adapter"] != both["adapter"]
+    assert f"{personal} @ {own}:\n" in answers(as_json=False)

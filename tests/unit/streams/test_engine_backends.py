@@ -25,6 +25,7 @@ from perennial.streams.client.engines.sglang_backend import SglangBackend
 from perennial.streams.client.engines.vllm_backend import VllmBackend
 from perennial.streams.client.engines.zero_adapter import smallest_zero_weights, zero_weights
 from perennial.streams.client.failure_kinds import FailureKind, failure_kind
+from perennial.streams.client.personal.composition import composed_digest
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.client.testing import small_weights
 from perennial.streams.settings import Settings
@@ -360,3 +361,26 @@ def test_the_adapter_that_displaces_others_is_one_pair_of_zeros(make: Make, vllm
     assert [(folder / "adapter_model.safetensors").read_bytes() for folder in spares] == [tiny]
     with pytest.raises(IntegrityError):
         smallest_zero_weights(b"junk")
+
+
+def test_clients_are_told_the_name_that_stands_for_both_adapters_and_a_new_engine_gets_it_again(engine, make, tmp_path):
+    store, personal = DirectoryStore(tmp_path / "store", fsync=False), f"{ADAPTER}/user-42"
+    tenant, user = VersionPublisher(store, ADAPTER), VersionPublisher(store, personal, extends=ADAPTER)
+    shared, own = tenant.publish(probes=PROBES).version, user.publish(probes=PROBES).version
+    backend = make(engine)
+    settings = Settings.of(poll_s=0.05, kafka="", env_file=None)
+    with Subscriber(personal, backend, store=store, settings=settings) as subscriber:
+        assert subscriber.wait_for(1, 180)
+        name = subscriber.served_name
+        assert name == f"{personal}@{composed_digest(own, shared)[7:]}" == backend.active_name(personal)
+        assert backend.model_for(personal) == backend.api.model_of(name)
+        assert name in engine.adapters
+    engine.adapters.clear()  # an engine that was started anew
+    again = make(engine)
+    assert again.heal() == (name,)
+    assert name in engine.adapters
+    path = again._folders.folder_of(name) / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(own[7:].encode(), shared[7:].encode()))
+    engine.adapters.clear()
+    with pytest.raises(IntegrityError, match="damaged"):
+        again.heal()

@@ -129,3 +129,23 @@ def test_adapters_of_another_tenant_are_refused_before_anything_is_made(tmp_path
         assert command.process.wait(WAIT_S) == 2
     assert not (tmp_path / "served").exists()
     assert not (tmp_path / "store").exists()
+
+
+def test_a_personal_adapter_is_served_together_with_the_shared_one(tmp_path: Path):
+    store, served = DirectoryStore(tmp_path / "store", fsync=False), tmp_path / "served"
+    tenant = VersionPublisher(store)
+    user = VersionPublisher(store, "acme/support/user-42", extends="acme/support")
+    shared, own = tenant.publish().version, user.publish().version
+    arguments = ["acme/support/user-42", "--backend", "directory", "--folder", str(served), "--grace-s", "0"]
+    with subscribing(tmp_path / "store", *arguments) as command:
+        command.line_with("acme/support/user-42: generation 1 is served", own[7:19])
+        line = command.line_with(f"serving acme/support/user-42@{own[7:19]} together with acme/support@{shared[7:19]}")
+        assert DirectoryBackend(served).current("acme/support/user-42") == line.split()[-1]
+        shared = tenant.publish().version
+        command.line_with("acme/support: generation 2 is served", shared[7:19])
+        line = command.line_with(f"serving acme/support/user-42@{own[7:19]} together with acme/support@{shared[7:19]}")
+        assert DirectoryBackend(served).current("acme/support/user-42") == line.split()[-1]
+        command.process.send_signal(signal.SIGTERM)
+        command.line_with("left")
+        assert command.process.wait(WAIT_S) == 0
+    assert len(DirectoryBackend(served).list()) == 1
