@@ -28,7 +28,8 @@ class Backend(Protocol):
     """Serves adapter versions: in a model of this process, through a server, or as files.
 
     A name stands for one immutable version and is never given to another version, so no version is ever reloaded in
-    place. A subscriber makes all calls from one thread. When a call raises, the version that was active before the
+    place. A subscriber makes all calls from one thread; that of a personal adapter makes them from two threads, one call at
+    a time. When a call raises, the version that was active before the
     call stays in service.
 
     Attributes:

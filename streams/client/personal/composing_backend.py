@@ -12,6 +12,7 @@ import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
+from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import Backend, BackendError, Deactivates, HasRoom
 from perennial.streams.client.personal.served_parts import naming_parts
@@ -97,9 +98,14 @@ class ComposingBackend:
     # ---- calls of the sides
 
     def load(self, name: str, weights: bytes, manifest: Manifest) -> None:
-        """Keep a version of one side in memory."""
+        """Keep a version of one side in memory.
+
+        Raises:
+            IntegrityError: The weights are no safetensors.
+        """
         from perennial.streams.client.personal.composition import Part
 
+        check_safetensors(weights)
         with self._lock:
             self._parts[name] = Part(f"sha256:{name[-_HEX_CHARS:]}", manifest, weights)
 

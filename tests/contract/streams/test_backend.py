@@ -24,6 +24,7 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.manifest import Manifest
 from perennial.streams.client.backend import BackendError
 from perennial.streams.client.directory_backend import DirectoryBackend
+from perennial.streams.client.personal.composing_backend import ComposingBackend
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.settings import Settings
 from perennial.testing import MemoryBackend, small_weights
@@ -78,13 +79,18 @@ def lora_weights(base: Any, count: int) -> list[bytes]:
     return made
 
 
-@pytest.fixture(params=["memory", "directory", "peft"])
+@pytest.fixture(params=["memory", "directory", "peft", "own side"])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     if request.param == "memory":
         memory = MemoryBackend()
         weights = [small_weights(1), small_weights(2)]
         versions = versions_of(tmp_path, weights, "sha256:" + "b" * 64, 2)
         yield Case(memory, versions, lambda: memory.active, lambda name: busy_in_memory(memory, name))
+    elif request.param == "own side":
+        memory = MemoryBackend()
+        side = ComposingBackend(memory, f"{ADAPTER}@", "acme@").own
+        versions = versions_of(tmp_path, [small_weights(1), small_weights(2)], "sha256:" + "b" * 64, 2)
+        yield Case(side, versions, lambda: memory.active, lambda name: busy_in_memory(memory, name))
     elif request.param == "directory":
         folder = DirectoryBackend(tmp_path / "served")
         weights = [small_weights(1), small_weights(2)]

@@ -93,7 +93,7 @@ def test_each_newer_version_of_either_adapter_is_served_without_a_job(world):
         until(lambda: world.acknowledged(TENANT) == [1, 2], "the follower acknowledges")
         until(lambda: world.acknowledged(USER) == [1, 2], "the subscriber acknowledges")
         assert {ack.replica for ack in world.sent if ack.adapter == TENANT} == {"here:user-42"}
-        assert world.activated == [USER, TENANT, USER]
+        until(lambda: world.activated == [USER, TENANT, USER], "and its user is told")
         assert follower_threads()
     assert not follower_threads()
     assert world.failures(USER) == world.failures(TENANT) == []
