@@ -18,7 +18,7 @@ from cachetools import LRUCache, TTLCache
 from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.client.engines.engine_api import NextTokens, NonFiniteAnswerError
 from perennial.streams.client.engines.engine_probe import check_answers, texts_to_ask
-from perennial.streams.client.vllm_plugin.version_folders import FoundVersion
+from perennial.streams.client.vllm_plugin.found_versions import FoundVersion
 from perennial.streams.probe_texts import PROBE_TEXTS
 
 _ENGINE_S = 60.0
@@ -79,30 +79,28 @@ class EngineTrial:
             UnfitVersionError: The engine cannot load it, or predicts something else than the learner did, or NaN.
             TimeoutError: The engine did not answer in time.
         """
-        if found.version in self._passed:
+        if found.digest in self._passed:
             return
-        refused = self._refused.get(found.version)
+        refused = self._refused.get(found.digest)
         if refused is not None:
             raise refused.with_traceback(None)
         try:
             await asyncio.wait_for(self._run(found, path), _ENGINE_S)
         except UnfitVersionError as error:
-            self._refused[found.version] = error
+            self._refused[found.digest] = error
             raise
-        self._passed[found.version] = None
+        self._passed[found.digest] = None
 
     async def _run(self, found: FoundVersion, path: str) -> None:
         request = self._make_request(f"{found.name}=trial-{uuid4().hex[:12]}", self._next_id(), path)
         try:
             await self._engine.add_lora(request)
         except Exception as error:
-            raise UnfitVersionError(
-                "the engine cannot load the version", got=str(error).strip()[-200:],
-                remedy="start it with --enable-lora and a larger --max-lora-rank, or publish versions that it takes",
-            ) from error  # fmt: skip
+            raise _load_error(found, error) from error
         try:
             answers = [await self._next_tokens(text, request) for text in texts_to_ask(found.manifest).values()]
-            check_answers(found.manifest, answers, self._tolerance_nats)
+            if found.shared is None:  # nobody recorded what two versions together predict
+                check_answers(found.manifest, answers, self._tolerance_nats)
         except NonFiniteAnswerError:
             await self._overwrite_blocks()
             raise
@@ -142,3 +140,16 @@ class EngineTrial:
                 good = 0
             if good == 2:
                 return
+
+
+def _load_error(found: FoundVersion, error: Exception) -> UnfitVersionError:
+    remedy = "start it with --enable-lora and a larger --max-lora-rank, or publish versions that it takes"
+    if found.shared is None:
+        return UnfitVersionError("the engine cannot load the version", got=str(error).strip()[-200:], remedy=remedy)
+    own, shared = found.manifest.rank, found.shared.manifest.rank
+    return UnfitVersionError(
+        f"the engine cannot load {found.manifest.adapter} together with {found.shared.manifest.adapter}, an adapter of "
+        f"rank {own} + {shared} = {own + shared}",
+        got=str(error).strip()[-200:],
+        remedy=f"start it with --enable-lora and a --max-lora-rank of {own + shared} or more, or let both learn with smaller ranks",
+    )

@@ -11,11 +11,12 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from perennial.streams.client.vllm_plugin.engine_trial import Engine
+from perennial.streams.client.vllm_plugin.found_versions import FoundVersion, RevokedSharedError, SharedVersions
 from perennial.streams.client.vllm_plugin.name_resolver import Followed, NameResolver, Retired, log
-from perennial.streams.client.vllm_plugin.version_folders import FoundVersion
 
 GRACE_S = 300.0
 """How long a request may take from the moment when it looks its model up to the moment when the engine has it.
@@ -49,6 +50,14 @@ class Models(Protocol):
     lora_requests: dict[str, Any]
     lora_id_counter: Counting
     lora_resolver_lock: Locks
+
+
+@dataclass(frozen=True)
+class _Poll:
+    """One reading of all aliases: when it began, by the monotonic clock, and what it has read of shared adapters."""
+
+    begin_s: float
+    shared_versions: SharedVersions
 
 
 class NameRefresher:
@@ -100,7 +109,8 @@ class NameRefresher:
     async def refresh_all(self) -> None:
         """Refresh every name once. An error of one name does not keep the others."""
         names = list(self._resolver.followed)
-        errors = await asyncio.gather(*map(self._refresh_in_turn, names), return_exceptions=True)
+        poll = _Poll(self._resolver.clock(), SharedVersions())
+        errors = await asyncio.gather(*(self._refresh_in_turn(name, poll) for name in names), return_exceptions=True)
         for name, error in zip(names, errors, strict=True):
             if isinstance(error, Exception):
                 self._stale_since.setdefault(name, self._now())
@@ -114,16 +124,16 @@ class NameRefresher:
         self._resolver.metrics.names.set(len(followed))
         self._resolver.metrics.bytes.set(self._resolver.folders.total_bytes)
 
-    async def _refresh_in_turn(self, name: str) -> None:
+    async def _refresh_in_turn(self, name: str, poll: _Poll) -> None:
         async with self._turns:
-            await self._refresh(name)
+            await self._refresh(name, poll)
 
-    async def _refresh(self, name: str) -> None:
+    async def _refresh(self, name: str, poll: _Poll) -> None:
         # vLLM holds the lock while it resolves or unloads the name; nobody else changes the table then.
         async with self._models.lora_resolver_lock[name]:
             followed = self._resolver.followed.get(name)
-            if followed is None:
-                return
+            if followed is None or followed.resolved_s > poll.begin_s:
+                return  # what the poll read of a shared adapter may be older than what a request was given meanwhile
             if self._models.lora_requests.get(name) is not followed.request:
                 self._resolver.give_up(name)  # vLLM could not load it, or somebody unloaded or replaced it
                 return
@@ -132,7 +142,7 @@ class NameRefresher:
                 return
             try:
                 if followed.name.version is None:
-                    await self._follow_alias(name, followed)  # which looks for a revocation itself
+                    await self._follow_alias(name, followed, poll)  # which looks for a revocation itself
                 elif await self._is_revoked(followed):
                     self._withdraw(name, followed, "was revoked")
             except Exception as error:
@@ -144,13 +154,20 @@ class NameRefresher:
     async def _is_revoked(self, followed: Followed) -> bool:
         return await self._resolver.in_thread(self._resolver.folders.is_revoked, followed.found)
 
-    async def _follow_alias(self, name: str, followed: Followed) -> None:
-        """Serve what the alias names now."""
+    async def _follow_alias(self, name: str, followed: Followed, poll: _Poll) -> None:
+        """Serve what the alias names now. A personal adapter whose shared part is revoked goes on alone."""
         resolver = self._resolver
-        found = await resolver.in_thread(resolver.folders.find, followed.name, followed.served_model)
+        found: FoundVersion | None
+        try:
+            found = await resolver.in_thread(
+                resolver.folders.find, followed.name, followed.served_model, poll.shared_versions
+            )
+        except RevokedSharedError as error:
+            resolver.log_once(f"model {name} is served without its shared part", error)
+            found = error.alone
         if found is None:
             self._withdraw(name, followed, "has no version to serve any more")
-        elif found.version == followed.found.version:
+        elif found.name == followed.found.name:
             self._stale_since.pop(name, None)
         else:
             await self._replace(name, followed, found)
@@ -158,7 +175,8 @@ class NameRefresher:
     async def _replace(self, name: str, followed: Followed, found: FoundVersion) -> None:
         """Serve another version under a name. On an error the name stays as it is."""
         resolver = self._resolver
-        self._stale_since[name] = found.published_s or self._now()
+        changed_s = found.changed_s(followed.found)
+        self._stale_since[name] = self._now() if changed_s is None else changed_s
         async with resolver.lock_of(found.name):
             path = await resolver.in_thread(resolver.folders.prepare, found, followed.served_model)
             if resolver.try_out is not None:
@@ -177,8 +195,8 @@ class NameRefresher:
         resolver.retire(followed.found, followed.request)
         self._stale_since.pop(name, None)
         resolver.metrics.refreshes.labels("replaced").inc()
-        if found.published_s is not None:
-            resolver.metrics.published_to_served.observe(max(0.0, self._now() - found.published_s))
+        if changed_s is not None:
+            resolver.metrics.published_to_served.observe(max(0.0, self._now() - changed_s))
         log.info("%s is served as %s", name, request.lora_name)
 
     def _withdraw(self, name: str, followed: Followed, why: str) -> None:

@@ -17,9 +17,10 @@ from cachetools import TTLCache
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.client.trust.untrusted import UntrustedVersionError
+from perennial.streams.client.vllm_plugin.found_versions import FoundVersion
 from perennial.streams.client.vllm_plugin.requested_names import RequestedName, parse_requested_name
 from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
-from perennial.streams.client.vllm_plugin.version_folders import FoundVersion, VersionFolders
+from perennial.streams.client.vllm_plugin.version_folders import VersionFolders
 from perennial.streams.settings.tenant_group import OtherTenantError
 
 log = logging.getLogger("vllm.perennial")

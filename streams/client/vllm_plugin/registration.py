@@ -79,6 +79,7 @@ def _folders(settings: Settings) -> VersionFolders:
         served_base=settings.resolver.served_base,
         max_bytes=int(settings.resolver.resolver_max_gib * _GIB),
         signing=settings.signing,
+        require_own=settings.tenants.require_own,
     )
 
 

@@ -14,7 +14,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from cachetools import TTLCache
@@ -23,46 +23,25 @@ from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.finite_weights import check_finite
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.manifest import Manifest
-from perennial.storage.registry.records import MAX_RECORD_BYTES, Claim, parse_record, version_key
+from perennial.storage.registry.records import MAX_RECORD_BYTES, AliasState, Claim, parse_record, version_key
 from perennial.storage.registry.registry import Registry
 from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.directory_backend import DirectoryBackend
+from perennial.streams.client.trust.untrusted import UntrustedVersionError
 from perennial.streams.client.trust.version_guard import VersionGuard
 from perennial.streams.client.version_source import VersionSource
+from perennial.streams.client.vllm_plugin.found_versions import (
+    FoundVersion,
+    RevokedSharedError,
+    RevokedVersionError,
+    SharedVersions,
+)
 from perennial.streams.client.vllm_plugin.requested_names import RequestedName
 from perennial.streams.settings.signing_group import SigningSettings
 
 _UNFIT_S = 60.0
 """How long a damaged or unfit version is refused without reading its weights again."""
 _LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class FoundVersion:
-    """A version that a name stands for, and that may be served.
-
-    Attributes:
-        version: Digest of its manifest, `sha256:<64 hex>`.
-        manifest: Its manifest.
-        alias: The alias that names it. None if the name has a version.
-        published_s: When the alias was pointed at it, in seconds since 1970. None if the name has a version.
-    """
-
-    version: str
-    manifest: Manifest
-    alias: str | None
-    published_s: float | None
-
-    @property
-    def name(self) -> str:
-        """`<adapter>@<64 hex>`, the name of its folder."""
-        return f"{self.manifest.adapter}@{self.version.removeprefix('sha256:')}"
-
-    @property
-    def served_name(self) -> str:
-        """`<adapter>#<alias>@<64 hex>`, or without the alias; the name that replies show."""
-        alias = f"#{self.alias}" if self.alias else ""
-        return f"{self.manifest.adapter}{alias}@{self.version.removeprefix('sha256:')}"
 
 
 class VersionFolders:
@@ -75,6 +54,7 @@ class VersionFolders:
         served_base: Digest or name of the base that the server has. Empty: the name that vLLM gives.
         max_bytes: Most bytes of weights in this process's folder.
         signing: The trusted keys.
+        require_own: Raises OtherTenantError for a shared adapter that the server must not serve. By default none.
     """
 
     def __init__(
@@ -86,6 +66,7 @@ class VersionFolders:
         served_base: str,
         max_bytes: int,
         signing: SigningSettings,
+        require_own: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._open_registry = open_registry
         self._root = root
@@ -93,10 +74,12 @@ class VersionFolders:
         self._served_base = served_base
         self._max_bytes = max_bytes
         self._signing = signing
+        self._require_own = require_own
         self._registry: Registry | None = None
         self._guard: VersionGuard | None = None
         self._backend: DirectoryBackend | None = None
         self._bytes: dict[str, int] = {}
+        self._composed: dict[str, Manifest] = {}
         self._unfit: TTLCache[str, Exception] = TTLCache(1024, _UNFIT_S)
         self._lock = threading.Lock()
         self._writing = threading.Lock()
@@ -107,17 +90,25 @@ class VersionFolders:
         with self._lock:
             return sum(self._bytes.values())
 
-    def find(self, name: RequestedName, served_model: str) -> FoundVersion | None:
+    def find(
+        self, name: RequestedName, served_model: str, shared_versions: SharedVersions | None = None
+    ) -> FoundVersion | None:
         """Return the version that a name stands for now. None if there is none, or if the adapter is retired.
+
+        A version that extends a shared adapter comes with that adapter's live version, if there is one, or with the one
+        that the name has.
 
         Args:
             name: The name.
             served_model: Name of the model that the server has, as vLLM gives it.
+            shared_versions: What was read of shared adapters before. None: nothing.
 
         Raises:
             StoreError: The store does not answer, or the alias or the manifest is damaged.
             UnfitVersionError: The version is revoked, was never promoted, or belongs to another base.
+            RevokedSharedError: The live version of the shared adapter is revoked.
             UntrustedVersionError: No trusted key signed the alias or the version, or the alias is an older one.
+            OtherTenantError: The shared adapter is none of the tenant's.
         """
         registry, guard = self._opened(), self._opened_guard()
         version, alias, published_s, state = name.version, None, None, None
@@ -133,19 +124,72 @@ class VersionFolders:
             alias = None
             if not self._is_promoted(registry, name.adapter, version):
                 return None
-        digest = self._served_base if self._served_base.startswith("sha256:") else None
-        source = VersionSource(registry, name.adapter, guard)
-        manifest = source.manifest(version, digest, None if name.version else state)
+        manifest = self._manifest(name.adapter, version, served_model, None if name.version else state)
         if state is not None:
             guard.note(state)
+        found = FoundVersion(version, manifest, alias, published_s)
+        if name.shared_version is not None:
+            return self._with_shared_version(found, name.shared_version, served_model)
+        if manifest.extends is not None:
+            return self._with_live_shared(found, name.alias or self._alias, served_model, shared_versions)
+        return found
+
+    def _manifest(self, adapter: str, version: str, served_model: str, state: AliasState | None) -> Manifest:
+        """Return the manifest of a version that may be served; `state` is the alias that names it, if one does."""
+        digest = self._served_base if self._served_base.startswith("sha256:") else None
+        manifest = VersionSource(self._opened(), adapter, self._opened_guard()).manifest(version, digest, state)
         expected = self._served_base or served_model
         if digest is None and manifest.base_model != expected:
             raise UnfitVersionError(
-                f"{version} of {name.adapter} belongs to another base than the server has", got=manifest.base_model,
+                f"{version} of {adapter} belongs to another base than the server has", got=manifest.base_model,
                 allowed=expected,
                 remedy=f"if it is the same model, set PERENNIAL_SERVED_BASE={manifest.base_sha256} for the server",
             )  # fmt: skip
-        return FoundVersion(version, manifest, alias, published_s)
+        return manifest
+
+    def _with_shared_version(self, own: FoundVersion, version: str, served_model: str) -> FoundVersion | None:
+        """Return a personal version together with a version of its shared adapter; None if there is no such version."""
+        adapter = own.manifest.extends
+        if adapter is None:
+            return None
+        self._require_own(adapter)
+        if not self._is_promoted(self._opened(), adapter, version):
+            return None
+        shared = FoundVersion(version, self._manifest(adapter, version, served_model, None), None, None)
+        return replace(own, shared=shared)
+
+    def _with_live_shared(
+        self, own: FoundVersion, alias: str, served_model: str, shared_versions: SharedVersions | None
+    ) -> FoundVersion:
+        """Return a personal version together with the live version of its shared adapter; alone if there is none."""
+        adapter = own.manifest.extends
+        if adapter is None:
+            return own
+        self._require_own(adapter)
+        known = SharedVersions() if shared_versions is None else shared_versions
+        try:
+            shared = known.get(adapter, alias, lambda: self._live_shared(adapter, alias, served_model))
+        except RevokedVersionError as error:
+            raise RevokedSharedError(error, own) from error
+        return replace(own, shared=shared)
+
+    def _live_shared(self, adapter: str, alias: str, served_model: str) -> FoundVersion | None:
+        guard = self._opened_guard()
+        state = guard.alias(adapter, alias)
+        if state is None or state.kind == "retired":
+            return None
+        try:
+            manifest = self._manifest(adapter, state.version, served_model, state)
+        except UntrustedVersionError:
+            raise
+        except UnfitVersionError as error:
+            if not self._opened().is_revoked(adapter, state.seq):
+                raise
+            raise RevokedVersionError(
+                error.message, got=error.got, allowed=error.allowed, remedy=error.remedy
+            ) from error
+        guard.note(state)
+        return FoundVersion(state.version, manifest, alias, state.published_at.timestamp())
 
     def _is_promoted(self, registry: Registry, adapter: str, version: str) -> bool:
         """Return whether there is such a version. Raise UnfitVersionError where it must not be served."""
@@ -169,12 +213,13 @@ class VersionFolders:
         return True
 
     def is_revoked(self, found: FoundVersion) -> bool:
-        """Return whether a version was revoked.
+        """Return whether a version was revoked, or the shared one that it is served with.
 
         Raises:
             StoreError: The store does not answer.
         """
-        return self._opened().is_revoked(found.manifest.adapter, found.manifest.seq)
+        parts = [found] if found.shared is None else [found, found.shared]
+        return any(self._opened().is_revoked(part.manifest.adapter, part.manifest.seq) for part in parts)
 
     def prepare(self, found: FoundVersion, served_model: str) -> Path:
         """Return the folder of a version. Fetch, check and write the version first, if there is no folder yet.
@@ -186,28 +231,31 @@ class VersionFolders:
         Raises:
             StoreError: The store does not answer, or lacks the weights.
             IntegrityError: The weights are not those that the manifest names, or hold NaN or infinite numbers.
-            UnfitVersionError: The version cannot be written as a PEFT adapter.
+            UnfitVersionError: The version cannot be written as a PEFT adapter, or not be put together with its shared
+                part.
             BackendError: There is no room under `max_bytes`.
             OSError: The folder cannot be written.
         """
         with self._lock:
-            unfit = self._unfit.get(found.version)
+            unfit = self._unfit.get(found.digest)
         if unfit is not None:
             raise unfit.with_traceback(None)
-        is_new = self._reserve(found)
+        is_new = self._reserve(found.name, found.size_bytes)
         try:
-            weights = self._weights(found)
+            manifest, weights = self._served_weights(found)
+            self._reserve(found.name, len(weights))  # those of two versions may be larger together
             with self._writing:
                 backend = self._opened_backend(served_model)
-                backend.load(found.name, weights, found.manifest)
+                backend.load(found.name, weights, manifest)
                 with self._lock:  # another thread that failed may have taken the count back
                     self._bytes[found.name] = len(weights)
         except BaseException as error:
             with self._lock:
                 if is_new:
                     self._bytes.pop(found.name, None)
+                    self._composed.pop(found.name, None)
                 if isinstance(error, IntegrityError | UnfitVersionError):
-                    self._unfit[found.version] = error
+                    self._unfit[found.digest] = error
             raise
         return backend.folder_of(found.name)
 
@@ -230,6 +278,7 @@ class VersionFolders:
                 self._backend.unload(name)
             with self._lock:
                 self._bytes.pop(name, None)
+                self._composed.pop(name, None)
 
     def delete_leftovers(self) -> None:
         """Delete the folders of processes that ended without doing so.
@@ -275,13 +324,13 @@ class VersionFolders:
             self._backend = DirectoryBackend(own, base_model_name=served_model)
         return self._backend
 
-    def _reserve(self, found: FoundVersion) -> bool:
-        """Count the bytes of a version; return False if they are counted already."""
-        size_bytes = found.manifest.weights.size_bytes
+    def _reserve(self, name: str, size_bytes: int) -> bool:
+        """Count the bytes of a folder, if they are more than were counted for it; return whether none were."""
         with self._lock:
-            if found.name in self._bytes:
+            counted_bytes = self._bytes.get(name)
+            if counted_bytes is not None and size_bytes <= counted_bytes:
                 return False
-            total_bytes = sum(self._bytes.values()) + size_bytes
+            total_bytes = sum(self._bytes.values()) - (counted_bytes or 0) + size_bytes
             if total_bytes > self._max_bytes:
                 raise BackendError(
                     "no room for another version in the folder of this server", got=f"{total_bytes} bytes",
@@ -289,20 +338,45 @@ class VersionFolders:
                     remedy="raise PERENNIAL_RESOLVER_MAX_GIB, or set VLLM_PLUGINS=perennial so that versions which are "
                     "not used are deleted",
                 )  # fmt: skip
-            self._bytes[found.name] = size_bytes
-            return True
+            self._bytes[name] = size_bytes
+            return counted_bytes is None
+
+    def _served_weights(self, found: FoundVersion) -> tuple[Manifest, bytes]:
+        """Return what the folder of a version gets: its manifest and weights, or those of both parts together."""
+        if found.shared is None:
+            return found.manifest, self._weights(found)
+        from perennial.streams.client.personal.composition import Part, compose  # it needs numpy
+
+        with self._lock:
+            manifest = self._composed.get(found.name)
+        held = None if manifest is None else self._held_weights(found.name, manifest)
+        if manifest is not None and held is not None:
+            return manifest, held
+        parts = (replace(found, shared=None), found.shared)
+        own, shared = (Part(part.version, part.manifest, self._weights(part)) for part in parts)
+        composed = compose(own, shared)
+        check_finite(composed.weights)
+        with self._lock:
+            self._composed[found.name] = composed.manifest
+        return composed.manifest, composed.weights
+
+    def _held_weights(self, name: str, manifest: Manifest) -> bytes | None:
+        """Return the weights in a folder; None where there are none, or others than the manifest names."""
+        backend = self._backend
+        if backend is None:
+            return None
+        try:
+            held = (backend.folder_of(name) / "adapter_model.safetensors").read_bytes()
+        except FileNotFoundError:
+            return None
+        return held if digest_of(held) == manifest.weights.digest else None
 
     def _weights(self, found: FoundVersion) -> bytes:
-        """Return the checked weights, from the folder if it has them already."""
+        """Return the checked weights of a version alone, from its folder if there is one."""
+        held = self._held_weights(found.name, found.manifest)
+        if held is not None:
+            return held
         source = VersionSource(self._opened(), found.manifest.adapter, self._opened_guard())
-        backend = self._backend
-        if backend is not None:
-            try:
-                held = (backend.folder_of(found.name) / "adapter_model.safetensors").read_bytes()
-            except FileNotFoundError:
-                held = b""
-            if digest_of(held) == found.manifest.weights.digest:
-                return held
         weights = source.fetch(found.manifest)
         source.verify(found.manifest, weights)
         check_finite(weights)

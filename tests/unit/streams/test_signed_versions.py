@@ -249,6 +249,22 @@ def test_vllm_is_given_nothing_of_an_attack(world, attack):
         world.folders().find(parse_requested_name(ADAPTER), "shipped")
 
 
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_vllm_is_given_no_personal_adapter_whose_shared_part_was_attacked(world, attack):
+    world.history = [world.owner.publish() for _ in range(2)]
+    user = VersionPublisher(world.store, f"{ADAPTER}/user-42", trust=world.keys.owner)
+    manifest = user.manifest(small_weights(7)).model_copy(update={"extends": ADAPTER})
+    user.registry.publish(manifest, [small_weights(7)], lambda _: None)
+    folders = world.folders()
+    name = parse_requested_name(f"{ADAPTER}/user-42")
+    assert folders.find(name, "shipped").shared.version == world.history[-1].version
+    reason = attack(world)
+    for client in (folders, world.folders()):
+        with pytest.raises(UntrustedVersionError) as raised:
+            client.find(name, "shipped")
+        assert raised.value.reason == reason
+
+
 def test_vllm_counts_a_refusal_by_its_reason(world):
     world.history = [world.owner.publish()]
     registry = CollectorRegistry()

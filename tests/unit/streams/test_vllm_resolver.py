@@ -135,6 +135,18 @@ def test_a_server_of_a_tenant_serves_its_adapters(resolvers, versions, environme
     assert weights_of(resolve(resolvers, ADAPTER)[0]) == small_weights(1)
 
 
+def test_a_server_of_a_tenant_refuses_what_extends_an_adapter_that_is_none_of_its(
+    resolvers, versions, environment, metrics, caplog
+):
+    user = VersionPublisher(versions.store, "acme/user-42")
+    manifest = user.manifest(small_weights(1)).model_copy(update={"extends": "acme"})
+    user.registry.publish(manifest, [small_weights(1)], lambda _: None)
+    environment.setenv("PERENNIAL_TENANT", "acme")
+    assert resolve(resolvers, "acme/user-42") == [None]
+    assert metrics.requests.labels("refused")._value.get() == 1
+    assert "got: acme; allowed: adapters below acme/" in caplog.text
+
+
 # ---- versions
 
 
