@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
 from perennial.storage.objects.factory import open_store
@@ -162,6 +163,37 @@ def test_a_new_server_answers_as_the_trainer_and_follows_the_alias(fresh, publis
     assert 'perennial_resolver_refreshes_total{outcome="replaced"}' in fresh.call("/metrics")[1]
     listed = [model["id"] for model in fresh.call("/v1/models")[1]["data"]]
     assert {"base", f"{ADAPTER}#live@{version[7:]}", f"{ADAPTER}@{old[7:]}"} <= set(listed)
+
+
+def test_a_personal_adapter_answers_with_both_parts_and_follows_the_shared_one(fresh, publisher, maker, ids):
+    user = "acme/shared/user-42"
+    wide = VersionMaker("shipped", rank=2 * RANK)
+    users, shared_versions = publisher(user), publisher("acme/shared")
+    weights = data_of(maker, 20)
+    made = users.manifest(weights, rank=RANK, alpha=ALPHA, probes=maker.probes(20))
+    own = made.model_copy(update={"extends": "acme/shared"})
+    users.registry.publish(own, [weights], lambda _: None)
+    alone = ask(fresh, user, ids)
+    assert isinstance(alone, Answer), fresh.log.read_text(errors="replace")[-4000:]
+    assert alone.model == f"{user}#live@{own.digest()[7:]}"
+    assert alone.nats == pytest.approx(maker.nats_of(maker.tensors(20), ids, alone.tokens), abs=CLOSE_NATS)
+
+    for seed in (21, 22):
+        version = shared_versions.publish(data_of(maker, seed), rank=RANK, alpha=ALPHA).version
+        name = f"{user}#live@{own.digest()[7:]}+{version[7:]}"
+        wait_for(
+            fresh, lambda name=name: ask(fresh, user, ids).model == name, "the name does not follow the shared part"
+        )
+        answer = ask(fresh, user, ids)
+        parts = maker.tensors(seed), maker.tensors(20)
+        both = {each: torch.cat([part[each] for part in parts], 0 if ".lora_A." in each else 1) for each in parts[0]}
+        assert answer.nats == pytest.approx(wide.nats_of(both, ids, answer.tokens), abs=CLOSE_NATS)
+        for part in parts:
+            one = maker.nats_of(part, ids, answer.tokens)
+            assert answer.nats != pytest.approx(one, abs=0.05), "one part alone answers"
+    asked_again = ask(fresh, answer.model, ids)
+    assert asked_again.model == f"{user}@{own.digest()[7:]}+{version[7:]}"
+    assert asked_again.nats == pytest.approx(answer.nats, abs=CLOSE_NATS)
 
 
 def test_a_revoked_version_is_answered_with_404(fresh, publisher, maker, ids):
