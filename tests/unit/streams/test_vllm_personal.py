@@ -188,6 +188,9 @@ def test_two_versions_that_do_not_belong_together_are_not_found(world: World):
         other = teach(world, small_weights(4), OTHER)
         for states in ((own, stranger), (own, other), (own, own), (shared, shared), (shared, own)):
             assert await world.served(pinned(*states)) == 404
+        refused = world.versions.manifest(small_weights(5)).model_copy(update={"outcome": "refused"})
+        world.versions.registry.publish(refused, [small_weights(5)], lambda _: None)
+        assert await world.served(f"{pinned(own)}+{refused.digest()[7:]}") == 404
 
     run(story())
 
@@ -418,6 +421,21 @@ def test_the_engine_tries_what_was_put_together_without_what_one_part_alone_pred
         await world.poll()
         assert await world.served(USER) == both(world, own, shared)
         assert world.metrics.stale_since._value.get() > 0
+
+    run(story())
+
+
+def test_a_version_that_passed_alone_is_tried_again_with_its_shared_part(world: World):
+    async def story() -> None:
+        own = teach(world, small_weights(1))
+        assert await world.served(USER) == small_weights(1)
+        shared = world.versions.publish(small_weights(2))
+        world.engine.predicts[both(world, own, shared)] = {1: float("nan")}
+        await world.poll()
+        assert await world.served(USER) == small_weights(1)
+        newer = world.versions.publish(small_weights(3))
+        await world.poll()
+        assert await world.served(USER) == both(world, own, newer)
 
     run(story())
 
