@@ -17,7 +17,7 @@ from perennial.learner.model.base import Base
 from perennial.learner.model.lora import Lora, LoraConfig, Tensors, check_weights, rank_axis
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.training.compute import Compute
-from perennial.learner.training.personal.composition import (
+from perennial.learner.training.personal.stacking import (
     SharedPart,
     compose,
     own_part,

@@ -21,8 +21,8 @@ from typing import Any, Final
 import numpy as np
 
 from perennial.learner.model.lora import Lora, Tensors, to_safetensors
-from perennial.learner.training.personal.composition import compose, served_rank, stacked_config
 from perennial.learner.training.personal.layered_lora import LayeredLora
+from perennial.learner.training.personal.stacking import compose, served_rank, stacked_config
 from perennial.learner.training.update import Updater
 from tests.benchmarks.learning.arms import OURS
 from tests.benchmarks.learning.world import World
@@ -42,13 +42,14 @@ from tests.benchmarks.personal.users import (
     users,
 )
 
-ARMS: Final = ("zero", "copy", "reptile", "shared", "shared+average", "shared+reptile")
-SHORT: Final = ("zero", "shared", "shared+average", "shared+reptile")
+ARMS: Final = ("zero", "sum", "sum+average", "copy", "reptile", "shared", "shared+average", "shared+reptile")
+SHORT: Final = ("zero", "sum", "shared", "shared+average", "shared+reptile")
 GOALS: Final = {"examples_ratio_vs_zero_start": 0.34, "leaked_canaries": 0}
 HELD_OUT: Final = 8
 TENANT_EXAMPLES, TENANT_PER_UPDATE, LATER_EXAMPLES = 48, 8, 12
 COHORTS: Final = 3
 """Groups in which siblings come: each begins from the start that was learned over those before."""
+GENERAL_TEXTS: Final = 64
 CANARIES: Final = 3
 SECRETS: Final = 511
 """Other secrets that a canary is ranked among."""
@@ -98,11 +99,12 @@ class Found:
     needed: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     own: list[float] = field(default_factory=list)
     other: list[float] = field(default_factory=list)
-    recomposed: list[float] = field(default_factory=list)
-    recomposed_preferred: list[float] = field(default_factory=list)
+    recomposed: dict[str, list[float]] = field(default_factory=dict)
+    recomposed_preferred: dict[str, list[float]] = field(default_factory=dict)
     owner_bits: list[float] = field(default_factory=list)
     leaks: int = 0
     exposure: dict[str, list[float]] = field(default_factory=dict)
+    general: dict[str, list[float]] = field(default_factory=dict)
     served_gap: float = 0.0
 
 
@@ -160,10 +162,10 @@ class Tenancy:
         """Return the start that all siblings share: the same A, and B zero."""
         return updater.lora.initial_weights(f"{TENANT}/*", updater.recipe.seed)
 
-    def average(self) -> Tensors:
+    def average(self, updater: Updater) -> Tensors:
         """Return the plain average of siblings that all began with the shared zero start."""
-        zero = self.zero_start(self.layered)
-        return average_of([self.taught_sibling(user, self.layered, zero).own for user in self.siblings])
+        zero = self.zero_start(updater)
+        return average_of([self.taught_sibling(user, updater, zero).own for user in self.siblings])
 
     def reptile(self, updater: Updater) -> Tensors:
         """Return the start that Reptile learned while siblings came, cohort after cohort."""
@@ -180,14 +182,15 @@ class Tenancy:
         if arm == "copy":
             return updater, self.tenant.served
         if arm.endswith("average"):
-            return updater, self.average()
+            return updater, self.average(updater)
         if arm.endswith("reptile"):
             return updater, self.reptile(updater)
         return updater, None
 
-    def curve(self, user: User, number: int, updater: Updater, start: Tensors | None) -> Curve:
+    def curve(self, user: User, number: int, arm: str, updater: Updater, start: Tensors | None) -> Curve:
         """Let a new user teach an adapter, and measure it after each update."""
-        adapter = LearningAdapter(self.bench, user.name, updater, start)
+        served_by = self.layered if arm.startswith("sum") else None
+        adapter = LearningAdapter(self.bench, user.name, updater, start, served_by)
         examples = taught(user.name, self.stream(user, number), user.style, self.given.kind)
         counts, qualities = [0], [adapter.quality(self.held_out, user.style)]
         for first in range(0, len(examples), self.given.per_update):
@@ -202,14 +205,18 @@ def run(bench: Bench, given: argparse.Namespace, seed: int, arms: Sequence[str],
     """Run all arms of one seed."""
     tenancy = Tenancy(bench, given, seed)
     house = tenancy.tenant.quality(tenancy.held_out, HOUSE).nats
-    print(f"seed {seed}: tenant's own answers {house:.3f} nats, general +{tenancy.tenant.general_nats:.3f}", flush=True)
+    base = bench.general_nats(bench.plain, tenancy.zero_start(bench.plain))
+    of_tenant = bench.general_nats(bench.plain, tenancy.tenant.own) - base
+    print(f"seed {seed}: tenant's own answers {house:.3f} nats, general {of_tenant:+.3f}", flush=True)
     curves: dict[str, list[Curve]] = {}
     starts: dict[str, tuple[Updater, Tensors | None]] = {}
     for arm in arms:
         began = time.monotonic()
         starts[arm] = updater, start = tenancy.begin(arm)
-        curves[arm] = [tenancy.curve(user, n, updater, start) for n, user in enumerate(tenancy.new)]
-        _print_arm(arm, curves[arm], time.monotonic() - began)
+        curves[arm] = [tenancy.curve(user, n, arm, updater, start) for n, user in enumerate(tenancy.new)]
+        rises = [bench.general_nats(one.adapter.server, one.adapter.own) - base for one in curves[arm]]
+        found.general.setdefault(arm, []).extend(rises)
+        _print_arm(arm, curves[arm], statistics.mean(rises), time.monotonic() - began)
     for measure, of in MEASURES.items():
         targets = [of(curve.qualities[-1]) for curve in curves["zero"]]
         for arm in arms:
@@ -220,11 +227,11 @@ def run(bench: Bench, given: argparse.Namespace, seed: int, arms: Sequence[str],
     for arm in arms:
         _leaks(tenancy, arm, starts[arm], curves[arm], found)
     found.owner_bits += tenancy.owner_bits
-    _recompose(tenancy, curves.get("shared", last), found)
+    _recompose(tenancy, {arm: curves[arm] for arm in ("sum", "shared") if arm in curves}, found)
     found.served_gap = max(found.served_gap, *(_served_gap(tenancy, curve.adapter) for curve in last))
 
 
-def _print_arm(arm: str, curves: Sequence[Curve], seconds: float) -> None:
+def _print_arm(arm: str, curves: Sequence[Curve], general_nats: float, seconds: float) -> None:
     for label, of in (
         ("loss", lambda q: q.nats),
         ("preferred", lambda q: q.preferred),
@@ -232,8 +239,7 @@ def _print_arm(arm: str, curves: Sequence[Curve], seconds: float) -> None:
         means = [statistics.mean(of(curve.qualities[n]) for curve in curves) for n in range(len(curves[0].counts))]
         print(f"{arm:16} {label:9} {' '.join(f'{mean:6.2f}' for mean in means)}")
     refused = sum(curve.adapter.refused for curve in curves)
-    general = statistics.mean(curve.adapter.general_nats for curve in curves)
-    print(f"{arm:16} refused {refused}, general {general:+.3f}, {seconds:.0f} s", flush=True)
+    print(f"{arm:16} refused {refused}, general {general_nats:+.3f}, {seconds:.0f} s", flush=True)
 
 
 def _opposites(tenancy: Tenancy, curves: Sequence[Curve], found: Found) -> None:
@@ -253,7 +259,7 @@ def _leaks(
     """Ask the start, adapters of new users, and for `zero` the tenant's adapter, for the canaries of siblings."""
     updater, start = begun
     bench = tenancy.bench
-    asked = [(updater, curve.adapter.own) for curve in curves]
+    asked = [(curve.adapter.server, curve.adapter.own) for curve in curves]
     if arm == "zero":
         asked = [(bench.plain, tenancy.tenant.served)]
     elif start is not None:
@@ -265,21 +271,24 @@ def _leaks(
             found.leaks += bits == MOST_BITS or bench.says(of_updater, weights, secret)
 
 
-def _recompose(tenancy: Tenancy, curves: Sequence[Curve], found: Found) -> None:
+def _recompose(tenancy: Tenancy, arms: Mapping[str, Sequence[Curve]], found: Found) -> None:
     """Let the tenant learn later faults, and put its new version beneath the users' own parts without training them."""
     taught_later, asked = tenancy.later[:LATER_EXAMPLES], tenancy.later[LATER_EXAMPLES:]
-    before = [curve.adapter.quality(asked, user.style) for curve, user in zip(curves, tenancy.new, strict=True)]
+    users_of = [
+        (arm, curve, user) for arm, curves in arms.items() for curve, user in zip(curves, tenancy.new, strict=True)
+    ]
+    before = [curve.adapter.quality(asked, user.style) for _, curve, user in users_of]
     later = [
         replace_number(e, 1_000 + n)
         for n, e in enumerate(taught(TENANT, taught_later, HOUSE, tenancy.given.kind))
     ]  # fmt: skip
     tenancy.tenant.learn(later, TENANT_PER_UPDATE // 2)
     updater = tenancy.bench.over(tenancy.tenant.served)
-    for curve, user, earlier in zip(curves, tenancy.new, before, strict=True):
+    for (arm, curve, user), earlier in zip(users_of, before, strict=True):
         curve.adapter.put_over(updater)
         now = curve.adapter.quality(asked, user.style)
-        found.recomposed.append(earlier.nats - now.nats)
-        found.recomposed_preferred.append(now.preferred - earlier.preferred)
+        found.recomposed.setdefault(arm, []).append(earlier.nats - now.nats)
+        found.recomposed_preferred.setdefault(arm, []).append(now.preferred - earlier.preferred)
 
 
 def replace_number(found: Any, number: int) -> Any:
@@ -292,14 +301,14 @@ def _served_gap(tenancy: Tenancy, adapter: LearningAdapter) -> float:
 
     The plain one is filled up to a larger rank than both parts need, as for a server whose adapters have one rank.
     """
-    bench, lora = tenancy.bench, adapter.updater.lora
+    bench, lora = tenancy.bench, adapter.server.lora
     if not isinstance(lora, LayeredLora):
         return 0.0
     rank = served_rank(lora.config.rank + 1)
     plain = Lora(bench.world.base, stacked_config(lora.shared.config, lora.own, rank), "bench-served")
     served = compose(lora.shared, adapter.own, lora.own, rank)
     rows = [bench.rows(f"My {thing} {fault}.", "Dear customer, switch it off.") for thing, fault in tenancy.held_out]
-    losses = bench.world.token_losses(adapter.updater, adapter.own, rows)
+    losses = bench.world.token_losses(adapter.server, adapter.own, rows)
     others = bench.world.token_losses(replace(bench.plain, lora=plain), served, rows)
     return max(float((one - other).abs().max()) for one, other in zip(losses, others, strict=True))
 
@@ -336,7 +345,7 @@ def main() -> None:
     if arms[0] != "zero" or set(arms) - set(ARMS):
         sys.exit(f"--arms takes `zero` first, then any of {', '.join(ARMS)}")
     began, found = time.monotonic(), Found()
-    bench = Bench(World.load("shipped", given.threads, 1, 8), OURS)
+    bench = Bench(World.load("shipped", given.threads, 1, GENERAL_TEXTS), OURS)
     for seed in range(given.seeds):
         run(bench, given, seed, arms, found)
     print(f"\n{'arm':16} {'of a zero start, for the loss':>32} {'examples for the preference':>32}")
@@ -358,8 +367,11 @@ def main() -> None:
         },
         "prefers_own_pct": round(100 * statistics.mean(found.own), 1),
         "prefers_opposite_pct": round(100 * statistics.mean(found.other), 1),
-        "recomposed_gain_nats": round(statistics.mean(found.recomposed), 3),
-        "recomposed_preferred_change_pct": round(100 * statistics.mean(found.recomposed_preferred), 1),
+        "general_rise_nats": {arm: round(statistics.mean(rises), 3) for arm, rises in found.general.items()},
+        "recomposed_gain_nats": {arm: round(statistics.mean(gains), 3) for arm, gains in found.recomposed.items()},
+        "recomposed_preferred_change_pct": {
+            arm: round(100 * statistics.mean(changes), 1) for arm, changes in found.recomposed_preferred.items()
+        },
         "served_gap_nats": found.served_gap, "seconds": round(time.monotonic() - began),
     }  # fmt: skip
     missed = [f"{name} {summary[name]} > {goal}" for name, goal in GOALS.items() if summary[name] > goal]  # type: ignore[operator]

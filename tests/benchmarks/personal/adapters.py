@@ -9,8 +9,8 @@ from typing import Final
 from perennial.learner.model.generation import decode
 from perennial.learner.model.lora import Tensors
 from perennial.learner.model.tokenization import TokenRow, turn_rows
-from perennial.learner.training.personal.composition import SharedPart
 from perennial.learner.training.personal.layered_lora import LayeredLora
+from perennial.learner.training.personal.stacking import SharedPart
 from perennial.learner.training.replay_buffer import ReplayEntry
 from perennial.learner.training.state import TrainingState
 from perennial.learner.training.update import Updater
@@ -75,6 +75,11 @@ class Bench:
             sum(own < other for own, other in pairs) / len(pairs),
         )
 
+    def general_nats(self, updater: Updater, weights: Tensors) -> float:
+        """Return the loss on general texts that are neither trained nor measured by the gate, nats per token."""
+        losses = self.world.losses(updater, weights, self.world.general_rows)
+        return sum(nats for nats, _ in losses) / sum(tokens for _, tokens in losses)
+
     def says(self, updater: Updater, weights: Tensors, canary: Canary) -> bool:
         """Return whether greedy decoding answers the canary's question with its secret."""
         codec, answer = self.world.codec, self.world.codec.encode(canary.answer)
@@ -101,19 +106,20 @@ class LearningAdapter:
         name: Name of the adapter.
         updater: Trains it, alone or over the tenant's adapter.
         start: Own part that it begins with; None: the service's start of an adapter of its name.
+        served_by: Measures what is served, where that is not what is trained: the own part, trained over the base alone,
+            with the tenant's adapter added. None: `updater`.
 
     Attributes:
         refused: Updates that the gate refused.
-        general_nats: Rise of the loss on the anchors of the last update above the base's, nats per token.
     """
 
     bench: Bench
     name: str
     updater: Updater
     start: Tensors | None = None
+    served_by: Updater | None = None
     state: TrainingState = field(init=False)
     refused: int = 0
-    general_nats: float = 0.0
     _cut: int = 0
     _known: dict[str, Sequence[TokenRow]] = field(default_factory=dict)
 
@@ -127,14 +133,22 @@ class LearningAdapter:
         return self.state.weights
 
     @property
+    def server(self) -> Updater:
+        """What measures the own part as it is served."""
+        return self.served_by or self.updater
+
+    @property
     def served(self) -> Tensors:
         """Weights that are served: one LoRA, also where there is a shared part."""
-        lora = self.updater.lora
+        lora = self.server.lora
         return lora.compose(self.own) if isinstance(lora, LayeredLora) else self.own
 
     def put_over(self, updater: Updater) -> None:
         """Put another version of the tenant's adapter beneath the own part; nothing is trained."""
-        self.updater = updater
+        if self.served_by is None:
+            self.updater = updater
+        else:
+            self.served_by = updater
 
     def learn(self, examples: Sequence[ExampleAccepted], per_update: int) -> None:
         """Learn examples, some in each update."""
@@ -151,12 +165,10 @@ class LearningAdapter:
         self._known |= {example.example_id: self.updater.rows(example) for example in examples}
         self.state = result.state
         self.refused += result.outcome == "refused"
-        if result.gate.anchor_after is not None and result.gate.anchor_base is not None:
-            self.general_nats = result.gate.anchor_after - result.gate.anchor_base
 
     def _replayed(self, entry: ReplayEntry) -> Sequence[TokenRow] | None:
         return self._known.get(entry.example_id)
 
     def quality(self, asked: Sequence[Question], style: Style) -> Quality:
         """Measure how well the adapter answers in a style."""
-        return self.bench.quality(self.updater, self.own, asked, style)
+        return self.bench.quality(self.server, self.own, asked, style)

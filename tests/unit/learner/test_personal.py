@@ -18,14 +18,14 @@ from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.averaging.slow_average import AVERAGED, FAST
 from perennial.learner.training.compute import Compute, ComputeAlone
-from perennial.learner.training.personal.composition import (
+from perennial.learner.training.personal.layered_lora import LayeredCompute, LayeredLora
+from perennial.learner.training.personal.stacking import (
     SharedPart,
     compose,
     own_part,
     served_rank,
     stacked_config,
 )
-from perennial.learner.training.personal.layered_lora import LayeredCompute, LayeredLora
 from perennial.learner.training.state import TrainingState, load_state, to_blobs
 from perennial.learner.training.trainer import TrainConfig, TrainResult
 from perennial.learner.training.update import Updater
