@@ -108,6 +108,17 @@ class HasRoom(Protocol):
     has_room: bool
 
 
+@runtime_checkable
+class KeepsManifests(Protocol):
+    """A backend that outlives its subscriber and keeps the manifests of what it holds.
+
+    From them a subscriber that starts knows which versions are in what a process before it left in service.
+    """
+
+    def manifest_of(self, name: str) -> Manifest | None:
+        """Return the manifest of a version that is held; None where there is none that can be read."""
+
+
 @dataclass(frozen=True)
 class Current:
     """The version that a subscriber serves now.

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import orjson
 
+from perennial.storage.errors import PerennialError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
@@ -136,6 +137,13 @@ class DirectoryBackend:
                 got=manifest.base_sha256, allowed=kept,
                 remedy="once the servers run the new base, start their subscriber with its digest (--base-sha256)",
             )  # fmt: skip
+
+    def manifest_of(self, name: str) -> Manifest | None:
+        """Return the manifest of a version that is held; None where there is none that can be read."""
+        try:
+            return Manifest.from_bytes((self.folder_of(name) / "manifest.json").read_bytes())
+        except (OSError, PerennialError):
+            return None
 
     def _base_of(self, name: str) -> str | None:
         """Return the base of a version; None where it is not held, or is damaged."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 
-from perennial.storage.errors import NotFoundError, StoreError
+from perennial.storage.errors import StoreError
 from perennial.storage.objects.factory import open_store
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.manifest import Manifest
@@ -25,6 +25,7 @@ from perennial.streams.client.acknowledgements import Acks, ReplicaReports, own_
 from perennial.streams.client.backend import Backend, Current, Deactivates, HasRoom
 from perennial.streams.client.failure_kinds import FailureKind, RetryPolicy, failure_kind
 from perennial.streams.client.following_thread import FollowingThread, SubscriberError
+from perennial.streams.client.personal.left_versions import drop_if_revoked, left_extending
 from perennial.streams.client.personal.served_parts import follower_name
 from perennial.streams.client.personal.shared_following import SharedFollowing
 from perennial.streams.client.subscriber_kafka import Updates
@@ -123,7 +124,7 @@ class Subscriber(FollowingThread):
         self.replica = replica or own_replica_name()
         if not 0 < len(self.replica) <= 256 or not self.replica.isprintable():
             raise SubscriberError("not a replica's name", got=self.replica, allowed="1 to 256 printable characters")
-        self._backend = backend
+        self._backend = self._server = backend
         self._has_room = isinstance(backend, HasRoom) and backend.has_room
         self._metrics = metrics or Metrics("subscriber", self.settings)
         self._on_activate = on_activate
@@ -222,6 +223,7 @@ class Subscriber(FollowingThread):
         with sigterm_deferred() as termination:
             try:
                 self._acks.start(self._announce_end)
+                self._follow_left()
                 while not (stop.is_set() or termination.requested):
                     if self._clock() >= self._progress.due_s:
                         self._look()
@@ -293,7 +295,7 @@ class Subscriber(FollowingThread):
                     self._replace_or_drop(current)
             elif self._progress.served == 0:
                 for name in self._held(None):
-                    self._drop_left(name)
+                    drop_if_revoked(self._source, self._registry, self._server, self._backend, name)
         except StoreError as error:
             self._metrics.store_error("revocations")
             _log.debug("%s: the revocations cannot be read: %s", self.adapter, error)
@@ -319,15 +321,6 @@ class Subscriber(FollowingThread):
         error = SubscriberError("the version was revoked and is taken out of service", got=current.version)
         self._acks.send(self._reports.failed(current.generation, current.version, self._now(), {}, error))
         self._unload_leftovers()
-
-    def _drop_left(self, name: str) -> None:
-        """Unload a version that a process before this one left in service, where it was revoked."""
-        with suppress(NotFoundError):  # its manifest was deleted; it is unloaded when there is a newer version
-            if self._source.is_revoked(f"sha256:{name[-64:]}"):
-                _log.warning("%s: %s was revoked and is taken out of service", self.adapter, name)
-                if isinstance(self._backend, Deactivates):
-                    self._backend.deactivate(name)
-                self._backend.unload(name)
 
     def _apply(self, alias: AliasState) -> None:
         """Serve the version that the alias names, or nothing if the adapter is retired, and acknowledge it."""
@@ -382,6 +375,12 @@ class Subscriber(FollowingThread):
         self._base_sha256 = manifest.base_sha256
         stage_s["publish_to_served"] = max(0.0, (self._now() - alias.published_at).total_seconds())
         return Current(alias.version, alias.generation, name, manifest)
+
+    def _follow_left(self) -> None:
+        """Follow the shared adapter of what a process before this one left in service, so that a request waits for it."""
+        with suppress(Exception):  # the looks at the alias report what is wrong with the backend
+            if self._following is None and (left := left_extending(self._server, self._held(None))) is not None:
+                self._follow_shared(left)
 
     def _follow_shared(self, manifest: Manifest) -> None:
         """Serve the version together with the shared adapter that it extends, if it extends one."""

@@ -35,6 +35,7 @@ DirectoryBackend.folder_of(self, name: str) -> Path
 DirectoryBackend.is_active(self, name: str) -> bool
 DirectoryBackend.list(self) -> list[str]
 DirectoryBackend.load(self, name: str, weights: bytes, manifest: Manifest) -> None
+DirectoryBackend.manifest_of(self, name: str) -> Manifest | None
 DirectoryBackend.unload(self, name: str) -> None
 DirectoryBackend.warm(self, name: str) -> None
 DirectoryBackend.write_folder(self, inside: Path, files: dict[str, bytes]) -> None
@@ -99,6 +100,7 @@ SglangBackend.drain(self, name: str, timeout_s: float) -> bool
 SglangBackend.heal(self) -> tuple[str, ...]
 SglangBackend.list(self) -> list[str]
 SglangBackend.load(self, name: str, weights: bytes, manifest: Manifest) -> None
+SglangBackend.manifest_of(self, name: str) -> Manifest | None
 SglangBackend.model_for(self, adapter: str, alias: str = live) -> str
 SglangBackend.unload(self, name: str) -> None
 SglangBackend.warm(self, name: str) -> None
@@ -126,6 +128,7 @@ VllmBackend.drain(self, name: str, timeout_s: float) -> bool
 VllmBackend.heal(self) -> tuple[str, ...]
 VllmBackend.list(self) -> list[str]
 VllmBackend.load(self, name: str, weights: bytes, manifest: Manifest) -> None
+VllmBackend.manifest_of(self, name: str) -> Manifest | None
 VllmBackend.model_for(self, adapter: str, alias: str = live) -> str
 VllmBackend.unload(self, name: str) -> None
 VllmBackend.warm(self, name: str) -> None

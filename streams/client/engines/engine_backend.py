@@ -195,6 +195,10 @@ class EngineBackend:
             self._loaded.discard(name)
         self._remove(name)  # without the lock: versions of other adapters are loaded meanwhile
 
+    def manifest_of(self, name: str) -> Manifest | None:
+        """Return the manifest of a version that has a folder; None where there is none that can be read."""
+        return self._folders.manifest_of(name)
+
     def list(self) -> list[str]:
         """Return the names that the engine serves from the folder, and those that have a folder there."""
         held = set(self._folders.list())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger("perennial.subscriber")
 
 _HEX_CHARS: Final = 64
+_MOST_SKIPS: Final = 63
 
 
 class ComposingBackend:
@@ -56,30 +57,49 @@ class ComposingBackend:
         self._pairs: dict[str, tuple[str, str | None]] = {}  # own and shared name of what this object loaded
         self._own: str | None = None
         self._shared: str | None = None
-        self._served: str | None = None
+        self._serving: tuple[str, str | None] | None = None  # replaced as a whole, so that it is read without the lock
+        self._skips, self._skipped = 0, 0
         deactivates = isinstance(inner, Deactivates)
         self.own: Backend = _DeactivatingOwnSide(self) if deactivates else _OwnSide(self)
         self.shared: Backend = _DeactivatingSharedSide(self) if deactivates else _SharedSide(self)
 
     @property
     def served(self) -> str | None:
-        """Name under which the backend within serves the newest version of both; None where it serves none."""
-        with self._lock:
-            return self._served
+        """Name under which the backend within serves the newest version of both; None where it serves none.
+
+        It waits for no load: requests ask for it.
+        """
+        serving = self._serving
+        return serving[0] if serving is not None else None
 
     @property
     def served_with(self) -> str | None:
         """Name of the shared version in what is served; None where the own version is served alone, or nothing is."""
+        serving = self._serving
+        return serving[1] if serving is not None else None
+
+    @property
+    def holds_left(self) -> bool:
+        """Whether the backend within holds what a process before this one left, and nothing of this one is served."""
         with self._lock:
-            return self._pairs[self._served][1] if self._served is not None else None
+            return self.served is None and bool(self._held_inside())
 
     def tend(self) -> None:
-        """Serve the active parts where they are not served, because an attempt failed; errors are only logged."""
+        """Serve the active parts where they are not served, because an attempt failed; errors are only logged.
+
+        Each failure doubles the number of calls until the next attempt, to 64 at most.
+        """
         with self._lock:
+            if self._skipped < self._skips:
+                self._skipped += 1
+                return
             try:
                 self._serve_active()
-            except Exception as error:  # noqa: BLE001 - a backend may raise anything; the next look tries again
-                _log.warning("%s is not served, it is tried again: %s", self._own, error)
+            except Exception as error:  # noqa: BLE001 - a backend may raise anything; a later look tries again
+                _log.warning("%s is not served with %s, it is tried again: %s", self._own, self._shared, error)
+                self._skips, self._skipped = min(_MOST_SKIPS, 2 * self._skips + 1), 0
+            else:
+                self._skips = self._skipped = 0
 
     @property
     def needs_shared(self) -> bool:
@@ -116,10 +136,21 @@ class ComposingBackend:
                 raise BackendError(f"{name} is not held", remedy="load it first")
 
     def activate_own(self, name: str) -> None:
-        """Serve an own version, together with the shared one that is active."""
+        """Serve an own version, together with the shared one that is active.
+
+        Where both cannot be served together and no pair is served that could go on, it is served alone: a shared version that
+        fits no server must not keep users from their own.
+        """
         with self._lock:
             self.require(name)
-            self._serve(name, self._beneath(name))
+            beneath = self._beneath(name)
+            try:
+                self._serve(name, beneath)
+            except Exception as error:
+                if beneath is None or self.served_with is not None:
+                    raise
+                _log.warning("%s is served without %s, which is tried again: %s", name, beneath, error)
+                self._serve(name, None)
             self._own = name
 
     def activate_shared(self, name: str) -> None:
@@ -160,16 +191,18 @@ class ComposingBackend:
         with self._lock:
             held = self._containing(name)
             if name not in self._parts:
-                if shared and self._served is None:
+                stray = self._own_prefix + name[-_HEX_CHARS:]
+                if stray == self.served or (shared and self.served is None):
                     return False  # what a process before this one left in service is all that there is
-                held = [self._own_prefix + name[-_HEX_CHARS:]]
-            return all(self.inner.drain(found, timeout_s) for found in held if found != self._served)
+                held = [stray]
+            return all(self.inner.drain(found, timeout_s) for found in held if found != self.served)
 
     def unload_own(self, name: str) -> None:
         """Remove an own version, and whatever contains it."""
         with self._lock:
             if name not in self._parts:
-                self.inner.unload(name)
+                if name not in self._pairs:  # else it is what both sides are served as since the caller looked
+                    self.inner.unload(name)
                 return
             self._remove(self._containing(name))
             if self._own == name:
@@ -214,10 +247,12 @@ class ComposingBackend:
         side does not unload it, because it is that side's active version.
         """
         known = {name for name, (_, shared) in self._pairs.items() if shared is not None}
-        return [name for name in self._held_inside() if name not in known and name != self._served]
+        return [name for name in self._held_inside() if name not in known and name != self.served]
 
     def _unload_stray(self, name: str) -> None:
-        if self._served is None and name in self._held_inside():
+        if name == self.served:
+            return  # it was a stray when the caller looked
+        if self.served is None and name in self._held_inside():
             raise BackendError(
                 f"{name} is kept", got="a version of a process before this one",
                 allowed="to unload it once a version of this process is served",
@@ -244,18 +279,18 @@ class ComposingBackend:
         name = own
         if shared is not None:
             name = self._own_prefix + composed_digest(part.version, self._parts[shared].version)[-_HEX_CHARS:]
-        if name == self._served:
+        if name == self.served:
             return
         held = name in self.inner.list()
         try:
-            if not held or name not in self._pairs:
-                if shared is not None:
-                    beneath = self._parts[shared]
-                    composed = compose(part, beneath)
-                    manifest = naming_parts(composed.manifest, part.version, beneath.version)
-                    self.inner.load(name, composed.weights, manifest)
-                else:
-                    self.inner.load(name, part.weights, part.manifest)
+            # Also what is held is loaded: an engine may have begun to drop it.
+            if shared is not None:
+                beneath = self._parts[shared]
+                composed = compose(part, beneath)
+                manifest = naming_parts(composed.manifest, part.version, beneath.version)
+                self.inner.load(name, composed.weights, manifest)
+            else:
+                self.inner.load(name, part.weights, part.manifest)
             self.inner.warm(name)
             self.inner.activate(name)
         except Exception:
@@ -264,11 +299,11 @@ class ComposingBackend:
                     self.inner.unload(name)
             raise
         self._pairs[name] = (own, shared)
-        self._served = name
+        self._serving = (name, shared)
 
     def _take_out(self) -> None:
         """Serve nothing, where the backend within can; else unloading does it."""
-        served, self._served = self._served, None
+        served, self._serving = self.served, None
         if served is not None and isinstance(self.inner, Deactivates):
             self.inner.deactivate(served)
 
@@ -276,8 +311,8 @@ class ComposingBackend:
         for name in names:
             self.inner.unload(name)
             del self._pairs[name]
-            if self._served == name:
-                self._served = None
+            if self.served == name:
+                self._serving = None
 
 
 class _Side:

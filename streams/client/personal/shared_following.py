@@ -55,6 +55,7 @@ class SharedFollowing:
         self.composing = ComposingBackend(inner, own_prefix, shared_prefix)
         self._make_follower = make_follower
         self._follower: FollowsAlias | None = None
+        self._extending: Manifest | None = None
 
     def prepare(self, manifest: Manifest) -> None:
         """Follow the shared adapter if the version extends one.
@@ -63,10 +64,11 @@ class SharedFollowing:
             manifest: Manifest of the own version that is about to be served.
 
         Raises:
-            BackendError: The shared alias was not looked at in time; it is tried again.
+            BackendError: The shared alias was not looked at in time, and what a process before this one left is served.
         """
         if manifest.extends is None:
             return
+        self._extending = manifest
         # Without a digest of the servers' base, the own version decides which base the shared one must have.
         self.composing.shared.base_sha256 = self.composing.inner.base_sha256 or manifest.base_sha256
         if self._follower is None:
@@ -74,10 +76,12 @@ class SharedFollowing:
             follower.start()
             self._follower = follower
         if not self._follower.has_looked(_FIRST_LOOK_S):
-            raise BackendError(
-                f"{manifest.extends} was not looked at yet", got=f"{_FIRST_LOOK_S:g} s without an answer",
-                remedy="it is tried again; see whether the store answers",
-            )  # fmt: skip
+            if self.composing.holds_left:  # it may hold both parts
+                raise BackendError(
+                    f"{manifest.extends} was not looked at yet", got=f"{_FIRST_LOOK_S:g} s without an answer",
+                    remedy="it is tried again; see whether the store answers",
+                )  # fmt: skip
+            _log.warning("%s was not looked at in %g s: it is not served yet", manifest.extends, _FIRST_LOOK_S)
 
     def tend(self) -> None:
         """Try again what failed, and end the follower where nothing of the shared adapter is served or held any more.
@@ -86,12 +90,18 @@ class SharedFollowing:
             SubscriberError: The follower was ended by an error. Nobody would hear of a revocation in the shared adapter.
         """
         if self._follower is None:
+            if self._extending is not None and self.composing.needs_shared:  # the subscriber runs once more
+                try:
+                    self.prepare(self._extending)
+                except PerennialError as error:
+                    _log.debug("%s cannot be followed, it is tried again: %s", self._extending.extends, error)
             return
         if not self._follower.alive:
             raise SubscriberError("the subscriber of the shared adapter ended", remedy="see the log")
         self.composing.tend()
         if not self.composing.needs_shared:
             self.close()
+            self._extending = None
             self.composing.forget_shared()
 
     def close(self) -> None:

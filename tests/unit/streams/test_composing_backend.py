@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -293,3 +294,54 @@ def test_followers_of_one_shared_adapter_have_names_of_their_own():
     names = {follower_name("h" * 256, f"acme/support/user-{number}") for number in range(20)}
     assert len(names) == 20
     assert {len(name) for name in names} == {256}
+
+
+def test_what_became_the_served_version_since_a_side_listed_it_stays(versions, inner, both):
+    own, shared = versions.make(USER), versions.make(TENANT)
+    name = composed(own, shared)
+    inner.load(name, own[1], own[2])
+    assert name in both.own.list()
+    stray = next(found for found in both.shared.list() if found.endswith(name[-64:]))
+    serve(both.shared, shared)
+    serve(both.own, own)
+    assert not both.own.drain(name, 0)
+    assert not both.shared.drain(stray, 0)
+    both.own.unload(name)
+    both.shared.unload(stray)
+    assert (inner.active, both.served, both.served_with) == (name, name, shared[0])
+
+
+def test_the_served_name_waits_for_no_load(versions):
+    loading, go_on = threading.Event(), threading.Event()
+
+    class Slow(MemoryBackend):
+        def load(self, name, weights, manifest):
+            if loading.is_set():
+                go_on.wait(180)
+            super().load(name, weights, manifest)
+
+    both = ComposingBackend(Slow(), f"{USER}@", f"{TENANT}@")
+    own, newer = versions.make(USER), versions.make(USER)
+    serve(both.own, own)
+    loading.set()
+    thread = threading.Thread(target=serve, args=(both.own, newer))
+    thread.start()
+    found = []
+    asking = threading.Thread(target=lambda: found.append((both.served, both.served_with)), daemon=True)
+    asking.start()
+    asking.join(60)
+    go_on.set()
+    thread.join()
+    assert found == [(own[0], None)]
+    assert both.served == newer[0]
+
+
+def test_what_is_held_is_loaded_again_before_it_is_served(versions, both, inner):
+    own, first, second = versions.make(USER), versions.make(TENANT), versions.make(TENANT)
+    serve(both.own, own)
+    serve(both.shared, first)
+    serve(both.shared, second)
+    inner.calls.clear()
+    serve(both.shared, first)  # a rollback, before the version was unloaded
+    assert ("load", composed(own, first)) in inner.calls
+    assert inner.active == composed(own, first)

@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import StoredObject
 from perennial.streams.client.acknowledgements import Acks
+from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.client.directory_backend import DirectoryBackend
 from perennial.streams.client.following_thread import SubscriberError
 from perennial.streams.client.personal.composition import composed_digest
 from perennial.streams.client.subscriber import Subscriber
 from perennial.streams.events.adapter_events import AdapterActivated, AdapterFailed
 from perennial.streams.settings import Settings
-from perennial.testing import MemoryBackend
+from perennial.testing import MemoryBackend, small_weights
 from tests.keys import Keys
 from tests.versions import VersionPublisher
 
@@ -252,6 +254,80 @@ def test_a_restart_takes_over_and_removes_what_the_process_before_left(world, tm
         until(lambda: backend.list() == [composed(own, shared)], "what was left goes")
         until(lambda: world.acknowledged(TENANT) == [2] and world.acknowledged(USER) == [1], "both acknowledge")
         assert left not in backend.list()
+
+
+def left_behind(world, path):
+    """Return a folder in which a process that ended serves both adapters' first versions."""
+    backend = DirectoryBackend(path, durable=False)
+    with world.subscriber(backend) as subscriber:
+        assert subscriber.wait_for(1, WAIT_S)
+    world.sent.clear()
+    return DirectoryBackend(path, durable=False)
+
+
+def test_what_a_process_left_is_taken_out_where_the_own_version_was_revoked_meanwhile(world, tmp_path):
+    world.tenant.publish()
+    own = world.user.publish().version
+    backend = left_behind(world, tmp_path / "served")
+    assert backend.current(USER) is not None
+    world.user.registry.revoke(USER, own, "erased")
+    with world.subscriber(backend):
+        until(lambda: backend.list() == [], "nothing of it is held")
+        assert backend.current(USER) is None
+
+
+def test_what_a_process_left_is_taken_out_where_the_shared_version_is_revoked(world, tmp_path):
+    shared, own = world.tenant.publish().version, world.user.publish()
+    backend = left_behind(world, tmp_path / "served")
+    weights = world.store.root / blob_key(world.user.registry.manifest(USER, own.version).weights.digest)
+    weights.unlink()  # the own version cannot be served any more
+    with world.subscriber(backend):
+        until(lambda: world.failures(USER), "the subscriber reports it")
+        until(follower_threads, "the shared adapter is followed all the same")
+        assert backend.current(USER) is not None, "what was left goes on"
+        assert world.acknowledged(TENANT) == [], "nobody says that its first version is not held"
+        world.tenant.publish(kind="forget")
+        world.tenant.registry.revoke(TENANT, shared, "erased")
+        until(lambda: backend.list() == [] and backend.current(USER) is None, "what holds the revoked part goes")
+        until(lambda: world.acknowledged(TENANT) == [2], "and only then the follower says so")
+
+
+def test_a_second_run_follows_the_shared_adapter_again(world):
+    versions = [world.tenant.publish().version]
+    own = world.user.publish().version
+    backend = MemoryBackend()
+    subscriber = world.subscriber(backend)
+    for number in (1, 2):
+        stop = threading.Event()
+        thread = threading.Thread(target=subscriber.run, args=(stop,))
+        thread.start()
+        until(lambda: backend.active == composed(own, versions[-1]), "both are served")
+        until(follower_threads, f"the shared adapter is followed in run {number}")
+        versions.append(world.tenant.publish().version)
+        until(lambda: backend.active == composed(own, versions[-1]), "the tenant's newer version")
+        stop.set()
+        thread.join()
+        assert not follower_threads()
+
+
+def test_a_shared_version_that_does_not_fit_keeps_no_user_from_the_own_one(world):
+    class Small(MemoryBackend):
+        def load(self, name, weights, manifest):
+            if manifest.rank > 4:
+                raise UnfitVersionError("the rank is too large", got=manifest.rank)
+            super().load(name, weights, manifest)
+
+    world.tenant.publish(small_weights(rank=8), rank=8, alpha=16)
+    own = world.user.publish().version
+    backend = Small()
+    with world.subscriber(backend) as subscriber:
+        assert subscriber.wait_for(1, WAIT_S)
+        assert backend.active == subscriber.served_name == subscriber.name_of(own)
+        assert subscriber.served_with is None
+        own = world.user.publish().version
+        until(lambda: backend.active == subscriber.name_of(own), "the user's newer version")
+        shared = world.tenant.publish().version
+        until(lambda: backend.active == composed(own, shared), "a tenant's version that fits")
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
