@@ -12,6 +12,7 @@ import torch
 
 from perennial.learner.training.recipe import Recipe
 from perennial.streams.settings import Settings, load_settings
+from tests.benchmarks.learning.orthogonal import PENALTY_WEIGHT
 
 RATES_FILE: Final = Path(__file__).with_name("rates.json")
 """Learning rates that `--form tune` chose, with the command that did."""
@@ -35,6 +36,7 @@ class Arm:
         tuned: True to take the learning rate of `RATES_FILE`.
         serviced: True where the service itself learns: a document that was superseded is then not replayed any more.
         reptile: Share of an update's change that is kept (Reptile's outer step); 0: all of it.
+        orthogonality: Weight of O-LoRA's penalty; each block then trains a LoRA of its own. None: one LoRA for all blocks.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Arm:
     tuned: bool = False
     reptile: float = 0.0
     serviced: bool = False
+    orthogonality: float | None = None
 
     def settings(self, base: str) -> Settings:
         """Return the settings of the service for this arm."""
@@ -85,6 +88,7 @@ ARMS: Final[Mapping[str, Arm]] = {
         Arm("joint", _PLAIN, learns="joint", gated=False, matched=True, tuned=True),
         Arm("replay+ema", {**_REPLAY, "slow_average": "0.8"}, gated=False, matched=True, tuned=True),
         Arm("replay+reptile", _REPLAY, gated=False, matched=True, tuned=True, reptile=0.5),
+        Arm("olora", _PLAIN, gated=False, matched=True, tuned=True, orthogonality=PENALTY_WEIGHT),
         Arm("ours-replay", {"replay_share": "0"}, matched=True, serviced=True),
         Arm("ours-general", {"general_share": "0"}, matched=True, serviced=True),
         Arm("ours-gate", gated=False, matched=True, serviced=True),

@@ -150,7 +150,7 @@ class Comparison:
         recipe = arm.recipe(settings, self.world.base.compute_dtype)
         digest = RunKey.digest_of(
             self.world.code, self.world.base.digest, recipe.config(), asdict(CutPolicy.of(settings)), arm.learns,
-            arm.reptile, stream.digest, len(self.world.general_rows), asdict(budget) if budget else None,
+            arm.reptile, arm.orthogonality, stream.digest, len(self.world.general_rows), asdict(budget) if budget else None,
         )  # fmt: skip
         return RunKey(arm.name, stream.name, stream.seed, stream.order, self.world.base.name, digest)
 

@@ -108,6 +108,17 @@ class Learner:
         """Weights that the adapter serves."""
         return self.state.weights
 
+    def begin_block(self, number: int) -> None:
+        """Begin a new LoRA where the arm has one per block.
+
+        Args:
+            number: Number of the block, from 0; the first one trains the LoRA that is there.
+        """
+        if self.arm.orthogonality is not None and number:
+            self.updater = self.world.over_frozen(self.updater, self.served)
+            weights = self.updater.lora.initial_weights(f"{self.seed}/{number}", self.updater.recipe.seed)
+            self.state = replace(self.state, weights=weights, optimizer=None)
+
     def learn(self, examples: Sequence[ExampleAccepted], wanted: float | None, watched: dict[str, Any]) -> None:
         """Learn one micro-batch and record what it did.
 
@@ -280,7 +291,8 @@ class Run:
     def _in_blocks(self, learner: Learner) -> list[dict[str, Any]]:
         stages, batcher = [], self._batcher()
         total, arrived = self._text_tokens(self.stream.blocks), 0
-        for block in self.stream.blocks:
+        for number, block in enumerate(self.stream.blocks):
+            learner.begin_block(number)
             for examples in micro_batches(batcher, block.examples, self.world.tokens_of):
                 arrived += sum(map(self.world.tokens_of, examples))
                 wanted = self.budget.at(arrived / total) if self.budget else None

@@ -20,6 +20,9 @@ from perennial.learner.model.lora import Lora, LoraConfig, Tensors
 from perennial.learner.model.tokenization import TokenRow, text_rows, turn_rows
 from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.together.gathered_passes import GatheredPasses
+from perennial.learner.training.compute import Compute
+from perennial.learner.training.personal.composition import SharedPart
+from perennial.learner.training.personal.layered_lora import LayeredLora
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.engine import code_digest
 from perennial.learner.versions.version_writer import make_version_writer
@@ -28,13 +31,14 @@ from perennial.storage.objects.object_store import get_blob
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings, load_settings
 from tests.benchmarks.learning.arms import Arm
+from tests.benchmarks.learning.orthogonal import OrthogonalCompute
 from tests.benchmarks.learning.streams import Question
 
 ROWS_PER_TEXT: Final = 2
 """Rows of a held-out text that are measured, from its beginning."""
 _LEARNER_ROOM: Final = Path(__file__).parents[3]
 _CURATE: Final = ("streams/curate/batcher.py", "streams/curate/cutting/policy.py", "streams/curate/drift.py")
-_HARNESS: Final = ("texts.py", "retrieval.py", "streams.py", "generated.py", "world.py", "runs.py")
+_HARNESS: Final = ("texts.py", "retrieval.py", "streams.py", "generated.py", "world.py", "runs.py", "orthogonal.py")
 
 Losses = list[tuple[float, int]]
 """Sum of nats and number of tokens, by text."""
@@ -100,11 +104,28 @@ class World:
         settings = arm.settings(self.base.name)
         recipe = arm.recipe(settings, self.base.compute_dtype)
         lora = self._slot(worker, LoraConfig(recipe.rank, recipe.alpha))
+        passes: Compute = self.passes
+        if arm.orthogonality is not None:
+            recipe, passes = replace(recipe, shared_passes=True), OrthogonalCompute(arm.orthogonality)
         return replace(
-            self._updater, lora=lora, recipe=recipe, lock=ComputeTurns(self.lock, self._threads), shared=self.passes,
+            self._updater, lora=lora, recipe=recipe, lock=ComputeTurns(self.lock, self._threads), shared=passes,
             general=self._updater.general.cut_to(recipe.row_tokens),
             answers=self._updater.answers if arm.gated else None,
         )  # fmt: skip
+
+    def over_frozen(self, updater: Updater, weights: Tensors) -> Updater:
+        """Return the updater with a new LoRA over all that it has trained, which is frozen.
+
+        Args:
+            updater: The updater; its LoRA may lie over a frozen one already.
+            weights: What it has trained last.
+        """
+        below = updater.lora
+        layered = isinstance(below, LayeredLora)
+        shared = SharedPart(below.config, below.compose(weights) if layered else weights)
+        with self._mutex, self.lock:
+            lora = LayeredLora(self.base, below.own if layered else below.config, shared, f"{below.slot}+")
+        return replace(updater, lora=lora)
 
     def _slot(self, worker: int, config: LoraConfig) -> Lora:
         with self._mutex, self.lock:

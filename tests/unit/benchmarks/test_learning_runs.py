@@ -76,6 +76,27 @@ def test_joint_training_spends_the_same_and_cumulative_training_once_per_block(w
 
 
 @pytest.mark.slow(10)
+def test_olora_has_a_lora_per_block_and_spends_what_ours_spends(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(comparison.PACKAGES, "domains", ("networkx", "sympy"))
+    ranks: list[int] = []
+    over_frozen = World.over_frozen
+
+    def recorded(of, updater, weights):
+        made = over_frozen(of, updater, weights)
+        ranks.append(made.lora.config.rank)
+        return made
+
+    monkeypatch.setattr(World, "over_frozen", recorded)
+    records = compare(world, tmp_path / "runs.jsonl", "domains", ["frozen", "olora"], []).run()
+    rank = ARMS["olora"].settings("shipped").training.rank
+    assert ranks == [2 * rank]
+    spent = {arm: sum(u["tokens"] for u in record["updates"]) for (arm, _, _), record in records.items()}
+    assert spent["olora"] == pytest.approx(spent["ours"], rel=0.1)
+    updates = records["olora", 0, 1]["updates"]
+    assert all(update["outcome"] == "promoted" and update["after"] < update["before"] for update in updates)
+
+
+@pytest.mark.slow(10)
 def test_revised_facts_are_asked_for_after_each_revision(world, tmp_path):
     records = compare(world, tmp_path / "runs.jsonl", "revisions", ["frozen", "joint"], []).run()
     assert {arm for arm, _, _ in records} == {"frozen", "ours"}  # a shuffled stream has no revisions
