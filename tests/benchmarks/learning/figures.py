@@ -91,6 +91,25 @@ def prequential_loss(updates: Sequence[Mapping[str, float]]) -> float:
     return sum(u["before"] for u in updates) / sum(u["text_tokens"] for u in updates) if updates else 0.0
 
 
+def tflops(parts: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the operations of updates or rebuilds in 10^12, by the formulas of `learner.costs.operations`.
+
+    Args:
+        parts: Each with `training_flops` and `measuring_flops`.
+    """
+    return {f"{kind}_tflops": sum(part[f"{kind}_flops"] for part in parts) / 1e12 for kind in ("training", "measuring")}
+
+
+def gflops_per_1000_tokens(spent_tflops: float, tokens: float) -> float:
+    """Return the operations per 1,000 trained tokens in 10^9.
+
+    Args:
+        spent_tflops: Operations of training and of the gate's measurements, in 10^12.
+        tokens: Trained tokens.
+    """
+    return 1e3 * spent_tflops / (tokens / 1e3)
+
+
 def general_recovery(ours: float, sequential: float, joint: float) -> float:
     """Return GR = (M - sequential) / (joint - sequential) of average losses: 0 as sequential, 1 as joint training."""
     return (ours - sequential) / (joint - sequential) if joint != sequential else 0.0

@@ -28,8 +28,11 @@ COLUMNS: Final = (
     ("stale rebuilt %", "stale_rebuilt_pct", 1), ("right rebuilt %", "right_rebuilt_pct", 1),
     ("own", "own_loss", 3), ("learned %", "learned_pct", 1), ("p>.5 %", "learned_tokens_pct", 1),
     ("refused %", "refused_pct", 1),
-    ("tokens", "tokens", 0), ("s", "seconds", 0),
+    ("tokens", "tokens", 0), ("train TFLOP", "training_tflops", 3), ("measure TFLOP", "measuring_tflops", 3),
+    ("GFLOP/1k", "gflops_per_1000_tokens", 1), ("rebuild TFLOP", "rebuild_tflops", 3), ("s", "seconds", 0),
 )  # fmt: skip
+OPERATIONS: Final = ("training_tflops", "measuring_tflops", "gflops_per_1000_tokens", "rebuild_tflops")
+"""Figures of `operations` in the last line."""
 WORDING: Final = "documents"
 """Wording in which revised facts are asked for: that of the documents, or `answers`, which no document has."""
 
@@ -47,7 +50,11 @@ def figures_of(record: Record, frozen: Record) -> dict[str, float]:
         - figures.mean_loss(frozen["stages"][-1]["general"]),
         "tokens": float(sum(update["tokens"] for update in updates)),
         "seconds": float(record["seconds"]),
+        **figures.tflops(updates),
     }
+    rebuilds = [stage["rebuild"] for stage in record["stages"] if "rebuild" in stage]
+    if rebuilds:
+        found["rebuild_tflops"] = sum(figures.tflops(rebuilds).values())
     if record["domains"]:
         found |= _of_held_out(record, frozen)
     if updates and all("block" in update for update in updates):
@@ -114,6 +121,9 @@ def means(records: Records) -> dict[str, dict[str, float]]:
         found[arm] = {"runs": len(runs)} | {name: _mean(runs.values(), name) for name in names}
         if "bwt" in names:
             found[arm]["bwt_pct"] = figures.backward_transfer_pct(found[arm]["bwt"], found[arm]["gain_of_blocks"])
+        if found[arm]["tokens"]:
+            spent = found[arm]["training_tflops"] + found[arm]["measuring_tflops"]
+            found[arm]["gflops_per_1000_tokens"] = figures.gflops_per_1000_tokens(spent, found[arm]["tokens"])
         ends = [by_arm.get(name, {}) for name in ("sequential", "joint")]
         common = [pair for pair in runs if all(pair in end for end in ends)]
         if common:
@@ -188,10 +198,11 @@ def last_line(by_stream: Mapping[str, Records], more: Mapping[str, Any]) -> dict
         by_stream: Runs by stream.
         more: What was run.
     """
-    ours = {stream: means(records).get("ours", {}) for stream, records in by_stream.items()}
+    found = {stream: means(records) for stream, records in by_stream.items()}
+    ours = {stream: arms.get("ours", {}) for stream, arms in found.items()}
     domains = ours.get("domains", {})
     over = compared(by_stream.get("domains", {}), "replay", "ours")
-    refused = [found["refused_pct"] for found in ours.values() if "refused_pct" in found]
+    refused = [values["refused_pct"] for values in ours.values() if "refused_pct" in values]
     line: dict[str, Any] = {
         "general_recovery": domains.get("recovery"), "bwt_pct": domains.get("bwt_pct"),
         "over_replay_low": over[1] if over else None, "over_replay_high": over[2] if over else None,
@@ -202,6 +213,12 @@ def last_line(by_stream: Mapping[str, Records], more: Mapping[str, Any]) -> dict
         "refused_for_good_pct": max(refused) if refused else None,
     }  # fmt: skip
     line = {name: None if value is None else round(value, 3) for name, value in line.items()} | dict(more)
+    line["operations"] = {
+        stream: {
+            arm: {name: round(values[name], 4) for name in OPERATIONS if name in values} for arm, values in arms.items()
+        }
+        for stream, arms in found.items()
+    }
     line["missed"] = [
         name for name, (low, high) in GOALS.items() if line.get(name) is not None and not low <= line[name] <= high
     ]

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from perennial.learner.costs.device_use import take_use
 from perennial.learner.model.lora import Tensors
 from perennial.learner.model.tokenization import TokenRow
 from perennial.learner.training.learned import KNOWN_NATS, is_learned
@@ -139,9 +140,11 @@ class Learner:
         before = self.world.losses(self.updater, self.served, groups)
         updater = self.updater if wanted is None else self._paced(examples, groups, wanted)
         batch = f"sha256:{cut:064x}"
+        take_use()  # of what the benchmark measured
         result = updater.update(
             self.state, examples, adapter=self.seed, cut=cut, batch=batch, replayed=self._replayed,
         )  # fmt: skip
+        used = take_use()
         self._rows |= {example.example_id: rows for example, rows in zip(examples, groups, strict=True)}
         if result.outcome == "promoted":
             self._past.append(_PastUpdate(tuple(examples), cut, batch, updater.recipe))
@@ -165,6 +168,7 @@ class Learner:
                 "learned": sum(learned),
                 "learned_tokens": sum(int((nats < KNOWN_NATS).sum()) for nats in after[: len(groups)]),
                 "outcome": result.outcome, "reason": result.reason, "tokens": result.tokens, "steps": result.gate.steps,
+                "training_flops": used.training_flops, "measuring_flops": used.measuring_flops,
                 "pressure": result.gate.strain,
                 "watched": {
                     domain: round(float(nats.mean()), DECIMALS)
@@ -183,8 +187,14 @@ class Learner:
             state = replace(state, weights=_reptile_step(self.state.weights, state.weights, self.arm.reptile))
         self.state = state
 
-    def rebuild(self) -> None:
-        """Train all updates again without what was superseded since, as the service does after each `supersede`."""
+    def rebuild(self) -> dict[str, float]:
+        """Train all updates again without what was superseded since, as the service does after each `supersede`.
+
+        Returns:
+            Trained tokens and operations.
+        """
+        take_use()
+        tokens = 0
         gone = {self.stream.replaces.get(example.example_id) for past in self._past for example in past.examples}
         self.state = TrainingState(self.updater.lora.initial_weights(self.seed, self.updater.recipe.seed))
         for past in self._past:
@@ -194,6 +204,11 @@ class Learner:
                     self.state, left, adapter=self.seed, cut=past.cut, batch=past.batch, replayed=self._replayed,
                 )  # fmt: skip
                 self.state = result.state
+                tokens += result.tokens
+        used = take_use()
+        return {
+            "tokens": tokens, "training_flops": used.training_flops, "measuring_flops": used.measuring_flops,
+        }  # fmt: skip
 
     def _drop_superseded(self, examples: Sequence[ExampleAccepted]) -> None:
         """Take superseded examples out of the replay index, as the forgetting that follows in the service does.
@@ -300,7 +315,7 @@ class Run:
                 learner.updates[-1]["block"] = block.domain
             stages.append(self._stage(block.domain, learner))
             if self.arm.serviced and self.stream.replaces and len(stages) > 1:
-                learner.rebuild()
+                stages[-1]["rebuild"] = learner.rebuild()
                 stages[-1]["asked_rebuilt"] = self._stage(block.domain, learner)["asked"]
         return stages
 

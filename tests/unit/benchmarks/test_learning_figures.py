@@ -43,6 +43,13 @@ def test_forward_transfer_is_what_earlier_blocks_did_for_a_domain():
     assert figures.forward_transfer(R, START) == pytest.approx(((6.0 - 5.9) + (7.0 - 6.8)) / 2)
 
 
+def test_operations_are_summed_and_shared_among_the_trained_tokens():
+    updates = [{"training_flops": 3e12, "measuring_flops": 5e11}, {"training_flops": 1e12, "measuring_flops": 0.0}]
+    spent = figures.tflops(updates)
+    assert spent == {"training_tflops": pytest.approx(4.0), "measuring_tflops": pytest.approx(0.5)}
+    assert figures.gflops_per_1000_tokens(sum(spent.values()), 9_000) == pytest.approx(500)
+
+
 def test_general_recovery_is_zero_as_sequential_and_one_as_joint():
     assert figures.general_recovery(4.4, sequential=4.4, joint=4.0) == 0
     assert figures.general_recovery(4.0, sequential=4.4, joint=4.0) == pytest.approx(1)

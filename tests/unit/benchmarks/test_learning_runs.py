@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from perennial.learner.costs.operations import WeightCounts
+from perennial.learner.model.lora import LoraConfig
 from perennial.streams.curate.cutting.policy import CutPolicy
 from perennial.streams.settings import load_settings
 from tests import tiny
@@ -54,6 +56,17 @@ def test_every_arm_spends_what_ours_spends_and_no_run_is_done_twice(world, tmp_p
     assert spent["ours steps=6"] > 1.3 * spent["ours"]
     found = report.means(records)
     assert found["replay"]["refused_pct"] == 0
+    rank = ARMS["ours"].settings("shipped").training.rank
+    counts = WeightCounts.of(world._slot(0, LoraConfig(rank, ARMS["ours"].settings("shipped").training.alpha)))
+    for arm in ("sequential", "ours"):
+        of_weights = 4 * (counts.frozen + counts.head) + 6 * counts.lora
+        flops = 1e12 * found[arm]["training_tflops"]
+        assert flops > 0.9 * spent[arm] * of_weights, "each trained token takes this, and what is only read takes more"
+    assert all(found[arm]["measuring_tflops"] > 0 for arm in ("ours", "sequential"))
+    assert found["frozen"]["training_tflops"] == found["frozen"]["measuring_tflops"] == 0
+    assert "gflops_per_1000_tokens" not in found["frozen"]
+    line = report.last_line({"templates": records}, {})
+    assert line["operations"]["templates"]["replay"]["gflops_per_1000_tokens"] > 0
     assert sum(update["examples"] for update in records["ours", 0, 1]["updates"]) == 36
     assert len(report.intervals(records, list(found))) == len(names) - 1
 
@@ -107,6 +120,14 @@ def test_revised_facts_are_asked_for_after_each_revision(world, tmp_path):
     rebuilt = [len(stage.get("asked_rebuilt", ())) for stage in records["ours", 0, 1]["stages"]]
     assert rebuilt == [0, 24, 24, 24, 24], "what the first block teaches supersedes nothing"
     assert 0 <= ours["stale_rebuilt_pct"] <= 100
+    rebuilds = [stage.get("rebuild") for stage in records["ours", 0, 1]["stages"]]
+    assert rebuilds[0] is None
+    assert all(rebuild["training_flops"] > 0 and rebuild["tokens"] > 0 for rebuild in rebuilds[1:])
+    assert (
+        0
+        < ours["rebuild_tflops"]
+        == pytest.approx(sum(r["training_flops"] + r["measuring_flops"] for r in rebuilds[1:]) / 1e12)
+    )
     line = report.last_line({"revisions": records}, {"base": "tiny"})
     assert line["stale_pct"] == pytest.approx(ours["stale_pct"], abs=1e-3)
     assert line["general_recovery"] is None
