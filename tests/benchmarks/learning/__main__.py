@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from perennial.learner.bases.sources import SHIPPED_NAME
+from perennial.storage.errors import NotFoundError
 from tests.benchmarks.learning import report
 from tests.benchmarks.learning.arms import ARMS, FULL, RATES_FILE, SHORT, Arm, changed
 from tests.benchmarks.learning.comparison import STREAMS, Comparison, Records, Size
 from tests.benchmarks.learning.figures import average_loss, loss_matrix
+from tests.benchmarks.learning.releases import botocore_data
 from tests.benchmarks.learning.results import Results
 from tests.benchmarks.learning.world import World
 
@@ -41,7 +43,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="number of seeds; short 2, full 5, tune 1, of other bases 1")
     parser.add_argument("--orders", type=int, help="number of orders; short 1, full 2, tune 1")
     parser.add_argument("--stream", default=",".join(STREAMS), help=f"of {', '.join(STREAMS)}; default: all")
-    parser.add_argument("--batches", type=int, help="micro-batches per block; default 8, of other bases 1")
+    parser.add_argument(
+        "--batches", type=int, help="micro-batches per block; default 8, of releases 3, of other bases 1"
+    )
     parser.add_argument("--held-out", type=int, help="held-out documents per domain; default 24, of other bases 6")
     parser.add_argument("--base", default="shipped", help="the base, as PERENNIAL_BASE")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of the model")
@@ -64,6 +68,7 @@ def main() -> None:
     unknown = [name for name in streams if name not in (*STREAMS, "tuning")]
     if unknown:
         sys.exit(f"no such stream: {', '.join(unknown)}; allowed: {', '.join(STREAMS)}")
+    streams = _installed(streams)
     world, results = World.load(given.base, given.threads, given.at_once, GENERAL_TEXTS), Results(given.results)
     until_s = began + 60 * given.minutes
     by_stream: dict[str, Records] = {}
@@ -96,7 +101,20 @@ def _size(given: argparse.Namespace, seeds: int, orders: int) -> Size:
         given.batches or batches, given.held_out or held_out,
         tuple(range(given.seeds or (1 if small else seeds))), tuple(range(1, 1 + (given.orders or orders))),
     )  # fmt: skip
+    if given.batches or small:
+        size = replace(size, release_batches=given.batches or batches)
     return replace(size, tickets=12, facts=8, revisions=2) if small else size
+
+
+def _installed(streams: list[str]) -> list[str]:
+    """Return the streams without `releases` where its text is not installed, and say so."""
+    try:
+        if "releases" in streams:
+            botocore_data()
+    except NotFoundError as error:
+        _say(f"releases: skipped: {error}")
+        return [name for name in streams if name != "releases"]
+    return streams
 
 
 def _say(line: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from perennial.streams.curate.cutting.policy import CutPolicy
 from tests.benchmarks.learning.arms import OURS, Arm
 from tests.benchmarks.learning.generated import revision_stream, ticket_stream
+from tests.benchmarks.learning.releases import release_stream
 from tests.benchmarks.learning.results import Results, RunKey
 from tests.benchmarks.learning.runs import Budget, Run
 from tests.benchmarks.learning.streams import DOMAINS, TUNING_DOMAINS, Stream, domain_stream
@@ -21,7 +22,7 @@ Record = dict[str, Any]
 Records = dict[tuple[str, int, int], Record]
 """Records by arm, seed and order."""
 PACKAGES: Final = {"domains": DOMAINS, "tuning": TUNING_DOMAINS}
-STREAMS: Final = ("domains", "templates", "revisions")
+STREAMS: Final = ("domains", "templates", "revisions", "releases")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Size:
         tickets: Tickets of one template.
         facts: Facts that are revised.
         revisions: Times that each fact is revised.
+        release_batches: Micro-batches per period of `releases`, whose updates are rebuilt after each period.
     """
 
     batches: int
@@ -45,6 +47,7 @@ class Size:
     tickets: int = 36
     facts: int = 24
     revisions: int = 4
+    release_batches: int = 3
 
 
 @dataclass
@@ -112,6 +115,10 @@ class Comparison:
         if self.stream == "revisions":
             return revision_stream(seed, order, self.size.facts, self.size.revisions)
         policy = CutPolicy.of(OURS.settings(self.world.base.name))
+        if self.stream == "releases":
+            return release_stream(
+                seed, order, self.world.tokens_of, policy, self.size.release_batches, self.size.held_out
+            )
         return domain_stream(
             self.stream, PACKAGES[self.stream], seed, order, self.world.tokens_of, policy, self.size.batches,
             self.size.held_out,

@@ -209,6 +209,8 @@ def last_line(by_stream: Mapping[str, Records], more: Mapping[str, Any]) -> dict
         "general_rise_nats": domains.get("general_rise"), "learned_pct": domains.get("learned_pct"),
         "stale_pct": ours.get("revisions", {}).get("stale_pct"),
         "stale_rebuilt_pct": ours.get("revisions", {}).get("stale_rebuilt_pct"),
+        "stale_releases_pct": ours.get("releases", {}).get("stale_pct"),
+        "stale_releases_rebuilt_pct": ours.get("releases", {}).get("stale_rebuilt_pct"),
         # The worst stream: a mean over streams would hide that one kind of text is refused.
         "refused_for_good_pct": max(refused) if refused else None,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -175,7 +176,7 @@ class Learner:
                     for domain, nats in zip(watched, after[len(groups) :], strict=False)
                 },
                 "asked": [
-                    _asked(question, [float(next(asked).sum()) for _ in rows])
+                    _asked(question, [(float(nats.sum()), len(nats)) for nats in itertools.islice(asked, len(rows))])
                     for question, rows in zip(questions, choices, strict=True)
                 ],
             }
@@ -316,7 +317,7 @@ class Run:
             stages.append(self._stage(block.domain, learner))
             if self.arm.serviced and self.stream.replaces and len(stages) > 1:
                 stages[-1]["rebuild"] = learner.rebuild()
-                stages[-1]["asked_rebuilt"] = self._stage(block.domain, learner)["asked"]
+                stages[-1]["asked_rebuilt"] = self._stage(block.domain, learner).get("asked", [])
         return stages
 
     def _joint(self, learner: Learner) -> list[dict[str, Any]]:
@@ -373,17 +374,20 @@ class Run:
         questions = self._current_questions(label)
         if questions:
             rows = [self.world.choice_rows(question) for question in questions]
-            nats = iter(self.world.losses(learner.updater, learner.served, [row for group in rows for row in group]))
+            found = iter(self.world.losses(learner.updater, learner.served, [row for group in rows for row in group]))
             stage["asked"] = [
-                _asked(question, [next(nats)[0] for _ in group])
+                _asked(question, list(itertools.islice(found, len(group))))
                 for question, group in zip(questions, rows, strict=True)
             ]
         return stage
 
     def _current_questions(self, label: str) -> list[Question]:
-        """Return the questions of a block; those of the last one where there is no such block."""
-        blocks = [block for block in self.stream.blocks if block.domain == label] or self.stream.blocks[-1:]
-        found = [self.stream.questions.get(example.example_id) for example in blocks[0].examples]
+        """Return what is asked of examples up to a block that none of them supersedes; of all where there is no such block."""
+        labels = [block.domain for block in self.stream.blocks]
+        count = labels.index(label) + 1 if label in labels else len(labels)
+        ids = [example.example_id for block in self.stream.blocks[:count] for example in block.examples]
+        gone = {self.stream.replaces.get(example_id) for example_id in ids}
+        found = [self.stream.questions.get(example_id) for example_id in ids if example_id not in gone]
         return [question for question in found if question is not None]
 
 
@@ -413,10 +417,10 @@ def _rounded(losses: Losses) -> list[list[float]]:
     return [[round(nats, DECIMALS), tokens] for nats, tokens in losses]
 
 
-def _asked(question: Question, nats: Sequence[float]) -> dict[str, Any]:
-    """Return the loss of each choice of a question, in nats per sentence."""
+def _asked(question: Question, losses: Losses) -> dict[str, Any]:
+    """Return the loss of each choice of a question, in nats per choice, or per token where the question says so."""
     count = len(question.answers)
-    found = [round(value, DECIMALS) for value in nats]
+    found = [round(nats / tokens if question.per_token else nats, DECIMALS) for nats, tokens in losses]
     return {"earlier": question.earlier, "answers": found[:count], "documents": found[count:]}
 
 

@@ -47,12 +47,14 @@ class Question:
         answers: The sentence that answers it with each value: the current one, the earlier ones, those of other facts.
         documents: The document with each value, in the same order.
         earlier: Number of earlier values.
+        per_token: Compare losses per token, for choices of different lengths; False: of whole choices.
     """
 
     prompt: str
     answers: tuple[str, ...]
     documents: tuple[str, ...]
     earlier: int
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,12 +140,12 @@ def domain_stream(
         pool = package_texts(package, held_out=True)
         measured[package] = tuple(rng.sample(pool, min(held_out, len(pool))))
         examples = [document(n, text, f"{package}-{_id(text)}") for n, text in enumerate(texts)]
-        blocks.append(Block(package, tuple(_first_batches(examples, tokens_of, policy, batches))))
+        blocks.append(Block(package, tuple(first_batches(examples, tokens_of, policy, batches))))
     ordered = _in_order(blocks, seed, order)
     return Stream(name, seed, order, numbered(ordered), measured)
 
 
-def _first_batches(
+def first_batches(
     examples: Sequence[ExampleAccepted], tokens_of: TokensOf, policy: CutPolicy, batches: int
 ) -> list[ExampleAccepted]:
     """Return the examples of the first micro-batches that the service would cut."""
