@@ -21,8 +21,8 @@ from perennial.learner.model.tokenization import TokenRow, text_rows, turn_rows
 from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.compute import Compute
-from perennial.learner.training.personal.composition import SharedPart
 from perennial.learner.training.personal.layered_lora import LayeredLora
+from perennial.learner.training.personal.stacking import SharedPart
 from perennial.learner.training.update import Updater
 from perennial.learner.versions.engine import code_digest
 from perennial.learner.versions.version_writer import make_version_writer

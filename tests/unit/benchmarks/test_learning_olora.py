@@ -7,8 +7,8 @@ import torch
 
 from perennial.learner.model.lora import Lora, LoraConfig
 from perennial.learner.model.tokenization import TokenRow
-from perennial.learner.training.personal.composition import SharedPart
 from perennial.learner.training.personal.layered_lora import LayeredCompute, LayeredLora
+from perennial.learner.training.personal.stacking import SharedPart
 from perennial.learner.training.trainer import TrainConfig
 from tests import tiny
 from tests.benchmarks.learning.orthogonal import OrthogonalCompute, orthogonality_gradient
