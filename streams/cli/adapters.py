@@ -214,6 +214,8 @@ def _extends_facts(registry: Registry, manifest: Manifest, alias: AliasState | N
     beneath = registry.alias(manifest.extends, alias.alias if alias else LIVE)
     if beneath is None or beneath.kind == "retired":
         return {"extends": f"{manifest.extends}, which has no live version: served alone"}
+    if registry.is_revoked(manifest.extends, beneath.seq):
+        return {"extends": f"{manifest.extends}, whose live version {beneath.version} is revoked: served alone"}
     return {"extends": f"{manifest.extends}, served together with its version {beneath.version}"}
 
 

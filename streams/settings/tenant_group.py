@@ -106,6 +106,17 @@ class TenantSettings(SettingsGroup):
             )  # fmt: skip
         return self
 
+    @model_validator(mode="after")
+    def _check_shared_of_tenants(self) -> Self:
+        alone = sorted(name for name in _shared_adapters(self.shared_adapters) if "/" not in name)
+        if alone and (self.names or self.tenant):
+            raise SettingsError(
+                "PERENNIAL_SHARED_ADAPTERS names an adapter that no client of a tenant may serve", got=alone[0],
+                allowed="adapters below the tenant's name, such as acme/support",
+                remedy="name a shared adapter of two or three segments, or unset PERENNIAL_TENANTS and PERENNIAL_TENANT",
+            )  # fmt: skip
+        return self
+
     @property
     def names(self) -> tuple[str, ...]:
         """The tenants that have topics of their own."""
@@ -190,7 +201,7 @@ def _shared_adapters(text: str) -> frozenset[str]:
     for name in names:
         if not _SHARED.fullmatch(name) or len(name) > MAX_ADAPTER_CHARS:
             raise ValueError(
-                f"names of adapters with 1 to 3 segments, at most {MAX_ADAPTER_CHARS} characters; got {name[:80]!r}"
+                f"names of adapters with 1 to 3 segments, `acme/support`, at most {MAX_ADAPTER_CHARS} characters; got {name[:80]!r}"
             )
         if name.rpartition("/")[0] in names:
             raise ValueError(f"no adapter that itself extends another one; {name[:80]!r} lies below another name")

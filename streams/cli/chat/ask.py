@@ -19,6 +19,7 @@ from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry, resolve_version
 from perennial.streams.cli.tables import shown_version
 from perennial.streams.cli.terminal.printable import printable_lines
+from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.devstack.discovery import connected_settings
 
 if TYPE_CHECKING:
@@ -120,7 +121,12 @@ def _served(registry: Registry, adapter: str, version: str, alias: str) -> _Serv
     if registry.is_revoked(state.adapter, beneath.seq):
         return _Served(own)
     shared = Part(state.version, beneath, get_blob(registry.store, beneath.weights.digest))
-    both = compose(own, shared)
+    try:
+        both = compose(own, shared)
+    except UnfitVersionError as error:  # as a subscriber does
+        said = f"{manifest.adapter} is asked without {manifest.extends}: {error}"
+        Console(stderr=True, highlight=False).print(said, markup=False, soft_wrap=True)
+        return _Served(own)
     return _Served(replace(both, manifest=naming_parts(both.manifest, own.version, shared.version)), shared.version)
 
 

@@ -23,6 +23,7 @@ from perennial.streams.client.backend import UnfitVersionError
 
 _A: Final = ".lora_A."
 _B: Final = ".lora_B."
+MOST_ALPHA: Final = 1e6
 _REMEDY: Final = "let both adapters learn on one base; see `perennial adapters rebase`"
 
 
@@ -45,11 +46,14 @@ class Part:
         """Alpha / rank, by which LoRA's output is multiplied.
 
         Raises:
-            UnfitVersionError: The manifest names no alpha.
+            UnfitVersionError: The manifest names no alpha that servers take.
         """
         alpha = self.manifest.config.get("alpha")
-        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not alpha > 0:
-            raise UnfitVersionError(f"{self.version} names no alpha", got=alpha, allowed="a number above 0")
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 1 / MOST_ALPHA <= alpha <= MOST_ALPHA:
+            raise UnfitVersionError(
+                f"{self.version} names no alpha that can be composed", got=str(alpha)[:80],
+                allowed=f"a number from {1 / MOST_ALPHA:g} to {MOST_ALPHA:g}", remedy="see PERENNIAL_ALPHA of the learner",
+            )  # fmt: skip
         return Fraction(alpha) / self.manifest.rank
 
 
@@ -140,7 +144,13 @@ def _stacked(name: str, own: NDArray[Any], shared: NDArray[Any], ratio: np.float
         )  # fmt: skip
     filler = np.zeros_like(own, shape=_of_rank(own, axis, rank - own.shape[axis] - shared.shape[axis]))
     # A product with a ratio of 1 or of a power of two is exact.
-    of_shared = shared * ratio if axis else shared
+    with np.errstate(over="ignore"):
+        of_shared = shared * ratio if axis else shared
+    if not np.isfinite(of_shared).all():
+        raise UnfitVersionError(
+            "a shared adapter's numbers are not finite at the scale of the personal one", got=f"{name} times {ratio}",
+            allowed="finite numbers", remedy="see PERENNIAL_ALPHA of the learner",
+        )  # fmt: skip
     return np.ascontiguousarray(np.concatenate([of_shared, own, filler], axis), dtype=np.float32)
 
 

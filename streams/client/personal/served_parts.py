@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Final
 
 from perennial.storage.objects.keys import digest_of
@@ -10,6 +11,7 @@ from perennial.storage.registry.manifest import Manifest
 
 _OWN: Final = "own_version"
 _SHARED: Final = "shared_version"
+_DIGEST: Final = re.compile(r"sha256:[0-9a-f]{64}")
 _MAX_REPLICA_CHARS: Final = 256
 
 
@@ -27,7 +29,9 @@ def naming_parts(manifest: Manifest, own: str, shared: str) -> Manifest:
 def parts_of(manifest: Manifest) -> tuple[str, str] | None:
     """Return the own and the shared version of a composed version; None for a version as a learner made it."""
     own, shared = manifest.config.get(_OWN), manifest.config.get(_SHARED)
-    return (own, shared) if isinstance(own, str) and isinstance(shared, str) else None
+    if manifest.extends is None or not (isinstance(own, str) and isinstance(shared, str)):
+        return None
+    return (own, shared) if _DIGEST.fullmatch(own) and _DIGEST.fullmatch(shared) else None
 
 
 def version_of(stored: bytes, manifest: Manifest) -> str:

@@ -392,6 +392,8 @@ def test_a_personal_adapter_is_shown_with_the_shared_one_that_it_extends(store, 
     assert f"extends {ADAPTER}, which has no live version: served alone" in shown()
     shared = VersionPublisher(store, ADAPTER).publish().version
     assert f"extends {ADAPTER}, served together with its version {shared}" in shown()
+    VersionPublisher(store, ADAPTER).registry.revoke(ADAPTER, shared, "wrong")
+    assert f"extends {ADAPTER}, whose live version {shared} is revoked: served alone" in shown()
     adapters.show_adapter(personal, as_json=True)
     assert json.loads(capsys.readouterr().out)["manifest"]["extends"] == ADAPTER
     adapters.show_adapter(ADAPTER, as_json=False)

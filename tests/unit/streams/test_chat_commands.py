@@ -179,7 +179,12 @@ def test_a_personal_adapter_is_asked_together_with_the_live_version_of_the_share
     both = json.loads(answers())
     assert (both["version"], both["extends"], both["shared_version"]) == (own, ADAPTER, versions[2])
     assert f"{personal} @ {own} together with {ADAPTER} @ {versions[2]}:\n" in answers(as_json=False)
-    user.registry.retire(ADAPTER, "live", "gone", versions[2])
+    VersionPublisher(store, ADAPTER, "sha256:" + "1" * 64).publish(weights(5))
+    assert ask_models(personal, QUESTION, version=None, base=False, as_json=True) == 0
+    said = capsys.readouterr()
+    assert "shared_version" not in json.loads(said.out)
+    assert f"{personal} is asked without {ADAPTER}" in said.err
+    user.registry.retire(ADAPTER, "live", "gone", user.registry.alias(ADAPTER, "live").version)
     alone = json.loads(answers())
     assert "shared_version" not in alone
     assert alone["adapter"] != both["adapter"]

@@ -86,3 +86,20 @@ def test_an_alpha_that_no_rank_makes_whole_stays_as_it_is(tmp_path):
     odd = own.manifest.model_copy(update={"config": {"alpha": 0.1, "rank": 4}})
     found = compose(Part(own.version, odd, own.weights), shared)
     assert (found.manifest.rank, found.manifest.config["alpha"]) == (8, 0.2)
+
+
+@pytest.mark.parametrize("alpha", [0, -1, 1e308, 1e-300, float("inf"), float("nan"), 10**400, True, "16", None])
+def test_an_alpha_that_no_server_can_use_is_refused(tmp_path, alpha):
+    own, shared = part(tmp_path, "acme/support/user", 4, 8, seed=1), part(tmp_path, "acme/support", 4, 8, seed=2)
+    odd = shared.manifest.model_copy(update={"config": {"alpha": alpha, "rank": 4}})
+    with pytest.raises(UnfitVersionError):
+        compose(own, Part(shared.version, odd, shared.weights))
+    with pytest.raises(UnfitVersionError):
+        compose(Part(own.version, odd, own.weights), shared)
+
+
+def test_numbers_that_grow_beyond_float32_are_refused(tmp_path):
+    own, shared = part(tmp_path, "acme/support/user", 4, 8, seed=1), part(tmp_path, "acme/support", 4, 80_000, seed=2)
+    large = save({name: tensor * np.float32(1e36) for name, tensor in load(shared.weights).items()})
+    with pytest.raises(UnfitVersionError):
+        compose(own, Part(shared.version, shared.manifest, large))

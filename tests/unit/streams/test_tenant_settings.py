@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from perennial.streams.settings import Settings
+from perennial.streams.settings import Settings, SettingsError
 
 
 def test_every_tenant_is_equal_and_unlimited_where_nothing_is_set():
@@ -45,14 +45,24 @@ def test_a_budget_that_cannot_be_meant_is_refused(text):
 
 
 def test_adapters_one_segment_below_a_shared_one_extend_it():
-    tenants = Settings.of(env_file=None, shared_adapters=" acme/support, globex ,").tenants
+    tenants = Settings.of(env_file=None, shared_adapters=" acme/support, globex/eu/sales ,").tenants
     assert tenants.extended_by("acme/support/user-42") == "acme/support"
-    assert tenants.extended_by("globex/u") == "globex"
-    for other in ("acme/support", "acme/support/team/user", "acme/sales/user-42", "globex", "initech"):
+    assert tenants.extended_by("globex/eu/sales/u") == "globex/eu/sales"
+    for other in ("acme/support", "acme/support/team/user", "acme/sales/user-42", "globex/eu", "initech"):
         assert tenants.extended_by(other) is None
 
 
-@pytest.mark.parametrize("text", ["acme/", "/acme", "Acme", "a/b/c/d", "acme/*", "acme,acme/support", "a" * 201])
+@pytest.mark.parametrize(
+    "text", ["acme/", "/acme", "Acme", "a/b/c/d", "acme/*", "a,a/b", "a/b,a/b/c", "a/" + "a" * 200]
+)
 def test_a_shared_adapter_that_cannot_be_meant_is_refused(text):
     with pytest.raises(ValidationError, match=r"adapters?"):
         Settings.of(env_file=None, shared_adapters=text)
+
+
+@pytest.mark.parametrize("of_tenants", [{"tenants": "acme"}, {"tenant": "acme"}])
+def test_a_shared_adapter_lies_below_its_tenants_name(of_tenants):
+    assert Settings.of(env_file=None, shared_adapters="acme").tenants.extended_by("acme/user-42") == "acme"
+    Settings.of(env_file=None, shared_adapters="acme/support", **of_tenants)
+    with pytest.raises(SettingsError, match="PERENNIAL_SHARED_ADAPTERS"):
+        Settings.of(env_file=None, shared_adapters="acme", **of_tenants)
