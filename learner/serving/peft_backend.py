@@ -44,6 +44,10 @@ class _Slot:
                 parameter.zero_()
 
 
+MOST_SHAPES = 4
+"""Most kinds of slots, by rank and alpha, of one backend."""
+
+
 class PeftBackend:
     """Swaps versions in and out of a running model without a pause and without mixing two versions in one request.
 
@@ -52,7 +56,7 @@ class PeftBackend:
     the new one interleave. Activation therefore waits for no request. Thread-safe.
 
     A version that a personal and a shared adapter are composed to has the summed rank. Slots of that rank are made when the
-    first such version is loaded, at most as many as there are slots of the rank of `config`.
+    first such version is loaded, at most as many as there are slots of the rank of `config`, and at most MOST_SHAPES kinds.
 
     Args:
         base: Base to serve on. Hooks are registered on its model until `close` is called.
@@ -242,7 +246,8 @@ class PeftBackend:
 
         Raises:
             BackendError: No slot is free.
-            UnfitVersionError: The version has another rank or alpha than this backend, or belongs to another base.
+            UnfitVersionError: The version has another rank or alpha than this backend, it belongs to another base, or there are
+                too many kinds of slots.
             IntegrityError: The weights are damaged.
         """
         from perennial.learner.model.lora import AdapterError, from_safetensors
@@ -289,11 +294,22 @@ class PeftBackend:
         return self.config
 
     def _make_slots(self, config: LoraConfig) -> None:
-        """Make the slots of a rank and alpha, unless there are some; requests wait for that time."""
+        """Make the slots of a rank and alpha, unless there are some; requests wait for that time.
+
+        Raises:
+            UnfitVersionError: There are slots of MOST_SHAPES kinds, which are kept while the backend lives.
+        """
         from perennial.learner.model.lora import Lora
 
-        if any(slot.lora.config == config for slot in self._slots):
+        shapes = {slot.lora.config for slot in self._slots}
+        if config in shapes:
             return
+        if len(shapes) >= MOST_SHAPES:
+            raise UnfitVersionError(
+                "no slots of another rank or alpha are made", got=f"rank {config.rank}, alpha {config.alpha}",
+                allowed=f"{MOST_SHAPES} kinds in a process: {sorted((each.rank, each.alpha) for each in shapes)}",
+                remedy="let all adapters learn with one rank and alpha, or start the program again",
+            )  # fmt: skip
         kind = f"serving-{config.rank}-{config.alpha}"
         with self._forward_lock:
             made = [_Slot(Lora(self.base, config, slot=f"{kind}-{i}")) for i in range(self._most)]

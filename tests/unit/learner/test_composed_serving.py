@@ -10,7 +10,7 @@ import torch
 
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
-from perennial.learner.serving.peft_backend import PeftBackend
+from perennial.learner.serving.peft_backend import MOST_SHAPES, PeftBackend
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.personal.composing_backend import ComposingBackend
@@ -116,5 +116,27 @@ def test_only_composed_versions_may_have_another_rank(tmp_path):
             with pytest.raises(UnfitVersionError, match="another rank"):
                 backend.load(name, weights, manifest)
         assert backend.list() == []
+    finally:
+        backend.close()
+
+
+def test_a_backend_makes_slots_of_few_kinds(tmp_path):
+    base = load_base("shipped", "cpu", 1)
+    made = Made(base, tmp_path)
+    own = made.publish(made.user, OWN, 1)
+    backend = PeftBackend(base, OWN)
+    try:
+        both = ComposingBackend(backend, f"{USER}@", f"{TENANT}@")
+        serve(both.own, own)
+        held = own[0]
+        for rank in range(2, 1 + MOST_SHAPES):
+            shared = made.publish(made.tenant, LoraConfig(rank, 2 * rank), rank)
+            serve(both.shared, shared)
+            both.shared.unload(f"{TENANT}@{held[-64:]}" if held == own[0] else held)
+            held = shared[0]
+        served = both.served
+        with pytest.raises(UnfitVersionError, match="no slots of another rank"):
+            serve(both.shared, made.publish(made.tenant, LoraConfig(7, 14), 7))
+        assert backend.current == both.served == served
     finally:
         backend.close()
