@@ -161,8 +161,8 @@ class Manifest(_Part):
             did not record it, and where nothing is served.
         pass_adapters: most adapters that trained in one pass with this one, itself included. Where there were others,
             their number and the lengths of their rows decide the last bits of the weights.
-        extends: the shared adapter that clients serve this one with, which is its parent by name: the live weights of both,
-            added; None: it is served alone. Nothing else depends on it.
+        extends: the shared adapter that clients serve this one with, whose name is this one's without the last segment: the
+            live weights of both, added; None: it is served alone. Nothing else depends on it.
     """
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION + 1)] = SCHEMA_VERSION

@@ -1,4 +1,4 @@
-"""Run what follows an alias in a thread of its own, and end it."""
+"""Follow an alias in a thread of its own, and end the thread."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class FollowingThread:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread that `start` made still follows the alias."""
+        """True while the thread that `start` made follows the alias."""
         return self._thread is not None and self._thread.is_alive()
 
     def __enter__(self) -> Self:

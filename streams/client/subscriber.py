@@ -88,8 +88,8 @@ class Subscriber(FollowingThread):
         metrics: Where to count. Default: a registry of its own.
         on_activate: Called as `on_activate(state, stage_s)` after a version is served; `stage_s` has the seconds of
             each stage: fetch, verify, load, warm, activate, publish_to_served. What it raises is logged and ignored.
-            Where a shared adapter is served beneath this one, it is also called, in another thread, after a version of the
-            shared one is served: `state.adapter` tells.
+            Where a shared adapter is served with this one, it is also called, in another thread, after a version of the
+            shared one is served; `state.adapter` tells which one it is.
         drain_s: Longest time that one look at the alias waits for requests that still use the previous version, in
             seconds. The next look waits again.
         clock: Monotonic clock in seconds.
@@ -159,8 +159,8 @@ class Subscriber(FollowingThread):
     def served_name(self) -> str | None:
         """The backend's name of what it serves, which requests must name; None where nothing is served.
 
-        It is `current.name`, but where a shared adapter is served beneath the version: then it has the same beginning, and
-        its 64 hex digits stand for both versions.
+        It is `current.name`. Where a shared adapter is served with the version, the name has the same beginning, and its 64
+        hex digits stand for both versions.
         """
         current = self.current
         if self._following is not None:
@@ -169,7 +169,7 @@ class Subscriber(FollowingThread):
 
     @property
     def served_with(self) -> str | None:
-        """Name of the shared adapter's version that is served beneath this one's, `<adapter>@<64 hex>`; None: none is."""
+        """Name of the shared adapter's version that is served with this one's, `<adapter>@<64 hex>`; None: none is."""
         return self._following.composing.served_with if self._following is not None else None
 
     @property

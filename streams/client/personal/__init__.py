@@ -1,1 +1,1 @@
-"""Personal adapters: what such an adapter learned itself, served together with the shared adapter that it extends."""
+"""Serve a personal adapter together with the shared adapter that it extends."""

@@ -1,8 +1,8 @@
 """Serve a personal adapter and the shared one that it extends as one version, over any backend.
 
-Two subscribers follow the two aliases. Each is given a side of a `ComposingBackend`, which implements `Backend`. A side keeps
-the versions that its subscriber loads in memory. The backend within holds what both sides serve together: one composed
-version, or the own version alone where no shared one is live.
+Two subscribers follow the two aliases. Each is given a side of a `ComposingBackend`; a side implements `Backend`. It keeps in
+memory the versions that its subscriber loads. The backend within, which serves, holds what both sides make together: one
+composed version, or the own version alone where no shared one can be served.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class ComposingBackend:
     `composed_digest` of both, so that no name stands for two contents. A version that holds a part is unloaded when the
     subscriber of that part unloads it. Until then that subscriber acknowledges no revocation.
 
-    What the backend within holds under the own prefix and this object did not load is from a process before this one. Nobody
-    knows what is in it, so both sides list it, and the shared side lets it go only after the first version of this process is
-    in service.
+    If the backend within holds something under the own prefix that this object did not load, it is from a process before this
+    one. It may contain any shared version, so both sides list it, and the shared side unloads it only after the first version
+    of this process is in service.
 
     Thread-safe: one lock is held for each call, also while the backend within works.
 
@@ -80,7 +80,7 @@ class ComposingBackend:
 
     @property
     def holds_left(self) -> bool:
-        """Whether the backend within holds what a process before this one left, and nothing of this one is served."""
+        """True if the backend within holds what a process before this one left, and serves nothing of this process."""
         with self._lock:
             return self.served is None and bool(self._held_inside())
 
@@ -103,7 +103,7 @@ class ComposingBackend:
 
     @property
     def needs_shared(self) -> bool:
-        """Whether the shared adapter must be followed: the own version extends it, or something that is held contains it."""
+        """True if the shared adapter must be followed: the own version extends it, or something that is held contains it."""
         with self._lock:
             if self._own is None or self._parts[self._own].manifest.extends is not None:
                 return True
@@ -154,7 +154,7 @@ class ComposingBackend:
             self._own = name
 
     def activate_shared(self, name: str) -> None:
-        """Serve a shared version together with the own one; only keep it in mind where no own version is active."""
+        """Serve a shared version together with the own one; without an active own version only remember it."""
         with self._lock:
             self.require(name)
             if self._own is not None and self._parts[self._own].manifest.extends is not None:
@@ -173,7 +173,7 @@ class ComposingBackend:
     def deactivate_shared(self, name: str) -> None:
         """Serve the own version alone, if the shared version is the active one.
 
-        Where the backend within cannot do so, for example for want of a place, what holds the shared version is taken out
+        Where the backend within cannot do so, for example because it has no room, what holds the shared version is taken out
         of service all the same, and the own version is tried again.
         """
         with self._lock:
@@ -316,7 +316,7 @@ class ComposingBackend:
 
 
 class _Side:
-    """What both sides have in common. `has_room` is set where the backend within has it."""
+    """Methods of both sides. `has_room` is set where the backend within has it."""
 
     def __init__(self, composing: ComposingBackend) -> None:
         self._composing = composing
@@ -329,7 +329,7 @@ class _Side:
         self._composing.load(name, weights, manifest)
 
     def warm(self, name: str) -> None:
-        """Do nothing: activating a version warms what it is composed to."""
+        """Do nothing: activating a version warms the composed one."""
         self._composing.require(name)
 
 

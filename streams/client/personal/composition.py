@@ -58,7 +58,7 @@ class Part:
 
 
 def composed_digest(own: str, shared: str) -> str:
-    """Return what stands for two versions that are served as one, `sha256:<64 hex>`.
+    """Return the digest that names two versions which are served as one, `sha256:<64 hex>`.
 
     Args:
         own: Version of the personal adapter, a digest.
@@ -71,15 +71,16 @@ def compose(own: Part, shared: Part) -> Part:
     """Return one version that computes what both compute together.
 
     Its manifest is that of the personal adapter with the rank, alpha and weights of the composed LoRA, and without probes:
-    nobody measured what both predict together. It is stored nowhere. Rank: the sum of both, filled up with zeros where alpha
-    would not be a whole number otherwise, which servers ask for.
+    nobody measured what both predict together. It is never in the object store. The rank is the sum of both. Servers ask for
+    a whole alpha: where the sum gives none, the rank is filled up with zeros, to twice the sum at most.
 
     Args:
         own: The personal adapter's version.
         shared: The shared adapter's version.
 
     Raises:
-        UnfitVersionError: They belong to different bases, or to different layers of one base.
+        UnfitVersionError: They belong to different bases or layers, one names no alpha that servers take or has other tensors
+            than float32 factors of its rank, or the shared one's numbers are not finite at the own one's scale.
         IntegrityError: The weights are no safetensors.
     """
     if own.manifest.base_sha256 != shared.manifest.base_sha256:

@@ -1,4 +1,4 @@
-"""What a process before this one left in service, composed versions among it."""
+"""Find the versions that a process before this one left in service, and unload those that were revoked."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _log = logging.getLogger("perennial.subscriber")
 
 
 def left_extending(backend: Backend, names: Iterable[str]) -> Manifest | None:
-    """Return the manifest of a composed version among those that are held; None where none is known to be one.
+    """Return the manifest of the first held version that is known to be composed; None where none is.
 
     Args:
-        backend: What serves.
+        backend: The backend that serves.
         names: Names of versions that it holds.
     """
     for name in names:
@@ -30,13 +30,13 @@ def left_extending(backend: Backend, names: Iterable[str]) -> Manifest | None:
 
 
 def drop_if_revoked(source: VersionSource, registry: Registry, server: Backend, backend: Backend, name: str) -> None:
-    """Unload a version that a process before this one left in service, where it or a part of it was revoked.
+    """Unload a version that a process before this one left in service, if it or a part of it was revoked.
 
     Args:
         source: Reads the versions of the adapter.
         registry: The registry.
-        server: What serves.
-        backend: What the adapter's subscriber unloads versions from.
+        server: The backend that serves.
+        backend: The backend that the adapter's subscriber unloads versions from: the same, or a side of it.
         name: Name of the version.
 
     Raises:
@@ -54,11 +54,11 @@ def drop_if_revoked(source: VersionSource, registry: Registry, server: Backend, 
 
 
 def has_revoked_part(registry: Registry, backend: Backend, name: str) -> bool:
-    """Return whether one of both versions in a composed one that is held was revoked, or is in the store no more.
+    """Return whether one of the two versions in a composed one was revoked, or is missing in the store.
 
     Args:
         registry: The registry.
-        backend: What serves.
+        backend: The backend that serves.
         name: Name of the composed version.
 
     Raises:

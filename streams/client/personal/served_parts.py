@@ -1,4 +1,4 @@
-"""What the manifest of a composed version says about its two parts. Without numpy, so that any client can import it."""
+"""Write both parts into the manifest of a composed version, and read them. Without numpy, so that any client can import it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_REPLICA_CHARS: Final = 256
 
 
 def naming_parts(manifest: Manifest, own: str, shared: str) -> Manifest:
-    """Return the manifest of a composed version with the names of both parts in its `config`.
+    """Return the manifest of a composed version with the digests of both parts in its `config`.
 
     Args:
         manifest: Manifest of the composed LoRA.
@@ -27,7 +27,7 @@ def naming_parts(manifest: Manifest, own: str, shared: str) -> Manifest:
 
 
 def parts_of(manifest: Manifest) -> tuple[str, str] | None:
-    """Return the own and the shared version of a composed version; None for a version as a learner made it."""
+    """Return the own and the shared version of a composed version; None for a version that a learner made."""
     own, shared = manifest.config.get(_OWN), manifest.config.get(_SHARED)
     if manifest.extends is None or not (isinstance(own, str) and isinstance(shared, str)):
         return None
@@ -50,7 +50,7 @@ def version_of(stored: bytes, manifest: Manifest) -> str:
 
 
 def follower_name(replica: str, adapter: str) -> str:
-    """Return the replica's name of a follower of a shared adapter, unique among the personal adapters that extend it.
+    """Return the replica's name of a follower in the shared adapter, unique among the personal adapters that extend it.
 
     Args:
         replica: Name of the personal adapter's replica.

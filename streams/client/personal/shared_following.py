@@ -20,11 +20,11 @@ _FIRST_LOOK_S: Final = 10.0
 
 
 class FollowsAlias(Protocol):
-    """What follows the shared adapter: a `Subscriber`."""
+    """The methods of a `Subscriber` of the shared adapter that are used here."""
 
     @property
     def alive(self) -> bool:
-        """Whether its thread still follows the alias."""
+        """True while its thread follows the alias."""
 
     def start(self) -> object:
         """Follow the alias in a thread."""
@@ -90,7 +90,7 @@ class SharedFollowing:
             SubscriberError: The follower was ended by an error. Nobody would hear of a revocation in the shared adapter.
         """
         if self._follower is None:
-            if self._extending is not None and self.composing.needs_shared:  # the subscriber runs once more
+            if self._extending is not None and self.composing.needs_shared:  # `run` was called again
                 try:
                     self.prepare(self._extending)
                 except PerennialError as error:

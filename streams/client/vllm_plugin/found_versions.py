@@ -1,4 +1,4 @@
-"""What a model name stands for: a version, and the version of the shared adapter that it is served with."""
+"""The version that a model name stands for, and the version of the shared adapter that it is served with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class FoundVersion:
 
     @cached_property
     def digest(self) -> str:
-        """Digest that stands for the weights that are served, `sha256:<64 hex>`: the version, or one of both versions."""
+        """Digest that names what is served, `sha256:<64 hex>`: the version's own, or the composed digest of both versions."""
         if self.shared is None:
             return self.version
         from perennial.streams.client.personal.composition import composed_digest  # it needs numpy
@@ -59,13 +59,13 @@ class FoundVersion:
         return self.manifest.weights.size_bytes + (self.shared.size_bytes if self.shared else 0)
 
     def changed_s(self, before: FoundVersion) -> float | None:
-        """Return when the last alias moved that tells this from what was found before, in seconds since 1970.
+        """Return when the alias moved that made this differ from what was found before, in seconds since 1970.
 
         Args:
             before: What the same name stood for before.
 
         Returns:
-            The time. None where nothing new was published, because a shared part was taken away.
+            The later time, if both aliases moved. None if only a shared part was taken away: then nothing was published.
         """
         times = [self.published_s] if self.version != before.version else []
         if self.shared and (before.shared is None or self.shared.version != before.shared.version):
@@ -95,7 +95,7 @@ class RevokedSharedError(UnfitVersionError):
 class SharedVersions:
     """Live versions of shared adapters, each read from the store once; for the names of one poll. Thread-safe.
 
-    It keeps versions, that there is none, and errors.
+    It keeps each result of a reading: a version, None where there is no live one, or an error.
     """
 
     def __init__(self) -> None:

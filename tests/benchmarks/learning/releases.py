@@ -47,7 +47,7 @@ _SHAPE_END: Final = re.compile(r"(Request|Result|Output|Response|Message|Input|T
 
 @dataclass(frozen=True)
 class Entry:
-    """What a service documents under one name, over time.
+    """The documentation of a service under one name, over time.
 
     Attributes:
         service: Folder of the service.
@@ -68,7 +68,7 @@ class Entry:
         return int.from_bytes(digest[:8]) % 100 < HELD_OUT_PERCENT
 
     def revisions_in(self, period: str) -> list[tuple[str, str]]:
-        """Return the text of the period with the one before it; nothing where it has none or is new."""
+        """Return (earlier, current) texts of a period that changed a text; an empty list where it has none or a first one."""
         return [
             pair
             for name, pair in zip(list(self.texts)[1:], itertools.pairwise(self.texts.values()), strict=True)
@@ -76,7 +76,7 @@ class Entry:
         ]
 
     def revisions_after(self, period: str) -> list[tuple[str, str]]:
-        """Return the later texts, each behind the one before it."""
+        """Return (earlier, later) texts of all revisions after a period."""
         names = list(self.texts)
         return [pair for name in names[names.index(period) + 1 :] for pair in self.revisions_in(name)]
 
@@ -135,10 +135,10 @@ def versions(root: Path) -> dict[str, list[Path]]:
 
 
 def period_of(dated: Sequence[str]) -> dict[str, str]:
-    """Return the version of a service that each period ends with, where it is another one than before.
+    """Return by period the version of a service that is current at its end, if it is another one than before.
 
     Args:
-        dated: Dates of the versions, the oldest first; the last one belongs to the last period, see the module.
+        dated: Dates of the versions, the oldest first; the last one belongs to the last period, because it is still edited.
     """
     found: dict[str, str] = {}
     for period, last_day in PERIODS.items():
@@ -189,7 +189,7 @@ def entries(root: Path) -> tuple[Entry, ...]:
 
 
 def revised_sentences(before: str, after: str) -> list[tuple[str, str]]:
-    """Return the sentences that were reworded: (earlier, current) pairs that are much alike and differ in a word.
+    """Return (earlier, current) pairs of reworded sentences, which are much alike and differ in a word.
 
     Args:
         before: Earlier text.
