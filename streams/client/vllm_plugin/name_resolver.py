@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
@@ -17,7 +17,7 @@ from cachetools import TTLCache
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.client.trust.untrusted import UntrustedVersionError
-from perennial.streams.client.vllm_plugin.found_versions import FoundVersion
+from perennial.streams.client.vllm_plugin.found_versions import FoundVersion, RevokedSharedError
 from perennial.streams.client.vllm_plugin.requested_names import RequestedName, parse_requested_name
 from perennial.streams.client.vllm_plugin.resolver_metrics import ResolverMetrics
 from perennial.streams.client.vllm_plugin.version_folders import VersionFolders
@@ -140,18 +140,22 @@ class NameResolver:
             return None
         try:
             self._require_own(name.adapter)
-            found = await self.in_thread(self.folders.find, name, served_model)
+            try:
+                found = await self.in_thread(self.folders.find, name, served_model)
+            except RevokedSharedError as error:
+                self.log_once(f"model {lora_name} is served without its shared part", error)
+                found = error.alone
             if found is None:
                 self.metrics.requests.labels("unknown").inc()
                 log.debug("%s is no adapter in the store, or it is retired", lora_name)
                 return None
-            async with self.lock_of(found.name):
-                path = await self.in_thread(self.folders.prepare, found, served_model)
-                if self.try_out is not None:
-                    await self.try_out(found, str(path))
-                request = self.request_for(found, str(path))
-                self.give_up(lora_name)  # vLLM asks again for what it could not load, and for what was unloaded
-                self.followed[lora_name] = Followed(name, served_model, found, request, self.clock())
+            try:
+                request = await self._follow(lora_name, name, served_model, found)
+            except (UnfitVersionError, IntegrityError) as error:
+                if found.shared is None or name.shared_version is not None:
+                    raise
+                self.log_once(f"model {lora_name} is served without its shared part", error)
+                request = await self._follow(lora_name, name, served_model, replace(found, shared=None))
         except Exception as error:  # noqa: BLE001 - what is raised here would end the request with status 500
             self.metrics.requests.labels("refused" if is_refusal(error) else "failed").inc()
             self.log_once(f"model {lora_name} cannot be served", error)
@@ -160,6 +164,17 @@ class NameResolver:
         self.metrics.names.set(len(self.followed))
         self.metrics.bytes.set(self.folders.total_bytes)
         log.info("%s is served as %s", lora_name, request.lora_name)
+        return request
+
+    async def _follow(self, lora_name: str, name: RequestedName, served_model: str, found: FoundVersion) -> LoraRequest:
+        """Lay a version down, try it out, and follow the name that it was found for."""
+        async with self.lock_of(found.name):
+            path = await self.in_thread(self.folders.prepare, found, served_model)
+            if self.try_out is not None:
+                await self.try_out(found, str(path))
+            request = self.request_for(found, str(path))
+            self.give_up(lora_name)  # vLLM asks again for what it could not load, and for what was unloaded
+            self.followed[lora_name] = Followed(name, served_model, found, request, self.clock())
         return request
 
     def give_up(self, lora_name: str) -> None:

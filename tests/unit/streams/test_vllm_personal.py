@@ -123,7 +123,7 @@ def test_a_shared_version_that_is_revoked_and_still_live_leaves_the_personal_one
             assert await world.served(USER) == small_weights(1)
         assert world.metrics.refreshes.labels("replaced")._value.get() == 1
         assert world.metrics.stale_since._value.get() == 0
-        assert await world.served(f"{USER}#live") == 404, "what is asked for first is refused"
+        assert await world.served(f"{USER}#live") == small_weights(1), "and so does what is asked for the first time"
         assert f"{USER} extends {ADAPTER}: {shared.version} is revoked and still live" in caplog.text
         for _ in range(3):
             await world.poll(GRACE_S)
@@ -296,17 +296,39 @@ def test_a_store_that_is_away_takes_nothing_out_of_service(world: World, monkeyp
     run(story())
 
 
-def test_what_cannot_be_put_together_is_refused_and_not_read_again_for_a_minute(world: World, monkeypatch, caplog):
+def test_what_cannot_be_put_together_is_served_alone_and_not_tried_again_for_a_minute(
+    world: World, monkeypatch, caplog
+):
     async def story() -> None:
-        teach(world, small_weights(1).replace(b"q_proj", b"k_proj"))
-        world.versions.publish(small_weights(2))
-        reads: list[object] = []
+        weights = small_weights(1).replace(b"q_proj", b"k_proj")
+        own, shared = teach(world, weights), world.versions.publish(small_weights(2))
+        reads: list[str] = []
         fetch = VersionFolders._weights
-        monkeypatch.setattr(VersionFolders, "_weights", lambda self, found: reads.append(found) or fetch(self, found))
-        assert [await world.served(name) for name in (USER, f"{USER}#live", USER)] == [404] * 3
-        assert len(reads) == 2
-        assert world.folders.total_bytes == 0
+        monkeypatch.setattr(
+            VersionFolders, "_weights", lambda self, found: reads.append(found.manifest.adapter) or fetch(self, found)
+        )
+        assert [await world.served(name) for name in (USER, f"{USER}#live", USER)] == [weights] * 3
+        await world.poll()
+        assert await world.served(USER) == weights
+        assert reads.count(ADAPTER) == 1, "both were put together once"
+        assert world.laid_down() == {f"@{own.version[7:]}"}
         assert f"{USER} and {ADAPTER} have other layers" in caplog.text
+        assert await world.served(pinned(own, shared)) == 404, "who asks for both is given both or nothing"
+
+    run(story())
+
+
+def test_a_misfit_that_replaces_a_revoked_shared_version_leaves_the_own_part_in_service(world: World):
+    async def story() -> None:
+        own, shared = teach(world, small_weights(1)), world.versions.publish(small_weights(2))
+        assert await world.served(USER) == both(world, own, shared)
+        world.versions.publish(small_weights(3).replace(b"q_proj", b"k_proj"))
+        world.versions.registry.revoke(ADAPTER, shared.version, "erased")
+        await world.poll()
+        assert await world.served(USER) == small_weights(1)
+        newer = world.versions.publish(small_weights(4))
+        await world.poll()
+        assert await world.served(USER) == both(world, own, newer)
 
     run(story())
 
@@ -328,11 +350,11 @@ def test_a_shared_version_that_cannot_be_served_leaves_the_one_before_in_service
     run(story())
 
 
-def test_a_shared_adapter_of_another_base_is_refused(world: World, caplog):
+def test_a_shared_adapter_of_another_base_is_left_out(world: World, caplog):
     async def story() -> None:
         teach(world, small_weights(1))
         VersionPublisher(world.versions.store, ADAPTER, "sha256:" + "c" * 64).publish(small_weights(2))
-        assert await world.served(USER) == 404
+        assert await world.served(USER) == small_weights(1)
         assert "belong to different bases" in caplog.text
 
     run(story())
@@ -445,7 +467,7 @@ def test_a_rank_that_the_engine_has_no_room_for_is_the_sum_of_both(world: World,
         own = teach(world, small_weights(1))
         shared = world.versions.publish(small_weights(2, 8), rank=8, alpha=16)
         world.engine.refuses.add(composed_digest(own.version, shared.version)[7:])
-        assert await world.served(USER) == 404
+        assert await world.served(USER) == small_weights(1), "alone"
         assert f"cannot load {USER} together with {ADAPTER}, an adapter of rank 2 + 8 = 10" in caplog.text
         assert "a --max-lora-rank of 10 or more" in caplog.text
 
