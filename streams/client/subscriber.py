@@ -223,12 +223,13 @@ class Subscriber(FollowingThread):
         with sigterm_deferred() as termination:
             try:
                 self._acks.start(self._announce_end)
-                self._follow_left()
                 while not (stop.is_set() or termination.requested):
                     if self._clock() >= self._progress.due_s:
+                        self._follow_left()
                         self._look()
                         self._drop_revoked()
-                        self._looked.set()
+                        if self._progress.state is not State.UNREADABLE:
+                            self._looked.set()
                         if self._following is not None:
                             self._following.tend()
                     wait_s = max(0.0, min(_TICK_S, self._progress.due_s - self._clock()))
@@ -378,8 +379,10 @@ class Subscriber(FollowingThread):
 
     def _follow_left(self) -> None:
         """Follow the shared adapter of what a process before this one left in service, so that a request waits for it."""
+        if self._following is not None or self._progress.served:
+            return
         with suppress(Exception):  # the looks at the alias report what is wrong with the backend
-            if self._following is None and (left := left_extending(self._server, self._held(None))) is not None:
+            if (left := left_extending(self._server, self._held(None))) is not None:
                 self._follow_shared(left)
 
     def _follow_shared(self, manifest: Manifest) -> None:

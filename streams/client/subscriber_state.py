@@ -147,8 +147,11 @@ class Progress:
         return replace(self, reported=None, failing=0, attempts=0, attempt_s=0.0)
 
     def dropped(self) -> Self:
-        """Note that the version in service was revoked: it is to be unloaded, and its generation is not owed any more."""
-        return replace(self, owed=None, leftovers=True)
+        """Note that the version in service was revoked: it is to be unloaded, and its generation is not owed any more.
+
+        What waits for its next attempt is tried at once: nothing is served that could go on meanwhile.
+        """
+        return replace(self, owed=None, leftovers=True, attempt_s=0.0, due_s=0.0)
 
     def acknowledged(self) -> Self:
         """Note that the owed acknowledgement was handed over."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from perennial.storage.objects.safetensors_check import check_safetensors
 from perennial.storage.registry.manifest import Manifest
-from perennial.streams.client.backend import Backend, BackendError, Deactivates, HasRoom
+from perennial.streams.client.backend import Backend, BackendError, Deactivates, HasRoom, UnfitVersionError
 from perennial.streams.client.personal.served_parts import naming_parts
 
 if TYPE_CHECKING:
@@ -147,11 +147,13 @@ class ComposingBackend:
             try:
                 self._serve(name, beneath)
             except Exception as error:
-                if beneath is None or self.served_with is not None:
+                passes = self.holds_left and not isinstance(error, UnfitVersionError)
+                if beneath is None or self.served_with is not None or passes:
                     raise
                 _log.warning("%s is served without %s, which is tried again: %s", name, beneath, error)
                 self._serve(name, None)
             self._own = name
+            self._skips = self._skipped = 0
 
     def activate_shared(self, name: str) -> None:
         """Serve a shared version together with the own one; without an active own version only remember it."""
@@ -160,6 +162,7 @@ class ComposingBackend:
             if self._own is not None and self._parts[self._own].manifest.extends is not None:
                 self._serve(self._own, name)
             self._shared = name
+            self._skips = self._skipped = 0
 
     def deactivate_own(self, name: str) -> None:
         """Serve nothing, if the own version is the active one, or a process before this one left it in service."""
@@ -204,9 +207,9 @@ class ComposingBackend:
                 if name not in self._pairs:  # else it is what both sides are served as since the caller looked
                     self.inner.unload(name)
                 return
-            self._remove(self._containing(name))
             if self._own == name:
                 self._own = None
+            self._remove(self._containing(name))
             del self._parts[name]
 
     def unload_shared(self, name: str) -> None:
@@ -310,6 +313,7 @@ class ComposingBackend:
     def _remove(self, names: list[str]) -> None:
         for name in names:
             self.inner.unload(name)
+            self._skips = self._skipped = 0  # there may be a place now
             del self._pairs[name]
             if self.served == name:
                 self._serving = None

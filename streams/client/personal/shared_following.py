@@ -69,8 +69,11 @@ class SharedFollowing:
         if manifest.extends is None:
             return
         self._extending = manifest
-        # Without a digest of the servers' base, the own version decides which base the shared one must have.
-        self.composing.shared.base_sha256 = self.composing.inner.base_sha256 or manifest.base_sha256
+        side, composing = self.composing.shared, self.composing
+        if side.base_sha256 is None or (composing.served is None and not composing.holds_left):
+            # Without a digest of the servers' base, what is served, or else the own version, decides which base the shared one
+            # must have. An own version that the servers refuse must not change it.
+            side.base_sha256 = composing.inner.base_sha256 or manifest.base_sha256
         if self._follower is None:
             follower = self._make_follower(self.composing.shared)
             follower.start()

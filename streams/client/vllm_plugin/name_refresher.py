@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from perennial.streams.client.backend import UnfitVersionError
 from perennial.streams.client.vllm_plugin.engine_trial import Engine
 from perennial.streams.client.vllm_plugin.found_versions import FoundVersion, RevokedSharedError, SharedVersions
 from perennial.streams.client.vllm_plugin.name_resolver import Followed, NameResolver, Retired, log
@@ -109,6 +110,7 @@ class NameRefresher:
     async def refresh_all(self) -> None:
         """Refresh every name once. An error of one name does not keep the others."""
         names = list(self._resolver.followed)
+        await self._withdraw_revoked_shared(names)
         poll = _Poll(self._resolver.clock(), SharedVersions())
         errors = await asyncio.gather(*(self._refresh_in_turn(name, poll) for name in names), return_exceptions=True)
         for name, error in zip(names, errors, strict=True):
@@ -123,6 +125,29 @@ class NameRefresher:
         self._resolver.metrics.stale_since.set(min(self._stale_since.values(), default=0.0))
         self._resolver.metrics.names.set(len(followed))
         self._resolver.metrics.bytes.set(self._resolver.folders.total_bytes)
+
+    async def _withdraw_revoked_shared(self, names: Iterable[str]) -> None:
+        """Take every name out of service whose shared part is revoked, before any name waits for another one's turn.
+
+        The next request for such a name composes it with what is live. Each shared version is asked for once.
+        """
+        revoked: dict[str, bool] = {}
+        for name in names:
+            followed = self._resolver.followed.get(name)
+            shared = followed.found.shared if followed is not None else None
+            if followed is None or shared is None:
+                continue
+            if shared.version not in revoked:
+                try:
+                    revoked[shared.version] = await self._resolver.in_thread(self._resolver.folders.is_revoked, shared)
+                except Exception as error:  # noqa: BLE001 - the refreshing of each name reports the store
+                    self._resolver.log_once("the revocations of a shared adapter cannot be read", error)
+                    revoked[shared.version] = False
+            if not revoked[shared.version]:
+                continue
+            async with self._models.lora_resolver_lock[name]:
+                if self._resolver.followed.get(name) is followed:
+                    self._withdraw(name, followed, "has a shared part that was revoked")
 
     async def _refresh_in_turn(self, name: str, poll: _Poll) -> None:
         async with self._turns:
@@ -188,6 +213,11 @@ class NameRefresher:
             except BaseException:
                 resolver.retire(found, request)  # it may have been loaded all the same
                 raise
+            if await resolver.in_thread(resolver.folders.is_revoked, found):  # since the poll has read it
+                resolver.retire(found, request)
+                raise UnfitVersionError(
+                    f"{found.served_name} was revoked meanwhile", remedy="the next poll looks again"
+                )
             self._models.lora_requests[name] = request
             resolver.followed[name] = Followed(
                 followed.name, followed.served_model, found, request, followed.resolved_s

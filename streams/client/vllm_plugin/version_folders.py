@@ -13,6 +13,7 @@ import os
 import secrets
 import shutil
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,7 @@ class VersionFolders:
                     self._bytes.pop(found.name, None)
                     self._composed.pop(found.name, None)
                 if isinstance(error, IntegrityError | UnfitVersionError):
+                    traceback.clear_frames(error.__traceback__)  # they hold the weights
                     self._unfit[found.digest] = error
             raise
         return backend.folder_of(found.name)

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from perennial.storage.errors import StoreError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import StoredObject
+from perennial.storage.registry.records import alias_key
 from perennial.streams.client.acknowledgements import Acks
-from perennial.streams.client.backend import UnfitVersionError
+from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.directory_backend import DirectoryBackend
 from perennial.streams.client.following_thread import SubscriberError
 from perennial.streams.client.personal.composition import composed_digest
@@ -328,6 +330,53 @@ def test_a_shared_version_that_does_not_fit_keeps_no_user_from_the_own_one(world
         until(lambda: backend.active == subscriber.name_of(own), "the user's newer version")
         shared = world.tenant.publish().version
         until(lambda: backend.active == composed(own, shared), "a tenant's version that fits")
+
+
+class Recording(DirectoryBackend):
+    """A folder that fails once to load a version, and remembers what was activated."""
+
+    def __init__(self, path: Path, fails: str = "") -> None:
+        super().__init__(path, durable=False)
+        self.fails, self.activated = fails, []
+
+    def load(self, name, weights, manifest):
+        if name == self.fails:
+            self.fails = ""
+            raise BackendError("the server does not answer in time")
+        super().load(name, weights, manifest)
+
+    def activate(self, name):
+        self.activated.append(name)
+        super().activate(name)
+
+
+def test_a_pair_that_a_process_left_goes_on_where_loading_it_again_fails_once(world, tmp_path):
+    pair = composed(world.user.publish().version, world.tenant.publish().version)
+    left_behind(world, tmp_path / "served")
+    backend = Recording(tmp_path / "served", fails=pair)
+    with world.subscriber(backend) as subscriber:
+        assert subscriber.wait_for(1, WAIT_S)
+        until(lambda: backend.list() == [pair] == [backend.current(USER)], "the pair")
+    assert set(backend.activated) == {pair}, "never alone"
+
+
+def test_a_first_look_that_failed_gives_up_no_pair_that_a_process_left(world, tmp_path):
+    pair = composed(world.user.publish().version, world.tenant.publish().version)
+    left_behind(world, tmp_path / "served")
+    failures = iter([True])
+
+    class Away(DirectoryStore):
+        def get(self, key, *rest):
+            if key == alias_key(TENANT, "live") and next(failures, False):
+                raise StoreError("unplugged")
+            return super().get(key, *rest)
+
+    backend = Recording(tmp_path / "served")
+    with world.subscriber(backend, store=Away(world.store.root, fsync=False)) as subscriber:
+        assert subscriber.wait_for(1, WAIT_S)
+        until(lambda: backend.list() == [pair] == [backend.current(USER)], "the pair")
+    assert next(failures, "used") == "used"
+    assert set(backend.activated) == {pair}, "never alone"
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

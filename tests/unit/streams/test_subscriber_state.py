@@ -105,6 +105,8 @@ def test_what_is_applied_ends_all_attempts_and_owes_an_acknowledgement():
 
 def test_a_version_that_was_revoked_owes_no_acknowledgement():
     assert Progress(served=1, owed=ack(), leftovers=False).dropped() == Progress(served=1)
+    waiting = Progress(served=1, failing=2, attempts=6, attempt_s=60.0, due_s=5.0).dropped()
+    assert (waiting.failing, waiting.attempt_s, waiting.due_s) == (2, 0.0, 0.0), "what waits is tried at once"
 
 
 def test_what_is_still_held_is_reported_once_while_an_acknowledgement_is_owed():

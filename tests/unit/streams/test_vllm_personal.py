@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,7 @@ def test_a_shared_version_that_is_revoked_and_still_live_leaves_the_personal_one
         for _ in range(3):
             await world.poll()
             assert await world.served(USER) == small_weights(1)
-        assert world.metrics.refreshes.labels("replaced")._value.get() == 1
+        assert world.metrics.refreshes.labels("withdrawn")._value.get() == 1
         assert world.metrics.stale_since._value.get() == 0
         assert await world.served(f"{USER}#live") == small_weights(1), "and so does what is asked for the first time"
         assert f"{USER} extends {ADAPTER}: {shared.version} is revoked and still live" in caplog.text
@@ -131,6 +132,64 @@ def test_a_shared_version_that_is_revoked_and_still_live_leaves_the_personal_one
         newer = world.versions.publish(small_weights(3))
         await world.poll()
         assert await world.served(USER) == both(world, own, newer)
+
+    run(story())
+
+
+def test_no_name_leads_to_a_revoked_shared_part_while_other_names_have_their_turn(world: World, monkeypatch):
+    async def story() -> None:
+        shared = world.versions.publish(small_weights(2))
+        for number in range(6):
+            user = f"{ADAPTER}/user-{number}"
+            teach(world, small_weights(10 + number), user)
+            await world.served(user)
+        teach(world, small_weights(20), "acme/sales")
+        await world.served("acme/sales")
+        world.versions.publish(small_weights(3))
+        teach(world, small_weights(21), "acme/sales")
+        world.versions.registry.revoke(ADAPTER, shared.version, "erased")
+        asked: list[bool] = []
+        add = world.engine.add_lora
+
+        async def its_turn(request: object) -> None:
+            asked.append(any(shared.version[7:] in each.lora_name for each in world.server.lora_requests.values()))
+            await add(request)
+
+        monkeypatch.setattr(world.engine, "add_lora", its_turn)
+        await world.poll()
+        assert asked
+        assert not any(asked)
+
+    run(story())
+
+
+def test_a_shared_part_that_is_revoked_during_a_poll_is_not_put_into_service(world: World, monkeypatch):
+    async def story() -> None:
+        own, first = teach(world, small_weights(1)), world.versions.publish(small_weights(2))
+        await world.served(USER)
+        second = world.versions.publish(small_weights(3))
+        add = world.engine.add_lora
+
+        async def revoked_meanwhile(request: object) -> None:
+            world.versions.registry.revoke(ADAPTER, second.version, "erased")
+            await add(request)
+
+        with monkeypatch.context() as context:
+            context.setattr(world.engine, "add_lora", revoked_meanwhile)
+            await world.poll()
+        assert await world.served(USER) == both(world, own, first)
+
+    run(story())
+
+
+def test_an_error_that_is_remembered_holds_no_weights(world: World):
+    async def story() -> None:
+        teach(world, small_weights(1).replace(b"q_proj", b"k_proj"))
+        world.versions.publish(small_weights(2))
+        await world.served(USER)
+        (error,) = world.folders._unfit.values()
+        frames = [frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__)]
+        assert not any(isinstance(value, bytes | Part) for found in frames for value in found.values())
 
     run(story())
 
