@@ -207,9 +207,9 @@ class ComposingBackend:
                 if name not in self._pairs:  # else it is what both sides are served as since the caller looked
                     self.inner.unload(name)
                 return
+            self._remove(self._containing(name))
             if self._own == name:
                 self._own = None
-            self._remove(self._containing(name))
             del self._parts[name]
 
     def unload_shared(self, name: str) -> None:
