@@ -379,6 +379,20 @@ def test_a_first_look_that_failed_gives_up_no_pair_that_a_process_left(world, tm
     assert set(backend.activated) == {pair}, "never alone"
 
 
+def test_an_own_version_that_the_servers_refuse_does_not_change_the_base_of_the_shared_one(world, tmp_path):
+    shared = world.tenant.publish().version
+    world.user.publish()
+    backend = left_behind(world, tmp_path / "served")
+    world.user.base_sha256 = "sha256:" + "c" * 64
+    world.user.publish()
+    with world.subscriber(backend):
+        until(lambda: world.failures(USER), "the own version is refused")
+        world.tenant.publish(kind="forget")
+        world.tenant.registry.revoke(TENANT, shared, "erased")
+        until(lambda: backend.list() == [], "what was left goes")
+        until(lambda: world.acknowledged(TENANT) == [2], "and the erasure is acknowledged")
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_follower_that_ends_ends_the_subscriber(world, monkeypatch):
     """Else a revoked shared version would stay in service, and no request would wait for it after the lease."""
