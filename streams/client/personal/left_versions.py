@@ -24,7 +24,7 @@ def left_extending(backend: Backend, names: Iterable[str]) -> Manifest | None:
     """
     for name in names:
         manifest = backend.manifest_of(name) if isinstance(backend, KeepsManifests) else None
-        if manifest is not None and manifest.extends is not None and parts_of(manifest) is not None:
+        if manifest is not None and parts_of(manifest) is not None:
             return manifest
     return None
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load
 
 from perennial.learner.model.base import load_base
 from perennial.learner.model.lora import Lora, LoraConfig, to_safetensors
 from perennial.learner.serving.peft_backend import MOST_SHAPES, PeftBackend
+from perennial.learner.training.personal import stacking
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.streams.client.backend import BackendError, UnfitVersionError
 from perennial.streams.client.personal.composing_backend import ComposingBackend
@@ -101,6 +103,19 @@ def test_served_losses_are_those_of_the_sum_of_both(tmp_path):
         assert [backend.loss(text) for text in TEXTS] == pytest.approx(alone, abs=1e-5)
     finally:
         backend.close()
+
+
+def test_clients_compose_the_very_numbers_that_the_benchmark_of_personal_adapters_measures(tmp_path):
+    base = load_base("shipped", "cpu", 1)
+    made = Made(base, tmp_path)
+    own, shared = made.publish(made.user, OWN, 1), made.publish(made.tenant, SHARED, 2)
+    composed = compose(
+        Part(f"sha256:{own[0][-64:]}", own[2], own[1]), Part(f"sha256:{shared[0][-64:]}", shared[2], shared[1])
+    )
+    stacked = stacking.compose(stacking.SharedPart(SHARED, weights_of(base, SHARED, 2)), weights_of(base, OWN, 1), OWN)
+    found = load(composed.weights)
+    assert found.keys() == stacked.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stacked.items())
 
 
 def test_only_composed_versions_may_have_another_rank(tmp_path):
