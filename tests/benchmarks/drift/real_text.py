@@ -6,7 +6,7 @@ with a test of the mean embedding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -20,7 +20,7 @@ from perennial.learner.roles.scorer import Scorer
 from perennial.learner.training.replay_buffer import seeded_random
 from perennial.streams.curate.batcher import MicroBatcher
 from perennial.streams.curate.cutting.policy import CutPolicy
-from perennial.streams.events.models import ExampleScored
+from perennial.streams.events.models import ExampleAccepted, ExampleScored
 from perennial.streams.settings import load_settings
 from tests.benchmarks.drift.arms import plain_adwin
 from tests.benchmarks.drift.series import Floats
@@ -69,19 +69,28 @@ def load_domains(threads: int) -> list[Domain]:
     Args:
         threads: CPU threads of the model.
     """
+    return score_domains({name: package_texts(name, held_out=False)[:DOCUMENTS] for name in DOMAINS}, threads)
+
+
+def score_domains(texts: Mapping[str, Sequence[str]], threads: int) -> list[Domain]:
+    """Return the documents of each domain, scored by the service's scorer.
+
+    Args:
+        texts: the texts by domain.
+        threads: CPU threads of the model.
+    """
     settings = load_settings(env_file=None, device="cpu", threads=threads)
     base = load_base(settings.model.base, "cpu", threads, settings.model.dtype)
     scorer = Scorer(base, settings)
     found = []
-    for name in DOMAINS:
-        texts = package_texts(name, held_out=False)[:DOCUMENTS]
-        examples = [document(number, text, f"{name}-{number}") for number, text in enumerate(texts)]
+    for name, of_domain in texts.items():
+        examples = [document(number, text, f"{name}-{number}") for number, text in enumerate(of_domain)]
         scored = [
             each
             for first in range(0, len(examples), BATCH)
             for each in scorer.score(examples[first : first + BATCH], {})
         ]
-        found.append(Domain(name, tuple(scored), _embeddings(base, texts)))
+        found.append(Domain(name, tuple(scored), _embeddings(base, of_domain)))
     return found
 
 
@@ -124,19 +133,40 @@ def watch(parts: Sequence[tuple[Domain, Sequence[int]]], seed: int) -> Alarms:
     """
     scored = [domain.scored[index] for domain, indices in parts for index in indices]
     (block,) = numbered([Block("stream", tuple(each.example for each in scored))])
-    batcher: MicroBatcher[None] = MicroBatcher(ADAPTER, CutPolicy.of(load_settings(env_file=None)))
-    any_signal, of_losses, cuts = [], [], []
-    for number, (each, example) in enumerate(zip(scored, block.examples, strict=True), 1):
-        offer = batcher.offer(each.model_copy(update={"example": example}), None, 0)
-        any_signal += [number] * bool(offer.drifts)
-        of_losses += [number] * any(drift.signal.endswith("_loss") for drift in offer.drifts)
-        cuts += [number] * (offer.reason == "drift")
-        if offer.reason:
-            batcher.apply(batcher.cut(datetime.fromtimestamp(START_MS / 1000, UTC), offer.reason))
+    renumbered = [
+        each.model_copy(update={"example": example}) for each, example in zip(scored, block.examples, strict=True)
+    ]
+    any_signal, of_losses, cuts = service_marks(renumbered)
     losses = np.array([each.base_loss_nats for each in scored], dtype=np.float64)
     embeddings = np.concatenate([domain.embeddings[list(indices)] for domain, indices in parts])
     rng = np.random.default_rng(seed)
     return Alarms(any_signal, of_losses, cuts, plain_adwin(losses, rng), embedding_alarms(embeddings, rng))
+
+
+def service_marks(
+    scored: Iterable[ExampleScored], learn: Callable[[list[ExampleAccepted]], None] = lambda _: None
+) -> tuple[list[int], list[int], list[int]]:
+    """Return where curate's batcher reports any drift, drift of a loss, and where drift cuts.
+
+    Args:
+        scored: the documents in order, with rising offsets; the next one is taken after what was cut is learned.
+        learn: learns a micro-batch.
+
+    Returns:
+        Numbers of documents, from 1.
+    """
+    batcher: MicroBatcher[None] = MicroBatcher(ADAPTER, CutPolicy.of(load_settings(env_file=None)))
+    any_signal, of_losses, cuts = [], [], []
+    for number, each in enumerate(scored, 1):
+        offer = batcher.offer(each, None, 0)
+        any_signal += [number] * bool(offer.drifts)
+        of_losses += [number] * any(drift.signal.endswith("_loss") for drift in offer.drifts)
+        cuts += [number] * (offer.reason == "drift")
+        if offer.reason:
+            pending = batcher.pending_examples
+            batcher.apply(batcher.cut(datetime.fromtimestamp(START_MS / 1000, UTC), offer.reason))
+            learn(pending)
+    return any_signal, of_losses, cuts
 
 
 def embedding_alarms(embeddings: Matrix, rng: np.random.Generator) -> list[int]:
