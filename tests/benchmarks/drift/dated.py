@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ import numpy as np
 
 from perennial.learner.training.replay_buffer import seeded_random
 from perennial.storage.errors import NotFoundError
-from tests.benchmarks.drift.arms import dummy, scaled_adwin
+from tests.benchmarks.drift.arms import dummy, plain_adwin, scaled_adwin
 from tests.benchmarks.drift.boundaries import (
     Matched,
     boundaries_of,
@@ -29,7 +29,7 @@ from tests.benchmarks.drift.boundaries import (
     pooled_per_10k,
     step_between,
 )
-from tests.benchmarks.drift.learning import learned_marks
+from tests.benchmarks.drift.learning import Learned, learned_marks
 from tests.benchmarks.drift.measure import median
 from tests.benchmarks.drift.real_text import Domain, score_domains, shuffled, watch
 from tests.benchmarks.learning.releases import LATEST, PERIODS, botocore_data, entries
@@ -40,8 +40,8 @@ MIN_OF_SERVICE: Final = 200
 """Documents from which a service is part of the stream `services`."""
 OF_SERVICE: Final = 360
 """Documents of each service, at most: the same share of the stream for all."""
-OF_SEGMENT: Final = 200
-"""Documents of each segment that an adapter learns, at most."""
+OF_SEGMENT: Final = 160
+"""Documents of each period that an adapter learns, at most: a few more than the reference of a loss takes."""
 ONE_SERVICE: Final = "ec2"
 STREAMS: Final = ("periods", "periods of ec2", "services")
 SERVICE_ARMS: Final = ("service", "service, losses", "service, cuts")
@@ -278,34 +278,56 @@ def run_dated(processes: int, runs: int, learners: int, within: int, *, titles: 
     return found
 
 
-def _learn(dated: Dated, processes: int, learners: int, within: int) -> dict[str, Any]:
-    """Print what is reported while an adapter learns, beside the same documents under the base alone."""
-    texts = [each.example.text or "" for each in dated.domain.scored]
-    by_run = {
-        stream: [segments(stream, dated.periods, dated.services, seed, mixed=True, most=OF_SEGMENT) for seed in range(learners)]
-        for stream in ("periods", "services")
-    }  # fmt: skip
-    jobs = [
-        (indices, seed)
-        for of_stream in by_run.values() for seed, found in enumerate(of_stream)
-        for indices in (in_order(found), control(found, seed))
+def learner_runs(dated: Dated, learners: int) -> list[list[Segment]]:
+    """Return the segments that each adapter learns: the periods, in order."""
+    return [
+        segments("periods", dated.periods, dated.services, seed, mixed=True, most=OF_SEGMENT)
+        for seed in range(learners)
     ]  # fmt: skip
+
+
+def _learn(dated: Dated, processes: int, learners: int, within: int) -> dict[str, Any]:
+    """Print what is reported while an adapter learns the periods, beside the same documents under the base alone."""
+    texts = [each.example.text or "" for each in dated.domain.scored]
+    runs = learner_runs(dated, learners)
+    jobs = [
+        (tuple(order), seed) for seed, found in enumerate(runs) for order in (in_order(found), control(found, seed))
+    ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         results = list(
-            pool.map(learned_marks, [[texts[at] for at in indices] for indices, _ in jobs], [seed for _, seed in jobs])
+            pool.map(learned_marks, [[texts[at] for at in order] for order, _ in jobs], [seed for _, seed in jobs])
         )
-    known: Mapping[tuple[int, ...], Any] = {
-        tuple(indices): result for (indices, _), result in zip(jobs, results, strict=True)
-    }
-    print(f"\npromoted updates by run: {' '.join(str(promoted) for _, promoted in results)}")
+    known = dict(zip(jobs, results, strict=True))
 
     def both(indices: Sequence[int], seed: int) -> Marks:
-        learned = dict(zip(SERVICE_ARMS, known[tuple(indices)][0], strict=True))
-        return {f"{name}, learning": marks for name, marks in learned.items()} | all_marks(dated.domain, indices, seed)
+        return learned_arms(known[tuple(indices), seed], seed) | all_marks(dated.domain, indices, seed)
 
-    found = {}
-    for stream, runs in by_run.items():
-        table = compare(both, runs, within)
-        print_table(f"{stream}, at most {OF_SEGMENT} documents of each segment, {learners} runs", table, within)
-        found[stream] = table["service, learning"].figures()
-    return found
+    table = compare(both, runs, within)
+    print_live_steps(runs, [known[tuple(in_order(found)), seed] for seed, found in enumerate(runs)])
+    print_table(f"periods, at most {OF_SEGMENT} documents of each, {learners} runs", table, within)
+    return table["service, learning"].figures()
+
+
+def learned_arms(learned: Learned, seed: int) -> Marks:
+    """Return the marks of the service while an adapter learned, and those of ADWIN on the live loss."""
+    live, rng = np.array(learned.live, dtype=np.float64), np.random.default_rng(seed)
+    return {
+        "service, learning": learned.any, "service, learning, losses": learned.losses,
+        "service, learning, cuts": learned.cuts, "plain ADWIN, live loss": plain_adwin(live, rng),
+        "ADWIN, scaled, live loss": scaled_adwin(live, rng),
+    }  # fmt: skip
+
+
+def print_live_steps(runs: Sequence[list[Segment]], learned: Sequence[Learned]) -> None:
+    """Print by how much the mean live loss changes at each boundary."""
+    print(f"\npromoted updates by run: {' '.join(str(each.promoted) for each in learned)}")
+    for place, (one, two) in enumerate(itertools.pairwise(runs[0])):
+        steps = []
+        for found, each in zip(runs, learned, strict=True):
+            start, middle, end = [0, *boundaries_of([len(s.indices) for s in found]), len(each.live)][place : place + 3]
+            losses = np.array(each.live, dtype=np.float64)
+            steps.append(step_between(losses[start:middle], losses[middle:end]))
+        shown = ", ".join(
+            f"{step.nats:+.3f} ± {1.96 * step.error:.3f} ({step.nats / step.deviation:+.2f} sd)" for step in steps
+        )
+        print(f"live loss from {one.name} to {two.name}, by run: {shown}")

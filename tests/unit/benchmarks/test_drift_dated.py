@@ -20,8 +20,17 @@ from tests.benchmarks.drift.boundaries import (
     pooled_per_10k,
     step_between,
 )
-from tests.benchmarks.drift.dated import OF_SERVICE, Compared, compare, control, in_order, segments
-from tests.benchmarks.drift.learning import LiveScorer
+from tests.benchmarks.drift.dated import (
+    OF_SERVICE,
+    Compared,
+    compare,
+    control,
+    in_order,
+    learned_arms,
+    print_live_steps,
+    segments,
+)
+from tests.benchmarks.drift.learning import Learned, LiveScorer
 from tests.benchmarks.drift.real_text import service_marks
 from tests.benchmarks.learning import releases
 from tests.benchmarks.learning.streams import document
@@ -147,6 +156,22 @@ def test_the_next_document_is_scored_after_what_was_cut_is_learned():
     assert [seen[at] for at in (7, 8, 15, 16)] == [0, 1, 1, 2]
 
 
+def test_the_live_losses_are_watched_and_their_steps_printed_by_boundary(capsys):
+    (found,) = [segments("periods", PERIODS, SERVICES, 0, mixed=True)]
+    rng = np.random.default_rng(1)
+    live = [(4.0 if number < 330 else 5.0) + 0.3 * rng.standard_normal() for number in range(830)]
+    learned = Learned([340], [], [], live, 7)
+    arms = learned_arms(learned, 0)
+    assert arms["service, learning"] == [340]
+    assert 330 < arms["plain ADWIN, live loss"][0] <= 400
+    print_live_steps([found], [learned])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "promoted updates by run: 7"
+    assert lines[2].startswith("live loss from 2014-09 to 2015-06, by run: ")
+    assert float(lines[2].split(": ")[1].split(" ")[0]) == pytest.approx(0, abs=0.15)
+    assert float(lines[3].split(": ")[1].split(" ")[0]) == pytest.approx(1, abs=0.15)
+
+
 @pytest.mark.slow(20)
 def test_the_live_loss_is_that_of_the_latest_promoted_version():
     adapter = LiveScorer(World.load("shipped", threads=1, runs=1, general=0), seed=0)
@@ -160,6 +185,7 @@ def test_the_live_loss_is_that_of_the_latest_promoted_version():
     assert adapter.promoted == after.live_generation == 1
     assert after.base_loss_nats == before.base_loss_nats
     assert after.live_loss_nats < after.base_loss_nats
+    assert adapter.live_losses == [before.base_loss_nats, after.live_loss_nats]
 
 
 def test_without_the_text_the_stream_is_skipped_with_its_reason(monkeypatch, capsys):
