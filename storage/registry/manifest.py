@@ -110,6 +110,40 @@ class SkippedExample(_Part):
         return self.partition, self.epoch, self.offset
 
 
+class Founder(_Part):
+    """A version whose weights are part of a learned start.
+
+    Attributes:
+        adapter: a sibling of the adapter that begins with the start.
+        version: its version that was live.
+        seq: the sequence number of that version.
+    """
+
+    adapter: AdapterName
+    version: Digest
+    seq: Seq
+
+
+class Start(_Part):
+    """The state that the first update of a user's adapter trains from, where users' adapters may be learned from.
+
+    Attributes:
+        shared: the shared adapter, whose name gives A in place of the adapter's own: factors with one A can be averaged.
+        founders: the versions whose mean the start is; none: A as the name gives it, and B zero.
+        weights: safetensors of that mean; None where there are no founders.
+    """
+
+    shared: AdapterName
+    founders: list[Founder] = []
+    weights: BlobRef | None = None
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if bool(self.founders) != (self.weights is not None):
+            raise ValueError("a start has weights if and only if it has founders")
+        return self
+
+
 Probes = dict[str, dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Number]]
 """By name of a probe text: the most probable next token ids after it, with their log-probabilities in nats."""
 
@@ -163,6 +197,8 @@ class Manifest(_Part):
             their number and the lengths of their rows decide the last bits of the weights.
         extends: the shared adapter that clients serve this one with, whose name is this one's without the last segment: the
             live weights of both, added; None: it is served alone. Nothing else depends on it.
+        start: the state that its first update trains from, where users' adapters may be learned from; None: A by the
+            adapter's own name, and B zero.
     """
 
     schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION + 1)] = SCHEMA_VERSION
@@ -202,6 +238,7 @@ class Manifest(_Part):
     probes: Probes = {}
     pass_adapters: Annotated[int, Field(ge=1, le=65_536)] = 1
     extends: AdapterName | None = None
+    start: Start | None = None
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -251,7 +288,8 @@ class Manifest(_Part):
 
     def blobs(self) -> tuple[BlobRef, ...]:
         """Return every blob that the version needs, once each."""
-        named = (self.weights, self.optimizer, self.replay, self.anchors, self.general, self.batch)
+        start = self.start.weights if self.start is not None else None
+        named = (self.weights, self.optimizer, self.replay, self.anchors, self.general, self.batch, start)
         return tuple(dict.fromkeys(ref for ref in named if ref is not None))
 
     @classmethod
@@ -280,6 +318,7 @@ class Manifest(_Part):
 
 _LATER_FIELDS: dict[str, object] = {
     "epochs": {}, "next_cut": None, "probes": {}, "general": None, "pass_adapters": 1, "extends": None,
+    "start": None,
 }  # fmt: skip
 """Fields of a manifest that were added after the first release, with their defaults."""
 
