@@ -102,8 +102,8 @@ def train_batches(
             state = found.state
         states[cut] = state
     return Scratch(
-        weights=_digest(to_safetensors(state.weights)),
-        optimizer=_digest(to_safetensors(state.optimizer)) if state.optimizer else None,
+        weights=_digest(to_safetensors(state.weights, state.adapter)),
+        optimizer=_digest(to_safetensors(state.optimizer, state.adapter)) if state.optimizer else None,
         replay=_digest(index_to_bytes(state.replay_index)) if state.replay_index else None,
         outcomes=tuple(outcomes),
         state=state,

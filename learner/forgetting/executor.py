@@ -35,9 +35,9 @@ from perennial.learner.forgetting.rebuild_plan import (
     trained_offsets,
 )
 from perennial.learner.forgetting.rebuild_progress import sweep_steps
+from perennial.learner.forgetting.revoked_starts import revoked_starts, settle_starts
 from perennial.learner.forgetting.scan import FoundExamples, find_examples
 from perennial.learner.forgetting.waiting_batches import leave_out_of_waiting
-from perennial.learner.training.state import to_blobs
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.garbage_collection import delete_unreferenced
@@ -81,21 +81,24 @@ class _Scope:
         text_hashes: hashes of the texts that must never be learned again.
         learned: examples to remove from micro-batches of versions.
         unlearned: examples to remove from micro-batches of refused, interrupted and waiting jobs.
+        of_revoked_start: first versions of lines that began with a start which must not be used any more.
     """
 
     found: FoundExamples
     text_hashes: frozenset[str]
     learned: RemovedOffsets
     unlearned: RemovedOffsets
+    of_revoked_start: Collection[str] = ()
 
     @classmethod
-    def of(cls, found: FoundExamples, target: ForgetTarget) -> _Scope:
+    def of(cls, found: FoundExamples, target: ForgetTarget, of_revoked_start: Collection[str] = ()) -> _Scope:
         hashes = target.hashes_to_suppress(found.all())
         return cls(
             found,
             hashes,
             learned=target.removed_offsets(found.learned, hashes),
             unlearned=target.removed_offsets({**found.refused, **found.unfinished, **found.waiting}, hashes),
+            of_revoked_start=of_revoked_start,
         )
 
     def removed_offsets(self) -> RemovedOffsets:
@@ -186,7 +189,7 @@ class ForgetExecutor:
             self._sweep_progress(job.adapter)
             scope = _Scope.of(found, target)
             if history is not None and scope.learned and not target.is_held(found.all()):
-                self._rebuilder.rebuild(job, self._plan(history, job.adapter, scope.learned))
+                self._rebuilder.rebuild(job, self._plan(history, job.adapter, scope))
         return JobResult("unchanged", None, None, stage_s={"forget": time.perf_counter() - began})
 
     def _attempt(self, job: ForgetRequested, alias: str) -> JobResult:
@@ -205,10 +208,11 @@ class ForgetExecutor:
         found = find_examples(self._store, job.adapter, history, target)
         if target.is_held(found.all()):
             return self._held(job, alias, found.all())
-        scope = _Scope.of(found, target)
+        starts = revoked_starts(self._registry, job.adapter, history) if history is not None else {}
+        scope = _Scope.of(found, target, starts.keys())
         self._suppress_unlearned(job, scope)
         affected: frozenset[str] = frozenset()
-        if head is not None and history is not None and scope.learned:
+        if head is not None and history is not None and (scope.learned or starts):
             affected = self._forget_learned(job, alias, head, history, scope, quarantine.holds)
         if scope.learned or scope.unlearned:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
@@ -219,6 +223,7 @@ class ForgetExecutor:
         self._delete(job, progress - scope.unlearned.keys())
         # A version that took a state over before this deletion kept its blobs.
         self._require_no_later_version(job, affected)
+        settle_starts(self._registry, job.adapter, starts)
         self._failpoint("learner.forget_deleted")
         return self._report.result(job, alias, began, held_requests(found.all()), affected)
 
@@ -260,7 +265,7 @@ class ForgetExecutor:
             The versions whose state knew the examples.
         """
         matches = scope.found.all()
-        plan = self._plan(history, job.adapter, scope.learned)
+        plan = self._plan(history, job.adapter, scope)
         self._failpoint("learner.forget_plan")
         self._record_pending_deletes(job, history, plan, matches)
         self._suppress(job, scope)
@@ -278,8 +283,9 @@ class ForgetExecutor:
         self._require_no_later_version(job, plan.affected_versions)
         return plan.affected_versions
 
-    def _plan(self, history: History, adapter: str, learned: RemovedOffsets) -> RebuildPlan:
-        return plan_rebuild(history, learned, load_collected(self._store, adapter).all)
+    def _plan(self, history: History, adapter: str, scope: _Scope) -> RebuildPlan:
+        collected = load_collected(self._store, adapter).all
+        return plan_rebuild(history, scope.learned, collected, scope.of_revoked_start)
 
     def _record_pending_deletes(
         self, job: ForgetRequested, history: History, plan: RebuildPlan, matches: Sequence[ExampleMatch]
@@ -361,7 +367,7 @@ class ForgetExecutor:
 
     def _publish_manifest(self, manifest: Manifest, target: Manifest | None, alias: str) -> Publication:
         """Publish a version that takes over the target's state, or without a target the adapter's initial state."""
-        blobs = {} if target else to_blobs(self._writer.initial_state(manifest.adapter, manifest.seed))[1]
+        blobs = {} if target else self._writer.blobs_of_nothing(manifest)
         publication = self._registry.publish(manifest, blobs.values(), self._writer.verifier(blobs), alias)
         index_version(self._registry, publication.version, publication.manifest)
         return publication

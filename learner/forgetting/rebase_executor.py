@@ -237,9 +237,10 @@ class RebaseExecutor:
         """
         step, adapter = reached.step, job.adapter
         blobs: dict[str, bytes] = {}
-        fields = rebuilder.fields_anew()
+        start = head.manifest.start and head.manifest.start.bare
+        fields = rebuilder.fields_anew(start)
         if step is None:  # no update is on record: the adapter begins at its initial state on the new base
-            refs, blobs = to_blobs(self._writer.initial_state(adapter, reached.seed))
+            refs, blobs = to_blobs(self._writer.initial_state(adapter, reached.seed, start))
             fields |= refs.manifest_fields()
         elif reached.version is not None:
             # The figures of the version that trained the state, not of a refused one after it.

@@ -41,7 +41,7 @@ from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.history.example_ids import with_keyed_ids
 from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
-from perennial.storage.registry.manifest import BlobRef, Manifest, SkippedExample
+from perennial.storage.registry.manifest import BlobRef, Manifest, SkippedExample, Start
 from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
 from perennial.storage.registry.registry import Head
 from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested, RebaseRequested
@@ -55,11 +55,13 @@ class RebuiltState:
         step: the last version of the rebuilt schedule; None before its first one. Its manifest names the state's blobs.
         version: the version that trained the state; None if it is the adapter's initial state.
         seed: the seed of the adapter's initial state.
+        start: what the initial state is, where users' adapters may be learned from.
     """
 
     step: RecordedVersion | None
     version: str | None
     seed: int
+    start: Start | None = None
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class UpdateRebuilder:
             JobInterruptedError: the process is to stop; the updates made so far stay for the next attempt.
         """
         steps = [step for step in plan.steps if trained_offsets(step.manifest) or step.manifest.skipped]
-        current = self._start(plan.last_clean, steps)
+        current = self._start(plan, steps)
         self._total = len(steps)
         try:
             for step in steps:
@@ -182,14 +184,17 @@ class UpdateRebuilder:
         if refused - learned:
             add_refused_examples(self._store, adapter, refused - learned, int(self._now().timestamp() * 1000))
 
-    def _start(self, last_clean: RecordedVersion | None, steps: Sequence[RecordedVersion]) -> RebuiltState:
+    def _start(self, plan: RebuildPlan, steps: Sequence[RecordedVersion]) -> RebuiltState:
         seed = steps[0].manifest.seed if steps and self._anew is None else self._writer.updater.recipe.seed
-        return RebuiltState(last_clean, state_version(last_clean), seed)
+        start = steps[0].manifest.start if steps else None
+        if start is not None and (plan.drops_start or self._anew is not None):
+            start = start.bare
+        return RebuiltState(plan.last_clean, state_version(plan.last_clean), seed, start)
 
     def _state(self, adapter: str, reached: RebuiltState) -> TrainingState:
         """Load the state that the rebuild has reached; not before an update is trained from it."""
         if reached.step is None:
-            return self._writer.initial_state(adapter, reached.seed)
+            return self._writer.initial_state(adapter, reached.seed, reached.start)
         manifest = reached.step.manifest
         return self._writer.state_at(Head(manifest.seq, reached.step.version, manifest), adapter)[0]
 
@@ -316,19 +321,26 @@ class UpdateRebuilder:
         step: RecordedVersion,
         removed: set[OriginOffset],
     ) -> str:
-        fields = self.fields_anew()
+        fields = self.fields_anew(before.start)
         general = fields.pop("general", None)
-        anew = [fields, general.digest if general else None] if fields else []
+        anew: list[object] = [fields, general.digest if general else None] if fields else []
+        if before.step is None and before.start is not None and before.start.weights is not None:
+            anew.append(before.start.weights.digest)
         return step_key(job.adapter, before.step, before.seed, step.version, removed, anew)
 
-    def fields_anew(self) -> dict[str, Any]:
-        """Return the fields of a manifest that name base, recipe and engine; none where those of the updates stay."""
+    def fields_anew(self, start: Start | None) -> dict[str, Any]:
+        """Return the fields of a manifest that name base, recipe and engine; none where those of the updates stay.
+
+        Args:
+            start: what the adapter begins with, where users' adapters may be learned from.
+        """
         if self._anew is None:
             return {}
         recipe, writer = self._anew.recipe, self._writer
         return {
             "base_model": writer.base.name, "base_sha256": writer.base.digest, "rank": recipe.rank,
-            "config": recipe.config(), "seed": recipe.seed, "threads": writer.threads, "general": self._anew.general.ref,
+            "config": recipe.config(has_start=start is not None), "seed": recipe.seed, "threads": writer.threads,
+            "general": self._anew.general.ref,
         }  # fmt: skip
 
     def _following(self, before: RebuiltState, recorded: Manifest) -> Manifest:
@@ -336,7 +348,7 @@ class UpdateRebuilder:
         return recorded.model_copy(
             update={
                 "seq": before.step.manifest.seq + 1 if before.step else 1, "kind": "replayed", "parent": before.version,
-                "head": before.step.version if before.step else None, **self.fields_anew(),
+                "head": before.step.version if before.step else None, "start": before.start, **self.fields_anew(before.start),
             }
         )  # fmt: skip
 
@@ -462,4 +474,4 @@ def _removed(step: RecordedVersion, removed_offsets: RemovedOffsets) -> set[Orig
 
 def _reached(before: RebuiltState, made: RecordedVersion) -> RebuiltState:
     promoted = made.version if made.manifest.outcome == "promoted" else before.version
-    return RebuiltState(made, promoted, before.seed)
+    return RebuiltState(made, promoted, before.seed, before.start)

@@ -165,6 +165,7 @@ class RebuildPlan:
         last_clean: the newest version of the schedule before the first affected one whose state is stored; None if there
             is none.
         steps: the updates to rebuild, in order; empty if no version of the schedule is affected.
+        drops_start: the adapter's learned start must not be used any more: the first update begins with nothing learned.
     """
 
     removed_offsets: RemovedOffsets
@@ -172,10 +173,14 @@ class RebuildPlan:
     affected_versions: frozenset[str]
     last_clean: RecordedVersion | None
     steps: tuple[RecordedVersion, ...]
+    drops_start: bool = False
 
 
 def plan_rebuild(
-    history: History, removed_offsets: RemovedOffsets, collected: Collection[str] = frozenset()
+    history: History,
+    removed_offsets: RemovedOffsets,
+    collected: Collection[str] = frozenset(),
+    of_revoked_start: Collection[str] = frozenset(),
 ) -> RebuildPlan:
     """Return what forgetting these examples changes.
 
@@ -184,8 +189,9 @@ def plan_rebuild(
         removed_offsets: the examples to leave out.
         collected: versions whose state was deleted to save space. A rebuild starts from an earlier one; training the
             updates in between again gives their very states.
+        of_revoked_start: the first versions of lines that began with a start which must not be used any more.
     """
-    affected, contaminated = set(), set()
+    affected, contaminated = set(of_revoked_start), set(of_revoked_start)
     for version, node in history.versions.items():
         offsets = removed_offsets.get(node.batch) if node.batch else None
         if offsets:
@@ -202,6 +208,7 @@ def plan_rebuild(
         affected_versions=history.descendants(affected),
         last_clean=history.recorded(schedule[first - 1]) if first else None,
         steps=tuple(map(history.recorded, schedule[first:])),
+        drops_start=bool(of_revoked_start),
     )
 
 

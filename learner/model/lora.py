@@ -231,12 +231,15 @@ def is_noop(weights: Mapping[str, torch.Tensor]) -> bool:
     return not any(bool(tensor.any()) for name, tensor in weights.items() if ".lora_B." in name)
 
 
-def to_safetensors(tensors: Mapping[str, torch.Tensor]) -> bytes:
-    """Serialise tensors to safetensors; equal tensors give equal bytes.
+def to_safetensors(tensors: Mapping[str, torch.Tensor], adapter: str | None = None) -> bytes:
+    """Serialise tensors to safetensors; equal tensors and names give equal bytes.
 
-    The file holds no metadata, whose order would not be stable.
+    Args:
+        tensors: Tensors by name.
+        adapter: Name to put into the metadata; None: the file holds none. More than one entry has no stable order.
     """
-    return bytes(save_safetensors({name: tensors[name].contiguous() for name in sorted(tensors)}))
+    metadata = None if adapter is None else {"adapter": adapter}
+    return bytes(save_safetensors({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata))
 
 
 def from_safetensors(data: bytes, shapes: Mapping[str, tuple[int, ...]], max_bytes: int = MAX_ADAPTER_BYTES) -> Tensors:

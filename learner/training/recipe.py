@@ -18,6 +18,11 @@ _DROPPED: Mapping[str, object] = {"anchors_in_proportion": False, "max_pad_share
 """Fields that recipes of unreleased code had, with the values that mean what their absence means."""
 
 
+HAS_START = "has_start"
+"""What the `config` of a manifest with a start has beside the recipe, so that releases which know no starts, and would begin
+with other weights, refuse to train its update again."""
+
+
 class UnknownFieldError(ValueError):
     """A recipe has fields of a later release."""
 
@@ -135,13 +140,17 @@ class Recipe:
             KeyError: A field without a default is missing.
             UnknownFieldError: A later release made it, with a field that decides what is trained and is not known here.
         """
-        names = {f.name for f in fields(cls)}
+        names = {HAS_START, *(f.name for f in fields(cls))}
         unknown = {name for name, value in config.items() if name not in names and _DROPPED.get(name) != value}
         if unknown:
             raise UnknownFieldError(", ".join(sorted(unknown)))
         known = [f for f in fields(cls) if f.name in config or f.default is MISSING]
         return cls(**{f.name: config[f.name] for f in known})
 
-    def config(self) -> dict[str, float | int | str]:
-        """Return the recipe as a manifest records it."""
-        return asdict(self)
+    def config(self, *, has_start: bool = False) -> dict[str, float | int | str]:
+        """Return the recipe as a manifest records it.
+
+        Args:
+            has_start: Whether the manifest says what the adapter begins with.
+        """
+        return {**asdict(self), HAS_START: True} if has_start else asdict(self)

@@ -38,11 +38,14 @@ class TrainingState:
         optimizer: AdamW moments and step count, and where the recipe averages also the fast weights and the number of
             averaged updates; None before the adapter's first promoted update.
         replay_index: earlier examples that may be mixed into training, sorted by example id.
+        adapter: the adapter that the stored tensors name; None: none. Needed where several adapters begin with equal
+            weights: blobs are deleted adapter by adapter, so no two adapters may share those of their states.
     """
 
     weights: Tensors
     optimizer: Tensors | None = None
     replay_index: tuple[ReplayEntry, ...] = ()
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,9 @@ def to_blobs(state: TrainingState) -> tuple[StateRefs, dict[str, bytes]]:
         blobs[digest] = data
         return BlobRef(digest=digest, size_bytes=len(data))
 
-    optimizer = ref(to_safetensors(state.optimizer)) if state.optimizer else None
+    optimizer = ref(to_safetensors(state.optimizer, state.adapter)) if state.optimizer else None
     replay_index = ref(index_to_bytes(state.replay_index)) if state.replay_index else None
-    weights = ref(to_safetensors(state.weights))
+    weights = ref(to_safetensors(state.weights, state.adapter))
     return StateRefs(weights, optimizer, replay_index), blobs
 
 

@@ -201,7 +201,7 @@ class Updater:
             return UpdateResult("refused", trial.verdict.reason, parent, figures, tokens, pass_adapters=adapters)
         index = buffer.after({example.example_id for example in examples})
         optimizer = average.stored(trial.served, trial.trained.weights, trial.trained.optimizer)
-        state = TrainingState(trial.served, optimizer, index)
+        state = TrainingState(trial.served, optimizer, index, parent.adapter)
         probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
         return UpdateResult("promoted", "ok", state, figures, tokens, probes, adapters, rows.merged)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from perennial.learner.training.state import to_blobs
+from contextlib import suppress
+
 from perennial.learner.versions.alias_events import alias_event
 from perennial.learner.versions.conflict_retry import retry_on_conflict
 from perennial.learner.versions.history import index_version
@@ -90,15 +91,13 @@ class RollbackExecutor:
             self._registry.revoke(job.adapter, version, job.reason or "revoked")
         target: Manifest | None = None
         before: str | None = None
-        blobs: dict[str, bytes] = {}
-        try:
+        with suppress(RollbackError):  # where no version is left: take over the state before anything was learned
             before = version_before(self._registry, job.adapter, job.version)
             target = self._registry.manifest(job.adapter, before)
-        except RollbackError:  # no version is left: take over the state before anything was learned
-            blobs = to_blobs(self._writer.initial_state(job.adapter, head.manifest.seed))[1]
         manifest = self._writer.carry_forward_manifest(
             head, target, before, "revoke", job.job_id, job.reason or "revoked"
         )
+        blobs = {} if target else self._writer.blobs_of_nothing(manifest)
         with pinned(self._registry.store, job.adapter, before or job.version, job.job_id) as has_blobs:
             if before is not None and not has_blobs:
                 raise ConflictError(f"{before} was collected meanwhile")
@@ -144,8 +143,8 @@ def take_back_interrupted(writer: VersionWriter, adapter: str, alias: str) -> No
         return
     if head.manifest.outcome != "promoted" or not writer.registry.is_contaminated(head.manifest):
         return
-    blobs = to_blobs(writer.initial_state(adapter, head.manifest.seed))[1]
     reason = "the state that it took over is revoked, and no earlier version may be served"
     manifest = writer.carry_forward_manifest(head, None, None, "revoke", f"{head.manifest.job_id} taken back", reason)
+    blobs = writer.blobs_of_nothing(manifest)
     publication = writer.registry.publish(manifest, blobs.values(), writer.verifier(blobs), alias)
     index_version(writer.registry, publication.version, publication.manifest)

@@ -41,7 +41,7 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.history.example_ids import with_keyed_ids
 from perennial.storage.registry.history.update_costs import UpdateCost, record_cost
-from perennial.storage.registry.manifest import BlobRef, Manifest, Outcome, update_id
+from perennial.storage.registry.manifest import BlobRef, Manifest, Outcome, Start, update_id
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,
     load_pending_deletes,
@@ -85,11 +85,15 @@ class _Start:
         head: the version that it follows; None for the adapter's first.
         state: the state that it trains from.
         version: the version that produced this state; None for the initial state.
+        begins: what the adapter's first update began with; None where users' adapters may not be learned from.
+        blobs: blobs of that, to be stored with the first version, by digest.
     """
 
     head: Head | None
     state: TrainingState
     version: str | None
+    begins: Start | None
+    blobs: Mapping[str, bytes]
 
     def high_water_marks(self) -> HighWaterMarks:
         return _high_water_marks(self.head)
@@ -176,7 +180,7 @@ class UpdateExecutor:
             stored = read_batch(self._store, job)
             quarantine = self._quarantines.of(job.adapter)
             batch = self._leave_out_quarantined(job, stored, quarantine)
-            start = _Start(head, *writer.state_at(head, job.adapter))
+            start = self._start(job.adapter, head, alias)
             writer.failpoint("learner.load")
             loaded = time.perf_counter()
             replayed: dict[str, ExampleAccepted] = {}
@@ -194,6 +198,12 @@ class UpdateExecutor:
         }  # fmt: skip
         event = self._event(job, publication, received, trained_at)
         return JobResult(publication.manifest.outcome, publication.manifest, event, stage_s, cost=cost)
+
+    def _start(self, adapter: str, head: Head | None, alias: str) -> _Start:
+        if head is None:
+            begins, state, blobs = self._writer.begin(adapter, alias)
+            return _Start(None, state, None, begins, blobs)
+        return _Start(head, *self._writer.state_at(head, adapter), head.manifest.start, {})
 
     def _record_cost(self, publication: Publication, used: DeviceUse) -> UpdateCost:
         """Record what the update cost. Nothing depends on the record, so a store that fails does not fail the job."""
@@ -315,7 +325,9 @@ class UpdateExecutor:
                 on_step=writer.on_step,
             )
         # The order of these is the order in which the blobs are written.
-        blobs = {} if batch.new_body is None else {batch.ref.digest: batch.new_body}
+        blobs = dict(start.blobs)
+        if batch.new_body is not None:
+            blobs[batch.ref.digest] = batch.new_body
         if start.head is not None and (result is None or result.outcome != "promoted"):
             refs = StateRefs.of_manifest(start.head.manifest)
         else:
@@ -339,7 +351,7 @@ class UpdateExecutor:
         else:
             outcome, reason = "refused", result.reason
             skipped = [*skipped, *(skipped_example(example, result.reason) for example in trained.vote.trained)]
-        config: dict[str, Scalar] = {**recipe.config()}
+        config: dict[str, Scalar] = {**recipe.config(has_start=start.begins is not None)}
         high_water_marks = _advanced(start.high_water_marks(), job, batch.stored)
         marks, epochs = high_water_marks.offsets, high_water_marks.epochs
         # Where a quarantine left out other examples, the update has another id. So a version that claimed its update
@@ -348,6 +360,8 @@ class UpdateExecutor:
         claim = {**config, "batch": batch.ref.digest, "missing": missing}
         if trained.vote.missing:
             claim["voters_missing"] = trained.vote.missing
+        if start.begins is not None and start.begins.weights is not None:
+            claim["start"] = start.begins.weights.digest
         times = [example.origin.timestamp_ms for example in learned]
         return Manifest(
             adapter=job.adapter,
@@ -380,6 +394,7 @@ class UpdateExecutor:
             pass_adapters=result.pass_adapters if result else 1,
             rank=recipe.rank,
             extends=writer.extended_by(job.adapter),
+            start=start.begins,
             published_from_ms=min(times, default=None),
             published_to_ms=max(times, default=None),
             **trained.refs.manifest_fields(),

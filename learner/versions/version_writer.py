@@ -13,13 +13,14 @@ from perennial.learner.bases.sources import SHIPPED_NAME
 from perennial.learner.model.base import Base
 from perennial.learner.model.determinism import make_deterministic
 from perennial.learner.model.general_text import GeneralText, general_texts
-from perennial.learner.model.lora import Lora, LoraConfig
+from perennial.learner.model.lora import Lora, LoraConfig, from_safetensors
 from perennial.learner.model.loss import ignore_step
 from perennial.learner.model.tokenization import ExampleTokenizer
 from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.general_choice import GeneralTextChoice
+from perennial.learner.training.personal.learned_starts import LearnedStarts
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
 from perennial.learner.training.update import Updater
@@ -32,7 +33,7 @@ from perennial.storage.failpoints import failpoint as default_failpoint
 from perennial.storage.objects.object_store import ObjectStore, get_blob
 from perennial.storage.recovery.rollback import carried_manifest
 from perennial.storage.registry.history.example_ids import TextKeys
-from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest
+from perennial.storage.registry.manifest import BlobRef, Kind, LearnedExample, Manifest, Start
 from perennial.storage.registry.mark_repairs import load_mark_repairs, repaired_marks
 from perennial.storage.registry.registry import Head, Registry
 from perennial.streams.events.adapter_events import AdapterUpdate
@@ -55,11 +56,13 @@ class VersionWriter:
         general_choice: chooses the general text of each update; None: always the updater's own.
         text_keys: the adapters' text keys, where other writers of the process share them.
         extended_by: returns the shared adapter that an adapter extends; None where it extends none.
+        learned_from: returns the shared adapter whose users' adapters may be learned from, for one of these; else None.
 
     Attributes:
         on_step: called after each optimizer step and each forward pass of a measurement.
         text_keys: the adapters' text keys, under which manifests record the ids of examples.
         extended_by: returns the shared adapter that an adapter extends; None where it extends none.
+        learned_from: returns the shared adapter whose users' adapters may be learned from, for one of these; else None.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class VersionWriter:
         general_choice: GeneralTextChoice | None = None,
         text_keys: TextKeys | None = None,
         extended_by: Callable[[str], str | None] = lambda _: None,
+        learned_from: Callable[[str], str | None] = lambda _: None,
     ) -> None:
         self.registry = registry
         self.updater = updater
@@ -89,6 +93,7 @@ class VersionWriter:
         self._states = states or StateCache()
         self._general_choice = general_choice
         self.extended_by = extended_by
+        self.learned_from = learned_from
         self.on_step: Callable[[], None] = ignore_step
 
     def sibling(self, slot: str) -> VersionWriter:
@@ -106,6 +111,7 @@ class VersionWriter:
             self.registry, replace(self.updater, lora=lora, lock=lock), self.base, threads=self.threads, now=self.now,
             failpoint=self.failpoint, rows=self.rows, states=self._states,
             general_choice=self._general_choice, text_keys=self.text_keys, extended_by=self.extended_by,
+            learned_from=self.learned_from,
         )  # fmt: skip
 
     def use_threads(self, threads: int) -> None:
@@ -168,9 +174,49 @@ class VersionWriter:
                 allowed=manifest.config["alpha"],
             )
 
-    def initial_state(self, adapter: str, seed: int) -> TrainingState:
-        """Return the state of an adapter that has learned nothing."""
-        return TrainingState(self.updater.lora.initial_weights(adapter, seed))
+    def initial_state(self, adapter: str, seed: int, start: Start | None = None) -> TrainingState:
+        """Return the state of an adapter that has learned nothing.
+
+        Args:
+            adapter: the adapter.
+            seed: the seed of its recipe.
+            start: what it begins with, where users' adapters may be learned from.
+
+        Raises:
+            StoreError: the weights of the start cannot be read.
+        """
+        if start is None:
+            return TrainingState(self.updater.lora.initial_weights(adapter, seed))
+        if start.weights is None:  # not the A of the shared adapter itself, which is served beside this one
+            weights = self.updater.lora.initial_weights(f"{start.shared}/*", seed)
+        else:
+            weights = from_safetensors(get_blob(self.registry.store, start.weights.digest), self.updater.lora.shapes)
+        return TrainingState(weights, adapter=adapter)
+
+    def begin(self, adapter: str, alias: str) -> tuple[Start | None, TrainingState, dict[str, bytes]]:
+        """Return what an adapter without a version begins with: its start, the state, and blobs to store with the version.
+
+        Args:
+            adapter: the adapter.
+            alias: the alias whose versions of other adapters count, where it may learn from them.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        seed, shared = self.updater.recipe.seed, self.learned_from(adapter)
+        if shared is None:
+            return None, self.initial_state(adapter, seed), {}
+        shapes = self.updater.lora.shapes
+        start, body = LearnedStarts(self.registry, shapes, self._may_found).start_of(adapter, shared, alias)
+        if start.weights is None or body is None:
+            return start, self.initial_state(adapter, seed, start), {}
+        return start, TrainingState(from_safetensors(body, shapes), adapter=adapter), {start.weights.digest: body}
+
+    def _may_found(self, manifest: Manifest) -> bool:
+        """Return whether a version has the base, the rank, the alpha and the seed of an adapter that begins now."""
+        recipe = self.updater.recipe
+        wanted = self.base.digest, recipe.rank, recipe.alpha, recipe.seed
+        return (manifest.base_sha256, manifest.rank, manifest.config.get("alpha"), manifest.seed) == wanted
 
     def state_at(self, head: Head | None, adapter: str) -> tuple[TrainingState, str | None]:
         """Return the state to train from and the version that produced it; a refused head has its parent's state."""
@@ -182,6 +228,8 @@ class VersionWriter:
         state = self._states.get(refs)
         if state is None:
             state = load_state(refs, lambda ref: get_blob(self.registry.store, ref.digest), self.updater.lora.shapes)
+            if manifest.start is not None:
+                state = replace(state, adapter=adapter)
             self.cache_state(refs, state)
         return state, version
 
@@ -247,12 +295,21 @@ class VersionWriter:
             reason: shown to people.
         """
         source = target or head.manifest
-        refs = StateRefs.of_manifest(target) if target else to_blobs(self.initial_state(source.adapter, source.seed))[0]
+        start = source.start
+        if target:
+            refs = StateRefs.of_manifest(target)
+        else:
+            start = start and start.bare
+            refs = to_blobs(self.initial_state(source.adapter, source.seed, start))[0]
         return carried_manifest(
-            head, source, refs.manifest_fields(), kind=kind, parent=parent,
+            head, source, {**refs.manifest_fields(), "start": start}, kind=kind, parent=parent,
             served=target is not None and target.optimizer is not None, job_id=job_id, reason=reason, code=self.code,
             threads=self.threads,
         )  # fmt: skip
+
+    def blobs_of_nothing(self, manifest: Manifest) -> dict[str, bytes]:
+        """Return the blobs of a version that `carry_forward_manifest` made without a target, by digest."""
+        return to_blobs(self.initial_state(manifest.adapter, manifest.seed, manifest.start))[1]
 
     def learned_examples(
         self, examples: Iterable[ExampleAccepted], merged: Mapping[str, str], updater: Updater | None = None
@@ -344,5 +401,5 @@ def make_version_writer(
     updater = Updater(lora, codec, general, Recipe.of(settings, base.compute_dtype), turns, answers, passes)
     return VersionWriter(
         registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint,
-        general_choice=choice, extended_by=settings.tenants.extended_by,
+        general_choice=choice, extended_by=settings.tenants.extended_by, learned_from=settings.tenants.learned_from,
     )  # fmt: skip

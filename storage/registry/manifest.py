@@ -134,13 +134,20 @@ class Start(_Part):
     """
 
     shared: AdapterName
-    founders: list[Founder] = []
+    founders: Annotated[list[Founder], Field(max_length=64)] = []
     weights: BlobRef | None = None
+
+    @property
+    def bare(self) -> Self:
+        """The same without anything that was learned: A as the name gives it, and B zero."""
+        return type(self)(shared=self.shared)
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
         if bool(self.founders) != (self.weights is not None):
             raise ValueError("a start has weights if and only if it has founders")
+        if any(founder.adapter.rpartition("/")[0] != self.shared for founder in self.founders):
+            raise ValueError("founders must be adapters of the shared one's users")
         return self
 
 
@@ -248,8 +255,11 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _check_extends(self) -> Self:
-        if self.extends is not None and self.extends != self.adapter.rpartition("/")[0]:
+        shared = self.adapter.rpartition("/")[0]
+        if self.extends is not None and self.extends != shared:
             raise ValueError("extends must be the adapter's name without its last segment")
+        if self.start is not None and self.start.shared != shared:
+            raise ValueError("start must be below the adapter's name without its last segment")
         return self
 
     @property

@@ -177,7 +177,12 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
         return 0
     version_facts = {}
     if manifest is not None:
-        version_facts = {**_alias_facts(alias), **_extends_facts(registry, manifest, alias), **_facts(manifest)}
+        version_facts = {
+            **_alias_facts(alias),
+            **_extends_facts(registry, manifest, alias),
+            **_start_facts(manifest),
+            **_facts(manifest),
+        }
     count_facts = {} if counts is None else {"examples": str(counts)}
     print_facts({"adapter": adapter, **parked_facts, **count_facts, **cut.facts(), **version_facts})
     return 0
@@ -217,6 +222,16 @@ def _extends_facts(registry: Registry, manifest: Manifest, alias: AliasState | N
     if registry.is_revoked(manifest.extends, beneath.seq):
         return {"extends": f"{manifest.extends}, whose live version {beneath.version} is revoked: served alone"}
     return {"extends": f"{manifest.extends}, served together with its version {beneath.version}"}
+
+
+def _start_facts(manifest: Manifest) -> dict[str, object]:
+    """Return what the adapter began with, where users' adapters may be learned from."""
+    if manifest.start is None:
+        return {}
+    names = [founder.adapter.rpartition("/")[2] for founder in manifest.start.founders]
+    if not names:
+        return {"began with": "nothing learned; others may begin with it"}
+    return {"began with": f"the mean of {len(names)} others below {manifest.start.shared}: {', '.join(names)}"}
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

@@ -77,6 +77,12 @@ class TenantSettings(SettingsGroup):
         description="learner: adapters whose users have adapters of their own, `acme/support,acme/sales`: each adapter one "
         "segment below, such as acme/support/user-42, is served together with the one above it; empty: none",
     )
+    learned_starts: str = Field(
+        "",
+        description="learner: those of PERENNIAL_SHARED_ADAPTERS whose users' adapters may be learned from, `acme/support`: "
+        "a new one begins with the mean of four or more that have learned eight examples; what one user taught is in it "
+        "until it is forgotten; empty: none",
+    )
 
     @field_validator("shared_adapters")
     @classmethod
@@ -117,6 +123,17 @@ class TenantSettings(SettingsGroup):
             )  # fmt: skip
         return self
 
+    @model_validator(mode="after")
+    def _check_learned_starts(self) -> Self:
+        alone = sorted(_shared_adapters(self.learned_starts) - _shared_adapters(self.shared_adapters))
+        if alone:
+            raise SettingsError(
+                "PERENNIAL_LEARNED_STARTS names an adapter that is not shared", got=alone[0],
+                allowed=", ".join(sorted(_shared_adapters(self.shared_adapters))) or "none: no adapter is shared",
+                remedy="name it in PERENNIAL_SHARED_ADAPTERS, too",
+            )  # fmt: skip
+        return self
+
     @property
     def names(self) -> tuple[str, ...]:
         """The tenants that have topics of their own."""
@@ -152,6 +169,16 @@ class TenantSettings(SettingsGroup):
         """
         parent = adapter.rpartition("/")[0]
         return parent if parent in _shared_adapters(self.shared_adapters) else None
+
+    def learned_from(self, adapter: str) -> str | None:
+        """Return the shared adapter whose users' adapters may be learned from, for one of these; else None.
+
+        >>> tenants = TenantSettings(shared_adapters="acme/support", learned_starts="acme/support")
+        >>> tenants.learned_from("acme/support/user-42")
+        'acme/support'
+        """
+        parent = self.extended_by(adapter)
+        return parent if parent in _shared_adapters(self.learned_starts) else None
 
     @field_validator("tenant_weights")
     @classmethod

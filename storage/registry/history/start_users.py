@@ -25,6 +25,15 @@ def record_start_user(store: ObjectStore, founder: str, user: str) -> None:
     store.put_if_absent(_key(founder, user), b"{}")
 
 
+def is_start_user(store: ObjectStore, founder: str, user: str) -> bool:
+    """Return whether it is recorded that an adapter may have begun with a start that contains a version of a sibling.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    return store.exists(_key(founder, user))
+
+
 def start_users(store: ObjectStore, founder: str) -> list[str]:
     """Return the adapters that may have begun with a start that contains a version of this one, sorted.
 

@@ -22,12 +22,13 @@ import numpy as np
 
 from perennial.learner.model.lora import Lora, Tensors, to_safetensors
 from perennial.learner.training.personal.layered_lora import LayeredLora
+from perennial.learner.training.personal.learned_starts import mean_of
 from perennial.learner.training.personal.stacking import compose, served_rank, stacked_config
 from perennial.learner.training.update import Updater
 from tests.benchmarks.learning.arms import OURS
 from tests.benchmarks.learning.world import World
 from tests.benchmarks.personal.adapters import Bench, LearningAdapter, Quality
-from tests.benchmarks.personal.starts import average_of, reptile_start
+from tests.benchmarks.personal.starts import reptile_start
 from tests.benchmarks.personal.users import (
     HOUSE,
     TENANT,
@@ -165,7 +166,7 @@ class Tenancy:
     def average(self, updater: Updater) -> Tensors:
         """Return the plain average of siblings that all began with the shared zero start."""
         zero = self.zero_start(updater)
-        return average_of([self.taught_sibling(user, updater, zero).own for user in self.siblings])
+        return mean_of([self.taught_sibling(user, updater, zero).own for user in self.siblings])
 
     def reptile(self, updater: Updater) -> Tensors:
         """Return the start that Reptile learned while siblings came, cohort after cohort."""

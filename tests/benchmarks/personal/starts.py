@@ -10,15 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from perennial.learner.model.lora import Tensors
-
-
-def average_of(parts: Sequence[Tensors]) -> Tensors:
-    """Return the mean of own parts, factor by factor.
-
-    Args:
-        parts: Own parts by PEFT name, at least one.
-    """
-    return {name: torch.stack([part[name] for part in parts]).mean(0) for name in parts[0]}
+from perennial.learner.training.personal.learned_starts import mean_of
 
 
 def reptile_start(start: Tensors, parts: Sequence[Tensors], step: float) -> Tensors:
@@ -29,5 +21,5 @@ def reptile_start(start: Tensors, parts: Sequence[Tensors], step: float) -> Tens
         parts: θ_user, the own parts of personal adapters now, at least one.
         step: Size of the step, above 0 to 1; 1: their plain average.
     """
-    mean = average_of(parts)
+    mean = mean_of(parts)
     return {name: torch.lerp(tensor, mean[name], step) for name, tensor in start.items()}

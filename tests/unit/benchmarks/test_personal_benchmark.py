@@ -8,9 +8,10 @@ from typing import Any, cast
 import pytest
 import torch
 
+from perennial.learner.training.personal.learned_starts import mean_of
 from tests.benchmarks.personal.__main__ import Curve, ratio
 from tests.benchmarks.personal.adapters import LearningAdapter, Quality
-from tests.benchmarks.personal.starts import average_of, reptile_start
+from tests.benchmarks.personal.starts import reptile_start
 from tests.benchmarks.personal.users import (
     FAULTS,
     HOUSE,
@@ -87,7 +88,7 @@ def test_a_ratio_takes_what_was_never_reached_for_all_examples() -> None:
 def test_a_start_moves_by_a_share_of_the_way_to_the_mean_of_own_parts() -> None:
     start = {"w": torch.tensor([0.0, 8.0])}
     parts = [{"w": torch.tensor([2.0, 0.0])}, {"w": torch.tensor([4.0, 4.0])}]
-    assert torch.equal(average_of(parts)["w"], torch.tensor([3.0, 2.0]))
+    assert torch.equal(mean_of(parts)["w"], torch.tensor([3.0, 2.0]))
     assert torch.equal(reptile_start(start, parts, 0.5)["w"], torch.tensor([1.5, 5.0]))
-    assert torch.equal(reptile_start(start, parts, 1.0)["w"], average_of(parts)["w"])
+    assert torch.equal(reptile_start(start, parts, 1.0)["w"], mean_of(parts)["w"])
     assert torch.equal(start["w"], torch.tensor([0.0, 8.0])), "the start before is still there"

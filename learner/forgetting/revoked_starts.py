@@ -1,0 +1,54 @@
+"""Find the versions of an adapter that began with a start which contains what a sibling has forgotten.
+
+A start is the mean of versions of siblings. When one of them forgets an example, its affected versions are revoked, and the
+start is a function of the example. So is every version that began with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from perennial.learner.versions.history import History
+from perennial.storage.registry.history.start_users import drop_start_user, is_start_user
+from perennial.storage.registry.manifest import Founder, Start
+from perennial.storage.registry.registry import Registry
+
+
+def revoked_starts(registry: Registry, adapter: str, history: History) -> Mapping[str, Start]:
+    """Return the first versions of lines that began with a revoked start, with it; none where all of it was dealt with.
+
+    Args:
+        registry: the versions of the adapter and of its siblings.
+        adapter: the adapter.
+        history: its versions.
+
+    Raises:
+        StoreError: the store failed.
+    """
+    head = history.manifests[history.head]
+    if head.start is None:
+        return {}
+    roots = [version for version, node in history.versions.items() if node.state_parent is None]
+    starts = {version: history.manifests[version].start for version in roots}
+    revoked = {v: start for v, start in starts.items() if start is not None and _is_revoked(registry, start.founders)}
+    # A record that is left tells that a job was interrupted before it had revoked and deleted everything.
+    left = any(is_start_user(registry.store, each.adapter, adapter) for each in _founders(revoked))
+    return revoked if left or head.start in revoked.values() else {}
+
+
+def settle_starts(registry: Registry, adapter: str, revoked: Mapping[str, Start]) -> None:
+    """Delete the records that the adapter began with these starts, once nothing of it does any more.
+
+    Raises:
+        StoreError: the store failed.
+    """
+    for founder in _founders(revoked):
+        drop_start_user(registry.store, founder.adapter, adapter)
+
+
+def _founders(starts: Mapping[str, Start]) -> list[Founder]:
+    return [founder for start in starts.values() for founder in start.founders]
+
+
+def _is_revoked(registry: Registry, founders: Iterable[Founder]) -> bool:
+    return any(registry.is_revoked(founder.adapter, founder.seq) for founder in founders)
