@@ -66,3 +66,17 @@ def test_a_shared_adapter_lies_below_its_tenants_name(of_tenants):
     Settings.of(env_file=None, shared_adapters="acme/support", **of_tenants)
     with pytest.raises(SettingsError, match="PERENNIAL_SHARED_ADAPTERS"):
         Settings.of(env_file=None, shared_adapters="acme", **of_tenants)
+
+
+def test_starts_are_learned_below_shared_adapters_alone():
+    tenants = Settings.of(
+        env_file=None, shared_adapters="acme/support,acme/sales", learned_starts="acme/support"
+    ).tenants
+    assert tenants.learned_from("acme/support/user-42") == "acme/support"
+    for other in ("acme/support", "acme/sales/user-42", "acme/support/team/user"):
+        assert tenants.learned_from(other) is None
+    with pytest.raises(SettingsError, match="PERENNIAL_LEARNED_STARTS") as raised:
+        Settings.of(env_file=None, shared_adapters="acme/sales", learned_starts="acme/support")
+    assert (raised.value.got, raised.value.allowed) == ("acme/support", "acme/sales")
+    with pytest.raises(SettingsError, match="no adapter is shared"):
+        Settings.of(env_file=None, learned_starts="acme/support")
