@@ -70,6 +70,12 @@ def train(
     return train_batches(updater, store, adapter, batches, start)
 
 
+def store_batch(store: ObjectStore, adapter: str, cut: int, examples: Sequence[ExampleAccepted]) -> str:
+    """Store a micro-batch as curate would; return its digest."""
+    batch = Batch(adapter=adapter, cut=cut, examples=list(examples), skipped=[])
+    return put_blob(store, batch.model_dump_json(by_alias=True).encode())
+
+
 def train_batches(
     updater: Updater,
     store: ObjectStore,

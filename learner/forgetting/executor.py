@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from perennial.learner.forgetting.dependencies import over_revoked, revoked_starts, settle_starts
 from perennial.learner.forgetting.forget_report import (
     ForgetReporter,
     count_of,
@@ -35,7 +36,6 @@ from perennial.learner.forgetting.rebuild_plan import (
     trained_offsets,
 )
 from perennial.learner.forgetting.rebuild_progress import sweep_steps
-from perennial.learner.forgetting.revoked_starts import revoked_starts, settle_starts
 from perennial.learner.forgetting.scan import FoundExamples, find_examples
 from perennial.learner.forgetting.waiting_batches import leave_out_of_waiting
 from perennial.learner.versions.alias_events import alias_event
@@ -81,24 +81,29 @@ class _Scope:
         text_hashes: hashes of the texts that must never be learned again.
         learned: examples to remove from micro-batches of versions.
         unlearned: examples to remove from micro-batches of refused, interrupted and waiting jobs.
-        of_revoked_start: first versions of lines that began with a start which must not be used any more.
+        depending: versions that depend on revoked versions of other adapters.
+        drops_start: the adapter's start is one of these, and must not be used any more.
     """
 
     found: FoundExamples
     text_hashes: frozenset[str]
     learned: RemovedOffsets
     unlearned: RemovedOffsets
-    of_revoked_start: Collection[str] = ()
+    depending: Collection[str] = ()
+    drops_start: bool = False
 
     @classmethod
-    def of(cls, found: FoundExamples, target: ForgetTarget, of_revoked_start: Collection[str] = ()) -> _Scope:
+    def of(
+        cls, found: FoundExamples, target: ForgetTarget, depending: Collection[str] = (), *, drops_start: bool = False
+    ) -> _Scope:
         hashes = target.hashes_to_suppress(found.all())
         return cls(
             found,
             hashes,
             learned=target.removed_offsets(found.learned, hashes),
             unlearned=target.removed_offsets({**found.refused, **found.unfinished, **found.waiting}, hashes),
-            of_revoked_start=of_revoked_start,
+            depending=depending,
+            drops_start=drops_start,
         )
 
     def removed_offsets(self) -> RemovedOffsets:
@@ -161,7 +166,7 @@ class ForgetExecutor:
             )
             return retry_on_conflict(self._registry, job.adapter, lambda: self._attempt(job, alias))
         try:
-            return retry_on_conflict(self._registry, job.adapter, lambda: self._prepare(job))
+            return retry_on_conflict(self._registry, job.adapter, lambda: self._prepare(job, alias))
         except (JobInterruptedError, StoreUnavailableError):
             raise
         except PerennialError as error:  # the request itself does not fail: its own job will say what is wrong
@@ -177,7 +182,7 @@ class ForgetExecutor:
         self._drop_unpublished(job)
         clear_pending_deletes(self._store, job.adapter, job.job_id)
 
-    def _prepare(self, job: ForgetRequested) -> JobResult:
+    def _prepare(self, job: ForgetRequested, alias: str) -> JobResult:
         """Rebuild what the job will need, and record it as progress."""
         began = time.perf_counter()
         quarantine = load_quarantine(self._store, job.adapter)
@@ -189,7 +194,7 @@ class ForgetExecutor:
             self._sweep_progress(job.adapter)
             scope = _Scope.of(found, target)
             if history is not None and scope.learned and not target.is_held(found.all()):
-                self._rebuilder.rebuild(job, self._plan(history, job.adapter, scope))
+                self._rebuilder.rebuild(job, self._plan(history, job.adapter, scope), alias)
         return JobResult("unchanged", None, None, stage_s={"forget": time.perf_counter() - began})
 
     def _attempt(self, job: ForgetRequested, alias: str) -> JobResult:
@@ -209,10 +214,11 @@ class ForgetExecutor:
         if target.is_held(found.all()):
             return self._held(job, alias, found.all())
         starts = revoked_starts(self._registry, job.adapter, history) if history is not None else {}
-        scope = _Scope.of(found, target, starts.keys())
+        over = over_revoked(self._registry, job, history) if history is not None else frozenset()
+        scope = _Scope.of(found, target, over.union(starts), drops_start=bool(starts))
         self._suppress_unlearned(job, scope)
         affected: frozenset[str] = frozenset()
-        if head is not None and history is not None and (scope.learned or starts):
+        if head is not None and history is not None and (scope.learned or scope.depending):
             affected = self._forget_learned(job, alias, head, history, scope, quarantine.holds)
         if scope.learned or scope.unlearned:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
@@ -273,7 +279,7 @@ class ForgetExecutor:
             head = self._serve_clean_state(job, alias, head, history, plan)
         self._failpoint("learner.forget_quarantine")
         if plan.steps:
-            rebuilt = self._rebuilder.rebuild(job, plan).step
+            rebuilt = self._rebuilder.rebuild(job, plan, alias).step
             self._failpoint("learner.forget_replayed")
             self._recheck_holds(job, holds, history, scope.removed_offsets())
             self._rebuilder.settle_examples(plan, rebuilt)
@@ -285,7 +291,7 @@ class ForgetExecutor:
 
     def _plan(self, history: History, adapter: str, scope: _Scope) -> RebuildPlan:
         collected = load_collected(self._store, adapter).all
-        return plan_rebuild(history, scope.learned, collected, scope.of_revoked_start)
+        return plan_rebuild(history, scope.learned, collected, scope.depending, drops_start=scope.drops_start)
 
     def _record_pending_deletes(
         self, job: ForgetRequested, history: History, plan: RebuildPlan, matches: Sequence[ExampleMatch]

@@ -129,7 +129,7 @@ class RebaseExecutor:
         rebuilder = UpdateRebuilder(
             self._writer, self._progress, self._now, self._failpoint, self._should_stop, anew=updater
         )
-        reached = rebuilder.rebuild(job, plan)
+        reached = rebuilder.rebuild(job, plan, alias)
         learned, kept = self._learned(job.adapter, reached), _kept(steps, removed)
         self._require_learned(job, learned & kept, kept)
         if self._removed(job.adapter, steps) != removed:
@@ -238,7 +238,7 @@ class RebaseExecutor:
         step, adapter = reached.step, job.adapter
         blobs: dict[str, bytes] = {}
         start = head.manifest.start and head.manifest.start.bare
-        fields = rebuilder.fields_anew(start)
+        fields = rebuilder.fields_anew(start, step.manifest.over if step else None)
         if step is None:  # no update is on record: the adapter begins at its initial state on the new base
             refs, blobs = to_blobs(self._writer.initial_state(adapter, reached.seed, start))
             fields |= refs.manifest_fields()

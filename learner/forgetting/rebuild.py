@@ -18,6 +18,7 @@ from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
 from perennial.learner.forgetting.rebuild_progress import find_step, record_step, step_key
 from perennial.learner.model.tokenization import ExampleError
+from perennial.learner.training.personal.shared_versions import SharedVersion
 from perennial.learner.training.recipe import DEVICE_DTYPE, Recipe, UnknownFieldError
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.thinning.contradictions import OUTVOTED
@@ -41,7 +42,7 @@ from perennial.storage.objects.object_store import put_blob
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.history.example_ids import with_keyed_ids
 from perennial.storage.registry.history.rebuilt_steps import RebuiltStep
-from perennial.storage.registry.manifest import BlobRef, Manifest, SkippedExample, Start
+from perennial.storage.registry.manifest import BlobRef, Manifest, OtherVersion, SkippedExample, Start
 from perennial.storage.registry.refused_examples import add_refused_examples, remove_refused_examples
 from perennial.storage.registry.registry import Head
 from perennial.streams.events.models import Batch, ExampleAccepted, ForgetRequested, RebaseRequested
@@ -127,12 +128,13 @@ class UpdateRebuilder:
         self._failpoint = failpoint
         self._should_stop = should_stop
 
-    def rebuild(self, job: ForgetRequested | RebaseRequested, plan: RebuildPlan) -> RebuiltState:
+    def rebuild(self, job: ForgetRequested | RebaseRequested, plan: RebuildPlan, alias: str) -> RebuiltState:
         """Rebuild the affected updates without the removed examples.
 
         Args:
             job: the job.
             plan: the updates and the examples to leave out.
+            alias: the alias that says which version of a shared adapter is live.
 
         Returns:
             The state after the last update.
@@ -146,7 +148,7 @@ class UpdateRebuilder:
         self._total = len(steps)
         try:
             for step in steps:
-                current = self.rebuild_update(job, current, step, plan.removed_offsets)
+                current = self.rebuild_update(job, current, step, plan.removed_offsets, alias)
                 self._progress()
         finally:
             self._writer.use_threads(self._writer.threads)
@@ -204,12 +206,14 @@ class UpdateRebuilder:
         before: RebuiltState,
         step: RecordedVersion,
         removed_offsets: RemovedOffsets,
+        alias: str,
     ) -> RebuiltState:
         """Train one recorded update again, unless it was made before; return `before` if nothing is left of it."""
         removed = _removed(step, removed_offsets)
         if trained_offsets(step.manifest) <= removed:
             return self._keep_skipped(job, before, step, removed)
-        key = self._key(job, before, step, removed)
+        over = self._beneath(step.manifest, alias)
+        key = self._key(job, before, step, removed, over)
         made = find_step(self._registry, key)
         if made is not None:
             return _reached(before, made)
@@ -220,7 +224,7 @@ class UpdateRebuilder:
         update = self._remaining(step, removed)
         if not update.examples:
             return self._keep_skipped(job, before, step, removed, update if update.no_text else None)
-        updater = self._updater_of(update.recorded)
+        updater = self._writer.over(self._updater_of(update.recorded), over)
         state = self._state(job.adapter, before)
         found = vote(updater.recipe, update.examples, state.replay_index, self._writer.rows.example)
         update = replace(update, examples=found.trained, outvoted=found.outvoted)
@@ -237,7 +241,7 @@ class UpdateRebuilder:
             blobs |= state_blobs
         else:
             refs = StateRefs.of_manifest(before.step.manifest)
-        manifest = self._manifest(before, update, updater, result, refs)
+        manifest = self._manifest(before, update, updater, result, refs, over)
         self._failpoint("learner.forget_trained")
         new_batch = None if update.new_body is None else update.ref.digest
         self._store_step(job, key, step, new_batch, manifest, blobs)
@@ -320,37 +324,50 @@ class UpdateRebuilder:
         before: RebuiltState,
         step: RecordedVersion,
         removed: set[OriginOffset],
+        over: SharedVersion | None = None,
     ) -> str:
-        fields = self.fields_anew(before.start)
+        fields = self.fields_anew(before.start, over.ref if over else None)
         general = fields.pop("general", None)
         anew: list[object] = [fields, general.digest if general else None] if fields else []
         if before.step is None and before.start is not None and before.start.weights is not None:
             anew.append(before.start.weights.digest)
+        if over is not None:
+            anew.append(over.ref.version)
         return step_key(job.adapter, before.step, before.seed, step.version, removed, anew)
 
-    def fields_anew(self, start: Start | None) -> dict[str, Any]:
+    def fields_anew(self, start: Start | None, over: OtherVersion | None) -> dict[str, Any]:
         """Return the fields of a manifest that name base, recipe and engine; none where those of the updates stay.
 
         Args:
             start: what the adapter begins with, where users' adapters may be learned from.
+            over: the shared version that lies beneath the update; None: the base alone.
         """
         if self._anew is None:
             return {}
         recipe, writer = self._anew.recipe, self._writer
         return {
             "base_model": writer.base.name, "base_sha256": writer.base.digest, "rank": recipe.rank,
-            "config": recipe.config(has_start=start is not None), "seed": recipe.seed, "threads": writer.threads,
+            "config": recipe.config(has_start=start is not None, has_over=over is not None), "seed": recipe.seed, "threads": writer.threads,
             "general": self._anew.general.ref,
         }  # fmt: skip
 
-    def _following(self, before: RebuiltState, recorded: Manifest) -> Manifest:
+    def _following(self, before: RebuiltState, recorded: Manifest, over: OtherVersion | None = None) -> Manifest:
         """Return the recorded manifest at its place among the rebuilt updates."""
         return recorded.model_copy(
             update={
                 "seq": before.step.manifest.seq + 1 if before.step else 1, "kind": "replayed", "parent": before.version,
-                "head": before.step.version if before.step else None, "start": before.start, **self.fields_anew(before.start),
+                "head": before.step.version if before.step else None, "start": before.start, "over": over, **self.fields_anew(before.start, over),
             }
         )  # fmt: skip
+
+    def _beneath(self, recorded: Manifest, alias: str) -> SharedVersion | None:
+        """Return the shared version that an update is trained over: the recorded one or, where that is gone, the live one."""
+        if self._anew is not None:
+            return self._writer.beneath(recorded.adapter, alias)
+        if recorded.over is None:
+            return None
+        shared = self._writer.shared
+        return shared.recorded(recorded.over) or shared.live(recorded.adapter, recorded.over.adapter, alias)
 
     def _remaining(self, step: RecordedVersion, removed: set[OriginOffset]) -> _RemainingUpdate:
         """Return what is left of an update. Raise JobError if its micro-batch is not stored."""
@@ -427,7 +444,13 @@ class UpdateRebuilder:
         )
 
     def _manifest(
-        self, before: RebuiltState, update: _RemainingUpdate, updater: Updater, result: UpdateResult, refs: StateRefs
+        self,
+        before: RebuiltState,
+        update: _RemainingUpdate,
+        updater: Updater,
+        result: UpdateResult,
+        refs: StateRefs,
+        over: SharedVersion | None,
     ) -> Manifest:
         """Return the manifest of a rebuilt update: as recorded, less the removed examples."""
         recorded, promoted = update.recorded, result.outcome == "promoted"
@@ -441,7 +464,7 @@ class UpdateRebuilder:
             skipped += [skipped_example(example, result.reason) for example in update.examples]
         learned = update.examples if promoted else []
         times = [example.origin.timestamp_ms for example in learned]
-        manifest = self._following(before, recorded).model_copy(
+        manifest = self._following(before, recorded, over.ref if over else None).model_copy(
             update={
                 "outcome": result.outcome, "reason": reason, "code": self._writer.code, "batch": update.ref,
                 "learned": self._writer.learned_examples(learned, result.merged, updater),

@@ -180,7 +180,9 @@ def plan_rebuild(
     history: History,
     removed_offsets: RemovedOffsets,
     collected: Collection[str] = frozenset(),
-    of_revoked_start: Collection[str] = frozenset(),
+    depending: Collection[str] = frozenset(),
+    *,
+    drops_start: bool = False,
 ) -> RebuildPlan:
     """Return what forgetting these examples changes.
 
@@ -189,9 +191,10 @@ def plan_rebuild(
         removed_offsets: the examples to leave out.
         collected: versions whose state was deleted to save space. A rebuild starts from an earlier one; training the
             updates in between again gives their very states.
-        of_revoked_start: the first versions of lines that began with a start which must not be used any more.
+        depending: versions that depend on revoked versions of other adapters.
+        drops_start: the adapter's start is one of these, and must not be used any more.
     """
-    affected, contaminated = set(of_revoked_start), set(of_revoked_start)
+    affected, contaminated = set(depending), set(depending)
     for version, node in history.versions.items():
         offsets = removed_offsets.get(node.batch) if node.batch else None
         if offsets:
@@ -208,7 +211,7 @@ def plan_rebuild(
         affected_versions=history.descendants(affected),
         last_clean=history.recorded(schedule[first - 1]) if first else None,
         steps=tuple(map(history.recorded, schedule[first:])),
-        drops_start=bool(of_revoked_start),
+        drops_start=drops_start,
     )
 
 

@@ -6,12 +6,15 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
-from perennial.learner.model.lora import AdapterError, Tensors, from_safetensors
+from perennial.learner.model.lora import AdapterError, LoraConfig, Tensors, from_safetensors
+from perennial.learner.training.personal.shared_versions import SharedVersion, SharedVersions
+from perennial.learner.training.personal.stacking import compose, stacked_config
 from perennial.storage.errors import StoreError
 from perennial.storage.objects.object_store import get_blob
+from perennial.storage.registry.manifest import Manifest, OtherVersion
 from perennial.storage.registry.registry import Registry
 from perennial.streams.observe.metrics import Metrics
 
@@ -28,12 +31,16 @@ class LiveAdapter:
     Attributes:
         version: the version; None if there is none or it could not be read.
         generation: the alias's generation; 0 without a version.
-        state: the version's LoRA weights; None if there is no version.
+        state: the LoRA weights that clients serve; None if there is no version.
+        beneath: the version of the shared adapter that is in them; None: none.
+        config: rank and alpha of these weights; None: those of the adapter alone.
     """
 
     version: str | None
     generation: int
     state: Tensors | None
+    beneath: str | None = None
+    config: LoraConfig | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -54,6 +61,7 @@ class AdapterCache:
         registry: versions and aliases.
         alias: the alias to follow.
         base_sha256: digest of the scorer's base; versions of another base count as missing.
+        own: rank and alpha of adapters.
         shapes: shape of each LoRA tensor.
         poll_s: each adapter is read at most once in so many seconds.
         clock: monotonic clock, in seconds.
@@ -65,6 +73,7 @@ class AdapterCache:
         registry: Registry,
         alias: str,
         base_sha256: str,
+        own: LoraConfig,
         shapes: Mapping[str, tuple[int, ...]],
         *,
         poll_s: float,
@@ -74,7 +83,9 @@ class AdapterCache:
         self._registry = registry
         self._alias = alias
         self._base_sha256 = base_sha256
+        self._own = own
         self._shapes = shapes
+        self._shared = SharedVersions(registry, base_sha256, own, shapes)
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics
@@ -129,18 +140,34 @@ class AdapterCache:
             state = self._registry.alias(adapter, self._alias)
             if state is None or state.kind == "retired":
                 return NO_ADAPTER
-            if state.version == known.version and known.state is not None:
-                return LiveAdapter(state.version, state.generation, known.state)
             manifest = self._registry.manifest(adapter, state.version)
+            beneath = self._beneath(manifest)
+            name = beneath.ref.version if beneath else None
+            if (state.version, name) == (known.version, known.beneath) and known.state is not None:
+                return replace(known, generation=state.generation)
             if manifest.base_sha256 != self._base_sha256:
                 _log.warning("%s was trained on base %s, not on this scorer's", adapter, manifest.base_sha256)
                 return NO_ADAPTER
             data = get_blob(self._registry.store, manifest.weights.digest)
-            return LiveAdapter(state.version, state.generation, from_safetensors(data, self._shapes))
+            weights = from_safetensors(data, self._shapes)
+            if beneath is None:
+                return LiveAdapter(state.version, state.generation, weights)
+            config = stacked_config(beneath.part.config, self._own)
+            return LiveAdapter(state.version, state.generation, compose(beneath.part, weights, self._own), name, config)
         except (StoreError, AdapterError) as error:
             self._metrics.store_error("live-weights")
             _log.warning("the live version of %s cannot be loaded: %s", adapter, error)
             return NO_ADAPTER
+
+    def _beneath(self, manifest: Manifest) -> SharedVersion | None:
+        """Return the live version of the shared adapter that clients serve a version with."""
+        if manifest.extends is None:
+            return None
+        state = self._registry.alias(manifest.extends, self._alias)
+        if state is None or state.kind == "retired":
+            return None
+        ref = OtherVersion(adapter=manifest.extends, version=state.version, seq=state.seq)
+        return self._shared.recorded(ref)
 
     def _keep(self, name: str, live: LiveAdapter) -> None:
         old = self._entries.pop(name, None)

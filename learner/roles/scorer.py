@@ -72,7 +72,7 @@ def run_scorer(
     scorer = Scorer(base, settings, lock, SystemPrompts(store))
     with (
         AdapterCache(
-            registry, settings.serving.alias, base.digest, scorer.lora.shapes,
+            registry, settings.serving.alias, base.digest, scorer.lora.config, scorer.lora.shapes,
             poll_s=settings.serving.poll_s, clock=time.monotonic, metrics=metrics,
         ) as adapters,
         ConfirmingProducer(settings, "scorer", metrics, _now) as producer,
@@ -109,6 +109,10 @@ def run_scorer(
             metrics.lag(TOPIC, consumer.lag())
 
 
+_Group = tuple[list[int], MeasuredRows]
+"""Places of examples, and their rows under one adapter."""
+
+
 class Scorer:
     """Computes losses of examples under the base and under given versions. Equal arguments give equal losses.
 
@@ -132,13 +136,14 @@ class Scorer:
         self._lock = lock or threading.RLock()
         with self._lock:  # another role may be putting its own slot into the shared base
             self.lora = Lora(base, LoraConfig(settings.training.rank, settings.training.alpha), slot="scorer")
+        self._composed: dict[LoraConfig, Lora] = {}
 
     def score(self, examples: Sequence[ExampleAccepted], live: Mapping[str, LiveAdapter]) -> list[ExampleScored]:
         """Return one scored event per example, in order.
 
         Args:
             examples: the examples.
-            live: the live version of each adapter.
+            live: the live version of each adapter, as clients serve it.
 
         Returns:
             Events with losses in nats per token over the example's first row (at most `max_tokens` tokens) and the
@@ -147,19 +152,20 @@ class Scorer:
         rows = [self._rows(example) for example in examples]
         with_text = [index for index, group in enumerate(rows) if group]
         first_rows = [rows[index][0] for index in with_text]
-        measured, places = [MeasuredRows(None, first_rows)], [with_text]
+        groups: dict[LoraConfig | None, list[_Group]] = {None: [(with_text, MeasuredRows(None, first_rows))]}
         for name in dict.fromkeys(examples[index].adapter for index in with_text):
-            state = live.get(name, NO_ADAPTER).state
-            if state is not None:
-                places.append([index for index in with_text if examples[index].adapter == name])
-                measured.append(MeasuredRows(state, [rows[index][0] for index in places[-1]]))
-        of_base, *of_adapters = self._losses(measured)
-        base = dict(zip(with_text, of_base, strict=True))
-        adapted = {
-            index: nats
-            for indices, losses in zip(places[1:], of_adapters, strict=True)
-            for index, nats in zip(indices, losses, strict=True)
-        }
+            served = live.get(name, NO_ADAPTER)
+            if served.state is not None:
+                places = [index for index in with_text if examples[index].adapter == name]
+                measured = MeasuredRows(served.state, [rows[index][0] for index in places])
+                groups.setdefault(served.config, []).append((places, measured))
+        base: dict[int, float | None] = {}
+        adapted: dict[int, float | None] = {}
+        for config, group in groups.items():
+            losses = self._losses(config, [measured for _, measured in group])
+            for (places, measured), nats in zip(group, losses, strict=True):
+                found = base if measured.weights is None else adapted
+                found.update(zip(places, nats, strict=True))
         return [
             ExampleScored(
                 example=example,
@@ -185,9 +191,22 @@ class Scorer:
         except ExampleError:
             return []
 
-    def _losses(self, measured: Sequence[MeasuredRows]) -> list[list[float | None]]:
+    def _lora(self, config: LoraConfig | None) -> Lora:
+        """Return the slot for weights of this rank and alpha; None: those of an adapter alone.
+
+        There are as many slots as shared adapters have ranks: one, unless PERENNIAL_RANK was changed.
+        """
+        if config is None:
+            return self.lora
+        if config not in self._composed:
+            with self._lock:
+                slot = f"scorer-{config.rank}-{config.alpha}"
+                self._composed[config] = Lora(self.lora.base, config, slot)
+        return self._composed[config]
+
+    def _losses(self, config: LoraConfig | None, measured: Sequence[MeasuredRows]) -> list[list[float | None]]:
         """Return the loss of each row in nats per token; None if it is not finite, or out of an event's bounds."""
-        losses = measure_together(self.lora, measured, self._codec.pad, lock=self._lock)
+        losses = measure_together(self._lora(config), measured, self._codec.pad, lock=self._lock)
         means = [[float(nats.mean()) if len(nats) else 0.0 for nats in of_adapter] for of_adapter in losses]
         return [[nats if abs(nats) <= MAX_LOSS_NATS else None for nats in of_adapter] for of_adapter in means]
 

@@ -19,8 +19,9 @@ _DROPPED: Mapping[str, object] = {"anchors_in_proportion": False, "max_pad_share
 
 
 HAS_START = "has_start"
-"""What the `config` of a manifest with a start has beside the recipe, so that releases which know no starts, and would begin
-with other weights, refuse to train its update again."""
+HAS_OVER = "has_over"
+"""What the `config` of a manifest has beside the recipe where it says what the adapter begins with, or what lay beneath it, so
+that releases which know nothing of that, and would train something else, refuse to train its update again."""
 
 
 class UnknownFieldError(ValueError):
@@ -140,17 +141,19 @@ class Recipe:
             KeyError: A field without a default is missing.
             UnknownFieldError: A later release made it, with a field that decides what is trained and is not known here.
         """
-        names = {HAS_START, *(f.name for f in fields(cls))}
+        names = {HAS_START, HAS_OVER, *(f.name for f in fields(cls))}
         unknown = {name for name, value in config.items() if name not in names and _DROPPED.get(name) != value}
         if unknown:
             raise UnknownFieldError(", ".join(sorted(unknown)))
         known = [f for f in fields(cls) if f.name in config or f.default is MISSING]
         return cls(**{f.name: config[f.name] for f in known})
 
-    def config(self, *, has_start: bool = False) -> dict[str, float | int | str]:
+    def config(self, *, has_start: bool = False, has_over: bool = False) -> dict[str, float | int | str]:
         """Return the recipe as a manifest records it.
 
         Args:
             has_start: Whether the manifest says what the adapter begins with.
+            has_over: Whether it names a shared version that lay beneath.
         """
-        return {**asdict(self), HAS_START: True} if has_start else asdict(self)
+        marks = {HAS_START: has_start, HAS_OVER: has_over}
+        return {**asdict(self), **{name: True for name, given in marks.items() if given}}

@@ -202,7 +202,8 @@ class Updater:
         index = buffer.after({example.example_id for example in examples})
         optimizer = average.stored(trial.served, trial.trained.weights, trial.trained.optimizer)
         state = TrainingState(trial.served, optimizer, index, parent.adapter)
-        probes = predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
+        layered = isinstance(self.lora, LayeredLora)  # which shared version will be served beneath is not known
+        probes = {} if layered else predicted_after(PROBE_TEXTS, self.lora, self.codec, self.lock, on_step)
         return UpdateResult("promoted", "ok", state, figures, tokens, probes, adapters, rows.merged)
 
     @property

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from perennial.learner.costs.device_use import DeviceUse, take_use
 from perennial.learner.costs.energy_meter import meter_of
+from perennial.learner.training.personal.shared_versions import SharedVersion
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.thinning.contradictions import OUTVOTED
 from perennial.learner.training.update import UpdateResult
@@ -41,7 +42,7 @@ from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
 from perennial.storage.registry.history.example_ids import with_keyed_ids
 from perennial.storage.registry.history.update_costs import UpdateCost, record_cost
-from perennial.storage.registry.manifest import BlobRef, Manifest, Outcome, Start, update_id
+from perennial.storage.registry.manifest import BlobRef, Manifest, OtherVersion, Outcome, Start, update_id
 from perennial.storage.registry.pending_deletes import (
     clear_pending_deletes,
     load_pending_deletes,
@@ -112,6 +113,7 @@ class _Trained:
         refs: the blobs of the state that the new version holds.
         general: the blob of the general text that was used; None for docstrings.
         blobs: bytes that may not be stored yet, by digest, in the order in which they are written.
+        over: the shared version that was beneath; None: the base alone.
     """
 
     start: _Start
@@ -122,6 +124,7 @@ class _Trained:
     refs: StateRefs
     general: BlobRef | None
     blobs: dict[str, bytes]
+    over: OtherVersion | None = None
 
 
 class UpdateExecutor:
@@ -184,7 +187,7 @@ class UpdateExecutor:
             writer.failpoint("learner.load")
             loaded = time.perf_counter()
             replayed: dict[str, ExampleAccepted] = {}
-            trained = self._train(job, batch, start, quarantine, replayed)
+            trained = self._train(job, batch, start, quarantine, replayed, alias)
             used = take_use()
         manifest = with_keyed_ids(self._manifest(job, trained), text_key)
         writer.failpoint("learner.train")
@@ -295,6 +298,7 @@ class UpdateExecutor:
         start: _Start,
         quarantine: QuarantineFilter,
         replayed: dict[str, ExampleAccepted],
+        alias: str,
     ) -> _Trained:
         """Train on the new examples; `replayed` is filled with the earlier examples that were drawn for it."""
         writer = self._writer
@@ -311,9 +315,12 @@ class UpdateExecutor:
         found = vote(updater.recipe, selection.new, start.state.replay_index, example_of)
         selection.skipped.extend(skipped_example(example, OUTVOTED) for example in found.outvoted)
         result: UpdateResult | None = None
+        over: SharedVersion | None = None
         general = start.head.manifest.general if start.head else None
         if found.trained:
             writer.rows.put(batch.ref.digest, batch.allowed.examples)
+            over = writer.beneath(job.adapter, alias)
+            updater = writer.over(updater, over)
             general = updater.general.ref
             result = updater.update(
                 start.state,
@@ -335,7 +342,7 @@ class UpdateExecutor:
             refs, state_blobs = to_blobs(state)
             blobs |= state_blobs
             writer.cache_state(refs, state)
-        return _Trained(start, batch, selection, found, result, refs, general, blobs)
+        return _Trained(start, batch, selection, found, result, refs, general, blobs, over.ref if over else None)
 
     def _manifest(self, job: UpdateRequested, trained: _Trained) -> Manifest:
         """Return the manifest of the version that was trained, with ids that are not keyed yet."""
@@ -351,7 +358,9 @@ class UpdateExecutor:
         else:
             outcome, reason = "refused", result.reason
             skipped = [*skipped, *(skipped_example(example, result.reason) for example in trained.vote.trained)]
-        config: dict[str, Scalar] = {**recipe.config(has_start=start.begins is not None)}
+        config: dict[str, Scalar] = {
+            **recipe.config(has_start=start.begins is not None, has_over=trained.over is not None)
+        }
         high_water_marks = _advanced(start.high_water_marks(), job, batch.stored)
         marks, epochs = high_water_marks.offsets, high_water_marks.epochs
         # Where a quarantine left out other examples, the update has another id. So a version that claimed its update
@@ -362,6 +371,8 @@ class UpdateExecutor:
             claim["voters_missing"] = trained.vote.missing
         if start.begins is not None and start.begins.weights is not None:
             claim["start"] = start.begins.weights.digest
+        if trained.over is not None:
+            claim["over"] = trained.over.version
         times = [example.origin.timestamp_ms for example in learned]
         return Manifest(
             adapter=job.adapter,
@@ -395,6 +406,7 @@ class UpdateExecutor:
             rank=recipe.rank,
             extends=writer.extended_by(job.adapter),
             start=start.begins,
+            over=trained.over,
             published_from_ms=min(times, default=None),
             published_to_ms=max(times, default=None),
             **trained.refs.manifest_fields(),

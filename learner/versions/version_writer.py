@@ -20,7 +20,9 @@ from perennial.learner.model.turns import ComputeTurns, FairLock
 from perennial.learner.together.gathered_passes import GatheredPasses
 from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.general_choice import GeneralTextChoice
+from perennial.learner.training.personal.layered_lora import LayeredLora
 from perennial.learner.training.personal.learned_starts import LearnedStarts
+from perennial.learner.training.personal.shared_versions import SharedVersion, SharedVersions
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
 from perennial.learner.training.update import Updater
@@ -57,12 +59,15 @@ class VersionWriter:
         text_keys: the adapters' text keys, where other writers of the process share them.
         extended_by: returns the shared adapter that an adapter extends; None where it extends none.
         learned_from: returns the shared adapter whose users' adapters may be learned from, for one of these; else None.
+        trained_over: returns the shared adapter over which an adapter is trained; None: over the base alone.
 
     Attributes:
         on_step: called after each optimizer step and each forward pass of a measurement.
         text_keys: the adapters' text keys, under which manifests record the ids of examples.
         extended_by: returns the shared adapter that an adapter extends; None where it extends none.
         learned_from: returns the shared adapter whose users' adapters may be learned from, for one of these; else None.
+        trained_over: returns the shared adapter over which an adapter is trained; None: over the base alone.
+        shared: the versions of shared adapters that may lie beneath others.
     """
 
     def __init__(
@@ -80,6 +85,8 @@ class VersionWriter:
         text_keys: TextKeys | None = None,
         extended_by: Callable[[str], str | None] = lambda _: None,
         learned_from: Callable[[str], str | None] = lambda _: None,
+        trained_over: Callable[[str], str | None] = lambda _: None,
+        shared: SharedVersions | None = None,
     ) -> None:
         self.registry = registry
         self.updater = updater
@@ -94,6 +101,9 @@ class VersionWriter:
         self._general_choice = general_choice
         self.extended_by = extended_by
         self.learned_from = learned_from
+        self.trained_over = trained_over
+        lora = updater.lora
+        self.shared = shared or SharedVersions(registry, base.digest, lora.config, lora.shapes)
         self.on_step: Callable[[], None] = ignore_step
 
     def sibling(self, slot: str) -> VersionWriter:
@@ -111,7 +121,7 @@ class VersionWriter:
             self.registry, replace(self.updater, lora=lora, lock=lock), self.base, threads=self.threads, now=self.now,
             failpoint=self.failpoint, rows=self.rows, states=self._states,
             general_choice=self._general_choice, text_keys=self.text_keys, extended_by=self.extended_by,
-            learned_from=self.learned_from,
+            learned_from=self.learned_from, trained_over=self.trained_over, shared=self.shared,
         )  # fmt: skip
 
     def use_threads(self, threads: int) -> None:
@@ -213,10 +223,20 @@ class VersionWriter:
         return start, TrainingState(from_safetensors(body, shapes), adapter=adapter), {start.weights.digest: body}
 
     def _may_found(self, manifest: Manifest) -> bool:
-        """Return whether a version has the base, the rank, the alpha and the seed of an adapter that begins now."""
+        """Return whether a version has the base, the rank, the alpha and the seed of an adapter that begins now.
+
+        A mean of what was trained over a shared adapter serves those that are trained over it, and no others.
+        """
         recipe = self.updater.recipe
-        wanted = self.base.digest, recipe.rank, recipe.alpha, recipe.seed
-        return (manifest.base_sha256, manifest.rank, manifest.config.get("alpha"), manifest.seed) == wanted
+        wanted = (
+            self.base.digest,
+            recipe.rank,
+            recipe.alpha,
+            recipe.seed,
+            self.trained_over(manifest.adapter) is not None,
+        )
+        alpha, layered = manifest.config.get("alpha"), manifest.over is not None
+        return (manifest.base_sha256, manifest.rank, alpha, manifest.seed, layered) == wanted
 
     def state_at(self, head: Head | None, adapter: str) -> tuple[TrainingState, str | None]:
         """Return the state to train from and the version that produced it; a refused head has its parent's state."""
@@ -268,6 +288,33 @@ class VersionWriter:
         recorded = head.manifest.general if head else None
         return replace(self.updater, general=self._general_choice.for_update(self.updater, recorded, self.on_step))
 
+    def beneath(self, adapter: str, alias: str) -> SharedVersion | None:
+        """Return the shared version that the adapter's next update is trained over; None: the base alone.
+
+        Args:
+            adapter: the adapter.
+            alias: the alias that says which version of the shared adapter is live.
+
+        Raises:
+            StoreError: the store failed.
+        """
+        shared = self.trained_over(adapter)
+        return None if shared is None else self.shared.live(adapter, shared, alias)
+
+    def over(self, updater: Updater, version: SharedVersion | None) -> Updater:
+        """Return the updater with a shared version beneath, in a slot for both.
+
+        Args:
+            updater: trains one update.
+            version: the shared version; None: the base alone.
+        """
+        if version is None:
+            return updater
+        slot = f"{updater.lora.slot}-over-{version.part.config.rank}"
+        with updater.lock or nullcontext():
+            lora = LayeredLora(self.base, updater.lora.config, version.part, slot)
+        return replace(updater, lora=lora)
+
     def general_text_of(self, manifest: Manifest) -> GeneralText:
         """Return the general text that a recorded update was trained with.
 
@@ -299,6 +346,7 @@ class VersionWriter:
         if target:
             refs = StateRefs.of_manifest(target)
         else:
+            source = source.model_copy(update={"over": None})
             start = start and start.bare
             refs = to_blobs(self.initial_state(source.adapter, source.seed, start))[0]
         return carried_manifest(
@@ -402,4 +450,5 @@ def make_version_writer(
     return VersionWriter(
         registry, updater, base, threads=settings.model.threads, now=now, failpoint=default_failpoint,
         general_choice=choice, extended_by=settings.tenants.extended_by, learned_from=settings.tenants.learned_from,
+        trained_over=settings.tenants.trained_over,
     )  # fmt: skip

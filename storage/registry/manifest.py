@@ -110,12 +110,12 @@ class SkippedExample(_Part):
         return self.partition, self.epoch, self.offset
 
 
-class Founder(_Part):
-    """A version whose weights are part of a learned start.
+class OtherVersion(_Part):
+    """A version of another adapter that a version depends on.
 
     Attributes:
-        adapter: a sibling of the adapter that begins with the start.
-        version: its version that was live.
+        adapter: the other adapter.
+        version: its version.
         seq: the sequence number of that version.
     """
 
@@ -134,7 +134,7 @@ class Start(_Part):
     """
 
     shared: AdapterName
-    founders: Annotated[list[Founder], Field(max_length=64)] = []
+    founders: Annotated[list[OtherVersion], Field(max_length=64)] = []
     weights: BlobRef | None = None
 
     @property
@@ -204,6 +204,8 @@ class Manifest(_Part):
             their number and the lengths of their rows decide the last bits of the weights.
         extends: the shared adapter that clients serve this one with, whose name is this one's without the last segment: the
             live weights of both, added; None: it is served alone. Nothing else depends on it.
+        over: the live version of the shared adapter that lay beneath while the update was trained and judged, where users'
+            adapters are trained over it; None: the base alone.
         start: the state that its first update trains from, where users' adapters may be learned from; None: A by the
             adapter's own name, and B zero.
     """
@@ -246,6 +248,7 @@ class Manifest(_Part):
     pass_adapters: Annotated[int, Field(ge=1, le=65_536)] = 1
     extends: AdapterName | None = None
     start: Start | None = None
+    over: OtherVersion | None = None
 
     @model_validator(mode="after")
     def _check_head(self) -> Self:
@@ -260,6 +263,8 @@ class Manifest(_Part):
             raise ValueError("extends must be the adapter's name without its last segment")
         if self.start is not None and self.start.shared != shared:
             raise ValueError("start must be below the adapter's name without its last segment")
+        if self.over is not None and self.over.adapter != shared:
+            raise ValueError("over must be a version of the adapter's name without its last segment")
         return self
 
     @property
@@ -328,7 +333,7 @@ class Manifest(_Part):
 
 _LATER_FIELDS: dict[str, object] = {
     "epochs": {}, "next_cut": None, "probes": {}, "general": None, "pass_adapters": 1, "extends": None,
-    "start": None,
+    "start": None, "over": None,
 }  # fmt: skip
 """Fields of a manifest that were added after the first release, with their defaults."""
 

@@ -77,6 +77,12 @@ class TenantSettings(SettingsGroup):
         description="learner: adapters whose users have adapters of their own, `acme/support,acme/sales`: each adapter one "
         "segment below, such as acme/support/user-42, is served together with the one above it; empty: none",
     )
+    train_over_shared: str = Field(
+        "",
+        description="learner: those of PERENNIAL_SHARED_ADAPTERS over whose live version users' adapters are trained, "
+        "`acme/support`: they need fewer examples and harm general text less, and an erasure in the shared adapter trains "
+        "each of them again; empty: over the base alone",
+    )
     learned_starts: str = Field(
         "",
         description="learner: those of PERENNIAL_SHARED_ADAPTERS whose users' adapters may be learned from, `acme/support`: "
@@ -124,14 +130,17 @@ class TenantSettings(SettingsGroup):
         return self
 
     @model_validator(mode="after")
-    def _check_learned_starts(self) -> Self:
-        alone = sorted(_shared_adapters(self.learned_starts) - _shared_adapters(self.shared_adapters))
-        if alone:
-            raise SettingsError(
-                "PERENNIAL_LEARNED_STARTS names an adapter that is not shared", got=alone[0],
-                allowed=", ".join(sorted(_shared_adapters(self.shared_adapters))) or "none: no adapter is shared",
-                remedy="name it in PERENNIAL_SHARED_ADAPTERS, too",
-            )  # fmt: skip
+    def _check_below_shared(self) -> Self:
+        shared = _shared_adapters(self.shared_adapters)
+        given = {"LEARNED_STARTS": self.learned_starts, "TRAIN_OVER_SHARED": self.train_over_shared}
+        for name, text in given.items():
+            alone = sorted(_shared_adapters(text) - shared)
+            if alone:
+                raise SettingsError(
+                    f"PERENNIAL_{name} names an adapter that is not shared", got=alone[0],
+                    allowed=", ".join(sorted(shared)) or "none: no adapter is shared",
+                    remedy="name it in PERENNIAL_SHARED_ADAPTERS, too",
+                )  # fmt: skip
         return self
 
     @property
@@ -179,6 +188,16 @@ class TenantSettings(SettingsGroup):
         """
         parent = self.extended_by(adapter)
         return parent if parent in _shared_adapters(self.learned_starts) else None
+
+    def trained_over(self, adapter: str) -> str | None:
+        """Return the shared adapter over which an adapter is trained; None: over the base alone.
+
+        >>> tenants = TenantSettings(shared_adapters="acme/support", train_over_shared="acme/support")
+        >>> tenants.trained_over("acme/support/user-42")
+        'acme/support'
+        """
+        parent = self.extended_by(adapter)
+        return parent if parent in _shared_adapters(self.train_over_shared) else None
 
     @field_validator("tenant_weights")
     @classmethod

@@ -49,9 +49,9 @@ class LayeredLora(Lora):
         self.stacked = Lora(base, self.config, slot)
         self.own = own
         stacked_shapes = self.shapes
-        check_weights(shared.weights, _of_rank(stacked_shapes, shared.config.rank))
+        check_weights(shared.weights, shapes_of_rank(stacked_shapes, shared.config.rank))
         self.shared = shared
-        self.shapes = _of_rank(stacked_shapes, own.rank)
+        self.shapes = shapes_of_rank(stacked_shapes, own.rank)
 
     def over(self, shared: SharedPart) -> LayeredLora:
         """Return the same slot over another version of the shared adapter.
@@ -157,8 +157,13 @@ def _layered(lora: Lora) -> LayeredLora:
     return lora
 
 
-def _of_rank(shapes: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the same tensors with another rank."""
+def shapes_of_rank(shapes: Mapping[str, tuple[int, ...]], rank: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the same tensors with another rank.
+
+    Args:
+        shapes: Shapes by PEFT name.
+        rank: The rank.
+    """
     return {name: (rank, shape[1]) if rank_axis(name) == 0 else (shape[0], rank) for name, shape in shapes.items()}
 
 

@@ -19,7 +19,7 @@ from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.history.start_users import record_start_user
-from perennial.storage.registry.manifest import BlobRef, Founder, Manifest, Start
+from perennial.storage.registry.manifest import BlobRef, Manifest, OtherVersion, Start
 from perennial.storage.registry.registry import Registry
 
 _log = logging.getLogger("perennial.learner")
@@ -67,7 +67,7 @@ class LearnedStarts:
         bare = Start(shared=shared)
         able = (sibling for sibling in self._siblings(adapter, shared) if self._live(sibling, bare, alias))
         chosen = list(islice(able, MAX_FOUNDERS))
-        found: list[tuple[Founder, Tensors]] = []
+        found: list[tuple[OtherVersion, Tensors]] = []
         if len(chosen) >= MIN_FOUNDERS:
             for sibling in chosen:
                 # Hazard: recorded first. A forgetting revokes versions and then looks who is recorded, so either it finds
@@ -91,7 +91,7 @@ class LearnedStarts:
         names = (key.removeprefix(_ADAPTERS) for key in islice(keys, MAX_LOOKED_AT) if "/" not in key[len(folder) :])
         return (name for name in dict.fromkeys(names) if name != adapter)
 
-    def _live(self, sibling: str, bare: Start, alias: str) -> tuple[Founder, Tensors] | None:
+    def _live(self, sibling: str, bare: Start, alias: str) -> tuple[OtherVersion, Tensors] | None:
         """Return a sibling's live version and its weights; None where it cannot be learned from."""
         try:
             state = self._registry.alias(sibling, alias)
@@ -108,7 +108,7 @@ class LearnedStarts:
         except (IntegrityError, AdapterError) as error:  # a new adapter does not wait for a repair of another one
             _log.warning("%s is not learned from: %s", sibling, error)
             return None
-        return Founder(adapter=sibling, version=state.version, seq=manifest.seq), weights
+        return OtherVersion(adapter=sibling, version=state.version, seq=manifest.seq), weights
 
     def _read(self, ref: BlobRef) -> bytes:
         return get_blob(self._registry.store, ref.digest)

@@ -44,10 +44,8 @@ def start_users(store: ObjectStore, founder: str) -> list[str]:
     Raises:
         StoreError: The store failed.
     """
-    folder = f"{PREFIX}{founder}/"
-    above = founder.rpartition("/")[0]
-    names = (key.removeprefix(folder) for key in store.list(folder))
-    return sorted(f"{above}/{name}" for name in names if "/" not in name)
+    folder = f"{PREFIX}{founder}/@/"
+    return [key.removeprefix(folder) for key in store.list(folder)]
 
 
 def drop_start_user(store: ObjectStore, founder: str, user: str) -> None:
@@ -60,4 +58,4 @@ def drop_start_user(store: ObjectStore, founder: str, user: str) -> None:
 
 
 def _key(founder: str, user: str) -> str:
-    return f"{PREFIX}{founder}/{user.rpartition('/')[2]}"
+    return f"{PREFIX}{founder}/@/{user}"  # no name of an adapter has an @

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,10 +12,13 @@ import orjson
 import pytest
 import torch
 
-from perennial.learner.model.lora import Tensors, to_safetensors
+from perennial.learner.model.lora import Lora, LoraConfig, Tensors, to_safetensors
+from perennial.learner.model.tokenization import ExampleTokenizer, example_rows
 from perennial.learner.roles import scorer as scorer_module
 from perennial.learner.roles.adapter_cache import NO_ADAPTER, AdapterCache, LiveAdapter
 from perennial.learner.roles.scorer import Receiver, Scorer
+from perennial.learner.together.measure_together import MeasuredRows, measure_together
+from perennial.learner.training.personal.stacking import SharedPart, compose
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.object_store import ObjectStore
@@ -205,7 +209,7 @@ def live_weights(store: ObjectStore, scorer: Scorer, clock: list[float]) -> Adap
 
     registry = Registry(store, nonce=lambda: "n", now=lambda: datetime.now(UTC))
     return AdapterCache(
-        registry, "live", scorer.lora.base.digest, scorer.lora.shapes,
+        registry, "live", scorer.lora.base.digest, scorer.lora.config, scorer.lora.shapes,
         poll_s=5.0, clock=lambda: clock[0], metrics=Metrics("scorer"),
     )  # fmt: skip
 
@@ -251,3 +255,41 @@ def eventually(live: AdapterCache, version: str | None) -> LiveAdapter:
             return found
         time.sleep(0.02)
     raise TimeoutError(f"never saw {version}")
+
+
+def test_an_adapter_that_extends_another_is_scored_as_it_is_served(tmp_path: Path) -> None:
+    scorer, store, clock = made(), DirectoryStore(tmp_path, fsync=False), [0.0]
+    digest, own = scorer.lora.base.digest, LoraConfig(4, 8)
+    tenant = VersionPublisher(store, base_sha256=digest)
+    user = VersionPublisher(store, "acme/support/zoe", base_sha256=digest, extends="acme/support")
+    parts = [weights(scorer, seed) for seed in range(3)]
+    of_user = user.publish(to_safetensors(parts[0]), rank=4, alpha=8)
+    example = tiny.document(1, "what is asked", adapter="acme/support/zoe")
+    losses = []
+    with live_weights(store, scorer, clock) as live:
+        for shared in (None, *parts[1:]):
+            if shared is not None:
+                tenant.publish(to_safetensors(shared), rank=4, alpha=8)
+            clock[0] += 6
+
+            want = parts[0] if shared is None else compose(SharedPart(own, shared), parts[0], own)
+            found = eventually_with(live, user.adapter, want)
+            (event,) = scorer.score([example], {user.adapter: found})
+            assert (event.live_version, event.live_generation) == (of_user.version, 1)
+            losses.append(event.live_loss_nats)
+            slot = Lora(scorer.lora.base, found.config or own, f"other-{len(losses)}")
+            rows = example_rows(example, ExampleTokenizer(scorer.lora.base.tokenizer), 32, None)[:1]
+            (nats,) = measure_together(slot, [MeasuredRows(found.state, rows)], 2)
+            assert event.live_loss_nats == pytest.approx(float(nats[0].mean()), rel=1e-5)
+    assert len(set(losses)) == 3
+
+
+def eventually_with(live: AdapterCache, adapter: str, want: Tensors) -> LiveAdapter:
+    """Wait until the adapter's live weights are exactly these."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        found = live.get([adapter], 1)[adapter]
+        if found.state is not None and all(torch.equal(found.state[name], tensor) for name, tensor in want.items()):
+            return found
+        time.sleep(0.02)
+    raise TimeoutError(f"never saw these weights of {adapter}")
