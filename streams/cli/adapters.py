@@ -225,13 +225,14 @@ def _extends_facts(registry: Registry, manifest: Manifest, alias: AliasState | N
 
 
 def _start_facts(manifest: Manifest) -> dict[str, object]:
-    """Return what the adapter began with, where users' adapters may be learned from."""
+    """Return which other adapters' versions this one depends on."""
+    over = {} if manifest.over is None else {"trained over": f"{manifest.over.adapter}@{manifest.over.version}"}
     if manifest.start is None:
-        return {}
+        return over
     names = [founder.adapter.rpartition("/")[2] for founder in manifest.start.founders]
     if not names:
-        return {"began with": "nothing learned; others may begin with it"}
-    return {"began with": f"the mean of {len(names)} others below {manifest.start.shared}: {', '.join(names)}"}
+        return {**over, "began with": "nothing learned; others may begin with it"}
+    return {**over, "began with": f"the mean of {len(names)} others below {manifest.start.shared}: {', '.join(names)}"}
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:
