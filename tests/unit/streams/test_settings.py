@@ -44,7 +44,7 @@ def test_flat_names_are_unique_and_every_variable_sets_its_field(monkeypatch):
     for group, variable, field in all_fields():
         if group == "kafka_security":  # settings that belong together: see test_kafka_security.py
             continue
-        if variable == "PERENNIAL_LEARNED_STARTS":  # names shared adapters
+        if variable in {"PERENNIAL_LEARNED_STARTS", "PERENNIAL_TRAIN_OVER_SHARED"}:  # names shared adapters
             monkeypatch.setenv("PERENNIAL_SHARED_ADAPTERS", "1")
         name = next(name for name, info in getattr(Settings(), group).__class__.model_fields.items() if info is field)
         value = {
