@@ -19,7 +19,7 @@ FOLDERS: Final = (
     "adapters", "aliases", "audit", "blobs", "collected", "costs", "forgotten", "generations", "given-up", "history",
     "installation",
     "job-versions", "jobs", "keys", "manifests", "marks", "orphans", "parked", "pins", "probe", "prompts", "quarantine",
-    "rebuilds", "refused", "restored", "retention", "revocations", "signatures", "state/curate", "state/cutting",
+    "rebuilds", "refused", "restored", "retention", "revocations", "signatures", "starts", "state/curate", "state/cutting",
     "state/replay", "suppressed", "updates", "versions",
 )  # fmt: skip
 """What keys begin with; docs/architecture.md says what each of them holds."""
@@ -83,13 +83,14 @@ ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
         read=tuple(folder for folder in FOLDERS if folder not in {"orphans", "retention", "state/replay"}),
         write=(
             *_VERSION, "blobs", "collected", "costs", "forgotten", "given-up", "history", "installation", "jobs", "keys", "parked",
-            "probe", "quarantine", "rebuilds", "refused", "state/curate", "suppressed",
+            "probe", "quarantine", "rebuilds", "refused", "starts", "state/curate", "suppressed",
         ),
         # What was forgotten is deleted here: micro-batches, weights, and manifests of rebuilds that were not finished. An
-        # adapter that waited for a missing cut goes on by itself: its record `parked` is deleted.
+        # adapter that waited for a missing cut goes on by itself: its record `parked` is deleted. Who was rebuilt without
+        # its start is no longer listed under the founders.
         delete=(
             "blobs", "forgotten", "history", "jobs", "manifests", "parked", "pins", "probe", "rebuilds", "signatures",
-            "suppressed",
+            "starts", "suppressed",
         ),
         whole_bucket=True,
     ),
