@@ -9,7 +9,8 @@ lead nowhere. The order, and what would go wrong in another one:
    before the versions are read, so no copy says that a text is erased and still holds it;
 3. for each adapter `aliases`, curate's state, the jobs and `versions`, without a cut in between: else the learner's
    versions would be ahead of the cuts that curate knows. An adapter that was cut meanwhile is read once more;
-4. the manifests that these name, and those that manifests name; then the signatures, which are stored before a version is;
+4. the manifests that these name, and those that manifests name; then once more the text keys and the records of who began
+   with a learned start, and the signatures: all of them are stored before a version is;
 5. the blobs that any of these objects name. A blob that nothing names is left out: no forgetting would find its text.
 
 Forgetting and `perennial gc` delete blobs, perhaps between 3 and 5. So at the end everything that an adapter needs to be
@@ -44,6 +45,7 @@ from perennial.storage.recovery.backup_list import (
 from perennial.storage.recovery.restored_store import load_restored
 from perennial.storage.recovery.snapshot_check import unresolved_names
 from perennial.storage.recovery.snapshot_index import SnapshotIndex
+from perennial.storage.registry.history import start_users
 from perennial.storage.registry.waiting_jobs import cuts_of_state
 
 EXCLUDED: Final = ("installation/maintenance", "orphans", "pins/", "probe/", "rebuilds/", "restored/")
@@ -52,7 +54,7 @@ _FIRST: Final = ("retention/", "quarantine/", "forgotten/")
 _IN_STEP: Final = ("aliases/", "state/curate/", "jobs/", "versions/")
 _BY_DIGEST: Final = ("manifests/", "blobs/")
 _SIGNATURES: Final = "signatures/"
-_TEXT_KEYS: Final = "keys/"
+_AGAIN: Final = ("keys/", start_users.PREFIX)
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _PASSES: Final = 3
 _STEP_ATTEMPTS: Final = 32
@@ -163,8 +165,11 @@ class _Copier:
         self._copy("state/", (key for key in self._store.list("state/") if not key.startswith("state/curate/")))
         self._copy_in_step()
         self._copy_manifests()
-        # Again: without its text key, nobody can tell which examples a version that was made meanwhile names.
-        self._copy(_TEXT_KEYS, self._store.list(_TEXT_KEYS))
+        # Of versions that were made meanwhile: without its text key, nobody can tell which examples a version names; without
+        # the record of who began with its start, a forgetting would not reach that adapter. The records were copied before
+        # the versions, too: an adapter that is rebuilt without its start meanwhile may have been copied with it.
+        for prefix in _AGAIN:
+            self._copy(prefix, self._store.list(prefix))
         self._copy(_SIGNATURES, self._store.list(_SIGNATURES))
         self._copy_blobs()
 
