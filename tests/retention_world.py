@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+from perennial.storage.registry.history.start_users import start_users
 from perennial.storage.registry.quarantine import (
     Quarantine,
     RequestOutcome,
@@ -26,8 +27,9 @@ from perennial.streams.retain.ledger import RequestRecord, StoredExample
 from perennial.streams.retain.request_store import RequestStore, load_requests
 from perennial.streams.retain.request_worker import RequestWorker
 from perennial.streams.retain.rules.approvals import ApprovalRules
+from perennial.streams.retain.rules.jobs import QuarantineChange
 from perennial.streams.retain.rules.replica_report import ReplicaReport
-from perennial.streams.retain.rules.state_machine import AliasPosition, QuarantineChange
+from perennial.streams.retain.rules.step_facts import AliasPosition
 from perennial.streams.retain.work_slice import Slice
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from tests.memory_store import MemoryStore
@@ -84,6 +86,8 @@ class World:
     alive: dict[str, AliasPosition] = field(default_factory=dict)
     revoked: set[str] = field(default_factory=set)
     report: ReplicaReport = field(default_factory=ReplicaReport)
+    reports: dict[str, ReplicaReport] = field(default_factory=dict)
+    looked_up: list[str] = field(default_factory=list)
     jobs: list[ForgetRequested | RollbackRequested] = field(default_factory=list)
     prepared: list[ForgetRequested] = field(default_factory=list)
     published: list[RetentionProgressed] = field(default_factory=list)
@@ -129,8 +133,12 @@ class World:
     def is_revoked(self, adapter: str, version: str) -> bool:
         return version in self.revoked
 
+    def start_users(self, adapter: str) -> list[str]:
+        self.looked_up.append(adapter)
+        return start_users(self.objects, adapter)
+
     def replicas(self, adapter: str, generation: int) -> ReplicaReport:
-        return self.report
+        return self.reports.get(adapter, self.report)
 
     # what happens
     def learn(self, *new: ExampleAccepted, learned: bool = True) -> None:

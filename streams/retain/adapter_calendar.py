@@ -13,7 +13,7 @@ from perennial.streams.events.models import ForgetRequested
 from perennial.streams.retain.ledger import RequestRecord
 from perennial.streams.retain.rules.calendar import expiries, expiry_request, preparation, supersessions
 from perennial.streams.retain.rules.in_force import InForce
-from perennial.streams.retain.rules.state_machine import Facts
+from perennial.streams.retain.rules.step_facts import Facts
 
 HORIZON_MS: Final = 86_400_000
 """How far ahead of time the index is asked for examples whose life ends."""

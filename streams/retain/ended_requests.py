@@ -10,7 +10,7 @@ from typing import Final
 
 from perennial.streams.retain.request_cache import RequestCache
 from perennial.streams.retain.request_store import RequestStore, indexes_of
-from perennial.streams.retain.rules.state_machine import QuarantineChange
+from perennial.streams.retain.rules.jobs import QuarantineChange
 from perennial.streams.retain.work_slice import SLICE_ADAPTERS, Slice
 from perennial.streams.retention.kinds import KINDS
 

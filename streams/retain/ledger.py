@@ -5,14 +5,15 @@ Each request is an object of its own in the store; streams/retain/request_store.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from hashlib import sha256
+from itertools import chain
 from typing import Final, Literal, Self
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 from perennial.streams.events.event_times import bounded_end_ms
 from perennial.streams.events.fields import PERMANENT, duration_s
@@ -56,6 +57,9 @@ class AdapterProgress(LedgerPart):
         acknowledged: Replicas that confirmed that they serve no affected version, in phases `published` and `done`.
         missing: Replicas that did not confirm it.
         exceptions: The request's due time ended the wait for replicas that had not confirmed it.
+        start_users: The same of the adapters that may have begun with a start that contains a version of this one, by
+            adapter; None: they were not looked up, or there are none. Left out of the JSON then, so that an older release
+            reads it.
     """
 
     phase: Phase
@@ -68,6 +72,19 @@ class AdapterProgress(LedgerPart):
     acknowledged: list[str] = []
     missing: list[str] = []
     exceptions: bool = False
+    start_users: dict[str, AdapterProgress] | None = Field(default=None, exclude_if=is_none)
+
+    @field_serializer("start_users")
+    def _compact(self, users: dict[str, AdapterProgress] | None) -> dict[str, object] | None:
+        """Leave defaults out: there may be many thousands."""
+        if users is None:
+            return None
+        return {name: one.model_dump(mode="json", exclude_defaults=True) for name, one in users.items()}
+
+    def parts(self) -> Iterator[AdapterProgress]:
+        """Yield this progress and that of its start users."""
+        yield self
+        yield from (self.start_users or {}).values()
 
 
 class PageSummary(LedgerPart):
@@ -103,7 +120,8 @@ class ProgressPage(LedgerPart):
         for progress in self.adapters.values():
             phases[progress.phase] = phases.get(progress.phase, 0) + 1
         failures = (f"{name}: {p.detail}" for name, p in self.adapters.items() if p.phase == "failed")
-        behind = {name for p in self.adapters.values() if p.phase == "published" for name in p.missing}
+        parts = chain.from_iterable(p.parts() for p in self.adapters.values())
+        behind = {name for p in parts if p.phase == "published" for name in p.missing}
         return PageSummary(
             phases=phases, examples=sum(p.examples for p in self.adapters.values()), failure=next(failures, "")[:500],
             behind=sorted(behind)[:_MAX_BEHIND],

@@ -38,13 +38,13 @@ from perennial.streams.retain.request_cache import RequestCache, StoredRequest
 from perennial.streams.retain.request_store import KEEP_MS, RequestStore, hash_of
 from perennial.streams.retain.rules.approvals import ApprovalRules, expired_text, waiting_text
 from perennial.streams.retain.rules.calendar import earlier_ids_of, require_outside_id
+from perennial.streams.retain.rules.jobs import QuarantineChange
 from perennial.streams.retain.rules.state_machine import (
     MAX_DETAIL_CHARS,
-    Facts,
-    QuarantineChange,
     RequestProcessor,
     with_progress,
 )
+from perennial.streams.retain.rules.step_facts import Facts
 from perennial.streams.retain.rules.transitions import OPEN_PHASES
 from perennial.streams.retain.work_slice import SLICE_ADAPTERS, Slice
 from perennial.streams.retention.kinds import KINDS, is_pattern, refusal_of

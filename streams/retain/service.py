@@ -33,7 +33,7 @@ from perennial.streams.retain.ledger_migration import migrate_ledger
 from perennial.streams.retain.request_store import RequestStore
 from perennial.streams.retain.request_worker import RequestWorker
 from perennial.streams.retain.rules.approvals import ApprovalRules
-from perennial.streams.retain.rules.state_machine import QuarantineChange
+from perennial.streams.retain.rules.jobs import QuarantineChange
 from perennial.streams.retain.store_facts import StoreFacts
 from perennial.streams.retain.work_slice import Slice
 from perennial.streams.retention.kinds import KINDS

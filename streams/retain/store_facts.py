@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from perennial.storage.objects.object_store import ObjectStore
+from perennial.storage.registry.history.start_users import start_users
 from perennial.storage.registry.quarantine import Quarantine, load_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.retain.example_index import ExampleIndex
 from perennial.streams.retain.ledger import StoredExample
 from perennial.streams.retain.rules.replica_report import ReplicaReport, report_of
-from perennial.streams.retain.rules.state_machine import AliasPosition
+from perennial.streams.retain.rules.step_facts import AliasPosition
 from perennial.streams.settings import Settings
 
 ADAPTERS_EVERY_S: Final = 15.0
@@ -98,6 +99,10 @@ class StoreFacts:
     def is_revoked(self, adapter: str, version: str) -> bool:
         """See `Facts`."""
         return self.registry.is_revoked(adapter, self.registry.manifest(adapter, version).seq)
+
+    def start_users(self, adapter: str) -> Sequence[str]:
+        """See `Facts`."""
+        return start_users(self.store, adapter)
 
     def prune_replicas(self) -> None:
         """Delete the acknowledgements of replicas that ended long ago, so that their topic does not grow for ever.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from perennial.streams.events.fields import Event
-from perennial.streams.retain.rules.state_machine import QuarantineChange
+from perennial.streams.retain.rules.jobs import QuarantineChange
 
 SLICE_ADAPTERS: Final = 64
 """The most adapters that one slice looks at or changes, so that the event loop and other deliveries get their turn."""

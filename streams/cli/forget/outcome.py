@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Final
 
@@ -61,19 +62,25 @@ def _ended(store: ObjectStore, request_id: str) -> RequestRecord | None:
 
 
 def print_adapters(store: ObjectStore, record: RequestRecord) -> None:
-    """Print a row for each adapter of a request, the first ones of a request over many.
+    """Print a row for each adapter of a request and for who began with its start, the first ones where there are many.
 
     Args:
         store: The store.
         record: The request.
     """
-    progress = list(record.adapters.items())
+    pages: Iterable[dict[str, AdapterProgress]] = [record.adapters]
     if record.is_pattern:
         pages = RequestStore(store).pages(hash_of(record.request.request_id))
-        progress = list(islice((one for page in pages for one in sorted(page.items())), _MAX_SHOWN))
-    total = sum(record.phases.values())
-    if progress:
-        _print(progress, total - len(progress))
+    rows = list(islice((row for page in pages for row in _rows(page)), _MAX_SHOWN))
+    total = sum(record.phases.values()) + sum(len(one.start_users or {}) for one in record.adapters.values())
+    if rows:
+        _print(rows, total - len(rows))
+
+
+def _rows(adapters: Mapping[str, AdapterProgress]) -> Iterator[tuple[str, AdapterProgress]]:
+    for name, progress in sorted(adapters.items()):
+        yield name, progress
+        yield from ((f"{user} (start)", one) for user, one in sorted((progress.start_users or {}).items()))
 
 
 def _print(progress: list[tuple[str, AdapterProgress]], more: int) -> None:

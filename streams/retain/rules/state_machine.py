@@ -12,18 +12,15 @@ the guarded clock (streams/retain/clock.py). The tables of phases and states are
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import sha256
-from itertools import islice
-from typing import Final, Protocol
+from itertools import chain, islice
+from typing import Final
 
 from perennial.storage.registry.quarantine import (
     NOTHING_MATCHED,
     OTHER_ENGINE,
-    LegalHold,
-    Quarantine,
     QuarantineEntry,
     RequestOutcome,
 )
@@ -40,10 +37,13 @@ from perennial.streams.retain.ledger import (
     RequestRecord,
     StoredExample,
     epoch_ms,
-    selector_json,
 )
+from perennial.streams.retain.rules.confirmations import observe_replicas, with_replicas
 from perennial.streams.retain.rules.in_force import InForce
+from perennial.streams.retain.rules.jobs import RESEND_MS, QuarantineChange, entry_of, job_id_of
 from perennial.streams.retain.rules.replica_report import MAX_NAMED, ReplicaReport
+from perennial.streams.retain.rules.start_user_steps import StartUserSteps, observe_start_users, start_failures
+from perennial.streams.retain.rules.step_facts import Facts
 from perennial.streams.retain.rules.transitions import (
     FORGET_TRANSITIONS,
     REQUEST_STATES,
@@ -54,8 +54,6 @@ from perennial.streams.retain.rules.transitions import (
 )
 from perennial.streams.retention.kinds import KINDS
 
-RESEND_MS: Final = 86_400_000
-"""A job without an outcome is sent again after this time: Kafka may have deleted it while no learner ran."""
 DUE_MARGIN_MS: Final = 3_600_000
 """A request with a due time is not gathered any longer when this much time is left until then."""
 _NOTHING_MATCHED: Final = (
@@ -63,92 +61,6 @@ _NOTHING_MATCHED: Final = (
 )
 MAX_DETAIL_CHARS: Final = 2000
 _MAX_LISTED: Final = 5
-
-
-@dataclass(frozen=True)
-class AliasPosition:
-    """The version that an alias points at.
-
-    Attributes:
-        version: The live version; None where nothing is live.
-        generation: The alias's count of changes.
-    """
-
-    version: str | None
-    generation: int
-
-
-class Facts(Protocol):
-    """The facts that a step needs from the store and from the acknowledgements of replicas."""
-
-    def begin(self) -> None:
-        """Forget what was read before; a tick reads each quarantine once."""
-        ...
-
-    def changed(self, quarantine: Quarantine) -> None:
-        """Note that a quarantine was changed."""
-        ...
-
-    def adapters(self) -> Sequence[str]:
-        """Return every adapter that has anything in the store, sorted."""
-        ...
-
-    def examples(self, adapter: str) -> Sequence[StoredExample]:
-        """Return the adapter's examples whose text the store has."""
-        ...
-
-    def due_before(self, adapter: str, end_ms: int) -> Sequence[StoredExample]:
-        """Return at least those stored examples whose own life ends by `end_ms`, in milliseconds since 1970."""
-        ...
-
-    def newest(self, adapter: str) -> str:
-        """Return the adapter's newest version; empty where it has none. Its examples change with it."""
-        ...
-
-    def quarantine(self, adapter: str) -> Quarantine:
-        """Return the adapter's quarantine."""
-        ...
-
-    def live(self, adapter: str) -> AliasPosition:
-        """Return where the adapter's alias points."""
-        ...
-
-    def is_revoked(self, adapter: str, version: str) -> bool:
-        """Return whether the version was revoked."""
-        ...
-
-    def replicas(self, adapter: str, generation: int) -> ReplicaReport:
-        """Return which replicas may still serve a revoked version that this generation of the alias replaces."""
-        ...
-
-
-@dataclass(frozen=True)
-class QuarantineChange:
-    """A change of one adapter's quarantine, besides that it then lists exactly the holds that are on the adapter.
-
-    Attributes:
-        adapter: The adapter.
-        entry: An entry to add.
-        suppress: Hashes of texts to suppress.
-        drop: Ids of requests whose entries go.
-    """
-
-    adapter: str
-    entry: QuarantineEntry | None = None
-    suppress: frozenset[str] = frozenset()
-    drop: tuple[str, ...] = ()
-
-    def apply(self, quarantine: Quarantine, holds: Sequence[LegalHold]) -> Quarantine:
-        """Return the quarantine with the change; an equal one where it has the change already."""
-        quarantine = quarantine.with_holds(holds)
-        if self.entry is not None:
-            quarantine = quarantine.with_entry(self.entry)
-        return quarantine.suppressing(self.suppress).without(self.drop)
-
-
-def job_id_of(request_id: str, adapter: str) -> str:
-    """Return the id of the job that a request makes for an adapter; always the same for the same two."""
-    return "sha256:" + sha256(f"{request_id}\n{adapter}".encode()).hexdigest()
 
 
 @dataclass
@@ -209,9 +121,12 @@ class RequestProcessor:
         if Action.QUARANTINE in transition.actions:
             suppress = job.suppress and Action.SUPPRESS in transition.actions
             hashes = {item.text_hash for item in selected if item.text_hash} if suppress else set()
-            self.changes.append(QuarantineChange(adapter, _entry_of(job), frozenset(hashes)))
+            self.changes.append(QuarantineChange(adapter, entry_of(job), frozenset(hashes)))
         sent_ms = self.now_ms if Action.SEND_JOB in transition.actions else progress.sent_ms
-        return AdapterProgress(phase=transition.phase, until_ms=job.until_ms, sent_ms=sent_ms, examples=len(selected))
+        return AdapterProgress(
+            phase=transition.phase, until_ms=job.until_ms, sent_ms=sent_ms, examples=len(selected),
+            start_users=progress.start_users,
+        )  # fmt: skip
 
     def _forgotten(
         self, record: RequestRecord, adapter: str, progress: AdapterProgress, outcome: RequestOutcome
@@ -222,7 +137,10 @@ class RequestProcessor:
         )  # fmt: skip
         if outcome.failure:
             return after.model_copy(update={"phase": FORGET_TRANSITIONS[progress.phase, Observation.FAILED].phase})
-        return self._carried_out(record, adapter, after)
+        users = progress.start_users
+        if users is None:  # not before the outcome is known: streams/retain/rules/start_user_steps.py says why
+            users = dict.fromkeys(self.facts.start_users(adapter), AdapterProgress(phase="waiting"))
+        return self._carried_out(record, adapter, after.model_copy(update={"start_users": users or None}))
 
     def _observe_job(
         self,
@@ -298,21 +216,23 @@ class RequestProcessor:
         """Return the progress of an adapter whose job was carried out: the replicas may still have to confirm it."""
         job = KINDS[record.request.kind].job
         table = FORGET_TRANSITIONS if job == "forget" else ROLLBACK_TRANSITIONS
+        users = progress.start_users or {}
+        if users:
+            steps = StartUserSteps(
+                self.facts, record, adapter, progress.until_ms, self.now_ms, self.changes, self.events
+            )
+            users = steps.step(users)
+            progress = progress.model_copy(update={"start_users": users})
+        if observe_start_users(users, Observation.CONFIRMED) is Observation.STARTS_REMAIN:
+            return progress.model_copy(update={"phase": table[progress.phase, Observation.STARTS_REMAIN].phase})
         report = ReplicaReport()
         if progress.generation is not None:
             report = self.facts.replicas(adapter, progress.generation)
-        seen = Observation.CONFIRMED
-        if report.behind:
-            due_ms = epoch_ms(record.request.due_at) if KINDS[record.request.kind].due_at == "deadline" else None
-            seen = Observation.UNCONFIRMED if due_ms is not None and due_ms <= self.now_ms else Observation.DONE
-        return progress.model_copy(
-            update={
-                "phase": table[progress.phase, seen].phase,
-                "acknowledged": list(report.acknowledged),
-                "missing": report.missing if seen is not Observation.DONE else list(report.behind),
-                "exceptions": seen is Observation.UNCONFIRMED,
-            }
-        )
+        seen = observe_start_users(users, observe_replicas(record, report, self.now_ms))
+        if seen is Observation.FAILED:
+            progress = progress.model_copy(update={"detail": start_failures(users)})
+        progress = progress.model_copy(update={"phase": table[progress.phase, seen].phase})
+        return with_replicas(progress, report, seen)
 
     # ---- the state of a request as a whole
 
@@ -324,7 +244,7 @@ class RequestProcessor:
         detail = state.detail.format(
             waits=f"waits until {request.superseded_by} is learned" if request.superseded_by else "",
             failures=_failures(record), replicas=_listed(_behind(record)), progress=_share_done(record),
-            done=_done_text(record),
+            starts=_starts_done(record), done=_done_text(record),
         )  # fmt: skip
         return self.set_state(
             record.model_copy(update={"exceptions": record.exceptions and state.state == "closed"}),
@@ -365,6 +285,7 @@ def with_progress(record: RequestRecord, adapters: dict[str, AdapterProgress]) -
     ended = done or [p for p in adapters.values() if p.phase == "published"]
     if not (done or (ended and not record.is_pattern)):
         return record
+    ended = [part for p in ended for part in p.parts() if part.phase in {"published", "done"}]
     missing = {*(record.missing if record.is_pattern else ()), *(name for p in ended for name in p.missing)}
     before = record.acknowledged if record.is_pattern else ()
     acknowledged = {*before, *(name for p in ended for name in p.acknowledged)} - missing
@@ -408,19 +329,11 @@ def _within_source(selector: Selector | None, source: str | None) -> Selector:
     return selector.model_copy(update={"sources": [source]})
 
 
-def _entry_of(job: ForgetRequested) -> QuarantineEntry:
-    return QuarantineEntry(
-        request_id=job.request_id, job_id=job.job_id, kind=job.kind, selector=selector_json(job.selector),
-        example_ids=job.example_ids, until_ms=job.until_ms, suppress=job.suppress,
-    )  # fmt: skip
-
-
 def _done_text(record: RequestRecord) -> str:
     rules = KINDS[record.request.kind]
-    if rules.job == "forget" and not record.examples:
-        return _NOTHING_MATCHED
-    notes = (p.detail for p in record.adapters.values() if p.detail.startswith(OTHER_ENGINE))
-    done = "; ".join([rules.done, *islice(notes, 1)])
+    nothing = rules.job == "forget" and not record.examples
+    notes = (p.detail for p in _parts(record) if p.detail.startswith(OTHER_ENGINE))
+    done = _NOTHING_MATCHED if nothing else "; ".join([rules.done, *islice(notes, 1)])
     if record.exceptions:
         return f"{done} with exceptions: not confirmed at its due time by {_listed(record.missing)}"
     if record.missing:
@@ -434,7 +347,7 @@ def _failures(record: RequestRecord) -> str:
 
 
 def _behind(record: RequestRecord) -> list[str]:
-    names = {name for p in record.adapters.values() if p.phase == "published" for name in p.missing}
+    names = {name for p in _parts(record) if p.phase == "published" for name in p.missing}
     return sorted(names.union(*(page.behind for page in record.pages.values())))
 
 
@@ -447,6 +360,20 @@ def _share_done(record: RequestRecord) -> str:
     return (
         f"; {10 * (10 * (total - sum(phases.get(p, 0) for p in _NOT_CARRIED_OUT)) // total)} % of {total} adapters done"
     )
+
+
+def _starts_done(record: RequestRecord) -> str:
+    """Return how many adapters that began with what the request's adapter taught are rebuilt, in about ten steps."""
+    phases = [p.phase for own in record.adapters.values() for p in (own.start_users or {}).values()]
+    if not phases:
+        return ""
+    step = -(-len(phases) // 10)
+    rebuilt = sum(phase in {"published", "done"} for phase in phases) // step * step
+    return f"; {rebuilt} of {len(phases)} adapters that began with what it taught are rebuilt"
+
+
+def _parts(record: RequestRecord) -> Iterator[AdapterProgress]:
+    return chain.from_iterable(progress.parts() for progress in record.adapters.values())
 
 
 _NOT_CARRIED_OUT: Final = ("held", "waiting", "gathering", "sent")

@@ -37,7 +37,7 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.kafka.topics import provision
 from perennial.streams.retain.request_store import load_request
-from perennial.streams.retain.rules.state_machine import job_id_of
+from perennial.streams.retain.rules.jobs import job_id_of
 from perennial.streams.retention.quarantine_filter import QuarantineFilter, text_hash
 from perennial.streams.settings import Settings
 from perennial.testing import small_weights

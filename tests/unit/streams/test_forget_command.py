@@ -24,12 +24,13 @@ from perennial.streams.cli.explain import explain
 from perennial.streams.cli.forget import approval
 from perennial.streams.cli.forget import request_status as status
 from perennial.streams.cli.forget.approval import approve_request
-from perennial.streams.cli.forget.outcome import print_outcome
+from perennial.streams.cli.forget.outcome import print_adapters, print_outcome
 from perennial.streams.cli.forget.preview import show_plan
-from perennial.streams.cli.forget.request_status import show_requests
+from perennial.streams.cli.forget.request_status import StatusReader, show_requests
 from perennial.streams.cli.forget.requests import _conclusion, exit_code_of
 from perennial.streams.cli.forget.selection import describe_selection, selector_of
 from perennial.streams.cli.forget.unsuppression import unsuppress_texts
+from perennial.streams.events.cloudevents import encode
 from perennial.streams.events.models import (
     Batch,
     ExampleAccepted,
@@ -40,6 +41,7 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.retain.ledger import AdapterProgress, Approval, ProgressPage, RequestRecord, page_of
 from perennial.streams.retain.request_store import RequestStore, hash_of
+from perennial.streams.retention.kinds import START_PREFIX
 from perennial.streams.settings import Settings, SettingsError
 from perennial.testing import small_weights
 from tests.versions import VersionPublisher
@@ -484,6 +486,52 @@ def test_the_outcome_names_adapters_examples_and_replicas(versions, capsys):
     assert shown.count("web-1") == 20
     assert "and 10 adapters more" in shown
     assert "pod-7" in shown
+
+
+def test_the_outcome_names_who_began_with_its_start(versions, capsys):
+    users = {f"acme/u{number:02d}": AdapterProgress(phase="sent") for number in range(30)}
+    users["acme/u00"] = AdapterProgress(phase="published", missing=["pod-7"])
+    request = RetentionRequested(
+        request_id=REQUEST, kind="erase", adapter="acme/fay", requested_by="me", selector=Selector(subjects=[PERSON])
+    )
+    progress = AdapterProgress(phase="sent", examples=2, start_users=users)
+    record = RequestRecord(request=request, received_ms=0, until_ms=0, adapters={"acme/fay": progress})
+    print_adapters(versions.store, record)
+    shown = unwrapped(capsys.readouterr().out)
+    assert "acme/u00(start)published" in shown
+    assert "pod-7" in shown
+    assert shown.count("(start)") == 19
+    assert "and11adaptersmore" in shown
+
+
+def test_jobs_about_learned_starts_are_not_listed_as_requests(monkeypatch):
+    shown = status_of("closed", 1)
+    hidden = shown.model_copy(update={"request_id": f"{START_PREFIX}0", "state": "published"})
+    records = [
+        encode(event, event_id=event.request_id, source="test", occurred_at=event.at) for event in (hidden, shown)
+    ]
+
+    class Consumer:
+        def partitions_for_topic(self, topic: str) -> set[int]:
+            return {0}
+
+        def assign(self, partitions: object) -> None:
+            self.left = list(records)
+
+        def seek_to_beginning(self, *partitions: object) -> None:
+            pass
+
+        def end_offsets(self, partitions: list[object]) -> dict[object, int]:
+            return dict.fromkeys(partitions, len(records))
+
+        def position(self, partition: object) -> int:
+            return len(records) - len(self.left)
+
+        def poll(self, timeout_ms: int) -> dict[int, list[object]]:
+            return {0: [self.left.pop(0)]}
+
+    monkeypatch.setattr(status, "connect", lambda *_, **__: Consumer())
+    assert list(StatusReader(Settings.of(kafka="localhost:9")).latest()) == [shown.request_id]
 
 
 def test_the_outcome_is_shown_without_a_store(capsys, monkeypatch, tmp_path):

@@ -16,8 +16,9 @@ from perennial.streams.events.wire_error import WireError
 from perennial.streams.retain.clock import MAX_GAP_MS, ClockGuard
 from perennial.streams.retain.ledger import covers, patterns_over
 from perennial.streams.retain.request_store import KEEP_MS, KEEP_OWN_MS
+from perennial.streams.retain.rules.jobs import RESEND_MS, job_id_of
 from perennial.streams.retain.rules.replica_report import ReplicaReport
-from perennial.streams.retain.rules.state_machine import RESEND_MS, AliasPosition, job_id_of
+from perennial.streams.retain.rules.step_facts import AliasPosition
 from tests.retention_world import DAY_MS, V1, V2, A, B, World, doc, example, request
 
 
