@@ -16,6 +16,7 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
+from perennial.storage.registry.history.start_users import record_start_user
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_key, load_quarantine, update_quarantine
 from perennial.storage.registry.suppressed_texts import keyed_text_hash
@@ -98,6 +99,17 @@ def test_a_dry_run_names_examples_and_the_versions_trained_on_them(versions, cap
     shown = capsys.readouterr().out
     assert "d2" in shown
     assert "secret" not in shown
+
+
+def test_a_dry_run_counts_who_began_with_what_the_adapter_taught(versions, capsys):
+    learn(versions, example(1))
+    record_start_user(versions.store, ADAPTER, "acme/uli")
+    record_start_user(versions.store, ADAPTER, "acme/uma")
+    assert show_plan(ADAPTER, selector_of(ADAPTER, ["d1"], [], []), as_json=True) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["adapters"]
+    assert plan["start_users"] == ["acme/uli", "acme/uma"]
+    assert show_plan(ADAPTER, selector_of(ADAPTER, ["d1"], [], []), as_json=False) == 0
+    assert ", 2 adapters that began with what it taught to rebuild" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_what_is_nowhere_says_so(versions, capsys):
