@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from perennial.storage.registry.history.start_users import start_users
+from perennial.storage.registry.history.dependants import dependants
 from perennial.storage.registry.quarantine import (
     Quarantine,
     RequestOutcome,
@@ -133,9 +133,9 @@ class World:
     def is_revoked(self, adapter: str, version: str) -> bool:
         return version in self.revoked
 
-    def start_users(self, adapter: str) -> list[str]:
+    def dependants(self, adapter: str) -> list[str]:
         self.looked_up.append(adapter)
-        return start_users(self.objects, adapter)
+        return dependants(self.objects, adapter)
 
     def replicas(self, adapter: str, generation: int) -> ReplicaReport:
         return self.reports.get(adapter, self.report)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from perennial.learner.versions.history import History
-from perennial.storage.registry.history.start_users import drop_start_user, is_start_user
+from perennial.storage.registry.history.dependants import drop_dependant, is_dependant
 from perennial.storage.registry.manifest import OtherVersion, Start
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import ForgetRequested
@@ -34,7 +34,7 @@ def revoked_starts(registry: Registry, adapter: str, history: History) -> Mappin
     starts = {version: history.manifests[version].start for version in roots}
     revoked = {v: start for v, start in starts.items() if start is not None and _is_revoked(registry, start.founders)}
     # A record that is left tells that a job was interrupted before it had revoked and deleted everything.
-    left = any(is_start_user(registry.store, each.adapter, adapter) for each in _founders(revoked))
+    left = any(is_dependant(registry.store, each.adapter, adapter) for each in _founders(revoked))
     return revoked if left or head.start in revoked.values() else {}
 
 
@@ -77,7 +77,7 @@ def settle_starts(registry: Registry, adapter: str, revoked: Mapping[str, Start]
         StoreError: the store failed.
     """
     for founder in _founders(revoked):
-        drop_start_user(registry.store, founder.adapter, adapter)
+        drop_dependant(registry.store, founder.adapter, adapter)
 
 
 def _founders(starts: Mapping[str, Start]) -> list[OtherVersion]:

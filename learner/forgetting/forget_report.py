@@ -19,6 +19,7 @@ from perennial.storage.registry.quarantine import (
     load_quarantine,
 )
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed, RetentionState
+from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 
 
 class ForgetReporter:
@@ -75,7 +76,7 @@ class ForgetReporter:
             manifest,
             event,
             stage_s={"forget": time.perf_counter() - began_s},
-            statuses=tuple(statuses),
+            statuses=tuple(status for status in statuses if not status.request_id.startswith(DEPENDANT_PREFIX)),
             completion=Completion(job.adapter, job.job_id, outcomes),
         )
 

@@ -18,7 +18,7 @@ from perennial.learner.bases.compute_dtype import DTYPES
 from perennial.learner.forgetting.rebuild_plan import RebuildPlan, RemovedOffsets, state_version, trained_offsets
 from perennial.learner.forgetting.rebuild_progress import find_step, record_step, step_key
 from perennial.learner.model.tokenization import ExampleError
-from perennial.learner.training.personal.shared_versions import SharedVersion
+from perennial.learner.training.personal.shared_versions import VersionBeneath
 from perennial.learner.training.recipe import DEVICE_DTYPE, Recipe, UnknownFieldError
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.thinning.contradictions import OUTVOTED
@@ -324,7 +324,7 @@ class UpdateRebuilder:
         before: RebuiltState,
         step: RecordedVersion,
         removed: set[OriginOffset],
-        over: SharedVersion | None = None,
+        over: VersionBeneath | None = None,
     ) -> str:
         fields = self.fields_anew(before.start, over.ref if over else None)
         general = fields.pop("general", None)
@@ -360,7 +360,7 @@ class UpdateRebuilder:
             }
         )  # fmt: skip
 
-    def _beneath(self, recorded: Manifest, alias: str) -> SharedVersion | None:
+    def _beneath(self, recorded: Manifest, alias: str) -> VersionBeneath | None:
         """Return the shared version that an update is trained over: the recorded one or, where that is gone, the live one."""
         if self._anew is not None:
             return self._writer.beneath(recorded.adapter, alias)
@@ -450,7 +450,7 @@ class UpdateRebuilder:
         updater: Updater,
         result: UpdateResult,
         refs: StateRefs,
-        over: SharedVersion | None,
+        over: VersionBeneath | None,
     ) -> Manifest:
         """Return the manifest of a rebuilt update: as recorded, less the removed examples."""
         recorded, promoted = update.recorded, result.outcome == "promoted"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from perennial.learner.model.lora import AdapterError, LoraConfig, Tensors, from_safetensors
-from perennial.learner.training.personal.shared_versions import SharedVersion, SharedVersions
+from perennial.learner.training.personal.shared_versions import VersionBeneath, VersionsBeneath
 from perennial.learner.training.personal.stacking import compose, stacked_config
 from perennial.storage.errors import StoreError
 from perennial.storage.objects.object_store import get_blob
@@ -85,7 +85,7 @@ class AdapterCache:
         self._base_sha256 = base_sha256
         self._own = own
         self._shapes = shapes
-        self._shared = SharedVersions(registry, base_sha256, own, shapes)
+        self._shared = VersionsBeneath(registry, base_sha256, own, shapes)
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics
@@ -159,7 +159,7 @@ class AdapterCache:
             _log.warning("the live version of %s cannot be loaded: %s", adapter, error)
             return NO_ADAPTER
 
-    def _beneath(self, manifest: Manifest) -> SharedVersion | None:
+    def _beneath(self, manifest: Manifest) -> VersionBeneath | None:
         """Return the live version of the shared adapter that clients serve a version with."""
         if manifest.extends is None:
             return None

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 from perennial.learner.costs.device_use import DeviceUse, take_use
 from perennial.learner.costs.energy_meter import meter_of
-from perennial.learner.training.personal.shared_versions import SharedVersion
+from perennial.learner.training.personal.shared_versions import VersionBeneath
 from perennial.learner.training.state import StateRefs, TrainingState, to_blobs
 from perennial.learner.training.thinning.contradictions import OUTVOTED
 from perennial.learner.training.update import UpdateResult
@@ -315,7 +315,7 @@ class UpdateExecutor:
         found = vote(updater.recipe, selection.new, start.state.replay_index, example_of)
         selection.skipped.extend(skipped_example(example, OUTVOTED) for example in found.outvoted)
         result: UpdateResult | None = None
-        over: SharedVersion | None = None
+        over: VersionBeneath | None = None
         general = start.head.manifest.general if start.head else None
         if found.trained:
             writer.rows.put(batch.ref.digest, batch.allowed.examples)

@@ -22,7 +22,7 @@ from perennial.learner.training.answers import AnswerCheck
 from perennial.learner.training.general_choice import GeneralTextChoice
 from perennial.learner.training.personal.layered_lora import LayeredLora
 from perennial.learner.training.personal.learned_starts import LearnedStarts
-from perennial.learner.training.personal.shared_versions import SharedVersion, SharedVersions
+from perennial.learner.training.personal.shared_versions import VersionBeneath, VersionsBeneath
 from perennial.learner.training.recipe import Recipe
 from perennial.learner.training.state import StateRefs, TrainingState, load_state, to_blobs
 from perennial.learner.training.update import Updater
@@ -86,7 +86,7 @@ class VersionWriter:
         extended_by: Callable[[str], str | None] = lambda _: None,
         learned_from: Callable[[str], str | None] = lambda _: None,
         trained_over: Callable[[str], str | None] = lambda _: None,
-        shared: SharedVersions | None = None,
+        shared: VersionsBeneath | None = None,
     ) -> None:
         self.registry = registry
         self.updater = updater
@@ -103,7 +103,7 @@ class VersionWriter:
         self.learned_from = learned_from
         self.trained_over = trained_over
         lora = updater.lora
-        self.shared = shared or SharedVersions(registry, base.digest, lora.config, lora.shapes)
+        self.shared = shared or VersionsBeneath(registry, base.digest, lora.config, lora.shapes)
         self.on_step: Callable[[], None] = ignore_step
 
     def sibling(self, slot: str) -> VersionWriter:
@@ -288,7 +288,7 @@ class VersionWriter:
         recorded = head.manifest.general if head else None
         return replace(self.updater, general=self._general_choice.for_update(self.updater, recorded, self.on_step))
 
-    def beneath(self, adapter: str, alias: str) -> SharedVersion | None:
+    def beneath(self, adapter: str, alias: str) -> VersionBeneath | None:
         """Return the shared version that the adapter's next update is trained over; None: the base alone.
 
         Args:
@@ -301,7 +301,7 @@ class VersionWriter:
         shared = self.trained_over(adapter)
         return None if shared is None else self.shared.live(adapter, shared, alias)
 
-    def over(self, updater: Updater, version: SharedVersion | None) -> Updater:
+    def over(self, updater: Updater, version: VersionBeneath | None) -> Updater:
         """Return the updater with a shared version beneath, in a slot for both.
 
         Args:

@@ -16,10 +16,10 @@ from typing import Any, Final, Literal
 Right = Literal["read", "write", "delete"]
 
 FOLDERS: Final = (
-    "adapters", "aliases", "audit", "blobs", "collected", "costs", "forgotten", "generations", "given-up", "history",
+    "adapters", "aliases", "audit", "blobs", "collected", "costs", "dependants", "forgotten", "generations", "given-up", "history",
     "installation",
     "job-versions", "jobs", "keys", "manifests", "marks", "orphans", "parked", "pins", "probe", "prompts", "quarantine",
-    "rebuilds", "refused", "restored", "retention", "revocations", "signatures", "starts", "state/curate", "state/cutting",
+    "rebuilds", "refused", "restored", "retention", "revocations", "signatures", "state/curate", "state/cutting",
     "state/replay", "suppressed", "updates", "versions",
 )  # fmt: skip
 """What keys begin with; docs/architecture.md says what each of them holds."""
@@ -82,15 +82,15 @@ ROLES: Final[Mapping[str, StoreAccess]] = MappingProxyType({
         "the role that trains, forgets and publishes versions",
         read=tuple(folder for folder in FOLDERS if folder not in {"orphans", "retention", "state/replay"}),
         write=(
-            *_VERSION, "blobs", "collected", "costs", "forgotten", "given-up", "history", "installation", "jobs", "keys", "parked",
-            "probe", "quarantine", "rebuilds", "refused", "starts", "state/curate", "suppressed",
+            *_VERSION, "blobs", "collected", "costs", "dependants", "forgotten", "given-up", "history", "installation", "jobs", "keys", "parked",
+            "probe", "quarantine", "rebuilds", "refused", "state/curate", "suppressed",
         ),
         # What was forgotten is deleted here: micro-batches, weights, and manifests of rebuilds that were not finished. An
         # adapter that waited for a missing cut goes on by itself: its record `parked` is deleted. Who was rebuilt without
         # its start is no longer listed under the founders.
         delete=(
-            "blobs", "forgotten", "history", "jobs", "manifests", "parked", "pins", "probe", "rebuilds", "signatures",
-            "starts", "suppressed",
+            "blobs", "dependants", "forgotten", "history", "jobs", "manifests", "parked", "pins", "probe", "rebuilds", "signatures",
+            "suppressed",
         ),
         whole_bucket=True,
     ),

@@ -45,7 +45,7 @@ from perennial.storage.recovery.backup_list import (
 from perennial.storage.recovery.restored_store import load_restored
 from perennial.storage.recovery.snapshot_check import unresolved_names
 from perennial.storage.recovery.snapshot_index import SnapshotIndex
-from perennial.storage.registry.history import start_users
+from perennial.storage.registry.history import dependants
 from perennial.storage.registry.waiting_jobs import cuts_of_state
 
 EXCLUDED: Final = ("installation/maintenance", "orphans", "pins/", "probe/", "rebuilds/", "restored/")
@@ -54,7 +54,7 @@ _FIRST: Final = ("retention/", "quarantine/", "forgotten/")
 _IN_STEP: Final = ("aliases/", "state/curate/", "jobs/", "versions/")
 _BY_DIGEST: Final = ("manifests/", "blobs/")
 _SIGNATURES: Final = "signatures/"
-_AGAIN: Final = ("keys/", start_users.PREFIX)
+_AGAIN: Final = ("keys/", dependants.PREFIX)
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 _PASSES: Final = 3
 _STEP_ATTEMPTS: Final = 32

@@ -226,7 +226,9 @@ def _extends_facts(registry: Registry, manifest: Manifest, alias: AliasState | N
 
 def _start_facts(manifest: Manifest) -> dict[str, object]:
     """Return which other adapters' versions this one depends on."""
-    over = {} if manifest.over is None else {"trained over": f"{manifest.over.adapter}@{manifest.over.version}"}
+    over: dict[str, object] = (
+        {} if manifest.over is None else {"trained over": f"{manifest.over.adapter}@{manifest.over.version}"}
+    )
     if manifest.start is None:
         return over
     names = [founder.adapter.rpartition("/")[2] for founder in manifest.start.founders]

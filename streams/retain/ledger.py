@@ -57,8 +57,8 @@ class AdapterProgress(LedgerPart):
         acknowledged: Replicas that confirmed that they serve no affected version, in phases `published` and `done`.
         missing: Replicas that did not confirm it.
         exceptions: The request's due time ended the wait for replicas that had not confirmed it.
-        start_users: The same of the adapters that may have begun with a start that contains a version of this one, by
-            adapter; None: they were not looked up, or there are none. Left out of the JSON then, so that an older release
+        dependants: The same of the adapters that may depend on a version of this one, by name, and of theirs with the number of
+            the round in front, `2:acme/support/zoe`; None: they were not looked up, or there are none. Left out of the JSON then, so that an older release
             reads it.
     """
 
@@ -72,9 +72,9 @@ class AdapterProgress(LedgerPart):
     acknowledged: list[str] = []
     missing: list[str] = []
     exceptions: bool = False
-    start_users: dict[str, AdapterProgress] | None = Field(default=None, exclude_if=is_none)
+    dependants: dict[str, AdapterProgress] | None = Field(default=None, exclude_if=is_none)
 
-    @field_serializer("start_users")
+    @field_serializer("dependants")
     def _compact(self, users: dict[str, AdapterProgress] | None) -> dict[str, object] | None:
         """Leave defaults out: there may be many thousands."""
         if users is None:
@@ -82,9 +82,9 @@ class AdapterProgress(LedgerPart):
         return {name: one.model_dump(mode="json", exclude_defaults=True) for name, one in users.items()}
 
     def parts(self) -> Iterator[AdapterProgress]:
-        """Yield this progress and that of its start users."""
+        """Yield this progress and that of its dependants."""
         yield self
-        yield from (self.start_users or {}).values()
+        yield from (self.dependants or {}).values()
 
 
 class PageSummary(LedgerPart):

@@ -44,8 +44,8 @@ class RequestCache:
         hold_ends: When holds end by themselves, in milliseconds since 1970, and their hashes; sorted.
         open: Open requests that retain has to go on with, by hash.
         patterns: Requests that also are for adapters that appear later: hashes by pattern.
-        expiring: The open expiries that the calendar made, hashes by adapter; without those that only wait for adapters
-            that began with a start that the adapter is part of.
+        expiring: The open expiries that the calendar made, hashes by adapter; without those that only wait for dependants
+            of the adapter.
     """
 
     def __init__(
@@ -186,7 +186,7 @@ class RequestCache:
         request = found.record.request
         if "open" in indexes:
             self.open[name] = found
-            if found.record.example_ids and not any(p.start_users for p in found.record.adapters.values()):
+            if found.record.example_ids and not any(p.dependants for p in found.record.adapters.values()):
                 self.expiring[request.adapter] = name
         if "patterns" in indexes:
             self._pattern_requests[name] = found

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from perennial.storage.objects.object_store import ObjectStore
-from perennial.storage.registry.history.start_users import start_users
+from perennial.storage.registry.history.dependants import dependants
 from perennial.storage.registry.quarantine import Quarantine, load_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.streams.retain.example_index import ExampleIndex
@@ -100,9 +100,9 @@ class StoreFacts:
         """See `Facts`."""
         return self.registry.is_revoked(adapter, self.registry.manifest(adapter, version).seq)
 
-    def start_users(self, adapter: str) -> Sequence[str]:
+    def dependants(self, adapter: str) -> Sequence[str]:
         """See `Facts`."""
-        return start_users(self.store, adapter)
+        return dependants(self.store, adapter)
 
     def prune_replicas(self) -> None:
         """Delete the acknowledgements of replicas that ended long ago, so that their topic does not grow for ever.

@@ -35,9 +35,9 @@ DueAtRule = Literal["deadline", "start", "end", "refused"]
 `refused`: a request that gives one is refused, because it takes effect at once and stays.
 """
 Job = Literal["forget", "rollback"]
-START_PREFIX: Final = "perennial:start:"
-"""How the request id of a job begins that names no example: it makes the learner rebuild an adapter without the learned
-start that it began with. It is no request of its own: retention-status has none of its states."""
+DEPENDANT_PREFIX: Final = "perennial:dependant:"
+"""How the request id of a job begins that names no example: it makes the learner rebuild an adapter without what it
+depends on. It is no request of its own: retention-status has none of its states."""
 
 
 @dataclass(frozen=True, slots=True)

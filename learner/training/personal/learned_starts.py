@@ -18,7 +18,7 @@ from perennial.learner.training.replay_buffer import index_from_bytes
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.objects.object_store import get_blob
-from perennial.storage.registry.history.start_users import record_start_user
+from perennial.storage.registry.history.dependants import record_dependant
 from perennial.storage.registry.manifest import BlobRef, Manifest, OtherVersion, Start
 from perennial.storage.registry.registry import Registry
 
@@ -72,7 +72,7 @@ class LearnedStarts:
             for sibling in chosen:
                 # Hazard: recorded first. A forgetting revokes versions and then looks who is recorded, so either it finds
                 # this adapter, or the version that is read here is one without what was forgotten.
-                record_start_user(self._registry.store, sibling, adapter)
+                record_dependant(self._registry.store, sibling, adapter)
                 live = self._live(sibling, bare, alias)
                 if live is not None:
                     found.append((live[0], live[1]))

@@ -15,7 +15,7 @@ from perennial.learner.training.personal.layered_lora import shapes_of_rank
 from perennial.learner.training.personal.stacking import SharedPart, stacked_config
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.object_store import get_blob
-from perennial.storage.registry.history.start_users import record_start_user
+from perennial.storage.registry.history.dependants import record_dependant
 from perennial.storage.registry.manifest import OtherVersion
 from perennial.storage.registry.registry import Registry
 
@@ -25,7 +25,7 @@ _CACHED: Final = 8
 
 
 @dataclass(frozen=True)
-class SharedVersion:
+class VersionBeneath:
     """A version of a shared adapter, with its weights.
 
     Attributes:
@@ -37,7 +37,7 @@ class SharedVersion:
     part: SharedPart
 
 
-class SharedVersions:
+class VersionsBeneath:
     """Reads shared versions that fit beneath the adapters of a learner. Thread-safe.
 
     Args:
@@ -57,7 +57,7 @@ class SharedVersions:
         self._parts: LRUCache[str, SharedPart] = LRUCache(_CACHED)
         self._lock = threading.Lock()
 
-    def live(self, adapter: str, shared: str, alias: str) -> SharedVersion | None:
+    def live(self, adapter: str, shared: str, alias: str) -> VersionBeneath | None:
         """Return the live version of the shared adapter; None where none can lie beneath.
 
         Args:
@@ -70,7 +70,7 @@ class SharedVersions:
         """
         # Hazard: recorded first. A forgetting revokes versions and then looks who is recorded, so either it finds this
         # adapter, or the version that is read here is one without what was forgotten.
-        record_start_user(self._registry.store, shared, adapter)
+        record_dependant(self._registry.store, shared, adapter)
         try:
             state = self._registry.alias(shared, alias)
             if state is None or state.kind == "retired":
@@ -80,7 +80,7 @@ class SharedVersions:
             _log.warning("%s is trained over the base alone: %s", adapter, error)
             return None
 
-    def recorded(self, ref: OtherVersion) -> SharedVersion | None:
+    def recorded(self, ref: OtherVersion) -> VersionBeneath | None:
         """Return a shared version that an earlier update was trained over; None where it is revoked or collected.
 
         Raises:
@@ -88,7 +88,7 @@ class SharedVersions:
         """
         return self._usable(ref)
 
-    def _usable(self, ref: OtherVersion) -> SharedVersion | None:
+    def _usable(self, ref: OtherVersion) -> VersionBeneath | None:
         if self._registry.is_revoked(ref.adapter, ref.seq):
             return None
         with self._lock:
@@ -105,7 +105,7 @@ class SharedVersions:
                 return None
             with self._lock:
                 self._parts[ref.version] = part
-        return SharedVersion(ref, part)
+        return VersionBeneath(ref, part)
 
     def _read(self, ref: OtherVersion) -> SharedPart | None:
         manifest = self._registry.manifest(ref.adapter, ref.version)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from operator import itemgetter
 from typing import Final
 
 from rich.console import Console
@@ -16,6 +17,7 @@ from perennial.streams.cli.tables import Column, print_table, short_version
 from perennial.streams.events.models import RetentionProgressed
 from perennial.streams.retain.ledger import AdapterProgress, RequestRecord
 from perennial.streams.retain.request_store import RequestStore, hash_of, load_request
+from perennial.streams.retain.rules.dependant_steps import dependant_of
 from perennial.streams.settings import Settings
 
 _MAX_SHOWN: Final = 20
@@ -62,7 +64,7 @@ def _ended(store: ObjectStore, request_id: str) -> RequestRecord | None:
 
 
 def print_adapters(store: ObjectStore, record: RequestRecord) -> None:
-    """Print a row for each adapter of a request and for who began with its start, the first ones where there are many.
+    """Print a row for each adapter of a request and for its dependants, the first ones where there are many.
 
     Args:
         store: The store.
@@ -72,7 +74,7 @@ def print_adapters(store: ObjectStore, record: RequestRecord) -> None:
     if record.is_pattern:
         pages = RequestStore(store).pages(hash_of(record.request.request_id))
     rows = list(islice((row for page in pages for row in _rows(page)), _MAX_SHOWN))
-    total = sum(record.phases.values()) + sum(len(one.start_users or {}) for one in record.adapters.values())
+    total = sum(record.phases.values()) + sum(len(one.dependants or {}) for one in record.adapters.values())
     if rows:
         _print(rows, total - len(rows))
 
@@ -80,7 +82,10 @@ def print_adapters(store: ObjectStore, record: RequestRecord) -> None:
 def _rows(adapters: Mapping[str, AdapterProgress]) -> Iterator[tuple[str, AdapterProgress]]:
     for name, progress in sorted(adapters.items()):
         yield name, progress
-        yield from ((f"{user} (start)", one) for user, one in sorted((progress.start_users or {}).items()))
+        dependants = sorted(
+            ((dependant_of(key), one) for key, one in (progress.dependants or {}).items()), key=itemgetter(0)
+        )
+        yield from ((f"{adapter} (dependant)", one) for (_, adapter), one in dependants)
 
 
 def _print(progress: list[tuple[str, AdapterProgress]], more: int) -> None:

@@ -8,9 +8,9 @@ from typing import TypedDict
 from rich.console import Console
 from rich.text import Text
 
+from perennial.storage.registry.history.dependants import dependants
 from perennial.storage.registry.history.index import IndexedHistory
 from perennial.storage.registry.history.pages import IndexedVersion
-from perennial.storage.registry.history.start_users import start_users
 from perennial.storage.registry.registry import Registry
 from perennial.streams.cli.adapters import open_registry
 from perennial.streams.cli.forget.selection import count_of
@@ -50,14 +50,14 @@ class _Plan(TypedDict):
     """The effect that a request would have on one adapter.
 
     `versions`: those that were trained on a selected example, directly or through a parent. `replayed`: the updates
-    that the learner would train again. `start_users`: adapters that may have begun with a start that contains a version
-    of this one; they would be rebuilt, too.
+    that the learner would train again. `dependants`: adapters that may depend on a version of this
+    one; they would be rebuilt, too.
     """
 
     adapter: str
     versions: list[str]
     replayed: int
-    start_users: list[str]
+    dependants: list[str]
     examples: list[_Example]
 
 
@@ -96,9 +96,9 @@ def _print_plan(plan: _Plan) -> None:
         f"{plan['adapter']}: {count_of(len(examples), 'example')} to forget, "
         f"{count_of(len(plan['versions']), 'version')} to revoke, {count_of(plan['replayed'], 'update')} to train again"
     )
-    users = plan["start_users"]
+    users = plan["dependants"]
     if users:
-        title += f", {count_of(len(users), 'adapter')} that began with what it taught to rebuild"
+        title += f", {count_of(len(users), 'adapter')} that may depend on it to rebuild"
     console.print(Text(printable(title), "bold"), soft_wrap=True)
     rows = [
         (
@@ -121,7 +121,7 @@ def _print_plan(plan: _Plan) -> None:
 def _plan(registry: Registry, in_force: InForce, adapter: str, selector: Selector) -> _Plan:
     head = registry.head(adapter)
     if head is None:
-        return {"adapter": adapter, "versions": [], "replayed": 0, "start_users": [], "examples": []}
+        return {"adapter": adapter, "versions": [], "replayed": 0, "dependants": [], "examples": []}
     history = history_index(registry, adapter).load(head)
     selected = [item for item in stored_examples(registry, adapter, history) if selector.matches(item.example)]
     ids = {item.example.example_id for item in selected}
@@ -136,7 +136,7 @@ def _plan(registry: Registry, in_force: InForce, adapter: str, selector: Selecto
         "adapter": adapter,
         "versions": contaminated,
         "replayed": replayed,
-        "start_users": start_users(registry.store, adapter) if contaminated else [],
+        "dependants": dependants(registry.store, adapter) if contaminated else [],
         "examples": [_facts(item, any(matches(item.example) for matches in holds)) for item in selected],
     }
 

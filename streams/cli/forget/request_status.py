@@ -27,7 +27,7 @@ from perennial.streams.events.wire_error import WireError
 from perennial.streams.kafka.connect import connect
 from perennial.streams.retain.ledger import RequestRecord, selector_json
 from perennial.streams.retain.request_store import load_request
-from perennial.streams.retention.kinds import START_PREFIX
+from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 from perennial.streams.settings import Settings
 
 _TOPIC = RetentionProgressed.topic
@@ -188,7 +188,7 @@ class StatusReader:
                     event = decode(record.value, record.headers, _TOPIC).event
                 except WireError:  # a newer version wrote it, in a form that this one cannot show
                     continue
-                # Jobs that rebuild an adapter without its start are parts of a request, not requests.
-                if isinstance(event, RetentionProgressed) and not event.request_id.startswith(START_PREFIX):
+                # Jobs that rebuild what depends on an adapter are parts of a request, not requests.
+                if isinstance(event, RetentionProgressed) and not event.request_id.startswith(DEPENDANT_PREFIX):
                     found.append(event)
         return found

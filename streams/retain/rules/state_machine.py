@@ -39,10 +39,10 @@ from perennial.streams.retain.ledger import (
     epoch_ms,
 )
 from perennial.streams.retain.rules.confirmations import observe_replicas, with_replicas
+from perennial.streams.retain.rules.dependant_steps import DependantSteps, dependant_failures, observe_dependants
 from perennial.streams.retain.rules.in_force import InForce
 from perennial.streams.retain.rules.jobs import RESEND_MS, QuarantineChange, entry_of, job_id_of
 from perennial.streams.retain.rules.replica_report import MAX_NAMED, ReplicaReport
-from perennial.streams.retain.rules.start_user_steps import StartUserSteps, observe_start_users, start_failures
 from perennial.streams.retain.rules.step_facts import Facts
 from perennial.streams.retain.rules.transitions import (
     FORGET_TRANSITIONS,
@@ -125,7 +125,7 @@ class RequestProcessor:
         sent_ms = self.now_ms if Action.SEND_JOB in transition.actions else progress.sent_ms
         return AdapterProgress(
             phase=transition.phase, until_ms=job.until_ms, sent_ms=sent_ms, examples=len(selected),
-            start_users=progress.start_users,
+            dependants=progress.dependants,
         )  # fmt: skip
 
     def _forgotten(
@@ -137,10 +137,10 @@ class RequestProcessor:
         )  # fmt: skip
         if outcome.failure:
             return after.model_copy(update={"phase": FORGET_TRANSITIONS[progress.phase, Observation.FAILED].phase})
-        users = progress.start_users
-        if users is None:  # not before the outcome is known: streams/retain/rules/start_user_steps.py says why
-            users = dict.fromkeys(self.facts.start_users(adapter), AdapterProgress(phase="waiting"))
-        return self._carried_out(record, adapter, after.model_copy(update={"start_users": users or None}))
+        users = progress.dependants
+        if users is None:  # not before the outcome is known: streams/retain/rules/dependant_steps.py says why
+            users = dict.fromkeys(self.facts.dependants(adapter), AdapterProgress(phase="waiting"))
+        return self._carried_out(record, adapter, after.model_copy(update={"dependants": users or None}))
 
     def _observe_job(
         self,
@@ -216,21 +216,21 @@ class RequestProcessor:
         """Return the progress of an adapter whose job was carried out: the replicas may still have to confirm it."""
         job = KINDS[record.request.kind].job
         table = FORGET_TRANSITIONS if job == "forget" else ROLLBACK_TRANSITIONS
-        users = progress.start_users or {}
+        users = progress.dependants or {}
         if users:
-            steps = StartUserSteps(
+            steps = DependantSteps(
                 self.facts, record, adapter, progress.until_ms, self.now_ms, self.changes, self.events
             )
             users = steps.step(users)
-            progress = progress.model_copy(update={"start_users": users})
-        if observe_start_users(users, Observation.CONFIRMED) is Observation.STARTS_REMAIN:
-            return progress.model_copy(update={"phase": table[progress.phase, Observation.STARTS_REMAIN].phase})
+            progress = progress.model_copy(update={"dependants": users})
+        if observe_dependants(users, Observation.CONFIRMED) is Observation.DEPENDANTS_REMAIN:
+            return progress.model_copy(update={"phase": table[progress.phase, Observation.DEPENDANTS_REMAIN].phase})
         report = ReplicaReport()
         if progress.generation is not None:
             report = self.facts.replicas(adapter, progress.generation)
-        seen = observe_start_users(users, observe_replicas(record, report, self.now_ms))
+        seen = observe_dependants(users, observe_replicas(record, report, self.now_ms))
         if seen is Observation.FAILED:
-            progress = progress.model_copy(update={"detail": start_failures(users)})
+            progress = progress.model_copy(update={"detail": dependant_failures(users)})
         progress = progress.model_copy(update={"phase": table[progress.phase, seen].phase})
         return with_replicas(progress, report, seen)
 
@@ -244,7 +244,7 @@ class RequestProcessor:
         detail = state.detail.format(
             waits=f"waits until {request.superseded_by} is learned" if request.superseded_by else "",
             failures=_failures(record), replicas=_listed(_behind(record)), progress=_share_done(record),
-            starts=_starts_done(record), done=_done_text(record),
+            dependants=_dependants_done(record), done=_done_text(record),
         )  # fmt: skip
         return self.set_state(
             record.model_copy(update={"exceptions": record.exceptions and state.state == "closed"}),
@@ -362,14 +362,14 @@ def _share_done(record: RequestRecord) -> str:
     )
 
 
-def _starts_done(record: RequestRecord) -> str:
-    """Return how many adapters that began with what the request's adapter taught are rebuilt, in about ten steps."""
-    phases = [p.phase for own in record.adapters.values() for p in (own.start_users or {}).values()]
+def _dependants_done(record: RequestRecord) -> str:
+    """Return how many of the adapters that depend on the request's own are rebuilt, in about ten steps."""
+    phases = [p.phase for own in record.adapters.values() for p in (own.dependants or {}).values()]
     if not phases:
         return ""
     step = -(-len(phases) // 10)
     rebuilt = sum(phase in {"published", "done"} for phase in phases) // step * step
-    return f"; {rebuilt} of {len(phases)} adapters that began with what it taught are rebuilt"
+    return f"; {rebuilt} of {len(phases)} adapters that depend on it are rebuilt"
 
 
 def _parts(record: RequestRecord) -> Iterator[AdapterProgress]:

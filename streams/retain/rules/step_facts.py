@@ -66,8 +66,8 @@ class Facts(Protocol):
         """Return whether the version was revoked."""
         ...
 
-    def start_users(self, adapter: str) -> Sequence[str]:
-        """Return the adapters that may have begun with a start that contains a version of this one."""
+    def dependants(self, adapter: str) -> Sequence[str]:
+        """Return the adapters that may depend on a version of this one."""
         ...
 
     def replicas(self, adapter: str, generation: int) -> ReplicaReport:

@@ -27,7 +27,7 @@ class Observation(StrEnum):
     READY = "nothing is in the way of the job"
     OVERDUE = "the job was sent so long ago that it may be lost"
     UNKNOWN = "the job was sent, and the quarantine has no entry of the request, so that no outcome can be found"
-    STARTS_REMAIN = "the job was carried out; who began with a start that contains what it revoked is not rebuilt yet"
+    DEPENDANTS_REMAIN = "the job was carried out; adapters that depend on what it revoked are not rebuilt yet"
     DONE = "the job was carried out; a replica that may serve an affected version has not confirmed it"
     CONFIRMED = "the job was carried out, and no replica with a lease may serve an affected version"
     UNCONFIRMED = "the job was carried out, and the due time ends the wait for replicas that have not confirmed it"
@@ -77,10 +77,10 @@ FORGET_TRANSITIONS: Final[Mapping[tuple[Phase, Observation], Transition]] = Mapp
     ("sent", Observation.OVERDUE): _to("sent", Action.SEND_JOB),
     ("sent", Observation.UNKNOWN): _to("sent", Action.QUARANTINE, Action.SEND_JOB),
     ("sent", Observation.FAILED): _to("failed"),
-    ("gathering", Observation.STARTS_REMAIN): _to("sent"),
-    ("held", Observation.STARTS_REMAIN): _to("sent"),
-    ("sent", Observation.STARTS_REMAIN): _to("sent"),
-    ("published", Observation.FAILED): _to("failed"),  # an adapter that began with its start could not be rebuilt
+    ("gathering", Observation.DEPENDANTS_REMAIN): _to("sent"),
+    ("held", Observation.DEPENDANTS_REMAIN): _to("sent"),
+    ("sent", Observation.DEPENDANTS_REMAIN): _to("sent"),
+    ("published", Observation.FAILED): _to("failed"),  # a dependant could not be rebuilt
     # A request that was gathered may be carried out by the rebuild of another one. A request that is held may have been
     # carried out before the learner saw the hold.
     **{(phase, seen): to for phase in ("gathering", "held", "sent", "published") for seen, to in _CARRIED_OUT.items()},
@@ -118,7 +118,7 @@ class RequestState:
     Attributes:
         state: The published state.
         detail: The published explanation, a template for `str.format` with the names waits, failures, replicas,
-            progress, starts and done.
+            progress, dependants and done.
         ends: The request is over.
     """
 
@@ -141,7 +141,7 @@ REQUEST_STATES: Final[Mapping[tuple[Job, Summary], RequestState]] = MappingProxy
     ("forget", "gathering"): RequestState(
         "quarantined", "no update learns it any more; waits for other requests, so that one rebuild serves them"
     ),
-    ("forget", "sent"): RequestState("quarantined", "no update learns it any more; the learner has the job{progress}{starts}"),
+    ("forget", "sent"): RequestState("quarantined", "no update learns it any more; the learner has the job{progress}{dependants}"),
     ("rollback", "waiting"): RequestState("accepted", ""),
     ("rollback", "sent"): RequestState("accepted", "the learner has the job{progress}"),
     **{("forget", summary): state for summary, state in _EITHER.items()},

@@ -13,7 +13,7 @@ from perennial.learner.serving.peft_backend import PeftBackend
 from perennial.learner.versions import version_writer
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
-from perennial.storage.registry.history.start_users import start_users
+from perennial.storage.registry.history.dependants import dependants
 from perennial.storage.registry.manifest import Manifest, Start
 from perennial.storage.registry.registry import Registry
 from perennial.streams.client.subscriber import Subscriber
@@ -64,7 +64,7 @@ def test_an_erasure_in_a_founder_waits_for_all_who_began_with_it_and_for_who_ser
         for made in begun:
             assert made.start is not None
             assert [founder.adapter for founder in made.start.founders] == FOUNDERS
-        assert start_users(found.store, FOUNDERS[1]) == [YAN, ZOE]
+        assert dependants(found.store, FOUNDERS[1]) == [YAN, ZOE]
         backend = PeftBackend(
             load_base(given.model.base, "cpu", 1), LoraConfig(given.training.rank, given.training.alpha)
         )
@@ -96,7 +96,7 @@ def test_an_erasure_in_a_founder_waits_for_all_who_began_with_it_and_for_who_ser
         assert made.start.weights is not None
         for ref in (made.start.weights, made.weights):
             assert not found.store.exists(blob_key(ref.digest))
-    assert start_users(found.store, FOUNDERS[1]) == []
+    assert dependants(found.store, FOUNDERS[1]) == []
     assert [found.manifest(each, found.alias(each).version).kind for each in FOUNDERS] == [
         "update", "forget", "update", "update",
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob
-from perennial.storage.registry.history.start_users import start_users
+from perennial.storage.registry.history.dependants import dependants
 from perennial.storage.registry.manifest import Manifest, Start
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested, RollbackRequested
@@ -159,7 +159,7 @@ def test_a_new_adapter_begins_with_the_mean_of_its_siblings(learner: LocalLearne
     for name, tensor in mean.items():
         torch.testing.assert_close(stored[name], tensor)
     assert trained_alone(learner, tmp_path, NEWCOMER, stored, cuts_of(NEWCOMER)).equals(last)
-    assert [start_users(learner.registry.store, adapter) for adapter in FOUNDERS] == [[NEWCOMER]] * 4
+    assert [dependants(learner.registry.store, adapter) for adapter in FOUNDERS] == [[NEWCOMER]] * 4
 
 
 def test_too_few_siblings_give_no_start(store: DirectoryStore) -> None:
@@ -167,7 +167,7 @@ def test_too_few_siblings_give_no_start(store: DirectoryStore) -> None:
     for adapter in FOUNDERS[: MIN_FOUNDERS - 1]:
         teach(learner, adapter)
     assert teach(learner, NEWCOMER)[0].start == Start(shared=SHARED)
-    assert start_users(learner.registry.store, FOUNDERS[0]) == []
+    assert dependants(learner.registry.store, FOUNDERS[0]) == []
 
 
 def unable_little(learner: LocalLearner) -> str:
@@ -251,7 +251,7 @@ def test_what_a_founder_forgets_leaves_those_who_began_with_it(learner: LocalLea
         assert ref is not None
         with pytest.raises(NotFoundError):
             get_blob(store, ref.digest)
-    assert start_users(store, FOUNDERS[1]) == start_users(store, FOUNDERS[0]) == []
+    assert dependants(store, FOUNDERS[1]) == dependants(store, FOUNDERS[0]) == []
     state = learner.registry.alias(NEWCOMER)
     assert state is not None
     assert (state.version, state.generation) == (made.digest(), 3)
@@ -298,7 +298,7 @@ def test_a_follower_that_is_killed_anywhere_ends_in_the_same_state(
     assert made.start == Start(shared=SHARED)
     assert trained_alone(again, tmp_path, NEWCOMER, nothing_learned(again), cuts_of(NEWCOMER)).equals(made)
     assert all(again.registry.is_revoked(NEWCOMER, version.seq) for version in before)
-    assert start_users(again.registry.store, FOUNDERS[1]) == []
+    assert dependants(again.registry.store, FOUNDERS[1]) == []
     assert not again.registry.store.exists(blob_key(before[0].weights.digest))
     assert before[0].start is not None
     assert before[0].start.weights is not None
@@ -321,7 +321,7 @@ def test_a_follower_whose_start_is_fine_or_that_has_no_version_is_done_at_once(
     assert head(learner, NEWCOMER) == before
     assert before.start is not None
     assert len(before.start.founders) == 4
-    assert start_users(learner.registry.store, FOUNDERS[1]) == [NEWCOMER]
+    assert dependants(learner.registry.store, FOUNDERS[1]) == [NEWCOMER]
 
 
 def test_an_adapter_that_forgets_something_of_its_own_keeps_its_start(learner: LocalLearner, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from perennial.learner.forgetting.collect_versions import collect_versions
 from perennial.learner.training import recipe
-from perennial.learner.training.personal.shared_versions import SharedVersion
+from perennial.learner.training.personal.shared_versions import VersionBeneath
 from perennial.learner.training.recipe import Recipe, UnknownFieldError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
-from perennial.storage.registry.history.start_users import start_users
+from perennial.storage.registry.history.dependants import dependants
 from perennial.storage.registry.manifest import Manifest, OtherVersion, Start
 from perennial.streams.events.models import ExampleAccepted
 from perennial.streams.settings import Settings
@@ -82,14 +82,14 @@ def ref(learner: LocalLearner, manifest: Manifest) -> OtherVersion:
     return OtherVersion(adapter=manifest.adapter, version=manifest.digest(), seq=manifest.seq)
 
 
-def shared_version(learner: LocalLearner, over: OtherVersion | None) -> SharedVersion | None:
+def shared_version(learner: LocalLearner, over: OtherVersion | None) -> VersionBeneath | None:
     return None if over is None else learner.shared.recorded(over)
 
 
 def trained_alone(
     learner: LocalLearner,
     tmp: Path,
-    overs: Sequence[SharedVersion | None],
+    overs: Sequence[VersionBeneath | None],
     cuts: Mapping[int, Sequence[ExampleAccepted]],
 ) -> scratch.Scratch:
     """Train the user's adapter by other code than the service's jobs, each micro-batch over the version given."""
@@ -119,7 +119,7 @@ def test_each_update_names_the_shared_version_that_lay_beneath(learner: LocalLea
     assert trained_alone(learner, tmp_path, overs, kept()).equals(users[-1])
     assert not trained_alone(learner, tmp_path, [overs[0]] * 3, kept()).equals(users[-1])
     assert [made.probes for made in users] == [{}] * 3
-    assert start_users(learner.registry.store, SHARED) == [USER]
+    assert dependants(learner.registry.store, SHARED) == [USER]
 
 
 def without_live(learner: LocalLearner) -> None:
@@ -169,7 +169,7 @@ def test_an_erasure_in_the_shared_adapter_trains_again_what_lay_over_it(learner:
     assert outcome is not None
     assert outcome.generation == 4
     assert forget_in(learner, USER, name="again").manifest is None
-    assert start_users(learner.registry.store, SHARED) == [USER], "its next update lies over the shared adapter again"
+    assert dependants(learner.registry.store, SHARED) == [USER], "its next update lies over the shared adapter again"
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -251,7 +251,7 @@ def test_what_the_tenant_forgets_leaves_those_who_began_with_users_that_were_tra
     forget_in(learner, SHARED, 2)
     for adapter in (USER, *founders):
         forget_in(learner, adapter, name="of the tenant")
-    assert [start_users(store, adapter) for adapter in founders] == [[USER]] * 4
+    assert [dependants(store, adapter) for adapter in founders] == [[USER]] * 4
     for adapter in founders:
         forget_in(learner, USER, name=f"of {adapter}")
     live = ref(learner, head(learner, SHARED))
@@ -282,7 +282,7 @@ def test_the_record_is_there_before_the_shared_version_is_looked_up(store: Direc
 
     def looked_up(adapter: str, *more: str):
         if adapter == SHARED:
-            recorded.append(start_users(store, SHARED))
+            recorded.append(dependants(store, SHARED))
         return alias(adapter, *more)
 
     monkeypatch.setattr(learner.registry, "alias", looked_up)

@@ -16,7 +16,7 @@ from perennial.storage.errors import NotFoundError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import digest_of
 from perennial.storage.registry.gate_figures import GateFigures
-from perennial.storage.registry.history.start_users import record_start_user
+from perennial.storage.registry.history.dependants import record_dependant
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import QuarantineEntry, ensure_text_key, load_quarantine, update_quarantine
 from perennial.storage.registry.suppressed_texts import keyed_text_hash
@@ -42,7 +42,7 @@ from perennial.streams.events.models import (
 )
 from perennial.streams.retain.ledger import AdapterProgress, Approval, ProgressPage, RequestRecord, page_of
 from perennial.streams.retain.request_store import RequestStore, hash_of
-from perennial.streams.retention.kinds import START_PREFIX
+from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 from perennial.streams.settings import Settings, SettingsError
 from perennial.testing import small_weights
 from tests.versions import VersionPublisher
@@ -103,13 +103,13 @@ def test_a_dry_run_names_examples_and_the_versions_trained_on_them(versions, cap
 
 def test_a_dry_run_counts_who_began_with_what_the_adapter_taught(versions, capsys):
     learn(versions, example(1))
-    record_start_user(versions.store, ADAPTER, "acme/uli")
-    record_start_user(versions.store, ADAPTER, "acme/uma")
+    record_dependant(versions.store, ADAPTER, "acme/uli")
+    record_dependant(versions.store, ADAPTER, "acme/uma")
     assert show_plan(ADAPTER, selector_of(ADAPTER, ["d1"], [], []), as_json=True) == 0
     (plan,) = json.loads(capsys.readouterr().out)["adapters"]
-    assert plan["start_users"] == ["acme/uli", "acme/uma"]
+    assert plan["dependants"] == ["acme/uli", "acme/uma"]
     assert show_plan(ADAPTER, selector_of(ADAPTER, ["d1"], [], []), as_json=False) == 0
-    assert ", 2 adapters that began with what it taught to rebuild" in capsys.readouterr().out
+    assert ", 2 adapters that may depend on it to rebuild" in capsys.readouterr().out
 
 
 def test_a_dry_run_of_what_is_nowhere_says_so(versions, capsys):
@@ -506,19 +506,19 @@ def test_the_outcome_names_who_began_with_its_start(versions, capsys):
     request = RetentionRequested(
         request_id=REQUEST, kind="erase", adapter="acme/fay", requested_by="me", selector=Selector(subjects=[PERSON])
     )
-    progress = AdapterProgress(phase="sent", examples=2, start_users=users)
+    progress = AdapterProgress(phase="sent", examples=2, dependants=users)
     record = RequestRecord(request=request, received_ms=0, until_ms=0, adapters={"acme/fay": progress})
     print_adapters(versions.store, record)
     shown = unwrapped(capsys.readouterr().out)
-    assert "acme/u00(start)published" in shown
+    assert "acme/u00(dependant)published" in shown
     assert "pod-7" in shown
-    assert shown.count("(start)") == 19
+    assert shown.count("(dependant)") == 19
     assert "and11adaptersmore" in shown
 
 
 def test_jobs_about_learned_starts_are_not_listed_as_requests(monkeypatch):
     shown = status_of("closed", 1)
-    hidden = shown.model_copy(update={"request_id": f"{START_PREFIX}0", "state": "published"})
+    hidden = shown.model_copy(update={"request_id": f"{DEPENDANT_PREFIX}0", "state": "published"})
     records = [
         encode(event, event_id=event.request_id, source="test", occurred_at=event.at) for event in (hidden, shown)
     ]

@@ -11,7 +11,7 @@ import pytest
 
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key, digest_of, stored_name
-from perennial.storage.registry.history.start_users import record_start_user
+from perennial.storage.registry.history.dependants import record_dependant
 from perennial.storage.registry.manifest import BlobRef, LearnedExample
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry
 from perennial.storage.registry.registry import Registry
@@ -274,7 +274,7 @@ def test_a_revocation_is_signed_and_one_forged_alias_stops_no_other_adapter(stor
 
 def test_who_began_with_a_start_is_read_from_the_store(store):
     facts = StoreFacts(Settings.of(env_file=None), store, SimpleNamespace(replicas=lambda *_: []))
-    assert facts.start_users("acme/fay") == []
-    record_start_user(store, "acme/fay", "acme/uli")
-    assert facts.start_users("acme/fay") == ["acme/uli"]
-    assert facts.start_users("acme/uli") == []
+    assert facts.dependants("acme/fay") == []
+    record_dependant(store, "acme/fay", "acme/uli")
+    assert facts.dependants("acme/fay") == ["acme/uli"]
+    assert facts.dependants("acme/uli") == []

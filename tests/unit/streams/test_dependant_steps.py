@@ -8,25 +8,26 @@ from datetime import UTC, datetime
 import orjson
 import pytest
 
-from perennial.storage.registry.history.start_users import record_start_user
+from perennial.storage.registry.history.dependants import record_dependant
 from perennial.storage.registry.quarantine import RequestOutcome, finish_entry, update_quarantine
 from perennial.streams.events.models import ForgetRequested, RetentionProgressed
 from perennial.streams.retain.ledger import AdapterProgress, RequestRecord
 from perennial.streams.retain.request_store import RequestStore
+from perennial.streams.retain.rules.dependant_steps import (
+    MAX_ROUNDS,
+    WINDOW,
+    DependantSteps,
+    dependant_failures,
+    dependant_job,
+    dependant_request_id,
+    observe_dependants,
+)
 from perennial.streams.retain.rules.jobs import RESEND_MS, QuarantineChange, job_id_of
 from perennial.streams.retain.rules.replica_report import ReplicaReport
-from perennial.streams.retain.rules.start_user_steps import (
-    WINDOW,
-    StartUserSteps,
-    observe_start_users,
-    start_failures,
-    start_job,
-    start_request_id,
-)
 from perennial.streams.retain.rules.step_facts import AliasPosition
 from perennial.streams.retain.rules.transitions import FORGET_TRANSITIONS, Observation
 from perennial.streams.retain.work_slice import Slice
-from perennial.streams.retention.kinds import START_PREFIX
+from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 from tests.retention_world import V2, World, doc, example, request
 
 F, U1, U2 = "acme/support/fay", "acme/support/uli", "acme/support/uma"
@@ -42,7 +43,7 @@ def world():
 
 def began(world: World, *users: str) -> None:
     for user in users:
-        record_start_user(world.objects, F, user)
+        record_dependant(world.objects, F, user)
 
 
 def work(world: World, *adapters: str, failure: str = "") -> None:
@@ -58,7 +59,7 @@ def erase(**fields: object):
 
 
 def founder_done(world: World, **fields: object) -> None:
-    """The founder's job is carried out, and its start users have theirs."""
+    """The founder's job is carried out, and its dependants have theirs."""
     world.step(erase(**fields))
     work(world, F)
     world.step()
@@ -91,14 +92,14 @@ def test_their_job_names_no_example_and_has_an_id_of_its_own(world, emergency):
     assert isinstance(job, ForgetRequested)
     assert (job.kind, job.selector, job.example_ids, job.suppress) == ("erase", None, [], False)
     assert job.emergency is emergency
-    assert job.request_id == start_request_id("erase", F)
-    assert job.request_id.startswith(START_PREFIX)
+    assert job.request_id == dependant_request_id("erase", F)
+    assert job.request_id.startswith(DEPENDANT_PREFIX)
     assert job.job_id == job_id_of(job.request_id, U1)
-    assert job.reason == f"its start contains what {F} forgets"
+    assert job.reason == f"it depends on what {F} forgets"
     assert own_entries(world, U1) == [job.request_id]
     assert not any(job.matches(item.example) for item in world.examples(U1))
     assert not world.filter(U1).blocks(example(1, adapter=U1)), "it keeps nothing from being learned there"
-    assert start_request_id("erase", U2) != job.request_id != start_request_id("other", F)
+    assert dependant_request_id("erase", U2) != job.request_id != dependant_request_id("other", F)
 
 
 def test_a_hold_on_everything_of_theirs_does_not_stop_it(world):
@@ -115,7 +116,7 @@ def test_an_adapter_that_nobody_began_with_is_closed_at_once_and_older_releases_
     world.step()
     assert world.states("erase")[-1] == "closed"
     (record,) = world.requests().values()
-    assert b"start_users" not in record.to_bytes()
+    assert b"dependants" not in record.to_bytes()
 
 
 def test_one_that_waits_for_replicas_since_an_older_release_is_left_as_it_is(world):
@@ -130,6 +131,58 @@ def test_one_that_waits_for_replicas_since_an_older_release_is_left_as_it_is(wor
     assert world.looked_up == []
 
 
+# ---- those who depend on them in turn
+
+
+def test_the_next_round_begins_when_all_of_this_one_are_carried_out_and_has_one_job_for_each(world):
+    zoe = "acme/support/zoe"
+    for user in (U1, U2):
+        record_dependant(world.objects, user, zoe)
+    record_dependant(world.objects, U1, U2)  # of both rounds
+    founder_done(world)
+    work(world, U1)
+    world.step()
+    assert [job.adapter for job in world.jobs] == [U2], "another one of the first round is not rebuilt yet"
+    assert world.looked_up == [F, U1]
+    work(world, U2)
+    world.step()
+    world.step()
+    assert sorted(job.adapter for job in world.jobs) == [U2, zoe]
+    assert {job.request_id for job in world.jobs} == {dependant_request_id("erase", F, 2)}
+    assert dependant_request_id("erase", F, 2) != dependant_request_id("erase", F)
+    assert world.published[-1].detail.endswith("; 2 of 4 adapters that depend on it are rebuilt")
+    work(world, U2, zoe)
+    world.step()
+    world.step()
+    assert [job.adapter for job in world.jobs] == [zoe], "after the second one for U2"
+    work(world, zoe)
+    world.step()
+    world.step()
+    assert world.states("erase")[-1] == "closed"
+    assert own_entries(world, zoe) == own_entries(world, U2) == []
+
+
+def test_records_that_go_round_in_a_circle_end(world):
+    for one, other in ((U1, U2), (U2, U1), (U1, U1)):
+        record_dependant(world.objects, one, other)
+    founder_done(world)
+    for _ in range(2 * MAX_ROUNDS):
+        work(world, U1, U2)
+        world.step()
+    assert world.states("erase")[-1] == "closed"
+
+
+def test_a_crash_between_rounds_gives_the_same_jobs(world):
+    record_dependant(world.objects, U1, "acme/support/zoe")
+    founder_done(world)
+    work(world, U1, U2)
+    world.restart()
+    world.step()
+    world.restart()
+    world.step()
+    assert [job.adapter for job in world.jobs] == ["acme/support/zoe"]
+
+
 # ---- what the request waits for
 
 
@@ -137,11 +190,11 @@ def test_it_is_not_published_before_all_of_them_are_rebuilt(world):
     world.report = ReplicaReport(behind=("host-f",))
     founder_done(world)
     assert world.states("erase")[-1] == "quarantined"
-    assert world.published[-1].detail.endswith("; 0 of 2 adapters that began with what it taught are rebuilt")
+    assert world.published[-1].detail.endswith("; 0 of 2 adapters that depend on it are rebuilt")
     work(world, U2)
     world.step()
     assert world.states("erase")[-1] == "quarantined"
-    assert world.published[-1].detail.endswith("; 1 of 2 adapters that began with what it taught are rebuilt")
+    assert world.published[-1].detail.endswith("; 1 of 2 adapters that depend on it are rebuilt")
     work(world, U1)
     world.step()
     assert world.states("erase")[-1] == "published"
@@ -160,7 +213,7 @@ def test_it_waits_for_their_replicas_as_for_its_own(world):
     world.step()
     assert world.states("erase")[-1] == "published"
     assert world.published[-1].detail.endswith(": host-u")
-    assert own_entries(world, U1) == [start_request_id("erase", F)]
+    assert own_entries(world, U1) == [dependant_request_id("erase", F)]
     world.reports[U1] = ReplicaReport(acknowledged=("host-u",))
     world.step()
     assert world.states("erase")[-1] == "closed"
@@ -172,13 +225,13 @@ def test_it_waits_for_the_generation_that_the_rebuild_was_published_as(world):
     world.replicas = lambda adapter, generation: asked.append((adapter, generation)) or ReplicaReport()
     founder_done(world)
     done = RequestOutcome(at_ms=1, version=V2, generation=9)
-    finish_entry(world.objects, U1, start_request_id("erase", F), done)
+    finish_entry(world.objects, U1, dependant_request_id("erase", F), done)
     work(world, U2)
     world.step()
     world.step()
     assert (U1, 9) in asked
     (record,) = world.requests().values()
-    assert record.adapters[F].start_users[U1].version == V2
+    assert record.adapters[F].dependants[U1].version == V2
 
 
 def test_where_nothing_was_left_to_do_it_waits_for_what_is_live(world):
@@ -235,7 +288,7 @@ def test_one_that_cannot_be_rebuilt_fails_the_request_when_the_others_are(world)
     world.step()
     last = world.published[-1]
     assert last.state == "failed"
-    assert last.detail == f"{F}: {U1}, which began with what it taught: its earlier state was deleted"
+    assert last.detail == f"{F}: {U1}, which depends on it: its earlier state was deleted"
     assert own_entries(world, U2) == []
 
 
@@ -262,11 +315,11 @@ def test_their_job_is_sent_again_when_it_may_be_lost(world):
 def test_an_entry_that_is_gone_is_written_and_its_job_sent_again(world):
     founder_done(world)
     work(world, U1, U2)
-    update_quarantine(world.objects, U1, lambda found: found.without([start_request_id("erase", F)]))
+    update_quarantine(world.objects, U1, lambda found: found.without([dependant_request_id("erase", F)]))
     world.now_ms += 1
     world.step()
     assert [job.adapter for job in world.jobs] == [U1]
-    assert own_entries(world, U1) == [start_request_id("erase", F)]
+    assert own_entries(world, U1) == [dependant_request_id("erase", F)]
 
 
 def test_they_are_kept_where_the_founders_own_entry_is_gone(world):
@@ -277,7 +330,7 @@ def test_they_are_kept_where_the_founders_own_entry_is_gone(world):
     world.now_ms += 1
     world.step()
     (record,) = world.requests().values()
-    assert {name: one.phase for name, one in record.adapters[F].start_users.items()} == {U1: "published", U2: "sent"}
+    assert {name: one.phase for name, one in record.adapters[F].dependants.items()} == {U1: "published", U2: "sent"}
 
 
 def test_the_next_expiry_of_the_founder_does_not_wait_for_them():
@@ -310,13 +363,13 @@ def test_a_pattern_over_founder_and_user_makes_both_jobs(world):
     work(world, F)
     world.step()
     jobs = [job for job in world.jobs if job.adapter == U1]
-    assert {job.request_id for job in jobs} == {"erase", start_request_id("erase", F)}
+    assert {job.request_id for job in jobs} == {"erase", dependant_request_id("erase", F)}
     assert len({job.job_id for job in jobs}) == 2
     world.jobs = [job for job in world.jobs if job.request_id == "erase"]
     world.work()
     world.step()
     world.step()
-    assert world.states("erase")[-1] == "quarantined", "the founder waits for its start users"
+    assert world.states("erase")[-1] == "quarantined", "the founder waits for its dependants"
     world.now_ms += RESEND_MS
     world.step()
     world.work()
@@ -354,7 +407,7 @@ def test_a_pattern_fails_where_one_cannot_be_rebuilt(world):
         world.work()
         world.step()
     assert world.states("erase")[-1] == "failed"
-    assert f"{U1}, which began with what it taught: no space" in world.published[-1].detail
+    assert f"{U1}, which depends on it: no space" in world.published[-1].detail
 
 
 # ---- what it costs, and what a crash does
@@ -394,7 +447,7 @@ def test_a_step_that_is_interrupted_is_taken_again_with_the_same_jobs(world, los
         world.step()
         sent |= {(job.adapter, job.job_id) for job in world.jobs}
         world.work()
-    own = start_request_id("erase", F)
+    own = dependant_request_id("erase", F)
     assert sent == {(F, job_id_of("erase", F)), (U1, job_id_of(own, U1)), (U2, job_id_of(own, U2))}
     assert world.states("erase")[-1] == "closed"
     assert own_entries(world, U1) == own_entries(world, U2) == []
@@ -427,9 +480,9 @@ def test_thousands_are_reached_in_bounded_steps_and_take_little_room():
     assert RequestRecord.model_validate_json(record.to_bytes()) == record
 
 
-def stepper(world: World, now_ms: int = 1000) -> StartUserSteps:
+def stepper(world: World, now_ms: int = 1000) -> DependantSteps:
     changes: list[QuarantineChange] = []
-    return StartUserSteps(world, RequestRecord.of(erase(), 1000), F, 1000, now_ms, changes, [])
+    return DependantSteps(world, RequestRecord.of(erase(), 1000), F, 1000, now_ms, changes, [])
 
 
 def test_those_that_wait_for_long_do_not_keep_the_others_from_being_looked_at():
@@ -444,7 +497,7 @@ def test_those_that_wait_for_long_do_not_keep_the_others_from_being_looked_at():
             world.worker.apply(change)
     assert {one.phase for one in sent.values()} == {"sent"}
     last = names(3 * WINDOW)[-1]
-    job = start_job(RequestRecord.of(erase(), 1000), F, last, 1000)
+    job = dependant_job(RequestRecord.of(erase(), 1000), F, last, 1000)
     done = RequestOutcome(at_ms=1)
     update_quarantine(world.objects, last, lambda found: found.finished(job.request_id, done))
     for now_ms in range(1000, 100_000, 1000):
@@ -461,8 +514,8 @@ def test_those_that_wait_for_long_do_not_keep_the_others_from_being_looked_at():
         ([], Observation.CONFIRMED, Observation.CONFIRMED),
         ([], Observation.UNCONFIRMED, Observation.UNCONFIRMED),
         (["done"], Observation.DONE, Observation.DONE),
-        (["waiting", "done"], Observation.CONFIRMED, Observation.STARTS_REMAIN),
-        (["sent", "failed"], Observation.DONE, Observation.STARTS_REMAIN),
+        (["waiting", "done"], Observation.CONFIRMED, Observation.DEPENDANTS_REMAIN),
+        (["sent", "failed"], Observation.DONE, Observation.DEPENDANTS_REMAIN),
         (["published", "failed"], Observation.CONFIRMED, Observation.DONE),
         (["done", "failed"], Observation.DONE, Observation.DONE),
         (["done", "failed"], Observation.CONFIRMED, Observation.FAILED),
@@ -471,24 +524,24 @@ def test_those_that_wait_for_long_do_not_keep_the_others_from_being_looked_at():
 )
 def test_what_is_observed_about_a_founder(phases, own, seen):
     users = {f"u{n}": AdapterProgress(phase=phase) for n, phase in enumerate(phases)}
-    assert observe_start_users(users, own) is seen
+    assert observe_dependants(users, own) is seen
     for phase in ("gathering", "held", "sent"):
         assert (phase, seen) in FORGET_TRANSITIONS
-    if seen is not Observation.STARTS_REMAIN:
+    if seen is not Observation.DEPENDANTS_REMAIN:
         assert ("published", seen) in FORGET_TRANSITIONS
 
 
 def test_failures_name_the_first_and_count_the_others():
     failed = {name: AdapterProgress(phase="failed", detail=f"why {name}") for name in ("b", "a", "c")}
-    assert start_failures(failed) == "a, which began with what it taught (and 2 more): why a"
-    assert start_failures({"a": AdapterProgress(phase="done", detail="fine")}) == ""
+    assert dependant_failures(failed) == "a, which depends on it (and 2 more): why a"
+    assert dependant_failures({"a": AdapterProgress(phase="done", detail="fine")}) == ""
 
 
 def test_progress_without_them_has_the_json_that_older_releases_read():
     plain = AdapterProgress(phase="done")
-    assert "start_users" not in orjson.loads(plain.to_bytes())
+    assert "dependants" not in orjson.loads(plain.to_bytes())
     users = {U1: AdapterProgress(phase="published", generation=3), U2: AdapterProgress(phase="done")}
-    with_users = plain.model_copy(update={"start_users": users})
+    with_users = plain.model_copy(update={"dependants": users})
     stored = orjson.loads(with_users.to_bytes())
-    assert stored["start_users"] == {U1: {"phase": "published", "generation": 3}, U2: {"phase": "done"}}
+    assert stored["dependants"] == {U1: {"phase": "published", "generation": 3}, U2: {"phase": "done"}}
     assert AdapterProgress.model_validate_json(with_users.to_bytes()) == with_users

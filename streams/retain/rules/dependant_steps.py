@@ -1,11 +1,14 @@
-"""Steps of a request at the adapters that began with a learned start that its adapter is part of. Pure.
+"""Steps of a request at the adapters that depend on versions of its adapter. Pure.
 
-When an adapter forgets, its versions that knew the examples are revoked. Whoever began with a start that contains one of
-them is rebuilt without the start: by a job that names no example, with a quarantine entry under an id of its own. Every
-job to forget makes the learner look whether the adapter's start contains a revoked version, and if so rebuild it.
+When an adapter forgets, its versions that knew the examples are revoked. An adapter that began with one of them as part of
+its start, or was trained over one of them, is rebuilt without them: by a job that names no example, with a quarantine
+entry under an id of its own. Such a job makes the learner look what the adapter's versions depend on.
 
-Hazard: they may be looked up only when the outcome of the adapter's own job is known. An adapter is recorded before it
-looks up the versions that its start is made of. So whoever is not in the list looks up versions that know nothing of the
+What is rebuilt so has dependants in turn: a tenant's user, and those who began with this user. They are looked at in rounds:
+the dependants of one round get their jobs when all of the round are carried out, each one job for all that it depends on.
+
+Hazard: dependants may be looked up only when the outcome of the adapter's own job is known. An adapter is recorded before
+it looks up the versions that it will depend on. So whoever is not in the list looks up versions that know nothing of the
 examples; before the outcome, it could still find the old ones.
 
 Holds do not stop these jobs: they forget no example.
@@ -27,72 +30,95 @@ from perennial.streams.retain.rules.jobs import RESEND_MS, QuarantineChange, ent
 from perennial.streams.retain.rules.replica_report import ReplicaReport
 from perennial.streams.retain.rules.step_facts import Facts
 from perennial.streams.retain.rules.transitions import FORGET_TRANSITIONS, Action, Observation
-from perennial.streams.retention.kinds import START_PREFIX
+from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 
 WINDOW: Final = 64
-"""The most start users that one step of their founder looks at."""
+"""The most dependants that one step looks at."""
+MAX_ROUNDS: Final = 3
+"""Users depend on their tenant, and users who began with them on these: two rounds. Records that a stranger has written could
+go round in a circle."""
 _ENDED: Final = frozenset({"done", "failed"})
 
 
-def start_request_id(request_id: str, founder: str) -> str:
-    """Return the id under which a request reaches those who began with a start that contains the founder.
+def dependant_request_id(request_id: str, adapter: str, round_number: int = 1) -> str:
+    """Return the id under which a request reaches the dependants of its adapter.
 
-    It is another one than the request's: a pattern may cover a founder and who began with its start, so that one
-    quarantine has an entry of each.
+    It is another one than the request's: a pattern may cover an adapter and its dependants, so that one quarantine has an
+    entry of each.
+
+    Args:
+        request_id: The request.
+        adapter: The adapter that forgets.
+        round_number: 1 for its own dependants, 2 for theirs.
     """
-    return START_PREFIX + sha256(f"{request_id}\n{founder}".encode()).hexdigest()[:32]
+    text = f"{request_id}\n{adapter}" + (f"\n{round_number}" if round_number > 1 else "")
+    return DEPENDANT_PREFIX + sha256(text.encode()).hexdigest()[:32]
 
 
-def start_job(record: RequestRecord, founder: str, user: str, until_ms: int) -> ForgetRequested:
-    """Return the job that makes the learner rebuild an adapter without its start, if that start contains a revoked version.
+def dependant_job(
+    record: RequestRecord, adapter: str, dependant: str, until_ms: int, round_number: int = 1
+) -> ForgetRequested:
+    """Return the job that makes the learner rebuild an adapter without what it depends on, if that is revoked.
 
     Args:
         record: The request.
-        founder: The adapter that forgets.
-        user: The adapter that may have begun with a start that contains a version of the founder.
-        until_ms: What the founder's own job has, in milliseconds since 1970; this job matches no example.
+        adapter: The adapter that forgets.
+        dependant: The adapter that may depend on a version of it.
+        until_ms: What the job of the adapter that forgets has, in milliseconds since 1970; this job matches no example.
+        round_number: 1 for the adapter's own dependants, 2 for theirs.
     """
-    request, own_id = record.request, start_request_id(record.request.request_id, founder)
+    request = record.request
+    own_id = dependant_request_id(request.request_id, adapter, round_number)
     return ForgetRequested(
-        job_id=job_id_of(own_id, user), request_id=own_id, kind=request.kind, adapter=user, until_ms=until_ms,
-        suppress=False, emergency=request.emergency, reason=f"its start contains what {founder} forgets",
+        job_id=job_id_of(own_id, dependant), request_id=own_id, kind=request.kind, adapter=dependant, until_ms=until_ms,
+        suppress=False, emergency=request.emergency, reason=f"it depends on what {adapter} forgets",
     )  # fmt: skip
 
 
-def observe_start_users(users: Mapping[str, AdapterProgress], own: Observation) -> Observation:
-    """Return what is observed about a founder whose own job was carried out.
+def dependant_of(name: str) -> tuple[int, str]:
+    """Return the round and the adapter that a name in a record's progress stands for.
+
+    >>> dependant_of("acme/support/zoe"), dependant_of("2:acme/support/zoe")
+    ((1, 'acme/support/zoe'), (2, 'acme/support/zoe'))
+    """
+    round_number, _, adapter = name.rpartition(":")
+    return int(round_number or 1), adapter
+
+
+def observe_dependants(users: Mapping[str, AdapterProgress], own: Observation) -> Observation:
+    """Return what is observed about an adapter whose own job was carried out.
 
     Args:
-        users: Progress of those who began with its start, by adapter.
-        own: What is observed about the founder's own replicas.
+        users: Progress of its dependants, by name; see `dependant_of`.
+        own: What is observed about the adapter's own replicas.
     """
     phases = {progress.phase for progress in users.values()}
     if phases - {"published", *_ENDED}:
-        return Observation.STARTS_REMAIN
+        return Observation.DEPENDANTS_REMAIN
     if "published" in phases or own is Observation.DONE:
         return Observation.DONE
     return Observation.FAILED if "failed" in phases else own
 
 
-def start_failures(users: Mapping[str, AdapterProgress]) -> str:
-    """Return why adapters could not be rebuilt without their start: the first one, and how many others there are."""
+def dependant_failures(users: Mapping[str, AdapterProgress]) -> str:
+    """Return why dependants could not be rebuilt: the first one, and how many others there are."""
     failed = [(name, progress.detail) for name, progress in sorted(users.items()) if progress.phase == "failed"]
     if not failed:
         return ""
     name, why = failed[0]
     more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    return f"{name}, which began with what it taught{more}: {why}"
+    return f"{dependant_of(name)[1]}, which depends on it{more}: {why}"
 
 
 @dataclass
-class StartUserSteps:
-    """Takes steps of one request at the start users of one founder, and adds their effects to those of its own step.
+class DependantSteps:
+    """Takes steps of one request at the dependants of one adapter, and adds their effects to those of its own step.
 
     Attributes:
         facts: The state of the store and of the replicas.
         record: The request.
-        founder: The adapter that forgets.
-        until_ms: What the founder's own job has, in milliseconds since 1970.
+        adapter: The adapter that forgets.
+        until_ms: What its own job has, in milliseconds since 1970.
         now_ms: The guarded time, in milliseconds since 1970.
         changes: Where changes of quarantines are added.
         events: Where jobs are added.
@@ -100,22 +126,39 @@ class StartUserSteps:
 
     facts: Facts
     record: RequestRecord
-    founder: str
+    adapter: str
     until_ms: int
     now_ms: int
     changes: list[QuarantineChange]
     events: list[Event]
 
     def step(self, users: Mapping[str, AdapterProgress]) -> dict[str, AdapterProgress]:
-        """Take one step at up to WINDOW start users that have not ended, and return the progress of all of them."""
-        return {**users, **{name: self._step(name, users[name]) for name in self._window(users)}}
+        """Take one step at up to WINDOW dependants that have not ended, and return the progress of all of them."""
+        after = dict(users)
+        for name in self._window(users):
+            after[name] = self._step(name, users[name])
+            if users[name].phase == "sent" and after[name].phase == "published":
+                after = self._dependants_of(name) | after
+        return after
+
+    def _dependants_of(self, name: str) -> dict[str, AdapterProgress]:
+        """Return the dependants of one that was rebuilt: they are of the next round."""
+        round_number, adapter = dependant_of(name)
+        if round_number >= MAX_ROUNDS:
+            return {}
+        names = (f"{round_number + 1}:{dependant}" for dependant in self.facts.dependants(adapter))
+        return dict.fromkeys(names, AdapterProgress(phase="waiting"))
 
     def _window(self, users: Mapping[str, AdapterProgress]) -> list[str]:
-        """Return the start users of this step: first those without a job, then others from a point that changes.
+        """Return the dependants of this step: first those without a job, then others from a point that changes.
+
+        Those of a round wait until all of the rounds before it are carried out.
 
         Hazard: some adapters may be parked for long. From a fixed point, they could keep all others from being looked at.
         """
         open_ = sorted(name for name, progress in users.items() if progress.phase not in _ENDED)
+        now = min((dependant_of(n)[0] for n in open_ if users[n].phase != "published"), default=MAX_ROUNDS)
+        open_ = [name for name in open_ if dependant_of(name)[0] <= now]
         if len(open_) <= WINDOW:
             return open_
         waiting = [name for name in open_ if users[name].phase == "waiting"][:WINDOW]
@@ -123,8 +166,9 @@ class StartUserSteps:
         first = int(sha256(str(self.now_ms).encode()).hexdigest()[:8], 16) % max(1, len(others))
         return [*waiting, *(others[first:] + others[:first])[: WINDOW - len(waiting)]]
 
-    def _step(self, user: str, progress: AdapterProgress) -> AdapterProgress:
-        job = start_job(self.record, self.founder, user, self.until_ms)
+    def _step(self, name: str, progress: AdapterProgress) -> AdapterProgress:
+        round_number, user = dependant_of(name)
+        job = dependant_job(self.record, self.adapter, user, self.until_ms, round_number)
         if progress.phase == "published":
             return self._await_replicas(job, progress)
         entry = self.facts.quarantine(user).entry(job.request_id) if progress.phase == "sent" else None
@@ -163,6 +207,6 @@ class StartUserSteps:
             report = self.facts.replicas(job.adapter, progress.generation)
         seen = observe_replicas(self.record, report, self.now_ms)
         phase = FORGET_TRANSITIONS[progress.phase, seen].phase
-        if phase == "done":  # else the quarantine of a start user would grow with every erasure at its founders
+        if phase == "done":  # else the quarantine of a dependant would grow with every such erasure
             self.changes.append(QuarantineChange(job.adapter, drop=(job.request_id,)))
         return with_replicas(progress.model_copy(update={"phase": phase}), report, seen)
