@@ -7,82 +7,78 @@ version of the shared adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from perennial.learner.versions.history import History
-from perennial.storage.registry.history.dependants import drop_dependant, is_dependant
-from perennial.storage.registry.manifest import OtherVersion, Start
+from perennial.storage.registry.manifest import OtherVersion
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import ForgetRequested
 
 
-def revoked_starts(registry: Registry, adapter: str, history: History) -> Mapping[str, Start]:
-    """Return the first versions of lines that began with a revoked start, with it; none where all of it was dealt with.
+@dataclass(frozen=True)
+class Dependencies:
+    """Versions of an adapter that depend on revoked versions of others.
 
-    Args:
-        registry: the versions of the adapter and of its siblings.
-        adapter: the adapter.
-        history: its versions.
-
-    Raises:
-        StoreError: the store failed.
+    Attributes:
+        versions: the versions; what took over their states is not among them.
+        drops_start: some of them began with a start that must not be used any more.
     """
-    head = history.manifests[history.head]
-    if head.start is None:
-        return {}
-    roots = [version for version, node in history.versions.items() if node.state_parent is None]
-    starts = {version: history.manifests[version].start for version in roots}
-    revoked = {v: start for v, start in starts.items() if start is not None and _is_revoked(registry, start.founders)}
-    # A record that is left tells that a job was interrupted before it had revoked and deleted everything.
-    left = any(is_dependant(registry.store, each.adapter, adapter) for each in _founders(revoked))
-    return revoked if left or head.start in revoked.values() else {}
+
+    versions: frozenset[str] = frozenset()
+    drops_start: bool = False
 
 
-def over_revoked(registry: Registry, job: ForgetRequested, history: History) -> frozenset[str]:
-    """Return the versions that were trained over a revoked version of the shared adapter, where the job asks for them.
+def revoked_dependencies(registry: Registry, job: ForgetRequested, history: History) -> Dependencies:
+    """Return the versions that depend on a revoked version of another adapter, and were not dealt with yet.
 
-    Jobs that name examples of the adapter itself do not ask: looking takes a read per version. Retain sends one that names
-    none where the shared adapter has forgotten something.
+    What the adapter began with is looked at by every job. What lay beneath its updates takes a read per version, so a job
+    that names examples of the adapter itself does not look at it. Retain sends one that names none where another adapter
+    has forgotten something.
 
     Args:
-        registry: the versions of the adapter and of the shared one.
+        registry: the versions of the adapter and of the others.
         job: the job.
         history: the adapter's versions.
 
     Raises:
         StoreError: the store failed.
     """
-    if job.selector is not None or job.example_ids:
-        return frozenset()
-    revoked = {revocation.version for revocation in registry.revocations(job.adapter)}
-    scheduled = set(history.scheduled())
-    # What is neither served nor trained from any more was dealt with: revoked, or rebuilt and not in the schedule.
-    open_versions = (v for v in history.versions if v in scheduled or (v in history.published and v not in revoked))
-    found: set[str] = set()
-    known: dict[int, bool] = {}
-    for version in open_versions:
-        over = history.manifests[version].over
-        if over is not None:
-            if over.seq not in known:
-                known[over.seq] = registry.is_revoked(over.adapter, over.seq)
-            if known[over.seq]:
-                found.add(version)
-    return frozenset(found)
+    names_none = job.selector is None and not job.example_ids
+    if not names_none and history.manifests[history.head].start is None:
+        return Dependencies()
+    return _Look(registry, job.adapter, history).found(over=names_none)
 
 
-def settle_starts(registry: Registry, adapter: str, revoked: Mapping[str, Start]) -> None:
-    """Delete the records that the adapter began with these starts, once nothing of it does any more.
+class _Look:
+    def __init__(self, registry: Registry, adapter: str, history: History) -> None:
+        self._registry = registry
+        self._history = history
+        self._revoked: dict[tuple[str, int], bool] = {}
+        # What is neither trained from nor served any more was dealt with: it was rebuilt and revoked.
+        own = {revocation.version for revocation in registry.revocations(adapter)}
+        promoted = {v for v in history.published if history.versions[v].outcome == "promoted"}
+        self._open = set(history.scheduled()) | (promoted - own)
 
-    Raises:
-        StoreError: the store failed.
-    """
-    for founder in _founders(revoked):
-        drop_dependant(registry.store, founder.adapter, adapter)
+    def found(self, *, over: bool) -> Dependencies:
+        history = self._history
+        roots = {version for version, node in history.versions.items() if node.state_parent is None}
+        begun = {version for version in roots if self._begins_revoked(version)}
+        begun = {version for version in begun if history.descendants({version}) & self._open}
+        layered = {version for version in self._open if over and self._lies_over_revoked(version)}
+        return Dependencies(frozenset(begun | layered), drops_start=bool(begun))
 
+    def _begins_revoked(self, version: str) -> bool:
+        start = self._history.manifests[version].start
+        return start is not None and self._any_revoked(start.founders)
 
-def _founders(starts: Mapping[str, Start]) -> list[OtherVersion]:
-    return [founder for start in starts.values() for founder in start.founders]
+    def _lies_over_revoked(self, version: str) -> bool:
+        over = self._history.manifests[version].over
+        return over is not None and self._any_revoked([over])
 
-
-def _is_revoked(registry: Registry, founders: Iterable[OtherVersion]) -> bool:
-    return any(registry.is_revoked(founder.adapter, founder.seq) for founder in founders)
+    def _any_revoked(self, others: Collection[OtherVersion]) -> bool:
+        for other in others:
+            key = other.adapter, other.seq
+            if key not in self._revoked:
+                self._revoked[key] = self._registry.is_revoked(*key)
+        return any(self._revoked[other.adapter, other.seq] for other in others)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from perennial.learner.forgetting.dependencies import over_revoked, revoked_starts, settle_starts
+from perennial.learner.forgetting.dependencies import Dependencies, revoked_dependencies
 from perennial.learner.forgetting.forget_report import (
     ForgetReporter,
     count_of,
@@ -82,28 +82,23 @@ class _Scope:
         learned: examples to remove from micro-batches of versions.
         unlearned: examples to remove from micro-batches of refused, interrupted and waiting jobs.
         depending: versions that depend on revoked versions of other adapters.
-        drops_start: the adapter's start is one of these, and must not be used any more.
     """
 
     found: FoundExamples
     text_hashes: frozenset[str]
     learned: RemovedOffsets
     unlearned: RemovedOffsets
-    depending: Collection[str] = ()
-    drops_start: bool = False
+    depending: Dependencies
 
     @classmethod
-    def of(
-        cls, found: FoundExamples, target: ForgetTarget, depending: Collection[str] = (), *, drops_start: bool = False
-    ) -> _Scope:
+    def of(cls, found: FoundExamples, target: ForgetTarget, depending: Dependencies | None = None) -> _Scope:
         hashes = target.hashes_to_suppress(found.all())
         return cls(
             found,
             hashes,
             learned=target.removed_offsets(found.learned, hashes),
             unlearned=target.removed_offsets({**found.refused, **found.unfinished, **found.waiting}, hashes),
-            depending=depending,
-            drops_start=drops_start,
+            depending=depending or Dependencies(),
         )
 
     def removed_offsets(self) -> RemovedOffsets:
@@ -213,12 +208,11 @@ class ForgetExecutor:
         found = find_examples(self._store, job.adapter, history, target)
         if target.is_held(found.all()):
             return self._held(job, alias, found.all())
-        starts = revoked_starts(self._registry, job.adapter, history) if history is not None else {}
-        over = over_revoked(self._registry, job, history) if history is not None else frozenset()
-        scope = _Scope.of(found, target, over.union(starts), drops_start=bool(starts))
+        depending = revoked_dependencies(self._registry, job, history) if history is not None else Dependencies()
+        scope = _Scope.of(found, target, depending)
         self._suppress_unlearned(job, scope)
         affected: frozenset[str] = frozenset()
-        if head is not None and history is not None and (scope.learned or scope.depending):
+        if head is not None and history is not None and (scope.learned or depending.versions):
             affected = self._forget_learned(job, alias, head, history, scope, quarantine.holds)
         if scope.learned or scope.unlearned:
             self._recheck_holds(job, quarantine.holds, history, scope.removed_offsets())
@@ -229,7 +223,6 @@ class ForgetExecutor:
         self._delete(job, progress - scope.unlearned.keys())
         # A version that took a state over before this deletion kept its blobs.
         self._require_no_later_version(job, affected)
-        settle_starts(self._registry, job.adapter, starts)
         self._failpoint("learner.forget_deleted")
         return self._report.result(job, alias, began, held_requests(found.all()), affected)
 
@@ -291,7 +284,8 @@ class ForgetExecutor:
 
     def _plan(self, history: History, adapter: str, scope: _Scope) -> RebuildPlan:
         collected = load_collected(self._store, adapter).all
-        return plan_rebuild(history, scope.learned, collected, scope.depending, drops_start=scope.drops_start)
+        depending = scope.depending
+        return plan_rebuild(history, scope.learned, collected, depending.versions, drops_start=depending.drops_start)
 
     def _record_pending_deletes(
         self, job: ForgetRequested, history: History, plan: RebuildPlan, matches: Sequence[ExampleMatch]

@@ -164,6 +164,11 @@ class UpdateExecutor:
         except (JobError, IntegrityError, NotFoundError):
             ids = []
         add_refused_examples(self._store, job.adapter, ids, self._now_ms())
+        # What an attempt trained and did not publish: no forgetting would find it by the micro-batch.
+        keep = {job.batch.digest}
+        self._writer.drop_cached(
+            delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=True, keep=keep)
+        )
         give_up_cut(self._store, job.adapter, job.cut, job.job_id)
         with suppress(IntegrityError):  # a damaged object is not this job's to delete
             if stored_job(self._store, job) is not None:
@@ -193,6 +198,7 @@ class UpdateExecutor:
         writer.failpoint("learner.train")
         trained_at, trained_s = writer.now(), time.perf_counter()
         self._recheck_quarantine(job, batch.allowed, replayed)
+        self._recheck_dependencies(job, manifest)
         publication = self._publish(job, alias, manifest, trained)
         self._settle(job, publication.manifest, stored, waits=waiting is not None)
         cost = self._record_cost(publication, used) if publication.was_new and trained.result else None
@@ -422,6 +428,20 @@ class UpdateExecutor:
         quarantine = self._quarantines.of(job.adapter)
         if any(quarantine.blocks(example) for example in (*allowed.examples, *replayed.values())):
             raise ConflictError(f"an example that {job.job_id} learned or replayed is now to be forgotten")
+
+    def _recheck_dependencies(self, job: UpdateRequested, manifest: Manifest) -> None:
+        """Raise ConflictError if a version that this one depends on first was revoked meanwhile.
+
+        A later forgetting finds what is published before it. This one may be late: a process that was paused, and whose job
+        was given to another one since.
+        """
+        founders = manifest.start.founders if manifest.start is not None and manifest.seq == 1 else []
+        others = founders if manifest.over is None else [*founders, manifest.over]
+        for other in others:
+            if self._registry.is_revoked(other.adapter, other.seq):
+                raise ConflictError(
+                    f"{other.version} of {other.adapter}, which {job.job_id} depends on, is now revoked"
+                )
 
     def _publish(self, job: UpdateRequested, alias: str, manifest: Manifest, trained: _Trained) -> Publication:
         """Record the blobs for deletion, publish the version, then delete the recorded blobs that no version needs."""

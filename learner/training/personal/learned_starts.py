@@ -7,13 +7,14 @@ began with nobody's weights but their own: what one of them forgets reaches thos
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Final
 
 import torch
 
-from perennial.learner.model.lora import AdapterError, Tensors, from_safetensors, to_safetensors
+from perennial.learner.model.lora import AdapterError, Tensors, from_safetensors, is_finite, to_safetensors
 from perennial.learner.training.replay_buffer import index_from_bytes
 from perennial.storage.errors import IntegrityError, NotFoundError
 from perennial.storage.objects.keys import digest_of
@@ -29,9 +30,12 @@ MIN_FOUNDERS: Final = 4
 MAX_FOUNDERS: Final = 16
 MAX_LOOKED_AT: Final = 64
 """Most siblings that are looked at for one new adapter; each costs up to three reads."""
+MAX_KEYS: Final = 1024
+"""Most names that are read for one new adapter: some may be those of adapters further below."""
 MIN_EXAMPLES: Final = 8
 """A sibling that has learned fewer examples says little about the forms that people want."""
 _ADAPTERS: Final = "adapters/"
+_SIBLING: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
 
 
 class LearnedStarts:
@@ -74,25 +78,30 @@ class LearnedStarts:
                 # this adapter, or the version that is read here is one without what was forgotten.
                 record_dependant(self._registry.store, sibling, adapter)
                 live = self._live(sibling, bare, alias)
-                if live is not None:
-                    found.append((live[0], live[1]))
+                weights = self._weights(live) if live else None
+                if live and weights is not None:
+                    found.append((_named(live), weights))
         if len(found) < MIN_FOUNDERS:
             return bare, None
-        body = to_safetensors(mean_of([weights for _, weights in found]), adapter)
+        mean = mean_of([weights for _, weights in found])
+        if not is_finite(mean):
+            _log.warning("%s begins with nothing learned: the mean of %s is not finite", adapter, ", ".join(chosen))
+            return bare, None
+        body = to_safetensors(mean, adapter)
         ref = BlobRef(digest=digest_of(body), size_bytes=len(body))
         return Start(shared=shared, founders=[founder for founder, _ in found], weights=ref), body
 
     def _siblings(self, adapter: str, shared: str) -> Iterator[str]:
         """Yield other adapters below the shared one, from the adapter's own name on, and then those before it."""
-        folder = f"{_ADAPTERS}{shared}/"
-        own = f"{_ADAPTERS}{adapter}"
+        folder, own = f"{_ADAPTERS}{shared}/", f"{_ADAPTERS}{adapter}"
         store = self._registry.store
-        keys = chain(store.list(folder, own), store.list(folder))
-        names = (key.removeprefix(_ADAPTERS) for key in islice(keys, MAX_LOOKED_AT) if "/" not in key[len(folder) :])
-        return (name for name in dict.fromkeys(names) if name != adapter)
+        keys = islice(chain(store.list(folder, own), store.list(folder)), MAX_KEYS)
+        names = dict.fromkeys(key.removeprefix(_ADAPTERS) for key in keys)
+        siblings = (n for n in names if n != adapter and _SIBLING.fullmatch(n[len(shared) + 1 :]))
+        return islice(siblings, MAX_LOOKED_AT)
 
-    def _live(self, sibling: str, bare: Start, alias: str) -> tuple[OtherVersion, Tensors] | None:
-        """Return a sibling's live version and its weights; None where it cannot be learned from."""
+    def _live(self, sibling: str, bare: Start, alias: str) -> Manifest | None:
+        """Return a sibling's live version; None where it cannot be learned from."""
         try:
             state = self._registry.alias(sibling, alias)
             if state is None or state.kind == "retired" or self._registry.is_revoked(sibling, state.seq):
@@ -100,18 +109,25 @@ class LearnedStarts:
             manifest = self._registry.manifest(sibling, state.version)
             if manifest.outcome != "promoted" or manifest.start != bare or not self._fits(manifest):
                 return None
-            if manifest.replay is None or len(index_from_bytes(self._read(manifest.replay))) < MIN_EXAMPLES:
-                return None
-            weights = from_safetensors(self._read(manifest.weights), self._shapes)
-        except NotFoundError:  # collected or forgotten since the alias was read
-            return None
-        except (IntegrityError, AdapterError) as error:  # a new adapter does not wait for a repair of another one
+            learned = 0 if manifest.replay is None else len(index_from_bytes(self._read(manifest.replay)))
+        except (NotFoundError, IntegrityError) as error:  # a new adapter does not wait for a repair of another one
             _log.warning("%s is not learned from: %s", sibling, error)
             return None
-        return OtherVersion(adapter=sibling, version=state.version, seq=manifest.seq), weights
+        return manifest if learned >= MIN_EXAMPLES else None
+
+    def _weights(self, manifest: Manifest) -> Tensors | None:
+        try:
+            return from_safetensors(self._read(manifest.weights), self._shapes)
+        except (NotFoundError, IntegrityError, AdapterError) as error:
+            _log.warning("%s is not learned from: %s", manifest.adapter, error)
+            return None
 
     def _read(self, ref: BlobRef) -> bytes:
         return get_blob(self._registry.store, ref.digest)
+
+
+def _named(manifest: Manifest) -> OtherVersion:
+    return OtherVersion(adapter=manifest.adapter, version=manifest.digest(), seq=manifest.seq)
 
 
 def mean_of(parts: Sequence[Tensors]) -> Tensors:

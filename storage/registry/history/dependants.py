@@ -4,6 +4,9 @@ A user's adapter may begin with the mean of siblings' versions, and may be train
 one of these forgets has to follow to it. So an adapter is recorded as a dependant before the other one's live version is
 looked up, and a forgetting lists the dependants after the forgotten versions were revoked: whoever is not listed looks up
 versions without what was forgotten.
+
+Records stay, also of an adapter that was rebuilt since and depends on nothing: another request may be about to list it, and
+has to wait until its replicas have unloaded what it was before.
 """
 
 from __future__ import annotations
@@ -27,15 +30,6 @@ def record_dependant(store: ObjectStore, other: str, adapter: str) -> None:
     store.put_if_absent(_key(other, adapter), b"{}")
 
 
-def is_dependant(store: ObjectStore, other: str, adapter: str) -> bool:
-    """Return whether it is recorded that an adapter may depend on a version of another one.
-
-    Raises:
-        StoreError: The store failed.
-    """
-    return store.exists(_key(other, adapter))
-
-
 def dependants(store: ObjectStore, other: str) -> list[str]:
     """Return the adapters that may depend on a version of this one, sorted.
 
@@ -48,15 +42,6 @@ def dependants(store: ObjectStore, other: str) -> list[str]:
     """
     folder = f"{PREFIX}{other}/@/"
     return [key.removeprefix(folder) for key in store.list(folder)]
-
-
-def drop_dependant(store: ObjectStore, other: str, adapter: str) -> None:
-    """Delete the record of an adapter that was rebuilt, so that nothing of it depends on the other one any more.
-
-    Raises:
-        StoreError: The store failed.
-    """
-    store.delete(_key(other, adapter))
 
 
 def _key(other: str, adapter: str) -> str:

@@ -22,6 +22,7 @@ from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.history.dependants import dependants
 from perennial.storage.registry.manifest import Manifest, Start
+from perennial.storage.registry.pending_deletes import load_pending_deletes
 from perennial.storage.registry.quarantine import QuarantineEntry, update_quarantine
 from perennial.streams.events.models import ExampleAccepted, ForgetRequested, RollbackRequested
 from perennial.streams.settings import Settings
@@ -251,7 +252,8 @@ def test_what_a_founder_forgets_leaves_those_who_began_with_it(learner: LocalLea
         assert ref is not None
         with pytest.raises(NotFoundError):
             get_blob(store, ref.digest)
-    assert dependants(store, FOUNDERS[1]) == dependants(store, FOUNDERS[0]) == []
+    assert dependants(store, FOUNDERS[1]) == [NEWCOMER], "another request may be about to look who depends on it"
+    assert forget_in(learner, NEWCOMER, name="another").manifest is None
     state = learner.registry.alias(NEWCOMER)
     assert state is not None
     assert (state.version, state.generation) == (made.digest(), 3)
@@ -298,7 +300,6 @@ def test_a_follower_that_is_killed_anywhere_ends_in_the_same_state(
     assert made.start == Start(shared=SHARED)
     assert trained_alone(again, tmp_path, NEWCOMER, nothing_learned(again), cuts_of(NEWCOMER)).equals(made)
     assert all(again.registry.is_revoked(NEWCOMER, version.seq) for version in before)
-    assert dependants(again.registry.store, FOUNDERS[1]) == []
     assert not again.registry.store.exists(blob_key(before[0].weights.digest))
     assert before[0].start is not None
     assert before[0].start.weights is not None
@@ -412,3 +413,59 @@ def test_releases_that_know_no_starts_do_not_train_such_an_update_again(learner:
     monkeypatch.setattr(recipe, "HAS_START", "unknown")
     with pytest.raises(UnknownFieldError, match="has_start"):
         Recipe.recorded(made.config)
+
+
+def test_a_process_that_was_paused_does_not_publish_over_what_was_revoked_meanwhile(
+    store: DirectoryStore, learner: LocalLearner
+) -> None:
+    """Its job was given to another process, which ended it without a version; the follower found no version either."""
+
+    def paused(name: str) -> None:
+        if name == "learner.train" and not forgotten:
+            forgotten.append(name)
+            forget_in(learner, FOUNDERS[1], 5)
+            forget_in(learner, NEWCOMER, name="follows")
+
+    forgotten: list[str] = []
+    late = starting(store, failpoint=paused)
+    made = teach(late, NEWCOMER, 4)[0]
+    assert forgotten
+    assert made.start is not None
+    assert len(made.start.founders) == 4
+    assert not [each for each in made.start.founders if learner.registry.is_revoked(each.adapter, each.seq)]
+
+
+def test_what_an_attempt_left_of_an_update_that_is_then_refused_is_deleted(
+    store: DirectoryStore, learner: LocalLearner
+) -> None:
+    def killed(name: str) -> None:
+        if name == "publish.blobs":
+            raise StoppedError
+
+    job = jobs.update(store, 0, cuts_of(NEWCOMER)[0], adapter=NEWCOMER)
+    with pytest.raises(StoppedError):
+        starting(store, failpoint=killed).update(job, "live")
+    left = load_pending_deletes(store, NEWCOMER, job.job_id)
+    assert left is not None
+    assert len([digest for digest in left.digests if store.exists(blob_key(digest))]) >= 3
+    learner.refused(job)
+    held = [digest for digest in left.digests if store.exists(blob_key(digest))]
+    assert held in ([], [job.batch.digest])
+    assert store.exists(blob_key(job.batch.digest))
+
+
+@pytest.mark.parametrize("key", ["zz@Bad=x", "zoe/0", "Zz", "zed"])
+def test_odd_names_beside_the_siblings_stop_nobody(learner: LocalLearner, key: str) -> None:
+    learner.registry.store.put_if_absent(f"adapters/{SHARED}/{key}", b"{}")
+    start = teach(learner, NEWCOMER, 4)[0].start
+    assert start is not None
+    assert len(start.founders) == 4
+
+
+def test_a_mean_that_is_not_finite_is_not_begun_with(learner: LocalLearner, monkeypatch) -> None:
+    monkeypatch.setattr(
+        learned_starts,
+        "from_safetensors",
+        lambda _, shapes: {name: torch.full(shape, 3e38) for name, shape in shapes.items()},
+    )
+    assert teach(learner, NEWCOMER, 4)[0].start == Start(shared=SHARED)

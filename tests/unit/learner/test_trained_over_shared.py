@@ -298,3 +298,18 @@ def test_releases_that_train_over_the_base_alone_do_not_train_such_an_update_aga
     monkeypatch.setattr(recipe, "HAS_OVER", "unknown")
     with pytest.raises(UnknownFieldError, match="has_over"):
         Recipe.recorded(made.config)
+
+
+def test_a_process_that_was_paused_does_not_publish_over_a_revoked_shared_version(
+    store: DirectoryStore, learner: LocalLearner
+) -> None:
+    def paused(name: str) -> None:
+        if name == "learner.train" and not forgotten:
+            forgotten.append(name)
+            forget_in(learner, SHARED, 11)
+
+    forgotten: list[str] = []
+    late = layering(store, failpoint=paused)
+    made = teach(late, f"{SHARED}/yan", 4)[0]
+    assert forgotten
+    assert made.over == ref(learner, head(learner, SHARED))
