@@ -347,7 +347,7 @@ class UpdateRebuilder:
         recipe, writer = self._anew.recipe, self._writer
         return {
             "base_model": writer.base.name, "base_sha256": writer.base.digest, "rank": recipe.rank,
-            "config": recipe.config(has_start=start is not None, has_over=over is not None), "seed": recipe.seed, "threads": writer.threads,
+            "config": recipe.config_of(start, over), "seed": recipe.seed, "threads": writer.threads,
             "general": self._anew.general.ref,
         }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from perennial.learner.bases.compute_dtype import dtype_name
+from perennial.storage.registry.manifest import OtherVersion, Start
 from perennial.streams.settings import Settings
 
 WARMUP_STEPS = 10
@@ -148,12 +149,16 @@ class Recipe:
         known = [f for f in fields(cls) if f.name in config or f.default is MISSING]
         return cls(**{f.name: config[f.name] for f in known})
 
-    def config(self, *, has_start: bool = False, has_over: bool = False) -> dict[str, float | int | str]:
-        """Return the recipe as a manifest records it.
+    def config(self) -> dict[str, float | int | str]:
+        """Return the recipe as a manifest records it."""
+        return asdict(self)
+
+    def config_of(self, start: Start | None, over: OtherVersion | None) -> dict[str, float | int | str]:
+        """Return the `config` of a manifest that says what the adapter depends on.
 
         Args:
-            has_start: Whether the manifest says what the adapter begins with.
-            has_over: Whether it names a shared version that lay beneath.
+            start: What the adapter begins with.
+            over: The shared version that lay beneath.
         """
-        marks = {HAS_START: has_start, HAS_OVER: has_over}
-        return {**asdict(self), **{name: True for name, given in marks.items() if given}}
+        marks = {HAS_START: start is not None, HAS_OVER: over is not None}
+        return {**self.config(), **{name: True for name, given in marks.items() if given}}

@@ -364,9 +364,7 @@ class UpdateExecutor:
         else:
             outcome, reason = "refused", result.reason
             skipped = [*skipped, *(skipped_example(example, result.reason) for example in trained.vote.trained)]
-        config: dict[str, Scalar] = {
-            **recipe.config(has_start=start.begins is not None, has_over=trained.over is not None)
-        }
+        config: dict[str, Scalar] = {**recipe.config_of(start.begins, trained.over)}
         high_water_marks = _advanced(start.high_water_marks(), job, batch.stored)
         marks, epochs = high_water_marks.offsets, high_water_marks.epochs
         # Where a quarantine left out other examples, the update has another id. So a version that claimed its update
