@@ -34,7 +34,7 @@ def test_a_state_reads_back_from_its_blobs_which_are_written_in_one_order(state:
 
 
 def test_every_part_of_a_state_has_a_reference_and_a_field_of_the_manifest():
-    parts = [field.name for field in fields(TrainingState)]
+    parts = [field.name for field in fields(TrainingState) if field.name != "adapter"]  # which only names the others
     assert [field.name for field in fields(StateRefs)] == parts
     refs, _ = to_blobs(TrainingState(WEIGHTS, OPTIMIZER, REPLAY_INDEX))
     named = refs.manifest_fields()

@@ -32,7 +32,7 @@ from perennial.storage.recovery.restored_store import (
     restore_backup,
     restored_alias_keys,
 )
-from perennial.storage.registry.history.dependants import dependants, drop_dependant, record_dependant
+from perennial.storage.registry.history.dependants import dependants, record_dependant
 from perennial.storage.registry.quarantine import ensure_text_key, update_quarantine
 from perennial.storage.registry.registry import Registry
 from perennial.storage.signing.trust import Trust
@@ -423,18 +423,5 @@ def test_who_begins_with_a_learned_start_meanwhile_comes_with_the_record_of_it(n
         add_versions(store, user, 1)
 
     store.hooks[phase] = begin
-    restore_backup(place, create_backup(store, place, now), restored)
-    assert dependants(restored, founder) == [user]
-
-
-@pytest.mark.parametrize("phase", ["jobs/", "versions/", "signatures/"])
-def test_who_is_rebuilt_without_its_start_meanwhile_keeps_the_record_of_it(now: Clock, phase: str) -> None:
-    """Its versions may have been copied before they were rebuilt."""
-    store, place, restored = Interrupting(), Memory(), Memory()
-    founder, user = "acme/fay", "acme/uli"
-    record_dependant(store, founder, user)
-    add_versions(store, founder, 1)
-    add_versions(store, user, 1)
-    store.hooks[phase] = lambda: drop_dependant(store, founder, user)
     restore_backup(place, create_backup(store, place, now), restored)
     assert dependants(restored, founder) == [user]
