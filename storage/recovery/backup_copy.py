@@ -166,8 +166,7 @@ class _Copier:
         self._copy_in_step()
         self._copy_manifests()
         # Of versions that were made meanwhile: without its text key, nobody can tell which examples a version names; without
-        # the record of who began with its start, a forgetting would not reach that adapter. The records were copied before
-        # the versions, too: an adapter that is rebuilt without its start meanwhile may have been copied with it.
+        # the record of what an adapter depends on, a forgetting would not reach it.
         for prefix in _AGAIN:
             self._copy(prefix, self._store.list(prefix))
         self._copy(_SIGNATURES, self._store.list(_SIGNATURES))
