@@ -44,4 +44,4 @@ ENV HOME=/var/lib/perennial \
 USER 10001:10001
 WORKDIR /var/lib/perennial
 ENTRYPOINT ["vllm", "serve"]
-CMD ["/opt/perennial/shipped", "--served-model-name", "base", "--enable-lora", "--max-lora-rank", "16"]
+CMD ["/opt/perennial/shipped", "--served-model-name", "base", "--enable-lora", "--max-lora-rank", "32"]

@@ -57,8 +57,8 @@ class ModelSettings(SettingsGroup):
 class TrainingSettings(SettingsGroup):
     """The recipe of an update. Part of every manifest."""
 
-    rank: PositiveInt = Field(8, description="rank of the LoRA matrices")
-    alpha: PositiveInt = Field(16, description="alpha of LoRA: its output is scaled by alpha / rank")
+    rank: PositiveInt = Field(16, description="rank of the LoRA matrices")
+    alpha: PositiveInt = Field(32, description="alpha of LoRA: its output is scaled by alpha / rank")
     learning_rate: PositiveFloat = Field(3e-3, description="learning rate of AdamW")
     steps: PositiveInt = Field(
         3, description="least number of optimizer steps per update; there are more if the new rows need them"
@@ -68,12 +68,12 @@ class TrainingSettings(SettingsGroup):
     )
     rows: PositiveInt = Field(12, description="rows per optimizer step")
     row_tokens: PositiveInt = Field(128, description="largest number of tokens per row")
-    replay_share: Share = Field(0.4, description="share of training rows that come from earlier examples, from 0 to 1")
+    replay_share: Share = Field(0.5, description="share of training rows that come from earlier examples, from 0 to 1")
     general_share: Share = Field(
         0.2, description="share of training rows that come from the base's own kind of text, from 0 to 1"
     )
     general_kl_weight: float = Field(
-        2.0,
+        3.0,
         ge=0,
         description="weight, per token, of the divergence (KL) of the adapter's predictions from the base's on the general "
         "rows, beside the loss of the other rows; 0: general rows are trained as text",

@@ -76,7 +76,7 @@ def test_a_given_value_goes_before_the_environment_and_that_before_the_file(monk
     settings = Settings.of(kafka="given:1")
     assert (settings.kafka.bootstrap, settings.store.uri, settings.training.rank) == ("given:1", "/environment", 3)
     assert Settings().training.rank == load_settings().training.rank == 3
-    assert Settings.of(env_file=None).training.rank == 8
+    assert Settings.of(env_file=None).training.rank == 16
     (tmp_path / "other.env").write_text("PERENNIAL_RANK=5\n")
     assert Settings.of(env_file="other.env").training.rank == 5
 
