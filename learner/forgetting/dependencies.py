@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from perennial.learner.versions.history import History
+from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.manifest import OtherVersion
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.models import ForgetRequested
@@ -29,6 +30,11 @@ class Dependencies:
     drops_start: bool = False
 
 
+def names_no_example(job: ForgetRequested) -> bool:
+    """Return whether a job only asks what the adapter depends on, as those that retain sends to dependants."""
+    return job.selector is None and not job.example_ids
+
+
 def revoked_dependencies(registry: Registry, job: ForgetRequested, history: History) -> Dependencies:
     """Return the versions that depend on a revoked version of another adapter, and were not dealt with yet.
 
@@ -44,29 +50,35 @@ def revoked_dependencies(registry: Registry, job: ForgetRequested, history: Hist
     Raises:
         StoreError: the store failed.
     """
-    names_none = job.selector is None and not job.example_ids
+    names_none = names_no_example(job)
     if not names_none and history.manifests[history.head].start is None:
         return Dependencies()
-    return _Look(registry, job.adapter, history).found(over=names_none)
+    return _Look(registry, history).found(over=names_none)
 
 
 class _Look:
-    def __init__(self, registry: Registry, adapter: str, history: History) -> None:
+    def __init__(self, registry: Registry, history: History) -> None:
         self._registry = registry
         self._history = history
         self._revoked: dict[tuple[str, int], bool] = {}
-        # What is neither trained from nor served any more was dealt with: it was rebuilt and revoked.
-        own = {revocation.version for revocation in registry.revocations(adapter)}
-        promoted = {v for v in history.published if history.versions[v].outcome == "promoted"}
-        self._open = set(history.scheduled()) | (promoted - own)
+        self._scheduled = frozenset(history.scheduled())
 
     def found(self, *, over: bool) -> Dependencies:
         history = self._history
         roots = {version for version, node in history.versions.items() if node.state_parent is None}
         begun = {version for version in roots if self._begins_revoked(version)}
-        begun = {version for version in begun if history.descendants({version}) & self._open}
-        layered = {version for version in self._open if over and self._lies_over_revoked(version)}
+        begun = {version for version in begun if any(map(self._is_left, history.descendants({version})))}
+        layered = {v for v in history.versions if over and self._lies_over_revoked(v) and self._is_left(v)}
         return Dependencies(frozenset(begun | layered), drops_start=bool(begun))
+
+    def _is_left(self, version: str) -> bool:
+        """Return whether a version is trained from, or its weights are stored: a rollback could bring it back.
+
+        Hazard: whether it is revoked, published or on the schedule says nothing. An operator may have revoked it, it may be
+        an update that a rebuild made, and a rollback or a rebase may have left it behind.
+        """
+        weights = self._history.manifests[version].weights
+        return version in self._scheduled or self._registry.store.exists(blob_key(weights.digest))
 
     def _begins_revoked(self, version: str) -> bool:
         start = self._history.manifests[version].start

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from perennial.learner.forgetting.dependencies import Dependencies, revoked_dependencies
+from perennial.learner.forgetting.dependencies import Dependencies, names_no_example, revoked_dependencies
 from perennial.learner.forgetting.forget_report import (
     ForgetReporter,
     count_of,
@@ -219,7 +219,9 @@ class ForgetExecutor:
             leave_out_of_waiting(self._store, job.adapter, scope.unlearned)
             self._keep_held(job, {**found.learned, **found.refused}, scope.removed_offsets())
         self._let_return(job, found, history)
-        progress = self._sweep_progress(job.adapter)
+        # What other jobs have made so far may lie over a revoked version; which, only its manifests say. It only saves time.
+        depends = bool(depending.versions) or names_no_example(job)
+        progress = self._sweep_progress(job.adapter, drop=lambda _: depends)
         self._delete(job, progress - scope.unlearned.keys())
         # A version that took a state over before this deletion kept its blobs.
         self._require_no_later_version(job, affected)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from perennial.learner.model.lora import AdapterError, LoraConfig, Tensors, from_safetensors
-from perennial.learner.training.personal.shared_versions import VersionBeneath, VersionsBeneath
+from perennial.learner.training.personal.shared_versions import VersionsBeneath
 from perennial.learner.training.personal.stacking import compose, stacked_config
-from perennial.storage.errors import StoreError
+from perennial.storage.errors import IntegrityError, StoreError
 from perennial.storage.objects.object_store import get_blob
-from perennial.storage.registry.manifest import Manifest, OtherVersion
-from perennial.storage.registry.registry import Registry
+from perennial.storage.registry.manifest import OtherVersion
+from perennial.storage.registry.registry import AliasState, Registry
 from perennial.streams.observe.metrics import Metrics
 
 _log = logging.getLogger("perennial.scorer")
@@ -32,14 +32,16 @@ class LiveAdapter:
         version: the version; None if there is none or it could not be read.
         generation: the alias's generation; 0 without a version.
         state: the LoRA weights that clients serve; None if there is no version.
-        beneath: the version of the shared adapter that is in them; None: none.
+        extends: the shared adapter that clients serve it with; None: none.
+        wanted_beneath: the version of that one that was live; it is in the weights, unless it did not fit.
         config: rank and alpha of these weights; None: those of the adapter alone.
     """
 
     version: str | None
     generation: int
     state: Tensors | None
-    beneath: str | None = None
+    extends: str | None = None
+    wanted_beneath: str | None = None
     config: LoraConfig | None = None
 
     @property
@@ -140,34 +142,47 @@ class AdapterCache:
             state = self._registry.alias(adapter, self._alias)
             if state is None or state.kind == "retired":
                 return NO_ADAPTER
-            manifest = self._registry.manifest(adapter, state.version)
-            beneath = self._beneath(manifest)
-            name = beneath.ref.version if beneath else None
-            if (state.version, name) == (known.version, known.beneath) and known.state is not None:
+            extends = known.extends if state.version == known.version else None
+            manifest = None
+            if state.version != known.version or known.state is None:
+                manifest = self._registry.manifest(adapter, state.version)
+                extends = manifest.extends
+            shared = self._live_shared(extends) if extends is not None else None
+            if manifest is None and (shared.version if shared else None) == known.wanted_beneath:
                 return replace(known, generation=state.generation)
+            manifest = manifest or self._registry.manifest(adapter, state.version)
             if manifest.base_sha256 != self._base_sha256:
                 _log.warning("%s was trained on base %s, not on this scorer's", adapter, manifest.base_sha256)
                 return NO_ADAPTER
             data = get_blob(self._registry.store, manifest.weights.digest)
-            weights = from_safetensors(data, self._shapes)
-            if beneath is None:
-                return LiveAdapter(state.version, state.generation, weights)
-            config = stacked_config(beneath.part.config, self._own)
-            return LiveAdapter(state.version, state.generation, compose(beneath.part, weights, self._own), name, config)
+            return self._composed(state, from_safetensors(data, self._shapes), extends, shared)
         except (StoreError, AdapterError) as error:
             self._metrics.store_error("live-weights")
             _log.warning("the live version of %s cannot be loaded: %s", adapter, error)
             return NO_ADAPTER
 
-    def _beneath(self, manifest: Manifest) -> VersionBeneath | None:
-        """Return the live version of the shared adapter that clients serve a version with."""
-        if manifest.extends is None:
+    def _live_shared(self, extends: str) -> OtherVersion | None:
+        """Return the live version of the shared adapter; None where it has none, or it cannot be read."""
+        try:
+            state = self._registry.alias(extends, self._alias)
+        except IntegrityError as error:
+            _log.warning("users of %s are measured without it: %s", extends, error)
             return None
-        state = self._registry.alias(manifest.extends, self._alias)
-        if state is None or state.kind == "retired":
+        if state is None or state.kind == "retired" or self._registry.is_revoked(extends, state.seq):
             return None
-        ref = OtherVersion(adapter=manifest.extends, version=state.version, seq=state.seq)
-        return self._shared.recorded(ref)
+        return OtherVersion(adapter=extends, version=state.version, seq=state.seq)
+
+    def _composed(
+        self, state: AliasState, weights: Tensors, extends: str | None, shared: OtherVersion | None
+    ) -> LiveAdapter:
+        """Return a version as clients serve it: with the shared version, where that fits."""
+        wanted = shared.version if shared else None
+        beneath = self._shared.recorded(shared) if shared else None
+        if beneath is None:
+            return LiveAdapter(state.version, state.generation, weights, extends, wanted)
+        config = stacked_config(beneath.part.config, self._own)
+        composed = compose(beneath.part, weights, self._own)
+        return LiveAdapter(state.version, state.generation, composed, extends, wanted, config)
 
     def _keep(self, name: str, live: LiveAdapter) -> None:
         old = self._entries.pop(name, None)

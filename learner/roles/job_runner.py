@@ -30,6 +30,7 @@ from perennial.streams.events.models import (
     RollbackRequested,
     UpdateRequested,
 )
+from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 
 _log = logging.getLogger("perennial.learner")
 
@@ -159,7 +160,8 @@ class JobRunner:
             request_id=job.request_id, adapter=job.adapter, kind=job.kind, state="quarantined",
             detail=f"waits, the adapter is parked: {reason}: {error}"[:1024], at=self._now(),
         )  # fmt: skip
-        return JobResult("parked", None, None, statuses=(status,))
+        told = () if job.request_id.startswith(DEPENDANT_PREFIX) else (status,)
+        return JobResult("parked", None, None, statuses=told)
 
     def _with_event(self, result: JobResult, adapter: str, alias: str) -> JobResult:
         """Add the alias's event to an adapter's first result: an earlier process may have died before it could send it."""

@@ -46,6 +46,7 @@ from perennial.streams.kafka.origin_check import OriginCheck
 from perennial.streams.kafka.security.access_errors import KafkaUnavailableError
 from perennial.streams.kafka.signing import RecordSigner
 from perennial.streams.observe.metrics import Metrics
+from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 from perennial.streams.settings import Settings
 
 _log = logging.getLogger("perennial.learner")
@@ -371,8 +372,9 @@ class Learner:
         status = RetentionProgressed(
             request_id=job.request_id, adapter=job.adapter, kind=job.kind, state="failed", detail=failure, at=_now()
         )
-        self._producer.send(status, event_id=status_id(status), occurred_at=status.at)
-        self._producer.flush()
+        if not job.request_id.startswith(DEPENDANT_PREFIX):
+            self._producer.send(status, event_id=status_id(status), occurred_at=status.at)
+            self._producer.flush()
         outcome = RequestOutcome(at_ms=int(status.at.timestamp() * 1000), failure=failure)
         finish_entry(self._registry.store, job.adapter, job.request_id, outcome)
 

@@ -164,11 +164,12 @@ class UpdateExecutor:
         except (JobError, IntegrityError, NotFoundError):
             ids = []
         add_refused_examples(self._store, job.adapter, ids, self._now_ms())
-        # What an attempt trained and did not publish: no forgetting would find it by the micro-batch.
-        keep = {job.batch.digest}
-        self._writer.drop_cached(
-            delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=True, keep=keep)
-        )
+        with suppress(IntegrityError):
+            # What an attempt trained and did not publish: no forgetting would find it by the micro-batch.
+            keep = {job.batch.digest}
+            self._writer.drop_cached(
+                delete_unreferenced(self._registry, job.adapter, job.job_id, unpublished=True, keep=keep)
+            )
         give_up_cut(self._store, job.adapter, job.cut, job.job_id)
         with suppress(IntegrityError):  # a damaged object is not this job's to delete
             if stored_job(self._store, job) is not None:

@@ -102,6 +102,8 @@ class StoreFacts:
 
     def dependants(self, adapter: str) -> Sequence[str]:
         """See `Facts`."""
+        if not any(True for _ in self.registry.revocations(adapter)):  # then nothing depends on a revoked version
+            return []
         return dependants(self.store, adapter)
 
     def prune_replicas(self) -> None:

@@ -14,6 +14,7 @@ from perennial.learner.model.lora import AdapterError, LoraConfig, from_safetens
 from perennial.learner.training.personal.layered_lora import shapes_of_rank
 from perennial.learner.training.personal.stacking import SharedPart, stacked_config
 from perennial.storage.errors import IntegrityError, NotFoundError
+from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.history.dependants import record_dependant
 from perennial.storage.registry.manifest import OtherVersion
@@ -76,7 +77,7 @@ class VersionsBeneath:
             if state is None or state.kind == "retired":
                 return None
             return self._usable(OtherVersion(adapter=shared, version=state.version, seq=state.seq))
-        except IntegrityError as error:  # users do not wait for the repair of the shared adapter
+        except IntegrityError as error:
             _log.warning("%s is trained over the base alone: %s", adapter, error)
             return None
 
@@ -89,16 +90,23 @@ class VersionsBeneath:
         return self._usable(ref)
 
     def _usable(self, ref: OtherVersion) -> VersionBeneath | None:
-        if self._registry.is_revoked(ref.adapter, ref.seq):
-            return None
         with self._lock:
             part = self._parts.get(ref.version)
+        try:
+            # Also where it is in memory: what is trained follows from the store alone, and nothing from what was forgotten.
+            gone = self._registry.is_revoked(ref.adapter, ref.seq) or not self._is_stored(ref)
+        except (NotFoundError, IntegrityError):
+            gone = True
+        if gone:
+            with self._lock:
+                self._parts.pop(ref.version, None)
+            return None
         if part is None:
             try:
                 part = self._read(ref)
-            except NotFoundError:  # its weights were collected
+            except NotFoundError:  # its weights were collected since
                 return None
-            except AdapterError as error:
+            except (AdapterError, IntegrityError) as error:  # users do not wait for the repair of the shared adapter
                 _log.warning("%s of %s cannot lie beneath another adapter: %s", ref.version, ref.adapter, error)
                 return None
             if part is None:
@@ -106,6 +114,10 @@ class VersionsBeneath:
             with self._lock:
                 self._parts[ref.version] = part
         return VersionBeneath(ref, part)
+
+    def _is_stored(self, ref: OtherVersion) -> bool:
+        manifest = self._registry.manifest(ref.adapter, ref.version)
+        return self._registry.store.exists(blob_key(manifest.weights.digest))
 
     def _read(self, ref: OtherVersion) -> SharedPart | None:
         manifest = self._registry.manifest(ref.adapter, ref.version)

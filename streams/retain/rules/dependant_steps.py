@@ -34,6 +34,8 @@ from perennial.streams.retention.kinds import DEPENDANT_PREFIX
 
 WINDOW: Final = 64
 """The most dependants that one step looks at."""
+MAX_REPLICAS: Final = 8
+"""The most replicas that are named for one dependant: a request may have thousands, and is one object."""
 MAX_ROUNDS: Final = 3
 """Users depend on their tenant, and users who began with them on these: two rounds. Records that a stranger has written could
 go round in a circle."""
@@ -209,4 +211,6 @@ class DependantSteps:
         phase = FORGET_TRANSITIONS[progress.phase, seen].phase
         if phase == "done":  # else the quarantine of a dependant would grow with every such erasure
             self.changes.append(QuarantineChange(job.adapter, drop=(job.request_id,)))
-        return with_replicas(progress.model_copy(update={"phase": phase}), report, seen)
+        after = with_replicas(progress.model_copy(update={"phase": phase}), report, seen)
+        few = {"acknowledged": after.acknowledged[:MAX_REPLICAS], "missing": after.missing[:MAX_REPLICAS]}
+        return after.model_copy(update=few)
