@@ -21,6 +21,7 @@ from perennial.learner.together.measure_together import MeasuredRows, measure_to
 from perennial.learner.training.personal.stacking import SharedPart, compose
 from perennial.storage.errors import StoreUnavailableError
 from perennial.storage.objects.directory_store import DirectoryStore
+from perennial.storage.objects.keys import blob_key
 from perennial.storage.objects.object_store import ObjectStore
 from perennial.storage.registry.registry import Registry
 from perennial.streams.events.cloudevents import MAX_INSIDE_VALUE_BYTES, encode
@@ -293,3 +294,33 @@ def eventually_with(live: AdapterCache, adapter: str, want: Tensors) -> LiveAdap
             return found
         time.sleep(0.02)
     raise TimeoutError(f"never saw these weights of {adapter}")
+
+
+def test_a_damaged_shared_version_leaves_its_users_measured_alone(tmp_path: Path) -> None:
+    scorer, store = made(), DirectoryStore(tmp_path, fsync=False)
+    digest = scorer.lora.base.digest
+    shared = VersionPublisher(store, base_sha256=digest).publish(to_safetensors(weights(scorer, 1)), rank=4, alpha=8)
+    user = VersionPublisher(store, "acme/support/zoe", base_sha256=digest, extends="acme/support")
+    user.publish(to_safetensors(weights(scorer, 2)), rank=4, alpha=8)
+    blob = blob_key(user.registry.manifest("acme/support", shared.version).weights.digest)
+    store.delete(blob)
+    store.put_if_absent(blob, b"no tensors")
+    with live_weights(store, scorer, [0.0]) as live:
+        assert eventually_with(live, user.adapter, weights(scorer, 2)).config is None
+
+
+def test_an_unchanged_adapter_reads_no_weights_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scorer, store = made(), DirectoryStore(tmp_path, fsync=False)
+    digest = scorer.lora.base.digest
+    VersionPublisher(store, base_sha256=digest).publish(to_safetensors(weights(scorer, 1)), rank=4, alpha=8)
+    user = VersionPublisher(store, "acme/support/zoe", base_sha256=digest, extends="acme/support")
+    user.publish(to_safetensors(weights(scorer, 2)), rank=4, alpha=8)
+    cache = live_weights(store, scorer, [0.0])
+    read: list[str] = []
+    get = store.get
+    monkeypatch.setattr(store, "get", lambda key, *more: read.append(key) or get(key, *more))
+    first = cache._read(user.adapter, NO_ADAPTER)
+    assert len([key for key in read if key.startswith("blobs/")]) == 2
+    read.clear()
+    assert cache._read(user.adapter, first) == first
+    assert {key.partition("/")[0] for key in read} == {"aliases"}

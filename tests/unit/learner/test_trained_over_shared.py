@@ -15,8 +15,9 @@ from perennial.learner.training.recipe import Recipe, UnknownFieldError
 from perennial.storage.objects.directory_store import DirectoryStore
 from perennial.storage.objects.keys import blob_key
 from perennial.storage.registry.history.dependants import dependants
+from perennial.storage.registry.history.rebuilt_steps import list_steps
 from perennial.storage.registry.manifest import Manifest, OtherVersion, Start
-from perennial.streams.events.models import ExampleAccepted
+from perennial.streams.events.models import ExampleAccepted, RollbackRequested
 from perennial.streams.settings import Settings
 from tests import jobs, scratch
 from tests.local_learner import LocalLearner
@@ -313,3 +314,78 @@ def test_a_process_that_was_paused_does_not_publish_over_a_revoked_shared_versio
     made = teach(late, f"{SHARED}/yan", 4)[0]
     assert forgotten
     assert made.over == ref(learner, head(learner, SHARED))
+
+
+def back_to(learner: LocalLearner, adapter: str, version: Manifest, *, revoke: bool = False) -> None:
+    learner.rollback(
+        RollbackRequested(
+            job_id=f"back {version.digest()} {revoke}",
+            adapter=adapter,
+            version=version.digest(),
+            requested_by="ann",
+            reason="bad",
+            revoke=revoke,
+        )
+    )
+
+
+def is_stored(learner: LocalLearner, version: Manifest) -> bool:
+    return learner.registry.store.exists(blob_key(version.weights.digest))
+
+
+def test_rebuilt_updates_that_a_rollback_left_behind_are_found(store: DirectoryStore) -> None:
+    """The version above them names the shared version of the last of them only."""
+    learner = layering(store)
+    for cut in range(2):
+        learn(learner, SHARED, cut)
+        learn(learner, USER, cut)
+    users = versions(learner, USER)
+    back_to(learner, SHARED, versions(learner, SHARED)[0])
+    learn(learner, USER, 2)  # over the tenant's first state again
+    forgotten = forget_in(learner, USER, 5).manifest
+    assert forgotten is not None
+    third = learner.registry.manifest(USER, forgotten.parent or "")
+    second = learner.registry.manifest(USER, third.head or "")
+    back_to(learner, USER, users[0])
+    forget_in(learner, SHARED, 5)
+    forget_in(learner, USER, name="follows")
+    assert [is_stored(learner, each) for each in (second, third, forgotten)] == [False] * 3
+    assert learner.registry.is_revoked(USER, forgotten.seq)
+
+
+def test_a_version_that_an_operator_revoked_before_is_found(learner: LocalLearner) -> None:
+    newest = head(learner, USER)
+    back_to(learner, USER, newest, revoke=True)
+    forget_in(learner, SHARED, 9)
+    forget_in(learner, USER, name="follows")
+    assert not is_stored(learner, newest)
+
+
+def test_what_was_rebuilt_ahead_of_time_goes(learner: LocalLearner) -> None:
+    collect_versions(learner.registry, SHARED, 1)
+    fresh = layering(learner.registry.store)
+    forget_in(fresh, USER, 1, name="soon", prepare=True)
+    made = [fresh.registry.manifest(USER, step.rebuilt) for _, step in list_steps(fresh.registry.store, USER)]
+    assert made
+    forget_in(fresh, SHARED, 9)
+    forget_in(fresh, USER, name="follows")
+    assert list(list_steps(fresh.registry.store, USER)) == []
+    assert [is_stored(fresh, each) for each in made] == [False] * len(made)
+
+
+def test_a_damaged_shared_version_does_not_stop_an_erasure_of_a_user(learner: LocalLearner) -> None:
+    weights = blob_key(versions(learner, SHARED)[0].weights.digest)
+    learner.registry.store.delete(weights)
+    learner.registry.store.put_if_absent(weights, b"no tensors")
+    fresh = layering(learner.registry.store)
+    made = forget_in(fresh, USER, 1).manifest
+    assert made is not None
+    assert made.outcome == "promoted"
+
+
+def test_a_collected_shared_version_is_not_taken_from_memory(learner: LocalLearner) -> None:
+    """What a rebuild makes follows from the store alone."""
+    first = versions(learner, SHARED)[0]
+    assert learner.shared.recorded(ref(learner, first)) is not None
+    collect_versions(learner.registry, SHARED, 1)
+    assert learner.shared.recorded(ref(learner, first)) is None

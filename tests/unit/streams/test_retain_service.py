@@ -272,9 +272,11 @@ def test_a_revocation_is_signed_and_one_forged_alias_stops_no_other_adapter(stor
     assert len([event for event in sent if event.type == "rollback.requested"]) == 2
 
 
-def test_who_began_with_a_start_is_read_from_the_store(store):
+def test_dependants_are_read_from_the_store_where_a_version_is_revoked(store):
     facts = StoreFacts(Settings.of(env_file=None), store, SimpleNamespace(replicas=lambda *_: []))
-    assert facts.dependants("acme/fay") == []
     record_dependant(store, "acme/fay", "acme/uli")
+    assert facts.dependants("acme/fay") == [], "nothing that anybody could depend on is revoked"
+    line = VersionPublisher(store, "acme/fay")
+    line.registry.revoke("acme/fay", line.publish().version, "test")
     assert facts.dependants("acme/fay") == ["acme/uli"]
     assert facts.dependants("acme/uli") == []
