@@ -44,7 +44,7 @@ def test_a_check_names_the_base_and_measures_it(capsys: pytest.CaptureFixture[st
     )
     assert check_base("shipped", seconds=1, as_json=False) == 0
     output = capsys.readouterr()
-    for text in ("LlamaForCausalLM", "3225344", "512", "<|eos|>", "training tokens per s", "PERENNIAL_RANK=8"):
+    for text in ("LlamaForCausalLM", "3225344", "512", "<|eos|>", "training tokens per s", "PERENNIAL_RANK=16"):
         assert text in output.out
     assert "measuring scoring" in output.err
 
