@@ -7,7 +7,6 @@ version of the shared adapter.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 from perennial.learner.versions.history import History
@@ -82,15 +81,14 @@ class _Look:
 
     def _begins_revoked(self, version: str) -> bool:
         start = self._history.manifests[version].start
-        return start is not None and self._any_revoked(start.founders)
+        return start is not None and any(map(self._is_revoked, start.founders))
 
     def _lies_over_revoked(self, version: str) -> bool:
         over = self._history.manifests[version].over
-        return over is not None and self._any_revoked([over])
+        return over is not None and self._is_revoked(over)
 
-    def _any_revoked(self, others: Collection[OtherVersion]) -> bool:
-        for other in others:
-            key = other.adapter, other.seq
-            if key not in self._revoked:
-                self._revoked[key] = self._registry.is_revoked(*key)
-        return any(self._revoked[other.adapter, other.seq] for other in others)
+    def _is_revoked(self, other: OtherVersion) -> bool:
+        key = other.adapter, other.seq
+        if key not in self._revoked:
+            self._revoked[key] = self._registry.is_revoked(*key)
+        return self._revoked[key]

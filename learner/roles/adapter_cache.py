@@ -12,7 +12,7 @@ from typing import Self
 from perennial.learner.model.lora import AdapterError, LoraConfig, Tensors, from_safetensors
 from perennial.learner.training.personal.shared_versions import VersionsBeneath
 from perennial.learner.training.personal.stacking import compose, stacked_config
-from perennial.storage.errors import IntegrityError, StoreError
+from perennial.storage.errors import StoreError
 from perennial.storage.objects.object_store import get_blob
 from perennial.storage.registry.manifest import OtherVersion
 from perennial.storage.registry.registry import AliasState, Registry
@@ -163,14 +163,8 @@ class AdapterCache:
 
     def _live_shared(self, extends: str) -> OtherVersion | None:
         """Return the live version of the shared adapter; None where it has none, or it cannot be read."""
-        try:
-            state = self._registry.alias(extends, self._alias)
-        except IntegrityError as error:
-            _log.warning("users of %s are measured without it: %s", extends, error)
-            return None
-        if state is None or state.kind == "retired" or self._registry.is_revoked(extends, state.seq):
-            return None
-        return OtherVersion(adapter=extends, version=state.version, seq=state.seq)
+        ref = self._shared.live_ref(extends, self._alias)
+        return None if ref is None or self._registry.is_revoked(extends, ref.seq) else ref
 
     def _composed(
         self, state: AliasState, weights: Tensors, extends: str | None, shared: OtherVersion | None

@@ -180,7 +180,7 @@ def show_adapter(adapter: str, *, as_json: bool) -> int:
         version_facts = {
             **_alias_facts(alias),
             **_extends_facts(registry, manifest, alias),
-            **_start_facts(manifest),
+            **_dependency_facts(manifest),
             **_facts(manifest),
         }
     count_facts = {} if counts is None else {"examples": str(counts)}
@@ -224,17 +224,16 @@ def _extends_facts(registry: Registry, manifest: Manifest, alias: AliasState | N
     return {"extends": f"{manifest.extends}, served together with its version {beneath.version}"}
 
 
-def _start_facts(manifest: Manifest) -> dict[str, object]:
+def _dependency_facts(manifest: Manifest) -> dict[str, object]:
     """Return which other adapters' versions this one depends on."""
-    over: dict[str, object] = (
-        {} if manifest.over is None else {"trained over": f"{manifest.over.adapter}@{manifest.over.version}"}
-    )
-    if manifest.start is None:
-        return over
-    names = [founder.adapter.rpartition("/")[2] for founder in manifest.start.founders]
-    if not names:
-        return {**over, "began with": "nothing learned; others may begin with it"}
-    return {**over, "began with": f"the mean of {len(names)} others below {manifest.start.shared}: {', '.join(names)}"}
+    facts: dict[str, object] = {}
+    if manifest.over is not None:
+        facts["trained over"] = f"{manifest.over.adapter}@{manifest.over.version}"
+    if manifest.start is not None:
+        names = [founder.adapter.rpartition("/")[2] for founder in manifest.start.founders]
+        mean = f"the mean of {len(names)} others below {manifest.start.shared}: {', '.join(names)}"
+        facts["began with"] = mean if names else "nothing learned; others may begin with it"
+    return facts
 
 
 def _facts(manifest: Manifest) -> dict[str, object]:

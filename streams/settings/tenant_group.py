@@ -176,8 +176,7 @@ class TenantSettings(SettingsGroup):
         >>> TenantSettings(shared_adapters="acme/support").extended_by("acme/support/user-42")
         'acme/support'
         """
-        parent = adapter.rpartition("/")[0]
-        return parent if parent in _shared_adapters(self.shared_adapters) else None
+        return _shared_above(adapter, self.shared_adapters)
 
     def learned_from(self, adapter: str) -> str | None:
         """Return the shared adapter whose users' adapters may be learned from, for one of these; else None.
@@ -186,8 +185,7 @@ class TenantSettings(SettingsGroup):
         >>> tenants.learned_from("acme/support/user-42")
         'acme/support'
         """
-        parent = self.extended_by(adapter)
-        return parent if parent in _shared_adapters(self.learned_starts) else None
+        return _shared_above(adapter, self.learned_starts)
 
     def trained_over(self, adapter: str) -> str | None:
         """Return the shared adapter over which an adapter is trained; None: over the base alone.
@@ -196,8 +194,7 @@ class TenantSettings(SettingsGroup):
         >>> tenants.trained_over("acme/support/user-42")
         'acme/support'
         """
-        parent = self.extended_by(adapter)
-        return parent if parent in _shared_adapters(self.train_over_shared) else None
+        return _shared_above(adapter, self.train_over_shared)
 
     @field_validator("tenant_weights")
     @classmethod
@@ -252,6 +249,12 @@ def _shared_adapters(text: str) -> frozenset[str]:
         if name.rpartition("/")[0] in names:
             raise ValueError(f"no adapter that itself extends another one; {name[:80]!r} lies below another name")
     return frozenset(names)
+
+
+def _shared_above(adapter: str, text: str) -> str | None:
+    """Return the adapter one segment above, if the text of a setting names it; else None."""
+    parent = adapter.rpartition("/")[0]
+    return parent if parent in _shared_adapters(text) else None
 
 
 @lru_cache(maxsize=8)

@@ -72,14 +72,27 @@ class VersionsBeneath:
         # Hazard: recorded first. A forgetting revokes versions and then looks who is recorded, so either it finds this
         # adapter, or the version that is read here is one without what was forgotten.
         record_dependant(self._registry.store, shared, adapter)
+        ref = self.live_ref(shared, alias)
+        return None if ref is None else self._usable(ref)
+
+    def live_ref(self, shared: str, alias: str) -> OtherVersion | None:
+        """Return the name of the live version of a shared adapter; None where it has none, or the alias is damaged.
+
+        Args:
+            shared: The shared adapter.
+            alias: The alias that says which version is live.
+
+        Raises:
+            StoreError: The store failed.
+        """
         try:
             state = self._registry.alias(shared, alias)
-            if state is None or state.kind == "retired":
-                return None
-            return self._usable(OtherVersion(adapter=shared, version=state.version, seq=state.seq))
         except IntegrityError as error:
-            _log.warning("%s is trained over the base alone: %s", adapter, error)
+            _log.warning("%s is left out beneath its users' adapters: %s", shared, error)
             return None
+        if state is None or state.kind == "retired":
+            return None
+        return OtherVersion(adapter=shared, version=state.version, seq=state.seq)
 
     def recorded(self, ref: OtherVersion) -> VersionBeneath | None:
         """Return a shared version that an earlier update was trained over; None where it is revoked or collected.
